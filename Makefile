@@ -1,0 +1,53 @@
+# Each target sets up what it needs: a virtual environment in .venv, made from pyproject.toml and constraints.txt.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+# Tests and the demo need no network once packages are there.
+export HF_HUB_OFFLINE := 1
+export HF_DATASETS_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help setup test check demo bench floor clean
+help:
+	@echo "make demo     compress the reference model with five methods and print the table"
+	@echo "make test     the test suite"
+	@echo "make check    ruff and pyright"
+	@echo "make floor    the loading, streaming and round-trip tests under the oldest transformers supported"
+	@echo "make bench    the slow suite and the benchmarks"
+	@echo "make clean    delete the virtual environments"
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	# torch first and alone: it decides that the CPU build is taken.
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+setup: $(VENV)/ready
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+demo: setup
+	$(BIN)/python examples/demo.py
+
+.venv-floor/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-floor
+	.venv-floor/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
+	.venv-floor/bin/pip install --quiet --disable-pip-version-check transformers==5.15.0 --editable . peft pytest
+	touch $@
+
+floor: .venv-floor/ready
+	.venv-floor/bin/python -m pytest tests/contract
+
+bench: setup
+	$(BIN)/python -m pytest -m slow
+	$(BIN)/python benchmarks/run.py
+
+clean:
+	rm -rf $(VENV) .venv-floor

@@ -1,0 +1,43 @@
+"""moefit makes Mixture-of-Experts language models fit: one calibration, any method, any budget.
+
+Importing it also lets transformers load what it writes.
+"""
+
+from moefit._version import __version__
+from moefit.calibration.calibrate import calibrate
+from moefit.calibration.folder import Calibration
+from moefit.calibration.run import SampleOptions
+from moefit.calibration.text import Batch, TextOptions, read_batches
+from moefit.checkpoint.weights import ExpertWeights
+from moefit.compress import precheck
+from moefit.errors import CalibrationError, CheckpointError, MoefitError, PlanError
+from moefit.evaluation.evaluate import Scores, TaskOptions, evaluate
+from moefit.methods import METHODS, make_plan
+from moefit.planning.budget import Budget
+from moefit.planning.plan import Plan
+from moefit.runtime import quantizer as _quantizer  # registers the format with transformers
+from moefit.transform.apply import apply
+
+__all__ = [
+    "METHODS",
+    "Batch",
+    "Budget",
+    "Calibration",
+    "CalibrationError",
+    "CheckpointError",
+    "ExpertWeights",
+    "MoefitError",
+    "Plan",
+    "PlanError",
+    "SampleOptions",
+    "Scores",
+    "TaskOptions",
+    "TextOptions",
+    "__version__",
+    "apply",
+    "calibrate",
+    "evaluate",
+    "make_plan",
+    "precheck",
+    "read_batches",
+]

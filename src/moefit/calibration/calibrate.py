@@ -1,0 +1,115 @@
+"""The calibrate stage: a model and text in, a calibration folder out."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from moefit.calibration.facts import facts_of_checkpoint, facts_of_model
+from moefit.calibration.folder import Calibration, ModelFacts
+from moefit.calibration.layers import PartlyLoaded, ResidentModel
+from moefit.calibration.run import Progress, SampleOptions, run_calibration, tokenizer_fingerprint
+from moefit.calibration.text import Batch, TextOptions, read_batches
+from moefit.checkpoint.anatomy import Anatomy, discover
+from moefit.checkpoint.files import open_checkpoint
+from moefit.checkpoint.loader import StreamedModel, load_config
+from moefit.checkpoint.models import default_device, load_model, load_tokenizer, longest_sequence, resolve_dtype
+from moefit.errors import CalibrationError
+
+States = Literal["auto", "memory", "disk"]
+
+
+def calibrate(
+    model: str | Path | nn.Module,
+    out: str | Path,
+    *,
+    text: TextOptions | list[Batch],
+    tokenizer: Any = None,
+    sample: SampleOptions = SampleOptions(),  # noqa: B008 (frozen)
+    stream: bool = False,
+    states: States = "auto",
+    device: str | None = None,
+    dtype: str | None = None,
+    device_map: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Calibration:
+    """Measure what each routed expert does on text.
+
+    Args:
+        model: checkpoint folder, hub name, or a transformers model in memory.
+        out: calibration folder; the same call resumes a run that was stopped.
+        text: what to read, or batches that the caller made.
+        tokenizer: for text, when the model is given in memory.
+        sample: which tokens are kept whole.
+        stream: keep one decoder layer in memory at a time, for checkpoints larger than memory.
+        states: where hidden states wait between layers; ``auto`` is the disk when streaming, else memory.
+        device: where the model runs; CUDA when there is one.
+        dtype: ``float32``, ``bfloat16`` or ``float16``; the checkpoint's on CUDA, else float32.
+        device_map: as transformers takes it, for a model spread over several devices.
+        trust_remote_code: run code that comes with the checkpoint.
+        progress: called with (batches done, batches in all).
+
+    Raises:
+        CheckpointError: the model cannot be used.
+        CalibrationError: the text or the folder cannot be used, or values are not finite.
+    """
+    source, anatomy, facts, settings, folder = _open(
+        model, stream=stream, device=device, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
+    )
+    if isinstance(text, TextOptions):
+        if tokenizer is None:
+            if folder is None:
+                raise CalibrationError("a model in memory needs its tokenizer to read text; pass tokenizer=")
+            tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+        batches = read_batches(text, tokenizer, max_length=longest_sequence(source.model.config))
+        settings |= {"tokenizer": tokenizer_fingerprint(tokenizer), "options": asdict(text)}
+    else:
+        batches = text
+    return run_calibration(
+        source,
+        anatomy,
+        facts,
+        batches,
+        Path(out),
+        sample=sample,
+        states_on_disk=states == "disk" or (states == "auto" and stream),
+        extra_fingerprint=settings,
+        progress=progress,
+    )
+
+
+def _open(
+    model: str | Path | nn.Module,
+    *,
+    stream: bool,
+    device: str | None,
+    dtype: str | None,
+    device_map: str | None,
+    trust_remote_code: bool,
+) -> tuple[PartlyLoaded, Anatomy, ModelFacts, dict, Path | None]:
+    if isinstance(model, nn.Module):
+        anatomy = discover(model.config, model)
+        return ResidentModel(model), anatomy, facts_of_model(model, anatomy), {"dtype": str(model.dtype)}, None
+    checkpoint = open_checkpoint(model)
+    config = load_config(checkpoint, trust_remote_code=trust_remote_code)
+    device = device or default_device()
+    torch_dtype = resolve_dtype(dtype, device, checkpoint)
+    streamed = StreamedModel(checkpoint, config, dtype=torch_dtype, device=device)
+    anatomy = discover(config, streamed.model, trust_remote_code=trust_remote_code)
+    facts = facts_of_checkpoint(checkpoint, anatomy, streamed.names)
+    source: PartlyLoaded = streamed
+    if not stream:
+        source = ResidentModel(
+            load_model(
+                checkpoint.folder,
+                dtype=torch_dtype,
+                device=device,
+                device_map=device_map,
+                trust_remote_code=trust_remote_code,
+            )
+        )
+    return source, anatomy, facts, {"dtype": str(torch_dtype)}, checkpoint.folder

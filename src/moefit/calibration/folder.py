@@ -1,0 +1,140 @@
+"""A calibration folder: the manifest that says what was measured on what, and one file of statistics a layer."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from moefit.calibration.statistics import Sample, Sums, load_sample, load_sums
+from moefit.checkpoint.files import DTYPES
+from moefit.checkpoint.layout import Stack
+from moefit.errors import CalibrationError
+
+MANIFEST = "calibration.json"
+VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFacts:
+    """What planning must know of a model, so that it needs no weights.
+
+    Attributes:
+        source: folder or hub name of the checkpoint; empty for a model that was given in memory.
+        fingerprint: which weights they are, from `Checkpoint.fingerprint`.
+        model_type: transformers' name of the family.
+        width: numbers of an expert's output, D.
+        top_k: experts of a token.
+        groups: groups that limit the router's choice, 1 where it chooses freely.
+        groups_used: how many of them a token may use.
+        nbytes: bytes of all tensors of the checkpoint.
+        stacks: every MoE layer on disk, sizes only.
+    """
+
+    source: str
+    fingerprint: dict
+    model_type: str
+    width: int
+    top_k: int
+    groups: int
+    groups_used: int
+    nbytes: int
+    stacks: tuple[Stack, ...]
+
+    def shapes(self) -> dict:
+        """Return what two models must share for a plan of one to fit the other, whatever their dtypes."""
+        run = [stack for stack in self.stacks if stack.index is not None]
+        experts = {stack.index: stack.num_experts for stack in run}
+        numbers = {stack.index: stack.expert_bytes // DTYPES[stack.dtype].itemsize for stack in run}
+        shared = {"model type": self.model_type, "width": self.width, "top-k": self.top_k}
+        return shared | {"experts by layer": experts, "numbers of an expert by layer": numbers}
+
+    def to_json(self) -> dict:
+        """Return the facts as JSON values; the tensor names of the stacks stay on disk."""
+        return asdict(self) | {"stacks": [_stack_json(stack) for stack in self.stacks]}
+
+    @classmethod
+    def from_json(cls, facts: dict) -> ModelFacts:
+        """Read what `to_json` gave."""
+        return cls(**(facts | {"stacks": tuple(Stack(**stack) for stack in facts["stacks"])}))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """A finished calibration: facts at hand, statistics read layer by layer."""
+
+    folder: Path
+    model: ModelFacts
+    fingerprint: dict
+
+    @property
+    def layers(self) -> list[int]:
+        """Decoder layers with statistics."""
+        return [stack.index for stack in self.model.stacks if stack.index is not None]
+
+    def sums(self, layer: int) -> Sums:
+        """Read the sums of one layer."""
+        return load_sums(layer_file(self.folder, layer))
+
+    def sample(self, layer: int) -> Sample:
+        """Read the sampled tokens of one layer."""
+        return load_sample(layer_file(self.folder, layer))
+
+    def save(self) -> None:
+        """Write the manifest; a folder with one is finished."""
+        manifest = {"format": "moefit-calibration", "version": VERSION}
+        manifest |= {"fingerprint": self.fingerprint, "model": self.model.to_json()}
+        write_json(self.folder / MANIFEST, manifest)
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Calibration:
+        """Open a finished calibration folder.
+
+        Raises:
+            CalibrationError: not such a folder, an unfinished one, or one of another version.
+        """
+        folder = Path(folder)
+        manifest = read_json(folder / MANIFEST)
+        if manifest is None:
+            state = (
+                "not finished; run the same calibrate command again to resume it"
+                if list(folder.glob("layer-*"))
+                else "no calibration folder"
+            )
+            raise CalibrationError(f"{folder}: {state}")
+        if manifest.get("format") != "moefit-calibration" or manifest.get("version") != VERSION:
+            raise CalibrationError(f"{folder / MANIFEST}: not a calibration of version {VERSION}; calibrate again")
+        return cls(folder=folder, model=ModelFacts.from_json(manifest["model"]), fingerprint=manifest["fingerprint"])
+
+
+def layer_file(folder: Path, layer: int) -> Path:
+    """Return the file of one layer's statistics."""
+    return folder / f"layer-{layer:04d}.safetensors"
+
+
+def write_json(file: Path, content: dict) -> None:
+    """Write JSON beside, then rename."""
+    beside = file.with_suffix(".partial")
+    beside.write_text(json.dumps(content, indent=2) + "\n")
+    beside.rename(file)
+
+
+def read_json(file: Path) -> dict | None:
+    """Read JSON; None when the file does not exist.
+
+    Raises:
+        CalibrationError: the file is not JSON.
+    """
+    try:
+        return json.loads(file.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise CalibrationError(f"{file}: not JSON ({error}); delete the folder and calibrate again") from None
+
+
+def _stack_json(stack: Stack) -> dict:
+    sizes = asdict(stack)
+    for name in ("experts", "fused", "slots"):
+        del sizes[name]
+    return sizes

@@ -1,0 +1,265 @@
+"""The calibration run: layer by layer over cached hidden states, each layer's statistics on disk before the next begins.
+
+A model in memory and one streamed from disk take the same road and give the same bytes. A killed run resumes after the
+last finished layer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from moefit._version import __version__
+from moefit.calibration.capture import Captured, captured
+from moefit.calibration.folder import MANIFEST, Calibration, ModelFacts, layer_file, read_json, write_json
+from moefit.calibration.layers import HiddenStates, LayerRunner, PartlyLoaded
+from moefit.calibration.statistics import LayerStatistics, Sample, Sums, accumulate, sample_keys
+from moefit.calibration.text import Batch, text_fingerprint
+from moefit.checkpoint.anatomy import Anatomy, MoELayer
+from moefit.errors import CalibrationError
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOptions:
+    """Which tokens are kept whole: the `tokens` smallest hashes of (document, position) under `seed`."""
+
+    tokens: int = 16384
+    seed: int = 0
+
+
+def run_calibration(
+    source: PartlyLoaded,
+    anatomy: Anatomy,
+    facts: ModelFacts,
+    batches: list[Batch],
+    folder: Path,
+    *,
+    sample: SampleOptions,
+    states_on_disk: bool,
+    extra_fingerprint: dict,
+    progress: Progress | None = None,
+) -> Calibration:
+    """Measure every MoE layer and write the calibration folder.
+
+    Args:
+        source: the model, in memory or streamed.
+        anatomy: its MoE layers.
+        facts: what planning will need to know of it.
+        batches: the text.
+        folder: where the calibration goes; one that holds the same run resumes.
+        sample: which tokens to keep whole.
+        states_on_disk: keep hidden states in the folder, not in memory; a killed run then loses one layer at most.
+        extra_fingerprint: what else makes this run what it is (dtype, tokenizer, options).
+        progress: called with (batches done, batches in all) over all layers.
+
+    Raises:
+        CalibrationError: the folder holds another calibration, or weights or activations are not finite.
+    """
+    fingerprint = _fingerprint(facts, batches, sample, extra_fingerprint)
+    if finished := _claim(folder, fingerprint):
+        return finished
+    runner, states = LayerRunner(source, batches), HiddenStates(folder / "states" if states_on_disk else None)
+    sampled = _sampled_positions(batches, sample)
+    last = max(anatomy.layers)
+    done = 0
+
+    def count(hidden: torch.Tensor) -> torch.Tensor:
+        nonlocal done
+        done += 1
+        if progress:
+            progress(done, (last + 1) * len(batches))
+        return hidden
+
+    first = _first_layer(folder, states, anatomy)
+    embedded = runner.embed()
+    if first == 0:
+        states.write(0, embedded)
+    else:
+        deque(embedded, maxlen=0)  # the layers' arguments are recorded on the way
+        done = first * len(batches)
+    for index in range(first, last + 1):
+        began = time.time()
+        moe = anatomy.layers.get(index)
+        measure = moe is not None and not layer_file(folder, index).exists()
+        with runner.layer(index) as layer:
+            inputs = states.read(index, len(batches))
+            collector = None
+            if moe is not None and measure:
+                _check_weights(source.model, moe)
+                collector = _Collector(source.model, moe, anatomy.probabilities, batches, sampled)
+            outputs = map(count, _run_layer(runner, layer, index, inputs, collector))
+            if index < last:
+                states.write(index + 1, outputs)
+            else:
+                deque(outputs, maxlen=0)
+        if collector is not None:
+            collector.finish().save(layer_file(folder, index))
+        states.forget(index)
+        _log(folder, layer=index, seconds=round(time.time() - began, 3))
+    shutil.rmtree(folder / "states", ignore_errors=True)
+    calibration = Calibration(folder=folder, model=facts, fingerprint=fingerprint)
+    calibration.save()
+    return calibration
+
+
+class _Collector:
+    """Gathers the statistics of one layer over all batches."""
+
+    def __init__(
+        self, model: nn.Module, layer: MoELayer, probabilities: str, batches: list[Batch], sampled: list
+    ) -> None:
+        self.model, self.layer, self.probabilities = model, layer, probabilities
+        self.batches, self.sampled = batches, sampled
+        self.sums: Sums | None = None
+        self.parts: list[Sample] = []
+        self.number = 0
+
+    def hooked(self, number: int) -> Any:
+        """Return the context in which batch `number` is measured."""
+        self.number = number
+        return captured(self.model, self.layer, self.receive)
+
+    def receive(self, run: Captured) -> None:
+        """Take one run of the layer."""
+        if self.sums is None:
+            self.sums = Sums.zeros(self.layer.num_experts, run.output.shape[1])
+        self._sample(run)
+        logits, index, output = run.logits.float(), run.index, run.output
+        expert, gate = run.expert, run.pair_gate
+        counted = self.batches[self.number].counted.reshape(-1).to(index.device)
+        if not bool(counted.all()):
+            pairs = counted[run.token]
+            output, expert, gate = output[pairs], expert[pairs], gate[pairs]
+            logits, index = logits[counted], index[counted]
+        probability = logits.sigmoid() if self.probabilities == "sigmoid" else logits.softmax(-1)
+        accumulate(self.sums, output, expert, gate, index, probability)
+
+    def _sample(self, run: Captured) -> None:
+        key, position = self.sampled[self.number]
+        position = position.to(run.hidden.device)
+        self.parts.append(
+            Sample(
+                key=key,
+                hidden=run.hidden[position].cpu(),
+                index=run.index[position].int().cpu(),
+                gate=run.gate[position].float().cpu(),
+                logits=run.logits[position].float().cpu(),
+            )
+        )
+
+    def finish(self) -> LayerStatistics:
+        """Return the statistics.
+
+        Raises:
+            CalibrationError: an expert's outputs were not finite.
+        """
+        assert self.sums is not None
+        bad = (~torch.isfinite(self.sums.norm_sq)).nonzero().flatten().tolist()
+        if bad:
+            raise CalibrationError(
+                f"layer {self.layer.index}, expert {bad[0]}: outputs are not finite ({len(bad)} experts in this layer); "
+                "its weights are, so the activations overflowed: calibrate in a wider --dtype"
+            )
+        return LayerStatistics(sums=self.sums, sample=Sample.concatenated(self.parts))
+
+
+def _run_layer(
+    runner: LayerRunner, layer: nn.Module, index: int, inputs: Iterator[torch.Tensor], collector: _Collector | None
+) -> Iterator[torch.Tensor]:
+    for number, hidden in enumerate(inputs):
+        if collector is None:
+            yield runner.run(layer, index, number, hidden)
+        else:
+            with collector.hooked(number):
+                yield runner.run(layer, index, number, hidden)
+
+
+def _check_weights(model: nn.Module, layer: MoELayer) -> None:
+    experts = model.get_submodule(layer.experts)
+    for name in layer.expert_rows:
+        # One pass: a row with NaN or Inf sums to NaN or Inf.
+        sums = getattr(experts, name).detach().flatten(1).sum(1, dtype=torch.float32)
+        bad = (~torch.isfinite(sums)).nonzero().flatten().tolist()
+        if bad:
+            raise CalibrationError(
+                f"layer {layer.index}, expert {bad[0]}: {name} holds NaN or Inf; the checkpoint is damaged"
+            )
+
+
+def _sampled_positions(batches: list[Batch], sample: SampleOptions) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return, for each batch, the keys and flat positions of its sampled tokens."""
+    keys = [sample_keys(batch.document, batch.position, sample.seed).reshape(-1) for batch in batches]
+    counted = [batch.counted.reshape(-1) for batch in batches]
+    every = torch.cat([key[mask] for key, mask in zip(keys, counted, strict=True)])
+    if len(every) == 0:
+        raise CalibrationError("no token counts: the text is all special tokens or padding")
+    # Ties at the limit are cut by place in the text, as a stable sort does.
+    order = torch.argsort(every, stable=True)[: sample.tokens]
+    chosen = torch.zeros(len(every), dtype=torch.bool)
+    chosen[order] = True
+    sampled = []
+    for key, mask in zip(keys, counted, strict=True):
+        here, chosen = chosen[: int(mask.sum())], chosen[int(mask.sum()) :]
+        position = mask.nonzero().flatten()[here]
+        sampled.append((key[position], position))
+    return sampled
+
+
+def _first_layer(folder: Path, states: HiddenStates, anatomy: Anatomy) -> int:
+    """Return the layer to begin with: the last one whose inputs are on disk and whose predecessors are all measured."""
+    last = max(anatomy.layers)
+    if all(layer_file(folder, moe).exists() for moe in anatomy.layers):
+        return last + 1
+    for index in range(last, 0, -1):
+        if states.has(index) and all(layer_file(folder, moe).exists() for moe in anatomy.layers if moe < index):
+            return index
+    return 0
+
+
+def _claim(folder: Path, fingerprint: dict) -> Calibration | None:
+    """Make the folder this run's, or return the calibration when it is finished already."""
+    folder.mkdir(parents=True, exist_ok=True)
+    held = (read_json(folder / MANIFEST) or {}).get("fingerprint") or read_json(folder / "run.json")
+    if held is None and any(folder.iterdir()):
+        raise CalibrationError(f"{folder}: not empty and no calibration; choose another folder")
+    if held is not None and held != fingerprint:
+        differs = [name for name in fingerprint if held.get(name) != fingerprint[name]]
+        raise CalibrationError(
+            f"{folder}: holds another calibration ({', '.join(differs)} differ); choose another folder or delete it"
+        )
+    if (folder / MANIFEST).exists():
+        return Calibration.open(folder)
+    write_json(folder / "run.json", fingerprint)
+    return None
+
+
+def _fingerprint(facts: ModelFacts, batches: list[Batch], sample: SampleOptions, extra: dict) -> dict:
+    import transformers
+
+    versions = {"moefit": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    text = text_fingerprint(batches) | {"shapes": [list(batch.input_ids.shape) for batch in batches]}
+    fingerprint = {"model": facts.fingerprint, "text": text, "sample": asdict(sample), "versions": versions} | extra
+    return json.loads(json.dumps(fingerprint))
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Return a hash of a tokenizer's vocabulary and special tokens."""
+    content = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.all_special_tokens], ensure_ascii=False)
+    return hashlib.sha256(content.encode()).hexdigest()[:32]
+
+
+def _log(folder: Path, **entry: Any) -> None:
+    with open(folder / "log.jsonl", "a") as log:
+        log.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S")} | entry) + "\n")

@@ -1,0 +1,1 @@
+"""What lies on disk: the tensors of a checkpoint, the anatomy of its MoE layers, one decoder layer at a time."""

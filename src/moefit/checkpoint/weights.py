@@ -1,0 +1,71 @@
+"""The experts' weights for methods that read them: one layer at a time, from disk or from a model in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from moefit.checkpoint.anatomy import Anatomy, discover
+from moefit.checkpoint.files import Checkpoint, open_checkpoint
+from moefit.checkpoint.layout import Stack, find_stacks
+from moefit.checkpoint.loader import StreamedModel, load_config
+
+
+class ExpertWeights:
+    """Expert weights of a checkpoint (opened when first asked for) or of a model in memory.
+
+    Args:
+        source: folder, hub name, opened checkpoint or model.
+        trust_remote_code: run code that comes with the checkpoint.
+    """
+
+    def __init__(self, source: str | Path | Checkpoint | nn.Module, *, trust_remote_code: bool = False) -> None:
+        self._source = source
+        self._trust = trust_remote_code
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The opened checkpoint."""
+        assert not isinstance(self._source, nn.Module)
+        return self._source if isinstance(self._source, Checkpoint) else open_checkpoint(self._source)
+
+    @cached_property
+    def _streamed(self) -> StreamedModel:
+        config = load_config(self.checkpoint, trust_remote_code=self._trust)
+        return StreamedModel(self.checkpoint, config, dtype=torch.float32)
+
+    @cached_property
+    def anatomy(self) -> Anatomy:
+        """The MoE layers."""
+        model = self._source if isinstance(self._source, nn.Module) else self._streamed.model
+        return discover(model.config, model, trust_remote_code=self._trust)
+
+    @cached_property
+    def stacks(self) -> dict[str, Stack]:
+        """The MoE layers on disk, by prefix."""
+        return find_stacks(self.checkpoint, self.anatomy, self._streamed.names)
+
+    @contextmanager
+    def open(self, layer: int) -> Iterator[nn.Module]:
+        """Give the experts module of a decoder layer with its weights (float32 when they come from disk)."""
+        path = self.anatomy.layers[layer].experts
+        if isinstance(self._source, nn.Module):
+            yield self._source.get_submodule(path)
+        else:
+            with self._streamed.loaded(path) as model:
+                yield model.get_submodule(path)
+
+    def norms(self, prefix: str) -> torch.Tensor:
+        """Return the Frobenius norm of each expert of a layer on disk, float64 [E]: for layers that no text reaches."""
+        stack = self.stacks[prefix]
+        square = torch.zeros(stack.num_experts, dtype=torch.float64)
+        for name, expert in stack.experts.items():
+            square[expert] += self.checkpoint.tensors[name].read().float().square().sum(dtype=torch.float64)
+        for name in stack.fused:
+            square += self.checkpoint.tensors[name].read().float().square().flatten(1).sum(1, dtype=torch.float64)
+        return square.sqrt()

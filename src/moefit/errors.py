@@ -1,0 +1,29 @@
+"""What a user can get wrong, said so that it can be put right: what is wrong, with the numbers, then what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class MoefitError(Exception):
+    """A refused input. The command line prints it without a traceback and exits with 1."""
+
+
+class CheckpointError(MoefitError):
+    """The folder is not a checkpoint that moefit can read, or not one that it handles."""
+
+
+class CalibrationError(MoefitError):
+    """The calibration text or folder cannot be used, or the model gave numbers that are not finite."""
+
+
+class PlanError(MoefitError):
+    """The plan cannot work: for this model, this budget or this calibration."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return ``; did you mean 'x'? Known: ...`` for an unknown name, to be appended to a message."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    return (f"; did you mean {close[0]!r}?" if close else ".") + f" Known: {', '.join(known)}"

@@ -1,0 +1,67 @@
+"""Tokens a second of prefill and decode, measured on one model at a time."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens a second.
+
+    Attributes:
+        prefill: tokens of the prompt, one forward pass.
+        decode: new tokens, one at a time with a cache.
+    """
+
+    prefill: float
+    decode: float
+
+
+@torch.no_grad()
+def measure_speed(model: nn.Module, input_ids: torch.Tensor, *, new_tokens: int = 32, repeats: int = 3) -> Speed:
+    """Measure a model, best of a few repeats after one warm-up.
+
+    Args:
+        model: a causal language model.
+        input_ids: prompts, [B, L]; prefill runs all of it, decode starts from its first half.
+        new_tokens: tokens to decode.
+        repeats: how often to measure.
+    """
+    device = model.get_input_embeddings().weight.device
+    input_ids = input_ids.to(device)
+    prompt = input_ids[:, : max(input_ids.shape[1] // 2, 1)]
+
+    def prefill() -> float:
+        return _seconds(lambda: model(input_ids=input_ids, use_cache=False), device)
+
+    def decode() -> float:
+        out = model(input_ids=prompt, use_cache=True)
+        cache, token = out.past_key_values, out.logits[:, -1:].argmax(-1)
+
+        def steps() -> None:
+            nonlocal cache, token
+            for _ in range(new_tokens):
+                out = model(input_ids=token, past_key_values=cache, use_cache=True)
+                cache, token = out.past_key_values, out.logits[:, -1:].argmax(-1)
+
+        return _seconds(steps, device)
+
+    prefill()
+    fastest = min(prefill() for _ in range(repeats)), min(decode() for _ in range(repeats))
+    return Speed(prefill=input_ids.numel() / fastest[0], decode=new_tokens * len(input_ids) / fastest[1])
+
+
+def _seconds(run: object, device: torch.device) -> float:
+    assert callable(run)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began

@@ -1,0 +1,13 @@
+"""EAN pruning: expert activation norm (a baseline of arXiv:2510.13999)."""
+
+from moefit.methods.choose import drop_lowest
+from moefit.methods.registry import method
+from moefit.planning.slots import LayerPlan
+from moefit.planning.view import LayerView
+
+
+@method("ean", paper="arXiv:2510.13999", needs={"norm"})
+def ean(layer: LayerView, keep: int) -> LayerPlan:
+    """Drop the experts whose outputs have the smallest sum of norms."""
+    # S_e = sum over the tokens routed to e of |f_e(x)|
+    return drop_lowest(layer, layer.sums.norm, keep)

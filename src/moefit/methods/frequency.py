@@ -1,0 +1,20 @@
+"""Frequency pruning, hard and soft (the baselines of arXiv:2510.13999)."""
+
+from moefit.methods.choose import drop_lowest
+from moefit.methods.registry import method
+from moefit.planning.slots import LayerPlan
+from moefit.planning.view import LayerView
+
+
+@method("frequency", paper="arXiv:2510.13999", needs={"count"})
+def frequency(layer: LayerView, keep: int) -> LayerPlan:
+    """Drop the experts that the fewest tokens are routed to."""
+    # S_e = N_e
+    return drop_lowest(layer, layer.sums.count, keep)
+
+
+@method("soft_frequency", paper="arXiv:2510.13999", needs={"gate"})
+def soft_frequency(layer: LayerView, keep: int) -> LayerPlan:
+    """Drop the experts with the smallest sum of gates."""
+    # S_e = sum over the tokens routed to e of g_e
+    return drop_lowest(layer, layer.sums.gate, keep)

@@ -1,0 +1,18 @@
+"""Random pruning: the floor that every method must stand above."""
+
+import torch
+
+from moefit.methods.choose import drop_lowest
+from moefit.methods.registry import method
+from moefit.planning.slots import LayerPlan
+from moefit.planning.view import LayerView
+
+
+@method("random")
+def random(layer: LayerView, keep: int, *, seed: int = 0) -> LayerPlan:
+    """Drop experts drawn at random.
+
+    The draw depends on the seed and the layer only; report several seeds.
+    """
+    generator = torch.Generator().manual_seed(seed * 100_003 + layer.index)
+    return drop_lowest(layer, torch.rand(layer.num_experts, generator=generator), keep)

@@ -1,0 +1,146 @@
+"""The methods by name. A method's signature is the schema of its parameters, its docstring its row in the docs."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from moefit.calibration.statistics import STATISTICS
+from moefit.errors import PlanError, did_you_mean
+from moefit.planning.slots import Kind, LayerPlan
+from moefit.planning.view import LayerView
+
+Build = Callable[..., dict[str, torch.Tensor]]
+METHODS: dict[str, Method] = {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One way to decide what stands behind the slots.
+
+    Attributes:
+        name: as the command line knows it.
+        function: ``(layer, keep, **parameters) -> LayerPlan``, or, when `scoped`, ``(layers, keeps, **parameters) ->
+            list[LayerPlan]`` for several layers that are decided together.
+        paper: where it comes from.
+        removed: what stands behind a slot whose expert goes: ``drop``, ``constant`` or ``expert`` (another one).
+        needs: the statistics it reads, a promise that the contract suite enforces.
+        weights: whether it reads expert weights or sampled tokens.
+        scoped: which of the two forms `function` has.
+        build: ``(layer, plan, **parameters) -> tensors``: the stand-ins' tensors, when a plan of this method has some.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    paper: str
+    removed: Kind
+    needs: frozenset[str]
+    weights: bool
+    scoped: bool
+    build: Build | None
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Keyword-only parameters and their defaults."""
+        signature = inspect.signature(self.function)
+        return {name: p.default for name, p in signature.parameters.items() if p.kind is p.KEYWORD_ONLY}
+
+    @property
+    def summary(self) -> str:
+        """The first line of the docstring."""
+        return (inspect.getdoc(self.function) or "").splitlines()[0]
+
+    def plan(self, layers: Sequence[LayerView], keeps: Sequence[int], **parameters: Any) -> list[LayerPlan]:
+        """Decide for layers that belong together; each is let go once it is decided."""
+        if self.scoped:
+            return self.function(layers, keeps, **parameters)
+        plans = []
+        for layer, keep in zip(layers, keeps, strict=True):
+            plans.append(self.function(layer, keep, **parameters))
+            layer.close()
+        return plans
+
+    def resolve(self, given: Mapping[str, str | Any]) -> dict[str, Any]:
+        """Return all parameters, with the given values read as the type of their defaults.
+
+        Raises:
+            PlanError: an unknown parameter, or a value that cannot be read.
+        """
+        known = self.parameters
+        for name in given:
+            if name not in known:
+                what = did_you_mean(name, known) if known else "; it has none"
+                raise PlanError(f"method {self.name!r} has no parameter {name!r}{what}")
+        return {
+            name: _read(self.name, name, given[name], default) if name in given else default
+            for name, default in known.items()
+        }
+
+
+def method(
+    name: str,
+    *,
+    removed: Kind = "drop",
+    paper: str = "",
+    needs: Iterable[str] = (),
+    weights: bool = False,
+    scoped: bool = False,
+    build: Build | None = None,
+) -> Callable[[Callable], Callable]:
+    """Register a function as a method; see `Method` for the arguments."""
+    unknown = set(needs) - STATISTICS
+    assert not unknown, f"{name}: no statistics called {unknown}"
+    assert name not in METHODS, f"{name} is registered twice"
+
+    def register(function: Callable) -> Callable:
+        METHODS[name] = Method(
+            name=name,
+            function=function,
+            paper=paper,
+            removed=removed,
+            needs=frozenset(needs),
+            weights=weights,
+            scoped=scoped,
+            build=build,
+        )
+        return function
+
+    return register
+
+
+def find_method(name: str) -> Method:
+    """Return a method by name.
+
+    Raises:
+        PlanError: there is none of that name.
+    """
+    if name not in METHODS:
+        raise PlanError(f"no method {name!r}" + did_you_mean(name, METHODS))
+    return METHODS[name]
+
+
+def choice(name: str, value: str, known: Iterable[str]) -> str:
+    """Return a parameter that must be one of a few words.
+
+    Raises:
+        PlanError: it is not.
+    """
+    if value not in (known := list(known)):
+        raise PlanError(f"parameter {name}={value}" + did_you_mean(value, known))
+    return value
+
+
+def _read(method: str, name: str, value: Any, default: Any) -> Any:
+    if not isinstance(value, str) or isinstance(default, str):
+        return value
+    try:
+        if isinstance(default, bool):
+            return {"true": True, "false": False, "1": True, "0": False}[value.lower()]
+        return type(default)(value)
+    except (ValueError, KeyError):
+        kind = type(default).__name__
+        raise PlanError(f"method {method!r}: {name}={value} is not of type {kind} (default {default})") from None

@@ -1,0 +1,198 @@
+"""From calibration to plan: run a method by name over the layers, under a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from moefit.calibration.folder import Calibration, ModelFacts
+from moefit.checkpoint.layout import Stack
+from moefit.checkpoint.weights import ExpertWeights
+from moefit.errors import PlanError
+from moefit.methods.choose import kept_of_group
+from moefit.methods.registry import Method, find_method
+from moefit.planning.budget import Budget
+from moefit.planning.checks import check_plan
+from moefit.planning.plan import Plan, calibration_hash, planned_nbytes
+from moefit.planning.slots import LayerPlan, Slot, keep_only
+from moefit.planning.view import LayerView
+
+Experts = Iterable[tuple[int, int]]
+
+
+def make_plan(
+    calibration: Calibration,
+    method: str,
+    budget: Budget,
+    *,
+    parameters: Mapping[str, Any] | None = None,
+    layers: Iterable[int] | None = None,
+    protect: Experts = (),
+    guard_super_experts: bool = False,
+    weights: ExpertWeights | None = None,
+) -> Plan:
+    """Decide what becomes of every slot.
+
+    Args:
+        calibration: a finished calibration.
+        method: name of a method.
+        budget: how much stays.
+        parameters: parameters of the method; defaults for the rest.
+        layers: decoder layers to change; all MoE layers when None.
+        protect: (layer, expert) pairs that must stay.
+        guard_super_experts: protect experts with extreme outputs, see `super_experts`.
+        weights: where methods that read weights find them; the calibrated checkpoint when None.
+
+    Raises:
+        PlanError: an unknown method, parameter, layer or expert, or a plan that cannot work.
+    """
+    chosen, facts = find_method(method), calibration.model
+    resolved = chosen.resolve(parameters or {})
+    protected = set(protect) | (super_experts(calibration) if guard_super_experts else set())
+    weights = weights or ExpertWeights(facts.source)
+    outline = outline_plan(facts, chosen, resolved, budget, layers=layers, protect=protected)
+    stacks = [stack for stack in facts.stacks if stack.index is not None and stack.prefix in outline.layers]
+    views = [view_of(calibration, stack.index or 0, weights, protected) for stack in stacks]
+    keeps = [len(outline.layers[stack.prefix].pool) for stack in stacks]
+    decided = dict(zip((stack.prefix for stack in stacks), chosen.plan(views, keeps, **resolved), strict=True))
+    for stack in facts.stacks:
+        if stack.index is None and stack.prefix in outline.layers:
+            decided[stack.prefix] = _plan_unrun(stack, len(outline.layers[stack.prefix].pool), facts.groups, weights)
+    plan = Plan(
+        method=chosen.name,
+        parameters=resolved,
+        budget=str(budget),
+        model=facts,
+        calibration=calibration_hash(calibration.fingerprint),
+        layers={prefix: layer for prefix, layer in decided.items() if not layer.untouched},
+    )
+    check_plan(plan, facts)
+    return plan
+
+
+def outline_plan(
+    facts: ModelFacts,
+    method: Method,
+    parameters: Mapping[str, Any],
+    budget: Budget,
+    *,
+    layers: Iterable[int] | None = None,
+    protect: Experts = (),
+) -> Plan:
+    """Return a plan of the right counts and bytes in which the first experts stay: all that can be said without data.
+
+    Args:
+        facts: the model.
+        method: the method.
+        parameters: all its parameters.
+        budget: how much stays.
+        layers: decoder layers to change; all MoE layers when None.
+        protect: (layer, expert) pairs that must stay.
+
+    Raises:
+        PlanError: a layer or expert that does not exist, or a budget that cannot be met.
+    """
+    run = [stack for stack in facts.stacks if stack.index is not None]
+    known = {stack.index: stack.num_experts for stack in run}
+    selected = set(known) if layers is None else set(layers)
+    if unknown := sorted(selected - set(known)):
+        raise PlanError(f"--layers: {unknown} are no MoE layers; those are {', '.join(map(str, known))}")
+    for layer, expert in protect:
+        if layer not in known or not 0 <= expert < known[layer]:
+            raise PlanError(f"--protect {layer}:{expert}: no such expert; MoE layers are {', '.join(map(str, known))}")
+    stacks = [stack for stack in run if stack.index in selected]
+    if method.removed == "drop" and len(stacks) == len(run):
+        # Layers that the model does not run (multi-token prediction) share its expert count, so they are cut as well.
+        stacks += [stack for stack in facts.stacks if stack.index is None]
+
+    def at(kept: Mapping[str, int]) -> dict[str, LayerPlan]:
+        return {stack.prefix: _outline(method, stack, kept[stack.prefix], facts.groups) for stack in stacks}
+
+    if budget.size is None:
+        _refuse_uneven(budget, method, facts.groups)
+        planned = at({stack.prefix: budget.kept(stack.num_experts) for stack in stacks})
+    else:
+        planned = _within(budget.size, facts, stacks, at)
+    plan = Plan(
+        method=method.name,
+        parameters=parameters,
+        budget=str(budget),
+        model=facts,
+        calibration="",
+        layers={prefix: layer for prefix, layer in planned.items() if not layer.untouched},
+    )
+    check_plan(plan, facts)
+    return plan
+
+
+def view_of(calibration: Calibration, layer: int, weights: ExpertWeights, protected: Experts = ()) -> LayerView:
+    """Return what a method or its `build` sees of one decoder layer."""
+    stack = next(stack for stack in calibration.model.stacks if stack.index == layer)
+    return LayerView(
+        index=layer,
+        num_experts=stack.num_experts,
+        top_k=calibration.model.top_k,
+        groups=calibration.model.groups,
+        protected=frozenset(expert for at, expert in protected if at == layer),
+        read_sums=lambda: calibration.sums(layer),
+        read_sample=lambda: calibration.sample(layer),
+        open_experts=lambda: weights.open(layer),
+    )
+
+
+def super_experts(calibration: Calibration) -> set[tuple[int, int]]:
+    """Return the (layer, expert) pairs whose largest output stands out over all layers.
+
+    Largest output above both the 99.5th percentile of all experts' and a tenth of the overall largest, in the first
+    three quarters of the layers (the rule of REAP's code, with the norm of the output instead of its signed maximum).
+    """
+    layers = calibration.layers
+    largest = {layer: calibration.sums(layer).norm_max for layer in layers}
+    every = torch.cat(list(largest.values()))
+    limit = max(float(torch.quantile(every, 0.995)), float(every.max()) / 10)
+    early = layers[: -(-3 * len(layers) // 4)]
+    return {(layer, expert) for layer in early for expert, peak in enumerate(largest[layer].tolist()) if peak > limit}
+
+
+def _outline(method: Method, stack: Stack, keep: int, groups: int) -> LayerPlan:
+    experts = stack.num_experts
+    if method.removed == "constant":
+        return keep_only(experts, range(keep), "constant")
+    if method.removed == "expert":
+        return LayerPlan(slots=tuple(Slot("expert", min(number, keep - 1)) for number in range(experts)))
+    size, each = experts // groups, kept_of_group(keep, groups)
+    return keep_only(experts, (group * size + number for group in range(groups) for number in range(each)), "drop")
+
+
+def _within(size: int, facts: ModelFacts, stacks: Sequence[Stack], at: Any) -> dict[str, LayerPlan]:
+    """Return the outline with the most experts a layer whose checkpoint has at most `size` bytes."""
+
+    def planned(keep: int) -> dict[str, LayerPlan]:
+        return at({stack.prefix: min(keep, stack.num_experts) for stack in stacks})
+
+    most = max(stack.num_experts for stack in stacks)
+    fitting = [keep for keep in range(1, most + 1) if planned_nbytes(facts, planned(keep)) <= size]
+    if not fitting:
+        least = planned_nbytes(facts, planned(1))
+        raise PlanError(
+            f"--size {size:,} bytes: with one expert in each layer there are still {least:,} bytes; ask for at least that"
+        )
+    return planned(max(fitting))
+
+
+def _plan_unrun(stack: Stack, keep: int, groups: int, weights: ExpertWeights) -> LayerPlan:
+    """Keep the experts with the largest weights, as many in each group: nothing is measured of a layer that is not run."""
+    norms = weights.norms(stack.prefix).view(groups, -1)
+    order = norms.argsort(1, descending=True, stable=True)[:, : keep // groups]
+    kept = (order + torch.arange(groups)[:, None] * norms.shape[1]).flatten().tolist()
+    return keep_only(stack.num_experts, kept, "drop", norms.flatten().tolist())
+
+
+def _refuse_uneven(budget: Budget, method: Method, groups: int) -> None:
+    if method.removed == "drop" and budget.keep is not None and budget.keep % groups:
+        raise PlanError(
+            f"--keep {budget.keep}: the router chooses among {groups} groups of equal size and {method.name} drops slots; "
+            f"keep a multiple of {groups}"
+        )

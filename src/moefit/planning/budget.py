@@ -1,0 +1,102 @@
+"""What a user asks for, as whole numbers: ``25%``, ``keep 48``, ``12GB``. No float decides a count."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+
+from moefit.errors import PlanError
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Exactly one of three limits.
+
+    Attributes:
+        remove: share of each layer's experts to remove, 0 <= share < 1.
+        keep: experts to keep in each layer.
+        size: bytes that the tensors of the written checkpoint may take.
+    """
+
+    remove: Fraction | None = None
+    keep: int | None = None
+    size: int | None = None
+
+    def __post_init__(self) -> None:
+        given = [value for value in (self.remove, self.keep, self.size) if value is not None]
+        if len(given) != 1:
+            raise PlanError(f"{len(given)} budgets given; give exactly one of --remove, --keep and --size")
+
+    def __str__(self) -> str:
+        if self.remove is not None:
+            percent = self.remove * 100
+            return f"remove {percent if percent.denominator == 1 else float(percent)}%"
+        return f"keep {self.keep}" if self.keep is not None else f"size {self.size} bytes"
+
+    def kept(self, experts: int) -> int:
+        """Return how many of a layer's experts stay: experts - floor(experts x share), or the number asked for.
+
+        Raises:
+            PlanError: more experts are to be kept than there are, or none; or the budget is one of bytes.
+        """
+        if self.remove is not None:
+            return experts - experts * self.remove.numerator // self.remove.denominator
+        if self.keep is None:
+            raise PlanError("a budget in bytes says nothing about one layer")
+        if not 1 <= self.keep <= experts:
+            raise PlanError(f"--keep {self.keep}: the layers have {experts} experts; keep 1 to {experts}")
+        return self.keep
+
+    @classmethod
+    def parse(
+        cls, *, remove: str | float | None = None, keep: int | None = None, size: str | int | None = None
+    ) -> Budget:
+        """Read the three flags.
+
+        Args:
+            remove: ``25%``, ``0.25`` or ``1/4``.
+            keep: a number of experts.
+            size: bytes, or a number with a unit (``12GB`` is 12 x 10^9, ``12GiB`` is 12 x 2^30).
+
+        Raises:
+            PlanError: not exactly one is given, or one cannot be read.
+        """
+        return cls(
+            remove=None if remove is None else parse_share(remove),
+            keep=keep,
+            size=None if size is None else parse_bytes(size),
+        )
+
+
+def parse_share(text: str | float) -> Fraction:
+    """Read ``25%``, ``0.25`` or ``1/4`` exactly.
+
+    Raises:
+        PlanError: not a share, or not in [0, 1).
+    """
+    text = str(text).strip()
+    try:
+        share = Fraction(text.removesuffix("%").strip()) / (100 if text.endswith("%") else 1)
+    except (ValueError, ZeroDivisionError):
+        raise PlanError(f"--remove {text}: not a share; write 25% or 0.25") from None
+    if not 0 <= share < 1:
+        raise PlanError(f"--remove {text}: must be at least 0% and below 100%; did you mean {text}%?")
+    return share
+
+
+def parse_bytes(text: str | int) -> int:
+    """Read a number of bytes; with a unit, fractions are allowed and rounded down.
+
+    Raises:
+        PlanError: not a size.
+    """
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*", str(text))
+    if not match or match[2].upper() not in UNITS:
+        raise PlanError(
+            f"--size {text}: not a size; write bytes, or a number with KB, MB, GB, TB, KiB, MiB, GiB or TiB"
+        )
+    return int(Fraction(match[1]) * UNITS[match[2].upper()])

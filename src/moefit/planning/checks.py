@@ -1,0 +1,84 @@
+"""Every refusal that needs no weights, so that nothing long starts on a plan that cannot work."""
+
+from __future__ import annotations
+
+from moefit.calibration.folder import ModelFacts
+from moefit.errors import PlanError
+from moefit.planning.plan import Plan
+from moefit.planning.slots import LayerPlan
+
+
+def check_plan(plan: Plan, model: ModelFacts, *, allow_other_weights: bool = False) -> None:
+    """Refuse a plan that does not fit a model.
+
+    Args:
+        plan: the plan.
+        model: facts of the model that it would change.
+        allow_other_weights: accept a model of the same shapes whose weights the plan was not made for.
+
+    Raises:
+        PlanError: another model, layers that do not exist, fewer slots than the router picks, groups left unequal.
+    """
+    if plan.model.shapes() != model.shapes():
+        mine, theirs = plan.model.shapes(), model.shapes()
+        name = next(name for name in mine if mine[name] != theirs[name])
+        raise PlanError(
+            f"the plan is for another model: its {name} is {_short(mine[name])}, this model has {_short(theirs[name])}"
+        )
+    if not allow_other_weights and _weights(plan.model) != _weights(model):
+        raise PlanError(
+            "the plan was made for other weights of the same shapes; calibrate this model, or pass --allow-other-weights on purpose"
+        )
+    stacks = {stack.prefix: stack for stack in plan.model.stacks}
+    for prefix, layer in plan.layers.items():
+        if prefix not in stacks:
+            raise PlanError(f"the plan names layer {prefix!r}, which is no MoE layer; those are {', '.join(stacks)}")
+        if len(layer.slots) != stacks[prefix].num_experts:
+            raise PlanError(f"{prefix}: the plan has {len(layer.slots)} slots, the layer {stacks[prefix].num_experts}")
+        check_layer(prefix, layer, top_k=model.top_k, groups=model.groups, groups_used=model.groups_used)
+
+
+def check_layer(where: str, layer: LayerPlan, *, top_k: int, groups: int, groups_used: int) -> None:
+    """Refuse a layer whose router could no longer choose.
+
+    Args:
+        where: name of the layer in messages.
+        layer: its plan.
+        top_k: experts of a token.
+        groups: groups that limit the router's choice.
+        groups_used: how many of them a token may use.
+
+    Raises:
+        PlanError: see the message.
+    """
+    left = layer.kept_slots
+    if len(left) < top_k:
+        raise PlanError(
+            f"{where}: plan leaves {len(left)} slots but the router picks {top_k} per token; keep at least {top_k}"
+        )
+    if not layer.pool:
+        raise PlanError(f"{where}: plan keeps no expert; keep at least 1")
+    if groups > 1 and len(left) < len(layer.slots):
+        size = len(layer.slots) // groups
+        sizes = [sum(slot // size == group for slot in left) for group in range(groups)]
+        if len(set(sizes)) > 1:
+            raise PlanError(
+                f"{where}: the router chooses among {groups} groups of equal size; the plan leaves {sizes}; drop as many in each"
+            )
+        if sizes[0] < 2:
+            raise PlanError(
+                f"{where}: plan leaves {sizes[0]} slot in each group, the router scores groups by 2; keep at least 2"
+            )
+        if sizes[0] * groups_used < top_k:
+            raise PlanError(
+                f"{where}: a token may use {groups_used} of {groups} groups with {sizes[0]} slots left in each, but the router picks {top_k}"
+            )
+
+
+def _weights(model: ModelFacts) -> dict:
+    return model.fingerprint.get("shards", model.fingerprint)
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,138 @@
+"""The plan as a file: every layer's slots, the method and budget they come from, and the model they are for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from moefit.calibration.folder import ModelFacts
+from moefit.checkpoint.files import DTYPES
+from moefit.errors import PlanError
+from moefit.planning.slots import LayerPlan
+
+VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What becomes of a model.
+
+    Attributes:
+        method: name of the method that decided.
+        parameters: its parameters, all of them.
+        budget: what was asked for, as the user said it.
+        model: facts of the model that it is for.
+        calibration: hash of the calibration it was made from.
+        layers: the plan of each MoE layer, by the prefix of its tensors on disk; a layer that is not named stays as it is.
+    """
+
+    method: str
+    parameters: Mapping[str, Any]
+    budget: str
+    model: ModelFacts
+    calibration: str
+    layers: Mapping[str, LayerPlan] = field(default_factory=dict)
+
+    @cached_property
+    def by_layer(self) -> dict[int, LayerPlan]:
+        """The plans of the layers that the model runs, by decoder layer; untouched layers are left out."""
+        stacks = {stack.prefix: stack.index for stack in self.model.stacks}
+        found = {stacks[prefix]: plan for prefix, plan in self.layers.items() if not plan.untouched}
+        return {index: plan for index, plan in found.items() if index is not None}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors of the checkpoint that this plan writes, stand-ins included."""
+        return planned_nbytes(self.model, self.layers)
+
+    @property
+    def native(self) -> bool:
+        """Whether an ordinary checkpoint with a smaller expert count says it all."""
+        counts = {len(self._plan_of(stack.prefix, stack.num_experts)) for stack in self.model.stacks}
+        return all(plan.native for plan in self.layers.values()) and len(counts) == 1
+
+    def _plan_of(self, prefix: str, experts: int) -> list[int]:
+        plan = self.layers.get(prefix)
+        return list(range(experts)) if plan is None else plan.pool
+
+    def to_json(self) -> dict:
+        """Return the plan as JSON values."""
+        return {
+            "format": "moefit-plan",
+            "version": VERSION,
+            "method": self.method,
+            "parameters": dict(self.parameters),
+            "budget": self.budget,
+            "bytes": {"original": self.model.nbytes, "planned": self.nbytes},
+            "calibration": self.calibration,
+            "model": self.model.to_json(),
+            "layers": {prefix: plan.to_json() for prefix, plan in self.layers.items()},
+        }
+
+    def save(self, file: str | Path) -> None:
+        """Write the plan as readable JSON."""
+        Path(file).write_text(_readable(self.to_json()))
+
+    @classmethod
+    def load(cls, file: str | Path) -> Plan:
+        """Read a plan.
+
+        Raises:
+            PlanError: not a plan, one of another version, or one with slots that do not add up.
+        """
+        try:
+            content = json.loads(Path(file).read_text())
+        except OSError as error:
+            raise PlanError(f"{file}: cannot be read ({error.strerror})") from None
+        except ValueError as error:
+            raise PlanError(f"{file}: not JSON ({error})") from None
+        if not isinstance(content, dict) or content.get("format") != "moefit-plan":
+            raise PlanError(f"{file}: not a plan; make one with `moefit plan`")
+        if content.get("version") != VERSION:
+            raise PlanError(f"{file}: a plan of version {content.get('version')}, this moefit reads version {VERSION}")
+        try:
+            return cls(
+                method=content["method"],
+                parameters=content["parameters"],
+                budget=content["budget"],
+                model=ModelFacts.from_json(content["model"]),
+                calibration=content["calibration"],
+                layers={
+                    name: LayerPlan.from_json(entry, f"{file}, {name}") for name, entry in content["layers"].items()
+                },
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise PlanError(f"{file}: not a complete plan ({error!r})") from None
+
+
+def planned_nbytes(model: ModelFacts, layers: Mapping[str, LayerPlan]) -> int:
+    """Return the bytes of all tensors after the layers are changed as planned.
+
+    Args:
+        model: facts of the original.
+        layers: plans by prefix; a layer that is not named stays as it is.
+    """
+    total = model.nbytes
+    for stack in model.stacks:
+        if plan := layers.get(stack.prefix):
+            total -= (stack.num_experts - len(plan.pool)) * stack.expert_bytes
+            total -= (stack.num_experts - len(plan.kept_slots)) * stack.slot_bytes
+            total += len(plan.constants) * model.width * DTYPES[stack.dtype].itemsize
+    return total
+
+
+def calibration_hash(fingerprint: dict) -> str:
+    """Return a short name for a calibration."""
+    return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _readable(content: dict) -> str:
+    """Dump JSON with one line for each list of plain values."""
+    text = json.dumps(content, indent=2)
+    return re.sub(r"\[\s+([^\[\]{}]*?)\s+\]", lambda match: "[" + re.sub(r",\s+", ", ", match[1]) + "]", text) + "\n"

@@ -1,0 +1,1 @@
+"""Compressed experts as transformers runs, loads and saves them."""

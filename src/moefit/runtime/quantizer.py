@@ -1,0 +1,100 @@
+"""The plug-in that lets ``AutoModelForCausalLM.from_pretrained`` load the moefit format, for any family.
+
+transformers selects it by ``quantization_config.quant_method`` in config.json. It reshapes the empty model before the
+weights come, so weight conversion, device maps, PEFT and saving stay transformers' own.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import nn
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from moefit.checkpoint.anatomy import discover
+from moefit.errors import CheckpointError
+from moefit.planning.slots import SlotMap
+from moefit.runtime.experts import Change, CompressedExperts, reshape_model
+
+QUANT_METHOD = "moefit"
+FORMAT_VERSION = 1
+
+
+@register_quantization_config(QUANT_METHOD)
+class MoefitConfig(QuantizationConfigMixin):
+    """The ``quantization_config`` entry: the slot map of each changed layer.
+
+    Args:
+        layers: decoder layer -> slot map, see `SlotMap.to_json`.
+        version: version of the format.
+    """
+
+    def __init__(self, layers: dict[str, dict] | None = None, version: int = FORMAT_VERSION, **kwargs: Any) -> None:
+        if version > FORMAT_VERSION:
+            raise CheckpointError(
+                f"the checkpoint is of moefit format {version}, this moefit reads up to {FORMAT_VERSION}; update it"
+            )
+        self.quant_method = QUANT_METHOD
+        self.version = version
+        self.layers = {str(layer): dict(entry) for layer, entry in (layers or {}).items()}
+
+    @classmethod
+    def of(cls, maps: dict[int, SlotMap]) -> MoefitConfig:
+        """Return the entry for some slot maps."""
+        return cls(layers={str(layer): slot_map.to_json() for layer, slot_map in maps.items()})
+
+    def slot_maps(self) -> dict[int, SlotMap]:
+        """Return the slot maps by decoder layer."""
+        return {int(layer): SlotMap.from_json(entry) for layer, entry in self.layers.items()}
+
+
+@register_quantizer(QUANT_METHOD)
+class MoefitQuantizer(HfQuantizer):
+    """Loads and saves models whose experts moefit compressed."""
+
+    requires_calibration = True
+    quantization_config: MoefitConfig
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        reshape_loaded(model, self.quantization_config.slot_maps())
+        return model
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        fill_maps(model)
+        return model
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """Say that `save_pretrained` works."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Say that PEFT and Trainer may train it."""
+        return True
+
+
+def reshape_loaded(model: nn.Module, maps: dict[int, SlotMap]) -> None:
+    """Give an empty model of the original's shapes those of a compressed checkpoint."""
+    if not maps:
+        return
+    # The config says how it was compressed; what is looked for is the anatomy of the original.
+    config = copy.copy(model.config)
+    config.quantization_config = None
+    anatomy = discover(config, model)
+    unknown = sorted(set(maps) - set(anatomy.layers))
+    if unknown:
+        raise CheckpointError(f"quantization_config names layers {unknown}, which are no MoE layers of this model")
+    changes = {
+        layer: Change(experts=range(slot_map.experts), slots=range(len(slot_map.slots)), slot_map=slot_map)
+        for layer, slot_map in maps.items()
+    }
+    reshape_model(model, anatomy, changes)
+
+
+def fill_maps(module: nn.Module) -> None:
+    """Fill the slot maps of a model or a part of it, which transformers left empty because no file holds them."""
+    for part in module.modules():
+        if isinstance(part, CompressedExperts):
+            part.fill_map()

@@ -1,0 +1,43 @@
+"""The apply stage: one plan, carried out on a model in memory or on a checkpoint on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, overload
+
+from torch import nn
+
+from moefit.errors import MoefitError
+from moefit.planning.plan import Plan
+from moefit.transform.disk import apply_to_checkpoint
+from moefit.transform.memory import apply_to_model
+from moefit.transform.verify import verify_result
+
+
+@overload
+def apply(plan: Plan, model: nn.Module, out: None = None, **options: Any) -> nn.Module: ...
+@overload
+def apply(plan: Plan, model: str | Path, out: str | Path, *, verify: bool = False, **options: Any) -> Path: ...
+def apply(
+    plan: Plan, model: str | Path | nn.Module, out: str | Path | None = None, *, verify: bool = False, **options: Any
+) -> nn.Module | Path:
+    """Carry a plan out.
+
+    Args:
+        plan: what becomes of the slots.
+        model: a transformers model, which is changed in place, or the folder or hub name of a checkpoint.
+        out: folder of the result, for a checkpoint.
+        verify: open the result again and run it once, for a checkpoint.
+        **options: see `apply_to_model` and `apply_to_checkpoint`.
+
+    Raises:
+        MoefitError: a checkpoint without a folder for the result, and all that the two functions raise.
+    """
+    if isinstance(model, nn.Module):
+        return apply_to_model(plan, model, **options)
+    if out is None:
+        raise MoefitError("applying a plan to a checkpoint needs a folder for the result; pass out=")
+    path = apply_to_checkpoint(plan, model, out, **options)
+    if verify:
+        verify_result(path, plan, trust_remote_code=options.get("trust_remote_code", False))
+    return path

@@ -1,0 +1,426 @@
+"""One function for each verb: it parses, calls and prints."""
+
+from __future__ import annotations
+
+import json as json_module
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moefit_cli import output
+
+if TYPE_CHECKING:
+    import moefit
+
+app = typer.Typer(
+    name="moefit",
+    help="Make Mixture-of-Experts language models fit: one calibration, any method, any budget.",
+    epilog="Start with `moefit inspect MODEL`, then `moefit compress MODEL -o OUT --data FILE --method mone --remove 25%`.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder or hub name.")]
+Data = Annotated[
+    list[str],
+    typer.Option(
+        "--data",
+        help="FILE[:weight], .jsonl, .txt or .parquet; or NAME[,CONFIG][@SPLIT][:weight] for the datasets library. Repeatable: sources are mixed by weight.",
+    ),
+]
+Sequences = Annotated[int, typer.Option(min=1, help="Blocks of text to run.")]
+Length = Annotated[int, typer.Option(min=1, help="Tokens of a block.")]
+Seed = Annotated[
+    int | None, typer.Option(help="Shuffle the documents, and draw another sample of tokens; file order when absent.")
+]
+Batch = Annotated[int, typer.Option("--batch-size", min=1, help="Blocks run at once.")]
+SampleTokens = Annotated[int, typer.Option(min=1, help="Tokens of which each layer's inputs are kept.")]
+MaskSpecial = Annotated[bool, typer.Option("--mask-special", help="Leave special tokens out of every statistic.")]
+Stream = Annotated[
+    bool,
+    typer.Option("--stream", help="Hold one decoder layer in memory at a time; for checkpoints larger than memory."),
+]
+States = Annotated[str, typer.Option(help="Where hidden states wait between layers: auto, memory or disk.")]
+Device = Annotated[
+    str | None, typer.Option(help="Where the model runs. [dim]default: cuda if there is one, else cpu[/dim]")
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="float32, bfloat16 or float16. [dim]default: the checkpoint's on cuda, float32 on cpu[/dim]"),
+]
+DeviceMap = Annotated[
+    str | None, typer.Option(help="Spread the model over devices, as transformers does: auto, balanced, ...")
+]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")]
+Method = Annotated[
+    str, typer.Option("--method", "-m", help="random, frequency, soft_frequency, ean, man, msan, reap, mone or conmoe.")
+]
+Remove = Annotated[str | None, typer.Option(help="Share of each layer's experts to remove, such as 25%.")]
+Keep = Annotated[int | None, typer.Option(help="Experts to keep in each layer.")]
+Size = Annotated[
+    str | None, typer.Option(help="Bytes the result's tensors may take, such as 12GB (10^9), 11GiB (2^30) or a number.")
+]
+Parameter = Annotated[
+    list[str] | None, typer.Option("--param", "-p", help="name=value, a parameter of the method. Repeatable.")
+]
+Layers = Annotated[
+    str | None, typer.Option(help="Decoder layers to change, such as 0-7,12; all MoE layers when absent.")
+]
+Protect = Annotated[list[str] | None, typer.Option(help="layer:expert that must stay. Repeatable.")]
+Guard = Annotated[bool, typer.Option("--guard-super-experts", help="Protect experts with extreme outputs.")]
+Format = Annotated[str, typer.Option(help="native (loads anywhere), moefit, or auto: native where the plan allows it.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an existing folder, once the new one is complete.")
+]
+
+
+@app.command()
+def inspect(
+    model: Model,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Show layers, experts, top-k, parameters and bytes of a checkpoint.
+
+    [dim]moefit inspect allenai/OLMoE-1B-7B-0125[/dim]
+    """
+    from moefit.checkpoint.summary import summarise
+
+    summary = summarise(model, trust_remote_code=trust_remote_code)
+    if json:
+        print(json_module.dumps(summary.to_json(), indent=2))
+    else:
+        output.summary(summary)
+
+
+@app.command()
+def calibrate(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Calibration folder.")],
+    data: Data,
+    sequences: Sequences = 128,
+    length: Length = 2048,
+    sample_tokens: SampleTokens = 16384,
+    seed: Seed = None,
+    batch_size: Batch = 4,
+    mask_special: MaskSpecial = False,
+    stream: Stream = False,
+    states: States = "auto",
+    device: Device = None,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Measure on text what each expert does; every plan is made from that. A stopped run resumes.
+
+    [dim]moefit calibrate MODEL -o calib --data calibration.jsonl --sequences 128 --length 2048[/dim]
+    """
+    import moefit
+
+    _calibrate(
+        model,
+        out,
+        text=moefit.TextOptions(
+            data=tuple(data),
+            sequences=sequences,
+            length=length,
+            seed=seed,
+            mask_special=mask_special,
+            batch_size=batch_size,
+        ),
+        sample=moefit.SampleOptions(tokens=sample_tokens, seed=seed or 0),
+        stream=stream,
+        states=states,
+        device=device,
+        dtype=dtype,
+        device_map=device_map,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+@app.command()
+def plan(
+    calibration: Annotated[Path, typer.Argument(metavar="CALIB", help="Calibration folder.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where the plan goes (JSON).")],
+    method: Method,
+    remove: Remove = None,
+    keep: Keep = None,
+    size: Size = None,
+    param: Parameter = None,
+    layers: Layers = None,
+    protect: Protect = None,
+    guard_super_experts: Guard = False,
+    model: Annotated[str | None, typer.Option(help="Where the weights are, if the checkpoint was moved.")] = None,
+) -> None:
+    """Decide what stands behind every slot. Exactly one of --remove, --keep and --size.
+
+    [dim]moefit plan calib -o plan.json --method mone --remove 25% -p score=exact -p novice=optimal[/dim]
+    """
+    import moefit
+
+    made = moefit.make_plan(
+        moefit.Calibration.open(calibration),
+        method,
+        moefit.Budget.parse(remove=remove, keep=keep, size=size),
+        parameters=_parameters(param),
+        layers=_numbers(layers),
+        protect=_pairs(protect),
+        guard_super_experts=guard_super_experts,
+        weights=None if model is None else moefit.ExpertWeights(model),
+    )
+    made.save(out)
+    output.plan(made)
+    output.say(f"the plan is in {out}")
+
+
+@app.command()
+def apply(
+    model: Model,
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="plan.json")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the result.")],
+    calibration: Annotated[
+        Path | None, typer.Option(help="The plan's calibration folder, for plans with constants.")
+    ] = None,
+    format: Format = "auto",
+    overwrite: Overwrite = False,
+    allow_other_weights: Annotated[
+        bool, typer.Option("--allow-other-weights", help="Apply the plan to another model of the same shapes.")
+    ] = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Write the checkpoint that a plan describes.
+
+    [dim]moefit apply MODEL plan.json -o OUT --calibration calib[/dim]
+    """
+    import moefit
+
+    _apply(
+        moefit.Plan.load(plan),
+        model,
+        out,
+        calibration=None if calibration is None else moefit.Calibration.open(calibration),
+        format=format,
+        overwrite=overwrite,
+        allow_other_weights=allow_other_weights,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+@app.command()
+def compress(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the result.")],
+    data: Data,
+    method: Method,
+    remove: Remove = None,
+    keep: Keep = None,
+    size: Size = None,
+    param: Parameter = None,
+    layers: Layers = None,
+    protect: Protect = None,
+    guard_super_experts: Guard = False,
+    sequences: Sequences = 128,
+    length: Length = 2048,
+    sample_tokens: SampleTokens = 16384,
+    seed: Seed = None,
+    batch_size: Batch = 4,
+    mask_special: MaskSpecial = False,
+    stream: Stream = False,
+    states: States = "auto",
+    calibration: Annotated[
+        Path | None, typer.Option(help="Calibration folder to use or to make. [dim]default: OUT.calibration[/dim]")
+    ] = None,
+    format: Format = "auto",
+    overwrite: Overwrite = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything that needs no data, and stop.")] = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Calibrate, plan and apply in one go, then open the result and run it once.
+
+    [dim]moefit compress MODEL -o OUT --data calibration.jsonl --method mone --remove 25%[/dim]
+    """
+    import moefit
+
+    budget, parameters = moefit.Budget.parse(remove=remove, keep=keep, size=size), _parameters(param)
+    selected, kept = _numbers(layers), _pairs(protect)
+    checked = moefit.precheck(
+        model,
+        out,
+        method=method,
+        budget=budget,
+        parameters=parameters,
+        layers=selected,
+        protect=kept,
+        format=format,  # type: ignore[arg-type]
+        overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
+    )
+    output.say(checked)
+    if dry_run:
+        return
+    folder = calibration or out.with_name(out.name + ".calibration")
+    opened = _calibrate(
+        model,
+        folder,
+        text=moefit.TextOptions(
+            data=tuple(data),
+            sequences=sequences,
+            length=length,
+            seed=seed,
+            mask_special=mask_special,
+            batch_size=batch_size,
+        ),
+        sample=moefit.SampleOptions(tokens=sample_tokens, seed=seed or 0),
+        stream=stream,
+        states=states,
+        device=device,
+        dtype=dtype,
+        device_map=device_map,
+        trust_remote_code=trust_remote_code,
+    )
+    made = moefit.make_plan(
+        opened,
+        method,
+        budget,
+        parameters=parameters,
+        layers=selected,
+        protect=kept,
+        guard_super_experts=guard_super_experts,
+        weights=moefit.ExpertWeights(model, trust_remote_code=trust_remote_code),
+    )
+    output.plan(made)
+    _apply(
+        made,
+        model,
+        out,
+        calibration=opened,
+        format=format,
+        overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
+        verify=True,
+    )
+    output.say("opened again and run once: names, shapes and bytes are as planned, all values finite")
+
+
+@app.command()
+def evaluate(
+    compressed: Annotated[str, typer.Argument(metavar="OUT", help="Folder of the compressed checkpoint.")],
+    against: Annotated[str, typer.Option(help="The original: folder or hub name.")],
+    data: Data,
+    sequences: Sequences = 64,
+    length: Length = 2048,
+    batch_size: Batch = 1,
+    tasks: Annotated[
+        list[str] | None, typer.Option(help="Tasks of lm-evaluation-harness to run on both. Repeatable.")
+    ] = None,
+    task_dir: Annotated[Path, typer.Option(help="Folder of the tasks' YAML files.")] = Path("examples/tasks"),
+    task_data: Annotated[Path | None, typer.Option(help="Folder of the files the tasks read.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Rows of each task.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the scores to this file.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Compare a compressed checkpoint with its original: perplexity, KL, agreement, speed, size, tasks.
+
+    [dim]moefit evaluate OUT --against MODEL --data heldout.jsonl --json scores.json[/dim]
+    """
+    import moefit
+
+    text = moefit.TextOptions(data=tuple(data), sequences=sequences, length=length, batch_size=batch_size)
+    with output.stages() as progress:
+        scores = moefit.evaluate(
+            compressed,
+            against,
+            text=text,
+            tasks=moefit.TaskOptions(tasks=tuple(tasks or ()), task_dir=task_dir, task_data=task_data, limit=limit),
+            device=device,
+            dtype=dtype,
+            device_map=device_map,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    output.scores(scores)
+    if json is not None:
+        json.write_text(json_module.dumps(scores.to_json(), indent=2) + "\n")
+        output.say(f"scores are in {json}")
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        print(f"moefit {installed('moefit')}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line; a refused input is one message and exit code 1."""
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        app()
+    except KeyboardInterrupt:
+        output.complain("stopped; run the same command again to go on")
+        sys.exit(130)
+    except Exception as error:
+        # Only an error that moefit raised on purpose is a user's; its module is loaded by then.
+        errors = sys.modules.get("moefit.errors")
+        if errors is None or not isinstance(error, errors.MoefitError):
+            raise
+        output.complain(str(error))
+        sys.exit(1)
+
+
+def _calibrate(model: str, folder: Path, **options: Any) -> moefit.Calibration:
+    import moefit
+
+    with output.progress("calibrate") as progress:
+        calibration = moefit.calibrate(model, folder, progress=progress, **options)
+    output.calibration(calibration, options["text"].sequences * options["text"].length)
+    return calibration
+
+
+def _apply(plan: moefit.Plan, model: str, out: Path, **options: Any) -> None:
+    import moefit
+
+    with output.progress("apply", of_bytes=True) as progress:
+        moefit.apply(plan, model, out, progress=progress, **options)
+    output.say(f"{out}: {output.nbytes(plan.nbytes)}, the original has {output.nbytes(plan.model.nbytes)}")
+
+
+def _parameters(entries: list[str] | None) -> dict[str, str]:
+    pairs = [entry.partition("=") for entry in entries or ()]
+    for name, equals, value in pairs:
+        if not (name and equals and value):
+            raise typer.BadParameter(f"--param {name}{equals}{value}: write name=value")
+    return {name: value for name, _, value in pairs}
+
+
+def _numbers(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    numbers: list[int] = []
+    for part in text.split(","):
+        low, dash, high = part.partition("-")
+        try:
+            numbers += range(int(low), int(high if dash else low) + 1)
+        except ValueError:
+            raise typer.BadParameter(f"--layers {text}: write numbers and ranges such as 0-7,12") from None
+    return numbers
+
+
+def _pairs(entries: list[str] | None) -> list[tuple[int, int]]:
+    try:
+        return [(int(layer), int(expert)) for layer, expert in (entry.split(":") for entry in entries or ())]
+    except ValueError:
+        raise typer.BadParameter(f"--protect {' '.join(entries or ())}: write layer:expert, such as 3:17") from None

@@ -1,0 +1,165 @@
+"""What a person sees: progress with the time left, tables and messages. Messages go to stderr, results to stdout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from moefit import Calibration, Plan, Scores
+    from moefit.checkpoint.summary import Summary
+
+_out = Console(highlight=False)
+_err = Console(stderr=True, highlight=False)
+
+
+def say(text: str) -> None:
+    """Print one message."""
+    _err.print(text, markup=False, soft_wrap=True)
+
+
+def complain(text: str) -> None:
+    """Print why something was refused."""
+    _err.print("error: ", style="bold red", end="")
+    _err.print(text, markup=False, soft_wrap=True)
+
+
+def warn(text: str) -> None:
+    """Print what the user should know though it went on."""
+    _err.print("note: ", style="yellow", end="")
+    _err.print(text, markup=False, soft_wrap=True)
+
+
+def nbytes(number: int) -> str:
+    """Return a number of bytes in the unit that suits it (10^3 steps)."""
+    size = float(number)
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.2f} {unit}"
+        size /= 1000
+    return f"{size:.2f} TB"
+
+
+def count(number: float) -> str:
+    """Return a number of parameters as people say it."""
+    for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= limit:
+            return f"{number / limit:.2f} {unit}"
+    return f"{number:.0f}"
+
+
+@contextmanager
+def progress(name: str, *, of_bytes: bool = False) -> Iterator[Callable[[int, int], None]]:
+    """Give a function to call with (done, in all); the bar goes away when it is done."""
+    amount = DownloadColumn() if of_bytes else MofNCompleteColumn()
+    with _bar(amount) as bar:
+        task = bar.add_task(name, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def stages() -> Iterator[Callable[[str, int, int], None]]:
+    """Give a function to call with (what is running, done, in all): one bar for each stage."""
+    with _bar(MofNCompleteColumn()) as bar:
+        tasks: dict[str, object] = {}
+
+        def update(name: str, done: int, total: int) -> None:
+            if name not in tasks:
+                tasks[name] = bar.add_task(name, total=total)
+            bar.update(tasks[name], completed=done, total=total)  # type: ignore[arg-type]
+
+        yield update
+
+
+def summary(found: Summary) -> None:
+    """Print what a checkpoint is."""
+    _out.print(f"[bold]{found.source}[/bold]  {found.model_type}, {found.decoder_layers} decoder layers")
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for name in ("MoE layers", "slots", "experts", "constants", "top-k", "an expert", "all experts"):
+        table.add_column(name, justify="left" if name == "MoE layers" else "right")
+    for group in found.groups():
+        table.add_row(
+            group.layers, str(group.slots), str(group.experts), str(group.constants or "-"), str(found.top_k),
+            nbytes(group.expert_bytes), nbytes(group.expert_bytes * group.experts * group.size),
+        )  # fmt: skip
+    _out.print(table)
+    share = found.routed_parameters / found.parameters
+    _out.print(
+        f"parameters: {count(found.parameters)}, of which routed {count(found.routed_parameters)} ({share:.0%}), "
+        f"shared experts {count(found.shared_parameters)}; active for a token {count(found.active_parameters)}"
+    )
+    _out.print(f"on disk: {nbytes(found.nbytes)}")
+
+
+def calibration(made: Calibration, wanted: int) -> None:
+    """Print what was measured, and what a reader should know of it."""
+    text = made.fingerprint["text"]
+    say(f"{made.folder}: {text['counted']:,} tokens through {len(made.layers)} MoE layers")
+    if text["tokens"] < wanted:
+        warn(f"the text ended after {text['tokens']:,} of {wanted:,} tokens; plans rest on fewer tokens than asked for")
+    unreached = {layer: int((made.sums(layer).count == 0).sum()) for layer in made.layers}
+    unreached = {layer: number for layer, number in unreached.items() if number}
+    if unreached:
+        where = ", ".join(f"layer {layer}: {number}" for layer, number in list(unreached.items())[:8])
+        warn(
+            f"{sum(unreached.values())} experts were reached by no token ({where}); more or broader text would tell what they do"
+        )
+
+
+def plan(made: Plan) -> None:
+    """Print what becomes of the slots, a line for each kind of layer."""
+    kinds: dict[str, list[str]] = {}
+    for prefix, layer in made.layers.items():
+        dropped, constants = len(layer.slots) - len(layer.kept_slots), len(layer.constants)
+        remapped = sum(slot.expert not in (None, number) for number, slot in enumerate(layer.slots))
+        parts = [(dropped, "dropped"), (constants, "constant"), (remapped, "remapped")]
+        told = ", ".join(f"{number} {what}" for number, what in parts if number)
+        kinds.setdefault(f"{len(layer.pool)} of {len(layer.slots)} experts stay, {told}", []).append(prefix)
+    say(
+        f"{made.method}, {made.budget}: {nbytes(made.model.nbytes)} becomes {nbytes(made.nbytes)} ({'native' if made.native else 'moefit'} format)"
+    )
+    for kind, prefixes in kinds.items():
+        where = prefixes[0] if len(prefixes) == 1 else f"{len(prefixes)} layers, {prefixes[0]} .. {prefixes[-1]}"
+        say(f"  {where}: {kind}")
+
+
+def scores(measured: Scores) -> None:
+    """Print the comparison of a compressed model with its original."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for name in ("text", "tokens", "perplexity", "compressed", "KL, nats [95%]", "top-1 agreement"):
+        table.add_column(name, justify="left" if name == "text" else "right")
+    for name, part in {"all": measured.overall, **measured.domains}.items():
+        kl = f"{part.kl.mean:.4f} [{part.kl.low:.4f}, {part.kl.high:.4f}]"
+        table.add_row(
+            name, f"{part.tokens:,}", f"{part.original_perplexity.mean:.2f}", f"{part.compressed_perplexity.mean:.2f}", kl,
+            f"{part.top1_agreement.mean:.1%}",
+        )  # fmt: skip
+    _out.print(table)
+    sizes = Table(box=None, pad_edge=False, header_style="dim")
+    for name in ("", "original", "compressed", "ratio"):
+        sizes.add_column(name, justify="left" if name == "" else "right")
+    first, second = measured.speed
+    rows = [("bytes on disk", measured.nbytes, nbytes), ("bytes in memory", measured.resident, nbytes)]
+    for name, pair, shown in rows:
+        sizes.add_row(name, shown(pair[0]), shown(pair[1]), f"{pair[1] / pair[0]:.3f}")
+    for name in ("prefill", "decode"):
+        pair = getattr(first, name), getattr(second, name)
+        sizes.add_row(f"{name}, tokens/s", f"{pair[0]:,.0f}", f"{pair[1]:,.0f}", f"{pair[1] / pair[0]:.3f}")
+    for task, metrics in measured.tasks.items():
+        for metric, (before, after) in metrics.items():
+            if metric in ("acc", "acc_norm", "perplexity"):
+                sizes.add_row(
+                    f"{task}, {metric}", f"{before:.3f}", f"{after:.3f}", f"{after / before:.3f}" if before else "-"
+                )
+    _out.print()
+    _out.print(sizes)
+
+
+def _bar(amount: object) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), amount, TimeRemainingColumn())
+    return Progress(*columns, console=_err, transient=True)  # type: ignore[arg-type]
