@@ -21,7 +21,7 @@ def facts_of_checkpoint(checkpoint: Checkpoint, anatomy: Anatomy, names: dict[st
         names: disk name -> memory name.
     """
     stacks = find_stacks(checkpoint, anatomy, names)
-    return _facts(anatomy, checkpoint.source, checkpoint.fingerprint(), checkpoint.nbytes, list(stacks.values()))
+    return _facts(anatomy, checkpoint.source, checkpoint.fingerprint(), checkpoint.nbytes, [stack.sizes() for stack in stacks.values()])
 
 
 def facts_of_model(model: nn.Module, anatomy: Anatomy) -> ModelFacts:
@@ -57,7 +57,6 @@ def _facts(anatomy: Anatomy, source: str, fingerprint: dict, nbytes: int, stacks
         width=max(layer.width for layer in anatomy.layers.values()),
         top_k=anatomy.top_k,
         groups=anatomy.groups,
-        groups_used=anatomy.groups_used,
         nbytes=nbytes,
         stacks=tuple(stacks),
     )

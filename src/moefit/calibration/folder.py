@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from moefit.calibration.statistics import Sample, Sums, load_sample, load_sums
+from moefit.checkpoint.family import Groups
 from moefit.checkpoint.files import DTYPES
 from moefit.checkpoint.layout import Stack
 from moefit.errors import CalibrationError
@@ -25,8 +26,7 @@ class ModelFacts:
         model_type: transformers' name of the family.
         width: numbers of an expert's output, D.
         top_k: experts of a token.
-        groups: groups that limit the router's choice, 1 where it chooses freely.
-        groups_used: how many of them a token may use.
+        groups: how groups limit the router's choice.
         nbytes: bytes of all tensors of the checkpoint.
         stacks: every MoE layer on disk, sizes only.
     """
@@ -36,8 +36,7 @@ class ModelFacts:
     model_type: str
     width: int
     top_k: int
-    groups: int
-    groups_used: int
+    groups: Groups
     nbytes: int
     stacks: tuple[Stack, ...]
 
@@ -50,13 +49,14 @@ class ModelFacts:
         return shared | {"experts by layer": experts, "numbers of an expert by layer": numbers}
 
     def to_json(self) -> dict:
-        """Return the facts as JSON values; the tensor names of the stacks stay on disk."""
-        return asdict(self) | {"stacks": [_stack_json(stack) for stack in self.stacks]}
+        """Return the facts as JSON values."""
+        return asdict(self)
 
     @classmethod
     def from_json(cls, facts: dict) -> ModelFacts:
         """Read what `to_json` gave."""
-        return cls(**(facts | {"stacks": tuple(Stack(**stack) for stack in facts["stacks"])}))
+        parsed = {"stacks": tuple(Stack(**stack) for stack in facts["stacks"]), "groups": Groups(**facts["groups"])}
+        return cls(**(facts | parsed))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,10 +131,3 @@ def read_json(file: Path) -> dict | None:
         return None
     except ValueError as error:
         raise CalibrationError(f"{file}: not JSON ({error}); delete the folder and calibrate again") from None
-
-
-def _stack_json(stack: Stack) -> dict:
-    sizes = asdict(stack)
-    for name in ("experts", "fused", "slots"):
-        del sizes[name]
-    return sizes

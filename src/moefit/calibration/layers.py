@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from moefit.calibration.text import Batch
+from moefit.errors import CheckpointError
 
 
 class PartlyLoaded(Protocol):
@@ -119,7 +120,11 @@ class LayerRunner:
     def run(self, layer: nn.Module, index: int, number: int, hidden: torch.Tensor) -> torch.Tensor:
         """Run batch `number` through decoder layer `index` and return its output [B, L, D]."""
         out = layer(hidden, **self._arguments[self._signature(number)][index])
-        return out[0] if isinstance(out, tuple) else out
+        if not isinstance(out, tuple):
+            return out
+        if any(part is not None for part in out[1:]):
+            raise CheckpointError("decoder layers of this family pass on more than hidden states; not supported")
+        return out[0]
 
     def _signature(self, number: int) -> Any:
         batch = self.batches[number]

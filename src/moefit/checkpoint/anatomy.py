@@ -54,8 +54,7 @@ class Anatomy:
 
     model_type: str
     top_k: int
-    groups: int
-    groups_used: int
+    groups: family.Groups
     probabilities: str
     layers: dict[int, MoELayer]
     model_counts: tuple[tuple[str, str], ...]
@@ -111,13 +110,11 @@ def discover(config: Any, skeleton: nn.Module | None = None, *, trust_remote_cod
         )
     layers = [_layer(small, path, rows, counts) for path in paths]
     _refuse_unplaced(config.model_type, rows, layers)
-    groups, groups_used = family.group_limits(config)
     inside = {count for layer in layers for count in layer.counts}
     return Anatomy(
         model_type=config.model_type,
         top_k=family.top_k(config),
-        groups=groups,
-        groups_used=groups_used,
+        groups=family.group_limits(config),
         probabilities=family.router_probabilities(config.model_type),
         layers={layer.index: layer for layer in layers},
         model_counts=tuple(count for count in counts if count not in inside),

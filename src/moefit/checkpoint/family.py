@@ -5,6 +5,7 @@ Everything else (where the layers are, which tensors have a row for each expert)
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from moefit.errors import CheckpointError
@@ -25,13 +26,35 @@ SIGMOID = frozenset(
     ).split()
 )
 
+# Families that break the common contract, each with what it does instead.
 REFUSED = {
+    "deepseek_v4": "some of its layers choose experts by a table of token ids",
+    "glm_moe_dsa": "its decoder layers pass on more than hidden states",
+    "hy_v4": "its decoder layers pass on more than hidden states",
+    "inkling_text": "its router has rows for shared experts among those of the routed ones",
+    "inkling2_text": "its decoder layers pass on more than hidden states",
+    "zaya": "its router has one more class than experts and a state that passes from layer to layer",
     "llama4": "vision-wrapped, and its experts take inputs scaled by the router score instead of weighting outputs",
     "llama4_text": "its experts take inputs scaled by the router score instead of weighting outputs",
     "longcat_flash": "its router also chooses identity experts, which have no weights to compress",
     "gemma4": "vision-wrapped",
     "gemma4_text": "its router returns probabilities instead of logits and reads config.top_k_experts while running",
 }
+
+
+@dataclass(frozen=True)
+class Groups:
+    """How groups limit a router's choice.
+
+    Attributes:
+        count: groups of equal size; 1 where the router chooses freely.
+        used: how many of them a token may use.
+        least: slots that a group must have to be scored.
+    """
+
+    count: int = 1
+    used: int = 1
+    least: int = 1
 
 
 def text_config(config: Any) -> Any:
@@ -79,14 +102,16 @@ def top_k(config: Any) -> int:
     raise CheckpointError(f"config.json names no top-k (looked for {', '.join(TOP_K)})")
 
 
-def group_limits(config: Any) -> tuple[int, int]:
-    """Return the number of groups that limit the router's choice and how many a token may use; (1, 1) where it is free."""
+def group_limits(config: Any) -> Groups:
+    """Return how groups limit the router's choice; `Groups()` where it is free."""
     # DeepSeek-V2 states groups even where its `greedy` choice ignores them.
     if _get(config, "topk_method") == "greedy":
-        return 1, 1
-    groups = next((value for name in GROUPS if isinstance(value := _get(config, name), int)), 1)
-    used = next((value for name in GROUPS_USED if isinstance(value := _get(config, name), int)), groups)
-    return (groups, used) if groups > 1 else (1, 1)
+        return Groups()
+    count = next((value for name in GROUPS if isinstance(value := _get(config, name), int)), 1)
+    used = next((value for name in GROUPS_USED if isinstance(value := _get(config, name), int)), count)
+    # DeepSeek-V2 scores a group by its best expert, all later families by the sum of its best two.
+    least = 1 if _get(config, "model_type") == "deepseek_v2" else 2
+    return Groups(count=count, used=used, least=least) if count > 1 else Groups()
 
 
 def router_probabilities(model_type: str) -> str:

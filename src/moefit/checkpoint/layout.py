@@ -7,7 +7,7 @@ A `Stack` is one MoE layer as it lies on disk. Experts may lie one tensor each (
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from moefit.checkpoint.anatomy import Anatomy
 from moefit.checkpoint.files import Checkpoint, TensorInfo
@@ -19,15 +19,12 @@ _EXPERT = re.compile(r"\bexperts\.(\d+)\.")
 
 @dataclass(kw_only=True)
 class Stack:
-    """One MoE layer on disk.
+    """One MoE layer on disk, as planning knows it: what is in it and what each part costs.
 
     Attributes:
         prefix: the decoder layer that its tensors lie in, such as ``model.layers.3``.
         index: number of the decoder layer; None for a layer that the model does not run (multi-token prediction).
         num_experts: experts, which is also the number of slots.
-        experts: tensors that are part of one expert: name -> expert.
-        fused: tensors with a row for each expert: name -> axis.
-        slots: tensors of the router with a row for each slot: name -> axis.
         expert_bytes: bytes of one expert.
         slot_bytes: bytes of one slot's rows in the router.
         dtype: safetensors dtype of the experts.
@@ -36,19 +33,35 @@ class Stack:
     prefix: str
     index: int | None
     num_experts: int
-    experts: dict[str, int] = field(default_factory=dict)
-    fused: dict[str, int] = field(default_factory=dict)
-    slots: dict[str, int] = field(default_factory=dict)
     expert_bytes: int = 0
     slot_bytes: int = 0
     dtype: str = ""
+
+
+@dataclass(kw_only=True)
+class DiskStack(Stack):
+    """A stack with the names of its tensors.
+
+    Attributes:
+        experts: tensors that are part of one expert: name -> expert.
+        fused: tensors with a row for each expert: name -> axis.
+        slots: tensors of the router with a row for each slot: name -> axis.
+    """
+
+    experts: dict[str, int] = field(default_factory=dict)
+    fused: dict[str, int] = field(default_factory=dict)
+    slots: dict[str, int] = field(default_factory=dict)
 
     def renamed(self, name: str, expert: int) -> str:
         """Return the name of an expert's tensor after the expert got another number."""
         return _EXPERT.sub(f"experts.{expert}.", name, count=1)
 
+    def sizes(self) -> Stack:
+        """Return the stack without names."""
+        return Stack(**{f.name: getattr(self, f.name) for f in fields(Stack)})
 
-def find_stacks(checkpoint: Checkpoint, anatomy: Anatomy, names: dict[str, str]) -> dict[str, Stack]:
+
+def find_stacks(checkpoint: Checkpoint, anatomy: Anatomy, names: dict[str, str]) -> dict[str, DiskStack]:
     """Find every MoE layer on disk, by prefix, in the order of the layers.
 
     Args:
@@ -63,14 +76,14 @@ def find_stacks(checkpoint: Checkpoint, anatomy: Anatomy, names: dict[str, str])
     for layer in anatomy.layers.values():
         expert_axes |= {f"{layer.experts}.{name}": (layer, axis) for name, axis in layer.expert_rows.items()}
         slot_axes |= {f"{layer.block}.{name}": (layer, axis) for name, axis in layer.slot_rows.items()}
-    stacks: dict[str, Stack] = {}
+    stacks: dict[str, DiskStack] = {}
     templates: dict[str, int | None] = {}
     for key, name in names.items():
         found = expert_axes.get(name) or slot_axes.get(name)
         if found:
             layer, axis = found
             prefix, rest = _split(key)
-            stack = stacks.setdefault(prefix, Stack(prefix=prefix, index=layer.index, num_experts=layer.num_experts))
+            stack = stacks.setdefault(prefix, DiskStack(prefix=prefix, index=layer.index, num_experts=layer.num_experts))
             kind = None if name in expert_axes else axis
             templates[_EXPERT.sub("experts.*.", rest)] = kind
             _place(stack, checkpoint.tensors[key], kind, axis)
@@ -79,7 +92,7 @@ def find_stacks(checkpoint: Checkpoint, anatomy: Anatomy, names: dict[str, str])
             rest = _EXPERT.sub("experts.*.", match[2])
             if rest in templates:
                 size = next(iter(stacks.values())).num_experts
-                stack = stacks.setdefault(match[1], Stack(prefix=match[1], index=None, num_experts=size))
+                stack = stacks.setdefault(match[1], DiskStack(prefix=match[1], index=None, num_experts=size))
                 _place(stack, checkpoint.tensors[key], templates[rest], templates[rest] or 0)
     for stack in stacks.values():
         _measure(stack, checkpoint)
@@ -98,7 +111,7 @@ def _split(key: str) -> tuple[str, str]:
     return match[1], match[2]
 
 
-def _place(stack: Stack, info: TensorInfo, slot_axis: int | None, axis: int) -> None:
+def _place(stack: DiskStack, info: TensorInfo, slot_axis: int | None, axis: int) -> None:
     if slot_axis is None and (match := _EXPERT.search(info.name)):
         stack.experts[info.name] = int(match[1])
         return
@@ -111,7 +124,7 @@ def _place(stack: Stack, info: TensorInfo, slot_axis: int | None, axis: int) -> 
     (stack.fused if slot_axis is None else stack.slots)[info.name] = axis
 
 
-def _measure(stack: Stack, checkpoint: Checkpoint) -> None:
+def _measure(stack: DiskStack, checkpoint: Checkpoint) -> None:
     tensors = checkpoint.tensors
     fused = sum(rows_nbytes(tensors[name], axis) for name, axis in stack.fused.items())
     parts: list[list[str]] = [[] for _ in range(stack.num_experts)]

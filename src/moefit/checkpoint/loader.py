@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
@@ -26,6 +27,9 @@ from transformers.utils import logging as transformers_logging
 from moefit.checkpoint.anatomy import build_skeleton
 from moefit.checkpoint.files import Checkpoint, LazyTensor
 from moefit.errors import CheckpointError
+
+# Older releases ask for a tensor-parallel plan; there is none.
+_NO_PLAN = {"tp_plan": None} if "tp_plan" in signature(convert_and_load_state_dict_in_model).parameters else {}
 
 
 def load_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
@@ -130,7 +134,7 @@ class StreamedModel:
         rules = get_model_conversion_mapping(self.model)
         settings = LoadStateDictConfig(dtype=self.dtype, weight_mapping=rules, device_map={"": self.device})
         with quiet_transformers():
-            info, _ = convert_and_load_state_dict_in_model(self.model, sources, settings)
+            info, _ = convert_and_load_state_dict_in_model(self.model, sources, settings, **_NO_PLAN)
         for name, stored, expected in info.mismatched_keys:
             raise CheckpointError(
                 f"{self.checkpoint.source}: {name} has shape {list(stored)}, the config says {list(expected)}"

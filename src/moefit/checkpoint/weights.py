@@ -12,7 +12,7 @@ from torch import nn
 
 from moefit.checkpoint.anatomy import Anatomy, discover
 from moefit.checkpoint.files import Checkpoint, open_checkpoint
-from moefit.checkpoint.layout import Stack, find_stacks
+from moefit.checkpoint.layout import DiskStack, find_stacks
 from moefit.checkpoint.loader import StreamedModel, load_config
 
 
@@ -46,7 +46,7 @@ class ExpertWeights:
         return discover(model.config, model, trust_remote_code=self._trust)
 
     @cached_property
-    def stacks(self) -> dict[str, Stack]:
+    def stacks(self) -> dict[str, DiskStack]:
         """The MoE layers on disk, by prefix."""
         return find_stacks(self.checkpoint, self.anatomy, self._streamed.names)
 

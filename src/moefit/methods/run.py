@@ -59,7 +59,7 @@ def make_plan(
     decided = dict(zip((stack.prefix for stack in stacks), chosen.plan(views, keeps, **resolved), strict=True))
     for stack in facts.stacks:
         if stack.index is None and stack.prefix in outline.layers:
-            decided[stack.prefix] = _plan_unrun(stack, len(outline.layers[stack.prefix].pool), facts.groups, weights)
+            decided[stack.prefix] = _plan_unrun(stack, len(outline.layers[stack.prefix].pool), facts.groups.count, weights)
     plan = Plan(
         method=chosen.name,
         parameters=resolved,
@@ -108,10 +108,10 @@ def outline_plan(
         stacks += [stack for stack in facts.stacks if stack.index is None]
 
     def at(kept: Mapping[str, int]) -> dict[str, LayerPlan]:
-        return {stack.prefix: _outline(method, stack, kept[stack.prefix], facts.groups) for stack in stacks}
+        return {stack.prefix: _outline(method, stack, kept[stack.prefix], facts.groups.count) for stack in stacks}
 
     if budget.size is None:
-        _refuse_uneven(budget, method, facts.groups)
+        _refuse_uneven(budget, method, facts.groups.count)
         planned = at({stack.prefix: budget.kept(stack.num_experts) for stack in stacks})
     else:
         planned = _within(budget.size, facts, stacks, at)
@@ -134,7 +134,7 @@ def view_of(calibration: Calibration, layer: int, weights: ExpertWeights, protec
         index=layer,
         num_experts=stack.num_experts,
         top_k=calibration.model.top_k,
-        groups=calibration.model.groups,
+        groups=calibration.model.groups.count,
         protected=frozenset(expert for at, expert in protected if at == layer),
         read_sums=lambda: calibration.sums(layer),
         read_sample=lambda: calibration.sample(layer),

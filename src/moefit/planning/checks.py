@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from moefit.calibration.folder import ModelFacts
+from moefit.checkpoint.family import Groups
 from moefit.errors import PlanError
 from moefit.planning.plan import Plan
 from moefit.planning.slots import LayerPlan
@@ -35,18 +36,17 @@ def check_plan(plan: Plan, model: ModelFacts, *, allow_other_weights: bool = Fal
             raise PlanError(f"the plan names layer {prefix!r}, which is no MoE layer; those are {', '.join(stacks)}")
         if len(layer.slots) != stacks[prefix].num_experts:
             raise PlanError(f"{prefix}: the plan has {len(layer.slots)} slots, the layer {stacks[prefix].num_experts}")
-        check_layer(prefix, layer, top_k=model.top_k, groups=model.groups, groups_used=model.groups_used)
+        check_layer(prefix, layer, top_k=model.top_k, groups=model.groups)
 
 
-def check_layer(where: str, layer: LayerPlan, *, top_k: int, groups: int, groups_used: int) -> None:
+def check_layer(where: str, layer: LayerPlan, *, top_k: int, groups: Groups) -> None:
     """Refuse a layer whose router could no longer choose.
 
     Args:
         where: name of the layer in messages.
         layer: its plan.
         top_k: experts of a token.
-        groups: groups that limit the router's choice.
-        groups_used: how many of them a token may use.
+        groups: how groups limit the router's choice.
 
     Raises:
         PlanError: see the message.
@@ -58,21 +58,27 @@ def check_layer(where: str, layer: LayerPlan, *, top_k: int, groups: int, groups
         )
     if not layer.pool:
         raise PlanError(f"{where}: plan keeps no expert; keep at least 1")
-    if groups > 1 and len(left) < len(layer.slots):
-        size = len(layer.slots) // groups
-        sizes = [sum(slot // size == group for slot in left) for group in range(groups)]
-        if len(set(sizes)) > 1:
-            raise PlanError(
-                f"{where}: the router chooses among {groups} groups of equal size; the plan leaves {sizes}; drop as many in each"
-            )
-        if sizes[0] < 2:
-            raise PlanError(
-                f"{where}: plan leaves {sizes[0]} slot in each group, the router scores groups by 2; keep at least 2"
-            )
-        if sizes[0] * groups_used < top_k:
-            raise PlanError(
-                f"{where}: a token may use {groups_used} of {groups} groups with {sizes[0]} slots left in each, but the router picks {top_k}"
-            )
+    if len(layer.pool) == len(layer.slots) and not layer.untouched:
+        raise PlanError(f"{where}: plan changes slots but removes no expert; keep every slot as it is, or remove some")
+    if groups.count == 1 or len(left) == len(layer.slots):
+        return
+    size = len(layer.slots) // groups.count
+    sizes = [sum(slot // size == group for slot in left) for group in range(groups.count)]
+    if len(set(sizes)) > 1:
+        raise PlanError(
+            f"{where}: the router chooses among {groups.count} groups of equal size; the plan leaves {sizes}; "
+            "drop as many in each"
+        )
+    if sizes[0] < groups.least:
+        raise PlanError(
+            f"{where}: plan leaves {sizes[0]} slots in each group, the router scores groups by {groups.least}; "
+            f"keep at least {groups.least} in each"
+        )
+    if sizes[0] * groups.used < top_k:
+        raise PlanError(
+            f"{where}: a token may use {groups.used} of {groups.count} groups with {sizes[0]} slots left in each, "
+            f"but the router picks {top_k}; keep at least {-(-top_k // groups.used)} in each"
+        )
 
 
 def _weights(model: ModelFacts) -> dict:

@@ -16,7 +16,7 @@ from moefit.calibration.facts import facts_of_checkpoint
 from moefit.calibration.folder import Calibration
 from moefit.checkpoint.anatomy import Anatomy, discover
 from moefit.checkpoint.files import INDEX, Checkpoint, open_checkpoint
-from moefit.checkpoint.layout import Stack, find_stacks
+from moefit.checkpoint.layout import DiskStack, find_stacks
 from moefit.checkpoint.loader import StreamedModel, load_config
 from moefit.checkpoint.weights import ExpertWeights
 from moefit.checkpoint.writer import Piece, new_folder, rows, whole, write_shards
@@ -91,7 +91,7 @@ def plan_shards(
     plan: Plan,
     checkpoint: Checkpoint,
     anatomy: Anatomy,
-    stacks: dict[str, Stack],
+    stacks: dict[str, DiskStack],
     compute: Callable[[int, str], torch.Tensor],
 ) -> list[list[Piece]]:
     """Return what each shard of the result holds, in the order of the original's shards.
@@ -141,7 +141,7 @@ def provenance(plan: Plan, checkpoint: Checkpoint, calibration: Calibration | No
     }
 
 
-def _constants(stack: Stack, layer: LayerPlan, anatomy: Anatomy, compute: Callable[[int, str], torch.Tensor]) -> Piece:
+def _constants(stack: DiskStack, layer: LayerPlan, anatomy: Anatomy, compute: Callable[[int, str], torch.Tensor]) -> Piece:
     assert stack.index is not None
     moe = anatomy.layers[stack.index]
     shape = (len(layer.constants), moe.width)

@@ -1,0 +1,279 @@
+"""Every family: what design.md says holds by construction does hold."""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+
+import naive
+import pytest
+import torch
+from conftest import token_batches
+from families import FAMILIES, REFUSED, tiny_config, tiny_model
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import moefit
+from moefit.calibration.layers import LayerRunner, ResidentModel
+from moefit.calibration.statistics import Sums
+from moefit.checkpoint.anatomy import Anatomy, discover, tensors_of
+from moefit.checkpoint.files import open_checkpoint
+from moefit.checkpoint.layout import find_stacks
+from moefit.checkpoint.loader import memory_names, quiet_transformers
+from moefit.planning.plan import Plan
+from moefit.planning.slots import LayerPlan, Slot
+from moefit.runtime.experts import Change, CompressedExperts, reshape_model
+
+every_family = pytest.mark.parametrize("name", sorted(FAMILIES))
+IDS = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(7))
+Get = Callable[[str], Path]
+GetCalibration = Callable[[str], moefit.Calibration]
+
+
+def load(folder: Path) -> nn.Module:
+    with quiet_transformers(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not info["missing_keys"], info
+    assert not info["unexpected_keys"], info
+    assert not info["mismatched_keys"], info
+    # Mapped weights may lie at odd addresses, where a product can round another way.
+    for tensor in tensors_of(model).values():
+        tensor.data = tensor.data.clone()
+    return eager(model.eval())
+
+
+def eager(model: nn.Module) -> nn.Module:
+    model.set_experts_implementation("eager")
+    return model
+
+
+def logits(model: nn.Module, ids: torch.Tensor = IDS) -> torch.Tensor:
+    with torch.no_grad():
+        return model(ids, use_cache=False).logits
+
+
+def anatomy_of(model: nn.Module) -> Anatomy:
+    return discover(model.config, model)
+
+
+def mixed_plan(calibration: moefit.Calibration, drop: bool) -> Plan:
+    """Return a plan with one remap, one constant and perhaps one drop in each layer, the rest kept."""
+    facts = calibration.model
+    layers = {}
+    for stack in facts.stacks:
+        slots = [Slot("expert", number) for number in range(stack.num_experts)]
+        slots[1] = Slot("expert", 3, 0.5)
+        slots[2] = Slot("constant")
+        if drop:
+            slots[0] = Slot("drop")
+        layers[stack.prefix] = LayerPlan(slots=tuple(slots))
+    plan = moefit.make_plan(calibration, "mone", moefit.Budget.parse(keep=facts.stacks[0].num_experts - 1))
+    return Plan(
+        method="mone",
+        parameters=plan.parameters,
+        budget="by hand",
+        model=facts,
+        calibration=plan.calibration,
+        layers=layers,
+    )
+
+
+def dropped_one(anatomy: Anatomy) -> dict[int, list[int]]:
+    """Return one expert of each group, another one in each layer."""
+    found = {}
+    for layer in anatomy.layers.values():
+        size = layer.num_experts // anatomy.groups.count
+        found[layer.index] = [group * size + (layer.index + group) % size for group in range(anatomy.groups.count)]
+    return found
+
+
+@every_family
+def test_tensors_on_disk_are_the_experts_in_memory(name: str, checkpoint: Get) -> None:
+    opened = open_checkpoint(checkpoint(name))
+    model = load(checkpoint(name))
+    anatomy = anatomy_of(model)
+    stacks = find_stacks(opened, anatomy, memory_names(opened, model))
+    assert [stack.index for stack in stacks.values()] == sorted(anatomy.layers)
+    for stack in stacks.values():
+        layer = anatomy.layers[stack.index]
+        tensors = tensors_of(model)
+        in_memory = torch.zeros(layer.num_experts, dtype=torch.float64)
+        for parameter in layer.expert_rows:
+            in_memory += tensors[f"{layer.experts}.{parameter}"].detach().double().flatten(1).square().sum(1)
+        on_disk = torch.zeros(layer.num_experts, dtype=torch.float64)
+        for tensor, expert in stack.experts.items():
+            on_disk[expert] += opened.tensors[tensor].read().double().square().sum()
+        for tensor in stack.fused:
+            on_disk += opened.tensors[tensor].read().double().flatten(1).square().sum(1)
+        torch.testing.assert_close(on_disk, in_memory, rtol=1e-9, atol=0)
+        assert stack.expert_bytes * stack.num_experts == sum(
+            tensors[f"{layer.experts}.{parameter}"].nbytes for parameter in layer.expert_rows
+        )
+
+
+@every_family
+def test_an_identity_map_changes_no_bit(name: str) -> None:
+    model = eager(tiny_model(name))
+    before = logits(model)
+    anatomy = anatomy_of(model)
+    changes = {}
+    for index, layer in anatomy.layers.items():
+        everything = range(layer.num_experts)
+        kept = LayerPlan(slots=tuple(Slot("expert", number) for number in everything))
+        changes[index] = Change(experts=everything, slots=everything, slot_map=kept.slot_map())
+    reshape_model(model, anatomy, changes)
+    assert sum(isinstance(module, CompressedExperts) for module in model.modules()) == len(changes)
+    assert torch.equal(logits(model), before)
+
+
+@every_family
+def test_walking_layer_by_layer_is_the_models_own_forward(name: str) -> None:
+    model = eager(tiny_model(name))
+    batches = token_batches()
+    runner = LayerRunner(ResidentModel(model), batches)
+    walked = list(runner.embed())
+    for index in range(runner.count):
+        with runner.layer(index) as layer:
+            walked = [runner.run(layer, index, number, hidden) for number, hidden in enumerate(walked)]
+    last = next(module for path, module in model.named_modules() if path.endswith(f".layers.{runner.count - 1}"))
+    seen: list[torch.Tensor] = []
+    hook = last.register_forward_hook(lambda m, a, out: seen.append(out[0] if isinstance(out, tuple) else out))
+    for batch in batches:
+        logits(model, batch.input_ids)
+    hook.remove()
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(walked, seen, strict=True))
+
+
+@every_family
+def test_statistics_equal_a_loop_over_tokens(name: str, checkpoint: Get, calibration: GetCalibration) -> None:
+    model = load(checkpoint(name))
+    anatomy = anatomy_of(model)
+    for index, layer in anatomy.layers.items():
+        measured = calibration(name).sums(index)
+        expected = naive.sums(model, layer, token_batches(), anatomy.probabilities)
+        for field in fields(Sums):
+            torch.testing.assert_close(
+                getattr(measured, field.name),
+                expected[field.name].double(),
+                rtol=1e-4,
+                atol=1e-5,
+                msg=lambda text, field=field: f"{field.name}: {text}",
+            )
+
+
+@every_family
+def test_router_probabilities_choose_as_the_router_did(name: str, checkpoint: Get) -> None:
+    """The gate of a token is its probability, up to one factor a token: the proof of the table of sigmoids."""
+    model = load(checkpoint(name))
+    anatomy = anatomy_of(model)
+    for layer in anatomy.layers.values():
+        seen = naive.run_recorded(model, layer, IDS)
+        values = seen["logits"].double()
+        values = values.sigmoid() if anatomy.probabilities == "sigmoid" else values.softmax(-1)
+        ratio = seen["gate"].double() / values.gather(1, seen["index"])
+        if name != "phimoe":  # its sparse mixer weights each choice by a softmax of its own
+            torch.testing.assert_close(ratio, ratio[:, :1].expand_as(ratio), rtol=1e-4, atol=0)
+
+
+@every_family
+def test_dropping_is_masking(name: str) -> None:
+    model, dropped_model = eager(tiny_model(name)), eager(tiny_model(name))
+    anatomy = anatomy_of(model)
+    dropped = dropped_one(anatomy)
+    changes = {}
+    for index, layer in anatomy.layers.items():
+        left = [slot for slot in range(layer.num_experts) if slot not in dropped[index]]
+        changes[index] = Change(experts=left, slots=left)
+    reshape_model(dropped_model, anatomy, changes)
+    after = logits(dropped_model)
+    with naive.masked(model, anatomy.layers.values(), dropped):
+        expected = logits(model)
+    torch.testing.assert_close(after, expected, rtol=1e-5, atol=1e-5)
+
+
+@every_family
+def test_streamed_calibration_is_that_in_memory(
+    name: str, checkpoint: Get, calibration: GetCalibration, tmp_path: Path
+) -> None:
+    resident = calibration(name)
+    streamed = moefit.calibrate(checkpoint(name), tmp_path / "streamed", text=token_batches(), stream=True)
+    assert streamed.fingerprint == resident.fingerprint
+    assert streamed.layers == resident.layers
+    for layer in resident.layers:
+        for read in ("sums", "sample"):
+            one, other = getattr(resident, read)(layer), getattr(streamed, read)(layer)
+            for field in fields(one):
+                torch.testing.assert_close(
+                    getattr(one, field.name), getattr(other, field.name), rtol=1e-5, atol=1e-6, msg=field.name
+                )
+
+
+@every_family
+@pytest.mark.parametrize("drop", [False, True], ids=["slots-kept", "slots-dropped"])
+def test_the_moefit_format_round_trips(
+    name: str, drop: bool, checkpoint: Get, calibration: GetCalibration, tmp_path: Path
+) -> None:
+    plan = mixed_plan(calibration(name), drop)
+    if drop and plan.model.groups.count > 1:
+        plan = mixed_plan(calibration(name), False)
+    moefit.apply(plan, checkpoint(name), tmp_path / "out", calibration=calibration(name), verify=True)
+    assert open_checkpoint(tmp_path / "out").nbytes == plan.nbytes
+    from_disk = load(tmp_path / "out")
+    in_memory = eager(moefit.apply(plan, load(checkpoint(name)), calibration=calibration(name)))
+    expected = logits(in_memory)
+    torch.testing.assert_close(logits(from_disk), expected, rtol=1e-5, atol=1e-5)
+    for implementation in ("grouped_mm", "batched_mm"):
+        from_disk.set_experts_implementation(implementation)
+        torch.testing.assert_close(logits(from_disk), expected, rtol=1e-4, atol=1e-4)
+    with quiet_transformers():
+        eager(from_disk).save_pretrained(tmp_path / "again")
+    torch.testing.assert_close(logits(load(tmp_path / "again")), expected, rtol=1e-5, atol=1e-5)
+    assert torch.isfinite(expected).all()
+
+
+@every_family
+def test_constants_and_remaps_are_what_they_say(name: str, checkpoint: Get, calibration: GetCalibration) -> None:
+    """The output of a compressed layer is the sum over slots of gate x what the plan put behind the slot."""
+    plan = mixed_plan(calibration(name), False)
+    original = load(checkpoint(name))
+    layer = next(iter(anatomy_of(original).layers.values()))
+    sums = calibration(name).sums(layer.index)
+    constant = (sums.output / sums.count.clamp_min(1)[:, None]).float()
+    compressed = eager(moefit.apply(plan, load(checkpoint(name)), calibration=calibration(name)))
+    seen = naive.run_recorded(compressed, layer, IDS)
+    slots = plan.by_layer[layer.index].slots
+    expected = torch.zeros(len(seen["hidden"]), layer.width)
+    for token, (chosen, gates) in enumerate(zip(seen["index"].tolist(), seen["gate"].tolist(), strict=True)):
+        for number, gate in zip(chosen, gates, strict=True):
+            slot = slots[number]
+            if slot.kind == "constant":
+                expected[token] += gate * constant[number]
+            else:
+                y = naive.expert_output(original, layer, slot.expert, seen["hidden"][token])
+                expected[token] += gate * slot.scale * y
+    with torch.no_grad():
+        got = compressed.get_submodule(layer.experts)(seen["hidden"], seen["index"], seen["gate"])
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@every_family
+def test_native_drops_load_in_stock_transformers(
+    name: str, checkpoint: Get, calibration: GetCalibration, tmp_path: Path
+) -> None:
+    facts = calibration(name).model
+    keep = facts.stacks[0].num_experts - facts.groups.count
+    plan = moefit.make_plan(calibration(name), "reap", moefit.Budget.parse(keep=keep))
+    assert plan.native
+    moefit.apply(plan, checkpoint(name), tmp_path / "out", verify=True)
+    assert "quantization_config" not in open_checkpoint(tmp_path / "out").config
+    assert open_checkpoint(tmp_path / "out").nbytes == plan.nbytes
+    in_memory = eager(moefit.apply(plan, load(checkpoint(name))))
+    torch.testing.assert_close(logits(load(tmp_path / "out")), logits(in_memory), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_refused_families_are_named_with_the_reason(name: str) -> None:
+    config = tiny_config(name)
+    with pytest.raises(moefit.CheckpointError, match=config.model_type):
+        discover(config)

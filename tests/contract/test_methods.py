@@ -1,0 +1,113 @@
+"""Every method on every archetype of family; the full product is marked slow. Joining is automatic on registration."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES
+from test_families import load, logits
+
+import moefit
+from moefit.calibration.statistics import STATISTICS
+from moefit.checkpoint.weights import ExpertWeights
+from moefit.methods.registry import find_method
+from moefit.methods.run import view_of
+from moefit.planning.view import LayerView
+
+ARCHETYPES = ["deepseek_v3", "gpt_oss", "olmoe", "qwen2_moe"]
+PRODUCT = [
+    pytest.param(method, family, marks=() if family in ARCHETYPES else pytest.mark.slow)
+    for method in sorted(moefit.METHODS)
+    for family in sorted(FAMILIES)
+]
+every_pair = pytest.mark.parametrize(("method", "family"), PRODUCT)
+Get = Callable[[str], Path]
+GetCalibration = Callable[[str], moefit.Calibration]
+
+
+def make(calibration: moefit.Calibration, method: str, keep: int) -> moefit.Plan:
+    return moefit.make_plan(calibration, method, moefit.Budget.parse(keep=keep))
+
+
+def kept(calibration: moefit.Calibration) -> int:
+    """Return a count that removes one expert of each group."""
+    return calibration.model.stacks[0].num_experts - calibration.model.groups.count
+
+
+def views(calibration: moefit.Calibration) -> list[LayerView]:
+    weights = ExpertWeights(calibration.model.source)
+    return [view_of(calibration, layer, weights) for layer in calibration.layers]
+
+
+@every_pair
+def test_a_plan_is_valid_deterministic_and_loads(
+    method: str, family: str, checkpoint: Get, calibration: GetCalibration, tmp_path: Path
+) -> None:
+    plan = make(calibration(family), method, kept(calibration(family)))
+    assert plan == make(calibration(family), method, kept(calibration(family)))
+    assert {len(layer.pool) for layer in plan.layers.values()} == {kept(calibration(family))}
+    plan.save(tmp_path / "plan.json")
+    assert moefit.Plan.load(tmp_path / "plan.json") == plan
+    assert plan.nbytes < plan.model.nbytes
+    moefit.apply(plan, checkpoint(family), tmp_path / "out", calibration=calibration(family))
+    assert torch.isfinite(logits(load(tmp_path / "out"))).all()
+
+
+@every_pair
+def test_keeping_every_expert_plans_nothing(method: str, family: str, calibration: GetCalibration) -> None:
+    plan = make(calibration(family), method, calibration(family).model.stacks[0].num_experts)
+    assert plan.layers == {}
+    assert plan.nbytes == plan.model.nbytes
+
+
+@pytest.mark.parametrize("method", sorted(moefit.METHODS))
+def test_declared_statistics_suffice(method: str, calibration: GetCalibration) -> None:
+    chosen = find_method(method)
+    whole = views(calibration("olmoe"))
+    spoiled = views(calibration("olmoe"))
+    for view in spoiled:
+        hidden = {name: torch.full_like(getattr(view.sums, name), torch.nan) for name in STATISTICS - chosen.needs}
+        view.__dict__["sums"] = dataclasses.replace(view.sums, **hidden)
+    keeps, parameters = [5] * len(whole), chosen.resolve({})
+    plans = chosen.plan(whole, keeps, **parameters)
+    # A view forgets what it read when its layer is decided, so the spoiled sums are kept by hand.
+    for view in spoiled:
+        view.read_sums = lambda sums=view.sums: sums
+    assert chosen.plan(spoiled, keeps, **parameters) == plans
+    for index, plan in zip(calibration("olmoe").layers, plans, strict=True):
+        if plan.constants:
+            assert chosen.build is not None
+            fresh, blind = views(calibration("olmoe")), [v for v in spoiled if v.index == index]
+            built = chosen.build(next(v for v in fresh if v.index == index), plan, **parameters)
+            assert all(torch.equal(built[name], tensor) for name, tensor in chosen.build(blind[0], plan, **parameters).items())
+
+
+@pytest.mark.parametrize("method", sorted(moefit.METHODS))
+def test_a_size_is_never_exceeded_and_wastes_no_whole_expert(method: str, calibration: GetCalibration) -> None:
+    facts = calibration("olmoe").model
+    for size in (facts.nbytes, facts.nbytes * 3 // 4, facts.nbytes * 3 // 4 + 1):
+        plan = moefit.make_plan(calibration("olmoe"), method, moefit.Budget.parse(size=size))
+        assert plan.nbytes <= size
+        per_layer = sum(stack.expert_bytes for stack in facts.stacks)
+        assert size - plan.nbytes < per_layer + len(facts.stacks) * facts.stacks[0].slot_bytes
+
+
+@pytest.mark.parametrize("method", sorted(moefit.METHODS))
+def test_protected_experts_and_other_layers_stay(method: str, calibration: GetCalibration) -> None:
+    plan = moefit.make_plan(
+        calibration("olmoe"), method, moefit.Budget.parse(keep=3), layers=[1], protect=[(1, 0), (1, 5), (1, 7)]
+    )
+    (layer,) = plan.layers.values()
+    assert plan.by_layer.keys() == {1}
+    assert layer.pool == [0, 5, 7]
+
+
+@pytest.mark.parametrize("method", sorted(moefit.METHODS))
+def test_methods_say_what_they_are(method: str) -> None:
+    found = find_method(method)
+    assert found.summary.endswith(".")
+    assert found.needs <= STATISTICS
+    with pytest.raises(moefit.PlanError, match="no parameter 'nonsense'"):
+        found.resolve({"nonsense": "1"})
