@@ -169,6 +169,8 @@ class HiddenStates:
         partial.mkdir(parents=True)
         for number, hidden in enumerate(states):
             save_file({"hidden": hidden.contiguous().cpu()}, partial / f"{number:05d}.safetensors")
+        # A run that was stopped between this and the layer's statistics left the same states here.
+        shutil.rmtree(self.at(layer), ignore_errors=True)
         partial.rename(self.at(layer))
 
     def forget(self, layer: int) -> None:

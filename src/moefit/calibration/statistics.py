@@ -195,16 +195,16 @@ def accumulate(
     largest = torch.zeros(experts, dtype=torch.float64, device=gate.device)
     largest.scatter_reduce_(0, expert_R, norm, reduce="amax")
     torch.maximum(sums.norm_max, largest.cpu(), out=sums.norm_max)
+    # sum [1, g, g^2] y over the tokens of each expert: thin products in float64
+    products = torch.zeros(3, experts, output_RD.shape[1], dtype=torch.float64, device=gate.device)
     start = 0
     for expert, length in enumerate(per_expert[0].long().tolist()):
+        part = slice(start, start + length)
         if length:
-            # sum [1, g, g^2] y over the tokens of one expert: a thin product in float64
-            part = slice(start, start + length)
-            output, gated, gate_sq = (scalars[:3, part] @ output_RD[part].double()).cpu()
-            sums.output[expert] += output
-            sums.gated_output[expert] += gated
-            sums.gate_sq_output[expert] += gate_sq
-            start += length
+            products[:, expert] = scalars[:3, part] @ output_RD[part].double()
+        start += length
+    for name, values in zip(("output", "gated_output", "gate_sq_output"), products.cpu(), strict=True):
+        getattr(sums, name).add_(values)
     chosen = torch.zeros(len(index_TK), experts, dtype=torch.float32, device=index_TK.device)
     chosen.scatter_(1, index_TK, 1.0)
     # counts of a batch stay below 2^24, so float32 products are exact

@@ -1,0 +1,108 @@
+"""ConMoE: its distance by the direct form, its map by hand, the functional distance by its algebra."""
+
+import pytest
+import torch
+from hand import TinyExperts, layer_of, sums_of
+from torch import nn
+
+import moefit
+from moefit.calibration.statistics import Sample
+from moefit.methods.conmoe import conmoe, functional_distances, weight_distances
+from moefit.planning.slots import Slot
+from moefit.planning.view import LayerView
+
+
+def random_experts(count: int = 4, width: int = 6, inner: int = 5) -> TinyExperts:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(count, inner, width), (count, inner, width), (count, width, inner)]
+    return TinyExperts(*(torch.randn(shape, generator=generator) for shape in shapes))
+
+
+def layer_with(module: nn.Module, contributions: list[float], tokens: int = 40) -> LayerView:
+    """Return a layer whose experts have given mean gated norms, with a sample routed to all of them in turn."""
+    count, width = len(contributions), module.down_proj.shape[1]
+    pairs = [(expert, value, [1.0] + [0.0] * (width - 1)) for expert, value in enumerate(contributions)]
+    generator = torch.Generator().manual_seed(1)
+    sample = Sample(
+        key=torch.arange(tokens),
+        hidden=torch.randn(tokens, width, generator=generator),
+        index=(torch.arange(tokens)[:, None] % count).int(),
+        gate=torch.rand(tokens, 1, generator=generator),
+        logits=torch.zeros(tokens, count),
+    )
+    return layer_of(sums_of(pairs, count, tokens), sample=sample, module=module)
+
+
+def test_the_gram_form_is_the_direct_distance() -> None:
+    matrices = layer_with(random_experts(), [1.0] * 4).experts.matrices()
+    found = weight_distances(matrices)
+    for a in range(4):
+        for b in range(4):
+            direct = [
+                2 * float((w[a] - w[b]).norm()) / (float(w[a].norm()) + float(w[b].norm())) for w in matrices.values()
+            ]
+            assert float(found[a, b]) == pytest.approx(sum(direct) / 3, abs=1e-5)
+
+
+def test_the_map_by_hand() -> None:
+    # Scalar experts 1, 1.1, 5, 6 in every matrix: 2|a-b|/(a+b) pairs 0 with 1 (.095) and 2 with 3 (.182).
+    values = torch.tensor([1.0, 1.1, 5.0, 6.0])[:, None, None]
+    layer = layer_with(TinyExperts(values, values, values), [3.0, 1.0, 1.0, 2.0])
+    plan = conmoe(layer, 2)
+    # a = 3 1 1 2 -> minmax 1 0 0 .5; b -> 0 0 1 1; the products are 0 0 0 .5: 3 stays, and of the tied the lowest, 0
+    assert plan.slots == (Slot("expert", 0), Slot("expert", 0), Slot("expert", 3), Slot("expert", 3))
+    assert plan.kept_slots == [0, 1, 2, 3]
+
+
+def test_permuting_neurons_moves_the_weight_distance_only() -> None:
+    module = random_experts()
+    order = torch.tensor([3, 1, 4, 0, 2])
+    gate, up = module.gate_up_proj.detach().chunk(2, 1)
+    shuffled = TinyExperts(
+        torch.cat([gate, gate[:1, order]]),
+        torch.cat([up, up[:1, order]]),
+        torch.cat([module.down_proj.detach(), module.down_proj.detach()[:1, :, order]]),
+    )
+    layer = layer_with(shuffled, [1.0] * 5)
+    assert float(weight_distances(layer.experts.matrices())[0, 4]) > 0.5
+    functional, _ = functional_distances(layer, 40, False)
+    assert float(functional[0, 4]) == pytest.approx(0, abs=1e-9)
+
+
+def test_the_scale_fits_a_scaled_copy_and_never_hurts() -> None:
+    module = random_experts(3)
+    copy = TinyExperts(
+        *(torch.cat([part, part[:1]]) for part in module.gate_up_proj.detach().chunk(2, 1)),
+        torch.cat([module.down_proj.detach(), 2 * module.down_proj.detach()[:1]]),
+    )
+    layer = layer_with(copy, [1.0] * 4)
+    scaled, scales = functional_distances(layer, 40, True)
+    plain, ones = functional_distances(layer, 40, False)
+    # expert 3 is twice expert 0: 3 answers 0 with half its output, without loss
+    assert float(scales[0, 3]) == pytest.approx(0.5, rel=1e-4)
+    assert float(scaled[0, 3]) == pytest.approx(0, abs=1e-6)
+    assert float(scales[3, 0]) == pytest.approx(1.5)  # 2, clipped
+    assert (ones == 1).all()
+    # the fit interpolates remapping (c = 1) and deletion (c = 0, which loses 1)
+    off = ~torch.eye(4, dtype=torch.bool)
+    assert (scaled[off] <= torch.minimum(plain, torch.ones_like(plain))[off] + 1e-9).all()
+
+
+def test_an_unreached_expert_maps_somewhere_and_is_finite() -> None:
+    layer = layer_with(random_experts(), [1.0, 2.0, 3.0, 0.0])
+    layer.sums.count[3] = layer.sums.gated_norm[3] = 0
+    for options in ({}, {"distance": "functional", "scale": True}):
+        plan = conmoe(layer, 2, **options)
+        assert plan.slots[3].expert in plan.pool
+        assert all(0 <= slot.scale <= 1.5 for slot in plan.slots)
+
+
+def test_equal_scores_divide_by_nothing() -> None:
+    values = torch.ones(3, 1, 1)
+    plan = conmoe(layer_with(TinyExperts(values, values, values), [1.0, 1.0, 1.0]), 1)
+    assert plan.pool == [0]
+
+
+def test_unknown_distance_is_refused() -> None:
+    with pytest.raises(moefit.PlanError, match="distance=cosine"):
+        conmoe(layer_with(random_experts(), [1.0] * 4), 2, distance="cosine")

@@ -1,0 +1,166 @@
+"""Calibration: sums and samples that merge, runs that resume to the same bytes, tokens that do not count."""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import token_batches
+from families import tiny_model
+
+import moefit
+from moefit.calibration.statistics import Sample, Sums, _splitmix64, sample_keys
+
+Get = Callable[[str], Path]
+GetCalibration = Callable[[str], moefit.Calibration]
+
+
+def digests(folder: Path) -> dict[str, str]:
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != "log.jsonl"]
+    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def assert_sums_close(one: Sums, other: Sums) -> None:
+    for field in dataclasses.fields(Sums):
+        torch.testing.assert_close(getattr(one, field.name), getattr(other, field.name), rtol=1e-4, atol=1e-5)
+
+
+def test_two_texts_add_up_to_both(checkpoint: Get, tmp_path: Path) -> None:
+    batches = token_batches(3)
+    options = moefit.SampleOptions(tokens=20)
+    whole = moefit.calibrate(checkpoint("olmoe"), tmp_path / "whole", text=batches, sample=options)
+    first = moefit.calibrate(checkpoint("olmoe"), tmp_path / "first", text=batches[:1], sample=options)
+    second = moefit.calibrate(checkpoint("olmoe"), tmp_path / "second", text=batches[1:], sample=options)
+    for layer in whole.layers:
+        assert_sums_close(first.sums(layer) + second.sums(layer), whole.sums(layer))
+        merged = first.sample(layer).merged(second.sample(layer), 20)
+        assert torch.equal(merged.key, whole.sample(layer).key)
+        assert torch.equal(merged.index, whole.sample(layer).index)
+        torch.testing.assert_close(merged.hidden, whole.sample(layer).hidden, rtol=1e-5, atol=1e-6)
+
+
+def test_the_sample_is_the_smallest_keys(calibration: GetCalibration, checkpoint: Get, tmp_path: Path) -> None:
+    batches = token_batches()
+    small = moefit.calibrate(
+        checkpoint("olmoe"), tmp_path / "small", text=batches, sample=moefit.SampleOptions(tokens=7)
+    )
+    every = torch.cat([sample_keys(batch.document, batch.position, 0).flatten() for batch in batches])
+    assert torch.equal(small.sample(0).key, every.sort().values[:7])
+    whole = calibration("olmoe").sample(0)
+    assert torch.equal(whole.hidden[:7], small.sample(0).hidden)
+
+
+def test_keys_depend_on_document_position_and_seed_and_spread_evenly() -> None:
+    document, position = torch.arange(100)[:, None].expand(100, 100), torch.arange(100).expand(100, 100)
+    keys = sample_keys(document, position, 0).flatten()
+    assert len(keys.unique()) == 10_000
+    assert not torch.equal(keys, sample_keys(document, position, 1).flatten())
+    assert abs(float((keys < 0).float().mean()) - 0.5) < 0.02
+    # splitmix64 of state 0 is the published first output
+    assert int(_splitmix64(np.zeros(1, np.uint64))[0]) == 0xE220A8397B1DCDAF
+
+
+def test_padding_never_counts(checkpoint: Get, tmp_path: Path) -> None:
+    ids = token_batches(1)[0].input_ids[:1]
+    padded = torch.cat([ids, torch.zeros(1, 5, dtype=torch.long)], 1)
+    mask = torch.cat([torch.ones_like(ids), torch.zeros(1, 5, dtype=torch.long)], 1)
+    plain = moefit.calibrate(checkpoint("olmoe"), tmp_path / "plain", text=[moefit.Batch.of(ids)])
+    masked = moefit.calibrate(checkpoint("olmoe"), tmp_path / "masked", text=[moefit.Batch.of(padded, mask)])
+    for layer in plain.layers:
+        assert_sums_close(plain.sums(layer), masked.sums(layer))
+        assert len(masked.sample(layer).key) == 12
+
+
+def test_masked_tokens_do_not_count(checkpoint: Get, tmp_path: Path) -> None:
+    (batch,) = token_batches(1)
+    counted = torch.ones_like(batch.counted)
+    counted[:, 0] = False
+    part = dataclasses.replace(batch, counted=counted)
+    calibration = moefit.calibrate(checkpoint("olmoe"), tmp_path / "part", text=[part])
+    assert float(calibration.sums(0).tokens) == 22
+    assert float(calibration.sums(0).count.sum()) == 44
+    assert len(calibration.sample(0).key) == 22
+
+
+@pytest.mark.parametrize(("stream", "failing"), [(False, n) for n in (1, 2, 3)] + [(True, n) for n in range(1, 7)])
+def test_a_stopped_run_resumes_to_the_same_bytes(
+    stream: bool, failing: int, checkpoint: Get, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stop at the n-th step that finishes something (a layer's file, a set of hidden states, the manifest)."""
+    source, batches = checkpoint("deepseek_v3"), token_batches()
+    moefit.calibrate(source, tmp_path / "whole", text=batches, stream=stream)
+    real, calls = Path.rename, 0
+
+    def stopping(self: Path, target: Path) -> Path:
+        nonlocal calls
+        if str(tmp_path / "stopped") in str(self):
+            calls += 1
+            if calls == failing + 1:  # the first is the run's own fingerprint
+                raise KeyboardInterrupt
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        moefit.calibrate(source, tmp_path / "stopped", text=batches, stream=stream)
+    monkeypatch.setattr(Path, "rename", real)
+    with pytest.raises(moefit.CalibrationError, match="not finished|no calibration folder"):
+        moefit.Calibration.open(tmp_path / "stopped")
+    moefit.calibrate(source, tmp_path / "stopped", text=batches, stream=stream)
+    assert digests(tmp_path / "stopped") == digests(tmp_path / "whole")
+
+
+def test_a_finished_run_is_not_run_again(checkpoint: Get, calibration: GetCalibration) -> None:
+    done = calibration("olmoe")
+    calls: list[tuple[int, int]] = []
+    again = moefit.calibrate(
+        checkpoint("olmoe"), done.folder, text=token_batches(), progress=lambda *at: calls.append(at)
+    )
+    assert again == done
+    assert calls == []
+
+
+def test_another_run_in_the_same_folder_is_refused(checkpoint: Get, calibration: GetCalibration) -> None:
+    folder = calibration("olmoe").folder
+    with pytest.raises(moefit.CalibrationError, match=r"another calibration \(text differ"):
+        moefit.calibrate(checkpoint("olmoe"), folder, text=token_batches(3))
+
+
+def test_progress_counts_to_the_end(checkpoint: Get, tmp_path: Path) -> None:
+    calls: list[tuple[int, int]] = []
+    moefit.calibrate(checkpoint("olmoe"), tmp_path / "c", text=token_batches(), progress=lambda *at: calls.append(at))
+    assert calls == [(done, 4) for done in range(1, 5)]
+
+
+def test_a_model_in_memory_gives_the_numbers_of_its_checkpoint(
+    checkpoint: Get, calibration: GetCalibration, tmp_path: Path
+) -> None:
+    model = tiny_model("olmoe")
+    mine = moefit.calibrate(model, tmp_path / "mine", text=token_batches())
+    for layer in mine.layers:
+        assert_sums_close(mine.sums(layer), calibration("olmoe").sums(layer))
+    assert [dataclasses.asdict(s) for s in mine.model.stacks] == [
+        dataclasses.asdict(s) for s in calibration("olmoe").model.stacks
+    ]
+    # The hooks are gone: the model runs as before.
+    assert all("forward" not in vars(module) for module in model.modules())
+    plan = moefit.make_plan(mine, "mone", moefit.Budget.parse(keep=6), weights=moefit.ExpertWeights(model))
+    assert moefit.apply(plan, model, calibration=mine) is model
+
+
+def test_merging_keeps_the_first_of_equal_keys() -> None:
+    def sample(values: list[int], mark: float) -> Sample:
+        n = len(values)
+        return Sample(
+            key=torch.tensor(values),
+            hidden=torch.full((n, 1), mark),
+            index=torch.zeros(n, 1, dtype=torch.int32),
+            gate=torch.zeros(n, 1),
+            logits=torch.zeros(n, 1),
+        )
+
+    merged = sample([1, 5], 1.0).merged(sample([1, 2], 2.0), 3)
+    assert merged.key.tolist() == [1, 1, 2]
+    assert merged.hidden.flatten().tolist() == [1, 2, 2]
