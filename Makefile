@@ -7,11 +7,12 @@ export HF_HUB_OFFLINE := 1
 export HF_DATASETS_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup test check demo bench floor clean
+.PHONY: help setup test check docs demo bench floor clean
 help:
 	@echo "make demo     compress the reference model with five methods and print the table"
 	@echo "make test     the test suite"
 	@echo "make check    ruff and pyright"
+	@echo "make docs     write the generated pages"
 	@echo "make floor    the loading, streaming and round-trip tests under the oldest transformers supported"
 	@echo "make bench    the slow suite and the benchmarks"
 	@echo "make clean    delete the virtual environments"
@@ -27,6 +28,9 @@ setup: $(VENV)/ready
 
 test: setup
 	$(BIN)/python -m pytest
+
+docs: setup
+	$(BIN)/python docs/generate.py
 
 check: setup
 	$(BIN)/ruff format --check .

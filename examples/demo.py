@@ -54,7 +54,15 @@ def main() -> None:
                 compressed = moefit.apply(plan, load(), calibration=calibration)
                 found = reference.compare(compressed)[""]
                 if not table.row_count:
-                    table.add_row("-", "original", f"{original / 1e6:.1f} MB", f"{found.original_perplexity.mean:.2f}", "0", "", "100%")
+                    table.add_row(
+                        "-",
+                        "original",
+                        f"{original / 1e6:.1f} MB",
+                        f"{found.original_perplexity.mean:.2f}",
+                        "0",
+                        "",
+                        "100%",
+                    )
                 table.add_row(
                     ratio,
                     method,

@@ -81,7 +81,9 @@ def test_declared_statistics_suffice(method: str, calibration: GetCalibration) -
             assert chosen.build is not None
             fresh, blind = views(calibration("olmoe")), [v for v in spoiled if v.index == index]
             built = chosen.build(next(v for v in fresh if v.index == index), plan, **parameters)
-            assert all(torch.equal(built[name], tensor) for name, tensor in chosen.build(blind[0], plan, **parameters).items())
+            assert all(
+                torch.equal(built[name], tensor) for name, tensor in chosen.build(blind[0], plan, **parameters).items()
+            )
 
 
 @pytest.mark.parametrize("method", sorted(moefit.METHODS))

@@ -34,7 +34,9 @@ def sums_of(pairs: list[tuple[int, float, list[float]]], experts: int, tokens: i
     return sums
 
 
-def layer_of(sums: Sums, *, sample: Sample | None = None, module: nn.Module | None = None, **fields: object) -> LayerView:
+def layer_of(
+    sums: Sums, *, sample: Sample | None = None, module: nn.Module | None = None, **fields: object
+) -> LayerView:
     """Make the view a method sees."""
 
     def missing() -> None:

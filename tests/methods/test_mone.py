@@ -45,7 +45,10 @@ def test_the_exact_score_is_the_error_of_the_layers_output() -> None:
     assert mone(layer, 1, score="exact").scores[0] == pytest.approx(error, rel=1e-5)
     for other in ("mean", "gate_mean"):
         worse = novices(layer, other)[0]
-        assert sum(float(g) ** 2 * float((y - worse).square().sum()) for g, y in zip(gates, outputs, strict=True)) / 80 > error
+        assert (
+            sum(float(g) ** 2 * float((y - worse).square().sum()) for g, y in zip(gates, outputs, strict=True)) / 80
+            > error
+        )
 
 
 def test_shrinkage_pulls_towards_the_layers_mean() -> None:

@@ -21,7 +21,13 @@ def facts_of_checkpoint(checkpoint: Checkpoint, anatomy: Anatomy, names: dict[st
         names: disk name -> memory name.
     """
     stacks = find_stacks(checkpoint, anatomy, names)
-    return _facts(anatomy, checkpoint.source, checkpoint.fingerprint(), checkpoint.nbytes, [stack.sizes() for stack in stacks.values()])
+    return _facts(
+        anatomy,
+        checkpoint.source,
+        checkpoint.fingerprint(),
+        checkpoint.nbytes,
+        [stack.sizes() for stack in stacks.values()],
+    )
 
 
 def facts_of_model(model: nn.Module, anatomy: Anatomy) -> ModelFacts:

@@ -28,6 +28,8 @@ SIGMOID = frozenset(
 
 # Families that break the common contract, each with what it does instead.
 REFUSED = {
+    "dbrx": "its experts lie in flat matrices that transformers does not run through the common interface",
+    "jetmoe": "its attention has experts too, and neither kind runs through the common interface",
     "deepseek_v4": "some of its layers choose experts by a table of token ids",
     "glm_moe_dsa": "its decoder layers pass on more than hidden states",
     "hy_v4": "its decoder layers pass on more than hidden states",

@@ -83,7 +83,9 @@ def find_stacks(checkpoint: Checkpoint, anatomy: Anatomy, names: dict[str, str])
         if found:
             layer, axis = found
             prefix, rest = _split(key)
-            stack = stacks.setdefault(prefix, DiskStack(prefix=prefix, index=layer.index, num_experts=layer.num_experts))
+            stack = stacks.setdefault(
+                prefix, DiskStack(prefix=prefix, index=layer.index, num_experts=layer.num_experts)
+            )
             kind = None if name in expert_axes else axis
             templates[_EXPERT.sub("experts.*.", rest)] = kind
             _place(stack, checkpoint.tensors[key], kind, axis)

@@ -13,6 +13,11 @@ def random(layer: LayerView, keep: int, *, seed: int = 0) -> LayerPlan:
     """Drop experts drawn at random.
 
     The draw depends on the seed and the layer only; report several seeds.
+
+    Args:
+        layer: the layer.
+        keep: experts that stay.
+        seed: another seed draws other experts.
     """
     generator = torch.Generator().manual_seed(seed * 100_003 + layer.index)
     return drop_lowest(layer, torch.rand(layer.num_experts, generator=generator), keep)

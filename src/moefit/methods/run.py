@@ -59,7 +59,9 @@ def make_plan(
     decided = dict(zip((stack.prefix for stack in stacks), chosen.plan(views, keeps, **resolved), strict=True))
     for stack in facts.stacks:
         if stack.index is None and stack.prefix in outline.layers:
-            decided[stack.prefix] = _plan_unrun(stack, len(outline.layers[stack.prefix].pool), facts.groups.count, weights)
+            decided[stack.prefix] = _plan_unrun(
+                stack, len(outline.layers[stack.prefix].pool), facts.groups.count, weights
+            )
     plan = Plan(
         method=chosen.name,
         parameters=resolved,
@@ -185,7 +187,7 @@ def _within(size: int, facts: ModelFacts, stacks: Sequence[Stack], at: Any) -> d
 def _plan_unrun(stack: Stack, keep: int, groups: int, weights: ExpertWeights) -> LayerPlan:
     """Keep the experts with the largest weights, as many in each group: nothing is measured of a layer that is not run."""
     norms = weights.norms(stack.prefix).view(groups, -1)
-    order = norms.argsort(1, descending=True, stable=True)[:, : keep // groups]
+    order = norms.argsort(dim=1, descending=True, stable=True)[:, : keep // groups]
     kept = (order + torch.arange(groups)[:, None] * norms.shape[1]).flatten().tolist()
     return keep_only(stack.num_experts, kept, "drop", norms.flatten().tolist())
 

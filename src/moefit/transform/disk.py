@@ -141,7 +141,9 @@ def provenance(plan: Plan, checkpoint: Checkpoint, calibration: Calibration | No
     }
 
 
-def _constants(stack: DiskStack, layer: LayerPlan, anatomy: Anatomy, compute: Callable[[int, str], torch.Tensor]) -> Piece:
+def _constants(
+    stack: DiskStack, layer: LayerPlan, anatomy: Anatomy, compute: Callable[[int, str], torch.Tensor]
+) -> Piece:
     assert stack.index is not None
     moe = anatomy.layers[stack.index]
     shape = (len(layer.constants), moe.width)

@@ -1,0 +1,100 @@
+"""The docs say what the code does: generated pages, links, flags, and code that runs."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import transformers
+from packaging.version import Version
+from typer.main import get_command
+
+import moefit
+from moefit_cli.app import app
+
+ROOT = Path(__file__).parent.parent
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*/README.md"), *ROOT.glob("benchmarks/*.md")]
+
+
+@pytest.mark.skipif(Version(transformers.__version__) < Version("5.23"), reason="the pages list the newest families")
+def test_generated_pages_are_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import generate
+
+    for file, page in generate.PAGES.items():
+        assert (ROOT / "docs" / file).read_text() == page(), f"docs/{file} is stale; run `make docs`"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text()):
+        if not target.startswith(("http:", "https:", "mailto:")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_in_the_docs_have_flags_that_exist(page: Path) -> None:
+    verbs = get_command(app).commands
+    for line in re.findall(rf"^\s*(?:\$ )?(moefit (?:{'|'.join(verbs)}) .*)$", page.read_text(), re.MULTILINE):
+        words = shlex.split(line.partition("#")[0])
+        verb = verbs[words[1]]
+        known = {option for parameter in verb.params for option in parameter.opts}
+        flags = {word for word in words[2:] if re.match(r"--?[a-z]", word)}
+        assert flags <= known, f"{page.name}: {line}"
+
+
+def test_python_in_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks run in order, with the reference model in place of the names."""
+    reference = ROOT / "examples" / "reference-moe"
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    monkeypatch.chdir(tmp_path)
+    for block in blocks:
+        code = block.replace("allenai/OLMoE-1B-7B-0125", str(reference)).replace(
+            '"text.jsonl"', repr(str(reference / "calibration.jsonl"))
+        )
+        exec(code.replace("length=2048", "length=64").replace("sequences=128", "sequences=4"), {})
+    assert (tmp_path / "OLMoE-small" / "config.json").is_file()
+
+
+def test_help_is_quick_and_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; sys.argv = ['moefit', '--help']\n"
+        "from moefit_cli.app import main\n"
+        "try: main()\n"
+        "except SystemExit: print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert shown.strip().endswith("[]")
+    for verb in ("inspect", "calibrate", "plan", "apply", "compress", "evaluate"):
+        assert verb in shown
+
+
+PUBLIC = """
+METHODS Batch Budget Calibration CalibrationError CheckpointError ExpertWeights MoefitError Plan PlanError SampleOptions
+Scores TaskOptions TextOptions __version__ apply calibrate evaluate make_plan precheck read_batches
+""".split()
+FLAGS = {
+    "inspect": "--json --trust-remote-code",
+    "calibrate": "--batch-size --data --device --device-map --dtype --length --mask-special --out --sample-tokens --seed "
+    "--sequences --states --stream --trust-remote-code",
+    "plan": "--guard-super-experts --keep --layers --method --model --out --param --protect --remove --size",
+    "apply": "--allow-other-weights --calibration --format --out --overwrite --trust-remote-code",
+    "compress": "--batch-size --calibration --data --device --device-map --dry-run --dtype --format --guard-super-experts "
+    "--keep --layers --length --mask-special --method --out --overwrite --param --protect --remove --sample-tokens --seed "
+    "--sequences --size --states --stream --trust-remote-code",
+    "evaluate": "--against --batch-size --data --device --device-map --dtype --json --length --limit --sequences "
+    "--task-data --task-dir --tasks --trust-remote-code",
+}
+
+
+def test_the_surface_is_frozen() -> None:
+    """A new name, verb or flag is added to these lists on purpose."""
+    assert sorted(moefit.__all__) == sorted(PUBLIC)
+    found = {
+        name: " ".join(sorted(option for p in verb.params for option in p.opts if option.startswith("--")))
+        for name, verb in get_command(app).commands.items()
+    }
+    assert found == FLAGS

@@ -1,0 +1,116 @@
+"""Fidelity against a loop over tokens, and intervals with known answers."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import token_batches
+from families import tiny_model
+
+import moefit
+from moefit.evaluation import fidelity as fidelity_module
+from moefit.evaluation.fidelity import Reference
+from moefit.evaluation.speed import measure_speed
+
+Get = Callable[[str], Path]
+
+
+def test_numbers_equal_a_loop_over_tokens(tmp_path: Path) -> None:
+    one, other = tiny_model("olmoe", seed=0), tiny_model("olmoe", seed=1)
+    batches = token_batches(2)
+    found = Reference(tmp_path / "r", batches).record(one).compare(other)[""]
+    kl, agree, nll, other_nll = [], [], [], []
+    for batch in batches:
+        with torch.no_grad():
+            p, q = (model(batch.input_ids).logits.double().softmax(-1) for model in (one, other))
+        for row in range(len(p)):
+            for place in range(p.shape[1] - 1):
+                a, b, word = p[row, place], q[row, place], batch.input_ids[row, place + 1]
+                kl.append(sum(float(x) * math.log(float(x) / float(y)) for x, y in zip(a, b, strict=True)))
+                agree.append(float(a.argmax() == b.argmax()))
+                nll.append(-math.log(float(a[word])))
+                other_nll.append(-math.log(float(b[word])))
+    count = len(kl)
+    assert found.tokens == count == 33
+    assert found.kl.mean == pytest.approx(sum(kl) / count, rel=1e-4)
+    assert found.top1_agreement.mean == pytest.approx(sum(agree) / count)
+    assert found.original_perplexity.mean == pytest.approx(math.exp(sum(nll) / count), rel=1e-4)
+    assert found.compressed_perplexity.mean == pytest.approx(math.exp(sum(other_nll) / count), rel=1e-4)
+    assert found.kl.low <= found.kl.mean <= found.kl.high
+
+
+def test_a_model_agrees_with_itself(tmp_path: Path) -> None:
+    model = tiny_model("olmoe")
+    found = Reference(tmp_path / "r", token_batches()).record(model).compare(model)[""]
+    assert found.kl == fidelity_module.Interval(0, 0, 0)
+    assert found.top1_agreement.mean == 1
+    assert found.original_perplexity == found.compressed_perplexity
+
+
+def test_domains_split_the_tokens(tmp_path: Path) -> None:
+    """The domain of a prediction is that of the token predicted; weighted means of domains give the whole."""
+    one, other = tiny_model("olmoe", seed=0), tiny_model("olmoe", seed=1)
+    domain = torch.zeros(2, 12, dtype=torch.long)
+    domain[:, 5:] = 1
+    batches = [replace(token_batches(1)[0], domain=domain, domains=("fiction", "code"))]
+    found = Reference(tmp_path / "r", batches).record(one).compare(other)
+    assert set(found) == {"", "fiction", "code"}
+    assert (found["fiction"].tokens, found["code"].tokens) == (8, 14)
+    weighted = (8 * found["fiction"].kl.mean + 14 * found["code"].kl.mean) / 22
+    assert found[""].kl.mean == pytest.approx(weighted)
+
+
+def test_intervals_narrow_with_more_blocks(tmp_path: Path) -> None:
+    one, other = tiny_model("olmoe", seed=0), tiny_model("olmoe", seed=1)
+
+    def width(count: int) -> float:
+        found = Reference(tmp_path / str(count), token_batches(count)).record(one).compare(other)[""]
+        return found.kl.high - found.kl.low
+
+    assert width(64) < 0.6 * width(8)
+
+
+def test_padding_is_not_predicted(tmp_path: Path) -> None:
+    one, other = tiny_model("olmoe", seed=0), tiny_model("olmoe", seed=1)
+    ids = token_batches(1)[0].input_ids
+    mask = torch.ones_like(ids)
+    mask[1, 8:] = 0
+    found = Reference(tmp_path / "r", [moefit.Batch.of(ids, mask)]).record(one).compare(other)[""]
+    assert found.tokens == 11 + 7
+
+
+def test_no_room_on_the_disk_is_said_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fidelity_module.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 100})())
+    with pytest.raises(moefit.MoefitError, match="evaluate fewer --sequences"):
+        Reference(tmp_path / "r", token_batches()).record(tiny_model("olmoe"))
+
+
+def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    one, other = tiny_model("olmoe", seed=0), tiny_model("olmoe", seed=1)
+    reference = Reference(tmp_path / "r", token_batches()).record(one)
+    other.lm_head.weight.data[0, 0] = float("nan")
+    with pytest.raises(moefit.MoefitError, match="not finite"):
+        reference.compare(other)
+
+
+def test_speed_is_positive() -> None:
+    speed = measure_speed(tiny_model("olmoe"), token_batches(1)[0].input_ids, new_tokens=2, repeats=1)
+    assert speed.prefill > 0
+    assert speed.decode > 0
+
+
+def test_scores_have_the_keys_that_people_read(checkpoint: Get, tmp_path: Path) -> None:
+    root = Path(__file__).parent.parent / "examples" / "reference-moe"
+    text = moefit.TextOptions(data=(str(root / "heldout.jsonl"),), sequences=2, length=64, batch_size=1)
+    scores = moefit.evaluate(root, root, text=text).to_json()
+    assert scores["kl"]["mean"] == 0
+    assert scores["original"]["perplexity"] == scores["compressed"]["perplexity"] > 1
+    assert scores["bytes"] == {"original": 16963968, "compressed": 16963968}
+    # bf16 on disk, float32 in memory, and a few rotary frequencies
+    assert scores["resident_bytes"]["original"] == pytest.approx(2 * 16963968, rel=1e-4)
+    assert set(scores["domains"]) == {"dialogue"}
+    assert scores["tokens_per_second"]["compressed"]["decode"] > 0
+    assert {"low", "high"} <= set(scores["top1_agreement"])

@@ -1,0 +1,442 @@
+"""planning/slots.py and the plan as a file: answers read off by hand, round trips, and what a hand edit can break."""
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from moefit.calibration.folder import ModelFacts
+from moefit.checkpoint.family import Groups
+from moefit.checkpoint.layout import Stack
+from moefit.errors import PlanError
+from moefit.planning.checks import check_plan
+from moefit.planning.plan import Plan
+from moefit.planning.slots import LayerPlan, Slot, SlotMap, keep_only
+
+# 0 and 3 keep their experts, 1 is dropped, 2 is a constant, 4 is answered by 3, 5 by 0 at half its gate.
+MIXED = LayerPlan(
+    slots=(
+        Slot("expert", 0),
+        Slot("drop"),
+        Slot("constant"),
+        Slot("expert", 3),
+        Slot("expert", 3),
+        Slot("expert", 0, 0.5),
+    ),
+    scores=(1, 0.25, 0.125, 3, 1e-9, 123456.78),
+)
+MIXED_JSON = {
+    "experts": 6,
+    "keep": [0, 3],
+    "drop": [1],
+    "constant": [2],
+    "remap": {"4": 3, "5": {"expert": 0, "scale": 0.5}},
+    "scores": [1.0, 0.25, 0.125, 3.0, 1e-09, 123457.0],
+}
+# Two layers of 6 experts of 96 bytes, whose router has 16 bytes a slot; the rest of the model has 1000 - 2 * 6 * 112.
+FACTS = ModelFacts(
+    source="original",
+    fingerprint={"config": "c", "shards": {"one": {"bytes": 1}}},
+    model_type="tiny",
+    width=8,
+    top_k=2,
+    groups=Groups(),
+    nbytes=10_000,
+    stacks=tuple(
+        Stack(prefix=f"model.layers.{n}", index=n, num_experts=6, expert_bytes=96, slot_bytes=16, dtype="BF16")
+        for n in (0, 1)
+    ),
+)
+
+
+def plan_of(*layers: LayerPlan, facts: ModelFacts = FACTS, **fields: object) -> Plan:
+    settings = {"method": "reap", "parameters": {}, "budget": "keep 4", "calibration": "0123456789abcdef"} | fields
+    names = [stack.prefix for stack in facts.stacks]
+    return Plan(model=facts, layers=dict(zip(names, layers, strict=False)), **settings)  # type: ignore[arg-type]
+
+
+def drop(*slots: int, of: int = 6) -> LayerPlan:
+    return keep_only(of, set(range(of)) - set(slots), "drop")
+
+
+# One layer
+
+
+def test_pool_kept_slots_and_constants() -> None:
+    assert MIXED.pool == [0, 3]
+    assert MIXED.kept_slots == [0, 2, 3, 4, 5]
+    assert MIXED.constants == [2]
+    assert not MIXED.native
+    assert not MIXED.untouched
+
+
+def test_slot_map_of_every_kind_of_answer() -> None:
+    # Slots 0, 2, 3, 4, 5 are left; expert 0 is row 0, expert 3 is row 1, the constant is stand-in 0.
+    found = MIXED.slot_map()
+    assert found == SlotMap(slots=(0, -1, 1, 1, 0), experts=2, constants=1, scales=(1.0, 1.0, 1.0, 1.0, 0.5))
+    assert found.shared
+    assert not found.plain
+
+
+def test_slot_map_of_dropped_slots_is_the_plain_one() -> None:
+    found = drop(1, 4).slot_map()
+    assert found == SlotMap(slots=(0, 1, 2, 3), experts=4)
+    assert found.plain
+    assert not found.shared
+    assert drop(1, 4).native
+
+
+def test_constants_are_numbered_by_slot() -> None:
+    found = keep_only(5, [1, 3], "constant").slot_map()
+    assert found == SlotMap(slots=(-1, 0, -2, 1, -3), experts=2, constants=3)
+    assert not found.plain
+    assert not found.shared
+
+
+def test_expert_that_only_answers_for_another_slot_stays_in_the_pool() -> None:
+    layer = LayerPlan(slots=(Slot("expert", 2), Slot("drop"), Slot("drop"), Slot("expert", 3)))
+    assert layer.pool == [2, 3]
+    assert layer.slot_map() == SlotMap(slots=(0, 1), experts=2)
+    assert not layer.native
+
+
+def test_layer_in_which_all_stay_is_untouched() -> None:
+    layer = keep_only(4, range(4), "drop", [1, 2, 3, 4])
+    assert layer.untouched
+    assert layer.native
+    assert layer.slot_map() == SlotMap(slots=(0, 1, 2, 3), experts=4)
+    assert not LayerPlan(slots=(Slot("expert", 0, 0.5), Slot("expert", 1))).untouched
+
+
+def test_scores_keep_six_digits_as_the_file_does() -> None:
+    layer = LayerPlan(slots=(Slot("drop"),) * 3, scores=(1 / 3, 1234567.0, 0.0))
+    assert layer.scores == (0.333333, 1234570.0, 0.0)
+
+
+# JSON of a layer and of a slot map
+
+
+def test_layer_is_written_by_kind_and_read_back() -> None:
+    assert MIXED.to_json() == MIXED_JSON
+    assert LayerPlan.from_json(json.loads(json.dumps(MIXED_JSON)), "here") == MIXED
+
+
+def test_empty_kinds_are_left_out() -> None:
+    assert drop(0, 1, 2, 3, 4, 5).to_json() == {"experts": 6, "drop": [0, 1, 2, 3, 4, 5]}
+    assert keep_only(2, [0, 1], "drop").to_json() == {"experts": 2, "keep": [0, 1]}
+
+
+def test_random_layers_survive_the_round_trip() -> None:
+    generator = random.Random(0)
+    for _ in range(200):
+        size = generator.randint(1, 12)
+        kinds: list[Callable[[int], Slot]] = [
+            lambda number: Slot("expert", number),
+            lambda number: Slot("drop"),
+            lambda number: Slot("constant"),
+            lambda number: Slot("expert", generator.randrange(size)),  # noqa: B023 (called below)
+            lambda number: Slot("expert", generator.randrange(size), generator.random()),  # noqa: B023
+        ]
+        slots = tuple(generator.choice(kinds)(number) for number in range(size))
+        layer = LayerPlan(slots=slots, scores=tuple(generator.gauss(0, 100) for _ in range(size)))
+        text = json.dumps(layer.to_json())
+        assert LayerPlan.from_json(json.loads(text), "here") == layer
+        slot_map = layer.slot_map()
+        assert SlotMap.from_json(json.loads(json.dumps(slot_map.to_json()))) == slot_map
+
+
+def test_slot_map_leaves_defaults_out_and_refuses_what_it_does_not_know() -> None:
+    assert SlotMap(slots=(0, 1), experts=2).to_json() == {"slots": [0, 1], "experts": 2}
+    full = {"slots": [0, -1], "experts": 1, "constants": 1, "scales": [1.0, 0.5]}
+    assert SlotMap.from_json(full).to_json() == full
+    with pytest.raises(PlanError) as refusal:
+        SlotMap.from_json(full | {"ranks": [4], "bases": 1})
+    assert str(refusal.value) == (
+        "slot map has unknown keys ['bases', 'ranks']: written by a later version of moefit; update it"
+    )
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        ({"drop": [1, 3]}, "slot 3 is named twice"),
+        ({"keep": [0, 0, 3]}, "slot 0 is named twice"),
+        ({"constant": [2, 5]}, "slot 5 is named twice"),
+        ({"drop": []}, "slots [1] are not named; each of 6 needs keep, drop, constant or remap"),
+        ({"keep": [], "remap": {}}, "slots [0, 3, 4, 5] are not named; each of 6 needs keep, drop, constant or remap"),
+        ({"experts": 7}, "slots [6] are not named; each of 7 needs keep, drop, constant or remap"),
+        ({"drop": [6]}, "slot 6 or its expert None is outside 0..5"),
+        ({"drop": [-1]}, "slot -1 or its expert None is outside 0..5"),
+        ({"remap": {"4": 6, "5": 0}}, "slot 4 or its expert 6 is outside 0..5"),
+        ({"remap": {"4": -1, "5": 0}}, "slot 4 or its expert -1 is outside 0..5"),
+        ({"dorp": [1]}, "unknown keys ['dorp']"),
+    ],
+)
+def test_hand_edit_that_does_not_add_up_is_named(edit: dict, said: str) -> None:
+    with pytest.raises(PlanError) as refusal:
+        LayerPlan.from_json(MIXED_JSON | edit, "plan.json, model.layers.0")
+    assert str(refusal.value) == f"plan.json, model.layers.0: {said}"
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        ({"keep": [0.5, 3]}, "0.5"),
+        ({"remap": {"4": 3, "5": {"expert": 0, "scale": float("nan")}}}, "scale"),
+        ({"remap": {"4": 3, "5": {"expert": 0, "scale": float("inf")}}}, "scale"),
+        ({"remap": {"4": 3, "5": {"expert": 0, "sacle": 0.5}}}, "sacle"),
+    ],
+)
+def test_hand_edit_that_means_nothing_is_refused(edit: dict, said: str) -> None:
+    with pytest.raises(PlanError) as refusal:
+        LayerPlan.from_json(MIXED_JSON | edit, "plan.json, model.layers.0")
+    assert str(refusal.value).startswith("plan.json, model.layers.0: ")
+    assert said in str(refusal.value)
+
+
+# The plan
+
+
+def test_bytes_of_a_plan_are_counted_by_hand() -> None:
+    # Layer 0 loses 2 of its experts and slots. Layer 1 (MIXED) loses 4 experts and 1 slot, and gains a constant of
+    # 8 numbers of 2 bytes.
+    assert plan_of(drop(1, 4), MIXED).nbytes == 10_000 - 2 * (96 + 16) - (4 * 96 + 1 * 16) + 1 * 8 * 2
+    assert plan_of(drop(1, 4)).nbytes == 10_000 - 2 * (96 + 16)
+    assert plan_of().nbytes == 10_000
+
+
+def test_plan_is_native_when_an_ordinary_checkpoint_can_say_it() -> None:
+    assert plan_of(drop(1, 4), drop(0, 2)).native
+    assert plan_of().native
+    assert not plan_of(drop(1, 4), drop(0)).native  # counts differ
+    assert not plan_of(drop(1, 4)).native  # the other layer keeps all
+    assert not plan_of(keep_only(6, range(4), "constant"), keep_only(6, range(4), "constant")).native
+
+
+def test_untouched_layers_are_left_out_of_what_the_model_runs() -> None:
+    plan = plan_of(drop(1), keep_only(6, range(6), "drop"))
+    assert list(plan.by_layer) == [0]
+
+
+def test_layers_that_the_model_does_not_run_are_priced_but_not_run() -> None:
+    unrun = Stack(prefix="model.layers.2", index=None, num_experts=6, expert_bytes=96, slot_bytes=16, dtype="BF16")
+    facts = replace(FACTS, stacks=(*FACTS.stacks, unrun))
+    plan = plan_of(drop(1), drop(1), drop(5), facts=facts)
+    assert plan.nbytes == 10_000 - 3 * 112
+    assert list(plan.by_layer) == [0, 1]
+    assert plan.native
+    assert not plan_of(drop(1), drop(1), facts=facts).native
+
+
+def test_plan_file_is_read_back_equal(tmp_path: Path) -> None:
+    plan = plan_of(drop(1, 4), MIXED, method="mone", parameters={"novice": "mean", "shrinkage": 0.1})
+    plan.save(tmp_path / "plan.json")
+    again = Plan.load(tmp_path / "plan.json")
+    assert again == plan
+    assert again.nbytes == plan.nbytes
+    again.save(tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_bytes() == (tmp_path / "plan.json").read_bytes()
+
+
+def test_plan_file_says_what_a_reader_needs_one_list_a_line(tmp_path: Path) -> None:
+    plan_of(drop(1, 4), MIXED).save(tmp_path / "plan.json")
+    text = (tmp_path / "plan.json").read_text()
+    assert '      "keep": [0, 2, 3, 5],\n      "drop": [1, 4]\n' in text
+    assert json.loads(text)["layers"]["model.layers.1"] == MIXED_JSON
+    assert json.loads(text)["bytes"] == {"original": 10_000, "planned": 10_000 - 224 - 400 + 16}
+
+
+def edited(tmp_path: Path, edit: Callable[[dict], object]) -> Path:
+    """Save a plan, change its JSON in place and return the file."""
+    file = tmp_path / "plan.json"
+    content = plan_of(drop(1, 4), drop(0, 2)).to_json()
+    edit(content)
+    file.write_text(json.dumps(content))
+    return file
+
+
+def test_hand_edit_that_adds_up_is_the_plan(tmp_path: Path) -> None:
+    def edit(content: dict) -> None:
+        content["layers"]["model.layers.1"] = {"experts": 6, "keep": [0, 1, 2, 3], "remap": {"4": 0, "5": 0}}
+
+    plan = Plan.load(edited(tmp_path, edit))
+    assert plan.by_layer[1].slot_map() == SlotMap(slots=(0, 1, 2, 3, 0, 0), experts=4)
+    assert plan.nbytes == 10_000 - 224 - 2 * 96
+    check_plan(plan, FACTS)
+
+
+def test_error_in_a_layer_names_file_and_layer(tmp_path: Path) -> None:
+    file = edited(tmp_path, lambda content: content["layers"]["model.layers.1"].update(drop=[0]))
+    with pytest.raises(PlanError) as refusal:
+        Plan.load(file)
+    assert str(refusal.value) == (
+        f"{file}, model.layers.1: slots [2] are not named; each of 6 needs keep, drop, constant or remap"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "not JSON ("),
+        ("", "not JSON ("),
+        ("[]", "not a plan; make one with `moefit plan`"),
+        ("7", "not a plan; make one with `moefit plan`"),
+        ('{"format": "moefit-calibration"}', "not a plan; make one with `moefit plan`"),
+        ('{"format": "moefit-plan"}', "a plan of version None, this moefit reads version 1"),
+        ('{"format": "moefit-plan", "version": 2}', "a plan of version 2, this moefit reads version 1"),
+        ('{"format": "moefit-plan", "version": 1}', "not a complete plan (KeyError('method'))"),
+        (b"\xff\xfe", "not JSON ("),
+    ],
+)
+def test_file_that_is_no_plan_is_refused(tmp_path: Path, text: str | bytes, said: str) -> None:
+    file = tmp_path / "plan.json"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(PlanError) as refusal:
+        Plan.load(file)
+    assert str(refusal.value).startswith(f"{file}: {said}")
+
+
+def test_plan_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=r"none.json: cannot be read \(No such file or directory\)"):
+        Plan.load(tmp_path / "none.json")
+    with pytest.raises(PlanError, match=r"cannot be read \(Is a directory\)"):
+        Plan.load(tmp_path)
+
+
+LAYER = "model.layers.0"
+DAMAGES: dict[str, Callable[[dict], object]] = {
+    "no model": lambda content: content.pop("model"),
+    "model null": lambda content: content.update(model=None),
+    "model with a key too many": lambda content: content["model"].update(extra=1),
+    "stack without prefix": lambda content: content["model"]["stacks"][0].pop("prefix"),
+    "unknown dtype": lambda content: content["model"]["stacks"][0].update(dtype="F99"),
+    "fingerprint a word": lambda content: content["model"].update(fingerprint="abc"),
+    "parameters a list": lambda content: content.update(parameters=[1]),
+    "layers null": lambda content: content.update(layers=None),
+    "layers a list": lambda content: content.update(layers=[]),
+    "layer null": lambda content: content["layers"].update({LAYER: None}),
+    "layer a list": lambda content: content["layers"].update({LAYER: [1]}),
+    "layer without experts": lambda content: content["layers"][LAYER].pop("experts"),
+    "experts a word": lambda content: content["layers"][LAYER].update(experts="six"),
+    "keep a number": lambda content: content["layers"][LAYER].update(keep=5),
+    "remap a list": lambda content: content["layers"][LAYER].update(remap=[1]),
+    "remap of a word": lambda content: content["layers"][LAYER].update(remap={"one": 1}),
+    "scores words": lambda content: content["layers"][LAYER].update(scores=["high"]),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damaged_plan_is_refused_when_it_is_read(tmp_path: Path, name: str) -> None:
+    file = edited(tmp_path, DAMAGES[name])
+    with pytest.raises(PlanError) as refusal:
+        Plan.load(file)
+    assert str(refusal.value).startswith(str(file))
+
+
+# A plan against a model
+
+
+def test_plan_fits_the_model_it_was_made_for() -> None:
+    check_plan(plan_of(drop(1, 4), MIXED), FACTS)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model_type": "huge"}, "its model type is tiny, this model has huge"),
+        ({"width": 16}, "its width is 8, this model has 16"),
+        ({"top_k": 3}, "its top-k is 2, this model has 3"),
+        ({"stacks": FACTS.stacks[:1]}, "its experts by layer is {0: 6, 1: 6}, this model has {0: 6}"),
+        (
+            {"stacks": tuple(replace(stack, num_experts=7) for stack in FACTS.stacks)},
+            "its experts by layer is {0: 6, 1: 6}, this model has {0: 7, 1: 7}",
+        ),
+        (
+            # 96 and 192 bytes of 2 each
+            {"stacks": tuple(replace(stack, expert_bytes=192) for stack in FACTS.stacks)},
+            "its numbers of an expert by layer is {0: 48, 1: 48}, this model has {0: 96, 1: 96}",
+        ),
+    ],
+)
+def test_plan_for_other_shapes_is_refused_with_both(change: dict, said: str) -> None:
+    for allowed in (False, True):
+        with pytest.raises(PlanError) as refusal:
+            check_plan(plan_of(drop(1, 4)), replace(FACTS, **change), allow_other_weights=allowed)
+        assert str(refusal.value) == f"the plan is for another model: {said}"
+
+
+def test_plan_for_other_weights_needs_a_word() -> None:
+    other = replace(FACTS, fingerprint={"config": "c", "shards": {"one": {"bytes": 2}}})
+    with pytest.raises(PlanError) as refusal:
+        check_plan(plan_of(drop(1, 4)), other)
+    assert str(refusal.value) == (
+        "the plan was made for other weights of the same shapes; "
+        "calibrate this model, or pass --allow-other-weights on purpose"
+    )
+    check_plan(plan_of(drop(1, 4)), other, allow_other_weights=True)
+
+
+def test_same_weights_with_another_config_text_are_the_same() -> None:
+    check_plan(plan_of(drop(1, 4)), replace(FACTS, fingerprint=FACTS.fingerprint | {"config": "d"}))
+
+
+def test_same_model_in_another_dtype_has_the_same_shapes() -> None:
+    # float32 has twice the bytes and as many numbers.
+    stacks = tuple(replace(stack, expert_bytes=192, slot_bytes=32, dtype="F32") for stack in FACTS.stacks)
+    check_plan(plan_of(drop(1, 4)), replace(FACTS, stacks=stacks), allow_other_weights=True)
+
+
+@pytest.mark.parametrize(
+    ("layer", "said"),
+    [
+        (drop(1, 2, 3, 4, 5), "plan leaves 1 slots but the router picks 2 per token; keep at least 2"),
+        (keep_only(6, [], "constant"), "plan keeps no expert; keep at least 1"),
+        (drop(0, of=5), "the plan has 5 slots, the layer 6"),
+        (
+            LayerPlan(slots=tuple(Slot("expert", 5 - number) for number in range(6))),
+            "plan changes slots but removes no expert; keep every slot as it is, or remove some",
+        ),
+    ],
+)
+def test_layer_that_cannot_work_is_refused(layer: LayerPlan, said: str) -> None:
+    with pytest.raises(PlanError) as refusal:
+        check_plan(plan_of(layer), FACTS)
+    assert str(refusal.value) == f"model.layers.0: {said}"
+
+
+def test_layer_that_is_none_is_refused_with_those_there_are() -> None:
+    plan = replace(plan_of(drop(1)), layers={"model.layers.7": drop(1)})
+    with pytest.raises(PlanError) as refusal:
+        check_plan(plan, FACTS)
+    assert str(refusal.value) == (
+        "the plan names layer 'model.layers.7', which is no MoE layer; those are model.layers.0, model.layers.1"
+    )
+
+
+@pytest.mark.parametrize(
+    ("layer", "groups", "said"),
+    [
+        # Groups 0-2 and 3-5
+        (drop(0, 1), Groups(2, 1, 2), "the router chooses among 2 groups of equal size; the plan leaves [1, 3]"),
+        (drop(0, 4, 5), Groups(2, 1, 1), "the router chooses among 2 groups of equal size; the plan leaves [2, 1]"),
+        (drop(0, 1, 3, 4), Groups(2, 2, 2), "plan leaves 1 slots in each group, the router scores groups by 2"),
+        (
+            drop(0, 1, 3, 4),
+            Groups(2, 1, 1),
+            "a token may use 1 of 2 groups with 1 slots left in each, but the router picks 2; keep at least 2 in each",
+        ),
+    ],
+)
+def test_groups_left_unequal_or_too_small_are_refused(layer: LayerPlan, groups: Groups, said: str) -> None:
+    facts = replace(FACTS, groups=groups)
+    with pytest.raises(PlanError) as refusal:
+        check_plan(plan_of(layer, facts=facts), facts)
+    assert str(refusal.value).startswith(f"model.layers.0: {said}")
+
+
+def test_equal_groups_and_constants_fit_a_grouped_router() -> None:
+    facts = replace(FACTS, groups=Groups(2, 1, 2))
+    check_plan(plan_of(drop(0, 3), keep_only(6, [0, 1, 2], "constant"), facts=facts), facts)

@@ -1,0 +1,166 @@
+"""What is written beside and around the experts: config, card, provenance, other files, layers that are not run."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from contract.test_families import load, logits
+from families import tiny_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import moefit
+from moefit.checkpoint.files import open_checkpoint
+from moefit.checkpoint.loader import quiet_transformers
+from moefit.checkpoint.summary import summarise
+from moefit.planning.budget import Budget
+
+Get = Callable[[str], Path]
+GetCalibration = Callable[[str], moefit.Calibration]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """Return a checkpoint folder that a test may change."""
+    folder = tmp_path / "source"
+    with quiet_transformers():
+        tiny_model("deepseek_v3").save_pretrained(folder, max_shard_size="40KB")
+    return folder
+
+
+def compressed(source: Path, tmp_path: Path, method: str = "reap", keep: int = 9) -> Path:
+    ids = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(0))
+    calibration = moefit.calibrate(source, tmp_path / "calibration", text=[moefit.Batch.of(ids)])
+    plan = moefit.make_plan(calibration, method, Budget.parse(keep=keep))
+    return moefit.apply(plan, source, tmp_path / "out", calibration=calibration, verify=True)
+
+
+def test_shards_index_and_other_files_are_written(source: Path, tmp_path: Path) -> None:
+    (source / "tokenizer.json").write_text("{}")
+    (source / "LICENSE").write_text("terms")
+    (source / "model.gguf").write_text("weights of another kind")
+    out = compressed(source, tmp_path)
+    assert len(open_checkpoint(out).shards) > 1
+    assert (out / "tokenizer.json").read_text() == "{}"
+    assert (out / "LICENSE").read_text() == "terms"
+    assert not (out / "model.gguf").exists()
+    assert not out.with_name("out.partial").exists()
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == open_checkpoint(out).nbytes
+
+
+def test_the_config_is_patched_not_rewritten(source: Path, tmp_path: Path) -> None:
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"made_up_field": [1, 2]}))
+    out = json.loads((compressed(source, tmp_path) / "config.json").read_text())
+    assert out == config | {"made_up_field": [1, 2], "n_routed_experts": 9}
+
+
+def test_untouched_tensors_are_copied_to_the_byte(source: Path, tmp_path: Path) -> None:
+    before, after = open_checkpoint(source), open_checkpoint(compressed(source, tmp_path, "mone"))
+    for name, info in before.tensors.items():
+        if ".experts." not in name:
+            assert torch.equal(info.read(), after.tensors[name].read()), name
+            assert info.dtype == after.tensors[name].dtype
+
+
+def test_plan_and_provenance_travel_with_the_weights(source: Path, tmp_path: Path) -> None:
+    out = compressed(source, tmp_path, "mone")
+    assert moefit.Plan.load(out / "moefit_plan.json").method == "mone"
+    told = json.loads((out / "moefit_provenance.json").read_text())
+    assert told["original"]["fingerprint"] == open_checkpoint(source).fingerprint()
+    assert told["calibration"]["text"]["counted"] == 24
+    assert told["bytes"]["compressed"] == open_checkpoint(out).nbytes
+
+
+def test_the_licence_is_carried_over(source: Path, tmp_path: Path) -> None:
+    (source / "README.md").write_text("---\nlicense: other\nlicense_name: some-terms\nlanguage: en\n---\n# Original\n")
+    card = (compressed(source, tmp_path) / "README.md").read_text()
+    assert "license: other\nlicense_name: some-terms\n" in card
+    assert "# Original" not in card
+
+
+def test_layers_for_multi_token_prediction_are_cut_by_weight(source: Path, tmp_path: Path) -> None:
+    """A layer on disk that transformers does not run has the same experts, and one config serves both."""
+    opened = open_checkpoint(source)
+    last = {name: info.read() for name, info in opened.tensors.items() if name.startswith("model.layers.2.")}
+    extra = {name.replace("layers.2.", "layers.3."): tensor.clone() for name, tensor in last.items()}
+    for name, tensor in extra.items():
+        # expert e is scaled by e + 1: of each group of four the last three are the largest
+        expert = name.partition("experts.")[2].partition(".")[0]
+        if expert.isdigit():
+            tensor *= 0.01 * (int(expert) + 1)
+    extra["model.layers.3.eh_proj.weight"] = torch.ones(4, 4)
+    save_file(extra, source / "mtp.safetensors", metadata={"format": "pt"})
+    index = json.loads((source / "model.safetensors.index.json").read_text())
+    index["weight_map"] |= dict.fromkeys(extra, "mtp.safetensors")
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    out = open_checkpoint(compressed(source, tmp_path))
+    plan = moefit.Plan.load(out.folder / "moefit_plan.json")
+    assert plan.native
+    assert plan.layers["model.layers.3"].pool == [1, 2, 3, 5, 6, 7, 9, 10, 11]
+    kept = [1, 2, 3, 5, 6, 7, 9, 10, 11]
+    for row, expert in enumerate(kept):
+        name = "model.layers.3.mlp.experts.{}.down_proj.weight"
+        assert torch.equal(out.tensors[name.format(row)].read(), extra[name.format(expert)])
+    router = out.tensors["model.layers.3.mlp.gate.weight"].read()
+    assert torch.equal(router, extra["model.layers.3.mlp.gate.weight"][kept])
+    bias = out.tensors["model.layers.3.mlp.gate.e_score_correction_bias"].read()
+    assert torch.equal(bias, extra["model.layers.3.mlp.gate.e_score_correction_bias"][kept])
+    assert torch.equal(out.tensors["model.layers.3.eh_proj.weight"].read(), torch.ones(4, 4))
+    with quiet_transformers():
+        assert torch.isfinite(logits(AutoModelForCausalLM.from_pretrained(out.folder))).all()
+    # Constants leave such layers whole.
+    whole = open_checkpoint(compressed_again(source, tmp_path))
+    assert len([name for name in whole.tensors if name.startswith("model.layers.3.mlp.experts.")]) == 36
+
+
+def compressed_again(source: Path, tmp_path: Path) -> Path:
+    calibration = moefit.Calibration.open(tmp_path / "calibration")
+    plan = moefit.make_plan(calibration, "mone", Budget.parse(keep=8))
+    return moefit.apply(plan, source, tmp_path / "again", calibration=calibration, verify=True)
+
+
+def test_counts_that_differ_by_layer(source: Path, tmp_path: Path) -> None:
+    ids = torch.randint(3, 128, (2, 12))
+    calibration = moefit.calibrate(source, tmp_path / "calibration", text=[moefit.Batch.of(ids)])
+    plan = moefit.make_plan(calibration, "reap", Budget.parse(keep=9), layers=[2])
+    assert not plan.native
+    out = moefit.apply(plan, source, tmp_path / "out", verify=True)
+    config = json.loads((out / "config.json").read_text())
+    assert config["n_routed_experts"] == 12
+    assert config["quantization_config"]["layers"] == {"2": {"slots": list(range(9)), "experts": 9}}
+    in_memory = moefit.apply(plan, load(source))
+    torch.testing.assert_close(logits(load(out)), logits(in_memory), rtol=1e-5, atol=1e-5)
+    assert [layer[1:3] for layer in summarise(out).moe] == [(12, 12), (9, 9)]
+
+
+def test_sharded_and_single_files_give_the_same_tensors(source: Path, tmp_path: Path) -> None:
+    single = tmp_path / "single"
+    with quiet_transformers():
+        tiny_model("deepseek_v3").save_pretrained(single)
+    (tmp_path / "one").mkdir()
+    one, many = open_checkpoint(compressed(single, tmp_path / "one")), open_checkpoint(compressed(source, tmp_path))
+    assert len(one.shards) == 1
+    assert one.tensors.keys() == many.tensors.keys()
+    assert all(torch.equal(one.tensors[name].read(), many.tensors[name].read()) for name in one.tensors)
+
+
+def test_a_stale_partial_folder_is_replaced(source: Path, tmp_path: Path) -> None:
+    stale = tmp_path / "out.partial"
+    stale.mkdir()
+    (stale / "model.safetensors").write_text("half of something")
+    out = compressed(source, tmp_path)
+    assert set(os.listdir(out)).isdisjoint({"model.safetensors"})
+    assert not stale.exists()
+
+
+def test_written_files_are_safetensors(source: Path, tmp_path: Path) -> None:
+    out = compressed(source, tmp_path, "mone")
+    for shard in open_checkpoint(out).shards:
+        assert load_file(shard)
+        assert (shard.stat().st_size - 8) % 4 == 0
