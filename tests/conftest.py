@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import tiny_model
 
 import moefit
+from families import tiny_model
 from moefit.checkpoint.loader import quiet_transformers
 
 torch.set_num_threads(1)

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import token_batches
-from families import tiny_model
 
 import moefit
+from conftest import token_batches
+from families import tiny_model
 from moefit.calibration.statistics import Sample, Sums, _splitmix64, sample_keys
 
 Get = Callable[[str], Path]
@@ -106,7 +106,7 @@ def test_a_stopped_run_resumes_to_the_same_bytes(
     with pytest.raises(KeyboardInterrupt):
         moefit.calibrate(source, tmp_path / "stopped", text=batches, stream=stream)
     monkeypatch.setattr(Path, "rename", real)
-    with pytest.raises(moefit.CalibrationError, match="not finished|no calibration folder"):
+    with pytest.raises(moefit.CalibrationError, match=r"not finished|no calibration folder"):
         moefit.Calibration.open(tmp_path / "stopped")
     moefit.calibrate(source, tmp_path / "stopped", text=batches, stream=stream)
     assert digests(tmp_path / "stopped") == digests(tmp_path / "whole")

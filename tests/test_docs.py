@@ -73,17 +73,22 @@ def test_help_is_quick_and_loads_nothing_heavy() -> None:
 
 
 PUBLIC = """
-METHODS Batch Budget Calibration CalibrationError CheckpointError ExpertWeights MoefitError Plan PlanError SampleOptions
+METHODS Batch Budget Calibration CalibrationError CheckpointError ExpertWeights MoefitConfig MoefitError Plan PlanError
+SampleOptions
 Scores TaskOptions TextOptions __version__ apply calibrate evaluate make_plan precheck read_batches
 """.split()
 FLAGS = {
     "inspect": "--json --trust-remote-code",
-    "calibrate": "--batch-size --data --device --device-map --dtype --length --mask-special --out --sample-tokens --seed "
+    "calibrate": "--batch-size --data --device --device-map --dtype --length --mask-special --out "
+    "--sample-tokens --seed "
     "--sequences --states --stream --trust-remote-code",
     "plan": "--guard-super-experts --keep --layers --method --model --out --param --protect --remove --size",
     "apply": "--allow-other-weights --calibration --format --out --overwrite --trust-remote-code",
-    "compress": "--batch-size --calibration --data --device --device-map --dry-run --dtype --format --guard-super-experts "
-    "--keep --layers --length --mask-special --method --out --overwrite --param --protect --remove --sample-tokens --seed "
+    "compress": "--batch-size --calibration --data --device --device-map --dry-run --dtype --format "
+    "--guard-super-experts "
+    ""
+    "--keep --layers --length --mask-special --method --out --overwrite --param --protect --remove "
+    "--sample-tokens --seed "
     "--sequences --size --states --stream --trust-remote-code",
     "evaluate": "--against --batch-size --data --device --device-map --dtype --json --length --limit --sequences "
     "--task-data --task-dir --tasks --trust-remote-code",

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import token_batches
-from families import tiny_model
 
 import moefit
+from conftest import token_batches
+from families import tiny_model
 from moefit.evaluation import fidelity as fidelity_module
 from moefit.evaluation.fidelity import Reference
 from moefit.evaluation.speed import measure_speed

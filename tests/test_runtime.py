@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from contract.test_families import IDS, eager, load, logits, mixed_plan
-from families import tiny_model
 from torch import nn
 
 import moefit
+from contract.test_families import IDS, eager, load, logits, mixed_plan
+from families import tiny_model
 from moefit.checkpoint.anatomy import discover
 from moefit.planning.slots import LayerPlan, Slot
 from moefit.runtime.experts import Change, reshape_model

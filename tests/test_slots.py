@@ -36,7 +36,7 @@ MIXED_JSON = {
     "remap": {"4": 3, "5": {"expert": 0, "scale": 0.5}},
     "scores": [1.0, 0.25, 0.125, 3.0, 1e-09, 123457.0],
 }
-# Two layers of 6 experts of 96 bytes, whose router has 16 bytes a slot; the rest of the model has 1000 - 2 * 6 * 112.
+# 10,000 bytes, in them two layers of 6 experts of 96 bytes, whose routers have 16 bytes a slot.
 FACTS = ModelFacts(
     source="original",
     fingerprint={"config": "c", "shards": {"one": {"bytes": 1}}},

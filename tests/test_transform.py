@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from contract.test_families import load, logits
-from families import tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import moefit
+from contract.test_families import load, logits
+from families import tiny_model
 from moefit.checkpoint.files import open_checkpoint
 from moefit.checkpoint.loader import quiet_transformers
 from moefit.checkpoint.summary import summarise

@@ -15,7 +15,7 @@ from moefit.evaluation.evaluate import Scores, TaskOptions, evaluate
 from moefit.methods import METHODS, make_plan
 from moefit.planning.budget import Budget
 from moefit.planning.plan import Plan
-from moefit.runtime import quantizer as _quantizer  # registers the format with transformers
+from moefit.runtime.quantizer import MoefitConfig  # importing it registers the format with transformers
 from moefit.transform.apply import apply
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "CalibrationError",
     "CheckpointError",
     "ExpertWeights",
+    "MoefitConfig",
     "MoefitError",
     "Plan",
     "PlanError",

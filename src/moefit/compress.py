@@ -62,6 +62,7 @@ def precheck(
     written = resolve_format(plan, format)
     kept = sorted({len(layer.pool) for layer in plan.layers.values()}) or ["all"]
     return (
-        f"{anatomy.model_type}: {len(anatomy.layers)} MoE layers, top-{anatomy.top_k}; {method} keeps {', '.join(map(str, kept))} experts "
+        f"{anatomy.model_type}: {len(anatomy.layers)} MoE layers, top-{anatomy.top_k}; {method} keeps "
+        f"{', '.join(map(str, kept))} experts "
         f"in {len(plan.layers)} of them: {plan.nbytes:,} of {facts.nbytes:,} bytes, format {written}"
     )

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="moefit",
     help="Make Mixture-of-Experts language models fit: one calibration, any method, any budget.",
-    epilog="Start with `moefit inspect MODEL`, then `moefit compress MODEL -o OUT --data FILE --method mone --remove 25%`.",
+    epilog="Start with: moefit compress MODEL -o OUT --data FILE --method mone --remove 25%",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -30,7 +30,8 @@ Data = Annotated[
     list[str],
     typer.Option(
         "--data",
-        help="FILE[:weight], .jsonl, .txt or .parquet; or NAME[,CONFIG][@SPLIT][:weight] for the datasets library. Repeatable: sources are mixed by weight.",
+        help="FILE[:weight], .jsonl, .txt or .parquet, or NAME[,CONFIG][@SPLIT][:weight] for the datasets library. "
+        "Repeatable: sources are mixed by weight.",
     ),
 ]
 Sequences = Annotated[int, typer.Option(min=1, help="Blocks of text to run.")]

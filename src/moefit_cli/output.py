@@ -84,9 +84,14 @@ def summary(found: Summary) -> None:
         table.add_column(name, justify="left" if name == "MoE layers" else "right")
     for group in found.groups():
         table.add_row(
-            group.layers, str(group.slots), str(group.experts), str(group.constants or "-"), str(found.top_k),
-            nbytes(group.expert_bytes), nbytes(group.expert_bytes * group.experts * group.size),
-        )  # fmt: skip
+            group.layers,
+            str(group.slots),
+            str(group.experts),
+            str(group.constants or "-"),
+            str(found.top_k),
+            nbytes(group.expert_bytes),
+            nbytes(group.expert_bytes * group.experts * group.size),
+        )
     _out.print(table)
     share = found.routed_parameters / found.parameters
     _out.print(
@@ -107,7 +112,8 @@ def calibration(made: Calibration, wanted: int) -> None:
     if unreached:
         where = ", ".join(f"layer {layer}: {number}" for layer, number in list(unreached.items())[:8])
         warn(
-            f"{sum(unreached.values())} experts were reached by no token ({where}); more or broader text would tell what they do"
+            f"{sum(unreached.values())} experts were reached by no token ({where}); more or broader text would "
+            "tell what they do"
         )
 
 
@@ -121,7 +127,8 @@ def plan(made: Plan) -> None:
         told = ", ".join(f"{number} {what}" for number, what in parts if number)
         kinds.setdefault(f"{len(layer.pool)} of {len(layer.slots)} experts stay, {told}", []).append(prefix)
     say(
-        f"{made.method}, {made.budget}: {nbytes(made.model.nbytes)} becomes {nbytes(made.nbytes)} ({'native' if made.native else 'moefit'} format)"
+        f"{made.method}, {made.budget}: {nbytes(made.model.nbytes)} becomes {nbytes(made.nbytes)} "
+        f"({'native' if made.native else 'moefit'} format)"
     )
     for kind, prefixes in kinds.items():
         where = prefixes[0] if len(prefixes) == 1 else f"{len(prefixes)} layers, {prefixes[0]} .. {prefixes[-1]}"
@@ -131,14 +138,18 @@ def plan(made: Plan) -> None:
 def scores(measured: Scores) -> None:
     """Print the comparison of a compressed model with its original."""
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for name in ("text", "tokens", "perplexity", "compressed", "KL, nats [95%]", "top-1 agreement"):
+    for name in ("text", "tokens", "perplexity", "compressed", "KL, nats", "95% interval", "same top-1"):
         table.add_column(name, justify="left" if name == "text" else "right")
     for name, part in {"all": measured.overall, **measured.domains}.items():
-        kl = f"{part.kl.mean:.4f} [{part.kl.low:.4f}, {part.kl.high:.4f}]"
         table.add_row(
-            name, f"{part.tokens:,}", f"{part.original_perplexity.mean:.2f}", f"{part.compressed_perplexity.mean:.2f}", kl,
+            name,
+            f"{part.tokens:,}",
+            f"{part.original_perplexity.mean:.2f}",
+            f"{part.compressed_perplexity.mean:.2f}",
+            f"{part.kl.mean:.4f}",
+            f"{part.kl.low:.4f} to {part.kl.high:.4f}",
             f"{part.top1_agreement.mean:.1%}",
-        )  # fmt: skip
+        )
     _out.print(table)
     sizes = Table(box=None, pad_edge=False, header_style="dim")
     for name in ("", "original", "compressed", "ratio"):

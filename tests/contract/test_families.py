@@ -5,15 +5,15 @@ from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
-import naive
 import pytest
 import torch
-from conftest import token_batches
-from families import FAMILIES, REFUSED, tiny_config, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 import moefit
+import naive
+from conftest import token_batches
+from families import FAMILIES, REFUSED, tiny_config, tiny_model
 from moefit.calibration.layers import LayerRunner, ResidentModel
 from moefit.calibration.statistics import Sums
 from moefit.checkpoint.anatomy import Anatomy, discover, tensors_of

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES
 from test_families import load, logits
 
 import moefit
+from families import FAMILIES
 from moefit.calibration.statistics import STATISTICS
 from moefit.checkpoint.weights import ExpertWeights
 from moefit.methods.registry import find_method

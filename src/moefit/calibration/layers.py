@@ -23,7 +23,7 @@ from moefit.errors import CheckpointError
 class PartlyLoaded(Protocol):
     """A model of which parts can be asked for; `StreamedModel` loads them, `ResidentModel` has them all."""
 
-    model: nn.Module
+    model: Any  # a transformers model: its attributes are those of its family
 
     def loaded(self, *paths: str) -> Any:
         """Return a context in which the modules at `paths` have their weights."""
@@ -82,7 +82,7 @@ class LayerRunner:
     def __init__(self, source: PartlyLoaded, batches: list[Batch]) -> None:
         self.source = source
         self.batches = batches
-        base = source.model.get_decoder()
+        base: Any = source.model.get_decoder()
         if not hasattr(base, "layers"):
             base = base.model
         self._base = base

@@ -1,4 +1,4 @@
-"""The calibration run: layer by layer over cached hidden states, each layer's statistics on disk before the next begins.
+"""The calibration run: layer by layer over cached hidden states, each layer finished on disk before the next begins.
 
 A model in memory and one streamed from disk take the same road and give the same bytes. A killed run resumes after the
 last finished layer.
@@ -169,7 +169,8 @@ class _Collector:
         bad = (~torch.isfinite(self.sums.norm_sq)).nonzero().flatten().tolist()
         if bad:
             raise CalibrationError(
-                f"layer {self.layer.index}, expert {bad[0]}: outputs are not finite ({len(bad)} experts in this layer); "
+                f"layer {self.layer.index}, expert {bad[0]}: outputs are not finite ({len(bad)} experts in "
+                "this layer); "
                 "its weights are, so the activations overflowed: calibrate in a wider --dtype"
             )
         return LayerStatistics(sums=self.sums, sample=Sample.concatenated(self.parts))

@@ -150,7 +150,7 @@ def sample_keys(document: torch.Tensor, position: torch.Tensor, seed: int) -> to
         seed: another seed gives another sample.
     """
     with np.errstate(over="ignore"):
-        mixed = _splitmix64(document.numpy().astype(np.uint64) ^ _splitmix64(np.uint64(seed % 2**64)))
+        mixed = _splitmix64(document.numpy().astype(np.uint64) ^ _splitmix64(np.array(seed % 2**64, np.uint64)))
         mixed = _splitmix64(mixed + position.numpy().astype(np.uint64))
     return torch.from_numpy(mixed.view(np.int64).copy())
 

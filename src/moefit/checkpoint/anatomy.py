@@ -65,7 +65,7 @@ class Anatomy:
         return {layer.experts: layer for layer in self.layers.values()}
 
 
-def build_skeleton(config: Any, dtype: torch.dtype | None = None, *, trust_remote_code: bool = False) -> nn.Module:
+def build_skeleton(config: Any, dtype: torch.dtype | None = None, *, trust_remote_code: bool = False) -> Any:
     """Build the causal language model of a config on the meta device: all shapes, no memory."""
     from transformers import AutoModelForCausalLM
 
@@ -95,7 +95,8 @@ def discover(config: Any, skeleton: nn.Module | None = None, *, trust_remote_cod
     names = family.expert_count_spellings(config)
     if not names:
         raise CheckpointError(
-            f"model type {config.model_type!r} has no MoE layers (its config names no expert count: {', '.join(family.EXPERT_COUNTS)})"
+            f"model type {config.model_type!r} has no MoE layers (its config names no expert count: "
+            f"{', '.join(family.EXPERT_COUNTS)})"
         )
     doubled = copy.deepcopy(config)
     for name in names:
@@ -126,7 +127,7 @@ def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
     return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
-def output_width(experts: nn.Module) -> int:
+def output_width(experts: Any) -> int:
     """Return the width D of what an experts module returns; in families with latent experts it is not the model's."""
     down = experts.down_proj
     return down.shape[2] if getattr(experts, "is_transposed", False) else down.shape[1]

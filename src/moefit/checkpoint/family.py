@@ -21,7 +21,8 @@ GROUPS_USED = ("topk_group", "num_limited_groups")
 # Routers whose probabilities are sigmoids of their logits; softmax everywhere else.
 SIGMOID = frozenset(
     (
-        "afmoe axk1 axk2 bailing_hybrid beam deepseek_v3 deepseek_v32 dots1 dots3_note_text exaone_moe flint glm4_moe glm4_moe_lite "
+        "afmoe axk1 axk2 bailing_hybrid beam deepseek_v3 deepseek_v32 dots1 dots3_note_text exaone_moe flint "
+        "glm4_moe glm4_moe_lite "
         "hy_v3 kimi_linear kolibri1 laguna lfm2_moe mimo_v2_flash minimax_m2 minimax_m3_vl_text nemotron_h solar_open"
     ).split()
 )

@@ -58,7 +58,7 @@ class TensorInfo:
         buffer = torch.empty(self.nbytes, dtype=torch.uint8)
         with open(self.file, "rb", buffering=0) as file:
             file.seek(self.offset)
-            view, done = memoryview(buffer.numpy()), 0
+            view, done = buffer.numpy().data, 0
             while done < self.nbytes:
                 got = file.readinto(view[done:])
                 if not got:
@@ -105,7 +105,8 @@ class Checkpoint:
         return sum(info.nbytes for info in self.tensors.values())
 
     def fingerprint(self) -> dict:
-        """Say what checkpoint this is: a hash of config.json and, for each shard, its size, header and 1 MiB of data."""
+        """Say what checkpoint this is: a hash of config.json and, for each shard, its size, header and 1 MiB "
+        "of data."""
         config = hashlib.sha256((self.folder / "config.json").read_bytes()).hexdigest()[:32]
         shards = {file.name: _shard_fingerprint(file) for file in self.shards}
         return {"config": config, "shards": shards}
@@ -156,7 +157,8 @@ def _find_tensors(folder: Path) -> dict[str, TensorInfo]:
     pickles = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
     if pickles:
         raise CheckpointError(
-            f"{folder}: weights are pickles ({pickles[0]}), which can run code when read; save the model as safetensors first"
+            f"{folder}: weights are pickles ({pickles[0]}), which can run code when read; save the model as "
+            "safetensors first"
         )
     raise CheckpointError(f"{folder}: neither {SINGLE} nor {INDEX}; give a folder with safetensors weights")
 

@@ -121,7 +121,8 @@ def _place(stack: DiskStack, info: TensorInfo, slot_axis: int | None, axis: int)
     axis = min(axis, len(info.shape) - 1)
     if info.shape[axis] != stack.num_experts:
         raise CheckpointError(
-            f"tensor {info.name!r} has shape {list(info.shape)}: expected {stack.num_experts} rows, one for each expert, on axis {axis}"
+            f"tensor {info.name!r} has shape {list(info.shape)}: expected {stack.num_experts} rows, one for "
+            f"each expert, on axis {axis}"
         )
     (stack.fused if slot_axis is None else stack.slots)[info.name] = axis
 
@@ -140,7 +141,8 @@ def _measure(stack: DiskStack, checkpoint: Checkpoint) -> None:
     if min(sizes) != max(sizes) or not max(sizes):
         short = sizes.index(min(sizes))
         raise CheckpointError(
-            f"{stack.prefix}: expert {short} has {sizes[short]:,} bytes, others {max(sizes):,}; the checkpoint is incomplete"
+            f"{stack.prefix}: expert {short} has {sizes[short]:,} bytes, others {max(sizes):,}; the checkpoint "
+            "is incomplete"
         )
     stack.expert_bytes = sizes[0]
     stack.slot_bytes = sum(rows_nbytes(tensors[name], axis) for name, axis in stack.slots.items())

@@ -49,8 +49,9 @@ def load_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> A
         raise CheckpointError(f"{checkpoint.source}: transformers cannot read the config: {reason}") from None
 
 
-def memory_names(checkpoint: Checkpoint, skeleton: nn.Module) -> dict[str, str]:
-    """Map each tensor on disk to the parameter or buffer it becomes; tensors that the model does not load are left out."""
+def memory_names(checkpoint: Checkpoint, skeleton: Any) -> dict[str, str]:
+    """Map each tensor on disk to the parameter or buffer it becomes; tensors that the model does not load "
+    "are left out."""
     rules = get_model_conversion_mapping(skeleton)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
@@ -92,7 +93,7 @@ class StreamedModel:
         self.checkpoint = checkpoint
         self.dtype = dtype
         self.device = torch.device(device)
-        self.model = build_skeleton(config, dtype).eval()
+        self.model: Any = build_skeleton(config, dtype).eval()
         self._complete = complete
         if prepare is not None:
             prepare(self.model)
@@ -131,7 +132,7 @@ class StreamedModel:
     def _load_tensors(self, keys: list[str]) -> None:
         sources = {key: LazyTensor(self.checkpoint.tensors[key]) for key in keys}
         # The rules keep state: a fresh list for each call.
-        rules = get_model_conversion_mapping(self.model)
+        rules: Any = get_model_conversion_mapping(self.model)
         settings = LoadStateDictConfig(dtype=self.dtype, weight_mapping=rules, device_map={"": self.device})
         with quiet_transformers():
             info, _ = convert_and_load_state_dict_in_model(self.model, sources, settings, **_NO_PLAN)
@@ -145,9 +146,10 @@ class StreamedModel:
     def _initialise_buffers(self, module: nn.Module) -> None:
         """Compute the buffers that are in no checkpoint (rotary frequencies), as from_pretrained does."""
         for part in module.modules():
-            unsaved = [name for name in part._non_persistent_buffers_set if part._buffers.get(name) is not None]
-            for name in unsaved:
-                setattr(part, name, torch.empty_like(part._buffers[name], device=self.device))
+            buffers = {name: part._buffers.get(name) for name in part._non_persistent_buffers_set}
+            unsaved = {name: buffer for name, buffer in buffers.items() if buffer is not None}
+            for name, buffer in unsaved.items():
+                setattr(part, name, torch.empty_like(buffer, device=self.device))
             if unsaved:
                 self.model._init_weights(part)
         if self._complete is not None:

@@ -55,7 +55,7 @@ def load_model(
 
     with quiet_transformers():
         try:
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=dtype,
                 device_map=device_map or device,
@@ -65,6 +65,7 @@ def load_model(
         except (ValueError, RuntimeError, OSError) as error:
             reason = str(error).strip().splitlines()[0]
             raise CheckpointError(f"{folder}: transformers cannot load it: {reason}") from None
+    model, info = loaded
     if info["missing_keys"]:
         names = sorted(info["missing_keys"])
         raise CheckpointError(f"{folder}: {len(names)} tensors are missing, first {names[0]}")

@@ -66,8 +66,8 @@ class Summary:
     def groups(self) -> list[LayerSummary]:
         """Return the MoE layers, those of one make together."""
         kinds: dict[tuple[int, int, int, int], list[int]] = {}
-        for layer, *kind in self.moe:
-            kinds.setdefault(tuple(kind), []).append(layer)
+        for layer, slots, experts, constants, nbytes in self.moe:
+            kinds.setdefault((slots, experts, constants, nbytes), []).append(layer)
         return [
             LayerSummary(layers=_ranges(layers), size=len(layers), slots=s, experts=e, constants=c, expert_bytes=b)
             for (s, e, c, b), layers in kinds.items()

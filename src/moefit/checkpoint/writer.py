@@ -1,4 +1,4 @@
-"""Writing a checkpoint: tensors as byte ranges of the original or as computed values, whole shards, index and rename last.
+"""Writing a checkpoint: tensors as byte ranges of the original or as computed values; index and rename come last.
 
 What stays of a checkpoint is copied by byte range inside the kernel; nothing of it is decoded or held in memory.
 """
@@ -174,7 +174,7 @@ def _write_tensor(target: int, piece: Piece) -> None:
     tensor = piece.compute().detach().cpu().to(DTYPES[piece.dtype]).contiguous()
     assert tuple(tensor.shape) == piece.shape, f"{piece.name}: {tuple(tensor.shape)} computed, {piece.shape} planned"
     assert DTYPE_NAMES[tensor.dtype] == piece.dtype
-    view = memoryview(tensor.view(torch.uint8).flatten().numpy())
+    view = tensor.view(torch.uint8).flatten().numpy().data
     while view:
         view = view[os.write(target, view) :]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from moefit.checkpoint.files import Checkpoint, open_checkpoint
 from moefit.checkpoint.loader import load_config
 from moefit.checkpoint.models import default_device, load_model, load_tokenizer, longest_sequence, resolve_dtype
 from moefit.errors import MoefitError
-from moefit.evaluation.fidelity import Fidelity, Reference
+from moefit.evaluation.fidelity import Fidelity, Interval, Reference
 from moefit.evaluation.speed import Speed, measure_speed
 from moefit.evaluation.tasks import run_tasks
 
@@ -126,8 +126,12 @@ def evaluate(
             trust_remote_code=trust_remote_code,
         )
 
-    def watch(name: str) -> Callable[[int, int], None] | None:
-        return None if progress is None else lambda done, total: progress(name, done, total)
+    def watch(name: str) -> Callable[[int, int], None]:
+        def report(done: int, total: int) -> None:
+            if progress is not None:
+                progress(name, done, total)
+
+        return report
 
     with tempfile.TemporaryDirectory(prefix="moefit-") as folder:
         reference = Reference(Path(folder), batches)
@@ -186,8 +190,5 @@ def _fidelity_json(fidelity: Fidelity) -> dict:
     }
 
 
-def _ends(interval: object) -> list[float]:
-    return [interval.low, interval.high]  # type: ignore[attr-defined]
-
-
-__all__: Sequence[str] = ["Scores", "TaskOptions", "evaluate"]
+def _ends(interval: Interval) -> list[float]:
+    return [interval.low, interval.high]

@@ -10,11 +10,11 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from moefit.calibration.text import Batch
 from moefit.errors import MoefitError
@@ -64,7 +64,7 @@ class Reference:
         self.batches = list(batches)
 
     @torch.no_grad()
-    def record(self, model: nn.Module, progress: Progress | None = None) -> Reference:
+    def record(self, model: Any, progress: Progress | None = None) -> Reference:
         """Run the original model and keep its log-probabilities, float32 [B, L - 1, V] a batch.
 
         Raises:
@@ -75,7 +75,8 @@ class Reference:
         free = shutil.disk_usage(self.folder).free
         if need > free:
             raise MoefitError(
-                f"{self.folder}: the original's log-probabilities take {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; evaluate fewer --sequences"
+                f"{self.folder}: the original's log-probabilities take {need / 1e9:.1f} GB, {free / 1e9:.1f} "
+                "GB are free; evaluate fewer --sequences"
             )
         for number, batch in enumerate(self.batches):
             save_file({"logp": _log_probabilities(model, batch).cpu()}, self._file(number))
@@ -84,7 +85,7 @@ class Reference:
         return self
 
     @torch.no_grad()
-    def compare(self, model: nn.Module, progress: Progress | None = None) -> dict[str, Fidelity]:
+    def compare(self, model: Any, progress: Progress | None = None) -> dict[str, Fidelity]:
         """Run the compressed model and compare; returns ``""`` for all tokens, and each domain by name.
 
         Raises:
@@ -113,7 +114,7 @@ class Reference:
         return self.folder / f"{number:05d}.safetensors"
 
 
-def _log_probabilities(model: nn.Module, batch: Batch) -> torch.Tensor:
+def _log_probabilities(model: Any, batch: Batch) -> torch.Tensor:
     device = model.get_input_embeddings().weight.device
     mask = None if batch.attention_mask is None else batch.attention_mask.to(device)
     logits = model(input_ids=batch.input_ids.to(device), attention_mask=mask, use_cache=False).logits

@@ -45,7 +45,8 @@ def drop_lowest(layer: LayerView, scores: torch.Tensor, keep: int) -> LayerPlan:
         protected = [e for e in members if e in layer.protected]
         if len(protected) > keep_each:
             raise PlanError(
-                f"layer {layer.index}, group {group}: {len(protected)} experts are protected, the budget keeps {keep_each} of each group"
+                f"layer {layer.index}, group {group}: {len(protected)} experts are protected, the budget keeps "
+                f"{keep_each} of each group"
             )
         kept += sorted(members, key=lambda e: (e not in layer.protected, -float(scores[e]), e))[:keep_each]
     return keep_only(layer.num_experts, kept, "drop", scores.tolist())

@@ -69,7 +69,8 @@ def novices(layer: LayerView, novice: str = "optimal", shrinkage: float = 0.0) -
     Args:
         layer: the layer.
         novice: ``mean`` = sum y / n, ``gate_mean`` = sum g y / sum g, ``optimal`` = sum g^2 y / sum g^2, or ``zero``.
-        shrinkage: c = (n c_e + kappa c_layer) / (n + kappa), with kappa this number and c_layer the same mean over all experts.
+        shrinkage: c = (n c_e + kappa c_layer) / (n + kappa), with kappa this number and c_layer the same mean over all
+            experts.
     """
     sums = layer.sums
     output, weight = {

@@ -97,7 +97,7 @@ def outline_plan(
         PlanError: a layer or expert that does not exist, or a budget that cannot be met.
     """
     run = [stack for stack in facts.stacks if stack.index is not None]
-    known = {stack.index: stack.num_experts for stack in run}
+    known = {stack.index: stack.num_experts for stack in facts.stacks if stack.index is not None}
     selected = set(known) if layers is None else set(layers)
     if unknown := sorted(selected - set(known)):
         raise PlanError(f"--layers: {unknown} are no MoE layers; those are {', '.join(map(str, known))}")
@@ -179,13 +179,15 @@ def _within(size: int, facts: ModelFacts, stacks: Sequence[Stack], at: Any) -> d
     if not fitting:
         least = planned_nbytes(facts, planned(1))
         raise PlanError(
-            f"--size {size:,} bytes: with one expert in each layer there are still {least:,} bytes; ask for at least that"
+            f"--size {size:,} bytes: with one expert in each layer there are still {least:,} bytes; ask for at "
+            "least that"
         )
     return planned(max(fitting))
 
 
 def _plan_unrun(stack: Stack, keep: int, groups: int, weights: ExpertWeights) -> LayerPlan:
-    """Keep the experts with the largest weights, as many in each group: nothing is measured of a layer that is not run."""
+    """Keep the experts with the largest weights, as many in each group: nothing is measured of a layer that "
+    "is not run."""
     norms = weights.norms(stack.prefix).view(groups, -1)
     order = norms.argsort(dim=1, descending=True, stable=True)[:, : keep // groups]
     kept = (order + torch.arange(groups)[:, None] * norms.shape[1]).flatten().tolist()
@@ -195,6 +197,7 @@ def _plan_unrun(stack: Stack, keep: int, groups: int, weights: ExpertWeights) ->
 def _refuse_uneven(budget: Budget, method: Method, groups: int) -> None:
     if method.removed == "drop" and budget.keep is not None and budget.keep % groups:
         raise PlanError(
-            f"--keep {budget.keep}: the router chooses among {groups} groups of equal size and {method.name} drops slots; "
+            f"--keep {budget.keep}: the router chooses among {groups} groups of equal size and {method.name} "
+            "drops slots; "
             f"keep a multiple of {groups}"
         )

@@ -28,7 +28,8 @@ def check_plan(plan: Plan, model: ModelFacts, *, allow_other_weights: bool = Fal
         )
     if not allow_other_weights and _weights(plan.model) != _weights(model):
         raise PlanError(
-            "the plan was made for other weights of the same shapes; calibrate this model, or pass --allow-other-weights on purpose"
+            "the plan was made for other weights of the same shapes; calibrate this model, or pass "
+            "--allow-other-weights on purpose"
         )
     stacks = {stack.prefix: stack for stack in plan.model.stacks}
     for prefix, layer in plan.layers.items():

@@ -29,7 +29,7 @@ class Plan:
         budget: what was asked for, as the user said it.
         model: facts of the model that it is for.
         calibration: hash of the calibration it was made from.
-        layers: the plan of each MoE layer, by the prefix of its tensors on disk; a layer that is not named stays as it is.
+        layers: the plan of each MoE layer, by the prefix of its tensors on disk; layers that are not named stay whole.
     """
 
     method: str

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,6 +30,7 @@ class CompressedExperts(nn.Module):
     """
 
     slots: SlotMap
+    down_proj: nn.Parameter
     slot_map: torch.Tensor
     slot_scale: torch.Tensor | None
     constant: nn.Parameter | None
@@ -70,7 +72,8 @@ class CompressedExperts(nn.Module):
             self.slot_scale = torch.tensor(self.slots.scales, device=device)
 
     def _constants(self, row_TK: torch.Tensor, gate_TK: torch.Tensor) -> torch.Tensor:
-        """Return the gated sum of the constants a token chose, [T, D]: rows are gathered and added, no matrix product."""
+        """Return the gated sum of the constants a token chose, [T, D]: rows are gathered and added, no "
+        "matrix product."""
         assert self.constant is not None
         weight_TK = gate_TK.masked_fill(row_TK >= 0, 0).to(self.constant.dtype)
         return F.embedding_bag((-1 - row_TK).clamp_min(0), self.constant, per_sample_weights=weight_TK, mode="sum")
@@ -78,7 +81,8 @@ class CompressedExperts(nn.Module):
 
 @cache
 def compressed_class(base: type[nn.Module]) -> type[nn.Module]:
-    """Return the compressed form of an experts class; it keeps the module of its base, where transformers looks names up."""
+    """Return the compressed form of an experts class; it keeps the module of its base, where transformers "
+    "looks names up."""
     return type(f"Compressed{base.__name__}", (CompressedExperts, base), {"__module__": base.__module__})
 
 
@@ -136,7 +140,7 @@ def _cut(model: nn.Module, path: str, axis: int, rows: Sequence[int]) -> None:
 
 
 def _compress(model: nn.Module, layer: MoELayer, slot_map: SlotMap) -> None:
-    module = model.get_submodule(layer.experts)
+    module: Any = model.get_submodule(layer.experts)
     weight = module.down_proj
     module.__class__ = compressed_class(type(module))
     # The map lives in config.json: its buffers are neither expected among the weights nor saved with them.

@@ -10,7 +10,8 @@ import copy
 from typing import Any
 
 from torch import nn
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moefit.checkpoint.anatomy import discover
@@ -22,7 +23,6 @@ QUANT_METHOD = "moefit"
 FORMAT_VERSION = 1
 
 
-@register_quantization_config(QUANT_METHOD)
 class MoefitConfig(QuantizationConfigMixin):
     """The ``quantization_config`` entry: the slot map of each changed layer.
 
@@ -36,7 +36,7 @@ class MoefitConfig(QuantizationConfigMixin):
             raise CheckpointError(
                 f"the checkpoint is of moefit format {version}, this moefit reads up to {FORMAT_VERSION}; update it"
             )
-        self.quant_method = QUANT_METHOD
+        self.quant_method: Any = QUANT_METHOD
         self.version = version
         self.layers = {str(layer): dict(entry) for layer, entry in (layers or {}).items()}
 
@@ -50,18 +50,17 @@ class MoefitConfig(QuantizationConfigMixin):
         return {int(layer): SlotMap.from_json(entry) for layer, entry in self.layers.items()}
 
 
-@register_quantizer(QUANT_METHOD)
 class MoefitQuantizer(HfQuantizer):
     """Loads and saves models whose experts moefit compressed."""
 
     requires_calibration = True
-    quantization_config: MoefitConfig
+    quantization_config: MoefitConfig  # type: ignore[assignment]
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         reshape_loaded(model, self.quantization_config.slot_maps())
         return model
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         fill_maps(model)
         return model
 
@@ -75,7 +74,11 @@ class MoefitQuantizer(HfQuantizer):
         return True
 
 
-def reshape_loaded(model: nn.Module, maps: dict[int, SlotMap]) -> None:
+register_quantization_config(QUANT_METHOD)(MoefitConfig)
+register_quantizer(QUANT_METHOD)(MoefitQuantizer)
+
+
+def reshape_loaded(model: Any, maps: dict[int, SlotMap]) -> None:
     """Give an empty model of the original's shapes those of a compressed checkpoint."""
     if not maps:
         return

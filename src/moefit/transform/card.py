@@ -48,7 +48,8 @@ def model_card(plan: Plan, source: Path, written: str) -> str:
         f"- Budget: {plan.budget}",
         f"- Tensors: {plan.nbytes:,} bytes, the original has {plan.model.nbytes:,}",
         f"- Format: {written}. {LOADING[written]}",
-        f"- Made by moefit {__version__}; the plan is in moefit_plan.json, what it was made from in moefit_provenance.json.",
+        f"- Made by moefit {__version__}; the plan is in moefit_plan.json, what it was made from in "
+        "moefit_provenance.json.",
     ]
     if not licence:
         lines.append("- Licence: the original names none here; its terms hold for this model too.")

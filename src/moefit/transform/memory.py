@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
-from moefit.transform.standins import build_stand_ins, check_calibration
 from moefit.calibration.facts import facts_of_model
 from moefit.calibration.folder import Calibration
 from moefit.checkpoint import family
@@ -15,6 +16,7 @@ from moefit.planning.checks import check_plan
 from moefit.planning.plan import Plan
 from moefit.runtime.experts import Change, reshape_model
 from moefit.runtime.quantizer import QUANT_METHOD, MoefitConfig, MoefitQuantizer
+from moefit.transform.standins import build_stand_ins, check_calibration
 
 
 def apply_to_model(plan: Plan, model: nn.Module, calibration: Calibration | None = None) -> nn.Module:
@@ -54,7 +56,7 @@ def apply_to_model(plan: Plan, model: nn.Module, calibration: Calibration | None
     return model
 
 
-def _shrink_counts(model: nn.Module, plan: Plan, counts: tuple[tuple[str, str], ...]) -> None:
+def _shrink_counts(model: Any, plan: Plan, counts: tuple[tuple[str, str], ...]) -> None:
     left = len(next(iter(plan.by_layer.values())).pool) if plan.by_layer else None
     if left is None:
         return
@@ -64,7 +66,7 @@ def _shrink_counts(model: nn.Module, plan: Plan, counts: tuple[tuple[str, str], 
         setattr(model.get_submodule(path), attribute, left)
 
 
-def _mark(model: nn.Module, plan: Plan) -> None:
+def _mark(model: Any, plan: Plan) -> None:
     """Make the model one of the moefit format, as if it had been loaded from it."""
     config = MoefitConfig.of({layer: p.slot_map() for layer, p in plan.by_layer.items()})
     model.config.quantization_config = config
