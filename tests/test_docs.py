@@ -75,7 +75,7 @@ def test_help_is_quick_and_loads_nothing_heavy() -> None:
 PUBLIC = """
 METHODS Batch Budget Calibration CalibrationError CheckpointError ExpertWeights MoefitConfig MoefitError Plan PlanError
 SampleOptions
-Scores TaskOptions TextOptions __version__ apply calibrate evaluate make_plan precheck read_batches
+Scores TaskOptions TextOptions __version__ apply calibrate compress evaluate make_plan precheck read_batches
 """.split()
 FLAGS = {
     "inspect": "--json --trust-remote-code",

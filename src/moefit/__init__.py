@@ -9,10 +9,10 @@ from moefit.calibration.folder import Calibration
 from moefit.calibration.run import SampleOptions
 from moefit.calibration.text import Batch, TextOptions, read_batches
 from moefit.checkpoint.weights import ExpertWeights
-from moefit.compress import precheck
 from moefit.errors import CalibrationError, CheckpointError, MoefitError, PlanError
 from moefit.evaluation.evaluate import Scores, TaskOptions, evaluate
 from moefit.methods import METHODS, make_plan
+from moefit.pipeline import compress, precheck
 from moefit.planning.budget import Budget
 from moefit.planning.plan import Plan
 from moefit.runtime.quantizer import MoefitConfig  # importing it registers the format with transformers
@@ -37,6 +37,7 @@ __all__ = [
     "__version__",
     "apply",
     "calibrate",
+    "compress",
     "evaluate",
     "make_plan",
     "precheck",

@@ -6,14 +6,11 @@ import json as json_module
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from moefit_cli import output
-
-if TYPE_CHECKING:
-    import moefit
 
 app = typer.Typer(
     name="moefit",
@@ -123,25 +120,28 @@ def calibrate(
     """
     import moefit
 
-    _calibrate(
-        model,
-        out,
-        text=moefit.TextOptions(
-            data=tuple(data),
-            sequences=sequences,
-            length=length,
-            seed=seed,
-            mask_special=mask_special,
-            batch_size=batch_size,
-        ),
-        sample=moefit.SampleOptions(tokens=sample_tokens, seed=seed or 0),
-        stream=stream,
-        states=states,
-        device=device,
-        dtype=dtype,
-        device_map=device_map,
-        trust_remote_code=trust_remote_code,
-    )
+    with output.progress("calibrate") as progress:
+        calibration = moefit.calibrate(
+            model,
+            out,
+            text=moefit.TextOptions(
+                data=tuple(data),
+                sequences=sequences,
+                length=length,
+                seed=seed,
+                mask_special=mask_special,
+                batch_size=batch_size,
+            ),
+            sample=moefit.SampleOptions(tokens=sample_tokens, seed=seed or 0),
+            stream=stream,
+            states=states,  # type: ignore[arg-type]
+            device=device,
+            dtype=dtype,
+            device_map=device_map,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    output.calibration(calibration, sequences * length)
 
 
 @app.command()
@@ -200,16 +200,20 @@ def apply(
     """
     import moefit
 
-    _apply(
-        moefit.Plan.load(plan),
-        model,
-        out,
-        calibration=None if calibration is None else moefit.Calibration.open(calibration),
-        format=format,
-        overwrite=overwrite,
-        allow_other_weights=allow_other_weights,
-        trust_remote_code=trust_remote_code,
-    )
+    loaded = moefit.Plan.load(plan)
+    with output.progress("apply", of_bytes=True) as progress:
+        moefit.apply(
+            loaded,
+            model,
+            out,
+            calibration=None if calibration is None else moefit.Calibration.open(calibration),
+            format=format,
+            overwrite=overwrite,
+            allow_other_weights=allow_other_weights,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    output.say(f"{out}: {output.nbytes(loaded.nbytes)}, the original has {output.nbytes(loaded.model.nbytes)}")
 
 
 @app.command()
@@ -267,47 +271,39 @@ def compress(
     output.say(checked)
     if dry_run:
         return
-    folder = calibration or out.with_name(out.name + ".calibration")
-    opened = _calibrate(
-        model,
-        folder,
-        text=moefit.TextOptions(
-            data=tuple(data),
-            sequences=sequences,
-            length=length,
-            seed=seed,
-            mask_special=mask_special,
-            batch_size=batch_size,
-        ),
-        sample=moefit.SampleOptions(tokens=sample_tokens, seed=seed or 0),
-        stream=stream,
-        states=states,
-        device=device,
-        dtype=dtype,
-        device_map=device_map,
-        trust_remote_code=trust_remote_code,
-    )
-    made = moefit.make_plan(
-        opened,
-        method,
-        budget,
-        parameters=parameters,
-        layers=selected,
-        protect=kept,
-        guard_super_experts=guard_super_experts,
-        weights=moefit.ExpertWeights(model, trust_remote_code=trust_remote_code),
-    )
-    output.plan(made)
-    _apply(
-        made,
-        model,
-        out,
-        calibration=opened,
-        format=format,
-        overwrite=overwrite,
-        trust_remote_code=trust_remote_code,
-        verify=True,
-    )
+    with output.stages() as progress:
+        measured, plan = moefit.compress(
+            model,
+            out,
+            text=moefit.TextOptions(
+                data=tuple(data),
+                sequences=sequences,
+                length=length,
+                seed=seed,
+                mask_special=mask_special,
+                batch_size=batch_size,
+            ),
+            method=method,
+            budget=budget,
+            parameters=parameters,
+            layers=selected,
+            protect=kept,
+            guard_super_experts=guard_super_experts,
+            calibration=calibration,
+            sample=moefit.SampleOptions(tokens=sample_tokens, seed=seed or 0),
+            stream=stream,
+            states=states,  # type: ignore[arg-type]
+            format=format,  # type: ignore[arg-type]
+            overwrite=overwrite,
+            device=device,
+            dtype=dtype,
+            device_map=device_map,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    output.calibration(measured, sequences * length)
+    output.plan(plan)
+    output.say(f"{out}: {output.nbytes(plan.nbytes)}, the original has {output.nbytes(plan.model.nbytes)}")
     output.say("opened again and run once: names, shapes and bytes are as planned, all values finite")
 
 
@@ -380,23 +376,6 @@ def main() -> None:
             raise
         output.complain(str(error))
         sys.exit(1)
-
-
-def _calibrate(model: str, folder: Path, **options: Any) -> moefit.Calibration:
-    import moefit
-
-    with output.progress("calibrate") as progress:
-        calibration = moefit.calibrate(model, folder, progress=progress, **options)
-    output.calibration(calibration, options["text"].sequences * options["text"].length)
-    return calibration
-
-
-def _apply(plan: moefit.Plan, model: str, out: Path, **options: Any) -> None:
-    import moefit
-
-    with output.progress("apply", of_bytes=True) as progress:
-        moefit.apply(plan, model, out, progress=progress, **options)
-    output.say(f"{out}: {output.nbytes(plan.nbytes)}, the original has {output.nbytes(plan.model.nbytes)}")
 
 
 def _parameters(entries: list[str] | None) -> dict[str, str]:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
 
 from moefit.calibration.facts import facts_of_checkpoint, facts_of_model
-from moefit.calibration.folder import Calibration, ModelFacts
+from moefit.calibration.folder import Calibration
 from moefit.calibration.layers import PartlyLoaded, ResidentModel
-from moefit.calibration.run import Progress, SampleOptions, run_calibration, tokenizer_fingerprint
+from moefit.calibration.run import Progress, SampleOptions, Subject, run_calibration, tokenizer_fingerprint
 from moefit.calibration.text import Batch, TextOptions, read_batches
-from moefit.checkpoint.anatomy import Anatomy, discover
-from moefit.checkpoint.files import open_checkpoint
+from moefit.checkpoint.anatomy import discover
+from moefit.checkpoint.files import Checkpoint, open_checkpoint
 from moefit.checkpoint.loader import StreamedModel, load_config
 from moefit.checkpoint.models import default_device, load_model, load_tokenizer, longest_sequence, resolve_dtype
 from moefit.errors import CalibrationError
@@ -57,59 +57,58 @@ def calibrate(
         CheckpointError: the model cannot be used.
         CalibrationError: the text or the folder cannot be used, or values are not finite.
     """
-    source, anatomy, facts, settings, folder = _open(
-        model, stream=stream, device=device, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
-    )
+    if isinstance(model, nn.Module):
+        subject, config, folder = _resident(model), model.config, None
+    else:
+        checkpoint = open_checkpoint(model)
+        config, folder = load_config(checkpoint, trust_remote_code=trust_remote_code), checkpoint.folder
+        subject = _on_disk(checkpoint, config, stream, device or default_device(), dtype, device_map, trust_remote_code)
     if isinstance(text, TextOptions):
         if tokenizer is None:
             if folder is None:
                 raise CalibrationError("a model in memory needs its tokenizer to read text; pass tokenizer=")
             tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
-        batches = read_batches(text, tokenizer, max_length=longest_sequence(source.model.config))
-        settings |= {"tokenizer": tokenizer_fingerprint(tokenizer), "options": asdict(text)}
+        batches = read_batches(text, tokenizer, max_length=longest_sequence(config))
+        read = {"tokenizer": tokenizer_fingerprint(tokenizer), "options": asdict(text)}
+        subject = replace(subject, settings=subject.settings | read)
     else:
         batches = text
     return run_calibration(
-        source,
-        anatomy,
-        facts,
+        subject,
         batches,
         Path(out),
         sample=sample,
         states_on_disk=states == "disk" or (states == "auto" and stream),
-        extra_fingerprint=settings,
         progress=progress,
     )
 
 
-def _open(
-    model: str | Path | nn.Module,
-    *,
+def _resident(model: Any) -> Subject:
+    anatomy = discover(model.config, model)
+    facts = facts_of_model(model, anatomy)
+    return Subject(
+        anatomy=anatomy, facts=facts, settings={"dtype": str(model.dtype)}, open=lambda: ResidentModel(model)
+    )
+
+
+def _on_disk(
+    checkpoint: Checkpoint,
+    config: Any,
     stream: bool,
-    device: str | None,
+    device: str,
     dtype: str | None,
     device_map: str | None,
     trust_remote_code: bool,
-) -> tuple[PartlyLoaded, Anatomy, ModelFacts, dict, Path | None]:
-    if isinstance(model, nn.Module):
-        anatomy = discover(model.config, model)
-        return ResidentModel(model), anatomy, facts_of_model(model, anatomy), {"dtype": str(model.dtype)}, None
-    checkpoint = open_checkpoint(model)
-    config = load_config(checkpoint, trust_remote_code=trust_remote_code)
-    device = device or default_device()
+) -> Subject:
     torch_dtype = resolve_dtype(dtype, device, checkpoint)
     streamed = StreamedModel(checkpoint, config, dtype=torch_dtype, device=device)
     anatomy = discover(config, streamed.model, trust_remote_code=trust_remote_code)
+
+    def load() -> PartlyLoaded:
+        if stream:
+            return streamed
+        options = {"device": device, "device_map": device_map, "trust_remote_code": trust_remote_code}
+        return ResidentModel(load_model(checkpoint.folder, dtype=torch_dtype, **options))
+
     facts = facts_of_checkpoint(checkpoint, anatomy, streamed.names)
-    source: PartlyLoaded = streamed
-    if not stream:
-        source = ResidentModel(
-            load_model(
-                checkpoint.folder,
-                dtype=torch_dtype,
-                device=device,
-                device_map=device_map,
-                trust_remote_code=trust_remote_code,
-            )
-        )
-    return source, anatomy, facts, {"dtype": str(torch_dtype)}, checkpoint.folder
+    return Subject(anatomy=anatomy, facts=facts, settings={"dtype": str(torch_dtype)}, open=load)

@@ -39,66 +39,65 @@ class SampleOptions:
     seed: int = 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """The model that is measured.
+
+    Attributes:
+        anatomy: its MoE layers.
+        facts: what planning will need to know of it.
+        settings: what else makes a run what it is (dtype, tokenizer, options), for the fingerprint.
+        open: gives the model; weights are loaded no sooner.
+    """
+
+    anatomy: Anatomy
+    facts: ModelFacts
+    settings: dict
+    open: Callable[[], PartlyLoaded]
+
+
 def run_calibration(
-    source: PartlyLoaded,
-    anatomy: Anatomy,
-    facts: ModelFacts,
+    subject: Subject,
     batches: list[Batch],
     folder: Path,
     *,
     sample: SampleOptions,
     states_on_disk: bool,
-    extra_fingerprint: dict,
     progress: Progress | None = None,
 ) -> Calibration:
     """Measure every MoE layer and write the calibration folder.
 
     Args:
-        source: the model, in memory or streamed.
-        anatomy: its MoE layers.
-        facts: what planning will need to know of it.
+        subject: the model.
         batches: the text.
-        folder: where the calibration goes; one that holds the same run resumes.
+        folder: where the calibration goes; one that holds the same run resumes, a finished one is returned.
         sample: which tokens to keep whole.
         states_on_disk: keep hidden states in the folder, not in memory; a killed run then loses one layer at most.
-        extra_fingerprint: what else makes this run what it is (dtype, tokenizer, options).
         progress: called with (batches done, batches in all) over all layers.
 
     Raises:
         CalibrationError: the folder holds another calibration, or weights or activations are not finite.
     """
-    fingerprint = _fingerprint(facts, batches, sample, extra_fingerprint)
+    anatomy, sampled = subject.anatomy, _sampled_positions(batches, sample)
+    fingerprint = _fingerprint(subject, batches, sample)
     if finished := _claim(folder, fingerprint):
         return finished
-    runner, states = LayerRunner(source, batches), HiddenStates(folder / "states" if states_on_disk else None)
-    sampled = _sampled_positions(batches, sample)
-    last = max(anatomy.layers)
-    done = 0
-
-    def count(hidden: torch.Tensor) -> torch.Tensor:
-        nonlocal done
-        done += 1
-        if progress:
-            progress(done, (last + 1) * len(batches))
-        return hidden
-
-    first = _first_layer(folder, states, anatomy)
+    runner = LayerRunner(subject.open(), batches)
+    states = HiddenStates(folder / "states" if states_on_disk else None)
+    first, last = _first_layer(folder, states, anatomy), max(anatomy.layers)
+    count = _counter(progress, first * len(batches), (last + 1) * len(batches))
     embedded = runner.embed()
     if first == 0:
         states.write(0, embedded)
     else:
         deque(embedded, maxlen=0)  # the layers' arguments are recorded on the way
-        done = first * len(batches)
     for index in range(first, last + 1):
-        began = time.time()
-        moe = anatomy.layers.get(index)
-        measure = moe is not None and not layer_file(folder, index).exists()
+        began, collector = time.time(), None
         with runner.layer(index) as layer:
+            if index in anatomy.layers and not layer_file(folder, index).exists():
+                _check_weights(runner.source.model, anatomy.layers[index])
+                collector = _Collector(runner.source.model, anatomy, index, batches, sampled)
             inputs = states.read(index, len(batches))
-            collector = None
-            if moe is not None and measure:
-                _check_weights(source.model, moe)
-                collector = _Collector(source.model, moe, anatomy.probabilities, batches, sampled)
             outputs = map(count, _run_layer(runner, layer, index, inputs, collector))
             if index < last:
                 states.write(index + 1, outputs)
@@ -109,7 +108,7 @@ def run_calibration(
         states.forget(index)
         _log(folder, layer=index, seconds=round(time.time() - began, 3))
     shutil.rmtree(folder / "states", ignore_errors=True)
-    calibration = Calibration(folder=folder, model=facts, fingerprint=fingerprint)
+    calibration = Calibration(folder=folder, model=subject.facts, fingerprint=fingerprint)
     calibration.save()
     return calibration
 
@@ -117,10 +116,8 @@ def run_calibration(
 class _Collector:
     """Gathers the statistics of one layer over all batches."""
 
-    def __init__(
-        self, model: nn.Module, layer: MoELayer, probabilities: str, batches: list[Batch], sampled: list
-    ) -> None:
-        self.model, self.layer, self.probabilities = model, layer, probabilities
+    def __init__(self, model: nn.Module, anatomy: Anatomy, index: int, batches: list[Batch], sampled: list) -> None:
+        self.model, self.layer, self.probabilities = model, anatomy.layers[index], anatomy.probabilities
         self.batches, self.sampled = batches, sampled
         self.sums: Sums | None = None
         self.parts: list[Sample] = []
@@ -246,13 +243,26 @@ def _claim(folder: Path, fingerprint: dict) -> Calibration | None:
     return None
 
 
-def _fingerprint(facts: ModelFacts, batches: list[Batch], sample: SampleOptions, extra: dict) -> dict:
+def _fingerprint(subject: Subject, batches: list[Batch], sample: SampleOptions) -> dict:
     import transformers
 
     versions = {"moefit": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
     text = text_fingerprint(batches) | {"shapes": [list(batch.input_ids.shape) for batch in batches]}
-    fingerprint = {"model": facts.fingerprint, "text": text, "sample": asdict(sample), "versions": versions} | extra
-    return json.loads(json.dumps(fingerprint))
+    fingerprint = {"model": subject.facts.fingerprint, "text": text, "sample": asdict(sample), "versions": versions}
+    return json.loads(json.dumps(fingerprint | subject.settings))
+
+
+def _counter(progress: Progress | None, done: int, total: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return a function that counts the batches that pass through it."""
+
+    def count(hidden: torch.Tensor) -> torch.Tensor:
+        nonlocal done
+        done += 1
+        if progress:
+            progress(done, total)
+        return hidden
+
+    return count
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

@@ -1,0 +1,154 @@
+"""All stages in one go, and what can be refused before any data is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moefit.calibration.calibrate import States, calibrate
+from moefit.calibration.facts import facts_of_checkpoint
+from moefit.calibration.folder import Calibration
+from moefit.calibration.run import SampleOptions
+from moefit.calibration.text import TextOptions
+from moefit.checkpoint.anatomy import discover
+from moefit.checkpoint.files import open_checkpoint
+from moefit.checkpoint.loader import StreamedModel, load_config
+from moefit.checkpoint.weights import ExpertWeights
+from moefit.errors import MoefitError
+from moefit.methods.registry import find_method
+from moefit.methods.run import make_plan, outline_plan
+from moefit.planning.budget import Budget
+from moefit.planning.plan import Plan
+from moefit.transform.apply import apply
+from moefit.transform.formats import Format, resolve_format
+
+Stage = Callable[[str, int, int], None]
+
+
+def precheck(
+    model: str | Path,
+    out: str | Path,
+    *,
+    method: str,
+    budget: Budget,
+    parameters: Mapping[str, Any] | None = None,
+    layers: Iterable[int] | None = None,
+    protect: Iterable[tuple[int, int]] = (),
+    format: Format = "auto",
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+) -> str:
+    """Refuse what cannot work, and say in one line what would be done.
+
+    Args:
+        model: folder or hub name of the original.
+        out: folder of the result.
+        method: name of the method.
+        budget: how much stays.
+        parameters: the method's parameters.
+        layers: decoder layers to change.
+        protect: (layer, expert) pairs that must stay.
+        format: format of the result.
+        overwrite: an existing folder is replaced.
+        trust_remote_code: run code that comes with the checkpoint.
+
+    Raises:
+        MoefitError: whatever would be refused later, as far as it shows without data.
+    """
+    chosen = find_method(method)
+    resolved = chosen.resolve(parameters or {})
+    if Path(out).exists() and not overwrite:
+        raise MoefitError(f"{out}: exists; choose another folder or pass --overwrite")
+    checkpoint = open_checkpoint(model)
+    config = load_config(checkpoint, trust_remote_code=trust_remote_code)
+    skeleton = StreamedModel(checkpoint, config, dtype=torch.float32)
+    anatomy = discover(config, skeleton.model, trust_remote_code=trust_remote_code)
+    facts = facts_of_checkpoint(checkpoint, anatomy, skeleton.names)
+    plan = outline_plan(facts, chosen, resolved, budget, layers=layers, protect=protect)
+    written = resolve_format(plan, format)
+    kept = sorted({len(layer.pool) for layer in plan.layers.values()}) or ["all"]
+    return (
+        f"{anatomy.model_type}: {len(anatomy.layers)} MoE layers, top-{anatomy.top_k}; {method} keeps "
+        f"{', '.join(map(str, kept))} experts "
+        f"in {len(plan.layers)} of them: {plan.nbytes:,} of {facts.nbytes:,} bytes, format {written}"
+    )
+
+
+def compress(
+    model: str | Path,
+    out: str | Path,
+    *,
+    text: TextOptions,
+    method: str,
+    budget: Budget,
+    parameters: Mapping[str, Any] | None = None,
+    layers: Iterable[int] | None = None,
+    protect: Iterable[tuple[int, int]] = (),
+    guard_super_experts: bool = False,
+    calibration: str | Path | None = None,
+    sample: SampleOptions = SampleOptions(),  # noqa: B008 (frozen)
+    stream: bool = False,
+    states: States = "auto",
+    format: Format = "auto",
+    overwrite: bool = False,
+    device: str | None = None,
+    dtype: str | None = None,
+    device_map: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Stage | None = None,
+) -> tuple[Calibration, Plan]:
+    """Calibrate, plan and apply, then open the result and run it once.
+
+    Args:
+        model: folder or hub name of the original.
+        out: folder of the result.
+        text: calibration text.
+        method: name of the method.
+        budget: how much stays.
+        parameters: the method's parameters.
+        layers: decoder layers to change.
+        protect: (layer, expert) pairs that must stay.
+        guard_super_experts: protect experts with extreme outputs.
+        calibration: calibration folder to use or to make; ``OUT.calibration`` when None.
+        sample: which tokens are kept whole.
+        stream: hold one decoder layer in memory at a time.
+        states: where hidden states wait between layers.
+        format: format of the result.
+        overwrite: replace an existing folder, at the end.
+        device: where the model runs.
+        dtype: dtype of the run.
+        device_map: as transformers takes it.
+        trust_remote_code: run code that comes with the checkpoint.
+        progress: called with (stage, done, in all).
+
+    Raises:
+        MoefitError: see `precheck`, `calibrate`, `make_plan` and `apply`.
+    """
+    given: dict[str, Any] = {"parameters": parameters, "layers": layers, "protect": protect}
+    written: dict[str, Any] = {"format": format, "overwrite": overwrite, "trust_remote_code": trust_remote_code}
+    precheck(model, out, method=method, budget=budget, **given, **written)
+    folder = Path(calibration) if calibration is not None else Path(out).with_name(Path(out).name + ".calibration")
+    measured = calibrate(
+        model,
+        folder,
+        text=text,
+        sample=sample,
+        stream=stream,
+        states=states,
+        device=device,
+        dtype=dtype,
+        device_map=device_map,
+        trust_remote_code=trust_remote_code,
+        progress=_part(progress, "calibrate"),
+    )
+    weights = ExpertWeights(model, trust_remote_code=trust_remote_code)
+    plan = make_plan(measured, method, budget, guard_super_experts=guard_super_experts, weights=weights, **given)
+    apply(plan, model, out, calibration=measured, verify=True, progress=_part(progress, "apply"), **written)
+    return measured, plan
+
+
+def _part(progress: Stage | None, name: str) -> Callable[[int, int], None] | None:
+    return None if progress is None else lambda done, total: progress(name, done, total)
