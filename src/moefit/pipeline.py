@@ -145,7 +145,15 @@ def compress(
         progress=_part(progress, "calibrate"),
     )
     weights = ExpertWeights(model, trust_remote_code=trust_remote_code)
-    plan = make_plan(measured, method, budget, guard_super_experts=guard_super_experts, weights=weights, **given)
+    plan = make_plan(
+        measured,
+        method,
+        budget,
+        guard_super_experts=guard_super_experts,
+        weights=weights,
+        progress=_part(progress, "plan"),
+        **given,
+    )
     apply(plan, model, out, calibration=measured, verify=True, progress=_part(progress, "apply"), **written)
     return measured, plan
 

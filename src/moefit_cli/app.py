@@ -164,16 +164,20 @@ def plan(
     """
     import moefit
 
-    made = moefit.make_plan(
-        moefit.Calibration.open(calibration),
-        method,
-        moefit.Budget.parse(remove=remove, keep=keep, size=size),
-        parameters=_parameters(param),
-        layers=_numbers(layers),
-        protect=_pairs(protect),
-        guard_super_experts=guard_super_experts,
-        weights=None if model is None else moefit.ExpertWeights(model),
-    )
+    budget, parameters = moefit.Budget.parse(remove=remove, keep=keep, size=size), _parameters(param)
+    selected, kept = _numbers(layers), _pairs(protect)
+    with output.progress("plan") as progress:
+        made = moefit.make_plan(
+            moefit.Calibration.open(calibration),
+            method,
+            budget,
+            parameters=parameters,
+            layers=selected,
+            protect=kept,
+            guard_super_experts=guard_super_experts,
+            weights=None if model is None else moefit.ExpertWeights(model),
+            progress=progress,
+        )
     made.save(out)
     output.plan(made)
     output.say(f"the plan is in {out}")

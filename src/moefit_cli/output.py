@@ -173,4 +173,4 @@ def scores(measured: Scores) -> None:
 
 def _bar(amount: object) -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), amount, TimeRemainingColumn())
-    return Progress(*columns, console=_err, transient=True)  # type: ignore[arg-type]
+    return Progress(*columns, console=_err, transient=True, disable=not _err.is_terminal)  # type: ignore[arg-type]

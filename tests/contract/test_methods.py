@@ -71,11 +71,11 @@ def test_declared_statistics_suffice(method: str, calibration: GetCalibration) -
         hidden = {name: torch.full_like(getattr(view.sums, name), torch.nan) for name in STATISTICS - chosen.needs}
         view.__dict__["sums"] = dataclasses.replace(view.sums, **hidden)
     keeps, parameters = [5] * len(whole), chosen.resolve({})
-    plans = chosen.plan(whole, keeps, **parameters)
+    plans = chosen.plan(whole, keeps, parameters)
     # A view forgets what it read when its layer is decided, so the spoiled sums are kept by hand.
     for view in spoiled:
         view.read_sums = lambda sums=view.sums: sums
-    assert chosen.plan(spoiled, keeps, **parameters) == plans
+    assert chosen.plan(spoiled, keeps, parameters) == plans
     for index, plan in zip(calibration("olmoe").layers, plans, strict=True):
         if plan.constants:
             assert chosen.build is not None

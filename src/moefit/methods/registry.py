@@ -54,14 +54,29 @@ class Method:
         """The first line of the docstring."""
         return (inspect.getdoc(self.function) or "").splitlines()[0]
 
-    def plan(self, layers: Sequence[LayerView], keeps: Sequence[int], **parameters: Any) -> list[LayerPlan]:
-        """Decide for layers that belong together; each is let go once it is decided."""
+    def plan(
+        self,
+        layers: Sequence[LayerView],
+        keeps: Sequence[int],
+        parameters: Mapping[str, Any],
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[LayerPlan]:
+        """Decide for some layers, each let go once it is decided.
+
+        Args:
+            layers: the layers; a scoped method decides for all of them together.
+            keeps: experts that stay in each.
+            parameters: all parameters of the method.
+            progress: called with (layers done, layers in all).
+        """
         if self.scoped:
             return self.function(layers, keeps, **parameters)
         plans = []
         for layer, keep in zip(layers, keeps, strict=True):
             plans.append(self.function(layer, keep, **parameters))
             layer.close()
+            if progress:
+                progress(len(plans), len(layers))
         return plans
 
     def resolve(self, given: Mapping[str, str | Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ def make_plan(
     protect: Experts = (),
     guard_super_experts: bool = False,
     weights: ExpertWeights | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Plan:
     """Decide what becomes of every slot.
 
@@ -44,6 +45,7 @@ def make_plan(
         protect: (layer, expert) pairs that must stay.
         guard_super_experts: protect experts with extreme outputs, see `super_experts`.
         weights: where methods that read weights find them; the calibrated checkpoint when None.
+        progress: called with (layers done, layers in all).
 
     Raises:
         PlanError: an unknown method, parameter, layer or expert, or a plan that cannot work.
@@ -56,7 +58,8 @@ def make_plan(
     stacks = [stack for stack in facts.stacks if stack.index is not None and stack.prefix in outline.layers]
     views = [view_of(calibration, stack.index or 0, weights, protected) for stack in stacks]
     keeps = [len(outline.layers[stack.prefix].pool) for stack in stacks]
-    decided = dict(zip((stack.prefix for stack in stacks), chosen.plan(views, keeps, **resolved), strict=True))
+    plans = chosen.plan(views, keeps, resolved, progress)
+    decided = {stack.prefix: plan for stack, plan in zip(stacks, plans, strict=True)}
     for stack in facts.stacks:
         if stack.index is None and stack.prefix in outline.layers:
             decided[stack.prefix] = _plan_unrun(

@@ -1,0 +1,95 @@
+"""The command line from end to end, as a person uses it."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+import moefit
+from moefit_cli.app import main
+
+REFERENCE = Path(__file__).parent.parent / "examples" / "reference-moe"
+TEXT = ["--data", str(REFERENCE / "calibration.jsonl"), "--sequences", "4", "--length", "64"]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Return a function that runs a command and gives exit code, stdout and stderr."""
+
+    def call(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["moefit", *map(str, words)])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        shown = capsys.readouterr()
+        return code, shown.out, shown.err
+
+    return call
+
+
+def test_stage_by_stage(run, tmp_path: Path) -> None:
+    calib, plan, out, scores = (tmp_path / name for name in ("calib", "plan.json", "out", "scores.json"))
+    assert run("calibrate", REFERENCE, "-o", calib, *TEXT)[0] == 0
+    code, _, err = run("plan", calib, "-o", plan, "--method", "mone", "--remove", "25%", "-p", "score=exact")
+    assert code == 0
+    assert "24 of 32 experts stay, 8 constant" in err
+    assert moefit.Plan.load(plan).parameters["score"] == "exact"
+    code, _, err = run("apply", REFERENCE, plan, "-o", out, "--calibration", calib)
+    assert code == 0
+    assert "13.44 MB, the original has 16.96 MB" in err
+    heldout = ["--data", REFERENCE / "heldout.jsonl", "--sequences", "2", "--length", "64"]
+    code, shown, _ = run("evaluate", out, "--against", REFERENCE, *heldout, "--json", scores)
+    assert code == 0
+    assert "perplexity" in shown
+    found = json.loads(scores.read_text())
+    assert 0 < found["kl"]["mean"] < 0.1
+    assert found["bytes"] == {"original": 16963968, "compressed": 13437312}
+
+
+def test_compress_is_the_same_as_the_stages(run, tmp_path: Path) -> None:
+    code, _, err = run("compress", REFERENCE, "-o", tmp_path / "out", "--method", "reap", "--remove", "50%", *TEXT)
+    assert code == 0
+    assert "opened again and run once" in err
+    calibration = moefit.Calibration.open(tmp_path / "out.calibration")
+    plan = moefit.make_plan(calibration, "reap", moefit.Budget.parse(remove="50%"))
+    assert moefit.Plan.load(tmp_path / "out" / "moefit_plan.json") == plan
+
+
+def test_a_dry_run_reads_no_data_and_writes_nothing(run, tmp_path: Path) -> None:
+    data = ["--data", tmp_path / "no-such-file.jsonl"]
+    words = ["compress", REFERENCE, "-o", tmp_path / "out", "--method", "reap", "--remove", "25%", "--dry-run", *data]
+    code, _, err = run(*words)
+    assert code == 0
+    assert "13,412,736 of 16,963,968 bytes, format native" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_inspect_as_text_and_as_json(run) -> None:
+    code, shown, _ = run("inspect", REFERENCE)
+    assert code == 0
+    for fact in ("olmoe", "32", "110.59 kB", "16.96 MB", "8.48 M"):
+        assert fact in shown
+    code, shown, _ = run("inspect", REFERENCE, "--json")
+    found = json.loads(shown)
+    assert code == 0
+    assert found["top_k"] == 4
+    assert found["routed_parameters"] == 4 * 32 * 3 * 192 * 96
+    # embeddings and attention, and four of 32 experts
+    assert found["active_parameters"] == found["parameters"] - found["routed_parameters"] * 28 // 32
+    assert found["moe"][0] == {"layer": 0, "slots": 32, "experts": 32, "constants": 0, "expert_bytes": 110592}
+
+
+def test_wrong_usage_exits_with_2_and_wrong_input_with_1(run, tmp_path: Path) -> None:
+    assert run("plan")[0] == 2
+    assert run("plan", tmp_path, "-o", tmp_path / "p", "-m", "mone", "--remove", "25%", "-p", "novice")[0] == 2
+    code, _, err = run("inspect", tmp_path)
+    assert code == 1
+    assert "Traceback" not in err
+    assert "no config.json" in err
+
+
+def test_version(run) -> None:
+    assert run("--version")[1].strip() == f"moefit {moefit.__version__}"
