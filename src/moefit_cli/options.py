@@ -1,0 +1,61 @@
+"""The options that more than one verb takes."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder or hub name.")]
+Data = Annotated[
+    list[str],
+    typer.Option(
+        "--data",
+        help="FILE[:weight], .jsonl, .txt or .parquet, or NAME[,CONFIG][@SPLIT][:weight] for the datasets library. "
+        "Repeatable: sources are mixed by weight.",
+    ),
+]
+Sequences = Annotated[int, typer.Option(min=1, help="Blocks of text to run.")]
+Length = Annotated[int, typer.Option(min=1, help="Tokens of a block.")]
+Seed = Annotated[
+    int | None, typer.Option(help="Shuffle the documents, and draw another sample of tokens; file order when absent.")
+]
+Batch = Annotated[int, typer.Option("--batch-size", min=1, help="Blocks run at once.")]
+SampleTokens = Annotated[int, typer.Option(min=1, help="Tokens of which each layer's inputs are kept.")]
+MaskSpecial = Annotated[bool, typer.Option("--mask-special", help="Leave special tokens out of every statistic.")]
+Stream = Annotated[
+    bool,
+    typer.Option("--stream", help="Hold one decoder layer in memory at a time; for checkpoints larger than memory."),
+]
+States = Annotated[str, typer.Option(help="Where hidden states wait between layers: auto, memory or disk.")]
+Device = Annotated[
+    str | None, typer.Option(help="Where the model runs. [dim]default: cuda if there is one, else cpu[/dim]")
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="float32, bfloat16 or float16. [dim]default: the checkpoint's on cuda, float32 on cpu[/dim]"),
+]
+DeviceMap = Annotated[
+    str | None, typer.Option(help="Spread the model over devices, as transformers does: auto, balanced, ...")
+]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")]
+Method = Annotated[
+    str, typer.Option("--method", "-m", help="random, frequency, soft_frequency, ean, man, msan, reap, mone or conmoe.")
+]
+Remove = Annotated[str | None, typer.Option(help="Share of each layer's experts to remove, such as 25%.")]
+Keep = Annotated[int | None, typer.Option(help="Experts to keep in each layer.")]
+Size = Annotated[
+    str | None, typer.Option(help="Bytes the result's tensors may take, such as 12GB (10^9), 11GiB (2^30) or a number.")
+]
+Parameter = Annotated[
+    list[str] | None, typer.Option("--param", "-p", help="name=value, a parameter of the method. Repeatable.")
+]
+Layers = Annotated[
+    str | None, typer.Option(help="Decoder layers to change, such as 0-7,12; all MoE layers when absent.")
+]
+Protect = Annotated[list[str] | None, typer.Option(help="layer:expert that must stay. Repeatable.")]
+Guard = Annotated[bool, typer.Option("--guard-super-experts", help="Protect experts with extreme outputs.")]
+Format = Annotated[str, typer.Option(help="native (loads anywhere), moefit, or auto: native where the plan allows it.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an existing folder, once the new one is complete.")
+]
