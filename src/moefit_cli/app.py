@@ -106,7 +106,7 @@ def calibrate(
             ),
             sample=moefit.SampleOptions(tokens=sample_tokens, seed=seed or 0),
             stream=stream,
-            states=states,  # type: ignore[arg-type]
+            states=states,
             device=device,
             dtype=dtype,
             device_map=device_map,
@@ -240,7 +240,7 @@ def compress(
         parameters=parameters,
         layers=selected,
         protect=kept,
-        format=format,  # type: ignore[arg-type]
+        format=format,
         overwrite=overwrite,
         trust_remote_code=trust_remote_code,
     )
@@ -268,8 +268,8 @@ def compress(
             calibration=calibration,
             sample=moefit.SampleOptions(tokens=sample_tokens, seed=seed or 0),
             stream=stream,
-            states=states,  # type: ignore[arg-type]
-            format=format,  # type: ignore[arg-type]
+            states=states,
+            format=format,
             overwrite=overwrite,
             device=device,
             dtype=dtype,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -27,7 +27,10 @@ Stream = Annotated[
     bool,
     typer.Option("--stream", help="Hold one decoder layer in memory at a time; for checkpoints larger than memory."),
 ]
-States = Annotated[str, typer.Option(help="Where hidden states wait between layers: auto, memory or disk.")]
+States = Annotated[
+    Literal["auto", "memory", "disk"],
+    typer.Option(help="Where hidden states wait between layers; auto is the disk when streaming, else memory."),
+]
 Device = Annotated[
     str | None, typer.Option(help="Where the model runs. [dim]default: cuda if there is one, else cpu[/dim]")
 ]
@@ -55,7 +58,10 @@ Layers = Annotated[
 ]
 Protect = Annotated[list[str] | None, typer.Option(help="layer:expert that must stay. Repeatable.")]
 Guard = Annotated[bool, typer.Option("--guard-super-experts", help="Protect experts with extreme outputs.")]
-Format = Annotated[str, typer.Option(help="native (loads anywhere), moefit, or auto: native where the plan allows it.")]
+Format = Annotated[
+    Literal["auto", "native", "moefit"],
+    typer.Option(help="native loads anywhere, moefit after `import moefit`; auto is native where the plan allows it."),
+]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace an existing folder, once the new one is complete.")
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import nn
 
@@ -16,8 +16,8 @@ from moefit.calibration.text import Batch, TextOptions, read_batches
 from moefit.checkpoint.anatomy import discover
 from moefit.checkpoint.files import Checkpoint, open_checkpoint
 from moefit.checkpoint.loader import StreamedModel, load_config
-from moefit.checkpoint.models import default_device, load_model, load_tokenizer, longest_sequence, resolve_dtype
-from moefit.errors import CalibrationError
+from moefit.checkpoint.models import load_model, load_tokenizer, longest_sequence, resolve_device, resolve_dtype
+from moefit.errors import CalibrationError, did_you_mean
 
 States = Literal["auto", "memory", "disk"]
 
@@ -57,12 +57,14 @@ def calibrate(
         CheckpointError: the model cannot be used.
         CalibrationError: the text or the folder cannot be used, or values are not finite.
     """
+    if states not in get_args(States):
+        raise CalibrationError(f"states {states!r}" + did_you_mean(states, get_args(States)))
     if isinstance(model, nn.Module):
         subject, config, folder = _resident(model), model.config, None
     else:
         checkpoint = open_checkpoint(model)
         config, folder = load_config(checkpoint, trust_remote_code=trust_remote_code), checkpoint.folder
-        subject = _on_disk(checkpoint, config, stream, device or default_device(), dtype, device_map, trust_remote_code)
+        subject = _on_disk(checkpoint, config, stream, resolve_device(device), dtype, device_map, trust_remote_code)
     if isinstance(text, TextOptions):
         if tokenizer is None:
             if folder is None:

@@ -15,9 +15,20 @@ from moefit.errors import CheckpointError, MoefitError, did_you_mean
 DTYPE_CHOICES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def default_device() -> str:
-    """Return ``cuda`` where there is one, else ``cpu``."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def resolve_device(name: str | None) -> str:
+    """Return the device to run on: the one named, else ``cuda`` where there is one, else ``cpu``.
+
+    Raises:
+        MoefitError: the device cannot be used here.
+    """
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise MoefitError(f"device {name!r} cannot be used here ({reason}); use another one, such as cpu") from None
+    return name
 
 
 def resolve_dtype(name: str | None, device: str, checkpoint: Checkpoint) -> torch.dtype:

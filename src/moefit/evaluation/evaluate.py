@@ -14,7 +14,7 @@ from torch import nn
 from moefit.calibration.text import TextOptions, read_batches
 from moefit.checkpoint.files import Checkpoint, open_checkpoint
 from moefit.checkpoint.loader import load_config
-from moefit.checkpoint.models import default_device, load_model, load_tokenizer, longest_sequence, resolve_dtype
+from moefit.checkpoint.models import load_model, load_tokenizer, longest_sequence, resolve_device, resolve_dtype
 from moefit.errors import MoefitError
 from moefit.evaluation.fidelity import Fidelity, Interval, Reference
 from moefit.evaluation.speed import Speed, measure_speed
@@ -114,7 +114,7 @@ def evaluate(
     config = load_config(original, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(original.folder, trust_remote_code=trust_remote_code)
     batches = read_batches(text, tokenizer, max_length=longest_sequence(config))
-    device = device or default_device()
+    device = resolve_device(device)
     torch_dtype = resolve_dtype(dtype, device, original)
 
     def load(checkpoint: Checkpoint) -> nn.Module:
