@@ -17,7 +17,7 @@ from moefit.checkpoint.anatomy import discover
 from moefit.checkpoint.files import open_checkpoint
 from moefit.checkpoint.loader import StreamedModel, load_config
 from moefit.checkpoint.weights import ExpertWeights
-from moefit.errors import MoefitError
+from moefit.checkpoint.writer import check_place
 from moefit.methods.registry import find_method
 from moefit.methods.run import make_plan, outline_plan
 from moefit.planning.budget import Budget
@@ -37,6 +37,7 @@ def precheck(
     parameters: Mapping[str, Any] | None = None,
     layers: Iterable[int] | None = None,
     protect: Iterable[tuple[int, int]] = (),
+    calibration: str | Path | None = None,
     format: Format = "auto",
     overwrite: bool = False,
     trust_remote_code: bool = False,
@@ -51,6 +52,7 @@ def precheck(
         parameters: the method's parameters.
         layers: decoder layers to change.
         protect: (layer, expert) pairs that must stay.
+        calibration: calibration folder to use or to make, when it is named.
         format: format of the result.
         overwrite: an existing folder is replaced.
         trust_remote_code: run code that comes with the checkpoint.
@@ -60,9 +62,9 @@ def precheck(
     """
     chosen = find_method(method)
     resolved = chosen.resolve(parameters or {})
-    if Path(out).exists() and not overwrite:
-        raise MoefitError(f"{out}: exists; choose another folder or pass --overwrite")
     checkpoint = open_checkpoint(model)
+    inputs = {"the original": checkpoint.folder, "the calibration": Path(calibration) if calibration else None}
+    check_place(Path(out), overwrite=overwrite, inputs=inputs)
     config = load_config(checkpoint, trust_remote_code=trust_remote_code)
     skeleton = StreamedModel(checkpoint, config, dtype=torch.float32)
     anatomy = discover(config, skeleton.model, trust_remote_code=trust_remote_code)
@@ -129,7 +131,7 @@ def compress(
     """
     given: dict[str, Any] = {"parameters": parameters, "layers": layers, "protect": protect}
     written: dict[str, Any] = {"format": format, "overwrite": overwrite, "trust_remote_code": trust_remote_code}
-    precheck(model, out, method=method, budget=budget, **given, **written)
+    precheck(model, out, method=method, budget=budget, calibration=calibration, **given, **written)
     folder = Path(calibration) if calibration is not None else Path(out).with_name(Path(out).name + ".calibration")
     measured = calibrate(
         model,

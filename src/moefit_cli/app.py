@@ -138,6 +138,7 @@ def plan(
 
     budget, parameters = moefit.Budget.parse(remove=remove, keep=keep, size=size), _parameters(param)
     selected, kept = _numbers(layers), _pairs(protect)
+    _check_file(out)
     with output.progress("plan") as progress:
         made = moefit.make_plan(
             moefit.Calibration.open(calibration),
@@ -240,6 +241,7 @@ def compress(
         parameters=parameters,
         layers=selected,
         protect=kept,
+        calibration=calibration,
         format=format,
         overwrite=overwrite,
         trust_remote_code=trust_remote_code,
@@ -309,6 +311,7 @@ def evaluate(
     """
     import moefit
 
+    _check_file(json)
     text = moefit.TextOptions(data=tuple(data), sequences=sequences, length=length, batch_size=batch_size)
     with output.stages() as progress:
         scores = moefit.evaluate(
@@ -342,9 +345,13 @@ def main() -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
         app()
-    except KeyboardInterrupt:
-        output.complain("stopped; run the same command again to go on")
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == 130:  # what typer makes of Ctrl-C
+            output.complain("stopped; run the same command again to go on")
+        raise
+    except OSError as error:
+        output.complain(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        sys.exit(1)
     except Exception as error:
         # Only an error that moefit raised on purpose is a user's; its module is loaded by then.
         errors = sys.modules.get("moefit.errors")
@@ -362,6 +369,15 @@ def _parameters(entries: list[str] | None) -> dict[str, str]:
     return {name: value for name, _, value in pairs}
 
 
+def _check_file(file: Path | None) -> None:
+    """Refuse a file that could not be written, before the work whose result it shall hold."""
+    from moefit.errors import MoefitError
+
+    if file is not None and (file.is_dir() or not file.parent.is_dir()):
+        what = "is a folder" if file.is_dir() else f"there is no folder {file.parent}"
+        raise MoefitError(f"{file}: {what}; name a file that can be written")
+
+
 def _numbers(text: str | None) -> list[int] | None:
     if text is None:
         return None
@@ -369,7 +385,10 @@ def _numbers(text: str | None) -> list[int] | None:
     for part in text.split(","):
         low, dash, high = part.partition("-")
         try:
-            numbers += range(int(low), int(high if dash else low) + 1)
+            span = range(int(low), int(high if dash else low) + 1)
+            if not 0 < len(span) < 10_000:
+                raise ValueError
+            numbers += span
         except ValueError:
             raise typer.BadParameter(f"--layers {text}: write numbers and ranges such as 0-7,12") from None
     return numbers

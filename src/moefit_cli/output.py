@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from moefit import Calibration, Plan, Scores
     from moefit.checkpoint.summary import Summary
 
-_out = Console(highlight=False)
-_err = Console(stderr=True, highlight=False)
+# No emoji: `:-1:` is a name of one, and may stand in a path.
+_out = Console(highlight=False, emoji=False)
+_err = Console(stderr=True, highlight=False, emoji=False)
 
 
 def say(text: str) -> None:
@@ -78,7 +79,8 @@ def stages() -> Iterator[Callable[[str, int, int], None]]:
 
 def summary(found: Summary) -> None:
     """Print what a checkpoint is."""
-    _out.print(f"[bold]{found.source}[/bold]  {found.model_type}, {found.decoder_layers} decoder layers")
+    _out.print(found.source, style="bold", markup=False, end="", soft_wrap=True)
+    _out.print(f"  {found.model_type}, {found.decoder_layers} decoder layers")
     table = Table(box=None, pad_edge=False, header_style="dim")
     for name in ("MoE layers", "slots", "experts", "constants", "top-k", "an expert", "all experts"):
         table.add_column(name, justify="left" if name == "MoE layers" else "right")

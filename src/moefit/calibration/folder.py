@@ -73,8 +73,20 @@ class Calibration:
         return [stack.index for stack in self.model.stacks if stack.index is not None]
 
     def sums(self, layer: int) -> Sums:
-        """Read the sums of one layer."""
-        return load_sums(layer_file(self.folder, layer))
+        """Read the sums of one layer.
+
+        Raises:
+            CalibrationError: the file is missing, damaged or of another model.
+        """
+        file = layer_file(self.folder, layer)
+        sums = load_sums(file)
+        experts = next(stack.num_experts for stack in self.model.stacks if stack.index == layer)
+        if len(sums.count) != experts:
+            raise CalibrationError(
+                f"{file}: is about {len(sums.count)} experts, the layer has {experts}; "
+                "delete it and run calibrate again"
+            )
+        return sums
 
     def sample(self, layer: int) -> Sample:
         """Read the sampled tokens of one layer."""
@@ -98,13 +110,19 @@ class Calibration:
         if manifest is None:
             state = (
                 "not finished; run the same calibrate command again to resume it"
-                if list(folder.glob("layer-*"))
+                if list(folder.glob("layer-*")) or (folder / "run.json").exists()
                 else "no calibration folder"
             )
             raise CalibrationError(f"{folder}: {state}")
         if manifest.get("format") != "moefit-calibration" or manifest.get("version") != VERSION:
             raise CalibrationError(f"{folder / MANIFEST}: not a calibration of version {VERSION}; calibrate again")
-        return cls(folder=folder, model=ModelFacts.from_json(manifest["model"]), fingerprint=manifest["fingerprint"])
+        try:
+            facts, fingerprint = ModelFacts.from_json(manifest["model"]), manifest["fingerprint"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise CalibrationError(
+                f"{folder / MANIFEST}: damaged ({error!r}); delete the folder and calibrate again"
+            ) from None
+        return cls(folder=folder, model=facts, fingerprint=fingerprint)
 
 
 def layer_file(folder: Path, layer: int) -> Path:
@@ -126,8 +144,11 @@ def read_json(file: Path) -> dict | None:
         CalibrationError: the file is not JSON.
     """
     try:
-        return json.loads(file.read_text())
-    except FileNotFoundError:
+        content = json.loads(file.read_text())
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as error:
         raise CalibrationError(f"{file}: not JSON ({error}); delete the folder and calibrate again") from None
+    if not isinstance(content, dict):
+        raise CalibrationError(f"{file}: not a JSON object; delete the folder and calibrate again")
+    return content

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from moefit.calibration.text import Batch
+from moefit.checkpoint.writer import save_tensors
 from moefit.errors import CheckpointError
 
 
@@ -168,7 +169,7 @@ class HiddenStates:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         for number, hidden in enumerate(states):
-            save_file({"hidden": hidden.contiguous().cpu()}, partial / f"{number:05d}.safetensors")
+            save_tensors({"hidden": hidden.contiguous().cpu()}, partial / f"{number:05d}.safetensors")
         # A run that was stopped between this and the layer's statistics left the same states here.
         shutil.rmtree(self.at(layer), ignore_errors=True)
         partial.rename(self.at(layer))

@@ -166,9 +166,15 @@ class _Collector:
         bad = (~torch.isfinite(self.sums.norm_sq)).nonzero().flatten().tolist()
         if bad:
             raise CalibrationError(
-                f"layer {self.layer.index}, expert {bad[0]}: outputs are not finite ({len(bad)} experts in "
-                "this layer); "
-                "its weights are, so the activations overflowed: calibrate in a wider --dtype"
+                f"layer {self.layer.index}, expert {bad[0]}: outputs are not finite ({len(bad)} experts in this layer) "
+                "though its weights are: the activations overflowed, then calibrate in a wider --dtype; "
+                "or a weight before the experts is damaged, then download the checkpoint again"
+            )
+        # Experts may be sound behind a router that is not.
+        if not bool(torch.isfinite(self.sums.gate + self.sums.probability).all()):
+            raise CalibrationError(
+                f"layer {self.layer.index}: the router gives values that are not finite; "
+                "its weights are damaged: download the checkpoint again"
             )
         return LayerStatistics(sums=self.sums, sample=Sample.concatenated(self.parts))
 
@@ -238,7 +244,9 @@ def _claim(folder: Path, fingerprint: dict) -> Calibration | None:
             f"{folder}: holds another calibration ({', '.join(differs)} differ); choose another folder or delete it"
         )
     if (folder / MANIFEST).exists():
-        return Calibration.open(folder)
+        finished = Calibration.open(folder)
+        if all(layer_file(folder, layer).exists() for layer in finished.layers):
+            return finished
     write_json(folder / "run.json", fingerprint)
     return None
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from moefit.checkpoint.writer import save_tensors
 from moefit.errors import CalibrationError
 
 
@@ -117,7 +117,7 @@ class LayerStatistics:
         tensors = {f"sum.{f.name}": getattr(self.sums, f.name) for f in fields(Sums)}
         tensors |= {f"sample.{f.name}": getattr(self.sample, f.name).contiguous() for f in fields(Sample)}
         beside = file.with_suffix(".partial")
-        save_file(tensors, beside)
+        save_tensors(tensors, beside)
         beside.rename(file)
 
 

@@ -69,6 +69,7 @@ def build_skeleton(config: Any, dtype: torch.dtype | None = None, *, trust_remot
     """Build the causal language model of a config on the meta device: all shapes, no memory."""
     from transformers import AutoModelForCausalLM
 
+    family.check_family(config)
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -91,7 +92,8 @@ def discover(config: Any, skeleton: nn.Module | None = None, *, trust_remote_cod
     Raises:
         CheckpointError: no MoE layers, or a family that is refused by name.
     """
-    config = family.text_config(config)
+    family.check_family(config)
+    family.check_unquantized(config)
     names = family.expert_count_spellings(config)
     if not names:
         raise CheckpointError(

@@ -60,27 +60,34 @@ class Groups:
     least: int = 1
 
 
-def text_config(config: Any) -> Any:
-    """Return the config when moefit handles its family, else say by name why not.
+def check_family(config: Any) -> None:
+    """Refuse, by name, what breaks the common contract.
 
     Args:
         config: a transformers config object.
 
     Raises:
-        CheckpointError: a family of `REFUSED`, a vision-wrapped model, or quantized weights.
+        CheckpointError: a family of `REFUSED`, or a vision-wrapped model.
     """
     name = config.model_type
     if name in REFUSED:
         raise CheckpointError(f"model type {name!r} is not supported: {REFUSED[name]}")
     if config.get_text_config() is not config:
         raise CheckpointError(f"model type {name!r} wraps a text model inside a multi-modal one: not supported yet")
+
+
+def check_unquantized(config: Any) -> None:
+    """Refuse a checkpoint whose weights are not plain numbers.
+
+    Raises:
+        CheckpointError: quantized weights, or a result of moefit.
+    """
     quantization = getattr(config, "quantization_config", None)
     if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
         if method == "moefit":
             raise CheckpointError("this checkpoint is already compressed by moefit; give the original instead")
         raise CheckpointError(f"weights are quantized ({method}): not supported yet; give the bf16 or fp32 original")
-    return config
 
 
 def expert_count_spellings(config: Any) -> list[str]:

@@ -133,6 +133,8 @@ def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Check
         config = json.loads(config_file.read_text())
     except ValueError as error:
         raise CheckpointError(f"{config_file}: not JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{config_file}: not a JSON object; download it again")
     return Checkpoint(folder=folder, source=str(source), config=config, tensors=_find_tensors(folder))
 
 
@@ -166,7 +168,9 @@ def _find_tensors(folder: Path) -> dict[str, TensorInfo]:
 def _read_index(index: Path) -> dict[str, TensorInfo]:
     try:
         weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
+        if not weight_map or not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise TypeError("not a map of tensor names to shards")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index}: no readable weight_map ({error!r})") from None
     found: dict[str, TensorInfo] = {}
     for shard in sorted(set(weight_map.values())):
@@ -199,7 +203,9 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     with open(file, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > size - 8:
-            raise CheckpointError(f"{file}: truncated: {size} bytes, its header alone needs {length + 8}")
+            raise CheckpointError(
+                f"{file}: truncated: {size} bytes, its header alone needs {length + 8}; download the shard again"
+            )
         try:
             header = json.loads(stream.read(length))
             header.pop("__metadata__", None)
@@ -217,6 +223,8 @@ def _tensor_info(file: Path, name: str, entry: dict, base: int) -> TensorInfo:
     dtype, shape = entry["dtype"], tuple(entry["shape"])
     if dtype not in DTYPES:
         raise ValueError(f"tensor {name!r} has dtype {dtype}, known: {', '.join(DTYPES)}")
+    if start < 0 or min(shape, default=0) < 0:
+        raise ValueError(f"tensor {name!r} has offsets {start} to {end} and shape {list(shape)}, none may be negative")
     if end - start != math.prod(shape) * DTYPES[dtype].itemsize:
         raise ValueError(f"tensor {name!r} has {end - start} bytes, {dtype} {list(shape)} needs another number")
     return TensorInfo(name, dtype, shape, file, base + start, end - start)

@@ -89,6 +89,11 @@ def find_stacks(checkpoint: Checkpoint, anatomy: Anatomy, names: dict[str, str])
             kind = None if name in expert_axes else axis
             templates[_EXPERT.sub("experts.*.", rest)] = kind
             _place(stack, checkpoint.tensors[key], kind, axis)
+    lost = sorted(set(anatomy.layers) - {stack.index for stack in stacks.values()})
+    if lost:
+        raise CheckpointError(
+            f"{checkpoint.source}: has no experts for MoE layers {lost}; the checkpoint is incomplete"
+        )
     for key in checkpoint.tensors.keys() - names.keys():
         if match := _LAYER.match(key):
             rest = _EXPERT.sub("experts.*.", match[2])

@@ -12,6 +12,7 @@ import torch
 from moefit.checkpoint.anatomy import Anatomy, discover, tensors_of
 from moefit.checkpoint.files import DTYPES, Checkpoint, open_checkpoint
 from moefit.checkpoint.loader import StreamedModel, load_config
+from moefit.errors import CheckpointError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +161,11 @@ def _shared_parameters(skeleton: StreamedModel, anatomy: Anatomy) -> int:
 def _stored_width(checkpoint: Checkpoint, skeleton: StreamedModel, anatomy: Anatomy) -> int:
     """Return the bytes of one stored number of the experts."""
     rows = {f"{layer.experts}.{name}" for layer in anatomy.layers.values() for name in layer.expert_rows}
-    key = next(key for key, name in skeleton.names.items() if name in rows)
+    key = next((key for key, name in skeleton.names.items() if name in rows), None)
+    if key is None:
+        raise CheckpointError(
+            f"{checkpoint.source}: has no experts for MoE layers {sorted(anatomy.layers)}; the checkpoint is incomplete"
+        )
     return DTYPES[checkpoint.tensors[key].dtype].itemsize
 
 

@@ -9,12 +9,15 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from moefit.checkpoint.files import DTYPE_NAMES, DTYPES, INDEX, SINGLE, TensorInfo, tensor_nbytes
 from moefit.errors import MoefitError
@@ -67,6 +70,30 @@ def rows(info: TensorInfo, axis: int, kept: Sequence[int]) -> Piece:
     return Piece(info.name, info.dtype, shape, tuple(ranges))
 
 
+def check_place(out: Path, *, overwrite: bool, inputs: Mapping[str, Path | None] | None = None) -> None:
+    """Refuse a place for the result where something would be lost.
+
+    Args:
+        out: where the result shall be.
+        overwrite: an existing folder may be replaced.
+        inputs: folders that must stay, by what they are.
+
+    Raises:
+        MoefitError: see the message.
+    """
+    if out.name in ("", ".."):
+        raise MoefitError(f"{out}: has no name of its own; name the folder of the result")
+    for what, path in (inputs or {}).items():
+        if path is not None and path.resolve() == out.resolve():
+            raise MoefitError(f"{out}: is {what} itself; choose another folder")
+        if path is not None and path.resolve().is_relative_to(out.resolve()):
+            raise MoefitError(f"{out}: holds {what}, {path}, which would be lost; choose another folder")
+    if out.is_file():
+        raise MoefitError(f"{out}: is a file; choose another folder")
+    if out.exists() and not overwrite:
+        raise MoefitError(f"{out}: exists; choose another folder or pass --overwrite")
+
+
 @contextmanager
 def new_folder(out: Path, *, overwrite: bool, nbytes: int) -> Iterator[Path]:
     """Give a folder beside `out` to write into; it takes `out`'s place when all went well, else it is deleted.
@@ -80,13 +107,13 @@ def new_folder(out: Path, *, overwrite: bool, nbytes: int) -> Iterator[Path]:
         MoefitError: `out` exists, or the disk has no room.
     """
     out = Path(out)
-    if out.exists() and not overwrite:
-        raise MoefitError(f"{out}: exists; choose another folder or pass --overwrite")
+    check_place(out, overwrite=overwrite)
+    place = Path(os.path.abspath(out))
     out.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(out.parent).free
     if nbytes > free:
         raise MoefitError(f"{out}: the result has {nbytes:,} bytes, the disk has {free:,} free")
-    partial = out.with_name(out.name + ".partial")
+    partial = place.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
@@ -100,15 +127,27 @@ def new_folder(out: Path, *, overwrite: bool, nbytes: int) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    if out.exists():
-        old = out.with_name(out.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        out.rename(old)
+    # Absolute: the working directory may be the old folder, which moves.
+    _put(partial, place)
+    _sync(place.parent)
+
+
+def _put(partial: Path, out: Path) -> None:
+    """Rename a finished folder to its place; what is there goes last, and comes back if the renaming fails."""
+    if not os.path.lexists(out):
         partial.rename(out)
-        shutil.rmtree(old)
-    else:
+        return
+    # A folder of our own: a user may have an OUT.old.
+    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    out.rename(aside / "old")
+    try:
         partial.rename(out)
-    _sync(out.parent)
+    except OSError:
+        (aside / "old").rename(out)
+        aside.rmdir()
+        shutil.rmtree(partial)
+        raise
+    shutil.rmtree(aside)
 
 
 def write_shards(
@@ -143,6 +182,18 @@ def write_shards(
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     return total
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    """Write tensors as one safetensors file.
+
+    Raises:
+        MoefitError: the file cannot be written, as on a full disk.
+    """
+    try:
+        save_file(tensors, file)
+    except (OSError, SafetensorError) as error:
+        raise MoefitError(f"{file}: cannot be written ({error}); make room and run the same command again") from None
 
 
 def _write_shard(file: Path, pieces: Sequence[Piece], count: Callable[[int], None]) -> None:

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from moefit.calibration.text import Batch
+from moefit.checkpoint.writer import save_tensors
 from moefit.errors import MoefitError
 
 Progress = Callable[[int, int], None]
@@ -75,11 +76,11 @@ class Reference:
         free = shutil.disk_usage(self.folder).free
         if need > free:
             raise MoefitError(
-                f"{self.folder}: the original's log-probabilities take {need / 1e9:.1f} GB, {free / 1e9:.1f} "
-                "GB are free; evaluate fewer --sequences"
+                f"{self.folder}: the original's log-probabilities take {need:,} bytes, {free:,} are "
+                "free; evaluate fewer --sequences"
             )
         for number, batch in enumerate(self.batches):
-            save_file({"logp": _log_probabilities(model, batch).cpu()}, self._file(number))
+            save_tensors({"logp": _log_probabilities(model, batch).cpu()}, self._file(number))
             if progress:
                 progress(number + 1, len(self.batches))
         return self

@@ -19,8 +19,7 @@ from moefit.checkpoint.files import INDEX, Checkpoint, open_checkpoint
 from moefit.checkpoint.layout import DiskStack, find_stacks
 from moefit.checkpoint.loader import StreamedModel, load_config
 from moefit.checkpoint.weights import ExpertWeights
-from moefit.checkpoint.writer import Piece, new_folder, rows, whole, write_shards
-from moefit.errors import MoefitError
+from moefit.checkpoint.writer import Piece, check_place, new_folder, rows, whole, write_shards
 from moefit.planning.checks import check_plan
 from moefit.planning.plan import Plan
 from moefit.planning.slots import LayerPlan
@@ -65,14 +64,14 @@ def apply_to_checkpoint(
         MoefitError: the output folder exists, or the disk is full.
     """
     out, checkpoint = Path(out), open_checkpoint(model)
+    inputs = {"the original": checkpoint.folder, "the calibration": calibration.folder if calibration else None}
+    check_place(out, overwrite=overwrite, inputs=inputs)
     config = load_config(checkpoint, trust_remote_code=trust_remote_code)
     skeleton = StreamedModel(checkpoint, config, dtype=torch.float32)
     anatomy = discover(config, skeleton.model, trust_remote_code=trust_remote_code)
     check_plan(plan, facts_of_checkpoint(checkpoint, anatomy, skeleton.names), allow_other_weights=allow_other_weights)
     check_calibration(plan, calibration)
     written = resolve_format(plan, format)
-    if out.exists() and out.resolve() == checkpoint.folder.resolve():
-        raise MoefitError(f"{out}: is the original itself; choose another folder")
     stacks = find_stacks(checkpoint, anatomy, skeleton.names)
     compute = _stand_in_reader(plan, calibration, ExpertWeights(checkpoint, trust_remote_code=trust_remote_code))
     shards = plan_shards(plan, checkpoint, anatomy, stacks, compute)
