@@ -24,7 +24,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import moefit
 from families import REFUSED, tiny_config, tiny_model
-from moefit.checkpoint.files import INDEX, SINGLE
+from moefit.checkpoint.files import INDEX, SINGLE, open_checkpoint
 from moefit.checkpoint.loader import quiet_transformers
 from moefit.errors import CheckpointError
 from moefit_cli import app
@@ -51,8 +51,7 @@ class Run:
         """The one message of a refused call."""
         lines = [line for line in self.err.splitlines() if line.strip()]
         assert self.code == 1, self
-        assert self.err.count("error: ") == 1, self.err
-        assert lines[-1].startswith("error: "), self.err
+        assert [line for line in lines if line.startswith("error: ")] == lines[-1:], self.err
         assert "Traceback" not in self.err
         return lines[-1].removeprefix("error: ")
 
@@ -247,22 +246,26 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
-@pytest.mark.parametrize("verb", ["inspect", "calibrate", "apply", "compress"])
+@pytest.mark.parametrize("verb", ["calibrate", "apply", "compress"])
 def test_damaged_checkpoint_is_refused_by_every_verb(
     cli: Cli, world: World, original: Path, old: Path, tmp_path: Path, verb: str, damage: Edit
 ) -> None:
     damage(original)
     calls = {
-        "inspect": ("inspect", original),
         "calibrate": world.calibrate(original, tmp_path / "new"),
         "apply": ("apply", original, world.reap, "-o", old, "--overwrite"),
         "compress": world.compress(original, old, "--keep", 6, "--overwrite"),
     }
-    if verb == "inspect" and damage is lose_experts:
-        pytest.skip("inspect counts, it does not look into every expert")
     before = state(tmp_path)
     assert re.search(DAMAGES[damage], cli(*calls[verb]).refusal)
     assert state(tmp_path) == before
+
+
+@pytest.mark.parametrize("damage", [d for d in DAMAGES if d is not lose_experts], ids=lambda damage: damage.__name__)
+def test_damaged_checkpoint_is_refused_by_inspect(cli: Cli, original: Path, damage: Edit) -> None:
+    # It reads headers, and does not look whether each expert is whole.
+    damage(original)
+    assert re.search(DAMAGES[damage], cli("inspect", original).refusal)
 
 
 @pytest.mark.parametrize("damage", [truncate, only_pickles], ids=lambda damage: damage.__name__)
@@ -567,11 +570,13 @@ def test_models_with_other_words_cannot_be_compared(cli: Cli, world: World, tmp_
 
 
 def test_name_of_a_folder_is_printed_as_it_is(cli: Cli, original: Path) -> None:
-    # A terminal library could read [/] as the end of something.
-    named = original.rename(original.with_name("a[red]b[/]"))
+    # A terminal library could read [red] as a colour and [/] as the end of one.
+    named = original.parent / "a[red]b[" / "]"
+    named.parent.mkdir()
+    original.rename(named)
     ran = cli("inspect", named)
     assert ran.code == 0
-    assert "a[red]b[/]" in ran.out
+    assert str(named) in ran.out
 
 
 def test_expert_that_no_token_reached_is_noted_and_every_method_goes_on(cli: Cli, world: World, tmp_path: Path) -> None:
@@ -595,7 +600,7 @@ def test_expert_that_no_token_reached_is_noted_and_every_method_goes_on(cli: Cli
     assert 3 in plan.constants
     arguments = ("apply", model, tmp_path / "plan.json", "-o", tmp_path / "out", "--calibration")
     assert cli(*arguments, tmp_path / "calibration").code == 0
-    stored = moefit.checkpoint.files.open_checkpoint(tmp_path / "out").tensors  # type: ignore[attr-defined]
+    stored = open_checkpoint(tmp_path / "out").tensors
     constant = stored["model.layers.1.mlp.experts.constant"].read()
     assert constant[plan.constants.index(3)].count_nonzero() == 0
     assert constant.isfinite().all()
@@ -726,15 +731,32 @@ def test_option_that_cannot_be_read_is_a_usage_error(
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--states", "dsk"), "unknown states 'dsk'; did you mean 'disk'? Known: auto, disk, memory"),
         (("--dtype", "float46"), "unknown dtype 'float46'; did you mean 'float16'? Known: bfloat16, float16, float32"),
-        (("--device", "gpu"), "device 'gpu' cannot be used: "),
+        (("--device", "gpu"), "device 'gpu' cannot be used here ("),
     ],
 )
 def test_word_that_is_none_is_refused(
     cli: Cli, world: World, tmp_path: Path, options: tuple[str, str], said: str
 ) -> None:
     assert cli(*world.calibrate(world.original, tmp_path / "new", *options)).refusal.startswith(said)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("options", [("--states", "dsk"), ("--format", "naitve")])
+def test_choice_that_is_none_is_a_usage_error(cli: Cli, world: World, tmp_path: Path, options: tuple[str, str]) -> None:
+    ran = cli(*world.compress(world.original, tmp_path / "out", "--keep", 6, *options))
+    assert ran.code == 2
+    assert options[0] in ran.err
+    assert options[1] in ran.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_choice_that_is_none_is_refused_from_python(world: World, tmp_path: Path) -> None:
+    text = moefit.TextOptions(data=(str(world.text),))
+    with pytest.raises(moefit.CalibrationError, match="'dsk'; did you mean 'disk'"):
+        moefit.calibrate(world.original, tmp_path / "new", text=text, states="dsk")  # type: ignore[arg-type]
+    with pytest.raises(moefit.PlanError, match="unknown format 'naitve'"):
+        moefit.apply(moefit.Plan.load(world.reap), world.original, tmp_path / "out", format="naitve")
     assert not list(tmp_path.iterdir())
 
 
@@ -953,9 +975,6 @@ def test_native_format_cannot_hold_constants(cli: Cli, world: World, tmp_path: P
     call = ("apply", world.original, world.mone, "-o", out, "--calibration", world.calibration, "--format", "native")
     assert cli(*call).refusal == said
     assert cli(*world.compress(world.original, out, "--keep", 6, "--format", "native", method="mone")).refusal == said
-    refusal = cli("apply", world.original, world.reap, "-o", out, "--format", "naitve").refusal
-    assert refusal.startswith("unknown format 'naitve'")
-    assert "auto, native, moefit" in refusal or "auto, moefit, native" in refusal
     assert not list(tmp_path.iterdir())
 
 

@@ -70,7 +70,9 @@ def calibrate(
             if folder is None:
                 raise CalibrationError("a model in memory needs its tokenizer to read text; pass tokenizer=")
             tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
-        batches = read_batches(text, tokenizer, max_length=longest_sequence(config))
+        batches = read_batches(
+            text, tokenizer, max_length=longest_sequence(config), words=getattr(config, "vocab_size", None)
+        )
         read = {"tokenizer": tokenizer_fingerprint(tokenizer), "options": asdict(text)}
         subject = replace(subject, settings=subject.settings | read)
     else:

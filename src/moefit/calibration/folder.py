@@ -54,7 +54,11 @@ class ModelFacts:
 
     @classmethod
     def from_json(cls, facts: dict) -> ModelFacts:
-        """Read what `to_json` gave."""
+        """Read what `to_json` gave; whatever it raises, the facts are damaged."""
+        if not isinstance(facts["fingerprint"], dict):
+            raise TypeError("fingerprint is not an object")
+        if unknown := {stack["dtype"] for stack in facts["stacks"]} - set(DTYPES):
+            raise ValueError(f"unknown dtypes {sorted(unknown)}")
         parsed = {"stacks": tuple(Stack(**stack) for stack in facts["stacks"]), "groups": Groups(**facts["groups"])}
         return cls(**(facts | parsed))
 

@@ -89,7 +89,9 @@ class Batch:
         )
 
 
-def read_batches(options: TextOptions, tokenizer: Any, *, max_length: int | None = None) -> list[Batch]:
+def read_batches(
+    options: TextOptions, tokenizer: Any, *, max_length: int | None = None, words: int | None = None
+) -> list[Batch]:
     """Read, tokenize, mix and pack text.
 
     Each document is preceded by the tokenizer's BOS token (EOS where it has no BOS), the documents follow each other,
@@ -100,6 +102,7 @@ def read_batches(options: TextOptions, tokenizer: Any, *, max_length: int | None
         options: sources and sizes.
         tokenizer: a transformers tokenizer.
         max_length: the longest sequence the model takes, if it says.
+        words: how many words the model has, if known.
 
     Raises:
         CalibrationError: no or too little text, an unreadable source, or blocks longer than the model takes.
@@ -121,7 +124,13 @@ def read_batches(options: TextOptions, tokenizer: Any, *, max_length: int | None
         raise CalibrationError(
             f"{', '.join(options.data)}: {stream.length} tokens of text, at least {least} are needed"
         )
-    return stream.batches(options, need)
+    batches = stream.batches(options, need)
+    largest = max(int(batch.input_ids.max()) for batch in batches)
+    if words is not None and largest >= words:
+        raise CalibrationError(
+            f"the tokenizer gives word {largest}, the model has {words}; put the tokenizer of the original beside it"
+        )
+    return batches
 
 
 def text_fingerprint(batches: Sequence[Batch]) -> dict:
@@ -233,7 +242,10 @@ def _documents(name: str, seed: int | None) -> Iterable[Document]:
     readers = {".jsonl": _jsonl, ".json": _jsonl, ".txt": _txt, ".parquet": _parquet}
     if path.suffix not in readers:
         raise CalibrationError(f"--data {name}: ends in {path.suffix or 'nothing'}; known are {', '.join(readers)}")
-    documents = [document for document in readers[path.suffix](path) if document.text.strip()]
+    try:
+        documents = [document for document in readers[path.suffix](path) if document.text.strip()]
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"{name}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     if not documents:
         raise CalibrationError(f"--data {name}: holds no text")
     if seed is not None:
@@ -264,13 +276,19 @@ def _parquet(path: Path) -> Iterator[Document]:
         from pyarrow import parquet
     except ImportError:
         raise CalibrationError(f"{path}: {DATASETS_HINT}") from None
-    table = parquet.ParquetFile(path)
+    try:
+        table = parquet.ParquetFile(path)
+    except ValueError as error:
+        raise CalibrationError(f"{path}: not a Parquet file ({str(error).strip().splitlines()[0]})") from None
     columns = [name for name in ("text", "domain") if name in table.schema_arrow.names]
     if "text" not in columns:
         raise CalibrationError(f"{path}: has no column `text`; it has {', '.join(table.schema_arrow.names)}")
-    for batch in table.iter_batches(columns=columns):
-        for row in batch.to_pylist():
+    rows = (row for batch in table.iter_batches(columns=columns) for row in batch.to_pylist())
+    for number, row in enumerate(rows, start=1):
+        try:
             yield _document(row)
+        except TypeError as error:
+            raise CalibrationError(f"{path}, row {number}: {error}") from None
 
 
 def _hub_documents(name: str, seed: int | None) -> Iterator[Document]:

@@ -92,10 +92,14 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ValueError, OSError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{folder}: transformers cannot load its tokenizer: {reason}") from None
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        # What transformers makes when there is no file.
+        raise CheckpointError(f"{folder}: holds no tokenizer; put the files of the original's beside the weights")
+    return tokenizer
 
 
 def longest_sequence(config: Any) -> int | None:

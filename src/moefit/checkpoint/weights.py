@@ -28,6 +28,11 @@ class ExpertWeights:
         self._source = source
         self._trust = trust_remote_code
 
+    @property
+    def in_memory(self) -> bool:
+        """Whether the weights are those of a model in memory."""
+        return isinstance(self._source, nn.Module)
+
     @cached_property
     def checkpoint(self) -> Checkpoint:
         """The opened checkpoint."""

@@ -111,9 +111,14 @@ def evaluate(
     original, compressed = open_checkpoint(against), open_checkpoint(model)
     if _is_moefit(original):
         raise MoefitError(f"{against}: was written by moefit; --against takes the original")
+    if text.length < 2:
+        raise MoefitError(f"--length {text.length} predicts nothing; use at least 2")
     config = load_config(original, trust_remote_code=trust_remote_code)
+    words = config.vocab_size, load_config(compressed, trust_remote_code=trust_remote_code).vocab_size
+    if words[0] != words[1]:
+        raise MoefitError(f"the original has {words[0]} words, the compressed model {words[1]}")
     tokenizer = load_tokenizer(original.folder, trust_remote_code=trust_remote_code)
-    batches = read_batches(text, tokenizer, max_length=longest_sequence(config))
+    batches = read_batches(text, tokenizer, max_length=longest_sequence(config), words=config.vocab_size)
     device = resolve_device(device)
     torch_dtype = resolve_dtype(dtype, device, original)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 
 from moefit.errors import PlanError
@@ -20,13 +22,36 @@ def top(layer: LayerView, scores: torch.Tensor, keep: int) -> list[int]:
     Raises:
         PlanError: more experts are protected than may stay.
     """
-    if len(layer.protected) > keep:
-        raise PlanError(
-            f"layer {layer.index}: {len(layer.protected)} experts are protected, the budget keeps {keep}; protect fewer"
-        )
+    refuse_protected(layer.index, layer.protected, layer.num_experts, keep)
     first = torch.tensor([expert in layer.protected for expert in range(layer.num_experts)])
     ranked = sorted(range(layer.num_experts), key=lambda e: (not first[e], -float(scores[e]), e))
     return sorted(ranked[:keep])
+
+
+def refuse_protected(index: int, protected: Collection[int], experts: int, keep: int, groups: int = 1) -> None:
+    """Refuse more protected experts than may stay.
+
+    Args:
+        index: number of the decoder layer.
+        protected: its protected experts.
+        experts: all its experts.
+        keep: how many stay.
+        groups: groups of which the same number stays.
+
+    Raises:
+        PlanError: see the message.
+    """
+    if groups == 1 and len(protected) > keep:
+        raise PlanError(
+            f"layer {index}: {len(protected)} experts are protected, the budget keeps {keep}; protect fewer"
+        )
+    for group in range(groups if groups > 1 else 0):
+        inside = sum(expert * groups // experts == group for expert in protected)
+        if inside > kept_of_group(keep, groups):
+            raise PlanError(
+                f"layer {index}, group {group}: {inside} experts are protected, the budget keeps "
+                f"{kept_of_group(keep, groups)} of each group; protect fewer"
+            )
 
 
 def drop_lowest(layer: LayerView, scores: torch.Tensor, keep: int) -> LayerPlan:
@@ -38,16 +63,11 @@ def drop_lowest(layer: LayerView, scores: torch.Tensor, keep: int) -> LayerPlan:
     groups, size = layer.groups, layer.num_experts // layer.groups
     if groups == 1:
         return keep_only(layer.num_experts, top(layer, scores, keep), "drop", scores.tolist())
+    refuse_protected(layer.index, layer.protected, layer.num_experts, keep, groups)
     keep_each = kept_of_group(keep, groups)
     kept: list[int] = []
     for group in range(groups):
         members = list(range(group * size, (group + 1) * size))
-        protected = [e for e in members if e in layer.protected]
-        if len(protected) > keep_each:
-            raise PlanError(
-                f"layer {layer.index}, group {group}: {len(protected)} experts are protected, the budget keeps "
-                f"{keep_each} of each group"
-            )
         kept += sorted(members, key=lambda e: (e not in layer.protected, -float(scores[e]), e))[:keep_each]
     return keep_only(layer.num_experts, kept, "drop", scores.tolist())
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Annotated, Literal
+
 import torch
 
 from moefit.methods.choose import top
-from moefit.methods.registry import choice, method
+from moefit.methods.registry import AtLeast, choice, method
 from moefit.planning.slots import LayerPlan, Slot
 from moefit.planning.view import LayerView
 
@@ -14,7 +16,12 @@ EPSILON = 1e-12
 
 @method("conmoe", removed="expert", paper="arXiv:2605.29350", needs={"count", "gated_norm"}, weights=True)
 def conmoe(
-    layer: LayerView, keep: int, *, distance: str = "weights", scale: bool = False, tokens: int = 256
+    layer: LayerView,
+    keep: int,
+    *,
+    distance: Literal["weights", "functional"] = "weights",
+    scale: bool = False,
+    tokens: Annotated[int, AtLeast(1)] = 256,
 ) -> LayerPlan:
     """Keep the experts that contribute most and are hardest to replace; map every other slot to its nearest one.
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Annotated, Literal
+
 import torch
 
 from moefit.methods.choose import top
-from moefit.methods.registry import choice, method
+from moefit.methods.registry import AtLeast, choice, method
 from moefit.planning.slots import LayerPlan, keep_only
 from moefit.planning.view import LayerView
 
@@ -25,10 +27,10 @@ def mone(
     layer: LayerView,
     keep: int,
     *,
-    score: str = "fusion",
-    frequency: str = "unconditional",
-    novice: str = "mean",
-    shrinkage: float = 0.0,
+    score: Literal["fusion", "frequency", "variance", "exact"] = "fusion",
+    frequency: Literal["unconditional", "conditional"] = "unconditional",
+    novice: Literal["mean", "gate_mean", "optimal", "zero"] = "mean",
+    shrinkage: Annotated[float, AtLeast(0)] = 0.0,
 ) -> LayerPlan:
     """Replace the experts whose outputs vary least, weighted by routing, by constant vectors.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 
@@ -90,10 +90,14 @@ class Method:
             if name not in known:
                 what = did_you_mean(name, known) if known else "; it has none"
                 raise PlanError(f"method {self.name!r} has no parameter {name!r}{what}")
-        return {
+        hints = get_type_hints(self.function, include_extras=True)
+        read = {
             name: _read(self.name, name, given[name], default) if name in given else default
             for name, default in known.items()
         }
+        for name, value in read.items():
+            _check(self.name, name, value, hints.get(name))
+        return read
 
 
 def method(
@@ -138,6 +142,13 @@ def find_method(name: str) -> Method:
     return METHODS[name]
 
 
+@dataclass(frozen=True)
+class AtLeast:
+    """The least value of a parameter, as in ``Annotated[int, AtLeast(1)]``."""
+
+    least: float
+
+
 def choice(name: str, value: str, known: Iterable[str]) -> str:
     """Return a parameter that must be one of a few words.
 
@@ -149,10 +160,23 @@ def choice(name: str, value: str, known: Iterable[str]) -> str:
     return value
 
 
+def _check(method: str, name: str, value: Any, hint: Any) -> None:
+    if get_origin(hint) is Literal:
+        choice(name, value, get_args(hint))
+    if get_origin(hint) is Annotated:
+        (limit,) = (extra for extra in get_args(hint)[1:] if isinstance(extra, AtLeast))
+        if not limit.least <= value < float("inf"):
+            raise PlanError(f"method {method!r}: {name}={value} must be a number of at least {limit.least}")
+
+
 def _read(method: str, name: str, value: Any, default: Any) -> Any:
-    if not isinstance(value, str) or isinstance(default, str):
-        return value
     try:
+        if not isinstance(value, str):
+            if isinstance(value, type(default)) or (type(default) is float and type(value) is int):
+                return value
+            raise ValueError
+        if isinstance(default, str):
+            return value
         if isinstance(default, bool):
             return {"true": True, "false": False, "1": True, "0": False}[value.lower()]
         return type(default)(value)

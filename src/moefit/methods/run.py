@@ -10,11 +10,11 @@ import torch
 from moefit.calibration.folder import Calibration, ModelFacts
 from moefit.checkpoint.layout import Stack
 from moefit.checkpoint.weights import ExpertWeights
-from moefit.errors import PlanError
-from moefit.methods.choose import kept_of_group
+from moefit.errors import CheckpointError, PlanError
+from moefit.methods.choose import kept_of_group, refuse_protected
 from moefit.methods.registry import Method, find_method
 from moefit.planning.budget import Budget
-from moefit.planning.checks import check_plan
+from moefit.planning.checks import check_layer, check_plan
 from moefit.planning.plan import Plan, calibration_hash, planned_nbytes
 from moefit.planning.slots import LayerPlan, Slot, keep_only
 from moefit.planning.view import LayerView
@@ -55,6 +55,8 @@ def make_plan(
     protected = set(protect) | (super_experts(calibration) if guard_super_experts else set())
     weights = weights or ExpertWeights(facts.source)
     outline = outline_plan(facts, chosen, resolved, budget, layers=layers, protect=protected)
+    if chosen.weights:
+        _check_weights(weights, facts)
     stacks = [stack for stack in facts.stacks if stack.index is not None and stack.prefix in outline.layers]
     views = [view_of(calibration, stack.index or 0, weights, protected) for stack in stacks]
     keeps = [len(outline.layers[stack.prefix].pool) for stack in stacks]
@@ -120,6 +122,10 @@ def outline_plan(
         planned = at({stack.prefix: budget.kept(stack.num_experts) for stack in stacks})
     else:
         planned = _within(budget.size, facts, stacks, at)
+    for stack in stacks:
+        inside = {expert for layer, expert in protect if layer == stack.index}
+        groups = facts.groups.count if method.removed == "drop" else 1
+        refuse_protected(stack.index or 0, inside, stack.num_experts, len(planned[stack.prefix].pool), groups)
     plan = Plan(
         method=method.name,
         parameters=parameters,
@@ -161,6 +167,20 @@ def super_experts(calibration: Calibration) -> set[tuple[int, int]]:
     return {(layer, expert) for layer in early for expert, peak in enumerate(largest[layer].tolist()) if peak > limit}
 
 
+def _check_weights(weights: ExpertWeights, facts: ModelFacts) -> None:
+    """Refuse to read experts of another model than the one that was calibrated."""
+    if weights.in_memory or "shards" not in facts.fingerprint:
+        return
+    try:
+        found = weights.checkpoint.fingerprint()
+    except CheckpointError as error:
+        raise PlanError(f"{error}; the method reads expert weights: say where they are with --model") from None
+    if found["shards"] != facts.fingerprint["shards"]:
+        raise PlanError(
+            f"{weights.checkpoint.source}: not the model that was calibrated ({facts.source}); name that with --model"
+        )
+
+
 def _outline(method: Method, stack: Stack, keep: int, groups: int) -> LayerPlan:
     experts = stack.num_experts
     if method.removed == "constant":
@@ -177,13 +197,22 @@ def _within(size: int, facts: ModelFacts, stacks: Sequence[Stack], at: Any) -> d
     def planned(keep: int) -> dict[str, LayerPlan]:
         return at({stack.prefix: min(keep, stack.num_experts) for stack in stacks})
 
+    def works(keep: int) -> bool:
+        try:
+            for prefix, layer in planned(keep).items():
+                check_layer(prefix, layer, top_k=facts.top_k, groups=facts.groups)
+        except PlanError:
+            return False
+        return True
+
     most = max(stack.num_experts for stack in stacks)
-    fitting = [keep for keep in range(1, most + 1) if planned_nbytes(facts, planned(keep)) <= size]
+    least = next(keep for keep in range(1, most + 1) if works(keep))
+    fitting = [keep for keep in range(least, most + 1) if planned_nbytes(facts, planned(keep)) <= size]
     if not fitting:
-        least = planned_nbytes(facts, planned(1))
+        nbytes = planned_nbytes(facts, planned(least))
         raise PlanError(
-            f"--size {size:,} bytes: with one expert in each layer there are still {least:,} bytes; ask for at "
-            "least that"
+            f"--size {size:,} bytes: with {least} experts in each layer, the fewest that work, there are still "
+            f"{nbytes:,} bytes; ask for at least that"
         )
     return planned(max(fitting))
 

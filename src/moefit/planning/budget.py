@@ -84,7 +84,8 @@ def parse_share(text: str | float) -> Fraction:
     except (ValueError, ZeroDivisionError):
         raise PlanError(f"--remove {text}: not a share; write 25% or 0.25") from None
     if not 0 <= share < 1:
-        raise PlanError(f"--remove {text}: must be at least 0% and below 100%; did you mean {text}%?")
+        guess = f"; did you mean {text}%?" if 1 <= share < 100 and not text.endswith("%") else ""
+        raise PlanError(f"--remove {text}: must be at least 0% and below 100%{guess}")
     return share
 
 

@@ -99,7 +99,7 @@ class Plan:
         try:
             return cls(
                 method=content["method"],
-                parameters=content["parameters"],
+                parameters=dict(content["parameters"].items()),
                 budget=content["budget"],
                 model=ModelFacts.from_json(content["model"]),
                 calibration=content["calibration"],
@@ -107,7 +107,7 @@ class Plan:
                     name: LayerPlan.from_json(entry, f"{file}, {name}") for name, entry in content["layers"].items()
                 },
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PlanError(f"{file}: not a complete plan ({error!r})") from None
 
 

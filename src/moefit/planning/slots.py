@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -164,13 +165,19 @@ class LayerPlan:
             raise PlanError(f"{where}: unknown keys {sorted(unknown)}")
         size = entry["experts"]
         slots: dict[int, Slot] = {}
-        named: list[tuple[int, Slot]] = [(int(n), Slot("expert", int(n))) for n in entry.get("keep", ())]
-        named += [(int(n), Slot("drop")) for n in entry.get("drop", ())]
-        named += [(int(n), Slot("constant")) for n in entry.get("constant", ())]
+        named: list[tuple[int, Slot]] = [(n, Slot("expert", n)) for n in entry.get("keep", ())]
+        named += [(n, Slot("drop")) for n in entry.get("drop", ())]
+        named += [(n, Slot("constant")) for n in entry.get("constant", ())]
         for number, answer in entry.get("remap", {}).items():
-            expert, scale = (answer["expert"], answer.get("scale", 1.0)) if isinstance(answer, dict) else (answer, 1.0)
-            named.append((int(number), Slot("expert", int(expert), float(scale))))
+            full = answer if isinstance(answer, dict) else {"expert": answer}
+            if unknown := set(full) - {"expert", "scale"}:
+                raise PlanError(f"{where}: slot {number} has unknown keys {sorted(unknown)}")
+            named.append((int(number), Slot("expert", full["expert"], float(full.get("scale", 1.0)))))
         for number, slot in named:
+            if type(number) is not int or type(slot.expert or 0) is not int:
+                raise PlanError(f"{where}: slot {number!r} or its expert {slot.expert!r} is not a whole number")
+            if not math.isfinite(slot.scale):
+                raise PlanError(f"{where}: slot {number} has scale {slot.scale}; give a finite number")
             if number in slots:
                 raise PlanError(f"{where}: slot {number} is named twice")
             if not 0 <= number < size or not 0 <= (slot.expert or 0) < size:

@@ -11,7 +11,6 @@ from moefit.errors import MoefitError
 from moefit.planning.plan import Plan
 from moefit.transform.disk import apply_to_checkpoint
 from moefit.transform.memory import apply_to_model
-from moefit.transform.verify import verify_result
 
 
 @overload
@@ -37,7 +36,4 @@ def apply(
         return apply_to_model(plan, model, **options)
     if out is None:
         raise MoefitError("applying a plan to a checkpoint needs a folder for the result; pass out=")
-    path = apply_to_checkpoint(plan, model, out, **options)
-    if verify:
-        verify_result(path, plan, trust_remote_code=options.get("trust_remote_code", False))
-    return path
+    return apply_to_checkpoint(plan, model, out, verify=verify, **options)

@@ -26,6 +26,7 @@ from moefit.planning.slots import LayerPlan
 from moefit.transform.card import model_card
 from moefit.transform.formats import Format, patched_config, resolve_format
 from moefit.transform.standins import build_stand_ins, check_calibration
+from moefit.transform.verify import verify_result
 
 PLAN_FILE, PROVENANCE_FILE = "moefit_plan.json", "moefit_provenance.json"
 # Tokenizer, generation config, chat template, licence and code.
@@ -43,6 +44,7 @@ def apply_to_checkpoint(
     overwrite: bool = False,
     allow_other_weights: bool = False,
     trust_remote_code: bool = False,
+    verify: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Write the compressed checkpoint that a plan describes.
@@ -56,6 +58,7 @@ def apply_to_checkpoint(
         overwrite: replace an existing folder, at the end.
         allow_other_weights: apply the plan to another model of the same shapes.
         trust_remote_code: run code that comes with the checkpoint.
+        verify: open the result and run it once before it takes its place.
         progress: called with (bytes written, bytes in all).
 
     Raises:
@@ -83,6 +86,8 @@ def apply_to_checkpoint(
         plan.save(folder / PLAN_FILE)
         _write_json(folder / PROVENANCE_FILE, provenance(plan, checkpoint, calibration, written))
         (folder / "README.md").write_text(model_card(plan, checkpoint.folder, written))
+        if verify:
+            verify_result(folder, plan, trust_remote_code=trust_remote_code)
     return out
 
 

@@ -28,6 +28,7 @@ def check_calibration(plan: Plan, calibration: Calibration | None) -> None:
         raise PlanError(
             f"the plan has constant slots, which method {plan.method!r} does not compute; set its method to 'mone'"
         )
+    find_method(plan.method).resolve(plan.parameters)
     if calibration is None:
         raise PlanError(
             "the plan has constant slots, which are computed from the calibration; name it with --calibration"
@@ -52,7 +53,7 @@ def build_stand_ins(
         return {}
     assert method.build is not None
     view = view_of(calibration, layer, weights)
-    tensors = method.build(view, layer_plan, **plan.parameters)
+    tensors = method.build(view, layer_plan, **method.resolve(plan.parameters))
     view.close()
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
