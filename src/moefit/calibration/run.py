@@ -20,10 +20,10 @@ import torch
 from torch import nn
 
 from moefit._version import __version__
-from moefit.calibration.capture import Captured, captured
+from moefit.calibration.capture import Pairs, Routed, captured
 from moefit.calibration.folder import MANIFEST, Calibration, ModelFacts, layer_file, read_json, write_json
 from moefit.calibration.layers import HiddenStates, LayerRunner, PartlyLoaded
-from moefit.calibration.statistics import LayerStatistics, Sample, Sums, accumulate, sample_keys
+from moefit.calibration.statistics import LayerStatistics, Sample, Sums, add_pairs, add_tokens, sample_keys
 from moefit.calibration.text import Batch, text_fingerprint
 from moefit.checkpoint.anatomy import Anatomy, MoELayer
 from moefit.errors import CalibrationError
@@ -96,9 +96,9 @@ def run_calibration(
         with runner.layer(index) as layer:
             if index in anatomy.layers and not layer_file(folder, index).exists():
                 _check_weights(runner.source.model, anatomy.layers[index])
-                collector = _Collector(runner.source.model, anatomy, index, batches, sampled)
+                collector = _Collector(anatomy, index, batches, sampled)
             inputs = states.read(index, len(batches))
-            outputs = map(count, _run_layer(runner, layer, index, inputs, collector))
+            outputs = map(count, _run_layer(runner, layer, index, inputs, anatomy.layers.get(index), collector))
             if index < last:
                 states.write(index + 1, outputs)
             else:
@@ -116,34 +116,40 @@ def run_calibration(
 class _Collector:
     """Gathers the statistics of one layer over all batches."""
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy, index: int, batches: list[Batch], sampled: list) -> None:
-        self.model, self.layer, self.probabilities = model, anatomy.layers[index], anatomy.probabilities
+    def __init__(self, anatomy: Anatomy, index: int, batches: list[Batch], sampled: list) -> None:
+        self.layer, self.probabilities = anatomy.layers[index], anatomy.probabilities
         self.batches, self.sampled = batches, sampled
-        self.sums: Sums | None = None
+        self.sums = Sums.zeros(self.layer.num_experts, self.layer.width)
         self.parts: list[Sample] = []
         self.number = 0
+        self.counted: torch.Tensor | None = None
 
-    def hooked(self, number: int) -> Any:
-        """Return the context in which batch `number` is measured."""
+    def begin(self, number: int) -> None:
+        """Say that batch `number` comes next."""
         self.number = number
-        return captured(self.model, self.layer, self.receive)
+        counted = self.batches[number].counted.reshape(-1)
+        self.counted = None if bool(counted.all()) else counted
 
-    def receive(self, run: Captured) -> None:
-        """Take one run of the layer."""
-        if self.sums is None:
-            self.sums = Sums.zeros(self.layer.num_experts, run.output.shape[1])
+    def tokens(self, run: Routed) -> None:
+        """Take the tokens of one run of the layer."""
         self._sample(run)
-        logits, index, output = run.logits.float(), run.index, run.output
-        expert, gate = run.expert, run.pair_gate
-        counted = self.batches[self.number].counted.reshape(-1).to(index.device)
-        if not bool(counted.all()):
-            pairs = counted[run.token]
-            output, expert, gate = output[pairs], expert[pairs], gate[pairs]
+        logits, index = run.logits.float(), run.index
+        if self.counted is not None:
+            counted = self.counted.to(index.device)
             logits, index = logits[counted], index[counted]
         probability = logits.sigmoid() if self.probabilities == "sigmoid" else logits.softmax(-1)
-        accumulate(self.sums, output, expert, gate, index, probability)
+        add_tokens(self.sums, index, probability)
 
-    def _sample(self, run: Captured) -> None:
+    def pairs(self, run: Pairs) -> None:
+        """Take a portion of the run's routed pairs."""
+        output, expert, gate = run.output, run.expert, run.gate
+        if self.counted is not None:
+            counted = self.counted.to(expert.device)[run.token]
+            output, expert, gate = output[counted], expert[counted], gate[counted]
+        if len(expert):
+            add_pairs(self.sums, output, expert, gate)
+
+    def _sample(self, run: Routed) -> None:
         key, position = self.sampled[self.number]
         position = position.to(run.hidden.device)
         self.parts.append(
@@ -162,7 +168,6 @@ class _Collector:
         Raises:
             CalibrationError: an expert's outputs were not finite.
         """
-        assert self.sums is not None
         bad = (~torch.isfinite(self.sums.norm_sq)).nonzero().flatten().tolist()
         if bad:
             raise CalibrationError(
@@ -180,14 +185,22 @@ class _Collector:
 
 
 def _run_layer(
-    runner: LayerRunner, layer: nn.Module, index: int, inputs: Iterator[torch.Tensor], collector: _Collector | None
+    runner: LayerRunner,
+    layer: nn.Module,
+    index: int,
+    inputs: Iterator[torch.Tensor],
+    moe: MoELayer | None,
+    collector: _Collector | None,
 ) -> Iterator[torch.Tensor]:
     for number, hidden in enumerate(inputs):
-        if collector is None:
+        if moe is None:
             yield runner.run(layer, index, number, hidden)
-        else:
-            with collector.hooked(number):
-                yield runner.run(layer, index, number, hidden)
+            continue
+        if collector is not None:
+            collector.begin(number)
+        # A layer that a stopped run measured already goes the same way again, for the same bits.
+        with captured(runner.source.model, moe, collector):
+            yield runner.run(layer, index, number, hidden)
 
 
 def _check_weights(model: nn.Module, layer: MoELayer) -> None:

@@ -162,25 +162,34 @@ def _splitmix64(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def accumulate(
-    sums: Sums,
-    output_RD: torch.Tensor,
-    expert_R: torch.Tensor,
-    gate_R: torch.Tensor,
-    index_TK: torch.Tensor,
-    probability_TE: torch.Tensor,
-) -> None:
-    """Add one batch of counted tokens to the sums, in place.
+def add_tokens(sums: Sums, index_TK: torch.Tensor, probability_TE: torch.Tensor) -> None:
+    """Add how one batch of counted tokens was routed, in place.
+
+    Args:
+        sums: the sums so far.
+        index_TK: experts of each token.
+        probability_TE: the router's probabilities of all experts.
+    """
+    chosen = torch.zeros(len(index_TK), len(sums.count), dtype=torch.float32, device=index_TK.device)
+    chosen.scatter_(1, index_TK, 1.0)
+    # counts of a batch stay below 2^24, so float32 products are exact
+    sums.together.add_((chosen.T @ chosen).double().cpu())
+    sums.probability.add_(probability_TE.sum(0, dtype=torch.float64).cpu())
+    sums.tokens.add_(len(index_TK))
+
+
+def add_pairs(sums: Sums, output_RD: torch.Tensor, expert_R: torch.Tensor, gate_R: torch.Tensor) -> None:
+    """Add what some routed pairs of counted tokens gave, in place.
 
     Args:
         sums: the sums so far.
         output_RD: raw expert outputs, sorted by expert.
         expert_R: expert of each routed pair, ascending.
         gate_R: gate of each routed pair.
-        index_TK: experts of each token.
-        probability_TE: the router's probabilities of all experts.
     """
-    experts = len(sums.count)
+    # Only the experts from the first to the last one here are touched.
+    first, experts = int(expert_R[0]), int(expert_R[-1]) - int(expert_R[0]) + 1
+    here, expert_R = slice(first, first + experts), expert_R - first
     gate = gate_R.double()
     norm = torch.linalg.vector_norm(
         output_RD, dim=1, dtype=torch.float64 if output_RD.device.type == "cpu" else torch.float32
@@ -191,10 +200,10 @@ def accumulate(
     per_expert.index_add_(1, expert_R, scalars)
     names = ("count", "gate", "gate_sq", "norm", "gated_norm", "norm_sq", "gate_sq_norm_sq")
     for name, values in zip(names, per_expert.cpu(), strict=True):
-        getattr(sums, name).add_(values)
+        getattr(sums, name)[here].add_(values)
     largest = torch.zeros(experts, dtype=torch.float64, device=gate.device)
     largest.scatter_reduce_(0, expert_R, norm, reduce="amax")
-    torch.maximum(sums.norm_max, largest.cpu(), out=sums.norm_max)
+    sums.norm_max[here] = torch.maximum(sums.norm_max[here], largest.cpu())
     # sum [1, g, g^2] y over the tokens of each expert: thin products in float64
     products = torch.zeros(3, experts, output_RD.shape[1], dtype=torch.float64, device=gate.device)
     start = 0
@@ -204,10 +213,4 @@ def accumulate(
             products[:, expert] = scalars[:3, part] @ output_RD[part].double()
         start += length
     for name, values in zip(("output", "gated_output", "gate_sq_output"), products.cpu(), strict=True):
-        getattr(sums, name).add_(values)
-    chosen = torch.zeros(len(index_TK), experts, dtype=torch.float32, device=index_TK.device)
-    chosen.scatter_(1, index_TK, 1.0)
-    # counts of a batch stay below 2^24, so float32 products are exact
-    sums.together.add_((chosen.T @ chosen).double().cpu())
-    sums.probability.add_(probability_TE.sum(0, dtype=torch.float64).cpu())
-    sums.tokens.add_(len(index_TK))
+        getattr(sums, name)[here].add_(values)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,8 +55,9 @@ class TensorInfo:
         Raises:
             CheckpointError: the file ends before the tensor does.
         """
-        # torch allocates on 64-byte boundaries: the same bytes give the same matrix products in each run.
-        buffer = torch.empty(self.nbytes, dtype=torch.uint8)
+        # Pages of its own: they go back to the system with the tensor, where the heap would keep them. Their alignment
+        # is the same in each run, so the same bytes give the same matrix products.
+        buffer = torch.frombuffer(mmap.mmap(-1, max(self.nbytes, 1)), dtype=torch.uint8)[: self.nbytes]
         with open(self.file, "rb", buffering=0) as file:
             file.seek(self.offset)
             view, done = buffer.numpy().data, 0

@@ -6,6 +6,7 @@ parameter (experts that lie one by one are stacked, names change), so no family 
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,8 +25,8 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
-from moefit.checkpoint.anatomy import build_skeleton
-from moefit.checkpoint.files import Checkpoint, LazyTensor
+from moefit.checkpoint.anatomy import build_skeleton, tensors_of
+from moefit.checkpoint.files import DTYPES, Checkpoint, LazyTensor
 from moefit.errors import CheckpointError
 
 # Older releases ask for a tensor-parallel plan; there is none.
@@ -133,9 +134,24 @@ class StreamedModel:
         sources = {key: LazyTensor(self.checkpoint.tensors[key]) for key in keys}
         # The rules keep state: a fresh list for each call.
         rules: Any = get_model_conversion_mapping(self.model)
-        settings = LoadStateDictConfig(dtype=self.dtype, weight_mapping=rules, device_map={"": self.device})
+        # The rules only move numbers: they do so in the narrower dtype, and what came of it is widened.
+        wanted = {name: tensors_of(self.model)[name].dtype for name in {self.names[key] for key in keys}}
+        narrow = {
+            re.escape(self.names[key]): min(
+                wanted[self.names[key]],
+                DTYPES[self.checkpoint.tensors[key].dtype],
+                key=lambda dtype: dtype.itemsize,
+            )
+            for key in keys
+        }
+        settings = LoadStateDictConfig(
+            dtype=self.dtype, dtype_plan=narrow, weight_mapping=rules, device_map={"": self.device}
+        )
         with quiet_transformers():
             info, _ = convert_and_load_state_dict_in_model(self.model, sources, settings, **_NO_PLAN)
+        for name, dtype in wanted.items():
+            tensor = tensors_of(self.model)[name]
+            tensor.data = tensor.data.to(dtype)
         for name, stored, expected in info.mismatched_keys:
             raise CheckpointError(
                 f"{self.checkpoint.source}: {name} has shape {list(stored)}, the config says {list(expected)}"
