@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,9 +28,7 @@ class Ran:
     status: int
 
 
-def run_process(
-    command: list[str], *, stop: Callable[[float], bool] | None = None, check: bool = True, poll: float = 0.02
-) -> Ran:
+def run_process(command: list[str], *, stop: Callable[[float], bool] | None = None, poll: float = 0.02) -> Ran:
     """Run a command to its end, or until `stop(seconds since the start)` says to send SIGKILL.
 
     VmHWM is the kernel's high-water mark of resident memory since exec. It is read from /proc while the process lives,
@@ -36,25 +36,23 @@ def run_process(
     from.) Page cache is not part of it.
 
     Args:
-        command: the command; its output is shown only when it fails.
+        command: the command; when it fails by itself, its output is shown and the benchmark ends.
         stop: when to kill it.
-        check: raise when it fails by itself.
         poll: seconds between two looks.
     """
     began, peak, killed = time.perf_counter(), 0, False
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
-    while process.poll() is None:
-        peak = max(peak, resident_peak(process.pid))
-        if stop is not None and stop(time.perf_counter() - began):
-            os.killpg(process.pid, signal.SIGKILL)
-            killed = True
-            process.wait()
-            break
-        time.sleep(poll)
-    seconds = time.perf_counter() - began
-    output, _ = process.communicate()
-    if check and process.returncode and not killed:
-        raise SystemExit(f"{' '.join(command)} failed:\n{output.decode(errors='replace')}")
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        while process.poll() is None:
+            peak = max(peak, resident_peak(process.pid))
+            if not killed and stop is not None and stop(time.perf_counter() - began):
+                os.killpg(process.pid, signal.SIGKILL)
+                killed = True
+            time.sleep(poll)
+        seconds = time.perf_counter() - began
+        if process.returncode and not killed:
+            output.seek(0)
+            raise SystemExit(f"{' '.join(command)} failed:\n{output.read().decode(errors='replace')}")
     return Ran(seconds, peak, process.returncode)
 
 
@@ -94,6 +92,16 @@ def drop_cache(folder: Path) -> None:
             os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(handle)
+
+
+def hashes(folder: Path, *, without: tuple[str, ...] = ()) -> dict[str, str]:
+    """Return the SHA-256 of every file of a folder."""
+    found = {}
+    for file in sorted(folder.rglob("*")):
+        if file.is_file() and file.name not in without:
+            with open(file, "rb") as stream:
+                found[str(file.relative_to(folder))] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return found
 
 
 def provenance() -> dict[str, str | int]:

@@ -144,6 +144,8 @@ def test_a_model_in_memory_gives_the_numbers_of_its_checkpoint(
     assert [dataclasses.asdict(s) for s in mine.model.stacks] == [
         dataclasses.asdict(s) for s in calibration("olmoe").model.stacks
     ]
+    with pytest.raises(moefit.PlanError, match="calibrated in memory; pass weights="):
+        moefit.make_plan(mine, "conmoe", moefit.Budget.parse(keep=6))
     # The hooks are gone: the model runs as before.
     assert all("forward" not in vars(module) for module in model.modules())
     plan = moefit.make_plan(mine, "mone", moefit.Budget.parse(keep=6), weights=moefit.ExpertWeights(model))

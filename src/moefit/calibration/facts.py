@@ -31,8 +31,7 @@ def facts_of_checkpoint(checkpoint: Checkpoint, anatomy: Anatomy, names: dict[st
 
 
 def facts_of_model(model: nn.Module, anatomy: Anatomy) -> ModelFacts:
-    """Return the facts of a model that was given in memory; its weights are told apart by a few values of "
-    "each tensor."""
+    """Return the facts of a model in memory; its weights are told apart by a few values of each tensor."""
     tensors = {name: tensor for name, tensor in tensors_of(model).items() if not tensor.is_meta}
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):

@@ -107,8 +107,7 @@ class Checkpoint:
         return sum(info.nbytes for info in self.tensors.values())
 
     def fingerprint(self) -> dict:
-        """Say what checkpoint this is: a hash of config.json and, for each shard, its size, header and 1 MiB "
-        "of data."""
+        """Say what checkpoint this is: hashes of config.json and, for each shard, of its header and 1 MiB of data."""
         config = hashlib.sha256((self.folder / "config.json").read_bytes()).hexdigest()[:32]
         shards = {file.name: _shard_fingerprint(file) for file in self.shards}
         return {"config": config, "shards": shards}

@@ -51,8 +51,7 @@ def load_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> A
 
 
 def memory_names(checkpoint: Checkpoint, skeleton: Any) -> dict[str, str]:
-    """Map each tensor on disk to the parameter or buffer it becomes; tensors that the model does not load "
-    "are left out."""
+    """Map each tensor on disk to the parameter or buffer it becomes, leaving out what the model does not load."""
     rules = get_model_conversion_mapping(skeleton)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]

@@ -53,6 +53,8 @@ def make_plan(
     chosen, facts = find_method(method), calibration.model
     resolved = chosen.resolve(parameters or {})
     protected = set(protect) | (super_experts(calibration) if guard_super_experts else set())
+    if weights is None and chosen.weights and not facts.source:
+        raise PlanError(f"{method} reads expert weights, and the model was calibrated in memory; pass weights=")
     weights = weights or ExpertWeights(facts.source)
     outline = outline_plan(facts, chosen, resolved, budget, layers=layers, protect=protected)
     if chosen.weights:
@@ -218,8 +220,7 @@ def _within(size: int, facts: ModelFacts, stacks: Sequence[Stack], at: Any) -> d
 
 
 def _plan_unrun(stack: Stack, keep: int, groups: int, weights: ExpertWeights) -> LayerPlan:
-    """Keep the experts with the largest weights, as many in each group: nothing is measured of a layer that "
-    "is not run."""
+    """Keep the experts with the largest weights, as many in each group: nothing else is known of such a layer."""
     norms = weights.norms(stack.prefix).view(groups, -1)
     order = norms.argsort(dim=1, descending=True, stable=True)[:, : keep // groups]
     kept = (order + torch.arange(groups)[:, None] * norms.shape[1]).flatten().tolist()

@@ -72,8 +72,7 @@ class CompressedExperts(nn.Module):
             self.slot_scale = torch.tensor(self.slots.scales, device=device)
 
     def _constants(self, row_TK: torch.Tensor, gate_TK: torch.Tensor) -> torch.Tensor:
-        """Return the gated sum of the constants a token chose, [T, D]: rows are gathered and added, no "
-        "matrix product."""
+        """Return the gated sum of the constants a token chose, [T, D]: gathered and added, with no matrix product."""
         assert self.constant is not None
         weight_TK = gate_TK.masked_fill(row_TK >= 0, 0).to(self.constant.dtype)
         return F.embedding_bag((-1 - row_TK).clamp_min(0), self.constant, per_sample_weights=weight_TK, mode="sum")
@@ -81,8 +80,7 @@ class CompressedExperts(nn.Module):
 
 @cache
 def compressed_class(base: type[nn.Module]) -> type[nn.Module]:
-    """Return the compressed form of an experts class; it keeps the module of its base, where transformers "
-    "looks names up."""
+    """Return the compressed form of an experts class, of the same Python module: transformers looks names up there."""
     return type(f"Compressed{base.__name__}", (CompressedExperts, base), {"__module__": base.__module__})
 
 
