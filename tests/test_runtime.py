@@ -92,10 +92,12 @@ def test_gradients_reach_experts_constants_and_gates(implementation: str) -> Non
     assert touched.tolist() == [True, True, False, False, False, False]
 
 
-def test_low_precision_is_no_worse_than_the_original_family() -> None:
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+def test_low_precision_is_no_worse_than_the_original_family(implementation: str) -> None:
     """Error budget: ours in bfloat16 against float32 truth is at most that of the family's own code plus a little."""
     slots = [*OWN[:6], Slot("expert", 1), Slot("expert", 2)]
     original, module = compressed_experts(slots)
+    original.config._experts_implementation = module.config._experts_implementation = implementation
     x, index, gates = torch.randn(64, 32), torch.randint(0, 8, (64, 2)), torch.rand(64, 2)
     answers = torch.tensor([slot.expert for slot in slots])[index]
     truth = original(x, answers, gates)

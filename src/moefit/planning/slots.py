@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from moefit.errors import PlanError
@@ -44,13 +45,13 @@ class SlotMap:
     constants: int = 0
     scales: tuple[float, ...] | None = None
 
-    @property
+    @cached_property
     def shared(self) -> bool:
         """Whether two slots share a pool row."""
         rows = [slot for slot in self.slots if slot >= 0]
         return len(set(rows)) < len(rows)
 
-    @property
+    @cached_property
     def plain(self) -> bool:
         """Whether each slot has a pool row of its own."""
         return not self.shared and not self.constants

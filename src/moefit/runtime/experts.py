@@ -54,7 +54,8 @@ class CompressedExperts(nn.Module):
             same_TKK = row_TK[:, :, None] == row_TK[:, None, :]
             summed_TK = (same_TKK * gate_TK[:, None, :]).sum(2)
             run_TK = run_TK & (same_TKK.int().argmax(2) == torch.arange(row_TK.shape[1], device=row_TK.device))
-        out_TD = torch.zeros_like(hidden_TD)
+        # Sums are kept in float32 at least, as the grouped and batched implementations do.
+        out_TD = torch.zeros_like(hidden_TD, dtype=torch.promote_types(hidden_TD.dtype, torch.float32))
         token, place = run_TK.nonzero().unbind(1)
         if len(token):
             # Only live pairs reach a matrix product: each becomes a token of its own with one expert.
@@ -62,7 +63,7 @@ class CompressedExperts(nn.Module):
             out_TD = out_TD.index_add(0, token, pairs.to(out_TD.dtype))
         if self.constant is not None:
             out_TD = out_TD + self._constants(row_TK, gate_TK).to(out_TD.dtype)
-        return out_TD
+        return out_TD.to(hidden_TD.dtype)
 
     def fill_map(self) -> None:
         """Fill the buffers from the map, on the device of the weights."""
