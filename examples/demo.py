@@ -19,7 +19,19 @@ import moefit
 from moefit.evaluation.fidelity import Reference
 
 HERE = Path(__file__).parent / "reference-moe"
-METHODS = ("frequency", "reap", "mone", "conmoe")
+OPTIMAL = {"score": "exact", "novice": "optimal"}
+FUNCTIONAL = {"distance": "functional"}
+# name in the table, method, parameters
+PUBLISHED: list[tuple[str, str, dict]] = [(name, name, {}) for name in ("frequency", "reap", "mone", "conmoe")]
+EVERYTHING = [
+    *((name, name, {}) for name in ("random", "frequency", "soft_frequency", "ean", "man", "msan", "reap", "mone")),
+    ("mone, zero vectors", "mone", {"novice": "zero"}),
+    ("mone, optimal constants", "mone", {"novice": "optimal"}),
+    ("mone, exact error, optimal constants", "mone", OPTIMAL),
+    ("conmoe", "conmoe", {}),
+    ("conmoe, functional", "conmoe", FUNCTIONAL),
+    ("conmoe, functional and scaled", "conmoe", FUNCTIONAL | {"scale": True}),
+]
 RATIOS = ("25%", "50%")
 
 
@@ -30,6 +42,7 @@ def main() -> None:
     parser.add_argument("--calibration-data", default=str(HERE / "calibration.jsonl"))
     parser.add_argument("--heldout-data", default=str(HERE / "heldout.jsonl"))
     parser.add_argument("--length", type=int, default=256, help="tokens of a block")
+    parser.add_argument("--all", action="store_true", help="every method, and the parameters that go beyond the papers")
     options = parser.parse_args()
     console, began = Console(), time.time()
 
@@ -48,9 +61,10 @@ def main() -> None:
         table = Table("removed", "method", "size", "perplexity", "KL, nats", "95% interval", "top-1", box=None)
         original = calibration.model.nbytes
         for ratio in RATIOS:
-            for method in METHODS:
-                console.print(f"{method}, {ratio} removed", style="dim")
-                plan = moefit.make_plan(calibration, method, moefit.Budget.parse(remove=ratio))
+            for name, method, parameters in EVERYTHING if options.all else PUBLISHED:
+                console.print(f"{name}, {ratio} removed", style="dim")
+                budget = moefit.Budget.parse(remove=ratio)
+                plan = moefit.make_plan(calibration, method, budget, parameters=parameters)
                 compressed = moefit.apply(plan, load(), calibration=calibration)
                 found = reference.compare(compressed)[""]
                 if not table.row_count:
@@ -65,11 +79,11 @@ def main() -> None:
                     )
                 table.add_row(
                     ratio,
-                    method,
+                    name,
                     f"{plan.nbytes / 1e6:.1f} MB",
                     f"{found.compressed_perplexity.mean:.2f}",
                     f"{found.kl.mean:.4f}",
-                    f"{found.kl.low:.4f} to {found.kl.high:.4f}",
+                    f"{found.kl.low:.3f}-{found.kl.high:.3f}",
                     f"{found.top1_agreement.mean:.1%}",
                 )
     console.print(table)
