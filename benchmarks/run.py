@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -69,8 +69,7 @@ def timed(run: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
-@torch.no_grad()
-def calibration_cost(checkpoint: Path, work: Path, turns: int, batch: int, length: int) -> list[Ratio]:
+def calibration_cost(checkpoint: Path, work: Path, turns: int, batch: int, length: int) -> Iterator[Ratio]:
     """Time the layers of a calibration in memory against the plain forward pass over the same tokens, in float32.
 
     Both sides run the same model without its head, with the same experts implementation. Of calibration it is the time
@@ -87,23 +86,20 @@ def calibration_cost(checkpoint: Path, work: Path, turns: int, batch: int, lengt
         moefit.calibrate(model, out, text=batches, sample=sample, states="memory")
         return sum(json.loads(line)["seconds"] for line in (out / "log.jsonl").read_text().splitlines())
 
-    ratios = []
     for name in IMPLEMENTATIONS:
         model.set_experts_implementation(name)
         plain = lambda: timed(lambda: model.get_decoder()(input_ids=ids, use_cache=False))  # noqa: E731
-        ratios.append(in_turns(f"calibration / plain forward, {name}", calibrate, plain, turns, goal="<= 1.15"))
+        yield in_turns(f"calibration / plain forward, {name}", calibrate, plain, turns, goal="<= 1.15")
     shutil.rmtree(out)
-    return ratios
 
 
-def apply_cost(checkpoint: Path, calibration: Path, work: Path, turns: int) -> list[Ratio]:
+def apply_cost(checkpoint: Path, calibration: Path, work: Path, turns: int) -> Iterator[Ratio]:
     """Time apply against `cp --reflink=never` of the original's files and of the result's, both with fsync.
 
     Before each turn of either side the kernel is told to forget the files that will be read (posix_fadvise DONTNEED),
     so both read from the disk. The time of apply is that of the call: the start of Python is left out.
     """
     opened, copied, out, kept = moefit.Calibration.open(calibration), work / "copied", work / "out", work / "kept"
-    ratios = []
     for method, remove in APPLIED:
         plan = moefit.make_plan(opened, method, moefit.Budget.parse(remove=remove))
         moefit.apply(plan, checkpoint, kept, calibration=opened)
@@ -123,9 +119,8 @@ def apply_cost(checkpoint: Path, calibration: Path, work: Path, turns: int) -> l
                 return seconds
 
             name, goal = f"apply {method} {remove} / cp of {what}", "<= 1.5" if what == "the original" else ""
-            ratios.append(in_turns(name, applied, cp, turns, goal=goal))
+            yield in_turns(name, applied, cp, turns, goal=goal)
         shutil.rmtree(kept)
-    return ratios
 
 
 def copy_synced(source: Path, out: Path) -> None:
@@ -137,8 +132,7 @@ def copy_synced(source: Path, out: Path) -> None:
         os.close(handle)
 
 
-@torch.no_grad()
-def serving_speed(checkpoint: Path, calibration: Path, turns: int, prompt: int, new_tokens: int) -> list[Ratio]:
+def serving_speed(checkpoint: Path, calibration: Path, turns: int, prompt: int, new_tokens: int) -> Iterator[Ratio]:
     """Compare compressed and original: prefill of one prompt and decoding from it, float32, without the head.
 
     Ratios are of tokens a second, above 1 when the compressed model is faster. Beside each stands the ratio of the
@@ -147,7 +141,6 @@ def serving_speed(checkpoint: Path, calibration: Path, turns: int, prompt: int, 
     opened = moefit.Calibration.open(calibration)
     original: Any = load_model(checkpoint, dtype=torch.float32, device="cpu")
     ids = random_ids(1, prompt, original.config.vocab_size)
-    ratios = []
     for method, remove in SERVED:
         plan = moefit.make_plan(opened, method, moefit.Budget.parse(remove=remove))
         small = load_model(checkpoint, dtype=torch.float32, device="cpu")
@@ -159,16 +152,14 @@ def serving_speed(checkpoint: Path, calibration: Path, turns: int, prompt: int, 
                 model.set_experts_implementation(name)
             for phase, measure in (("prefill", prefill_seconds), ("decode", decode_seconds)):
                 # Tokens a second of the small over the large model are seconds of the large over the small.
-                ratio = in_turns(
+                yield in_turns(
                     f"{method} {remove} / original, {phase}, {name}",
                     lambda measure=measure: measure(original, ids, new_tokens),
                     lambda measure=measure, small=small: measure(small, ids, new_tokens),
                     turns,
                     note=f"expert operations {share:.2f}",
                 )
-                ratios.append(ratio)
         del small
-    return ratios
 
 
 def prefill_seconds(model: Any, ids: torch.Tensor, new_tokens: int) -> float:
@@ -188,7 +179,6 @@ def decode_seconds(model: Any, ids: torch.Tensor, new_tokens: int) -> float:
     return timed(steps)
 
 
-@torch.no_grad()
 def live_share(model: Any, ids: torch.Tensor) -> float:
     """Return the expert runs that a prompt asks for, as a share of top-k runs for each token and MoE layer."""
     live = routed = 0
