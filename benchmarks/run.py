@@ -237,7 +237,8 @@ def measure_all(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Measure and print everything."""
     about = provenance()
     print(" ".join(f"{name} {value}" for name, value in about.items()), flush=True)
-    checkpoint = make_checkpoint(work / "checkpoint", layers=options.layers)
+    # A small vocabulary, still that of the tokenizer: embedding and head are not measured, and would take memory.
+    checkpoint = make_checkpoint(work / "checkpoint", layers=options.layers, vocab=4096)
     peaks, calibration = stage_peaks(checkpoint, work, 4 * options.length, options.length)
     for name, peak in peaks.items():
         print(f"{name:44} {peak:6.2f} GB at most", flush=True)
