@@ -597,12 +597,12 @@ def test_expert_that_no_token_reached_is_noted_and_every_method_goes_on(cli: Cli
         moefit.Calibration.open(tmp_path / "calibration"), "mone", moefit.Budget(keep=4), protect=[(1, 0)]
     ).save(tmp_path / "plan.json")
     plan = moefit.Plan.load(tmp_path / "plan.json").by_layer[1]
-    assert 3 in plan.constants
+    assert 3 in plan.stand_ins
     arguments = ("apply", model, tmp_path / "plan.json", "-o", tmp_path / "out", "--calibration")
     assert cli(*arguments, tmp_path / "calibration").code == 0
     stored = open_checkpoint(tmp_path / "out").tensors
     constant = stored["model.layers.1.mlp.experts.constant"].read()
-    assert constant[plan.constants.index(3)].count_nonzero() == 0
+    assert constant[plan.stand_ins.index(3)].count_nonzero() == 0
     assert constant.isfinite().all()
 
 

@@ -73,8 +73,8 @@ def test_help_is_quick_and_loads_nothing_heavy() -> None:
 
 
 PUBLIC = """
-METHODS Batch Budget Calibration CalibrationError CheckpointError ExpertWeights MoefitConfig MoefitError Plan PlanError
-SampleOptions
+METHODS Batch Budget Calibration CalibrationError CheckpointError ExpertWeights MoefitConfig MoefitError MoefitWarning
+Plan PlanError SampleOptions
 Scores TaskOptions TextOptions __version__ apply calibrate compress evaluate make_plan precheck read_batches
 """.split()
 FLAGS = {
@@ -83,11 +83,11 @@ FLAGS = {
     "--sample-tokens --seed "
     "--sequences --states --stream --trust-remote-code",
     "plan": "--guard-super-experts --keep --layers --method --model --out --param --protect --remove --size",
-    "apply": "--allow-other-weights --calibration --format --out --overwrite --trust-remote-code",
+    "apply": "--allow-other-weights --calibration --device --format --out --overwrite --propagate --trust-remote-code",
     "compress": "--batch-size --calibration --data --device --device-map --dry-run --dtype --format "
     "--guard-super-experts "
     ""
-    "--keep --layers --length --mask-special --method --out --overwrite --param --protect --remove "
+    "--keep --layers --length --mask-special --method --out --overwrite --param --propagate --protect --remove "
     "--sample-tokens --seed "
     "--sequences --size --states --stream --trust-remote-code",
     "evaluate": "--against --batch-size --data --device --device-map --dtype --json --length --limit --sequences "

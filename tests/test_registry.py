@@ -6,7 +6,7 @@ import pytest
 
 import moefit
 from moefit.methods.registry import METHODS, find_method, method
-from moefit.planning.slots import LayerPlan, keep_only
+from moefit.planning.slots import LayerPlan, Slot, keep_only
 from moefit.planning.view import LayerView
 
 GetCalibration = Callable[[str], moefit.Calibration]
@@ -31,7 +31,7 @@ def registered() -> Iterator[str]:
         plans: list[LayerPlan] = []
         for number, layer in enumerate(layers):
             kept = [expert for _, at, expert in chosen if at == number]
-            plans.append(keep_only(layer.num_experts, kept, "drop"))
+            plans.append(keep_only(layer.num_experts, kept, Slot("drop")))
         return plans
 
     yield "together"

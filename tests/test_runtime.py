@@ -1,5 +1,7 @@
 """The compressed experts module: what it runs, what it does not, and what people do with it."""
 
+import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +13,9 @@ import moefit
 from contract.test_families import IDS, eager, load, logits, mixed_plan
 from families import tiny_model
 from moefit.checkpoint.anatomy import discover
+from moefit.checkpoint.files import open_checkpoint
+from moefit.checkpoint.loader import quiet_transformers
+from moefit.planning.checks import check_plan
 from moefit.planning.slots import LayerPlan, Slot
 from moefit.runtime.experts import Change, reshape_model
 
@@ -18,16 +23,19 @@ Get = Callable[[str], Path]
 GetCalibration = Callable[[str], moefit.Calibration]
 
 
-def compressed_experts(slots: list[Slot], name: str = "olmoe") -> tuple[nn.Module, nn.Module]:
+def compressed_experts(
+    slots: list[Slot], name: str = "olmoe", shared_input: bool = False
+) -> tuple[nn.Module, nn.Module]:
     """Return the first experts module of a tiny model, original and with these slots."""
     model, original = eager(tiny_model(name)), eager(tiny_model(name))
     anatomy = discover(model.config, model)
-    plan, layer = LayerPlan(slots=tuple(slots)), next(iter(anatomy.layers.values()))
+    plan, layer = LayerPlan(slots=tuple(slots), shared_input=shared_input), next(iter(anatomy.layers.values()))
     change = Change(experts=plan.pool, slots=plan.kept_slots, slot_map=plan.slot_map())
     reshape_model(model, anatomy, {layer.index: change})
     module = model.get_submodule(layer.experts)
-    if module.constant is not None:
-        nn.init.normal_(module.constant)
+    for tensor in (module.constant, module.linear_in, module.linear_out):
+        if tensor is not None:
+            nn.init.normal_(tensor)
     return original.get_submodule(layer.experts), module
 
 
@@ -114,7 +122,9 @@ def test_generate_and_save_in_bfloat16(checkpoint: Get, calibration: GetCalibrat
     # with a cache or without, the same words
     again = IDS
     for _ in range(4):
-        again = torch.cat([again, logits(model, again)[:, -1:].argmax(-1)], 1)
+        words = logits(model, again)[:, -1:]
+        words[..., model.config.eos_token_id] = -torch.inf  # as min_new_tokens does
+        again = torch.cat([again, words.argmax(-1)], 1)
     assert torch.equal(text, again)
     half = type(model).from_pretrained(out, dtype=torch.bfloat16)
     maps = [module.slot_map.dtype for module in half.modules() if hasattr(module, "slot_map")]
@@ -145,3 +155,104 @@ def test_a_newer_format_is_refused(checkpoint: Get, calibration: GetCalibration,
     (out / "config.json").write_text(json.dumps(config))
     with pytest.raises(moefit.CheckpointError, match="moefit format 2, this moefit reads up to 1"):
         load(out)
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["own-inputs", "shared-input"])
+def test_linear_maps_of_any_rank_cost_thin_products_alone(shared: bool) -> None:
+    ranks = [3, 0, 2]
+    slots = [*OWN[:5], Slot("linear", rank=3), Slot("constant"), Slot("linear", rank=2)]
+    original, module = compressed_experts(slots, shared_input=shared)
+    assert module.linear_in.shape == (3 if shared else 5, 32)
+    assert module.linear_out.shape == (5, 32)
+    starts = {0: 0, 2: 0 if shared else 3}
+    generator = torch.Generator().manual_seed(0)
+    for tokens in (1, 40):  # few tokens gather rows, many take two products over all maps
+        x, gates = torch.randn(tokens, 32, generator=generator), torch.rand(tokens, 2, generator=generator)
+        chosen = torch.rand(tokens, 8, generator=generator).topk(2, 1).indices
+        chosen[0] = torch.tensor([7, 5])
+        out, rows = count_rows(module, x, chosen, gates)
+        assert rows == int((chosen < 5).sum())
+        expected = torch.zeros_like(x)
+        for token in range(tokens):
+            for slot, gate in zip(chosen[token].tolist(), gates[token].tolist(), strict=True):
+                if slot < 5:
+                    expected[token] += original(x[token : token + 1], torch.tensor([[slot]]), torch.tensor([[gate]]))[0]
+                    continue
+                number, rank = slot - 5, ranks[slot - 5]
+                given, first = module.constant[number], sum(ranks[:number])
+                if rank:
+                    inner = module.linear_in[starts[number] : starts[number] + rank] @ x[token]
+                    given = given + inner @ module.linear_out[first : first + rank]
+                expected[token] += gate * given
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+
+
+def remapped_abroad(calibration: moefit.Calibration) -> moefit.Plan:
+    """Return a plan in which both layers keep half their experts and answer for each other."""
+    plan = moefit.make_plan(calibration, "conmoe", moefit.Budget.parse(keep=4), parameters={"scope": 2})
+    return plan
+
+
+def test_guests_answer_from_their_own_layer(calibration: GetCalibration, checkpoint: Get) -> None:
+    plan = remapped_abroad(calibration("olmoe"))
+    guests = {layer: slot_map.guests for layer, slot_map in plan.slot_maps.items()}
+    assert any(guests.values())
+    original, compressed = load(checkpoint("olmoe")), moefit.apply(plan, load(checkpoint("olmoe")))
+    anatomy, layers = discover(original.config, original), calibration("olmoe").layers
+    x, gates = torch.randn(6, 32), torch.rand(6, 2)
+    for index in layers:
+        chosen = torch.rand(6, 8).topk(2, 1).indices
+        expected = torch.zeros_like(x)
+        for token in range(6):
+            for slot, gate in zip(chosen[token].tolist(), gates[token].tolist(), strict=True):
+                answer = plan.by_layer[index].slots[slot]
+                module = original.get_submodule(anatomy.layers[index if answer.layer is None else answer.layer].experts)
+                expected[token] += module(
+                    x[token : token + 1], torch.tensor([[answer.expert]]), torch.tensor([[gate]])
+                )[0]
+        with torch.no_grad():
+            given = compressed.get_submodule(anatomy.layers[index].experts)(x, chosen, gates)
+        torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_shared_pool_is_stored_once_and_survives_saving(
+    calibration: GetCalibration, checkpoint: Get, tmp_path: Path
+) -> None:
+    plan = remapped_abroad(calibration("olmoe"))
+    counts = {layer: len(layer_plan.pool) for layer, layer_plan in plan.by_layer.items()}
+    assert sum(counts.values()) == 8
+    moefit.apply(plan, checkpoint("olmoe"), tmp_path / "out", verify=True)
+    assert open_checkpoint(tmp_path / "out").nbytes == plan.nbytes
+    model = load(tmp_path / "out")
+    expected = logits(moefit.apply(plan, load(checkpoint("olmoe"))))
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+    tensors = {tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}
+    assert sum(tensors.values()) == plan.nbytes
+    with quiet_transformers():
+        model.save_pretrained(tmp_path / "again")
+    assert open_checkpoint(tmp_path / "again").nbytes == plan.nbytes
+    torch.testing.assert_close(logits(load(tmp_path / "again")), expected, rtol=1e-5, atol=1e-5)
+    copied = copy.deepcopy(model)
+    torch.testing.assert_close(logits(copied), expected, rtol=1e-5, atol=1e-5)
+    module = next(module for module in copied.modules() if getattr(module, "hosts", None))
+    assert all(host in list(copied.modules()) for host in module.hosts.values())
+
+
+def test_a_guest_that_its_layer_does_not_keep_is_refused(calibration: GetCalibration) -> None:
+    plan = remapped_abroad(calibration("olmoe"))
+    content = json.loads(json.dumps(plan.to_json()))
+    entry = next(entry for entry in content["layers"].values() if "remap" in entry)
+    slot, answer = next((slot, answer) for slot, answer in entry["remap"].items() if isinstance(answer, dict))
+    host = plan.by_layer[answer["layer"]]
+    gone = next(number for number in range(8) if number not in host.pool)
+    entry["remap"][slot] = answer | {"expert": gone}
+    for wrong, message in ((gone, "which does not keep it"), (99, "outside 0..7")):
+        entry["remap"][slot] = answer | {"expert": wrong}
+        file = calibration("olmoe").folder.with_name("edited.json")
+        file.write_text(json.dumps(content))
+        with pytest.raises(moefit.PlanError, match=message):
+            check_plan(moefit.Plan.load(file), plan.model)
+    entry["remap"][slot] = answer | {"layer": 99}
+    file.write_text(json.dumps(content))
+    with pytest.raises(moefit.PlanError, match="of layer 99: no such expert"):
+        check_plan(moefit.Plan.load(file), plan.model)

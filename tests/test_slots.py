@@ -59,7 +59,7 @@ def plan_of(*layers: LayerPlan, facts: ModelFacts = FACTS, **fields: object) -> 
 
 
 def drop(*slots: int, of: int = 6) -> LayerPlan:
-    return keep_only(of, set(range(of)) - set(slots), "drop")
+    return keep_only(of, set(range(of)) - set(slots), Slot("drop"))
 
 
 # One layer
@@ -90,7 +90,7 @@ def test_slot_map_of_dropped_slots_is_the_plain_one() -> None:
 
 
 def test_constants_are_numbered_by_slot() -> None:
-    found = keep_only(5, [1, 3], "constant").slot_map()
+    found = keep_only(5, [1, 3], Slot("constant")).slot_map()
     assert found == SlotMap(slots=(-1, 0, -2, 1, -3), experts=2, constants=3)
     assert not found.plain
     assert not found.shared
@@ -104,7 +104,7 @@ def test_expert_that_only_answers_for_another_slot_stays_in_the_pool() -> None:
 
 
 def test_layer_in_which_all_stay_is_untouched() -> None:
-    layer = keep_only(4, range(4), "drop", [1, 2, 3, 4])
+    layer = keep_only(4, range(4), Slot("drop"), [1, 2, 3, 4])
     assert layer.untouched
     assert layer.native
     assert layer.slot_map() == SlotMap(slots=(0, 1, 2, 3), experts=4)
@@ -126,7 +126,7 @@ def test_layer_is_written_by_kind_and_read_back() -> None:
 
 def test_empty_kinds_are_left_out() -> None:
     assert drop(0, 1, 2, 3, 4, 5).to_json() == {"experts": 6, "drop": [0, 1, 2, 3, 4, 5]}
-    assert keep_only(2, [0, 1], "drop").to_json() == {"experts": 2, "keep": [0, 1]}
+    assert keep_only(2, [0, 1], Slot("drop")).to_json() == {"experts": 2, "keep": [0, 1]}
 
 
 def test_random_layers_survive_the_round_trip() -> None:
@@ -213,11 +213,11 @@ def test_plan_is_native_when_an_ordinary_checkpoint_can_say_it() -> None:
     assert plan_of().native
     assert not plan_of(drop(1, 4), drop(0)).native  # counts differ
     assert not plan_of(drop(1, 4)).native  # the other layer keeps all
-    assert not plan_of(keep_only(6, range(4), "constant"), keep_only(6, range(4), "constant")).native
+    assert not plan_of(keep_only(6, range(4), Slot("constant")), keep_only(6, range(4), "constant")).native
 
 
 def test_untouched_layers_are_left_out_of_what_the_model_runs() -> None:
-    plan = plan_of(drop(1), keep_only(6, range(6), "drop"))
+    plan = plan_of(drop(1), keep_only(6, range(6), Slot("drop")))
     assert list(plan.by_layer) == [0]
 
 
@@ -393,7 +393,7 @@ def test_same_model_in_another_dtype_has_the_same_shapes() -> None:
     ("layer", "said"),
     [
         (drop(1, 2, 3, 4, 5), "plan leaves 1 slots but the router picks 2 per token; keep at least 2"),
-        (keep_only(6, [], "constant"), "plan keeps no expert; keep at least 1"),
+        (keep_only(6, [], Slot("constant")), "plan keeps no expert; keep at least 1"),
         (drop(0, of=5), "the plan has 5 slots, the layer 6"),
         (
             LayerPlan(slots=tuple(Slot("expert", 5 - number) for number in range(6))),
@@ -439,4 +439,4 @@ def test_groups_left_unequal_or_too_small_are_refused(layer: LayerPlan, groups: 
 
 def test_equal_groups_and_constants_fit_a_grouped_router() -> None:
     facts = replace(FACTS, groups=Groups(2, 1, 2))
-    check_plan(plan_of(drop(0, 3), keep_only(6, [0, 1, 2], "constant"), facts=facts), facts)
+    check_plan(plan_of(drop(0, 3), keep_only(6, [0, 1, 2], Slot("constant")), facts=facts), facts)

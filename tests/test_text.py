@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from moefit.calibration.text import Batch, TextOptions, read_batches, text_fingerprint
+from moefit.calibration.batch import Batch, text_fingerprint
+from moefit.calibration.text import TextOptions, read_batches
 from moefit.errors import CalibrationError
 
 TOKENIZER = Path(__file__).parents[1] / "examples" / "reference-moe"

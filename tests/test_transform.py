@@ -15,8 +15,8 @@ from contract.test_families import load, logits
 from families import tiny_model
 from moefit.checkpoint.files import open_checkpoint
 from moefit.checkpoint.loader import quiet_transformers
-from moefit.checkpoint.summary import summarise
 from moefit.planning.budget import Budget
+from moefit.summary import summarise
 
 Get = Callable[[str], Path]
 GetCalibration = Callable[[str], moefit.Calibration]

@@ -4,12 +4,13 @@ Importing it also lets transformers load what it writes.
 """
 
 from moefit._version import __version__
+from moefit.calibration.batch import Batch
 from moefit.calibration.calibrate import calibrate
 from moefit.calibration.folder import Calibration
 from moefit.calibration.run import SampleOptions
-from moefit.calibration.text import Batch, TextOptions, read_batches
+from moefit.calibration.text import TextOptions, read_batches
 from moefit.checkpoint.weights import ExpertWeights
-from moefit.errors import CalibrationError, CheckpointError, MoefitError, PlanError
+from moefit.errors import CalibrationError, CheckpointError, MoefitError, MoefitWarning, PlanError
 from moefit.evaluation.evaluate import Scores, TaskOptions, evaluate
 from moefit.methods import METHODS, make_plan
 from moefit.pipeline import compress, precheck
@@ -28,6 +29,7 @@ __all__ = [
     "ExpertWeights",
     "MoefitConfig",
     "MoefitError",
+    "MoefitWarning",
     "Plan",
     "PlanError",
     "SampleOptions",

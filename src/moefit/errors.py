@@ -22,6 +22,10 @@ class PlanError(MoefitError):
     """The plan cannot work: for this model, this budget or this calibration."""
 
 
+class MoefitWarning(UserWarning):
+    """Something worked, but not as well as it could; the command line prints it and goes on."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ``; did you mean 'x'? Known: ...`` for an unknown name, to be appended to a message."""
     known = sorted(known)

@@ -23,6 +23,7 @@ from moefit.methods.run import make_plan, outline_plan
 from moefit.planning.budget import Budget
 from moefit.planning.plan import Plan
 from moefit.transform.apply import apply
+from moefit.transform.build import Propagate
 from moefit.transform.formats import Format, resolve_format
 
 Stage = Callable[[str, int, int], None]
@@ -94,6 +95,7 @@ def compress(
     sample: SampleOptions = SampleOptions(),  # noqa: B008 (frozen)
     stream: bool = False,
     states: States = "auto",
+    propagate: Propagate = "original",
     format: Format = "auto",
     overwrite: bool = False,
     device: str | None = None,
@@ -118,6 +120,7 @@ def compress(
         sample: which tokens are kept whole.
         stream: hold one decoder layer in memory at a time.
         states: where hidden states wait between layers.
+        propagate: what stand-ins and merged experts are fitted on, see `apply_to_checkpoint`.
         format: format of the result.
         overwrite: replace an existing folder, at the end.
         device: where the model runs.
@@ -156,7 +159,8 @@ def compress(
         progress=_part(progress, "plan"),
         **given,
     )
-    apply(plan, model, out, calibration=measured, verify=True, progress=_part(progress, "apply"), **written)
+    fitted: dict[str, Any] = {"calibration": measured, "propagate": propagate, "device": device}
+    apply(plan, model, out, verify=True, progress=_part(progress, "apply"), **fitted, **written)
     return measured, plan
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json as json_module
 import logging
 import sys
+import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -27,6 +28,7 @@ from moefit_cli.options import (
     Model,
     Overwrite,
     Parameter,
+    Propagate,
     Protect,
     Remove,
     SampleTokens,
@@ -59,7 +61,7 @@ def inspect(
 
     [dim]moefit inspect allenai/OLMoE-1B-7B-0125[/dim]
     """
-    from moefit.checkpoint.summary import summarise
+    from moefit.summary import summarise
 
     summary = summarise(model, trust_remote_code=trust_remote_code)
     if json:
@@ -162,13 +164,15 @@ def apply(
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="plan.json")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the result.")],
     calibration: Annotated[
-        Path | None, typer.Option(help="The plan's calibration folder, for plans with constants.")
+        Path | None, typer.Option(help="The plan's calibration folder, for plans with stand-ins or merged experts.")
     ] = None,
+    propagate: Propagate = "original",
     format: Format = "auto",
     overwrite: Overwrite = False,
     allow_other_weights: Annotated[
         bool, typer.Option("--allow-other-weights", help="Apply the plan to another model of the same shapes.")
     ] = False,
+    device: Device = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Write the checkpoint that a plan describes.
@@ -184,9 +188,11 @@ def apply(
             model,
             out,
             calibration=None if calibration is None else moefit.Calibration.open(calibration),
+            propagate=propagate,
             format=format,
             overwrite=overwrite,
             allow_other_weights=allow_other_weights,
+            device=device,
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
@@ -217,6 +223,7 @@ def compress(
     calibration: Annotated[
         Path | None, typer.Option(help="Calibration folder to use or to make. [dim]default: OUT.calibration[/dim]")
     ] = None,
+    propagate: Propagate = "original",
     format: Format = "auto",
     overwrite: Overwrite = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything that needs no data, and stop.")] = False,
@@ -271,6 +278,7 @@ def compress(
             sample=moefit.SampleOptions(tokens=sample_tokens, seed=seed or 0),
             stream=stream,
             states=states,
+            propagate=propagate,
             format=format,
             overwrite=overwrite,
             device=device,
@@ -343,6 +351,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 def main() -> None:
     """Run the command line; a refused input is one message and exit code 1."""
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    warnings.showwarning = _show_warning
     try:
         app()
     except SystemExit as stop:
@@ -359,6 +368,12 @@ def main() -> None:
             raise
         output.complain(str(error))
         sys.exit(1)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *args: Any, **kwargs: Any) -> None:
+    """Print what moefit says to its user, and nothing of what libraries say to theirs."""
+    if category.__name__ == "MoefitWarning":
+        output.warn(str(message))
 
 
 def _parameters(entries: list[str] | None) -> dict[str, str]:

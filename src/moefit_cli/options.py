@@ -43,7 +43,13 @@ DeviceMap = Annotated[
 ]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")]
 Method = Annotated[
-    str, typer.Option("--method", "-m", help="random, frequency, soft_frequency, ean, man, msan, reap, mone or conmoe.")
+    str,
+    typer.Option(
+        "--method",
+        "-m",
+        help="Drops: random, frequency, soft_frequency, ean, man, msan, reap. Stand-ins: mone, linear. Remaps: conmoe. "
+        "Merges: mergemoe, m_smoe, hc_smoe, sub_moe, ream.",
+    ),
 ]
 Remove = Annotated[str | None, typer.Option(help="Share of each layer's experts to remove, such as 25%.")]
 Keep = Annotated[int | None, typer.Option(help="Experts to keep in each layer.")]
@@ -61,6 +67,13 @@ Guard = Annotated[bool, typer.Option("--guard-super-experts", help="Protect expe
 Format = Annotated[
     Literal["auto", "native", "moefit"],
     typer.Option(help="native loads anywhere, moefit after `import moefit`; auto is native where the plan allows it."),
+]
+Propagate = Annotated[
+    Literal["original", "compressed"],
+    typer.Option(
+        help="What stand-ins and merged experts are fitted on: their layer's inputs in the original model, or those "
+        "that the compressed layers before it give."
+    ),
 ]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace an existing folder, once the new one is complete.")

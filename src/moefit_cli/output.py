@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from moefit import Calibration, Plan, Scores
-    from moefit.checkpoint.summary import Summary
+    from moefit.summary import Summary
 
 # No emoji: `:-1:` is a name of one, and may stand in a path.
 _out = Console(highlight=False, emoji=False)
@@ -82,14 +83,15 @@ def summary(found: Summary) -> None:
     _out.print(found.source, style="bold", markup=False, end="", soft_wrap=True)
     _out.print(f"  {found.model_type}, {found.decoder_layers} decoder layers")
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for name in ("MoE layers", "slots", "experts", "constants", "top-k", "an expert", "all experts"):
+    for name in ("MoE layers", "slots", "experts", "stand-ins", "rank", "top-k", "an expert", "all experts"):
         table.add_column(name, justify="left" if name == "MoE layers" else "right")
     for group in found.groups():
         table.add_row(
             group.layers,
             str(group.slots),
             str(group.experts),
-            str(group.constants or "-"),
+            str(group.stand_ins or "-"),
+            _span(group.ranks) if group.ranks else "-",
             str(found.top_k),
             nbytes(group.expert_bytes),
             nbytes(group.expert_bytes * group.experts * group.size),
@@ -123,9 +125,15 @@ def plan(made: Plan) -> None:
     """Print what becomes of the slots, a line for each kind of layer."""
     kinds: dict[str, list[str]] = {}
     for prefix, layer in made.layers.items():
-        dropped, constants = len(layer.slots) - len(layer.kept_slots), len(layer.constants)
-        remapped = sum(slot.expert not in (None, number) for number, slot in enumerate(layer.slots))
-        parts = [(dropped, "dropped"), (constants, "constant"), (remapped, "remapped")]
+        found = Counter(slot.kind for slot in layer.slots)
+        remapped = sum(
+            slot.kind == "expert" and (slot.expert != number or slot.layer is not None)
+            for number, slot in enumerate(layer.slots)
+        )
+        parts = [(found["drop"], "dropped"), (found["constant"], "constant"), (remapped, "remapped")]
+        ranks = sorted({rank for rank in layer.ranks if rank})
+        parts += [(found["linear"], f"linear of rank {_span(ranks)}")] if ranks else []
+        parts += [(len(layer.merged), "merged")]
         told = ", ".join(f"{number} {what}" for number, what in parts if number)
         kinds.setdefault(f"{len(layer.pool)} of {len(layer.slots)} experts stay, {told}", []).append(prefix)
     say(
@@ -171,6 +179,10 @@ def scores(measured: Scores) -> None:
                 )
     _out.print()
     _out.print(sizes)
+
+
+def _span(numbers: Sequence[int]) -> str:
+    return str(numbers[0]) if numbers[0] == numbers[-1] else f"{numbers[0]}-{numbers[-1]}"
 
 
 def _bar(amount: object) -> Progress:

@@ -22,6 +22,7 @@ from moefit.checkpoint.layout import find_stacks
 from moefit.checkpoint.loader import memory_names, quiet_transformers
 from moefit.planning.plan import Plan
 from moefit.planning.slots import LayerPlan, Slot
+from moefit.planning.view import Experts
 from moefit.runtime.experts import Change, CompressedExperts, reshape_model
 
 every_family = pytest.mark.parametrize("name", sorted(FAMILIES))
@@ -58,19 +59,20 @@ def anatomy_of(model: nn.Module) -> Anatomy:
 
 
 def mixed_plan(calibration: moefit.Calibration, drop: bool) -> Plan:
-    """Return a plan with one remap, one constant and perhaps one drop in each layer, the rest kept."""
+    """Return a plan with a remap, a constant, a linear map and perhaps a drop in each layer, the rest kept."""
     facts = calibration.model
     layers = {}
     for stack in facts.stacks:
         slots = [Slot("expert", number) for number in range(stack.num_experts)]
         slots[1] = Slot("expert", 3, 0.5)
         slots[2] = Slot("constant")
+        slots[5] = Slot("linear", rank=2)
         if drop:
             slots[0] = Slot("drop")
         layers[stack.prefix] = LayerPlan(slots=tuple(slots))
-    plan = moefit.make_plan(calibration, "mone", moefit.Budget.parse(keep=facts.stacks[0].num_experts - 1))
+    plan = moefit.make_plan(calibration, "linear", moefit.Budget.parse(keep=facts.stacks[0].num_experts - 1))
     return Plan(
-        method="mone",
+        method="linear",
         parameters=plan.parameters,
         budget="by hand",
         model=facts,
@@ -233,28 +235,77 @@ def test_the_moefit_format_round_trips(
 
 
 @every_family
-def test_constants_and_remaps_are_what_they_say(name: str, checkpoint: Get, calibration: GetCalibration) -> None:
+def test_stand_ins_and_remaps_are_what_they_say(name: str, checkpoint: Get, calibration: GetCalibration) -> None:
     """The output of a compressed layer is the sum over slots of gate x what the plan put behind the slot."""
     plan = mixed_plan(calibration(name), False)
     original = load(checkpoint(name))
     layer = next(iter(anatomy_of(original).layers.values()))
     sums = calibration(name).sums(layer.index)
-    constant = (sums.output / sums.count.clamp_min(1)[:, None]).float()
+    constant = (sums.gate_sq_output / sums.gate_sq.clamp_min(1e-300)[:, None]).float()
     compressed = eager(moefit.apply(plan, load(checkpoint(name)), calibration=calibration(name)))
     seen = naive.run_recorded(compressed, layer, IDS)
-    slots = plan.by_layer[layer.index].slots
+    slots, experts = plan.by_layer[layer.index].slots, compressed.get_submodule(layer.experts)
     expected = torch.zeros(len(seen["hidden"]), layer.width)
     for token, (chosen, gates) in enumerate(zip(seen["index"].tolist(), seen["gate"].tolist(), strict=True)):
         for number, gate in zip(chosen, gates, strict=True):
             slot = slots[number]
             if slot.kind == "constant":
                 expected[token] += gate * constant[number]
+            elif slot.kind == "linear":
+                inner, outer = experts.linear_in @ seen["hidden"][token], experts.linear_out
+                expected[token] += gate * (experts.constant[1] + inner @ outer)
             else:
                 y = naive.expert_output(original, layer, slot.expert, seen["hidden"][token])
                 expected[token] += gate * slot.scale * y
     with torch.no_grad():
         got = compressed.get_submodule(layer.experts)(seen["hidden"], seen["index"], seen["gate"])
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@every_family
+@pytest.mark.parametrize("method", ["hc_smoe", "ream"], ids=["slots-kept", "slots-dropped"])
+def test_merged_experts_round_trip(
+    name: str, method: str, checkpoint: Get, calibration: GetCalibration, tmp_path: Path
+) -> None:
+    facts = calibration(name).model
+    keep = facts.stacks[0].num_experts - facts.groups.count
+    plan = moefit.make_plan(calibration(name), method, moefit.Budget.parse(keep=keep))
+    assert all(layer.merged for layer in plan.layers.values())
+    assert plan.native == (method == "ream")
+    moefit.apply(plan, checkpoint(name), tmp_path / "out", calibration=calibration(name), verify=True)
+    assert open_checkpoint(tmp_path / "out").nbytes == plan.nbytes
+    in_memory = eager(moefit.apply(plan, load(checkpoint(name)), calibration=calibration(name)))
+    expected = logits(in_memory)
+    torch.testing.assert_close(logits(load(tmp_path / "out")), expected, rtol=1e-5, atol=1e-5)
+    # The merged expert is what it says: the average of its members, which the original's modules still hold.
+    original = load(checkpoint(name))
+    layer = next(iter(anatomy_of(original).layers.values()))
+    layer_plan = plan.by_layer[layer.index]
+    centre, members = next(iter(layer_plan.merged.items()))
+    before, after = (Experts(model.get_submodule(layer.experts)) for model in (original, in_memory))
+    if method == "hc_smoe":
+        count = calibration(name).sums(layer.index).count[members].float()
+        share = count / count.sum() if count.sum() else torch.full_like(count, 1 / len(members))
+        for part, stack in before.matrices(members).items():
+            mean = (share.view(-1, *[1] * (stack.dim() - 1)) * stack).sum(0)
+            torch.testing.assert_close(after.one(layer_plan.pool.index(centre))[part], mean, rtol=1e-4, atol=1e-5)
+
+
+@every_family
+def test_an_expert_is_its_matrices(name: str, checkpoint: Get) -> None:
+    """What moefit computes from an expert's matrices is what the family's own module gives."""
+    model = load(checkpoint(name))
+    layer = next(iter(anatomy_of(model).layers.values()))
+    experts, module = Experts(model.get_submodule(layer.experts)), model.get_submodule(layer.experts)
+    width = module.down_proj.shape[-1 if experts.transposed else -2]
+    x = torch.randn(5, width, generator=torch.Generator().manual_seed(0))
+    for number in (0, layer.num_experts - 1):
+        with torch.no_grad():
+            expected = module(x, torch.full((5, 1), number), torch.ones(5, 1))
+        torch.testing.assert_close(experts.outputs(number, x), expected, rtol=1e-5, atol=1e-6)
+    packed = experts.packed(experts.matrices())
+    assert sorted(packed) == sorted(layer.expert_rows)
+    assert all(torch.equal(tensor, getattr(module, part)) for part, tensor in packed.items())
 
 
 @every_family

@@ -77,7 +77,7 @@ def test_declared_statistics_suffice(method: str, calibration: GetCalibration) -
         view.read_sums = lambda sums=view.sums: sums
     assert chosen.plan(spoiled, keeps, parameters) == plans
     for index, plan in zip(calibration("olmoe").layers, plans, strict=True):
-        if plan.constants:
+        if plan.stand_ins:
             assert chosen.build is not None
             fresh, blind = views(calibration("olmoe")), [v for v in spoiled if v.index == index]
             built = chosen.build(next(v for v in fresh if v.index == index), plan, **parameters)

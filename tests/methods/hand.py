@@ -59,6 +59,10 @@ class TinyExperts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.cat([gate, up], 1))
         self.down_proj = nn.Parameter(down)
 
+    def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, -1)
+        return nn.functional.silu(gate) * up
+
     def forward(self, x_TD: torch.Tensor, index_TK: torch.Tensor, gate_TK: torch.Tensor) -> torch.Tensor:
         rows = []
         for x, index, weight in zip(x_TD, index_TK[:, 0], gate_TK[:, 0], strict=True):

@@ -48,7 +48,7 @@ def test_the_map_by_hand() -> None:
     # Scalar experts 1, 1.1, 5, 6 in every matrix: 2|a-b|/(a+b) pairs 0 with 1 (.095) and 2 with 3 (.182).
     values = torch.tensor([1.0, 1.1, 5.0, 6.0])[:, None, None]
     layer = layer_with(TinyExperts(values, values, values), [3.0, 1.0, 1.0, 2.0])
-    plan = conmoe(layer, 2)
+    (plan,) = conmoe([layer], [2])
     # a = 3 1 1 2 -> minmax 1 0 0 .5; b -> 0 0 1 1; the products are 0 0 0 .5: 3 stays, and of the tied the lowest, 0
     assert plan.slots == (Slot("expert", 0), Slot("expert", 0), Slot("expert", 3), Slot("expert", 3))
     assert plan.kept_slots == [0, 1, 2, 3]
@@ -65,7 +65,7 @@ def test_permuting_neurons_moves_the_weight_distance_only() -> None:
     )
     layer = layer_with(shuffled, [1.0] * 5)
     assert float(weight_distances(layer.experts.matrices())[0, 4]) > 0.5
-    functional, _ = functional_distances(layer, 40, False)
+    functional, _ = functional_distances([layer], 40, False)
     assert float(functional[0, 4]) == pytest.approx(0, abs=1e-9)
 
 
@@ -76,8 +76,8 @@ def test_the_scale_fits_a_scaled_copy_and_never_hurts() -> None:
         torch.cat([module.down_proj.detach(), 2 * module.down_proj.detach()[:1]]),
     )
     layer = layer_with(copy, [1.0] * 4)
-    scaled, scales = functional_distances(layer, 40, True)
-    plain, ones = functional_distances(layer, 40, False)
+    scaled, scales = functional_distances([layer], 40, True)
+    plain, ones = functional_distances([layer], 40, False)
     # expert 3 is twice expert 0: 3 answers 0 with half its output, without loss
     assert float(scales[0, 3]) == pytest.approx(0.5, rel=1e-4)
     assert float(scaled[0, 3]) == pytest.approx(0, abs=1e-6)
@@ -92,17 +92,44 @@ def test_an_unreached_expert_maps_somewhere_and_is_finite() -> None:
     layer = layer_with(random_experts(), [1.0, 2.0, 3.0, 0.0])
     layer.sums.count[3] = layer.sums.gated_norm[3] = 0
     for options in ({}, {"distance": "functional", "scale": True}):
-        plan = conmoe(layer, 2, **options)
+        (plan,) = conmoe([layer], [2], **options)
         assert plan.slots[3].expert in plan.pool
         assert all(0 <= slot.scale <= 1.5 for slot in plan.slots)
 
 
 def test_equal_scores_divide_by_nothing() -> None:
     values = torch.ones(3, 1, 1)
-    plan = conmoe(layer_with(TinyExperts(values, values, values), [1.0, 1.0, 1.0]), 1)
+    (plan,) = conmoe([layer_with(TinyExperts(values, values, values), [1.0, 1.0, 1.0])], [1])
     assert plan.pool == [0]
 
 
 def test_unknown_distance_is_refused() -> None:
     with pytest.raises(moefit.PlanError, match="distance=cosine"):
-        conmoe(layer_with(random_experts(), [1.0] * 4), 2, distance="cosine")
+        list(conmoe([layer_with(random_experts(), [1.0] * 4)], [2], distance="cosine"))
+
+
+def test_a_scope_shares_its_prototypes_across_layers() -> None:
+    # Layer 0 has scalar experts 1 and 5, layer 1 has 1.1 and 6; they pair up across the layers.
+    def layer(index: int, values: list[float], contributions: list[float]) -> LayerView:
+        weights = torch.tensor(values)[:, None, None]
+        view = layer_with(TinyExperts(weights, weights, weights), contributions)
+        view.index = index
+        return view
+
+    first, second = layer(3, [1.0, 5.0], [4.0, 1.0]), layer(7, [1.1, 6.0], [1.0, 2.0])
+    plans = list(conmoe([first, second], [1, 1], scope=2))
+    # a = 4 1 1 2 -> 1 0 0 .33; b: .095 .182 .095 .182 -> 0 1 0 1; products 0 0 0 .33; the best of layer 3 is its first
+    assert plans[0].slots == (Slot("expert", 0), Slot("expert", 1, layer=7))
+    assert plans[1].slots == (Slot("expert", 0, layer=3), Slot("expert", 1))
+
+
+def test_a_scope_of_one_is_the_layer_alone() -> None:
+    layers = [layer_with(random_experts(), [1.0, 2.0, 3.0, 4.0]) for _ in range(2)]
+    alone = [plan for layer in layers for plan in conmoe([layer], [2])]
+    assert list(conmoe(layers, [2, 2], scope=1)) == alone
+
+
+def test_layers_of_other_shapes_cannot_share() -> None:
+    layers = [layer_with(random_experts(4, 6, 5), [1.0] * 4), layer_with(random_experts(4, 6, 7), [1.0] * 4)]
+    with pytest.raises(moefit.PlanError, match="only layers of one shape can share"):
+        list(conmoe(layers, [2, 2], scope=2))

@@ -23,7 +23,7 @@ def test_scores_of_the_paper() -> None:
 def test_low_scores_become_constants_and_keep_their_slots() -> None:
     plan = mone(LAYER, 1)
     assert plan.pool == [0]
-    assert plan.constants == [1, 2]
+    assert plan.stand_ins == [1, 2]
     assert plan.kept_slots == [0, 1, 2]
 
 

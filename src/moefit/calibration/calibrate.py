@@ -8,11 +8,12 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
+from moefit.calibration.batch import Batch
 from moefit.calibration.facts import facts_of_checkpoint, facts_of_model
 from moefit.calibration.folder import Calibration
 from moefit.calibration.layers import PartlyLoaded, ResidentModel
 from moefit.calibration.run import Progress, SampleOptions, Subject, run_calibration, tokenizer_fingerprint
-from moefit.calibration.text import Batch, TextOptions, read_batches
+from moefit.calibration.text import TextOptions, read_batches
 from moefit.checkpoint.anatomy import discover
 from moefit.checkpoint.files import Checkpoint, open_checkpoint
 from moefit.checkpoint.loader import StreamedModel, load_config

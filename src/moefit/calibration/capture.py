@@ -11,7 +11,7 @@ Shapes: T tokens, K experts of a token, E experts, R = T x K routed pairs (or a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -71,13 +71,19 @@ class Receiver(Protocol):
 
 
 @contextmanager
-def captured(model: nn.Module, layer: MoELayer, receiver: Receiver | None) -> Iterator[None]:
+def captured(
+    model: nn.Module,
+    layer: MoELayer,
+    receiver: Receiver | None,
+    instead: Callable[[], torch.Tensor] | None = None,
+) -> Iterator[None]:
     """Show a receiver each run of one MoE layer while the context lasts.
 
     Args:
         model: the model, with this layer's weights in memory.
         layer: which layer.
         receiver: gets what was captured; without one the layer runs the same way, to the bit, and nothing is kept.
+        instead: gives other inputs [T, D] for the same tokens: the router sees the layer's own, the experts these.
     """
     router, experts = model.get_submodule(layer.router), model.get_submodule(layer.experts)
     logits: list[torch.Tensor] = []
@@ -103,13 +109,14 @@ def captured(model: nn.Module, layer: MoELayer, receiver: Receiver | None) -> It
         gate_R = weight_TK.reshape(-1)[order_R]
         if receiver is not None:
             receiver.tokens(Routed(hidden=hidden_TD, logits=logits[0], index=index_TK, gate=weight_TK))
+        seen_TD = hidden_TD if instead is None else instead()
         # y_t = sum over the chosen experts of g f(x_t), in float32 at least
         wide = torch.promote_types(hidden_TD.dtype, torch.float32)
         summed_TD = hidden_TD.new_zeros(len(hidden_TD), layer.width, dtype=wide)
         limit = PORTION_CPU if hidden_TD.device.type == "cpu" else PORTION_DEVICE
         for part in portions(expert_R, max(limit // (layer.width * hidden_TD.element_size()), 1)):
             token, expert, gate = token_R[part], expert_R[part], gate_R[part]
-            output = inner(hidden_TD[token], expert[:, None], torch.ones_like(gate)[:, None])
+            output = inner(seen_TD[token], expert[:, None], torch.ones_like(gate)[:, None])
             if receiver is not None:
                 receiver.pairs(Pairs(token=token, expert=expert, gate=gate, output=output))
             _add_rows(summed_TD, token, output * gate[:, None].to(output.dtype))

@@ -6,13 +6,14 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from moefit.calibration.batch import Batch, load_batches
 from moefit.calibration.statistics import Sample, Sums, load_sample, load_sums
 from moefit.checkpoint.family import Groups
 from moefit.checkpoint.files import DTYPES
 from moefit.checkpoint.layout import Stack
 from moefit.errors import CalibrationError
 
-MANIFEST = "calibration.json"
+MANIFEST, TEXT = "calibration.json", "text.safetensors"
 VERSION = 1
 
 
@@ -95,6 +96,14 @@ class Calibration:
     def sample(self, layer: int) -> Sample:
         """Read the sampled tokens of one layer."""
         return load_sample(layer_file(self.folder, layer))
+
+    def batches(self) -> list[Batch]:
+        """Read the text that was calibrated on.
+
+        Raises:
+            CalibrationError: its file is missing or damaged.
+        """
+        return load_batches(self.folder / TEXT)
 
     def save(self) -> None:
         """Write the manifest; a folder with one is finished."""

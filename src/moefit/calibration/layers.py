@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from moefit.calibration.text import Batch
+from moefit.calibration.batch import Batch
 from moefit.checkpoint.writer import save_tensors
 from moefit.errors import CheckpointError
 
@@ -112,10 +112,14 @@ class LayerRunner:
                 assert taps[0].hidden is not None
                 yield taps[0].hidden
 
+    def path_of(self, index: int) -> str:
+        """Return the path of a decoder layer in the model."""
+        return f"{self._path}.layers.{index}"
+
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
         """Give one decoder layer with its weights."""
-        with self.source.loaded(f"{self._path}.layers.{index}"), torch.no_grad():
+        with self.source.loaded(self.path_of(index)), torch.no_grad():
             yield self._base.layers[index]
 
     def run(self, layer: nn.Module, index: int, number: int, hidden: torch.Tensor) -> torch.Tensor:

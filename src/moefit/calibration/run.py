@@ -20,11 +20,11 @@ import torch
 from torch import nn
 
 from moefit._version import __version__
+from moefit.calibration.batch import Batch, save_batches, text_fingerprint
 from moefit.calibration.capture import Pairs, Routed, captured
-from moefit.calibration.folder import MANIFEST, Calibration, ModelFacts, layer_file, read_json, write_json
+from moefit.calibration.folder import MANIFEST, TEXT, Calibration, ModelFacts, layer_file, read_json, write_json
 from moefit.calibration.layers import HiddenStates, LayerRunner, PartlyLoaded
 from moefit.calibration.statistics import LayerStatistics, Sample, Sums, add_pairs, add_tokens, sample_keys
-from moefit.calibration.text import Batch, text_fingerprint
 from moefit.checkpoint.anatomy import Anatomy, MoELayer
 from moefit.errors import CalibrationError
 
@@ -78,10 +78,11 @@ def run_calibration(
     Raises:
         CalibrationError: the folder holds another calibration, or weights or activations are not finite.
     """
-    anatomy, sampled = subject.anatomy, _sampled_positions(batches, sample)
+    anatomy, sampled = subject.anatomy, sampled_positions(batches, sample)
     fingerprint = _fingerprint(subject, batches, sample)
     if finished := _claim(folder, fingerprint):
         return finished
+    save_batches(batches, folder / TEXT)
     runner = LayerRunner(subject.open(), batches)
     states = HiddenStates(folder / "states" if states_on_disk else None)
     first, last = _first_layer(folder, states, anatomy), max(anatomy.layers)
@@ -96,7 +97,7 @@ def run_calibration(
         with runner.layer(index) as layer:
             if index in anatomy.layers and not layer_file(folder, index).exists():
                 _check_weights(runner.source.model, anatomy.layers[index])
-                collector = _Collector(anatomy, index, batches, sampled)
+                collector = Collector(anatomy, index, batches, sampled)
             inputs = states.read(index, len(batches))
             outputs = map(count, _run_layer(runner, layer, index, inputs, anatomy.layers.get(index), collector))
             if index < last:
@@ -113,7 +114,7 @@ def run_calibration(
     return calibration
 
 
-class _Collector:
+class Collector:
     """Gathers the statistics of one layer over all batches."""
 
     def __init__(self, anatomy: Anatomy, index: int, batches: list[Batch], sampled: list) -> None:
@@ -190,7 +191,7 @@ def _run_layer(
     index: int,
     inputs: Iterator[torch.Tensor],
     moe: MoELayer | None,
-    collector: _Collector | None,
+    collector: Collector | None,
 ) -> Iterator[torch.Tensor]:
     for number, hidden in enumerate(inputs):
         if moe is None:
@@ -215,7 +216,7 @@ def _check_weights(model: nn.Module, layer: MoELayer) -> None:
             )
 
 
-def _sampled_positions(batches: list[Batch], sample: SampleOptions) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def sampled_positions(batches: list[Batch], sample: SampleOptions) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Return, for each batch, the keys and flat positions of its sampled tokens."""
     keys = [sample_keys(batch.document, batch.position, sample.seed).reshape(-1) for batch in batches]
     counted = [batch.counted.reshape(-1) for batch in batches]

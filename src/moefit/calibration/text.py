@@ -5,16 +5,16 @@ Shapes: B sequences, L tokens of a sequence.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from moefit.calibration.batch import Batch, document_key
 from moefit.errors import CalibrationError
 
 DATASETS_HINT = "reading it needs the datasets library: pip install 'moefit[datasets]'"
@@ -47,46 +47,6 @@ class TextOptions:
     seed: int | None = None
     mask_special: bool = False
     batch_size: int = 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """Token sequences of one length.
-
-    Attributes:
-        input_ids: token ids, [B, L].
-        counted: which tokens enter statistics, bool [B, L]; padding and masked tokens do not.
-        attention_mask: 1 for tokens, 0 for padding, [B, L]; None when nothing is padded.
-        document: a 64-bit hash of the document a token comes from, int64 [B, L].
-        position: place of the token in its document, int64 [B, L].
-        domain: index into `domains`, int64 [B, L].
-        domains: names of the domains.
-    """
-
-    input_ids: torch.Tensor
-    counted: torch.Tensor
-    attention_mask: torch.Tensor | None
-    document: torch.Tensor
-    position: torch.Tensor
-    domain: torch.Tensor
-    domains: tuple[str, ...] = ("",)
-
-    @classmethod
-    def of(cls, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> Batch:
-        """Make a batch of plain token ids, each sequence a document of its own, for callers with text of their own."""
-        if attention_mask is not None and bool(attention_mask.all()):
-            attention_mask = None
-        counted = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        keys = torch.tensor([_document_key(str(row)) for row in input_ids.tolist()])
-        position = torch.arange(input_ids.shape[1]).expand_as(input_ids)
-        return cls(
-            input_ids=input_ids,
-            counted=counted,
-            attention_mask=attention_mask,
-            document=keys[:, None].expand_as(input_ids),
-            position=position,
-            domain=torch.zeros_like(input_ids),
-        )
 
 
 def read_batches(
@@ -133,19 +93,6 @@ def read_batches(
     return batches
 
 
-def text_fingerprint(batches: Sequence[Batch]) -> dict:
-    """Say what text this is: its tokens in order, how many there are and how many count."""
-    digest = hashlib.sha256()
-    for batch in batches:
-        for part in (batch.input_ids, batch.counted.long(), batch.position):
-            digest.update(part.contiguous().numpy().tobytes())
-    return {
-        "hash": digest.hexdigest()[:32],
-        "tokens": sum(batch.input_ids.numel() for batch in batches),
-        "counted": sum(int(batch.counted.sum()) for batch in batches),
-    }
-
-
 class _TokenStream:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -161,7 +108,7 @@ class _TokenStream:
         ids = self.encode(document)
         domain = self.domains.setdefault(document.domain, len(self.domains))
         self.ids.append(torch.tensor(ids))
-        self.documents.append(torch.full((len(ids),), _document_key(document.text)))
+        self.documents.append(torch.full((len(ids),), document_key(document.text)))
         self.positions.append(torch.arange(len(ids)))
         self.domain.append(torch.full((len(ids),), domain))
         self.length += len(ids)
@@ -312,7 +259,3 @@ def _document(row: dict) -> Document:
     if not isinstance(row["text"], str):
         raise TypeError("text is not a string")
     return Document(row["text"], str(row.get("domain") or ""))
-
-
-def _document_key(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)

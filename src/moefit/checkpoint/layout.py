@@ -52,6 +52,15 @@ class DiskStack(Stack):
     fused: dict[str, int] = field(default_factory=dict)
     slots: dict[str, int] = field(default_factory=dict)
 
+    def expert_number(self, name: str) -> int | None:
+        """Return the expert that a tensor's name gives; None when experts are fused."""
+        match = _EXPERT.search(name)
+        return int(match[1]) if match else None
+
+    def named(self, name: str) -> str:
+        """Return the name of one of its tensors, under the prefix that the layer has in this checkpoint."""
+        return f"{self.prefix}.{_split(name)[1]}"
+
     def renamed(self, name: str, expert: int) -> str:
         """Return the name of an expert's tensor after the expert got another number."""
         return _EXPERT.sub(f"experts.{expert}.", name, count=1)

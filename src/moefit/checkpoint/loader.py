@@ -21,6 +21,7 @@ from transformers.core_model_loading import (
     WeightRenaming,
     convert_and_load_state_dict_in_model,
     rename_source_key,
+    revert_weight_conversion,
 )
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
@@ -62,6 +63,16 @@ def memory_names(checkpoint: Checkpoint, skeleton: Any) -> dict[str, str]:
         if name in state or key in state:
             names[key] = name if name in state else key
     return names
+
+
+def disk_tensors(skeleton: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return tensors in memory as they lie on disk: experts may lie one by one there, under other names.
+
+    Args:
+        skeleton: the model, which knows the rules of its family.
+        tensors: name in memory -> tensor.
+    """
+    return {name: tensor.contiguous() for name, tensor in revert_weight_conversion(skeleton, tensors).items()}
 
 
 class StreamedModel:
@@ -148,6 +159,8 @@ class StreamedModel:
         )
         with quiet_transformers():
             info, _ = convert_and_load_state_dict_in_model(self.model, sources, settings, **_NO_PLAN)
+        # Set by the call for this part alone; `disk_tensors` needs the rules of the whole model.
+        self.model._weight_conversions = None
         for name, dtype in wanted.items():
             tensor = tensors_of(self.model)[name]
             tensor.data = tensor.data.to(dtype)

@@ -20,11 +20,13 @@ class ExpertWeights:
     """Expert weights of a checkpoint (opened when first asked for) or of a model in memory.
 
     Args:
-        source: folder, hub name, opened checkpoint or model.
+        source: folder, hub name, opened checkpoint, or a model: streamed from one or in memory.
         trust_remote_code: run code that comes with the checkpoint.
     """
 
-    def __init__(self, source: str | Path | Checkpoint | nn.Module, *, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self, source: str | Path | Checkpoint | StreamedModel | nn.Module, *, trust_remote_code: bool = False
+    ) -> None:
         self._source = source
         self._trust = trust_remote_code
 
@@ -37,10 +39,14 @@ class ExpertWeights:
     def checkpoint(self) -> Checkpoint:
         """The opened checkpoint."""
         assert not isinstance(self._source, nn.Module)
+        if isinstance(self._source, StreamedModel):
+            return self._source.checkpoint
         return self._source if isinstance(self._source, Checkpoint) else open_checkpoint(self._source)
 
     @cached_property
     def _streamed(self) -> StreamedModel:
+        if isinstance(self._source, StreamedModel):
+            return self._source
         config = load_config(self.checkpoint, trust_remote_code=self._trust)
         return StreamedModel(self.checkpoint, config, dtype=torch.float32)
 

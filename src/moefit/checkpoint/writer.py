@@ -1,6 +1,7 @@
-"""Writing a checkpoint: tensors as byte ranges of the original or as computed values; index and rename come last.
+"""Writing a checkpoint: tensors as byte ranges of files; index and rename come last.
 
-What stays of a checkpoint is copied by byte range inside the kernel; nothing of it is decoded or held in memory.
+What stays of a checkpoint, and what was computed into a file beside, is copied by byte range inside the kernel; nothing
+of it is decoded or held in memory.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from moefit.checkpoint.files import DTYPE_NAMES, DTYPES, INDEX, SINGLE, TensorInfo, tensor_nbytes
+from moefit.checkpoint.files import INDEX, SINGLE, TensorInfo, tensor_nbytes
 from moefit.errors import MoefitError
 
 CHUNK = 64 * 2**20
@@ -33,15 +34,13 @@ class Piece:
         name: its name in the new checkpoint.
         dtype: safetensors dtype.
         shape: its shape.
-        ranges: (file, offset, bytes) parts of the original that make it up, in order; or
-        compute: what gives its values, called when the tensor's turn comes.
+        ranges: (file, offset, bytes) parts of files that make it up, in order.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    ranges: tuple[tuple[Path, int, int], ...] = ()
-    compute: Callable[[], torch.Tensor] | None = None
+    ranges: tuple[tuple[Path, int, int], ...]
 
     @property
     def nbytes(self) -> int:
@@ -54,19 +53,27 @@ def whole(info: TensorInfo, name: str | None = None) -> Piece:
     return Piece(name or info.name, info.dtype, info.shape, ((info.file, info.offset, info.nbytes),))
 
 
-def rows(info: TensorInfo, axis: int, kept: Sequence[int]) -> Piece:
-    """Return some rows of a tensor of the original along an axis."""
+def rows(info: TensorInfo, axis: int, kept: Sequence[int], other: Mapping[int, tuple[TensorInfo, int]] = {}) -> Piece:
+    """Return some rows of a tensor of the original along an axis.
+
+    Args:
+        info: the tensor.
+        axis: which axis.
+        kept: the rows, in their new order.
+        other: rows that come from elsewhere: row -> (tensor that is as large along the other axes, its row).
+    """
     shape = (*info.shape[:axis], len(kept), *info.shape[axis + 1 :])
     outer = torch.Size(info.shape[:axis]).numel()
     step = info.nbytes // outer // info.shape[axis]
     ranges: list[tuple[Path, int, int]] = []
     for block in range(outer):
         for row in kept:
-            start = info.offset + (block * info.shape[axis] + row) * step
-            if ranges and ranges[-1][1] + ranges[-1][2] == start:
-                ranges[-1] = (info.file, ranges[-1][1], ranges[-1][2] + step)
+            source, at = other.get(row, (info, row))
+            start = source.offset + (block * source.shape[axis] + at) * step
+            if ranges and ranges[-1][0] == source.file and ranges[-1][1] + ranges[-1][2] == start:
+                ranges[-1] = (source.file, ranges[-1][1], ranges[-1][2] + step)
             else:
-                ranges.append((info.file, start, step))
+                ranges.append((source.file, start, step))
     return Piece(info.name, info.dtype, shape, tuple(ranges))
 
 
@@ -211,23 +218,9 @@ def _write_shard(file: Path, pieces: Sequence[Piece], count: Callable[[int], Non
     with open(file, "wb", buffering=0) as out:
         out.write(len(text).to_bytes(8, "little") + text)
         for piece in pieces:
-            if piece.compute is None:
-                for source, offset, nbytes in piece.ranges:
-                    _copy(source, offset, nbytes, out.fileno(), count)
-            else:
-                _write_tensor(out.fileno(), piece)
-                count(piece.nbytes)
+            for source, offset, nbytes in piece.ranges:
+                _copy(source, offset, nbytes, out.fileno(), count)
         os.fsync(out.fileno())
-
-
-def _write_tensor(target: int, piece: Piece) -> None:
-    assert piece.compute is not None
-    tensor = piece.compute().detach().cpu().to(DTYPES[piece.dtype]).contiguous()
-    assert tuple(tensor.shape) == piece.shape, f"{piece.name}: {tuple(tensor.shape)} computed, {piece.shape} planned"
-    assert DTYPE_NAMES[tensor.dtype] == piece.dtype
-    view = tensor.view(torch.uint8).flatten().numpy().data
-    while view:
-        view = view[os.write(target, view) :]
 
 
 def _copy(source: Path, offset: int, nbytes: int, target: int, count: Callable[[int], None]) -> None:

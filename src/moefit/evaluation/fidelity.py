@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from moefit.calibration.text import Batch
+from moefit.calibration.batch import Batch
 from moefit.checkpoint.writer import save_tensors
 from moefit.errors import MoefitError
 

@@ -7,7 +7,7 @@ from collections.abc import Collection
 import torch
 
 from moefit.errors import PlanError
-from moefit.planning.slots import LayerPlan, keep_only
+from moefit.planning.slots import LayerPlan, Slot, keep_only
 from moefit.planning.view import LayerView
 
 
@@ -62,14 +62,14 @@ def drop_lowest(layer: LayerView, scores: torch.Tensor, keep: int) -> LayerPlan:
     """
     groups, size = layer.groups, layer.num_experts // layer.groups
     if groups == 1:
-        return keep_only(layer.num_experts, top(layer, scores, keep), "drop", scores.tolist())
+        return keep_only(layer.num_experts, top(layer, scores, keep), Slot("drop"), scores.tolist())
     refuse_protected(layer.index, layer.protected, layer.num_experts, keep, groups)
     keep_each = kept_of_group(keep, groups)
     kept: list[int] = []
     for group in range(groups):
         members = list(range(group * size, (group + 1) * size))
         kept += sorted(members, key=lambda e: (e not in layer.protected, -float(scores[e]), e))[:keep_each]
-    return keep_only(layer.num_experts, kept, "drop", scores.tolist())
+    return keep_only(layer.num_experts, kept, Slot("drop"), scores.tolist())
 
 
 def kept_of_group(keep: int, groups: int) -> int:

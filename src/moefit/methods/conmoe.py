@@ -1,12 +1,23 @@
-"""ConMoE: keep prototype experts and remap every other slot to one (arXiv:2605.29350)."""
+"""ConMoE: keep prototype experts and remap every other slot to one (arXiv:2605.29350).
+
+Published: in a scope of consecutive layers, an expert's score is its mean gated output norm times its distance to the
+nearest other expert, both scaled to [0, 1] in the scope; the highest scores are prototypes, and every other slot is
+answered by the nearest one, of whichever layer, by the mean relative distance of the three weight matrices.
+
+Here: the same, except that every layer keeps its best expert, so that no layer stands empty. The published checkpoint
+holds a copy for each slot; here a shared expert is stored once. Beyond it: a distance by what experts do instead of by
+weights, which no permutation of neurons changes, and a scale for each slot in closed form.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Literal
 
 import torch
 
-from moefit.methods.choose import top
+from moefit.errors import PlanError
+from moefit.methods.choose import refuse_protected
 from moefit.methods.registry import AtLeast, choice, method
 from moefit.planning.slots import LayerPlan, Slot
 from moefit.planning.view import LayerView
@@ -14,48 +25,109 @@ from moefit.planning.view import LayerView
 EPSILON = 1e-12
 
 
-@method("conmoe", removed="expert", paper="arXiv:2605.29350", needs={"count", "gated_norm"}, weights=True)
+@method("conmoe", removed="expert", paper="arXiv:2605.29350", needs={"count", "gated_norm"}, weights=True, scoped=True)
 def conmoe(
-    layer: LayerView,
-    keep: int,
+    layers: Sequence[LayerView],
+    keeps: Sequence[int],
     *,
+    scope: Annotated[int, AtLeast(1)] = 1,
     distance: Literal["weights", "functional"] = "weights",
     scale: bool = False,
     tokens: Annotated[int, AtLeast(1)] = 256,
-) -> LayerPlan:
+) -> Iterator[LayerPlan]:
     """Keep the experts that contribute most and are hardest to replace; map every other slot to its nearest one.
 
     Args:
-        layer: the layer (the paper's scope of one layer).
-        keep: prototypes.
+        layers: the layers.
+        keeps: prototypes of each; those of a scope count together.
+        scope: consecutive MoE layers that share their prototypes (paper: 4 for Qwen3-30B-A3B, 1 for others).
         distance: ``weights`` (paper: mean relative Frobenius distance of gate, up and down), or ``functional``: the
             share of an expert's gated output energy that is lost when another expert answers its tokens.
         scale: multiply a remapped slot's gate by the factor that fits the prototype's outputs to the expert's best.
         tokens: sampled tokens of each expert that the functional distance and the scale are measured on.
     """
-    distances, scales = _distances(layer, choice("distance", distance, ("weights", "functional")), scale, tokens)
+    choice("distance", distance, ("weights", "functional"))
+    for start in range(0, len(layers), scope):
+        block = layers[start : start + scope]
+        distances, scales = _distances(block, distance, scale, tokens)
+        yield from _remapped(block, sum(keeps[start : start + scope]), distances, scales)
+        for layer in block:
+            layer.close()
+
+
+def _remapped(
+    layers: Sequence[LayerView], keep: int, distances: torch.Tensor, scales: torch.Tensor
+) -> Iterator[LayerPlan]:
+    """Yield the plans of the layers of one scope; experts are numbered through the scope, layer after layer."""
+    owner = [(at, expert) for at, layer in enumerate(layers) for expert in range(layer.num_experts)]
     # a_e = mean over routed tokens of g |f_e(x)|;  b_e = min_{e' != e} d(e, e');  s_e = minmax(a)_e minmax(b)_e
-    nearest = distances.masked_fill(torch.eye(layer.num_experts, dtype=torch.bool), float("inf")).min(1).values
-    score = _min_max(layer.mean("gated_norm")) * _min_max(nearest)
-    prototypes = top(layer, score, keep)
-    slots = []
-    for expert in range(layer.num_experts):
-        # m(e) = argmin_p d(e, p), a prototype answers for itself
-        answer = expert if expert in prototypes else prototypes[int(distances[expert, prototypes].argmin())]
-        factor = float(f"{float(scales[expert, answer]):.6g}") if answer != expert else 1.0
-        slots.append(Slot("expert", answer, factor))
-    return LayerPlan(slots=tuple(slots), scores=tuple(score.tolist()))
+    nearest = distances.masked_fill(torch.eye(len(owner), dtype=torch.bool), float("inf")).min(1).values
+    score = _min_max(torch.cat([layer.mean("gated_norm") for layer in layers])) * _min_max(nearest)
+    prototypes = _prototypes(layers, owner, score.tolist(), keep)
+    start = 0
+    for at, layer in enumerate(layers):
+        slots = []
+        for number in range(start, start + layer.num_experts):
+            # m(e) = argmin_p d(e, p), a prototype answers for itself
+            answer = number if number in prototypes else prototypes[int(distances[number, prototypes].argmin())]
+            factor = float(f"{float(scales[number, answer]):.6g}") if answer != number else 1.0
+            home, expert = owner[answer]
+            slots.append(Slot("expert", expert, factor, layer=None if home == at else layers[home].index))
+        yield LayerPlan(slots=tuple(slots), scores=tuple(score[start : start + layer.num_experts].tolist()))
+        start += layer.num_experts
 
 
-def _distances(layer: LayerView, distance: str, scale: bool, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return distance and slot scale of every pair (expert, answering expert), float64 [E, E]."""
-    ones = torch.ones(layer.num_experts, layer.num_experts, dtype=torch.float64)
+def _prototypes(
+    layers: Sequence[LayerView], owner: Sequence[tuple[int, int]], score: Sequence[float], keep: int
+) -> list[int]:
+    """Return the prototypes of a scope: protected experts, the best of each layer, then the highest scores."""
+    for layer in layers:
+        refuse_protected(layer.index, layer.protected, layer.num_experts, keep)
+    ranked = sorted(range(len(owner)), key=lambda number: (-score[number], number))
+    first = {number for number, (at, expert) in enumerate(owner) if expert in layers[at].protected}
+    for at in range(len(layers)):
+        if not any(owner[number][0] == at for number in first):
+            first.add(next(number for number in ranked if owner[number][0] == at))
+    if len(first) > keep:
+        raise PlanError(
+            f"layers {layers[0].index} to {layers[-1].index}: {len(first)} experts must stay (protected, or the only "
+            f"one of a layer), the budget keeps {keep}; protect fewer"
+        )
+    return sorted(sorted(ranked, key=lambda number: number not in first)[:keep])
+
+
+def _distances(
+    layers: Sequence[LayerView], distance: str, scale: bool, tokens: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return distance and slot scale of every pair (expert, answering expert) of a scope, float64 [E, E]."""
+    every = [layer.experts.matrices() for layer in layers] if distance == "weights" else []
+    by_weights = weight_distances(_together(layers, every)) if every else torch.empty(0)
     if distance == "weights" and not scale:
-        return weight_distances(layer.experts.matrices()), ones
-    functional, scales = functional_distances(layer, tokens, scale)
-    return (weight_distances(layer.experts.matrices()) if distance == "weights" else functional), (
-        scales if scale else ones
-    )
+        return by_weights, torch.ones_like(by_weights)
+    functional, scales = functional_distances(layers, tokens, scale)
+    return by_weights if distance == "weights" else functional, scales if scale else torch.ones_like(scales)
+
+
+def _together(layers: Sequence[LayerView], every: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Return the weight matrices of several layers as one stack.
+
+    Raises:
+        PlanError: the layers' experts have other shapes.
+    """
+    first = {name: matrix.shape[1:] for name, matrix in every[0].items()}
+    for layer, matrices in zip(layers, every, strict=True):
+        shapes = {name: matrix.shape[1:] for name, matrix in matrices.items()}
+        if shapes != first:
+            raise PlanError(
+                f"scope={len(layers)}: layers {layers[0].index} and {layer.index} have experts of other shapes "
+                f"({[list(shape) for shape in first.values()]} and {[list(shape) for shape in shapes.values()]}); "
+                "only layers of one shape can share"
+            )
+    return {
+        name: torch.cat([matrices[name] for matrices in every]) if len(every) > 1 else every[0][name]
+        for name, shape in first.items()
+        if len(shape) == 2
+    }
 
 
 def weight_distances(matrices: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -68,7 +140,7 @@ def weight_distances(matrices: dict[str, torch.Tensor]) -> torch.Tensor:
     for weight in matrices.values():
         flat = weight.flatten(1).float()
         # |W - W'|^2 = |W|^2 + |W'|^2 - 2 <W, W'>: one product for all pairs
-        products = (flat @ flat.T).double()
+        products = (flat @ flat.T).double().cpu()
         square = products.diagonal()
         apart = (square[:, None] + square[None] - 2 * products).clamp_min(0).sqrt()
         apart.fill_diagonal_(0)
@@ -77,33 +149,32 @@ def weight_distances(matrices: dict[str, torch.Tensor]) -> torch.Tensor:
     return total / len(matrices)
 
 
-def functional_distances(layer: LayerView, tokens: int, scaled: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def functional_distances(layers: Sequence[LayerView], tokens: int, scaled: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what each expert loses when another answers its sampled tokens, and the best scale of the answer.
 
     d(e, p) = sum g^2 |f_e - c f_p|^2 / sum g^2 |f_e|^2 and c = sum g^2 <f_e, f_p> / sum g^2 |f_p|^2, clipped to
     [0, 1.5], over tokens routed to e; c = 1 when not `scaled`. An expert without sampled tokens loses 1 everywhere and
-    keeps scale 1.
+    keeps scale 1. Experts are numbered through the layers; both results are float64 [E, E].
     """
-    count = layer.num_experts
-    distances, scales = torch.ones(count, count, dtype=torch.float64), torch.ones(count, count, dtype=torch.float64)
+    owner = [(layer, expert) for layer in layers for expert in range(layer.num_experts)]
+    distances, scales = torch.ones(2, len(owner), len(owner), dtype=torch.float64)
     distances.fill_diagonal_(0)
-    sample = layer.sample
-    for expert in range(count):
-        token, place = (sample.index == expert).nonzero()[:tokens].unbind(1)
+    for number, (layer, expert) in enumerate(owner):
+        token, gate = (part[:tokens] for part in layer.routed(expert))
         if not len(token):
             continue
-        x_TD, weight = sample.hidden[token], sample.gate[token, place].double().square()
+        x_TD, weight = layer.sample.hidden[token], gate.double().square()
         own = layer.experts.outputs(expert, x_TD).double().cpu()
         energy = (weight * own.square().sum(1)).sum().clamp_min(EPSILON)
-        for other in range(count):
-            if other == expert:
+        for other, (home, theirs) in enumerate(owner):
+            if other == number:
                 continue
-            theirs = layer.experts.outputs(other, x_TD).double().cpu()
-            product = (weight * (own * theirs).sum(1)).sum()
-            square = (weight * theirs.square().sum(1)).sum().clamp_min(EPSILON)
+            given = home.experts.outputs(theirs, x_TD).double().cpu()
+            product = (weight * (own * given).sum(1)).sum()
+            square = (weight * given.square().sum(1)).sum().clamp_min(EPSILON)
             c = (product / square).clamp(0, 1.5) if scaled else torch.ones(())
-            distances[expert, other] = (energy - 2 * c * product + c**2 * square) / energy
-            scales[expert, other] = c
+            distances[number, other] = (energy - 2 * c * product + c**2 * square) / energy
+            scales[number, other] = c
     return distances, scales
 
 

@@ -8,7 +8,7 @@ import torch
 
 from moefit.methods.choose import top
 from moefit.methods.registry import AtLeast, choice, method
-from moefit.planning.slots import LayerPlan, keep_only
+from moefit.planning.slots import LayerPlan, Slot, keep_only
 from moefit.planning.view import LayerView
 
 SCORES = ("fusion", "frequency", "variance", "exact")
@@ -19,10 +19,10 @@ NEEDS = {"tokens", "count", "gate", "gate_sq", "output", "gated_output", "gate_s
 
 def build(layer: LayerView, plan: LayerPlan, *, novice: str, shrinkage: float, **_: object) -> dict[str, torch.Tensor]:
     """Return the novices of the slots that a plan replaces, ``constant`` [n, D] in float64."""
-    return {"constant": novices(layer, novice, shrinkage)[plan.constants]}
+    return {"constant": novices(layer, novice, shrinkage)[plan.stand_ins]}
 
 
-@method("mone", removed="constant", paper="arXiv:2507.00390", needs=NEEDS, build=build)
+@method("mone", removed="constant", paper="arXiv:2507.00390", needs=NEEDS, builds={"constant"}, build=build)
 def mone(
     layer: LayerView,
     keep: int,
@@ -48,7 +48,7 @@ def mone(
     """
     choice("novice", novice, NOVICES)
     scores = _scores(layer, score, frequency)
-    return keep_only(layer.num_experts, top(layer, scores, keep), "constant", scores.tolist())
+    return keep_only(layer.num_experts, top(layer, scores, keep), Slot("constant"), scores.tolist())
 
 
 def _scores(layer: LayerView, score: str, frequency: str) -> torch.Tensor:

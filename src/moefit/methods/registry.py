@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -25,13 +25,19 @@ class Method:
     Attributes:
         name: as the command line knows it.
         function: ``(layer, keep, **parameters) -> LayerPlan``, or, when `scoped`, ``(layers, keeps, **parameters) ->
-            list[LayerPlan]`` for several layers that are decided together.
+            Iterable[LayerPlan]`` for several layers that are decided together.
         paper: where it comes from.
-        removed: what stands behind a slot whose expert goes: ``drop``, ``constant`` or ``expert`` (another one).
+        removed: what stands behind a slot whose expert goes: ``drop``, ``constant``, ``linear``, ``expert`` (another
+            one) or ``merged`` (one made of several).
         needs: the statistics it reads, a promise that the contract suite enforces.
         weights: whether it reads expert weights or sampled tokens.
         scoped: which of the two forms `function` has.
-        build: ``(layer, plan, **parameters) -> tensors``: the stand-ins' tensors, when a plan of this method has some.
+        outline: ``(experts, keep, **parameters) -> LayerPlan``: a plan of the counts and bytes that the method's will
+            have, where `removed` alone does not say.
+        builds: the kinds of answers that `build` computes.
+        build: ``(layer, plan, **parameters) -> tensors``: what a plan of this method adds. ``constant`` [n, D] for the
+            stand-ins in the order of their slots, ``linear_in`` and ``linear_out`` [rows, D] for linear ones; for
+            merged experts the matrices of `Experts`, stacked in the order of their centres.
     """
 
     name: str
@@ -41,6 +47,8 @@ class Method:
     needs: frozenset[str]
     weights: bool
     scoped: bool
+    outline: Callable[..., LayerPlan] | None
+    builds: frozenset[Kind]
     build: Build | None
 
     @property
@@ -69,15 +77,22 @@ class Method:
             parameters: all parameters of the method.
             progress: called with (layers done, layers in all).
         """
-        if self.scoped:
-            return self.function(layers, keeps, **parameters)
-        plans = []
-        for layer, keep in zip(layers, keeps, strict=True):
-            plans.append(self.function(layer, keep, **parameters))
-            layer.close()
+        plans: list[LayerPlan] = []
+        for plan in self._plans(layers, keeps, parameters):
+            plans.append(plan)
             if progress:
                 progress(len(plans), len(layers))
         return plans
+
+    def _plans(
+        self, layers: Sequence[LayerView], keeps: Sequence[int], parameters: Mapping[str, Any]
+    ) -> Iterator[LayerPlan]:
+        if self.scoped:
+            yield from self.function(layers, keeps, **parameters)
+            return
+        for layer, keep in zip(layers, keeps, strict=True):
+            yield self.function(layer, keep, **parameters)
+            layer.close()
 
     def resolve(self, given: Mapping[str, str | Any]) -> dict[str, Any]:
         """Return all parameters, with the given values read as the type of their defaults.
@@ -108,6 +123,8 @@ def method(
     needs: Iterable[str] = (),
     weights: bool = False,
     scoped: bool = False,
+    outline: Callable[..., LayerPlan] | None = None,
+    builds: Iterable[Kind] = (),
     build: Build | None = None,
 ) -> Callable[[Callable], Callable]:
     """Register a function as a method; see `Method` for the arguments."""
@@ -124,6 +141,8 @@ def method(
             needs=frozenset(needs),
             weights=weights,
             scoped=scoped,
+            outline=outline,
+            builds=frozenset(builds),
             build=build,
         )
         return function

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from moefit.calibration.folder import Calibration, ModelFacts
+from moefit.checkpoint.files import DTYPES
 from moefit.checkpoint.layout import Stack
 from moefit.checkpoint.weights import ExpertWeights
 from moefit.errors import CheckpointError, PlanError
@@ -15,8 +16,8 @@ from moefit.methods.choose import kept_of_group, refuse_protected
 from moefit.methods.registry import Method, find_method
 from moefit.planning.budget import Budget
 from moefit.planning.checks import check_layer, check_plan
-from moefit.planning.plan import Plan, calibration_hash, planned_nbytes
-from moefit.planning.slots import LayerPlan, Slot, keep_only
+from moefit.planning.plan import Plan, calibration_hash, planned_nbytes, stand_in_nbytes
+from moefit.planning.slots import LayerPlan, Slot, keep_only, merge_into
 from moefit.planning.view import LayerView
 
 Experts = Iterable[tuple[int, int]]
@@ -60,7 +61,8 @@ def make_plan(
     if chosen.weights:
         _check_weights(weights, facts)
     stacks = [stack for stack in facts.stacks if stack.index is not None and stack.prefix in outline.layers]
-    views = [view_of(calibration, stack.index or 0, weights, protected) for stack in stacks]
+    shares = layer_nbytes(facts, outline, budget)
+    views = [view_of(calibration, s.index or 0, weights, protected, shares[s.prefix]) for s in stacks]
     keeps = [len(outline.layers[stack.prefix].pool) for stack in stacks]
     plans = chosen.plan(views, keeps, resolved, progress)
     decided = {stack.prefix: plan for stack, plan in zip(stacks, plans, strict=True)}
@@ -117,7 +119,10 @@ def outline_plan(
         stacks += [stack for stack in facts.stacks if stack.index is None]
 
     def at(kept: Mapping[str, int]) -> dict[str, LayerPlan]:
-        return {stack.prefix: _outline(method, stack, kept[stack.prefix], facts.groups.count) for stack in stacks}
+        return {
+            stack.prefix: _outline(method, parameters, stack, kept[stack.prefix], facts.groups.count)
+            for stack in stacks
+        }
 
     if budget.size is None:
         _refuse_uneven(budget, method, facts.groups.count)
@@ -140,7 +145,23 @@ def outline_plan(
     return plan
 
 
-def view_of(calibration: Calibration, layer: int, weights: ExpertWeights, protected: Experts = ()) -> LayerView:
+def layer_nbytes(facts: ModelFacts, outline: Plan, budget: Budget) -> dict[str, int]:
+    """Return the bytes that experts and stand-ins of each changed layer may take: those of the outline, and an equal
+    share of what the outline leaves of a budget in bytes.
+    """
+    stacks = {stack.prefix: stack for stack in facts.stacks if stack.prefix in outline.layers}
+    spare = 0 if budget.size is None or not stacks else (budget.size - outline.nbytes) // len(stacks)
+    return {
+        prefix: spare
+        + len(plan.pool) * stacks[prefix].expert_bytes
+        + stand_in_nbytes(plan.ranks, plan.shared_input, facts.width, DTYPES[stacks[prefix].dtype].itemsize)
+        for prefix, plan in outline.layers.items()
+    }
+
+
+def view_of(
+    calibration: Calibration, layer: int, weights: ExpertWeights, protected: Experts = (), nbytes: int = 0
+) -> LayerView:
     """Return what a method or its `build` sees of one decoder layer."""
     stack = next(stack for stack in calibration.model.stacks if stack.index == layer)
     return LayerView(
@@ -149,6 +170,9 @@ def view_of(calibration: Calibration, layer: int, weights: ExpertWeights, protec
         top_k=calibration.model.top_k,
         groups=calibration.model.groups.count,
         protected=frozenset(expert for at, expert in protected if at == layer),
+        nbytes=nbytes,
+        expert_bytes=stack.expert_bytes,
+        itemsize=DTYPES[stack.dtype].itemsize,
         read_sums=lambda: calibration.sums(layer),
         read_sample=lambda: calibration.sample(layer),
         open_experts=lambda: weights.open(layer),
@@ -183,14 +207,20 @@ def _check_weights(weights: ExpertWeights, facts: ModelFacts) -> None:
         )
 
 
-def _outline(method: Method, stack: Stack, keep: int, groups: int) -> LayerPlan:
+def _outline(method: Method, parameters: Mapping[str, Any], stack: Stack, keep: int, groups: int) -> LayerPlan:
+    """Return a plan with the counts and bytes that the method's will have; the first experts stay."""
     experts = stack.num_experts
+    if method.outline is not None:
+        return method.outline(experts, keep, **parameters)
     if method.removed == "constant":
-        return keep_only(experts, range(keep), "constant")
+        return keep_only(experts, range(keep), Slot("constant"))
     if method.removed == "expert":
         return LayerPlan(slots=tuple(Slot("expert", min(number, keep - 1)) for number in range(experts)))
+    if method.removed == "merged":
+        return merge_into([min(number, keep - 1) for number in range(experts)])
     size, each = experts // groups, kept_of_group(keep, groups)
-    return keep_only(experts, (group * size + number for group in range(groups) for number in range(each)), "drop")
+    kept = [group * size + number for group in range(groups) for number in range(each)]
+    return keep_only(experts, kept, Slot("drop"))
 
 
 def _within(size: int, facts: ModelFacts, stacks: Sequence[Stack], at: Any) -> dict[str, LayerPlan]:
@@ -224,7 +254,7 @@ def _plan_unrun(stack: Stack, keep: int, groups: int, weights: ExpertWeights) ->
     norms = weights.norms(stack.prefix).view(groups, -1)
     order = norms.argsort(dim=1, descending=True, stable=True)[:, : keep // groups]
     kept = (order + torch.arange(groups)[:, None] * norms.shape[1]).flatten().tolist()
-    return keep_only(stack.num_experts, kept, "drop", norms.flatten().tolist())
+    return keep_only(stack.num_experts, kept, Slot("drop"), norms.flatten().tolist())
 
 
 def _refuse_uneven(budget: Budget, method: Method, groups: int) -> None:

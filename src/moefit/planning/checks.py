@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from moefit.calibration.folder import ModelFacts
 from moefit.checkpoint.family import Groups
+from moefit.checkpoint.layout import Stack
 from moefit.errors import PlanError
 from moefit.planning.plan import Plan
-from moefit.planning.slots import LayerPlan
+from moefit.planning.slots import LayerPlan, Slot
 
 
 def check_plan(plan: Plan, model: ModelFacts, *, allow_other_weights: bool = False) -> None:
@@ -37,6 +40,7 @@ def check_plan(plan: Plan, model: ModelFacts, *, allow_other_weights: bool = Fal
             raise PlanError(f"the plan names layer {prefix!r}, which is no MoE layer; those are {', '.join(stacks)}")
         if len(layer.slots) != stacks[prefix].num_experts:
             raise PlanError(f"{prefix}: the plan has {len(layer.slots)} slots, the layer {stacks[prefix].num_experts}")
+        _check_guests(prefix, layer, plan, stacks)
         check_layer(prefix, layer, top_k=model.top_k, groups=model.groups)
 
 
@@ -80,6 +84,30 @@ def check_layer(where: str, layer: LayerPlan, *, top_k: int, groups: Groups) -> 
             f"{where}: a token may use {groups.used} of {groups.count} groups with {sizes[0]} slots left in each, "
             f"but the router picks {top_k}; keep at least {-(-top_k // groups.used)} in each"
         )
+
+
+def _check_guests(where: str, layer: LayerPlan, plan: Plan, stacks: Mapping[str, Stack]) -> None:
+    """Refuse answers from other layers that those layers do not keep, or whose experts have other shapes."""
+    by_index = {stack.index: stack for stack in stacks.values() if stack.index is not None}
+    for number, slot in enumerate(layer.slots):
+        if slot.layer is None:
+            continue
+        host = by_index.get(slot.layer)
+        if host is None or not 0 <= (slot.expert or 0) < host.num_experts:
+            raise PlanError(
+                f"{where}: slot {number} asks for expert {slot.expert} of layer {slot.layer}: no such expert"
+            )
+        mine = stacks[where]
+        if (host.expert_bytes, host.dtype) != (mine.expert_bytes, mine.dtype):
+            raise PlanError(
+                f"{where}: slot {number} asks for an expert of {host.expert_bytes:,} bytes of layer {slot.layer}, its "
+                f"own have {mine.expert_bytes:,}; only layers of one shape can share"
+            )
+        kept = plan.layers.get(host.prefix)
+        if kept is not None and kept.slots[slot.expert or 0] != Slot("expert", slot.expert):
+            raise PlanError(
+                f"{where}: slot {number} asks for expert {slot.expert} of layer {slot.layer}, which does not keep it"
+            )
 
 
 def _weights(model: ModelFacts) -> dict:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 from moefit.calibration.folder import ModelFacts
 from moefit.checkpoint.files import DTYPES
 from moefit.errors import PlanError
-from moefit.planning.slots import LayerPlan
+from moefit.planning.slots import LayerPlan, SlotMap
 
 VERSION = 1
 
@@ -45,6 +45,21 @@ class Plan:
         stacks = {stack.prefix: stack.index for stack in self.model.stacks}
         found = {stacks[prefix]: plan for prefix, plan in self.layers.items() if not plan.untouched}
         return {index: plan for index, plan in found.items() if index is not None}
+
+    @cached_property
+    def slot_maps(self) -> dict[int, SlotMap]:
+        """The slot maps of the layers that are changed and that the model runs, by decoder layer."""
+
+        def guest_slot(layer: int, expert: int) -> int:
+            host = self.by_layer.get(layer)
+            return expert if host is None else host.kept_slots.index(expert)
+
+        return {layer: plan.slot_map(guest_slot) for layer, plan in sorted(self.by_layer.items())}
+
+    @property
+    def built(self) -> bool:
+        """Whether it has tensors that are computed: stand-ins or merged experts."""
+        return any(plan.built for plan in self.layers.values())
 
     @property
     def nbytes(self) -> int:
@@ -123,8 +138,21 @@ def planned_nbytes(model: ModelFacts, layers: Mapping[str, LayerPlan]) -> int:
         if plan := layers.get(stack.prefix):
             total -= (stack.num_experts - len(plan.pool)) * stack.expert_bytes
             total -= (stack.num_experts - len(plan.kept_slots)) * stack.slot_bytes
-            total += len(plan.constants) * model.width * DTYPES[stack.dtype].itemsize
+            total += stand_in_nbytes(plan.ranks, plan.shared_input, model.width, DTYPES[stack.dtype].itemsize)
     return total
+
+
+def stand_in_nbytes(ranks: Sequence[int], shared_input: bool, width: int, itemsize: int) -> int:
+    """Return the bytes of a layer's stand-ins: a constant each, and two factors for each rank of a linear map.
+
+    Args:
+        ranks: rank of each stand-in.
+        shared_input: the input factor is stored once, as wide as the largest rank.
+        width: D.
+        itemsize: bytes of a number.
+    """
+    inputs = max(ranks, default=0) if shared_input else sum(ranks)
+    return (len(ranks) + inputs + sum(ranks)) * width * itemsize
 
 
 def calibration_hash(fingerprint: dict) -> str:

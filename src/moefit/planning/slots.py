@@ -1,16 +1,17 @@
-"""The answer to the one question, slot by slot: an expert of the pool, nothing, or a constant vector."""
+"""The answer to the one question, slot by slot: an expert of the pool, nothing, or a light stand-in."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 from moefit.errors import PlanError
 
-Kind = Literal["expert", "drop", "constant"]
+Kind = Literal["expert", "merged", "drop", "constant", "linear"]
+STAND_INS = ("constant", "linear")
 
 
 @dataclass(frozen=True)
@@ -18,15 +19,21 @@ class Slot:
     """What stands behind one output of a router.
 
     Attributes:
-        kind: ``expert`` (its own or another one answers), ``drop`` (nothing: the router's row goes too) or
-            ``constant`` (a vector that the calibration gives, a novice).
-        expert: the expert that answers, for ``expert``.
+        kind: ``expert`` (its own or another one answers, unchanged), ``merged`` (an expert made of several answers),
+            ``drop`` (nothing: the router's row goes too), ``constant`` (a vector, a novice) or ``linear`` (a constant
+            plus a linear map of low rank).
+        expert: the expert that answers, for ``expert``; the centre in whose place the merged expert lies, for
+            ``merged``; the centre that this slot's expert is folded into, if any, for ``drop``.
         scale: factor on the slot's gate, for ``expert``.
+        layer: decoder layer of the expert, when it is another layer's.
+        rank: rank of the map, for ``linear``.
     """
 
     kind: Kind
     expert: int | None = None
     scale: float = 1.0
+    layer: int | None = None
+    rank: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,36 +41,46 @@ class SlotMap:
     """What the runtime needs of one layer, as it stands in config.json.
 
     Attributes:
-        slots: for each slot that is left, in the router's order: a pool row, or -1 - n for stand-in n.
+        slots: for each slot that is left, in the router's order: a pool row, or ``experts`` + n for guest n, or -1 - n
+            for stand-in n.
         experts: rows of the pool.
-        constants: constant stand-ins.
+        constants: stand-ins; each has a constant.
         scales: factor on each slot's gate; None when all are 1.
+        ranks: rank of each stand-in's linear map; None when all are 0.
+        shared_input: whether the maps of all stand-ins share their input factor.
+        guests: (decoder layer, slot) of experts that lie in other layers: they answer as that slot of that layer does.
     """
 
     slots: tuple[int, ...]
     experts: int
     constants: int = 0
     scales: tuple[float, ...] | None = None
+    ranks: tuple[int, ...] | None = None
+    shared_input: bool = False
+    guests: tuple[tuple[int, int], ...] = ()
 
     @cached_property
     def shared(self) -> bool:
-        """Whether two slots share a pool row."""
+        """Whether two slots share a pool row or a guest."""
         rows = [slot for slot in self.slots if slot >= 0]
         return len(set(rows)) < len(rows)
 
     @cached_property
     def plain(self) -> bool:
         """Whether each slot has a pool row of its own."""
-        return not self.shared and not self.constants
+        return not self.shared and not self.constants and not self.guests
+
+    @property
+    def linear_rows(self) -> tuple[int, int]:
+        """Rows of the linear maps' input factors and of their output factors."""
+        ranks = self.ranks or (0,)
+        return (max(ranks) if self.shared_input else sum(ranks)), sum(ranks)
 
     def to_json(self) -> dict:
         """Return the map as JSON values, without what has its default."""
-        entry: dict = {"slots": list(self.slots), "experts": self.experts}
-        if self.constants:
-            entry["constants"] = self.constants
-        if self.scales is not None:
-            entry["scales"] = list(self.scales)
-        return entry
+        given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        entry = {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
+        return entry | ({"guests": [list(guest) for guest in self.guests]} if self.guests else {})
 
     @classmethod
     def from_json(cls, entry: Mapping) -> SlotMap:
@@ -72,18 +89,14 @@ class SlotMap:
         Raises:
             PlanError: the entry has keys that this version does not know.
         """
-        unknown = set(entry) - {"slots", "experts", "constants", "scales"}
+        unknown = set(entry) - {f.name for f in fields(cls)}
         if unknown:
             raise PlanError(
                 f"slot map has unknown keys {sorted(unknown)}: written by a later version of moefit; update it"
             )
-        scales = entry.get("scales")
-        return cls(
-            slots=tuple(entry["slots"]),
-            experts=entry["experts"],
-            constants=entry.get("constants", 0),
-            scales=None if scales is None else tuple(scales),
-        )
+        read: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in entry.items()}
+        read["guests"] = tuple((layer, slot) for layer, slot in entry.get("guests", ()))
+        return cls(**read)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,10 +106,12 @@ class LayerPlan:
     Attributes:
         slots: one entry for each slot, in the router's order.
         scores: what the method ranked by, one number a slot; empty when it had none.
+        shared_input: whether the linear maps of the layer share their input factor.
     """
 
     slots: tuple[Slot, ...]
     scores: tuple[float, ...] = ()
+    shared_input: bool = False
 
     def __post_init__(self) -> None:
         # Six digits, as in the file, so that a plan that was saved and loaded is the same plan.
@@ -104,8 +119,9 @@ class LayerPlan:
 
     @property
     def pool(self) -> list[int]:
-        """Experts whose weights stay, ascending."""
-        return sorted({slot.expert for slot in self.slots if slot.expert is not None})
+        """Experts in whose place weights stay, unchanged or merged, ascending."""
+        stored = [slot for slot in self.slots if slot.kind in ("expert", "merged") and slot.layer is None]
+        return sorted({slot.expert for slot in stored if slot.expert is not None})
 
     @property
     def kept_slots(self) -> list[int]:
@@ -113,9 +129,29 @@ class LayerPlan:
         return [number for number, slot in enumerate(self.slots) if slot.kind != "drop"]
 
     @property
-    def constants(self) -> list[int]:
-        """Slots behind which a constant stands."""
-        return [number for number, slot in enumerate(self.slots) if slot.kind == "constant"]
+    def stand_ins(self) -> list[int]:
+        """Slots behind which a constant or a linear map stands."""
+        return [number for number, slot in enumerate(self.slots) if slot.kind in STAND_INS]
+
+    @property
+    def ranks(self) -> list[int]:
+        """Rank of each stand-in, 0 for constants."""
+        return [self.slots[number].rank for number in self.stand_ins]
+
+    @property
+    def merged(self) -> dict[int, list[int]]:
+        """Members of each merged expert by its centre, dropped ones included, ascending."""
+        centres = sorted({slot.expert for slot in self.slots if slot.kind == "merged" and slot.expert is not None})
+        folded = ("merged", "drop")
+        return {
+            centre: [n for n, slot in enumerate(self.slots) if slot.kind in folded and slot.expert == centre]
+            for centre in centres
+        }
+
+    @property
+    def built(self) -> bool:
+        """Whether it has tensors that the original does not: stand-ins or merged experts."""
+        return any(slot.kind in (*STAND_INS, "merged") for slot in self.slots)
 
     @property
     def untouched(self) -> bool:
@@ -124,34 +160,61 @@ class LayerPlan:
 
     @property
     def native(self) -> bool:
-        """Whether every slot keeps its own expert or is dropped, which an ordinary checkpoint can say."""
-        return all(slot == Slot("expert", number) for number, slot in enumerate(self.slots) if slot.kind != "drop")
+        """Whether every slot keeps the expert in its own place or is dropped, which an ordinary checkpoint can say."""
+        own = ("expert", "merged")
+        return all(
+            slot.kind == "drop" or any(slot == Slot(kind, number) for kind in own)
+            for number, slot in enumerate(self.slots)
+        )
 
-    def slot_map(self) -> SlotMap:
-        """Return the map from the slots that are left to pool rows and stand-ins."""
+    def slot_map(self, guest_slot: Callable[[int, int], int] | None = None) -> SlotMap:
+        """Return the map from the slots that are left to pool rows, guests and stand-ins.
+
+        Args:
+            guest_slot: (decoder layer, expert) -> the slot behind which that layer keeps the expert, in the order of
+                the slots it has left; needed when experts of other layers answer.
+        """
         row = {expert: number for number, expert in enumerate(self.pool)}
-        constant = {slot: -1 - number for number, slot in enumerate(self.constants)}
+        stand_in = {slot: -1 - number for number, slot in enumerate(self.stand_ins)}
         left = [(number, self.slots[number]) for number in self.kept_slots]
+        abroad = sorted({(slot.layer, slot.expert or 0) for _, slot in left if slot.layer is not None})
+        guest = {at: len(row) + number for number, at in enumerate(abroad)}
+        assert guest_slot is not None or not guest
+
+        def answer(number: int, slot: Slot) -> int:
+            if slot.kind in STAND_INS:
+                return stand_in[number]
+            assert slot.expert is not None
+            return row[slot.expert] if slot.layer is None else guest[slot.layer, slot.expert]
+
         scales = tuple(slot.scale for _, slot in left)
         return SlotMap(
-            slots=tuple(constant[number] if slot.expert is None else row[slot.expert] for number, slot in left),
+            slots=tuple(answer(number, slot) for number, slot in left),
             experts=len(row),
-            constants=len(constant),
+            constants=len(stand_in),
             scales=scales if any(scale != 1.0 for scale in scales) else None,
+            ranks=tuple(self.ranks) if any(self.ranks) else None,
+            shared_input=self.shared_input,
+            guests=tuple((layer, guest_slot(layer, expert)) for layer, expert in abroad) if guest_slot else (),
         )
 
     def to_json(self) -> dict:
         """Return the slots grouped by what became of them."""
-        groups: dict = {"keep": [], "drop": [], "constant": [], "remap": {}}
+        groups: dict = {"keep": [], "drop": [], "constant": [], "linear": {}, "merged": {}, "remap": {}}
         for number, slot in enumerate(self.slots):
             if slot == Slot("expert", number):
                 groups["keep"].append(number)
             elif slot.kind == "expert":
-                answer = slot.expert if slot.scale == 1.0 else {"expert": slot.expert, "scale": slot.scale}
-                groups["remap"][str(number)] = answer
-            else:
+                more = {"layer": slot.layer} if slot.layer is not None else {}
+                more |= {"scale": slot.scale} if slot.scale != 1.0 else {}
+                groups["remap"][str(number)] = {"expert": slot.expert} | more if more else slot.expert
+            elif slot.kind == "linear":
+                groups["linear"][str(number)] = slot.rank
+            elif slot.kind != "merged":
                 groups[slot.kind].append(number)
+        groups["merged"] = {str(centre): members for centre, members in self.merged.items()}
         entry: dict = {"experts": len(self.slots)} | {name: group for name, group in groups.items() if group}
+        entry |= {"shared_input": True} if self.shared_input else {}
         return entry | ({"scores": list(self.scores)} if self.scores else {})
 
     @classmethod
@@ -161,24 +224,19 @@ class LayerPlan:
         Raises:
             PlanError: a slot is named twice or not at all, or a number is out of range.
         """
-        unknown = set(entry) - {"experts", "keep", "drop", "constant", "remap", "scores"}
-        if unknown:
+        groups = ("keep", "drop", "constant", "linear", "merged", "remap")
+        if unknown := set(entry) - {"experts", "scores", "shared_input", *groups}:
             raise PlanError(f"{where}: unknown keys {sorted(unknown)}")
         size = entry["experts"]
         slots: dict[int, Slot] = {}
-        named: list[tuple[int, Slot]] = [(n, Slot("expert", n)) for n in entry.get("keep", ())]
-        named += [(n, Slot("drop")) for n in entry.get("drop", ())]
-        named += [(n, Slot("constant")) for n in entry.get("constant", ())]
-        for number, answer in entry.get("remap", {}).items():
-            full = answer if isinstance(answer, dict) else {"expert": answer}
-            if unknown := set(full) - {"expert", "scale"}:
-                raise PlanError(f"{where}: slot {number} has unknown keys {sorted(unknown)}")
-            named.append((int(number), Slot("expert", full["expert"], float(full.get("scale", 1.0)))))
-        for number, slot in named:
-            if type(number) is not int or type(slot.expert or 0) is not int:
+        for number, slot in _named(entry, where):
+            whole = (number, slot.expert or 0, slot.rank, slot.layer or 0)
+            if any(type(value) is not int for value in whole):
                 raise PlanError(f"{where}: slot {number!r} or its expert {slot.expert!r} is not a whole number")
             if not math.isfinite(slot.scale):
                 raise PlanError(f"{where}: slot {number} has scale {slot.scale}; give a finite number")
+            if slot.kind == "linear" and slot.rank < 1:
+                raise PlanError(f"{where}: slot {number} has a linear map of rank {slot.rank}; give at least 1")
             if number in slots:
                 raise PlanError(f"{where}: slot {number} is named twice")
             if not 0 <= number < size or not 0 <= (slot.expert or 0) < size:
@@ -186,19 +244,82 @@ class LayerPlan:
             slots[number] = slot
         lost = [number for number in range(size) if number not in slots]
         if lost:
-            raise PlanError(f"{where}: slots {lost} are not named; each of {size} needs keep, drop, constant or remap")
-        return cls(slots=tuple(slots[number] for number in range(size)), scores=tuple(entry.get("scores", ())))
+            raise PlanError(f"{where}: slots {lost} are not named; each of {size} needs one of {', '.join(groups)}")
+        _check_merged(slots, where)
+        return cls(
+            slots=tuple(slots[number] for number in range(size)),
+            scores=tuple(entry.get("scores", ())),
+            shared_input=bool(entry.get("shared_input", False)),
+        )
 
 
-def keep_only(experts: int, kept: Iterable[int], otherwise: Kind, scores: Sequence[float] = ()) -> LayerPlan:
+def keep_only(experts: int, kept: Iterable[int], otherwise: Slot, scores: Sequence[float] = ()) -> LayerPlan:
     """Return the plan in which some experts stay and every other slot gets the same answer.
 
     Args:
         experts: slots of the layer.
         kept: experts that stay.
-        otherwise: ``drop`` or ``constant``.
+        otherwise: the answer of the others.
         scores: what they were chosen by.
     """
     kept = set(kept)
-    slots = tuple(Slot("expert", number) if number in kept else Slot(otherwise) for number in range(experts))
+    slots = tuple(Slot("expert", number) if number in kept else otherwise for number in range(experts))
     return LayerPlan(slots=slots, scores=tuple(scores))
+
+
+def merge_into(
+    centres: Sequence[int], scores: Sequence[float] = (), *, drop: bool = False, unchanged: Collection[int] = ()
+) -> LayerPlan:
+    """Return the plan in which each expert is merged into its centre; an expert that is alone stays as it is.
+
+    Args:
+        centres: the centre of each expert; a centre is its own.
+        scores: what the centres were chosen by.
+        drop: drop the slots of the others, so that only the centres' rows of the router stay.
+        unchanged: centres that keep their weights: the others of their clusters are answered by them, not merged.
+    """
+
+    def slot(number: int, centre: int) -> Slot:
+        if drop and number != centre:
+            return Slot("drop", None if centre in unchanged else centre)
+        return Slot("expert" if centre in unchanged or centres.count(centre) == 1 else "merged", centre)
+
+    centres = list(centres)
+    assert all(centres[centre] == centre for centre in centres)
+    return LayerPlan(slots=tuple(slot(n, centre) for n, centre in enumerate(centres)), scores=tuple(scores))
+
+
+def _named(entry: Mapping, where: str) -> list[tuple[int, Slot]]:
+    """Return the slots that a layer's entry names, with their answers."""
+    named: list[tuple[int, Slot]] = [(n, Slot("expert", n)) for n in entry.get("keep", ())]
+    named += [(n, Slot("constant")) for n in entry.get("constant", ())]
+    named += [(int(n), Slot("linear", rank=rank)) for n, rank in entry.get("linear", {}).items()]
+    dropped: dict[int, Slot] = {n: Slot("drop") for n in entry.get("drop", ())}
+    if len(dropped) < len(entry.get("drop", ())):
+        raise PlanError(f"{where}: a dropped slot is named twice")
+    for centre, members in entry.get("merged", {}).items():
+        for number in members:
+            if number in dropped and dropped[number].expert is None:
+                dropped[number] = Slot("drop", int(centre))
+            else:
+                named.append((number, Slot("merged", int(centre))))
+    for number, answer in entry.get("remap", {}).items():
+        full = answer if isinstance(answer, dict) else {"expert": answer}
+        if unknown := set(full) - {"expert", "scale", "layer"}:
+            raise PlanError(f"{where}: slot {number} has unknown keys {sorted(unknown)}")
+        named.append((int(number), Slot("expert", full["expert"], float(full.get("scale", 1.0)), full.get("layer"))))
+    return named + list(dropped.items())
+
+
+def _check_merged(slots: Mapping[int, Slot], where: str) -> None:
+    """Refuse merged experts whose place is not their own slot's, or is that of an unchanged expert."""
+    for number, slot in slots.items():
+        if slot.kind == "merged" or (slot.kind == "drop" and slot.expert is not None):
+            assert slot.expert is not None
+            if slots[slot.expert] != Slot("merged", slot.expert):
+                raise PlanError(
+                    f"{where}: slot {number} is merged into {slot.expert}, whose own slot is not; a merged expert lies "
+                    "in the place of one of its members"
+                )
+        if slot.kind == "expert" and slot.layer is None and slots[slot.expert or 0].kind == "merged":
+            raise PlanError(f"{where}: slot {number} asks for expert {slot.expert} unchanged, which is merged")

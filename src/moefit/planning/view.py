@@ -5,7 +5,7 @@ Shapes: T tokens, E experts, D model width, F expert width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from moefit.calibration.statistics import Sample, Sums
 
@@ -20,38 +21,96 @@ from moefit.calibration.statistics import Sample, Sums
 class Experts:
     """The experts of one layer, whatever their family's layout.
 
+    Matrices are named ``gate`` and ``up`` [F, D] and ``down`` [D, F], with ``gate_bias`` and ``up_bias`` [F] and
+    ``down_bias`` [D] where the family has biases; families without gates have no ``gate``. Stacks of them have a
+    leading axis of experts.
+
     Args:
         module: the experts module, with weights.
     """
 
     def __init__(self, module: Any) -> None:
         self.module = module
+        self.gated = hasattr(module, "gate_up_proj")
+        self.transposed = bool(getattr(module, "is_transposed", False))
+        self.concatenated = bool(getattr(module, "is_concatenated", True))
 
-    def matrices(self) -> dict[str, torch.Tensor]:
-        """Return ``gate`` and ``up`` [E, F, D] and ``down`` [E, D, F]; families without gates have no ``gate``."""
-        transposed = getattr(self.module, "is_transposed", False)
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
+        return self.module.down_proj.dtype
 
-        def oriented(name: str) -> torch.Tensor:
-            weight = getattr(self.module, name).detach()
-            return weight.transpose(1, 2) if transposed else weight
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.module.down_proj.device
 
-        found = {"down": oriented("down_proj")}
-        if not hasattr(self.module, "gate_up_proj"):
-            return {"up": oriented("up_proj")} | found
-        both = oriented("gate_up_proj")
-        if getattr(self.module, "is_concatenated", True):
-            gate, up = both.chunk(2, dim=1)
-        else:
-            gate, up = both[:, ::2], both[:, 1::2]
-        return {"gate": gate, "up": up} | found
+    def matrices(self, experts: Sequence[int] | slice = slice(None)) -> dict[str, torch.Tensor]:
+        """Return the stacked matrices of some experts, views where the layout allows."""
+        found = {}
+        for name in ("gate_up_proj" if self.gated else "up_proj", "down_proj"):
+            weight = getattr(self.module, name).detach()[experts]
+            parts = {name: weight.transpose(1, 2) if self.transposed else weight}
+            if (bias := getattr(self.module, f"{name}_bias", None)) is not None:
+                parts[f"{name}_bias"] = bias.detach()[experts]
+            found |= parts
+        return self._split(found)
+
+    def one(self, expert: int) -> dict[str, torch.Tensor]:
+        """Return the matrices of one expert."""
+        return {name: stack[0] for name, stack in self.matrices(slice(expert, expert + 1)).items()}
+
+    def packed(self, matrices: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return stacked matrices as the family's parameters: the inverse of `matrices`."""
+        found = {}
+        for name, part in (("gate_up_proj" if self.gated else "up_proj", "up"), ("down_proj", "down")):
+            for suffix in ("", "_bias"):
+                if part + suffix not in matrices:
+                    continue
+                both = [matrices[f"gate{suffix}"], matrices[f"up{suffix}"]] if self.gated and part == "up" else None
+                weight = matrices[part + suffix] if both is None else self._join(both, axis=1)
+                turned = self.transposed and not suffix
+                found[name + suffix] = weight.transpose(1, 2).contiguous() if turned else weight.contiguous()
+        return found
+
+    @torch.no_grad()
+    def hidden(self, one: Mapping[str, torch.Tensor], x_TD: torch.Tensor) -> torch.Tensor:
+        """Return what an expert's down projection is applied to, [T, F].
+
+        Args:
+            one: the expert's matrices.
+            x_TD: tokens.
+        """
+        parts = ["gate", "up"] if self.gated else ["up"]
+        x_TD = x_TD.to(one["up"])
+        projected = [F.linear(x_TD, one[part], one.get(f"{part}_bias")) for part in parts]
+        return (
+            self.module._apply_gate(self._join(projected, axis=1)) if self.gated else self.module.act_fn(projected[0])
+        )
 
     @torch.no_grad()
     def outputs(self, expert: int, x_TD: torch.Tensor) -> torch.Tensor:
         """Return the raw output of one expert for each token, [T, D] in the weights' dtype."""
-        weight = self.module.down_proj
-        x_TD = x_TD.to(weight.device, weight.dtype)
-        index = torch.full((len(x_TD), 1), expert, device=x_TD.device)
-        return self.module(x_TD, index, torch.ones_like(x_TD[:, :1]))
+        one = self.one(expert)
+        return F.linear(self.hidden(one, x_TD), one["down"], one.get("down_bias"))
+
+    def _split(self, found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        split = {}
+        for name, weight in found.items():
+            part, suffix = ("down" if name.startswith("down") else "up"), ("_bias" if name.endswith("_bias") else "")
+            if part == "up" and self.gated:
+                halves = weight.chunk(2, dim=1) if self.concatenated else (weight[:, ::2], weight[:, 1::2])
+                split[f"gate{suffix}"], split[f"up{suffix}"] = halves
+            else:
+                split[part + suffix] = weight
+        return split
+
+    def _join(self, both: Sequence[torch.Tensor], axis: int) -> torch.Tensor:
+        return (
+            torch.cat(list(both), axis)
+            if self.concatenated
+            else torch.stack(list(both), axis + 1).flatten(axis, axis + 1)
+        )
 
 
 @dataclass(kw_only=True)
@@ -64,6 +123,11 @@ class LayerView:
         top_k: experts of a token.
         groups: groups that limit the router's choice, 1 where it chooses freely.
         protected: experts that must stay.
+        nbytes: bytes that the layer's experts and stand-ins may take; 0 when nobody said.
+        expert_bytes: bytes of one expert.
+        itemsize: bytes of a number.
+        original: the sampled tokens as they are in the original model, [N, D], where `sample` has what the already
+            compressed layers before this one make of them.
         read_sums: reads what calibration summed.
         read_sample: reads the sampled tokens.
         open_experts: opens the experts.
@@ -74,6 +138,10 @@ class LayerView:
     top_k: int
     groups: int
     protected: frozenset[int] = frozenset()
+    nbytes: int = 0
+    expert_bytes: int = 0
+    itemsize: int = 0
+    original: torch.Tensor | None = None
     read_sums: Callable[[], Sums]
     read_sample: Callable[[], Sample]
     open_experts: Callable[[], AbstractContextManager[nn.Module]]
@@ -99,6 +167,16 @@ class LayerView:
         self._opened.close()
         for name in ("sums", "sample", "experts"):
             self.__dict__.pop(name, None)
+
+    def routed(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the sampled tokens that chose an expert, [n], and its gates there, float32 [n]."""
+        token, place = (self.sample.index == expert).nonzero().unbind(1)
+        return token, self.sample.gate[token, place]
+
+    def outputs(self, expert: int, token: torch.Tensor) -> torch.Tensor:
+        """Return what an expert of the original gives for sampled tokens, [n, D]: what a stand-in has to give."""
+        inputs = self.sample.hidden if self.original is None else self.original
+        return self.experts.outputs(expert, inputs[token])
 
     def mean(self, name: str) -> torch.Tensor:
         """Return a sum divided by the routed tokens of each expert, 0 for experts that no token reached."""

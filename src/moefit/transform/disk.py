@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import defaultdict
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -15,17 +14,20 @@ from moefit._version import __version__
 from moefit.calibration.facts import facts_of_checkpoint
 from moefit.calibration.folder import Calibration
 from moefit.checkpoint.anatomy import Anatomy, discover
-from moefit.checkpoint.files import INDEX, Checkpoint, open_checkpoint
+from moefit.checkpoint.files import DTYPES, INDEX, Checkpoint, TensorInfo, open_checkpoint, read_header
 from moefit.checkpoint.layout import DiskStack, find_stacks
-from moefit.checkpoint.loader import StreamedModel, load_config
+from moefit.checkpoint.loader import StreamedModel, disk_tensors, load_config
+from moefit.checkpoint.models import resolve_device
 from moefit.checkpoint.weights import ExpertWeights
-from moefit.checkpoint.writer import Piece, check_place, new_folder, rows, whole, write_shards
+from moefit.checkpoint.writer import Piece, check_place, new_folder, rows, save_tensors, whole, write_shards
+from moefit.errors import CheckpointError
 from moefit.planning.checks import check_plan
 from moefit.planning.plan import Plan
 from moefit.planning.slots import LayerPlan
+from moefit.transform.build import STAND_IN_TENSORS, Propagate, Tensors, build_layer, check_calibration, opened
 from moefit.transform.card import model_card
 from moefit.transform.formats import Format, patched_config, resolve_format
-from moefit.transform.standins import build_stand_ins, check_calibration
+from moefit.transform.propagate import propagated
 from moefit.transform.verify import verify_result
 
 PLAN_FILE, PROVENANCE_FILE = "moefit_plan.json", "moefit_provenance.json"
@@ -45,6 +47,8 @@ def apply_to_checkpoint(
     allow_other_weights: bool = False,
     trust_remote_code: bool = False,
     verify: bool = False,
+    propagate: Propagate = "original",
+    device: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Write the compressed checkpoint that a plan describes.
@@ -53,12 +57,15 @@ def apply_to_checkpoint(
         plan: what becomes of the slots.
         model: folder or hub name of the original.
         out: folder of the result; it appears when it is complete.
-        calibration: the calibration of the plan; needed when the plan has stand-ins.
+        calibration: the calibration of the plan; needed when the plan has stand-ins or merged experts.
         format: ``native``, ``moefit``, or ``auto`` for native where the plan allows it.
         overwrite: replace an existing folder, at the end.
         allow_other_weights: apply the plan to another model of the same shapes.
         trust_remote_code: run code that comes with the checkpoint.
         verify: open the result and run it once before it takes its place.
+        propagate: what stand-ins and merged experts are fitted on: the inputs of their layer in the ``original`` model,
+            or those that the ``compressed`` layers before it give.
+        device: where they are computed; CUDA when there is one.
         progress: called with (bytes written, bytes in all).
 
     Raises:
@@ -70,16 +77,17 @@ def apply_to_checkpoint(
     inputs = {"the original": checkpoint.folder, "the calibration": calibration.folder if calibration else None}
     check_place(out, overwrite=overwrite, inputs=inputs)
     config = load_config(checkpoint, trust_remote_code=trust_remote_code)
-    skeleton = StreamedModel(checkpoint, config, dtype=torch.float32)
-    anatomy = discover(config, skeleton.model, trust_remote_code=trust_remote_code)
-    check_plan(plan, facts_of_checkpoint(checkpoint, anatomy, skeleton.names), allow_other_weights=allow_other_weights)
-    check_calibration(plan, calibration)
+    source = StreamedModel(checkpoint, config, dtype=torch.float32, device=resolve_device(device))
+    anatomy = discover(config, source.model, trust_remote_code=trust_remote_code)
+    check_plan(plan, facts_of_checkpoint(checkpoint, anatomy, source.names), allow_other_weights=allow_other_weights)
+    check_calibration(plan, calibration, propagate)
     written = resolve_format(plan, format)
-    stacks = find_stacks(checkpoint, anatomy, skeleton.names)
-    compute = _stand_in_reader(plan, calibration, ExpertWeights(checkpoint, trust_remote_code=trust_remote_code))
-    shards = plan_shards(plan, checkpoint, anatomy, stacks, compute)
+    stacks = find_stacks(checkpoint, anatomy, source.names)
     with new_folder(out, overwrite=overwrite, nbytes=plan.nbytes) as folder:
-        nbytes = write_shards(folder, shards, progress)
+        scratch = folder / "built"
+        built = _build(plan, calibration, source, anatomy, stacks, scratch, propagate)
+        nbytes = write_shards(folder, plan_shards(plan, checkpoint, anatomy, stacks, built), progress)
+        shutil.rmtree(scratch, ignore_errors=True)
         assert nbytes == plan.nbytes, f"{nbytes} bytes written, {plan.nbytes} planned"
         _copy_others(checkpoint.folder, folder)
         _write_json(folder / "config.json", patched_config(checkpoint.config, config, plan, written))
@@ -96,7 +104,7 @@ def plan_shards(
     checkpoint: Checkpoint,
     anatomy: Anatomy,
     stacks: dict[str, DiskStack],
-    compute: Callable[[int, str], torch.Tensor],
+    built: Mapping[str, TensorInfo],
 ) -> list[list[Piece]]:
     """Return what each shard of the result holds, in the order of the original's shards.
 
@@ -105,7 +113,8 @@ def plan_shards(
         checkpoint: the original.
         anatomy: its MoE layers in memory.
         stacks: its MoE layers on disk.
-        compute: (decoder layer, tensor name) -> values of a stand-in tensor.
+        built: the tensors that the plan adds, by their name in the result; where experts are fused, with a row for
+            each merged one.
     """
     owner = {name: stack for stack in stacks.values() for name in [*stack.experts, *stack.fused, *stack.slots]}
     shards: dict[Path, list[Piece]] = defaultdict(list)
@@ -117,17 +126,21 @@ def plan_shards(
         elif info.name in stack.experts:
             expert = stack.experts[info.name]
             if expert in layer.pool:
-                shards[info.file].append(whole(info, stack.renamed(info.name, layer.pool.index(expert))))
+                name = stack.renamed(info.name, layer.pool.index(expert))
+                shards[info.file].append(whole(built[name] if expert in layer.merged else info, name))
         elif info.name in stack.fused:
-            shards[info.file].append(rows(info, stack.fused[info.name], layer.pool))
+            other = {centre: (built[info.name], row) for row, centre in enumerate(layer.merged)}
+            shards[info.file].append(rows(info, stack.fused[info.name], layer.pool, other))
         else:
             shards[info.file].append(rows(info, stack.slots[info.name], layer.kept_slots))
     for prefix, layer in plan.layers.items():
-        if layer.constants:
+        if layer.stand_ins:
             stack = stacks[prefix]
+            assert stack.index is not None
             # Stand-ins lie with the router of their layer.
             home = checkpoint.tensors[next(iter(stack.slots))].file
-            shards[home].append(_constants(stack, layer, anatomy, compute))
+            names = [f"{anatomy.layers[stack.index].experts}.{name}" for name in STAND_IN_TENSORS]
+            shards[home] += [whole(built[name]) for name in names if name in built]
     return [shards[file] for file in sorted(shards)]
 
 
@@ -145,23 +158,69 @@ def provenance(plan: Plan, checkpoint: Checkpoint, calibration: Calibration | No
     }
 
 
-def _constants(
-    stack: DiskStack, layer: LayerPlan, anatomy: Anatomy, compute: Callable[[int, str], torch.Tensor]
-) -> Piece:
-    assert stack.index is not None
-    moe = anatomy.layers[stack.index]
-    shape = (len(layer.constants), moe.width)
-    return Piece(f"{moe.experts}.constant", stack.dtype, shape, compute=partial(compute, stack.index, "constant"))
+def _build(
+    plan: Plan,
+    calibration: Calibration | None,
+    source: StreamedModel,
+    anatomy: Anatomy,
+    stacks: dict[str, DiskStack],
+    scratch: Path,
+    propagate: Propagate,
+) -> dict[str, TensorInfo]:
+    """Compute what the plan adds, layer by layer, into files beside the result; return where each tensor lies."""
+    if not plan.built:
+        return {}
+    scratch.mkdir()
+    found: dict[str, TensorInfo] = {}
+    by_index = {stack.index: stack for stack in stacks.values()}
+    for layer, tensors in _built_layers(plan, calibration, source, anatomy, scratch, propagate):
+        named = _on_disk(plan.by_layer[layer], by_index[layer], source, anatomy.layers[layer].experts, tensors)
+        file = scratch / f"{layer:04d}.safetensors"
+        save_tensors({n: t.cpu().to(DTYPES[by_index[layer].dtype]).contiguous() for n, t in named.items()}, file)
+        found |= read_header(file)
+    return found
 
 
-def _stand_in_reader(
-    plan: Plan, calibration: Calibration | None, weights: ExpertWeights
-) -> Callable[[int, str], torch.Tensor]:
-    def read(layer: int, name: str) -> torch.Tensor:
+def _built_layers(
+    plan: Plan,
+    calibration: Calibration | None,
+    source: StreamedModel,
+    anatomy: Anatomy,
+    scratch: Path,
+    propagate: Propagate,
+) -> Iterator[tuple[int, Tensors]]:
+    if propagate == "compressed":
         assert calibration is not None
-        return build_stand_ins(plan, layer, calibration, weights)[name]
+        yield from propagated(plan, calibration, source, anatomy, scratch / "states")
+        return
+    for layer, view in opened(plan, calibration, ExpertWeights(source)):
+        if view is not None:
+            yield layer, build_layer(plan, view)
 
-    return read
+
+def _on_disk(layer: LayerPlan, stack: DiskStack, source: StreamedModel, experts: str, tensors: Tensors) -> Tensors:
+    """Return a layer's new tensors by their names on disk, merged experts by the rows that they will have.
+
+    Raises:
+        CheckpointError: the experts lie on disk in a way that transformers' rules do not give back.
+    """
+    named = {f"{experts}.{name}": tensor for name, tensor in tensors.items() if name in STAND_IN_TENSORS}
+    merged = {f"{experts}.{name}": tensor for name, tensor in tensors.items() if name not in STAND_IN_TENSORS}
+    rows = [layer.pool.index(centre) for centre in layer.merged]
+    wanted = {name for name, expert in stack.experts.items() if expert in layer.merged} | set(stack.fused)
+    found = {}
+    for name, tensor in (disk_tensors(source.model, merged) if merged else {}).items():
+        name, number = stack.named(name), stack.expert_number(name)
+        found[name if number is None else stack.renamed(name, rows[number])] = tensor
+    expected = {
+        stack.renamed(name, layer.pool.index(stack.experts[name])) if name in stack.experts else name for name in wanted
+    }
+    if merged and (lost := sorted(expected - set(found))):
+        raise CheckpointError(
+            f"{source.checkpoint.source}: its experts lie as {lost[0]!r}, transformers would write them as "
+            f"{sorted(found)[0]!r}; save the checkpoint again with this transformers, then merge"
+        )
+    return named | found
 
 
 def _copy_others(source: Path, folder: Path) -> None:

@@ -26,7 +26,7 @@ def resolve_format(plan: Plan, wanted: Format) -> Literal["native", "moefit"]:
         raise PlanError(
             "format native holds dropped slots only, the same number in every MoE layer; "
             f"this plan keeps {counts} experts in {len(plan.layers)} of {len(plan.model.stacks)} layers"
-            + ("" if all(layer.native for layer in plan.layers.values()) else " and has constants or remaps")
+            + ("" if all(layer.native for layer in plan.layers.values()) else " and has stand-ins or remaps")
             + "; use --format moefit"
         )
     return "native" if wanted == "native" or (wanted == "auto" and plan.native) else "moefit"
@@ -48,8 +48,7 @@ def patched_config(original: dict, config: Any, plan: Plan, written: str) -> dic
         names = family.expert_count_spellings(original) or family.expert_count_spellings(config)[:1]
         count = len(next(iter(plan.layers.values())).pool)
         return patched | dict.fromkeys(names, count)
-    maps = {layer: layer_plan.slot_map() for layer, layer_plan in sorted(plan.by_layer.items())}
-    entry = MoefitConfig.of(maps)
+    entry = MoefitConfig.of(plan.slot_maps)
     patched["quantization_config"] = {
         "quant_method": entry.quant_method,
         "version": entry.version,

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 
 from moefit.calibration.facts import facts_of_model
 from moefit.calibration.folder import Calibration
+from moefit.calibration.layers import ResidentModel
 from moefit.checkpoint import family
 from moefit.checkpoint.anatomy import discover
 from moefit.checkpoint.weights import ExpertWeights
 from moefit.planning.checks import check_plan
 from moefit.planning.plan import Plan
-from moefit.runtime.experts import Change, reshape_model
 from moefit.runtime.quantizer import QUANT_METHOD, MoefitConfig, MoefitQuantizer
-from moefit.transform.standins import build_stand_ins, check_calibration
+from moefit.transform.build import Propagate, build_layer, carry_out, check_calibration, opened
+from moefit.transform.propagate import propagated
 
 
-def apply_to_model(plan: Plan, model: nn.Module, calibration: Calibration | None = None) -> nn.Module:
+def apply_to_model(
+    plan: Plan, model: nn.Module, calibration: Calibration | None = None, *, propagate: Propagate = "original"
+) -> nn.Module:
     """Compress a model in memory, in place, and return it.
 
     It can then run, be saved with ``save_pretrained`` and loaded again.
@@ -27,28 +29,24 @@ def apply_to_model(plan: Plan, model: nn.Module, calibration: Calibration | None
     Args:
         plan: what becomes of the slots.
         model: the original model.
-        calibration: the calibration of the plan; needed when the plan has stand-ins.
+        calibration: the calibration of the plan; needed when the plan has stand-ins or merged experts.
+        propagate: what these are fitted on: the inputs of their layer in the ``original`` model, or those that the
+            ``compressed`` layers before it give.
 
     Raises:
         PlanError: the plan does not fit, or needs a calibration.
     """
     anatomy = discover(model.config, model)
     check_plan(plan, facts_of_model(model, anatomy), allow_other_weights=True)
-    check_calibration(plan, calibration)
-    stand_ins = {}
-    if calibration is not None:
-        weights = ExpertWeights(model)
-        stand_ins = {layer: build_stand_ins(plan, layer, calibration, weights) for layer in plan.by_layer}
-    changes = {
-        layer: Change(experts=p.pool, slots=p.kept_slots, slot_map=None if plan.native else p.slot_map())
-        for layer, p in plan.by_layer.items()
-    }
-    reshape_model(model, anatomy, changes)
-    for layer, tensors in stand_ins.items():
-        module = model.get_submodule(anatomy.layers[layer].experts)
-        for name, tensor in tensors.items():
-            with torch.no_grad():
-                getattr(module, name).copy_(tensor)
+    check_calibration(plan, calibration, propagate)
+
+    if propagate == "compressed":
+        assert calibration is not None
+        for _ in propagated(plan, calibration, ResidentModel(model), anatomy):
+            pass  # each layer is changed on the way, once the next ones have no need of it
+    else:
+        for layer, view in opened(plan, calibration, ExpertWeights(model)):
+            carry_out(model, anatomy, plan, layer, build_layer(plan, view) if view else {})
     if plan.native:
         _shrink_counts(model, plan, anatomy.model_counts)
     else:
@@ -68,7 +66,7 @@ def _shrink_counts(model: Any, plan: Plan, counts: tuple[tuple[str, str], ...]) 
 
 def _mark(model: Any, plan: Plan) -> None:
     """Make the model one of the moefit format, as if it had been loaded from it."""
-    config = MoefitConfig.of({layer: p.slot_map() for layer, p in plan.by_layer.items()})
+    config = MoefitConfig.of(plan.slot_maps)
     model.config.quantization_config = config
     model.hf_quantizer = MoefitQuantizer(config, pre_quantized=True)
     model.is_quantized = True

@@ -10,13 +10,16 @@ from pathlib import Path
 
 import torch
 
+from moefit.calibration.batch import Batch
 from moefit.calibration.layers import LayerRunner
-from moefit.calibration.text import Batch
 from moefit.checkpoint.files import open_checkpoint
 from moefit.checkpoint.loader import StreamedModel, load_config
 from moefit.errors import CheckpointError
 from moefit.planning.plan import Plan
 from moefit.runtime.quantizer import MoefitConfig, fill_maps, reshape_loaded
+from moefit.transform.build import STAND_IN_TENSORS
+
+STAND_INS = tuple(f".{name}" for name in STAND_IN_TENSORS)
 
 
 def verify_result(folder: str | Path, plan: Plan, *, trust_remote_code: bool = False) -> None:
@@ -41,14 +44,15 @@ def verify_result(folder: str | Path, plan: Plan, *, trust_remote_code: bool = F
     source = StreamedModel(
         checkpoint, config, dtype=torch.float32, prepare=lambda model: reshape_loaded(model, maps), complete=fill_maps
     )
-    lost = [name for name in checkpoint.tensors if name.endswith(".constant") and name not in source.names]
+    lost = [name for name in checkpoint.tensors if name.endswith(STAND_INS) and name not in source.names]
     if lost:
         raise CheckpointError(f"{folder}: {len(lost)} stand-ins have no place in the model, first {lost[0]}")
     ids = torch.arange(16)[None] % config.vocab_size
     runner = LayerRunner(source, [Batch.of(ids)])
     (hidden,) = runner.embed()
     for index in range(runner.count):
-        with runner.layer(index) as layer:
+        guests = maps[index].guests if index in maps else ()
+        with source.loaded(*{runner.path_of(host) for host, _ in guests}), runner.layer(index) as layer:
             hidden = runner.run(layer, index, 0, hidden)
         if not bool(torch.isfinite(hidden).all()):
             raise CheckpointError(f"{folder}: decoder layer {index} gives values that are not finite")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -13,6 +12,7 @@ from moefit.checkpoint.anatomy import Anatomy, discover, tensors_of
 from moefit.checkpoint.files import DTYPES, Checkpoint, open_checkpoint
 from moefit.checkpoint.loader import StreamedModel, load_config
 from moefit.errors import CheckpointError
+from moefit.planning.slots import SlotMap
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,8 @@ class LayerSummary:
         size: how many.
         slots: outputs of the router.
         experts: experts stored.
-        constants: constant stand-ins.
+        stand_ins: slots behind which a constant or a linear map stands.
+        ranks: lowest and highest rank of the linear maps; empty when there are none.
         expert_bytes: bytes of one expert.
     """
 
@@ -32,7 +33,21 @@ class LayerSummary:
     size: int
     slots: int
     experts: int
-    constants: int
+    stand_ins: int
+    ranks: tuple[int, ...]
+    expert_bytes: int
+
+
+@dataclass(frozen=True)
+class MoeSummary:
+    """One MoE layer that the model runs; see `LayerSummary`, and `guests`: experts of other layers that answer here."""
+
+    layer: int
+    slots: int
+    experts: int
+    stand_ins: int
+    ranks: tuple[int, ...]
+    guests: int
     expert_bytes: int
 
 
@@ -45,7 +60,7 @@ class Summary:
         model_type: transformers' name of the family.
         decoder_layers: all decoder layers, dense ones included.
         top_k: experts of a token.
-        moe: (decoder layer, slots, experts, constants, bytes of an expert) of each MoE layer that the model runs.
+        moe: each MoE layer that the model runs.
         parameters: all numbers in the checkpoint.
         routed_parameters: those of routed experts.
         shared_parameters: those of shared experts, which every token uses.
@@ -57,7 +72,7 @@ class Summary:
     model_type: str
     decoder_layers: int
     top_k: int
-    moe: tuple[tuple[int, int, int, int, int], ...]
+    moe: tuple[MoeSummary, ...]
     parameters: int
     routed_parameters: int
     shared_parameters: int
@@ -66,18 +81,20 @@ class Summary:
 
     def groups(self) -> list[LayerSummary]:
         """Return the MoE layers, those of one make together."""
-        kinds: dict[tuple[int, int, int, int], list[int]] = {}
-        for layer, slots, experts, constants, nbytes in self.moe:
-            kinds.setdefault((slots, experts, constants, nbytes), []).append(layer)
+        kinds: dict[tuple, list[int]] = {}
+        for moe in self.moe:
+            ends = (min(moe.ranks), max(moe.ranks)) if moe.ranks else ()
+            kinds.setdefault((moe.slots, moe.experts, moe.stand_ins, ends, moe.expert_bytes), []).append(moe.layer)
         return [
-            LayerSummary(layers=_ranges(layers), size=len(layers), slots=s, experts=e, constants=c, expert_bytes=b)
-            for (s, e, c, b), layers in kinds.items()
+            LayerSummary(
+                layers=_ranges(layers), size=len(layers), slots=s, experts=e, stand_ins=n, ranks=r, expert_bytes=b
+            )
+            for (s, e, n, r, b), layers in kinds.items()
         ]
 
     def to_json(self) -> dict:
         """Return the summary as JSON values."""
-        names = ("layer", "slots", "experts", "constants", "expert_bytes")
-        return asdict(self) | {"moe": [dict(zip(names, layer, strict=True)) for layer in self.moe]}
+        return asdict(self)
 
 
 def summarise(source: str | Path, *, trust_remote_code: bool = False) -> Summary:
@@ -106,24 +123,16 @@ def summarise(source: str | Path, *, trust_remote_code: bool = False) -> Summary
         for index, layer in anatomy.layers.items()
     }
     width = _stored_width(checkpoint, skeleton, anatomy)
-    moe = []
-    for index in sorted(anatomy.layers):
-        entry = maps.get(index)
-        kind = (
-            (len(entry["slots"]), entry["experts"], entry.get("constants", 0))
-            if entry
-            else (slots[index], slots[index], 0)
-        )
-        moe.append((index, *kind, numbers[index] * width))
+    moe = tuple(_moe(index, slots[index], maps.get(index), numbers[index] * width) for index in sorted(anatomy.layers))
     parameters = sum(info.nbytes // DTYPES[info.dtype].itemsize for info in checkpoint.tensors.values())
-    routed = sum(experts * numbers[index] for index, _, experts, _, _ in moe)
-    active = parameters - routed + sum(anatomy.top_k * numbers[index] for index, *_ in moe)
+    routed = sum(layer.experts * numbers[layer.layer] for layer in moe)
+    active = parameters - routed + sum(anatomy.top_k * numbers[layer.layer] for layer in moe)
     return Summary(
         source=str(source),
         model_type=anatomy.model_type,
         decoder_layers=config.num_hidden_layers,
         top_k=anatomy.top_k,
-        moe=tuple(moe),
+        moe=moe,
         parameters=parameters,
         routed_parameters=routed,
         shared_parameters=shared,
@@ -132,13 +141,18 @@ def summarise(source: str | Path, *, trust_remote_code: bool = False) -> Summary
     )
 
 
-def _slot_maps(checkpoint: Checkpoint) -> dict[int, dict[str, Any]]:
+def _slot_maps(checkpoint: Checkpoint) -> dict[int, SlotMap]:
     entry = checkpoint.config.get("quantization_config") or {}
-    return (
-        {int(layer): slots for layer, slots in entry.get("layers", {}).items()}
-        if entry.get("quant_method") == "moefit"
-        else {}
-    )
+    layers = entry.get("layers", {}) if entry.get("quant_method") == "moefit" else {}
+    return {int(layer): SlotMap.from_json(slots) for layer, slots in layers.items()}
+
+
+def _moe(layer: int, experts: int, slot_map: SlotMap | None, expert_bytes: int) -> MoeSummary:
+    if slot_map is None:
+        return MoeSummary(layer, experts, experts, 0, (), 0, expert_bytes)
+    ranks = tuple(rank for rank in slot_map.ranks or () if rank)
+    stored = len(slot_map.slots), slot_map.experts, slot_map.constants
+    return MoeSummary(layer, *stored, ranks, len(slot_map.guests), expert_bytes)
 
 
 def _shared_parameters(skeleton: StreamedModel, anatomy: Anatomy) -> int:

@@ -1,0 +1,139 @@
+"""Every method on the reference model at equal bytes: the table of docs/methods.md.
+
+For each calibration seed one calibration, from which every method is planned at the bytes that published MoNE writes at
+the ratio (`--size`), applied in memory, and compared with the original on the whole held-out file. Writes the table and
+every number of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import moefit
+from measure import provenance
+from moefit.evaluation.fidelity import Reference
+
+ROOT = Path(__file__).parent.parent
+REFERENCE = ROOT / "examples" / "reference-moe"
+RATIOS = ("25%", "50%")
+BEST_MERGE = {"fit": "ridge", "target": "gated", "features": "best", "cluster": "outputs"}
+# name in the table, method, parameters, what is fitted on
+ROWS: list[tuple[str, str, dict[str, Any], str]] = [
+    ("frequency", "frequency", {}, "original"),
+    ("reap", "reap", {}, "original"),
+    ("mone", "mone", {}, "original"),
+    ("mone, exact error and optimal constant", "mone", {"score": "exact", "novice": "optimal"}, "original"),
+    ("conmoe", "conmoe", {}, "original"),
+    ("conmoe, functional and scaled", "conmoe", {"distance": "functional", "scale": True}, "original"),
+    ("conmoe, scope of 2 layers", "conmoe", {"scope": 2}, "original"),
+    ("m_smoe", "m_smoe", {}, "original"),
+    ("m_smoe, global budget", "m_smoe", {"budget": "global"}, "original"),
+    ("hc_smoe", "hc_smoe", {}, "original"),
+    ("ream", "ream", {}, "original"),
+    ("ream, propagated (paper)", "ream", {}, "compressed"),
+    ("sub_moe", "sub_moe", {}, "original"),
+    ("mergemoe", "mergemoe", {}, "original"),
+    ("mergemoe, best parameters", "mergemoe", BEST_MERGE, "original"),
+    ("mergemoe, best parameters, propagated", "mergemoe", BEST_MERGE, "compressed"),
+    ("linear, rank 4", "linear", {"rank": 4}, "original"),
+    ("linear, rank 8", "linear", {"rank": 8}, "original"),
+    ("linear, rank 16", "linear", {"rank": 16}, "original"),
+    ("linear, chosen ranks", "linear", {"rank": 8, "ranks": "chosen"}, "original"),
+    ("linear, shared input, rank 16", "linear", {"rank": 16, "shared": True}, "original"),
+    ("linear, rank 8, propagated", "linear", {"rank": 8}, "compressed"),
+]
+
+
+def measure(row: tuple, ratio: str, calibration: moefit.Calibration, reference: Reference, model: str) -> dict:
+    """Return the numbers of one cell: plan, build, compare."""
+    name, method, parameters, propagate = row
+    size = moefit.make_plan(calibration, "mone", moefit.Budget.parse(remove=ratio)).nbytes
+    began = time.perf_counter()
+    plan = moefit.make_plan(calibration, method, moefit.Budget.parse(size=size), parameters=parameters)
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype="float32").eval()
+    options = {"propagate": propagate} if propagate != "original" else {}
+    compressed = moefit.apply(plan, loaded, calibration=calibration, **options)
+    seconds = time.perf_counter() - began
+    found = reference.compare(compressed)[""]
+    return {
+        "row": name,
+        "ratio": ratio,
+        "kl": found.kl.mean,
+        "perplexity": found.compressed_perplexity.mean,
+        "top1": found.top1_agreement.mean,
+        "bytes": plan.nbytes,
+        "size": size,
+        "seconds": round(seconds, 2),
+    }
+
+
+def table(cells: list[dict]) -> list[str]:
+    """Return the table in Markdown: means over the seeds, and the spread of KL (lowest to highest)."""
+    lines = [
+        "| method | removed | KL | over seeds | perplexity | top-1 | MB | seconds |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for ratio in RATIOS:
+        for name in dict.fromkeys(cell["row"] for cell in cells):
+            some = [cell for cell in cells if cell["row"] == name and cell["ratio"] == ratio]
+            if not some:
+                continue
+            mean = {
+                key: statistics.mean(cell[key] for cell in some)
+                for key in ("kl", "perplexity", "top1", "bytes", "seconds")
+            }
+            low, high = min(cell["kl"] for cell in some), max(cell["kl"] for cell in some)
+            lines.append(
+                f"| {name} | {ratio} | {mean['kl']:.4f} | {low:.4f} to {high:.4f} | {mean['perplexity']:.2f} | "
+                f"{mean['top1']:.1%} | {mean['bytes'] / 1e6:.2f} | {mean['seconds']:.1f} |"
+            )
+    return lines
+
+
+def main() -> None:
+    """Measure every row at every ratio and seed; print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(REFERENCE), help="folder or hub name (default: the reference model)")
+    parser.add_argument("--calibration-data", default=str(REFERENCE / "calibration.jsonl"))
+    parser.add_argument("--heldout-data", default=str(REFERENCE / "heldout.jsonl"))
+    parser.add_argument("--seeds", type=int, default=3, help="calibration seeds (default %(default)s)")
+    parser.add_argument("--rows", help="only rows whose name holds one of these words, by comma")
+    parser.add_argument("--json", type=Path, help="write every number to this file")
+    options = parser.parse_args()
+    wanted = options.rows.split(",") if options.rows else [""]
+    rows = [row for row in ROWS if any(word in row[0] for word in wanted)]
+    warnings.simplefilter("ignore", moefit.MoefitWarning)
+    cells: list[dict] = []
+    with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
+        heldout = moefit.TextOptions(data=(options.heldout_data,), sequences=None, length=256, batch_size=4)
+        batches = moefit.read_batches(heldout, AutoTokenizer.from_pretrained(options.model))
+        original = AutoModelForCausalLM.from_pretrained(options.model, dtype="float32").eval()
+        reference = Reference(Path(scratch) / "reference", batches).record(original)
+        for seed in range(options.seeds):
+            text = moefit.TextOptions(
+                data=(options.calibration_data,), sequences=128, length=256, seed=seed, batch_size=16
+            )
+            sample = moefit.SampleOptions(tokens=128 * 256, seed=seed)
+            folder = Path(scratch) / f"calibration-{seed}"
+            calibration = moefit.calibrate(options.model, folder, text=text, sample=sample)
+            for row in rows:
+                for ratio in RATIOS:
+                    cells.append(measure(row, ratio, calibration, reference, options.model) | {"seed": seed})
+                    print(json.dumps(cells[-1]), flush=True)
+    print("\n".join(table(cells)))
+    if options.json is not None:
+        options.json.write_text(json.dumps({"about": provenance(), "cells": cells}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""Least squares for a down projection, from sums that stream: MergeMoE (arXiv:2510.14436) with a ridge.
+
+min_W sum_t w_t |y_t - W p_t|^2 + lambda |(W - W0) S|^2 with S = diag(G)^(1/2), so that lambda has no unit. Its sums are
+G = sum w p p^T, R = sum w y p^T and e = sum w |y|^2; nothing as long as the text is kept.
+Shapes: T tokens, F expert width, D model width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+DEAD = 1e-10
+
+
+@dataclass(kw_only=True)
+class Normal:
+    """The sums of one problem, float64; ``a + b`` is the problem over both texts.
+
+    Attributes:
+        gram: G, [F, F].
+        cross: R, [D, F].
+        energy: e, [].
+        tokens: how many tokens entered.
+    """
+
+    gram: torch.Tensor
+    cross: torch.Tensor
+    energy: torch.Tensor
+    tokens: int = 0
+
+    @classmethod
+    def zeros(cls, width: int, features: int, device: torch.device | str = "cpu") -> Normal:
+        """Return the problem without tokens."""
+        empty = torch.zeros(features + width, features, dtype=torch.float64, device=device)
+        return cls(gram=empty[:features], cross=empty[features:], energy=empty.new_zeros(()))
+
+    def add(self, p_TF: torch.Tensor, y_TD: torch.Tensor, weight_T: torch.Tensor | None = None) -> None:
+        """Add tokens: products in the inputs' dtype, float32 at least, sums in float64.
+
+        Args:
+            p_TF: features.
+            y_TD: targets.
+            weight_T: weights, 1 when None.
+        """
+        p_TF, y_TD = (part.to(torch.promote_types(part.dtype, torch.float32)) for part in (p_TF, y_TD))
+        weighted = p_TF if weight_T is None else p_TF * weight_T[:, None].to(p_TF.dtype)
+        self.gram += weighted.T @ p_TF
+        self.cross += y_TD.T @ weighted
+        square = y_TD.double().square().sum(1)
+        self.energy += (square if weight_T is None else square * weight_T).sum()
+        self.tokens += len(p_TF)
+
+    def __add__(self, other: Normal) -> Normal:
+        """Return the problem over the tokens of both."""
+        return Normal(
+            gram=self.gram + other.gram,
+            cross=self.cross + other.cross,
+            energy=self.energy + other.energy,
+            tokens=self.tokens + other.tokens,
+        )
+
+    def __sub__(self, other: Normal) -> Normal:
+        """Return the problem without some of its tokens."""
+        return Normal(
+            gram=self.gram - other.gram,
+            cross=self.cross - other.cross,
+            energy=self.energy - other.energy,
+            tokens=self.tokens - other.tokens,
+        )
+
+    def error(self, weight: torch.Tensor) -> float:
+        """Return sum_t w_t |y_t - W p_t|^2 of some solution [D, F], from the sums alone."""
+        # e - 2 <W, R> + <W G, W>
+        weight = weight.to(self.gram)
+        return float(self.energy - 2 * (weight * self.cross).sum() + (weight @ self.gram * weight).sum())
+
+
+def ridge(normal: Normal, prior: torch.Tensor, strength: float) -> torch.Tensor:
+    """Return the solution that is pulled towards a prior, float64 [D, F].
+
+    Args:
+        normal: the problem.
+        prior: W0; also what columns of dead neurons become, [D, F].
+        strength: lambda; towards infinity the prior, towards 0 least squares.
+    """
+    gram, prior = (normal.gram + normal.gram.T) / 2, prior.to(normal.gram)
+    diagonal = gram.diagonal()
+    live = (diagonal > DEAD * diagonal.mean()).nonzero().flatten()
+    solution = prior.clone()
+    if not len(live):
+        return solution
+    scale = diagonal[live].sqrt()
+    # W = W0 + (R - W0 G) S^-1 (S^-1 G S^-1 + lambda I)^-1 S^-1
+    unit = gram[live][:, live] / scale[:, None] / scale
+    residual = (normal.cross - prior @ gram)[:, live] / scale
+    solution[:, live] += _solve(unit, residual.T, strength).T / scale
+    return solution
+
+
+def pseudo_inverse(normal: Normal, cut: float = 1e-12) -> torch.Tensor:
+    """Return R G^+, the plain least squares of the paper, float64 [D, F].
+
+    Args:
+        normal: the problem.
+        cut: eigenvalues of G below this share of the largest count as zero.
+    """
+    values, vectors = torch.linalg.eigh((normal.gram + normal.gram.T) / 2)
+    inverse = torch.where(values > cut * values.max(), 1 / values, torch.zeros_like(values))
+    return (normal.cross @ vectors * inverse) @ vectors.T
+
+
+def _solve(matrix: torch.Tensor, right: torch.Tensor, strength: float) -> torch.Tensor:
+    """Solve (matrix + strength I) x = right; what is not positive definite gets more on the diagonal, or a cut."""
+    eye = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    for more in (1, 10, 100):
+        factor, failed = torch.linalg.cholesky_ex(matrix + max(strength, 1e-14) * more * eye)
+        if not int(failed):
+            return torch.cholesky_solve(right, factor)
+    values, vectors = torch.linalg.eigh(matrix + strength * eye)
+    inverse = torch.where(values > 1e-8 * values.max(), 1 / values, torch.zeros_like(values))
+    return vectors @ (inverse[:, None] * (vectors.T @ right))

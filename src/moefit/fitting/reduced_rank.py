@@ -1,0 +1,175 @@
+"""Weighted reduced-rank regression: the affine map of low rank that gives a linear expert's outputs best.
+
+min over rank-r W of sum_t q_t |y_t - mu - (x_t - m) W|^2 + ridge, with m and mu the weighted means. With
+C = sum q (x-m)(x-m)^T / Q + lambda I = L L^T and M = sum q (x-m)(y-mu)^T / Q, the best W of rank r is A B with
+B^T = V_r, the first right singular vectors of L^-1 M, and A = C^-1 M V_r.
+Shapes: T tokens, D model width, r rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+# Up to this width, and for ranks near the width, all singular vectors are computed; above, the first by iteration.
+EXACT = 512
+OVERSAMPLING, ITERATIONS = 16, 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearMap:
+    """x -> mu + (x - m) A B; where B has orthonormal rows, the first of both are the best map of every lower rank.
+
+    Attributes:
+        mean_in: m, [D].
+        mean_out: mu, [D].
+        inner: A, [D, r].
+        outer: B, [r, D]; its rows are orthonormal unless A was given.
+    """
+
+    mean_in: torch.Tensor
+    mean_out: torch.Tensor
+    inner: torch.Tensor
+    outer: torch.Tensor
+
+    def errors(self, x_TD: torch.Tensor, y_TD: torch.Tensor, weight_T: torch.Tensor) -> torch.Tensor:
+        """Return sum_t q_t |y_t - map(x_t)|^2 for every rank from 0 to r, float64 [r + 1]; for orthonormal B."""
+        residual = y_TD - self.mean_out.to(y_TD)
+        given = (x_TD - self.mean_in.to(x_TD)) @ self.inner.to(x_TD)
+        along = residual @ self.outer.to(y_TD).T
+        # |y - A_1 b_1 - ...|^2 loses 2 a_i <y, b_i> - a_i^2 with each orthonormal row b_i
+        weight_T = weight_T.double()
+        gained = (weight_T[:, None] * (2 * along * given - given.square()).double()).sum(0)
+        energy = (weight_T * residual.double().square().sum(1)).sum()
+        return energy - torch.cat([gained.new_zeros(1), gained.cumsum(0)])
+
+
+class Regression:
+    """One problem, solved for several ridges and ranks.
+
+    Args:
+        x_TD: inputs.
+        y_TD: targets.
+        weight_T: weights q, not negative.
+    """
+
+    def __init__(self, x_TD: torch.Tensor, y_TD: torch.Tensor, weight_T: torch.Tensor) -> None:
+        self.total = float(weight_T.sum())
+        share = (weight_T.double() / max(self.total, 1e-300))[:, None]
+        self.mean_in, self.mean_out = (share * x_TD).sum(0), (share * y_TD).sum(0)
+        root = share.sqrt().to(x_TD.dtype)
+        self.x_TD = (x_TD - self.mean_in.to(x_TD)) * root
+        self.y_TD = (y_TD - self.mean_out.to(y_TD)) * root.to(y_TD)
+
+    @cached_property
+    def gram(self) -> torch.Tensor:
+        """C without its ridge [D, D], or x x^T [T, T] where there are fewer tokens than dimensions; float64."""
+        x = self.x_TD
+        return (x @ x.T if self.dual else x.T @ x).double()
+
+    @property
+    def dual(self) -> bool:
+        """Whether there are fewer tokens than dimensions."""
+        return len(self.x_TD) < self.x_TD.shape[1]
+
+    def solve(self, rank: int, ridge: float) -> LinearMap:
+        """Return the map of the highest rank asked for.
+
+        Args:
+            rank: r; fewer when there are fewer tokens.
+            ridge: lambda as a share of the mean of C's diagonal.
+        """
+        rank = min(rank, *self.x_TD.shape, self.y_TD.shape[1])
+        scale = float(self.gram.diagonal().sum()) / self.x_TD.shape[1]
+        if rank == 0 or scale <= 0:
+            return self._map(self.x_TD.new_zeros(self.x_TD.shape[1], 0), self.y_TD.new_zeros(self.y_TD.shape[1], 0))
+        factor = _cholesky(self.gram, max(ridge, 1e-12) * scale)
+
+        def full(right: torch.Tensor) -> torch.Tensor:
+            """Return C^-1 M right."""
+            seen = self.y_TD @ right
+            if self.dual:  # (x^T x + l)^-1 x^T = x^T (x x^T + l)^-1
+                return self.x_TD.T @ torch.cholesky_solve(seen.double(), factor).to(seen.dtype)
+            return torch.cholesky_solve((self.x_TD.T @ seen).double(), factor).to(seen.dtype)
+
+        def operator(right: torch.Tensor) -> torch.Tensor:
+            """Return M^T C^-1 M right, whose first eigenvectors are V_r."""
+            return self.y_TD.T @ (self.x_TD @ full(right))
+
+        outer = _leading(operator, self.y_TD.shape[1], rank, self.y_TD)
+        return self._map(full(outer), outer)
+
+    def solve_with(self, inner: torch.Tensor, ridge: float) -> LinearMap:
+        """Return the best map whose input factor is given: B = (A^T C A)^-1 A^T M.
+
+        Args:
+            inner: A, [D, r].
+            ridge: share of the mean diagonal of A^T C A that is added to it.
+        """
+        inner = inner.to(self.x_TD)
+        seen = self.x_TD @ inner
+        gram = (seen.T @ seen).double()
+        gram.diagonal().add_(max(ridge, 1e-9) * float(gram.diagonal().mean()) + 1e-300)
+        return self._map(inner, torch.linalg.solve(gram, (seen.T @ self.y_TD).double()).to(inner).T)
+
+    def _map(self, inner: torch.Tensor, outer: torch.Tensor) -> LinearMap:
+        return LinearMap(mean_in=self.mean_in, mean_out=self.mean_out, inner=inner, outer=outer.T)
+
+
+def shared_inputs(problems: Sequence[Regression], width: int, rank: int, ridge: float) -> torch.Tensor:
+    """Return one input factor for the maps of several experts, the most telling direction first, float64 [D, r].
+
+    There is no closed form for inputs that differ; this one is exact when all problems see the same inputs: with C the
+    inputs of all of them together = L L^T, A = L^-T U with U the leading eigenvectors of sum_e Q_e L^-1 M_e M_e^T L^-T.
+
+    Args:
+        problems: the regressions; none gives zeros.
+        width: D.
+        rank: r.
+        ridge: share of the mean diagonal of C that is added to it.
+    """
+    total = sum(problem.total for problem in problems)
+    if not total:
+        return torch.zeros(width, rank, dtype=torch.float64)
+    gram = torch.zeros(width, width, dtype=torch.float64, device=problems[0].x_TD.device)
+    energy = torch.zeros_like(gram)
+    for problem in problems:
+        share, cross = problem.total / total, (problem.x_TD.T @ problem.y_TD).double()
+        gram += share * (problem.x_TD.T @ problem.x_TD).double()
+        energy += share * (cross @ cross.T)
+    factor = _cholesky(gram, max(ridge, 1e-12) * float(gram.diagonal().mean()))
+    half = torch.linalg.solve_triangular(factor, energy, upper=False)
+    white = torch.linalg.solve_triangular(factor, half.T, upper=False)
+    leading = torch.linalg.eigh((white + white.T) / 2).eigenvectors.flip(1)[:, :rank]
+    return torch.linalg.solve_triangular(factor.T, leading, upper=True)
+
+
+def _cholesky(gram: torch.Tensor, ridge: float) -> torch.Tensor:
+    """Return the factor of gram + ridge I, with more of it where rounding asks for more."""
+    for more in (1.0, 1e2, 1e4, 1e6):
+        shifted = gram.clone()
+        shifted.diagonal().add_(ridge * more)
+        factor, failed = torch.linalg.cholesky_ex(shifted)
+        if not int(failed):
+            return factor
+    raise ValueError("the inputs of the regression are not finite")
+
+
+def _leading(
+    operator: Callable[[torch.Tensor], torch.Tensor], size: int, rank: int, like: torch.Tensor
+) -> torch.Tensor:
+    """Return the first eigenvectors of a symmetric operator, [size, rank]: exactly, or by subspace iteration."""
+    width = rank + OVERSAMPLING
+    if size <= EXACT or 2 * width >= size:
+        matrix = operator(torch.eye(size, dtype=like.dtype, device=like.device)).double()
+        return torch.linalg.eigh((matrix + matrix.T) / 2).eigenvectors.flip(1)[:, :rank].to(like)
+    start = torch.randn(size, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    basis = start.to(like)
+    for _ in range(ITERATIONS):
+        basis = torch.linalg.qr(operator(basis)).Q
+    inside = (basis.T @ operator(basis)).double()
+    rotation = torch.linalg.eigh((inside + inside.T) / 2).eigenvectors.flip(1)[:, :rank]
+    return basis @ rotation.to(like)

@@ -1,0 +1,139 @@
+"""Linear stand-ins: their limits (a novice, a linear expert), their loss token by token, and the budgeted choice."""
+
+import pytest
+import torch
+from hand import TinyExperts
+from test_mergemoe import routed_layer
+from test_merging import WIDTH, random_experts
+
+import moefit
+from moefit.methods.linear import build, linear
+from moefit.methods.mone import novices
+from moefit.planning.plan import stand_in_nbytes
+from moefit.planning.slots import LayerPlan, Slot
+from moefit.planning.view import LayerView
+
+DEFAULT = {"ridge": 1e-6, "shrinkage": 0.0}
+
+
+def layer_of_tokens(module: TinyExperts, tokens: int = 300, seed: int = 0) -> LayerView:
+    """Return a routed layer whose sums are those of its sample."""
+    layer = routed_layer(module, tokens, seed)
+    sums, sample = layer.sums, layer.sample
+    for name in ("count", "gate", "gate_sq", "gate_sq_output", "gate_sq_norm_sq"):
+        getattr(sums, name).zero_()
+    sums.tokens.fill_(tokens)
+    for expert in range(layer.num_experts):
+        token, gate = layer.routed(expert)
+        y, g = layer.experts.outputs(expert, sample.hidden[token]).double(), gate.double()
+        sums.count[expert] = len(token)
+        sums.gate_sq[expert] = g.square().sum()
+        sums.gate_sq_output[expert] = (g.square()[:, None] * y).sum(0)
+        sums.gate_sq_norm_sq[expert] = (g.square() * y.square().sum(1)).sum()
+    layer.expert_bytes, layer.itemsize = 4 * 3 * WIDTH * 50, 4
+    return layer
+
+
+def given(tensors: dict[str, torch.Tensor], plan: LayerPlan, slot: int, x_TD: torch.Tensor) -> torch.Tensor:
+    """Return what a slot's stand-in gives, read off the stored tensors."""
+    at = plan.stand_ins.index(slot)
+    start, rank = sum(plan.ranks[:at]), plan.ranks[at]
+    inner = tensors["linear_in"][:rank] if plan.shared_input else tensors["linear_in"][start : start + rank]
+    return tensors["constant"][at] + x_TD.double() @ inner.T @ tensors["linear_out"][start : start + rank]
+
+
+def loss(layer: LayerView, tensors: dict[str, torch.Tensor], plan: LayerPlan, expert: int) -> float:
+    token, gate = layer.routed(expert)
+    x = layer.sample.hidden[token]
+    apart = layer.experts.outputs(expert, x).double() - given(tensors, plan, expert, x)
+    return float((gate.double().square() * apart.square().sum(1)).sum()) / float(layer.sums.tokens)
+
+
+def test_rank_zero_is_the_optimal_novice() -> None:
+    layer = layer_of_tokens(random_experts(4))
+    plan = linear(layer, 2, rank=0)
+    assert {plan.slots[number].kind for number in plan.stand_ins} == {"constant"}
+    built = build(layer, plan, **DEFAULT)
+    assert torch.equal(built["constant"], novices(layer, "optimal")[plan.stand_ins])
+    assert set(built) == {"constant"}
+    mone = moefit.METHODS["mone"].function(layer, 2, score="exact", novice="optimal")
+    assert plan.stand_ins == mone.stand_ins
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_score_is_the_loss_of_the_stored_map(shared: bool) -> None:
+    layer = layer_of_tokens(random_experts(4))
+    plan = linear(layer, 1, rank=3, ridge=1e-6, shared=shared)
+    built = build(layer, plan, **DEFAULT)
+    for expert in plan.stand_ins:
+        measured = loss(layer, built, plan, expert)
+        if shared:  # the shared factor is not the best one of each
+            assert measured >= plan.scores[expert] * (1 - 1e-4)
+        else:
+            assert measured == pytest.approx(plan.scores[expert], rel=1e-3)
+
+
+def test_the_loss_falls_with_the_rank() -> None:
+    layer = layer_of_tokens(random_experts(4))
+    scores = torch.tensor([linear(layer, 1, rank=rank, ridge=1e-6).scores for rank in range(WIDTH + 1)])
+    assert (scores[1:] <= scores[:-1] + 1e-9).all()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_an_expert_that_is_linear_goes_without_loss(shared: bool) -> None:
+    # up is constant over the tokens and the gate's silu is the identity far above 0: E(x) is linear there
+    module = random_experts(3)
+    layer = layer_of_tokens(module)
+    with torch.no_grad():
+        layer.sample.hidden[:, 0] = 1.0
+        gate, up = module.gate_up_proj[0].chunk(2)
+        gate[:, 0], up[:] = 60.0, 0.0
+        up[:, 0] = 1.0
+    layer = layer_of_tokens(module)
+    layer.sample.hidden[:, 0] = 1.0
+    plan = LayerPlan(slots=(Slot("linear", rank=WIDTH), Slot("expert", 1), Slot("expert", 2)), shared_input=shared)
+    token, gate_of = layer.routed(0)
+    weight, y = gate_of.double().square(), layer.experts.outputs(0, layer.sample.hidden[token]).double()
+    layer.sums.gate_sq[0], layer.sums.gate_sq_output[0] = weight.sum(), (weight[:, None] * y).sum(0)
+    built = build(layer, plan, ridge=1e-9, shrinkage=0.0)
+    assert loss(layer, built, plan, 0) < 1e-5 * float(y.square().sum(1).mean())
+
+
+def test_shrinkage_pulls_to_the_layers_mean() -> None:
+    layer = layer_of_tokens(random_experts(3))
+    plan = LayerPlan(slots=(Slot("linear", rank=2), Slot("expert", 1), Slot("expert", 2)))
+    built = build(layer, plan, ridge=1e-6, shrinkage=1e12)
+    everyone = layer.sums.gate_sq_output.sum(0) / layer.sums.gate_sq.sum()
+    torch.testing.assert_close(given(built, plan, 0, layer.sample.hidden[:1])[0], everyone, rtol=1e-4, atol=1e-5)
+
+
+def test_chosen_ranks_keep_the_budget_and_beat_the_given_one() -> None:
+    layer = layer_of_tokens(random_experts(8), tokens=3000)
+    given_plan = linear(layer, 4, rank=2)
+    layer.nbytes = 4 * layer.expert_bytes + stand_in_nbytes([2] * 4, False, WIDTH, 4)
+    plan = linear(layer, 4, rank=2, ranks="chosen")
+    spent = len(plan.pool) * layer.expert_bytes + stand_in_nbytes(plan.ranks, False, WIDTH, 4)
+    assert spent <= layer.nbytes
+    fresh = layer_of_tokens(layer.experts.module, tokens=1000, seed=7)
+    totals = []
+    for chosen in (plan, given_plan):
+        built = build(layer, chosen, **DEFAULT)
+        totals.append(sum(loss(fresh, built, chosen, expert) for expert in chosen.stand_ins))
+    assert totals[0] <= 1.02 * totals[1]
+
+
+def test_fewer_tokens_than_the_rank_work_and_are_named() -> None:
+    layer = layer_of_tokens(random_experts(3), tokens=4)
+    plan = LayerPlan(slots=(Slot("linear", rank=5), Slot("expert", 1), Slot("linear", rank=5)))
+    layer.sample.index[:] = torch.tensor([0, 1])  # nobody asks for expert 2
+    layer.sums.gate_sq_output[2] = layer.sums.gate_sq[2] = layer.sums.count[2] = 0
+    for shared in (False, True):
+        with pytest.warns(moefit.MoefitWarning, match="layer 0: 2 linear stand-ins have fewer"):
+            built = build(layer, LayerPlan(slots=plan.slots, shared_input=shared), **DEFAULT)
+        assert all(torch.isfinite(tensor).all() for tensor in built.values())
+        assert not given(built, LayerPlan(slots=plan.slots, shared_input=shared), 2, layer.sample.hidden).any()
+
+
+def test_a_map_larger_than_an_expert_is_refused() -> None:
+    with pytest.raises(moefit.PlanError, match="rank=900: such a map takes 43,224 bytes, an expert of layer 0 3,600"):
+        linear(layer_of_tokens(random_experts(3)), 1, rank=900)

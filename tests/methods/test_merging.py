@@ -1,0 +1,160 @@
+"""Merging: averages by hand, what permutations may and may not change, and who joins whom."""
+
+import pytest
+import torch
+from hand import TinyExperts, layer_of, sums_of
+
+import moefit
+from moefit.calibration.statistics import Sample
+from moefit.fitting.align import permuted
+from moefit.methods import hc_smoe, m_smoe, ream, sub_moe
+from moefit.planning.slots import LayerPlan, Slot, merge_into
+from moefit.planning.view import LayerView
+
+WIDTH, INNER = 6, 5
+
+
+def random_experts(count: int, seed: int = 0) -> TinyExperts:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(count, INNER, WIDTH), (count, INNER, WIDTH), (count, WIDTH, INNER)]
+    return TinyExperts(*(torch.randn(shape, generator=generator) for shape in shapes))
+
+
+def with_copy(module: TinyExperts, of: int = 0, order: list[int] | None = None) -> TinyExperts:
+    """Append a copy of an expert, its neurons perhaps in another order."""
+    order = list(range(INNER)) if order is None else order
+    gate, up = module.gate_up_proj.detach().chunk(2, 1)
+    down = module.down_proj.detach()
+    return TinyExperts(
+        torch.cat([gate, gate[of : of + 1, order]]),
+        torch.cat([up, up[of : of + 1, order]]),
+        torch.cat([down, down[of : of + 1, :, order]]),
+    )
+
+
+def layer_with(module: TinyExperts, counts: list[int], tokens: int = 60, **fields: object) -> LayerView:
+    """Return a layer whose experts were used so often, with a sample routed to all of them in turn."""
+    pairs = [(expert, 1.0, [1.0] + [0.0] * (WIDTH - 1)) for expert, count in enumerate(counts) for _ in range(count)]
+    generator = torch.Generator().manual_seed(1)
+    sample = Sample(
+        key=torch.arange(tokens),
+        hidden=torch.randn(tokens, WIDTH, generator=generator),
+        index=(torch.arange(tokens)[:, None] % len(counts)).int(),
+        gate=torch.rand(tokens, 1, generator=generator),
+        logits=torch.randn(tokens, len(counts), generator=generator),
+    )
+    return layer_of(sums_of(pairs, len(counts), tokens), sample=sample, module=module, **fields)
+
+
+def test_the_average_is_weighted_by_use() -> None:
+    module = random_experts(3)
+    layer = layer_with(module, [1, 3, 2])
+    plan = merge_into([1, 1, 2])
+    built = hc_smoe.build(layer, plan)
+    every = layer.experts.matrices()
+    for name in ("gate", "up", "down"):
+        torch.testing.assert_close(built[name], (0.25 * every[name][0] + 0.75 * every[name][1])[None])
+
+
+def test_experts_that_nobody_used_weigh_the_same() -> None:
+    layer = layer_with(random_experts(3), [0, 0, 2])
+    built = hc_smoe.build(layer, merge_into([0, 0, 2]))
+    torch.testing.assert_close(built["down"][0], layer.experts.matrices()["down"][:2].mean(0))
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3, 4], [3, 1, 4, 0, 2]])
+@pytest.mark.parametrize("method", [m_smoe, ream], ids=["m_smoe", "ream"])
+def test_matched_copies_merge_without_loss(method: object, order: list[int]) -> None:
+    module = with_copy(random_experts(3), order=order)
+    layer = layer_with(module, [4, 3, 2, 1])
+    built = method.build(layer, merge_into([0, 1, 2, 0]), align=True, tokens=60)
+    for name in ("gate", "up", "down"):
+        torch.testing.assert_close(built[name][0], layer.experts.one(0)[name])
+
+
+def test_unmatched_copies_in_another_order_do_not() -> None:
+    module = with_copy(random_experts(3), order=[3, 1, 4, 0, 2])
+    built = m_smoe.build(layer_with(module, [4, 3, 2, 1]), merge_into([0, 1, 2, 0]), align=False)
+    assert not torch.allclose(built["down"][0], module.down_proj[0], atol=0.1)
+
+
+@pytest.mark.parametrize("method", ["hc_smoe", "sub_moe"])
+def test_copies_are_found_whatever_the_order_of_their_neurons(method: str) -> None:
+    found = moefit.METHODS[method]
+    for order in ([0, 1, 2, 3, 4], [3, 1, 4, 0, 2]):
+        layer = layer_with(with_copy(random_experts(3), order=order), [4, 3, 2, 1])
+        plan = found.function(layer, 3)
+        assert plan.merged == {0: [0, 3]}
+        assert plan.slots[1] == Slot("expert", 1)
+
+
+def test_m_smoe_joins_by_the_routers_logits() -> None:
+    layer = layer_with(random_experts(4), [5, 4, 2, 1])
+    layer.sample.logits[:, 2] = 3 * layer.sample.logits[:, 1]
+    layer.sample.logits[:, 3] = layer.sample.logits[:, 0] + 0.01
+    (plan,) = m_smoe.m_smoe([layer], [2])
+    assert plan.merged == {0: [0, 3], 1: [1, 2]}
+
+
+def test_a_global_budget_gives_layers_what_they_use() -> None:
+    layers = [layer_with(random_experts(4), [9, 8, 7, 6]), layer_with(random_experts(4), [97, 1, 1, 1])]
+    plans = list(m_smoe.m_smoe(layers, [2, 2], budget="global"))
+    # shares of use: .3 .27 .23 .2 and .97 .01 .01 .01; the best of each layer stays, then the most used
+    assert [len(plan.pool) for plan in plans] == [3, 1]
+
+
+def test_ream_packs_what_goes_into_the_most_salient_centroid() -> None:
+    layer = layer_with(random_experts(5), [1, 1, 1, 1, 1])
+    layer.sums.gated_norm.copy_(torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0]))
+    plan = ream.ream(layer, 3, tokens=60)
+    assert plan.merged == {0: [0, 3, 4]}
+    assert plan.slots[3] == Slot("drop", 0)
+    assert plan.native
+    assert plan.kept_slots == [0, 1, 2]
+    # a group of two has room for one more; the next goes to the next centroid
+    assert sorted(map(len, ream.ream(layer, 3, tokens=60, group=2).merged.values())) == [2, 2]
+
+
+def test_a_protected_centre_answers_unmerged() -> None:
+    layer = layer_with(random_experts(4), [5, 4, 2, 1], protected=frozenset({3}))
+    (plan,) = m_smoe.m_smoe([layer], [1])
+    assert plan.pool == [3]
+    assert not plan.merged
+    assert set(plan.slots) == {Slot("expert", 3)}
+
+
+def test_the_joint_svd_with_all_vectors_is_the_average() -> None:
+    """U S sum_i p_i V_i of the matrices side by side, by torch's SVD."""
+    layer = layer_with(random_experts(3), [1, 3, 2])
+    built = sub_moe.build(layer, merge_into([1, 1, 1]), subspace=1.0)
+    halved = sub_moe.build(layer, merge_into([1, 1, 1]), subspace=0.4)
+    share = torch.tensor([1.0, 3.0, 2.0]) / 6
+    for name, matrices in layer.experts.matrices().items():
+        u, s, v = torch.linalg.svd(torch.cat(list(matrices), 1), full_matrices=False)
+        parts = v.split(matrices.shape[2], 1)
+        merged = u * s @ sum(p * part for p, part in zip(share, parts, strict=True))
+        torch.testing.assert_close(built[name][0], merged, rtol=1e-4, atol=1e-5)
+        rank = round(0.4 * matrices.shape[1])
+        cut = u[:, :rank] * s[:rank] @ sum(p * part[:rank] for p, part in zip(share, parts, strict=True))
+        torch.testing.assert_close(halved[name][0], cut, rtol=1e-4, atol=1e-5)
+
+
+def test_a_plan_of_merges_reads_back_and_refuses_what_cannot_be() -> None:
+    plan = merge_into([0, 0, 2, 2, 4])
+    assert plan.to_json()["merged"] == {"0": [0, 1], "2": [2, 3]}
+    assert LayerPlan.from_json(plan.to_json(), "here") == plan
+    dropped = merge_into([0, 0, 2, 2, 4], drop=True)
+    assert LayerPlan.from_json(dropped.to_json(), "here") == dropped
+    with pytest.raises(moefit.PlanError, match="slot 1 is merged into 0, whose own slot is not"):
+        LayerPlan.from_json({"experts": 2, "keep": [0], "merged": {"0": [1]}}, "here")
+    with pytest.raises(moefit.PlanError, match="slot 2 asks for expert 0 unchanged, which is merged"):
+        LayerPlan.from_json({"experts": 3, "merged": {"0": [0, 1]}, "remap": {"2": 0}}, "here")
+
+
+def test_permuting_is_no_change_of_function() -> None:
+    layer = layer_with(random_experts(2), [1, 1])
+    one = layer.experts.one(0)
+    other = permuted(one, torch.tensor([3, 1, 4, 0, 2]))
+    x = layer.sample.hidden
+    outputs = [layer.experts.hidden(expert, x) @ expert["down"].T for expert in (one, other)]
+    torch.testing.assert_close(outputs[0], outputs[1])
