@@ -1,4 +1,4 @@
-"""Every method on the reference model at equal bytes: the table of docs/methods.md.
+"""Every method on the reference model at equal bytes: the tables of docs/methods.md.
 
 For each calibration seed one calibration, from which every method is planned at the bytes that published MoNE writes at
 the ratio (`--size`), applied in memory, and compared with the original on the whole held-out file. Writes the table and
@@ -77,27 +77,28 @@ def measure(row: tuple, ratio: str, calibration: moefit.Calibration, reference: 
     }
 
 
-def table(cells: list[dict]) -> list[str]:
-    """Return the table in Markdown: means over the seeds, and the spread of KL (lowest to highest)."""
-    lines = [
-        "| method | removed | KL | over seeds | perplexity | top-1 | MB | seconds |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+def means(cells: list[dict]) -> list[dict]:
+    """Return one entry for each row and ratio: means over the seeds, and the lowest and highest KL."""
+    entries = []
     for ratio in RATIOS:
-        for name in dict.fromkeys(cell["row"] for cell in cells):
+        for name, method, parameters, propagate in ROWS:
             some = [cell for cell in cells if cell["row"] == name and cell["ratio"] == ratio]
-            if not some:
-                continue
-            mean = {
-                key: statistics.mean(cell[key] for cell in some)
-                for key in ("kl", "perplexity", "top1", "bytes", "seconds")
-            }
-            low, high = min(cell["kl"] for cell in some), max(cell["kl"] for cell in some)
-            lines.append(
-                f"| {name} | {ratio} | {mean['kl']:.4f} | {low:.4f} to {high:.4f} | {mean['perplexity']:.2f} | "
-                f"{mean['top1']:.1%} | {mean['bytes'] / 1e6:.2f} | {mean['seconds']:.1f} |"
-            )
-    return lines
+            if some:
+                keys = ("kl", "perplexity", "top1", "bytes", "seconds")
+                entry = {"row": name, "method": method, "parameters": parameters, "propagate": propagate}
+                entry |= {"ratio": ratio} | {key: statistics.mean(cell[key] for cell in some) for key in keys}
+                entry |= {"low": min(cell["kl"] for cell in some), "high": max(cell["kl"] for cell in some)}
+                entries.append(entry | {"seeds": len(some)})
+    return entries
+
+
+def line(entry: dict) -> str:
+    """Return an entry as a line of text."""
+    return (
+        f"{entry['ratio']:4} {entry['row']:40} KL {entry['kl']:.4f} [{entry['low']:.4f}, {entry['high']:.4f}]  "
+        f"perplexity {entry['perplexity']:6.2f}  top-1 {entry['top1']:.1%}  {entry['bytes'] / 1e6:6.2f} MB  "
+        f"{entry['seconds']:5.1f} s"
+    )
 
 
 def main() -> None:
@@ -130,9 +131,9 @@ def main() -> None:
                 for ratio in RATIOS:
                     cells.append(measure(row, ratio, calibration, reference, options.model) | {"seed": seed})
                     print(json.dumps(cells[-1]), flush=True)
-    print("\n".join(table(cells)))
+    print("\n".join(map(line, means(cells))))
     if options.json is not None:
-        options.json.write_text(json.dumps({"about": provenance(), "cells": cells}, indent=1) + "\n")
+        options.json.write_text(json.dumps({"about": provenance(), "rows": means(cells)}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -367,7 +367,7 @@ def test_quantized_source_is_refused_by_name(cli: Cli, world: World, tmp_path: P
 
 def test_result_of_moefit_can_be_inspected(cli: Cli, compressed: Path) -> None:
     found = json.loads(cli("inspect", compressed, "--json").out)
-    assert [(layer["slots"], layer["experts"], layer["constants"]) for layer in found["moe"]] == [(8, 6, 2)] * LAYERS
+    assert [(layer["slots"], layer["experts"], layer["stand_ins"]) for layer in found["moe"]] == [(8, 6, 2)] * LAYERS
 
 
 def test_result_of_moefit_is_refused_as_an_original(cli: Cli, world: World, compressed: Path, tmp_path: Path) -> None:
@@ -864,7 +864,8 @@ def test_plan_for_other_weights_needs_a_word(cli: Cli, world: World, sibling: Pa
         ),
         (
             lambda plan: plan["layers"].update({"model.layers.0": {"experts": 8, "keep": [0, 1], "drop": [2, 3, 4]}}),
-            "{file}, model.layers.0: slots [5, 6, 7] are not named; each of 8 needs keep, drop, constant or remap",
+            "{file}, model.layers.0: slots [5, 6, 7] are not named; "
+            "each of 8 needs one of keep, drop, constant, linear, merged, remap",
         ),
         (
             lambda plan: plan["layers"].update({"model.layers.0": {"experts": 7, "keep": [0, 1, 2, 3, 4, 5, 6]}}),
@@ -882,7 +883,8 @@ def test_plan_for_other_weights_needs_a_word(cli: Cli, world: World, sibling: Pa
             lambda plan: plan["layers"].update(
                 {"model.layers.0": {"experts": 8, "keep": [0, 1, 2, 3, 4, 5], "constant": [6, 7]}}
             ),
-            "the plan has constant slots, which method 'reap' does not compute; set its method to 'mone'",
+            "the plan has constant slots, which method 'reap' does not compute; "
+            "set its method to one that does: linear, mone",
         ),
     ],
 )
@@ -969,7 +971,7 @@ def test_constants_need_the_calibration_of_the_plan(cli: Cli, world: World, sibl
 def test_native_format_cannot_hold_constants(cli: Cli, world: World, tmp_path: Path) -> None:
     said = (
         "format native holds dropped slots only, the same number in every MoE layer; "
-        "this plan keeps [6] experts in 2 of 2 layers and has constants or remaps; use --format moefit"
+        "this plan keeps [6] experts in 2 of 2 layers and has stand-ins or remaps; use --format moefit"
     )
     out = tmp_path / "out"
     call = ("apply", world.original, world.mone, "-o", out, "--calibration", world.calibration, "--format", "native")

@@ -79,7 +79,15 @@ def test_inspect_as_text_and_as_json(run) -> None:
     assert found["routed_parameters"] == 4 * 32 * 3 * 192 * 96
     # embeddings and attention, and four of 32 experts
     assert found["active_parameters"] == found["parameters"] - found["routed_parameters"] * 28 // 32
-    assert found["moe"][0] == {"layer": 0, "slots": 32, "experts": 32, "constants": 0, "expert_bytes": 110592}
+    assert found["moe"][0] == {
+        "layer": 0,
+        "slots": 32,
+        "experts": 32,
+        "stand_ins": 0,
+        "ranks": [],
+        "guests": 0,
+        "expert_bytes": 110592,
+    }
 
 
 def test_wrong_usage_exits_with_2_and_wrong_input_with_1(run, tmp_path: Path) -> None:

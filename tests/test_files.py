@@ -358,7 +358,8 @@ def test_rows_keep_the_order_they_are_asked_in(tmp_path: Path) -> None:
 
 def test_one_shard_is_written_byte_for_byte(tmp_path: Path, blob: Path) -> None:
     info = read_header(blob)
-    pieces = [whole(info["b"], "z"), Piece("n", "F32", (2,), compute=lambda: torch.tensor([1.5, -2.0]))]
+    save_file({"n": torch.tensor([1.5, -2.0])}, tmp_path / "computed")
+    pieces = [whole(info["b"], "z"), whole(read_header(tmp_path / "computed")["n"])]
     assert write_shards(tmp_path, [pieces]) == 12
     header = (
         b'{"__metadata__":{"format":"pt"},"z":{"dtype":"BF16","shape":[2],"data_offsets":[0,4]},'
@@ -370,11 +371,14 @@ def test_one_shard_is_written_byte_for_byte(tmp_path: Path, blob: Path) -> None:
     assert not (tmp_path / INDEX).exists()
 
 
-def test_computed_values_are_rounded_to_the_stored_dtype(tmp_path: Path) -> None:
-    # 1 + 2^-9 lies between 1 and 1 + 2^-7, the next bfloat16, and nearer to 1.
-    pieces = [Piece("n", "BF16", (1,), compute=lambda: torch.tensor([1 + 2**-9], dtype=torch.float64))]
-    write_shards(tmp_path, [pieces])
-    assert load_file(tmp_path / SINGLE)["n"].tolist() == [1.0]
+def test_rows_may_come_from_another_file(tmp_path: Path) -> None:
+    save_file({"w": torch.arange(24.0).view(2, 4, 3)}, tmp_path / "original")
+    save_file({"w": -torch.arange(12.0).view(2, 2, 3)}, tmp_path / "computed")
+    info, other = read_header(tmp_path / "original")["w"], read_header(tmp_path / "computed")["w"]
+    write_shards(tmp_path, [[rows(info, 1, [0, 2, 3], {2: (other, 1)})]])
+    expected = torch.arange(24.0).view(2, 4, 3)[:, [0, 2, 3]]
+    expected[:, 1] = -torch.arange(12.0).view(2, 2, 3)[:, 1]
+    assert torch.equal(load_file(tmp_path / SINGLE)["w"], expected)
 
 
 def test_several_shards_are_named_indexed_and_counted(tmp_path: Path, blob: Path) -> None:

@@ -65,10 +65,10 @@ def drop(*slots: int, of: int = 6) -> LayerPlan:
 # One layer
 
 
-def test_pool_kept_slots_and_constants() -> None:
+def test_pool_kept_slots_and_stand_ins() -> None:
     assert MIXED.pool == [0, 3]
     assert MIXED.kept_slots == [0, 2, 3, 4, 5]
-    assert MIXED.constants == [2]
+    assert MIXED.stand_ins == [2]
     assert not MIXED.native
     assert not MIXED.untouched
 
@@ -152,10 +152,12 @@ def test_slot_map_leaves_defaults_out_and_refuses_what_it_does_not_know() -> Non
     assert SlotMap(slots=(0, 1), experts=2).to_json() == {"slots": [0, 1], "experts": 2}
     full = {"slots": [0, -1], "experts": 1, "constants": 1, "scales": [1.0, 0.5]}
     assert SlotMap.from_json(full).to_json() == full
+    full |= {"ranks": [4], "shared_input": True, "guests": [[7, 1]]}
+    assert SlotMap.from_json(full).to_json() == full
     with pytest.raises(PlanError) as refusal:
-        SlotMap.from_json(full | {"ranks": [4], "bases": 1})
+        SlotMap.from_json(full | {"heads": [4], "bases": 1})
     assert str(refusal.value) == (
-        "slot map has unknown keys ['bases', 'ranks']: written by a later version of moefit; update it"
+        "slot map has unknown keys ['bases', 'heads']: written by a later version of moefit; update it"
     )
 
 
@@ -165,9 +167,12 @@ def test_slot_map_leaves_defaults_out_and_refuses_what_it_does_not_know() -> Non
         ({"drop": [1, 3]}, "slot 3 is named twice"),
         ({"keep": [0, 0, 3]}, "slot 0 is named twice"),
         ({"constant": [2, 5]}, "slot 5 is named twice"),
-        ({"drop": []}, "slots [1] are not named; each of 6 needs keep, drop, constant or remap"),
-        ({"keep": [], "remap": {}}, "slots [0, 3, 4, 5] are not named; each of 6 needs keep, drop, constant or remap"),
-        ({"experts": 7}, "slots [6] are not named; each of 7 needs keep, drop, constant or remap"),
+        ({"drop": []}, "slots [1] are not named; each of 6 needs one of keep, drop, constant, linear, merged, remap"),
+        (
+            {"keep": [], "remap": {}},
+            "slots [0, 3, 4, 5] are not named; each of 6 needs one of keep, drop, constant, linear, merged, remap",
+        ),
+        ({"experts": 7}, "slots [6] are not named; each of 7 needs one of keep, drop, constant, linear, merged, remap"),
         ({"drop": [6]}, "slot 6 or its expert None is outside 0..5"),
         ({"drop": [-1]}, "slot -1 or its expert None is outside 0..5"),
         ({"remap": {"4": 6, "5": 0}}, "slot 4 or its expert 6 is outside 0..5"),
@@ -213,7 +218,7 @@ def test_plan_is_native_when_an_ordinary_checkpoint_can_say_it() -> None:
     assert plan_of().native
     assert not plan_of(drop(1, 4), drop(0)).native  # counts differ
     assert not plan_of(drop(1, 4)).native  # the other layer keeps all
-    assert not plan_of(keep_only(6, range(4), Slot("constant")), keep_only(6, range(4), "constant")).native
+    assert not plan_of(keep_only(6, range(4), Slot("constant")), keep_only(6, range(4), Slot("constant"))).native
 
 
 def test_untouched_layers_are_left_out_of_what_the_model_runs() -> None:
@@ -273,7 +278,8 @@ def test_error_in_a_layer_names_file_and_layer(tmp_path: Path) -> None:
     with pytest.raises(PlanError) as refusal:
         Plan.load(file)
     assert str(refusal.value) == (
-        f"{file}, model.layers.1: slots [2] are not named; each of 6 needs keep, drop, constant or remap"
+        f"{file}, model.layers.1: slots [2] are not named; "
+        "each of 6 needs one of keep, drop, constant, linear, merged, remap"
     )
 
 

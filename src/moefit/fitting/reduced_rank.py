@@ -8,7 +8,7 @@ Shapes: T tokens, D model width, r rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -119,32 +119,32 @@ class Regression:
         return LinearMap(mean_in=self.mean_in, mean_out=self.mean_out, inner=inner, outer=outer.T)
 
 
-def shared_inputs(problems: Sequence[Regression], width: int, rank: int, ridge: float) -> torch.Tensor:
+def shared_inputs(problems: Iterable[Regression], width: int, rank: int, ridge: float) -> torch.Tensor:
     """Return one input factor for the maps of several experts, the most telling direction first, float64 [D, r].
 
     There is no closed form for inputs that differ; this one is exact when all problems see the same inputs: with C the
     inputs of all of them together = L L^T, A = L^-T U with U the leading eigenvectors of sum_e Q_e L^-1 M_e M_e^T L^-T.
 
     Args:
-        problems: the regressions; none gives zeros.
+        problems: the regressions, each let go when the next is asked for; none gives zeros.
         width: D.
         rank: r.
         ridge: share of the mean diagonal of C that is added to it.
     """
-    total = sum(problem.total for problem in problems)
-    if not total:
-        return torch.zeros(width, rank, dtype=torch.float64)
-    gram = torch.zeros(width, width, dtype=torch.float64, device=problems[0].x_TD.device)
-    energy = torch.zeros_like(gram)
+    gram, energy = torch.zeros(2, width, width, dtype=torch.float64)
     for problem in problems:
-        share, cross = problem.total / total, (problem.x_TD.T @ problem.y_TD).double()
-        gram += share * (problem.x_TD.T @ problem.x_TD).double()
-        energy += share * (cross @ cross.T)
+        cross = (problem.x_TD.T @ problem.y_TD).double()
+        gram += problem.total * (problem.x_TD.T @ problem.x_TD).double().cpu()
+        energy += problem.total * (cross @ cross.T).cpu()
+    if not bool(gram.any()):
+        return torch.zeros(width, rank, dtype=torch.float64)
     factor = _cholesky(gram, max(ridge, 1e-12) * float(gram.diagonal().mean()))
     half = torch.linalg.solve_triangular(factor, energy, upper=False)
     white = torch.linalg.solve_triangular(factor, half.T, upper=False)
     leading = torch.linalg.eigh((white + white.T) / 2).eigenvectors.flip(1)[:, :rank]
-    return torch.linalg.solve_triangular(factor.T, leading, upper=True)
+    inner = torch.linalg.solve_triangular(factor.T, leading, upper=True)
+    # Of the size of the inputs' inverse, whatever the weights sum to: numbers that a half type holds too.
+    return inner / inner.norm(dim=0).clamp_min(1e-300)
 
 
 def _cholesky(gram: torch.Tensor, ridge: float) -> torch.Tensor:

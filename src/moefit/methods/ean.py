@@ -1,4 +1,9 @@
-"""EAN pruning: expert activation norm (a baseline of arXiv:2510.13999)."""
+"""EAN pruning: expert activation norm (a baseline of arXiv:2510.13999).
+
+Published: keep the experts with the largest sum of output norms over the tokens routed to them.
+
+Here: the same, on the routing that the model really did.
+"""
 
 from moefit.methods.choose import drop_lowest
 from moefit.methods.registry import method

@@ -1,4 +1,10 @@
-"""Frequency pruning, hard and soft (the baselines of arXiv:2510.13999)."""
+"""Frequency pruning, hard and soft (the baselines of arXiv:2510.13999).
+
+Published: keep the experts that most tokens are routed to, or those with the largest sum of gates.
+
+Here: the same, on the routing that the model really did: indices and gates are taken where the experts are called, so
+routers with biases, groups or sigmoids count as they choose.
+"""
 
 from moefit.methods.choose import drop_lowest
 from moefit.methods.registry import method

@@ -42,15 +42,15 @@ def build(layer: LayerView, plan: LayerPlan, *, ridge: float, shrinkage: float, 
     constant = novices(layer, "optimal", shrinkage)[numbers]
     if not any(ranks):
         return {"constant": constant}
-    problems = {number: _regression(layer, number) for number, rank in zip(numbers, ranks, strict=True) if rank}
-    found = [problem for problem in problems.values() if problem is not None]
-    width = layer.sample.hidden.shape[1]
-    common = shared_inputs(found, width, max(ranks), ridge) if plan.shared_input else None
+    width, common = layer.sample.hidden.shape[1], None
+    if plan.shared_input:
+        every = (_regression(layer, number) for number, rank in zip(numbers, ranks, strict=True) if rank)
+        common = shared_inputs((found for found in every if found), width, max(ranks), ridge)
     inputs, outputs, scarce = [], [], []
     for at, (number, rank) in enumerate(zip(numbers, ranks, strict=True)):
         if not rank:
             continue
-        problem = problems[number]
+        problem = _regression(layer, number)
         inner, outer, mean = _factors(problem, rank, ridge, common, layer)
         if problem is None or len(problem.x_TD) < rank:
             scarce.append(number)

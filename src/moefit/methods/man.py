@@ -1,4 +1,10 @@
-"""MAN and MSAN pruning: gate-free mean activation norms (arXiv:2606.15716)."""
+"""MAN and MSAN pruning: gate-free mean activation norms (arXiv:2606.15716).
+
+Published: keep the experts with the largest mean norm, or mean squared norm, of their outputs on the tokens routed to
+them; gates do not enter.
+
+Here: the same, from the abstract: the full text was not at hand.
+"""
 
 from moefit.methods.choose import drop_lowest
 from moefit.methods.registry import method

@@ -84,3 +84,23 @@ def clustered(
     else:
         centres = nearest(torch.cdist(features, features), protected)
     return merge_into(centres, count.tolist(), unchanged=layer.protected)
+
+
+def output_gram(layer: LayerView, tokens: int, gate_TE: torch.Tensor | None = None) -> torch.Tensor:
+    """Return sum_t g_ti g_tj <f_i(x_t), f_j(x_t)> of each pair of experts, all on the same tokens, float64 [E, E].
+
+    Args:
+        layer: the layer.
+        tokens: how many sampled tokens, routed to an expert or not.
+        gate_TE: factor on each expert's output, 1 when None.
+    """
+    gram = torch.zeros(layer.num_experts, layer.num_experts, dtype=torch.float64)
+    for token in torch.arange(min(tokens, len(layer.sample.hidden))).split(128):
+        x_TD = layer.sample.hidden[token]
+        rows = []
+        for expert in range(layer.num_experts):
+            output = layer.experts.outputs(expert, x_TD).float()
+            rows.append((output if gate_TE is None else output * gate_TE[token, expert, None].to(output)).flatten())
+        outputs = torch.stack(rows)
+        gram += (outputs @ outputs.T).double().cpu()
+    return gram

@@ -1,4 +1,9 @@
-"""Random pruning: the floor that every method must stand above."""
+"""Random pruning: the floor that every method must stand above.
+
+Published: a baseline of many papers; the experts of each layer that stay are drawn at random.
+
+Here: the same, by seed and layer, so that a plan can be made again.
+"""
 
 import torch
 

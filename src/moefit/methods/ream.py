@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from moefit.fitting.align import match, neuron_distance, neuron_weights
 from moefit.methods.choose import drop_lowest
-from moefit.methods.merge import Matrices, averages
+from moefit.methods.merge import Matrices, averages, output_gram
 from moefit.methods.registry import AtLeast, method
 from moefit.planning.slots import LayerPlan, Slot, merge_into
 from moefit.planning.view import LayerView
@@ -83,15 +83,8 @@ def _likeness(layer: LayerView, tokens: int) -> torch.Tensor:
 
     Gated outputs are those of all experts on the same tokens, each times the router's probability of the expert.
     """
-    sample = layer.sample
-    logits = sample.logits[:tokens].double()
-    probability = logits.softmax(1)
-    gated = torch.zeros(layer.num_experts, layer.num_experts, dtype=torch.float64)
-    outputs = [layer.experts.outputs(expert, sample.hidden[:tokens]).float() for expert in range(layer.num_experts)]
-    for one, mine in enumerate(outputs):
-        for other in range(one, layer.num_experts):
-            dot = (mine * outputs[other]).sum(1).double().cpu()
-            gated[one, other] = gated[other, one] = (dot * probability[:, one] * probability[:, other]).sum()
+    logits = layer.sample.logits[:tokens].double()
+    gated = output_gram(layer, tokens, logits.softmax(1))
     norm = gated.diagonal().clamp_min(1e-300).sqrt()
     columns = F.normalize(logits, dim=0)
     return (gated / norm[:, None] / norm + columns.T @ columns) / 2

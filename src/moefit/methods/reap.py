@@ -1,4 +1,10 @@
-"""REAP: router-weighted expert activation pruning (arXiv:2510.13999)."""
+"""REAP: router-weighted expert activation pruning (arXiv:2510.13999).
+
+Published: keep the experts with the largest mean of gate times output norm over the tokens routed to them.
+
+Here: the same, with the gate that the model used. The released code recomputes routing as softmax and top-k, which is
+not what sigmoid, biased or group-limited routers do.
+"""
 
 from moefit.methods.choose import drop_lowest
 from moefit.methods.registry import method

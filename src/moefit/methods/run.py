@@ -128,7 +128,7 @@ def outline_plan(
         _refuse_uneven(budget, method, facts.groups.count)
         planned = at({stack.prefix: budget.kept(stack.num_experts) for stack in stacks})
     else:
-        planned = _within(budget.size, facts, stacks, at)
+        planned = _within(budget.size, facts, stacks, at, uniform=method.removed == "drop")
     for stack in stacks:
         inside = {expert for layer, expert in protect if layer == stack.index}
         groups = facts.groups.count if method.removed == "drop" else 1
@@ -223,11 +223,15 @@ def _outline(method: Method, parameters: Mapping[str, Any], stack: Stack, keep: 
     return keep_only(experts, kept, Slot("drop"))
 
 
-def _within(size: int, facts: ModelFacts, stacks: Sequence[Stack], at: Any) -> dict[str, LayerPlan]:
-    """Return the outline with the most experts a layer whose checkpoint has at most `size` bytes."""
+def _within(size: int, facts: ModelFacts, stacks: Sequence[Stack], at: Any, uniform: bool) -> dict[str, LayerPlan]:
+    """Return the outline with the most experts a layer whose checkpoint has at most `size` bytes.
 
-    def planned(keep: int) -> dict[str, LayerPlan]:
-        return at({stack.prefix: min(keep, stack.num_experts) for stack in stacks})
+    Unless counts must be uniform, the first layers keep one more, as far as the bytes reach: what goes wrong there goes
+    through all the others.
+    """
+
+    def planned(keep: int, more: int = 0) -> dict[str, LayerPlan]:
+        return at({s.prefix: min(keep + (number < more), s.num_experts) for number, s in enumerate(stacks)})
 
     def works(keep: int) -> bool:
         try:
@@ -246,7 +250,8 @@ def _within(size: int, facts: ModelFacts, stacks: Sequence[Stack], at: Any) -> d
             f"--size {size:,} bytes: with {least} experts in each layer, the fewest that work, there are still "
             f"{nbytes:,} bytes; ask for at least that"
         )
-    return planned(max(fitting))
+    more = range(1 if uniform else len(stacks))
+    return planned(max(fitting), max(n for n in more if planned_nbytes(facts, planned(max(fitting), n)) <= size))
 
 
 def _plan_unrun(stack: Stack, keep: int, groups: int, weights: ExpertWeights) -> LayerPlan:

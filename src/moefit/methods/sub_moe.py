@@ -15,8 +15,7 @@ from typing import Annotated
 import torch
 
 from moefit.fitting.cluster import k_means
-from moefit.methods.hc_smoe import mean_outputs
-from moefit.methods.merge import Matrices, average, clustered, stacked
+from moefit.methods.merge import Matrices, average, clustered, output_gram, stacked
 from moefit.methods.registry import AtLeast, method
 from moefit.planning.slots import LayerPlan
 from moefit.planning.view import LayerView
@@ -60,7 +59,10 @@ def sub_moe(
         tokens: sampled tokens that every expert is run on.
         seed: for the first centres of k-means.
     """
-    return clustered(layer, keep, mean_outputs(layer, tokens), lambda rows, count: k_means(rows, count, seed))
+    # Points with the distances that the outputs over all tokens have, in E dimensions: G = U S U^T, rows of U S^(1/2)
+    values, vectors = torch.linalg.eigh(output_gram(layer, tokens))
+    points = vectors * values.clamp_min(0).sqrt()
+    return clustered(layer, keep, points, lambda rows, count: k_means(rows, count, seed))
 
 
 def _projected(mean: torch.Tensor, members: torch.Tensor, share: float) -> torch.Tensor:

@@ -12,7 +12,7 @@ from moefit.calibration.folder import Calibration
 from moefit.checkpoint.anatomy import Anatomy
 from moefit.checkpoint.weights import ExpertWeights
 from moefit.errors import PlanError, did_you_mean
-from moefit.methods.registry import find_method
+from moefit.methods.registry import METHODS, find_method
 from moefit.methods.run import view_of
 from moefit.planning.plan import Plan, calibration_hash
 from moefit.planning.view import LayerView
@@ -43,9 +43,10 @@ def check_calibration(plan: Plan, calibration: Calibration | None, propagate: Pr
     method = find_method(plan.method)
     kinds = {slot.kind for layer in plan.layers.values() for slot in layer.slots} & {"constant", "linear", "merged"}
     if lost := sorted(kinds - method.builds):
+        able = ", ".join(name for name, other in sorted(METHODS.items()) if lost[0] in other.builds)
         raise PlanError(
             f"the plan has {lost[0]} slots, which method {plan.method!r} does not compute; set its method to one that "
-            "does"
+            f"does: {able}"
         )
     method.resolve(plan.parameters)
     if calibration is None:
