@@ -26,7 +26,10 @@ BEST_MERGE = {"fit": "ridge", "target": "gated", "features": "best"}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mergemoe, ridge, gated, centre": ("mergemoe", BEST_MERGE | {"features": "centre"}),
     "mergemoe, ridge, gated, best features": ("mergemoe", BEST_MERGE),
-    "mergemoe, best, clusters by outputs": ("mergemoe", BEST_MERGE | {"cluster": "outputs", "tokens": 64}),
+    "mergemoe, ridge, gated, centre, by outputs": (
+        "mergemoe",
+        BEST_MERGE | {"features": "centre", "cluster": "outputs"},
+    ),
     "linear, rank 32": ("linear", {"rank": 32}),
     "linear, rank 32, chosen": ("linear", {"rank": 32, "ranks": "chosen"}),
 }

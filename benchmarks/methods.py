@@ -13,11 +13,15 @@ import statistics
 import tempfile
 import time
 import warnings
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 import moefit
 from measure import provenance
@@ -77,6 +81,45 @@ def measure(row: tuple, ratio: str, calibration: moefit.Calibration, reference: 
     }
 
 
+@dataclass(frozen=True)
+class Job:
+    """What every cell is measured on; called with a seed and a ratio in a process of its own."""
+
+    model: str
+    calibration_data: str
+    heldout_data: str
+    scratch: Path
+    rows: tuple
+
+    def __call__(self, seed: int, ratio: str) -> list[dict]:
+        """Return the cells of all rows."""
+        torch.set_num_threads(1)
+        warnings.simplefilter("ignore", moefit.MoefitWarning)
+        logging.disable_progress_bar()
+        calibration, reference = self.calibration(seed), self.reference()
+        cells = []
+        with torch.no_grad():
+            for row in self.rows:
+                cells.append(measure(row, ratio, calibration, reference, self.model) | {"seed": seed})
+                print(json.dumps(cells[-1]), flush=True)
+        return cells
+
+    def calibration(self, seed: int) -> moefit.Calibration:
+        """Calibrate, or open what was calibrated."""
+        text = moefit.TextOptions(data=(self.calibration_data,), sequences=128, length=256, seed=seed, batch_size=16)
+        sample = moefit.SampleOptions(tokens=128 * 256, seed=seed)
+        return moefit.calibrate(self.model, self.scratch / f"calibration-{seed}", text=text, sample=sample)
+
+    def reference(self, *, record: bool = False) -> Reference:
+        """Return the original's predictions on the whole held-out file."""
+        text = moefit.TextOptions(data=(self.heldout_data,), sequences=None, length=256, batch_size=8)
+        batches = moefit.read_batches(text, AutoTokenizer.from_pretrained(self.model))
+        reference = Reference(self.scratch / "reference", batches)
+        if record:
+            reference.record(AutoModelForCausalLM.from_pretrained(self.model, dtype="float32").eval())
+        return reference
+
+
 def means(cells: list[dict]) -> list[dict]:
     """Return one entry for each row and ratio: means over the seeds, and the lowest and highest KL."""
     entries = []
@@ -108,29 +151,20 @@ def main() -> None:
     parser.add_argument("--calibration-data", default=str(REFERENCE / "calibration.jsonl"))
     parser.add_argument("--heldout-data", default=str(REFERENCE / "heldout.jsonl"))
     parser.add_argument("--seeds", type=int, default=3, help="calibration seeds (default %(default)s)")
+    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each (default %(default)s)")
     parser.add_argument("--rows", help="only rows whose name holds one of these words, by comma")
     parser.add_argument("--json", type=Path, help="write every number to this file")
     options = parser.parse_args()
     wanted = options.rows.split(",") if options.rows else [""]
     rows = [row for row in ROWS if any(word in row[0] for word in wanted)]
-    warnings.simplefilter("ignore", moefit.MoefitWarning)
-    cells: list[dict] = []
-    with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
-        heldout = moefit.TextOptions(data=(options.heldout_data,), sequences=None, length=256, batch_size=4)
-        batches = moefit.read_batches(heldout, AutoTokenizer.from_pretrained(options.model))
-        original = AutoModelForCausalLM.from_pretrained(options.model, dtype="float32").eval()
-        reference = Reference(Path(scratch) / "reference", batches).record(original)
+    with tempfile.TemporaryDirectory() as scratch:
+        job = Job(options.model, options.calibration_data, options.heldout_data, Path(scratch), tuple(rows))
+        job.reference(record=True)
         for seed in range(options.seeds):
-            text = moefit.TextOptions(
-                data=(options.calibration_data,), sequences=128, length=256, seed=seed, batch_size=16
-            )
-            sample = moefit.SampleOptions(tokens=128 * 256, seed=seed)
-            folder = Path(scratch) / f"calibration-{seed}"
-            calibration = moefit.calibrate(options.model, folder, text=text, sample=sample)
-            for row in rows:
-                for ratio in RATIOS:
-                    cells.append(measure(row, ratio, calibration, reference, options.model) | {"seed": seed})
-                    print(json.dumps(cells[-1]), flush=True)
+            job.calibration(seed)
+        parts = [(seed, ratio) for seed in range(options.seeds) for ratio in RATIOS]
+        with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
+            cells = [cell for some in pool.map(job, *zip(*parts, strict=True)) for cell in some]
     print("\n".join(map(line, means(cells))))
     if options.json is not None:
         options.json.write_text(json.dumps({"about": provenance(), "rows": means(cells)}, indent=1) + "\n")

@@ -29,7 +29,13 @@ from moefit.runtime.experts import CompressedExperts
 
 IMPLEMENTATIONS = ("eager", "grouped_mm")
 APPLIED = (("mone", "50%"), ("reap", "25%"))
-SERVED = (("mone", "50%"), ("conmoe", "50%"), ("reap", "50%"))
+SERVED: tuple[tuple[str, str, dict], ...] = (
+    ("mone", "50%", {}),
+    ("linear", "50%", {"rank": 32}),
+    ("conmoe", "50%", {}),
+    ("reap", "50%", {}),
+)
+STAGES = ("mone", "conmoe", "reap")
 
 
 @dataclass(frozen=True)
@@ -136,19 +142,19 @@ def serving_speed(checkpoint: Path, calibration: Path, turns: int, prompt: int, 
     """Compare compressed and original: prefill of one prompt and decoding from it, float32, without the head.
 
     Ratios are of tokens a second, above 1 when the compressed model is faster. Beside each stands the share of the
-    experts' operations that is left, from the routing of this very prompt, and the ratio that follows for the layers'
-    matrix products, of which attention's projections stay.
+    expert runs that is left, from the routing of this very prompt, and the ratio that follows for the layers' matrix
+    products, of which attention's projections stay.
     """
     opened = moefit.Calibration.open(calibration)
     original: Any = load_model(checkpoint, dtype=torch.float32, device="cpu")
     ids = random_ids(1, prompt, original.config.vocab_size)
-    for method, remove in SERVED:
-        plan = moefit.make_plan(opened, method, moefit.Budget.parse(remove=remove))
+    for method, remove, parameters in SERVED:
+        plan = moefit.make_plan(opened, method, moefit.Budget.parse(remove=remove), parameters=parameters)
         small = load_model(checkpoint, dtype=torch.float32, device="cpu")
         # A plan of the checkpoint fits the model that was loaded from it.
         moefit.apply(plan, small, calibration=opened)
         share = live_share(small, ids)
-        note = f"expert operations {share:.2f}, so {expected_speed(original, share):.2f}"
+        note = f"expert runs {share:.2f}, so {expected_speed(original, small, share):.2f}"
         for name in IMPLEMENTATIONS:
             for model in (original, small):
                 model.set_experts_implementation(name)
@@ -205,13 +211,16 @@ def live_share(model: Any, ids: torch.Tensor) -> float:
     return live / routed
 
 
-def expected_speed(model: Any, share: float) -> float:
-    """Return all products of the original's layers over those that are left when a share of the experts' is."""
+def expected_speed(model: Any, small: Any, share: float) -> float:
+    """Return all products of the original's layers over those of the compressed ones, when a share of the experts' runs
+    is left: in prefill, where linear maps of stand-ins are two thin products over all of a layer's.
+    """
     layers = model.get_decoder().layers
     dense = sum(module.weight.numel() for module in layers.modules() if isinstance(module, torch.nn.Linear))
     stacks = sum(p.numel() for name, p in layers.named_parameters() if name.split(".")[-2] == "experts")
     experts = stacks * model.config.num_experts_per_tok // model.config.num_experts
-    return (dense + experts) / (dense + share * experts)
+    maps = sum(p.numel() for name, p in small.named_parameters() if ".linear_" in name)
+    return (dense + experts) / (dense + share * experts + maps)
 
 
 def stage_peaks(checkpoint: Path, work: Path, tokens: int, length: int) -> tuple[dict[str, float], Path]:
@@ -219,7 +228,7 @@ def stage_peaks(checkpoint: Path, work: Path, tokens: int, length: int) -> tuple
     calibration, peaks = work / "calibration", {}
     command = calibrate_command(checkpoint, calibration, tokens=tokens, batch_tokens=tokens, length=length)
     peaks["calibrate --stream"] = run_process(command).peak_bytes / 1e9
-    for method, remove in SERVED:
+    for method, remove in ((name, "50%") for name in STAGES):
         plan, out = work / f"{method}.json", work / method
         peaks[f"plan {method} {remove}"] = run_process(plan_command(calibration, plan, method, remove)).peak_bytes / 1e9
         command = apply_command(checkpoint, plan, out, calibration)
@@ -244,12 +253,13 @@ def measure_all(work: Path, options: argparse.Namespace) -> dict[str, Any]:
         print(f"{name:44} {peak:6.2f} GB at most", flush=True)
     print(f"{'ratio':44} median [low, high]     seconds of both sides  goal", flush=True)
     ratios: list[Ratio] = []
-    for part in (
-        lambda: apply_cost(checkpoint, calibration, work, options.turns),
-        lambda: calibration_cost(checkpoint, work, options.turns, 4, options.length),
-        lambda: serving_speed(checkpoint, calibration, options.turns, options.length, options.new_tokens),
-    ):
-        for ratio in part():
+    parts = {
+        "apply": lambda: apply_cost(checkpoint, calibration, work, options.turns),
+        "calibrate": lambda: calibration_cost(checkpoint, work, options.turns, 4, options.length),
+        "serve": lambda: serving_speed(checkpoint, calibration, options.turns, options.length, options.new_tokens),
+    }
+    for name in options.parts.split(","):
+        for ratio in parts[name]():
             ratios.append(ratio)
             print(ratio.row(), flush=True)
     return {"about": about, "peaks_gb": peaks, "ratios": [asdict(ratio) for ratio in ratios]}
@@ -262,6 +272,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=1024, help="tokens of a sequence (default %(default)s)")
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens to decode (default %(default)s)")
     parser.add_argument("--turns", type=int, default=7, help="turns of each ratio (default %(default)s)")
+    parser.add_argument("--parts", default="apply,calibrate,serve", help="what to measure (default %(default)s)")
     parser.add_argument("--workdir", type=Path, help="where a temporary folder of 6 GB goes (default: the system's)")
     parser.add_argument("--json", type=Path, help="write the numbers to this file")
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Compress the reference model with four methods at two ratios, from one calibration, and print what each one cost.
+"""Compress the reference model with six methods at two ratios, from one calibration, and print what each one cost.
 
 Takes a minute or two on two CPU cores and needs no network. The same steps serve a real model: give its folder or hub
 name with --model, and text of your own.
@@ -21,8 +21,10 @@ from moefit.evaluation.fidelity import Reference
 HERE = Path(__file__).parent / "reference-moe"
 OPTIMAL = {"score": "exact", "novice": "optimal"}
 FUNCTIONAL = {"distance": "functional"}
+FITTED = {"fit": "ridge", "target": "gated", "features": "best", "cluster": "outputs"}
 # name in the table, method, parameters
-PUBLISHED: list[tuple[str, str, dict]] = [(name, name, {}) for name in ("frequency", "reap", "mone", "conmoe")]
+SHORT: list[tuple[str, str, dict]] = [(name, name, {}) for name in ("frequency", "reap", "mone", "conmoe")]
+SHORT += [("mergemoe, best parameters", "mergemoe", FITTED), ("linear", "linear", {})]
 EVERYTHING = [
     *((name, name, {}) for name in ("random", "frequency", "soft_frequency", "ean", "man", "msan", "reap", "mone")),
     ("mone, zero vectors", "mone", {"novice": "zero"}),
@@ -31,6 +33,9 @@ EVERYTHING = [
     ("conmoe", "conmoe", {}),
     ("conmoe, functional", "conmoe", FUNCTIONAL),
     ("conmoe, functional and scaled", "conmoe", FUNCTIONAL | {"scale": True}),
+    *((name, name, {}) for name in ("m_smoe", "hc_smoe", "sub_moe", "ream", "mergemoe")),
+    ("mergemoe, best parameters", "mergemoe", FITTED),
+    *((f"linear, rank {rank}", "linear", {"rank": rank}) for rank in (4, 8, 16)),
 ]
 RATIOS = ("25%", "50%")
 
@@ -61,7 +66,7 @@ def main() -> None:
         table = Table("removed", "method", "size", "perplexity", "KL, nats", "95% interval", "top-1", box=None)
         original = calibration.model.nbytes
         for ratio in RATIOS:
-            for name, method, parameters in EVERYTHING if options.all else PUBLISHED:
+            for name, method, parameters in EVERYTHING if options.all else SHORT:
                 console.print(f"{name}, {ratio} removed", style="dim")
                 budget = moefit.Budget.parse(remove=ratio)
                 plan = moefit.make_plan(calibration, method, budget, parameters=parameters)

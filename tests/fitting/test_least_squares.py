@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moefit.fitting.least_squares import RIDGES, Normal, pseudo_inverse, ridge
+from moefit.fitting.least_squares import RIDGES, Normal, pseudo_inverse, ridge, ridge_errors
 
 
 def draw(tokens: int, neurons: int = 5, width: int = 3, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -56,6 +56,17 @@ def test_the_ridge_solves_what_it_says() -> None:
     penalty = 0.2**0.5 * torch.diag(scale)
     stacked = torch.linalg.lstsq(torch.cat([features, penalty]), torch.cat([target, penalty @ prior.T])).solution.T
     torch.testing.assert_close(ridge(normal_of(features, target), prior, 0.2), stacked, rtol=1e-9, atol=1e-9)
+
+
+def test_errors_of_many_ridges_are_those_of_each() -> None:
+    features, target = draw(40)
+    features[:, 1] = 0  # a dead neuron
+    fit, choose = normal_of(features[:30], target[:30]), normal_of(features[30:], target[30:])
+    prior = torch.randn(3, 5, dtype=torch.float64)
+    found = ridge_errors(fit, choose, prior, RIDGES)
+    expected = [choose.error(ridge(fit, prior, strength)) for strength in RIDGES]
+    assert found == pytest.approx(expected, rel=1e-9)
+    assert ridge_errors(Normal.zeros(3, 5), choose, prior, [1.0]) == [choose.error(prior)]
 
 
 def test_weights_are_repetitions() -> None:

@@ -7,6 +7,7 @@ Shapes: T tokens, F expert width, D model width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -86,18 +87,38 @@ def ridge(normal: Normal, prior: torch.Tensor, strength: float) -> torch.Tensor:
         prior: W0; also what columns of dead neurons become, [D, F].
         strength: lambda; towards infinity the prior, towards 0 least squares.
     """
-    gram, prior = (normal.gram + normal.gram.T) / 2, prior.to(normal.gram)
-    diagonal = gram.diagonal()
-    live = (diagonal > DEAD * diagonal.mean()).nonzero().flatten()
+    prior = prior.to(normal.gram)
+    live, scale, unit, residual = _scaled(normal, prior)
     solution = prior.clone()
-    if not len(live):
-        return solution
-    scale = diagonal[live].sqrt()
     # W = W0 + (R - W0 G) S^-1 (S^-1 G S^-1 + lambda I)^-1 S^-1
-    unit = gram[live][:, live] / scale[:, None] / scale
-    residual = (normal.cross - prior @ gram)[:, live] / scale
-    solution[:, live] += _solve(unit, residual.T, strength).T / scale
+    if len(live):
+        solution[:, live] += _solve(unit, residual.T, strength).T / scale
     return solution
+
+
+def ridge_errors(fit: Normal, choose: Normal, prior: torch.Tensor, strengths: Sequence[float]) -> list[float]:
+    """Return the errors on some tokens of the ridge solutions fitted on others: one factorisation for all strengths.
+
+    Args:
+        fit: the problem that is solved.
+        choose: the tokens that the solutions are measured on.
+        prior: W0, [D, F].
+        strengths: values of lambda.
+    """
+    prior = prior.to(fit.gram)
+    live, scale, unit, residual = _scaled(fit, prior)
+    base = choose.error(prior)
+    if not len(live):
+        return [base] * len(strengths)
+    # With S^-1 G S^-1 = V diag(s) V^T the solution is W0 + D S^-1 with D = A diag(1 / (s + lambda)) V^T, A the residual
+    # times V, and its error that of W0 - 2 <D, C> + <D H, D>, C and H of the other tokens in the same scale.
+    values, vectors = torch.linalg.eigh(unit)
+    along = residual @ vectors
+    cross = ((choose.cross - prior @ choose.gram)[:, live] / scale) @ vectors
+    gram = vectors.T @ (choose.gram[live][:, live] / scale[:, None] / scale) @ vectors
+    linear, square = (along * cross).sum(0), (along.T @ along) * gram
+    inverses = [1 / (values.clamp_min(0) + strength) for strength in strengths]
+    return [base + float(inverse @ square @ inverse - 2 * linear @ inverse) for inverse in inverses]
 
 
 def pseudo_inverse(normal: Normal, cut: float = 1e-12) -> torch.Tensor:
@@ -110,6 +131,16 @@ def pseudo_inverse(normal: Normal, cut: float = 1e-12) -> torch.Tensor:
     values, vectors = torch.linalg.eigh((normal.gram + normal.gram.T) / 2)
     inverse = torch.where(values > cut * values.max(), 1 / values, torch.zeros_like(values))
     return (normal.cross @ vectors * inverse) @ vectors.T
+
+
+def _scaled(normal: Normal, prior: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the neurons that are alive, S, S^-1 G S^-1 and (R - W0 G) S^-1 of them."""
+    gram = (normal.gram + normal.gram.T) / 2
+    diagonal = gram.diagonal()
+    live = (diagonal > DEAD * diagonal.mean()).nonzero().flatten()
+    scale = diagonal[live].sqrt()
+    unit = gram[live][:, live] / scale[:, None] / scale
+    return live, scale, unit, (normal.cross - prior @ gram)[:, live] / scale
 
 
 def _solve(matrix: torch.Tensor, right: torch.Tensor, strength: float) -> torch.Tensor:

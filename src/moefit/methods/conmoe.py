@@ -156,26 +156,32 @@ def functional_distances(layers: Sequence[LayerView], tokens: int, scaled: bool)
     [0, 1.5], over tokens routed to e; c = 1 when not `scaled`. An expert without sampled tokens loses 1 everywhere and
     keeps scale 1. Experts are numbered through the layers; both results are float64 [E, E].
     """
-    owner = [(layer, expert) for layer in layers for expert in range(layer.num_experts)]
-    distances, scales = torch.ones(2, len(owner), len(owner), dtype=torch.float64)
-    distances.fill_diagonal_(0)
-    for number, (layer, expert) in enumerate(owner):
-        token, gate = (part[:tokens] for part in layer.routed(expert))
-        if not len(token):
-            continue
-        x_TD, weight = layer.sample.hidden[token], gate.double().square()
-        own = layer.experts.outputs(expert, x_TD).double().cpu()
-        energy = (weight * own.square().sum(1)).sum().clamp_min(EPSILON)
-        for other, (home, theirs) in enumerate(owner):
-            if other == number:
-                continue
-            given = home.experts.outputs(theirs, x_TD).double().cpu()
-            product = (weight * (own * given).sum(1)).sum()
-            square = (weight * given.square().sum(1)).sum().clamp_min(EPSILON)
-            c = (product / square).clamp(0, 1.5) if scaled else torch.ones(())
-            distances[number, other] = (energy - 2 * c * product + c**2 * square) / energy
-            scales[number, other] = c
-    return distances, scales
+    experts = [(layer, expert) for layer in layers for expert in range(layer.num_experts)]
+    routed = [tuple(part[:tokens] for part in layer.routed(expert)) for layer, expert in experts]
+    owner = torch.cat([torch.full_like(token, number) for number, (token, _) in enumerate(routed)])
+    weight = torch.cat([gate for _, gate in routed]).double().square()
+    pairs = list(zip(experts, routed, strict=True))
+    x_TD = torch.cat([layer.sample.hidden[token] for (layer, _), (token, _) in pairs])
+    own_TD = torch.cat(
+        [layer.experts.outputs(expert, layer.sample.hidden[token]).float() for (layer, expert), (token, _) in pairs]
+    )
+
+    def summed(values_T: torch.Tensor) -> torch.Tensor:
+        """Return sum g^2 value over the tokens of each expert, float64 [E]."""
+        total = torch.zeros(len(experts), dtype=torch.float64)
+        return total.index_add_(0, owner, weight * values_T.double().cpu())
+
+    energy = summed(own_TD.square().sum(1))
+    reached, energy = energy > 0, energy.clamp_min(EPSILON)
+    distances, scales = torch.ones(2, len(experts), len(experts), dtype=torch.float64)
+    for number, (layer, expert) in enumerate(experts):
+        # One expert on the tokens of all: products of many rows.
+        given_TD = layer.experts.outputs(expert, x_TD).to(own_TD)
+        product, square = summed((own_TD * given_TD).sum(1)), summed(given_TD.square().sum(1))
+        c = (product / square.clamp_min(EPSILON)).clamp(0, 1.5) if scaled else torch.ones_like(product)
+        distances[:, number] = torch.where(reached, (energy - 2 * c * product + c**2 * square) / energy, 1.0)
+        scales[:, number] = torch.where(reached, c, 1.0)
+    return distances.clamp_min(0).fill_diagonal_(0), scales.fill_diagonal_(1)
 
 
 def _min_max(x: torch.Tensor) -> torch.Tensor:

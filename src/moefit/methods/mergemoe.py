@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from moefit.errors import MoefitWarning
 from moefit.fitting.align import match, neuron_distance
 from moefit.fitting.cluster import medoids, nearest
-from moefit.fitting.least_squares import RIDGES, Normal, pseudo_inverse, ridge
+from moefit.fitting.least_squares import RIDGES, Normal, pseudo_inverse, ridge, ridge_errors
 from moefit.methods.choose import top
 from moefit.methods.conmoe import functional_distances
 from moefit.methods.merge import Matrices, average, shares, stacked
@@ -37,7 +37,7 @@ from moefit.planning.view import LayerView
 BLOCK, MATCHED = 4096, 1024
 # Of so many tokens one chooses and is not fitted. With fewer tokens than so many times the neurons, every token chooses
 # for the fits that leave it out: folds.
-HELD_OUT, FOLDS, SCARCE = 8, 4, 8
+HELD_OUT, FOLDS, SCARCE = 8, 4, 4
 # What is better than the plain average by less than this over the number of tokens that choose may be so by chance.
 CHANCE = 4.0
 FEATURES = ("average", "aligned", "centre", "selected")
@@ -248,9 +248,8 @@ def _best(layer: LayerView, problem: Problem, features: Sequence[str]) -> Matric
         if not fitted:
             continue
         every = sum(normals[1:], normals[0])
-        for strength in RIDGES:
-            left = [choose.error(ridge(every - choose, one["down"], strength)) for choose in normals[:choosing]]
-            tried.append((sum(left), one, every, strength))
+        folds = [ridge_errors(every - choose, choose, one["down"], RIDGES) for choose in normals[:choosing]]
+        tried += [(sum(left), one, every, strength) for strength, *left in zip(RIDGES, *folds, strict=True)]
     plain, best = tried[0], min(tried, key=lambda candidate: candidate[0])
     margin = CHANCE / max(sum(int(part.sum()) for part in parts[:choosing]), 1)
     _, one, normal, strength = best if best[0] < plain[0] * (1 - margin) else plain
