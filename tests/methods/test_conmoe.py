@@ -131,5 +131,6 @@ def test_a_scope_of_one_is_the_layer_alone() -> None:
 
 def test_layers_of_other_shapes_cannot_share() -> None:
     layers = [layer_with(random_experts(4, 6, 5), [1.0] * 4), layer_with(random_experts(4, 6, 7), [1.0] * 4)]
-    with pytest.raises(moefit.PlanError, match="only layers of one shape can share"):
-        list(conmoe(layers, [2, 2], scope=2))
+    for distance in ("weights", "functional"):
+        with pytest.raises(moefit.PlanError, match="only layers of one shape can share"):
+            list(conmoe(layers, [2, 2], scope=2, distance=distance))

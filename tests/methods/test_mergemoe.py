@@ -1,6 +1,7 @@
 """MergeMoE: what is lossless, what is never worse, and the cliff that a ridge takes away."""
 
 import itertools
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -8,7 +9,9 @@ from hand import TinyExperts
 from test_merging import INNER, WIDTH, layer_with, random_experts, with_copy
 
 import moefit
+from families import tiny_model
 from moefit.calibration.statistics import Sample
+from moefit.checkpoint.anatomy import discover
 from moefit.methods.hc_smoe import build as build_average
 from moefit.methods.mergemoe import build, mergemoe
 from moefit.planning.slots import merge_into
@@ -125,3 +128,24 @@ def test_a_cluster_that_no_token_reached_is_the_average() -> None:
         with pytest.warns(moefit.MoefitWarning):
             built = build(layer, plan, **options)
         assert all(torch.isfinite(matrix).all() for matrix in built.values())
+
+
+@pytest.mark.parametrize("options", [PAPER, BEST], ids=["paper", "best"])
+def test_biases_are_fitted_with(options: dict) -> None:
+    """In a family with biases, clamped activations and interleaved projections, copies still merge without loss."""
+    model = tiny_model("gpt_oss")
+    layer = next(iter(discover(model.config, model).layers.values()))
+    module = model.get_submodule(layer.experts)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(std=0.5, generator=torch.Generator().manual_seed(parameter.dim()))
+            parameter[3] = parameter[0]
+    count, width = layer.num_experts, layer.width
+    view = routed_layer(random_experts(count), 400, 0)
+    view.open_experts = lambda: nullcontext(module)
+    view.read_sample().hidden = torch.randn(400, width, generator=torch.Generator().manual_seed(0))
+    built = build(view, merge_into([0, 1, 2, 0, *range(4, count)]), **options)
+    assert set(built) == {"gate", "up", "down", "gate_bias", "up_bias", "down_bias"}
+    x, one = view.sample.hidden, {name: stack[0] for name, stack in built.items()}
+    given = view.experts.hidden(one, x) @ one["down"].T + one["down_bias"]
+    torch.testing.assert_close(given, view.experts.outputs(0, x), rtol=1e-3, atol=1e-3)

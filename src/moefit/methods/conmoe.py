@@ -100,34 +100,31 @@ def _distances(
     layers: Sequence[LayerView], distance: str, scale: bool, tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return distance and slot scale of every pair (expert, answering expert) of a scope, float64 [E, E]."""
-    every = [layer.experts.matrices() for layer in layers] if distance == "weights" else []
-    by_weights = weight_distances(_together(layers, every)) if every else torch.empty(0)
+    matrices = _together(layers)
+    by_weights = weight_distances(matrices) if distance == "weights" else torch.empty(0)
     if distance == "weights" and not scale:
         return by_weights, torch.ones_like(by_weights)
     functional, scales = functional_distances(layers, tokens, scale)
     return by_weights if distance == "weights" else functional, scales if scale else torch.ones_like(scales)
 
 
-def _together(layers: Sequence[LayerView], every: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def _together(layers: Sequence[LayerView]) -> dict[str, torch.Tensor]:
     """Return the weight matrices of several layers as one stack.
 
     Raises:
         PlanError: the layers' experts have other shapes.
     """
-    first = {name: matrix.shape[1:] for name, matrix in every[0].items()}
+    every = [layer.experts.matrices() for layer in layers]
+    first = {name: list(matrix.shape[1:]) for name, matrix in every[0].items()}
     for layer, matrices in zip(layers, every, strict=True):
-        shapes = {name: matrix.shape[1:] for name, matrix in matrices.items()}
+        shapes = {name: list(matrix.shape[1:]) for name, matrix in matrices.items()}
         if shapes != first:
             raise PlanError(
                 f"scope={len(layers)}: layers {layers[0].index} and {layer.index} have experts of other shapes "
-                f"({[list(shape) for shape in first.values()]} and {[list(shape) for shape in shapes.values()]}); "
-                "only layers of one shape can share"
+                f"({list(first.values())} and {list(shapes.values())}); only layers of one shape can share"
             )
-    return {
-        name: torch.cat([matrices[name] for matrices in every]) if len(every) > 1 else every[0][name]
-        for name, shape in first.items()
-        if len(shape) == 2
-    }
+    names = [name for name, shape in first.items() if len(shape) == 2]
+    return {name: torch.cat([m[name] for m in every]) if len(every) > 1 else every[0][name] for name in names}
 
 
 def weight_distances(matrices: dict[str, torch.Tensor]) -> torch.Tensor:
