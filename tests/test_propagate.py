@@ -1,5 +1,6 @@
 """Fitting front to back: against a naive run of both models, in memory and streamed alike."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -69,6 +70,7 @@ def test_on_disk_as_in_memory(
     moefit.apply(plan, checkpoint(family), tmp_path / "out", verify=True, **options)
     assert open_checkpoint(tmp_path / "out").nbytes == plan.nbytes
     assert not (tmp_path / "out" / "built").exists()
+    assert json.loads((tmp_path / "out" / "moefit_provenance.json").read_text())["fitted_on"] == "compressed"
     expected = logits(moefit.apply(plan, load(checkpoint(family)), **options))
     torch.testing.assert_close(logits(load(tmp_path / "out")), expected, rtol=1e-3, atol=1e-4)
 

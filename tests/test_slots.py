@@ -14,7 +14,8 @@ from moefit.checkpoint.layout import Stack
 from moefit.errors import PlanError
 from moefit.planning.checks import check_plan
 from moefit.planning.plan import Plan
-from moefit.planning.slots import LayerPlan, Slot, SlotMap, keep_only
+from moefit.planning.slot_map import SlotMap
+from moefit.planning.slots import LayerPlan, Slot, keep_only
 
 # 0 and 3 keep their experts, 1 is dropped, 2 is a constant, 4 is answered by 3, 5 by 0 at half its gate.
 MIXED = LayerPlan(

@@ -160,7 +160,7 @@ def compress(
         **given,
     )
     fitted: dict[str, Any] = {"calibration": measured, "propagate": propagate, "device": device}
-    apply(plan, model, out, verify=True, progress=_part(progress, "apply"), **fitted, **written)
+    apply(plan, model, out, verify=True, progress=progress, **fitted, **written)
     return measured, plan
 
 

@@ -12,7 +12,7 @@ from moefit.checkpoint.anatomy import Anatomy, discover, tensors_of
 from moefit.checkpoint.files import DTYPES, Checkpoint, open_checkpoint
 from moefit.checkpoint.loader import StreamedModel, load_config
 from moefit.errors import CheckpointError
-from moefit.planning.slots import SlotMap
+from moefit.planning.slot_map import SlotMap
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -182,7 +182,7 @@ def apply(
     import moefit
 
     loaded = moefit.Plan.load(plan)
-    with output.progress("apply", of_bytes=True) as progress:
+    with output.stages() as progress:
         moefit.apply(
             loaded,
             model,

@@ -8,7 +8,14 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -56,10 +63,9 @@ def count(number: float) -> str:
 
 
 @contextmanager
-def progress(name: str, *, of_bytes: bool = False) -> Iterator[Callable[[int, int], None]]:
+def progress(name: str) -> Iterator[Callable[[int, int], None]]:
     """Give a function to call with (done, in all); the bar goes away when it is done."""
-    amount = DownloadColumn() if of_bytes else MofNCompleteColumn()
-    with _bar(amount) as bar:
+    with _bar(MofNCompleteColumn()) as bar:
         task = bar.add_task(name, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
@@ -67,7 +73,7 @@ def progress(name: str, *, of_bytes: bool = False) -> Iterator[Callable[[int, in
 @contextmanager
 def stages() -> Iterator[Callable[[str, int, int], None]]:
     """Give a function to call with (what is running, done, in all): one bar for each stage."""
-    with _bar(MofNCompleteColumn()) as bar:
+    with _bar(TaskProgressColumn()) as bar:
         tasks: dict[str, object] = {}
 
         def update(name: str, done: int, total: int) -> None:

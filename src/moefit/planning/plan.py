@@ -14,7 +14,8 @@ from typing import Any
 from moefit.calibration.folder import ModelFacts
 from moefit.checkpoint.files import DTYPES
 from moefit.errors import PlanError
-from moefit.planning.slots import LayerPlan, SlotMap
+from moefit.planning.slot_map import SlotMap
+from moefit.planning.slots import LayerPlan
 
 VERSION = 1
 

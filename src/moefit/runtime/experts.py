@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from moefit.checkpoint.anatomy import Anatomy, MoELayer
-from moefit.planning.slots import SlotMap
+from moefit.planning.slot_map import SlotMap
 
 # Buffers that follow from the map: it lives in config.json, so they are neither expected among weights nor saved.
 BUFFERS = ("slot_map", "slot_scale", "linear_rank", "linear_start", "linear_owner", "linear_input")

@@ -16,7 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moefit.checkpoint.anatomy import discover
 from moefit.errors import CheckpointError
-from moefit.planning.slots import SlotMap
+from moefit.planning.slot_map import SlotMap
 from moefit.runtime.experts import Change, CompressedExperts, reshape_model
 
 QUANT_METHOD = "moefit"

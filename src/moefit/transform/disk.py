@@ -6,6 +6,7 @@ import json
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,6 +34,7 @@ from moefit.transform.verify import verify_result
 PLAN_FILE, PROVENANCE_FILE = "moefit_plan.json", "moefit_provenance.json"
 # Tokenizer, generation config, chat template, licence and code.
 COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "LICENSE*", "LICENCE*", "NOTICE*")
+Progress = Callable[[str, int, int], None]
 WRITTEN_ANEW = {"config.json", "README.md", INDEX, PLAN_FILE, PROVENANCE_FILE}
 
 
@@ -49,7 +51,7 @@ def apply_to_checkpoint(
     verify: bool = False,
     propagate: Propagate = "original",
     device: str | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Path:
     """Write the compressed checkpoint that a plan describes.
 
@@ -66,7 +68,7 @@ def apply_to_checkpoint(
         propagate: what stand-ins and merged experts are fitted on: the inputs of their layer in the ``original`` model,
             or those that the ``compressed`` layers before it give.
         device: where they are computed; CUDA when there is one.
-        progress: called with (bytes written, bytes in all).
+        progress: called with ("fit", layers done, layers in all) and ("write", bytes done, bytes in all).
 
     Raises:
         CheckpointError: the original cannot be used.
@@ -85,14 +87,15 @@ def apply_to_checkpoint(
     stacks = find_stacks(checkpoint, anatomy, source.names)
     with new_folder(out, overwrite=overwrite, nbytes=plan.nbytes) as folder:
         scratch = folder / "built"
-        built = _build(plan, calibration, source, anatomy, stacks, scratch, propagate)
-        nbytes = write_shards(folder, plan_shards(plan, checkpoint, anatomy, stacks, built), progress)
+        built = _build(plan, calibration, source, anatomy, stacks, scratch, propagate, progress)
+        shards = plan_shards(plan, checkpoint, anatomy, stacks, built)
+        nbytes = write_shards(folder, shards, progress and partial(progress, "write"))
         shutil.rmtree(scratch, ignore_errors=True)
         assert nbytes == plan.nbytes, f"{nbytes} bytes written, {plan.nbytes} planned"
         _copy_others(checkpoint.folder, folder)
         _write_json(folder / "config.json", patched_config(checkpoint.config, config, plan, written))
         plan.save(folder / PLAN_FILE)
-        _write_json(folder / PROVENANCE_FILE, provenance(plan, checkpoint, calibration, written))
+        _write_json(folder / PROVENANCE_FILE, provenance(plan, checkpoint, calibration, written, propagate))
         (folder / "README.md").write_text(model_card(plan, checkpoint.folder, written))
         if verify:
             verify_result(folder, plan, trust_remote_code=trust_remote_code)
@@ -144,7 +147,9 @@ def plan_shards(
     return [shards[file] for file in sorted(shards)]
 
 
-def provenance(plan: Plan, checkpoint: Checkpoint, calibration: Calibration | None, written: str) -> dict:
+def provenance(
+    plan: Plan, checkpoint: Checkpoint, calibration: Calibration | None, written: str, propagate: Propagate
+) -> dict:
     """Return what the result was made from: versions, the original, the calibration."""
     return {
         "moefit": __version__,
@@ -153,6 +158,7 @@ def provenance(plan: Plan, checkpoint: Checkpoint, calibration: Calibration | No
         "calibration": None if calibration is None else calibration.fingerprint,
         "method": plan.method,
         "parameters": dict(plan.parameters),
+        "fitted_on": propagate if plan.built else None,
         "budget": plan.budget,
         "bytes": {"original": checkpoint.nbytes, "compressed": plan.nbytes},
     }
@@ -166,6 +172,7 @@ def _build(
     stacks: dict[str, DiskStack],
     scratch: Path,
     propagate: Propagate,
+    progress: Progress | None,
 ) -> dict[str, TensorInfo]:
     """Compute what the plan adds, layer by layer, into files beside the result; return where each tensor lies."""
     if not plan.built:
@@ -178,6 +185,8 @@ def _build(
         file = scratch / f"{layer:04d}.safetensors"
         save_tensors({n: t.cpu().to(DTYPES[by_index[layer].dtype]).contiguous() for n, t in named.items()}, file)
         found |= read_header(file)
+        if progress:
+            progress("fit", len(list(scratch.glob("*.safetensors"))), sum(p.built for p in plan.by_layer.values()))
     return found
 
 
