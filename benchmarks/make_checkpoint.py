@@ -1,4 +1,4 @@
-"""Write a checkpoint with the shapes of OLMoE-1B-7B and random weights, one tensor in memory at a time.
+"""Write a checkpoint with the shapes of OLMoE-1B-7B and random weights, one shard in memory at a time.
 
 The defaults give 16 layers of 64 experts in bfloat16, 13.8 GB in shards of 2 GB. The tokenizer is that of the reference
 model, whose ids are a part of the vocabulary, so `moefit calibrate` runs on real text. Norms are ones and every other
@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import zlib
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 
-from moefit.checkpoint.writer import Piece, new_folder, write_shards
+from moefit.checkpoint.files import INDEX
+from moefit.checkpoint.writer import new_folder, save_tensors
 
 REFERENCE = Path(__file__).resolve().parent.parent / "examples" / "reference-moe"
 
@@ -65,11 +66,15 @@ def make_checkpoint(
         "vocab_size": vocab,
     }
     shapes = dict(tensor_shapes(layers, experts, hidden, expert_width, vocab))
-    pieces = [
-        Piece(name, "BF16", shape, compute=partial(random_weight, name, shape, seed)) for name, shape in shapes.items()
-    ]
-    with new_folder(out, overwrite=overwrite, nbytes=sum(piece.nbytes for piece in pieces)) as folder:
-        write_shards(folder, into_shards(pieces, shard_bytes))
+    nbytes = {name: 2 * math.prod(shape) for name, shape in shapes.items()}
+    shards, weight_map = into_shards(nbytes, shard_bytes), {}
+    with new_folder(out, overwrite=overwrite, nbytes=sum(nbytes.values())) as folder:
+        for number, names in enumerate(shards, start=1):
+            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            save_tensors({name: random_weight(name, shapes[name], seed) for name in names}, folder / file)
+            weight_map |= dict.fromkeys(names, file)
+        index = {"metadata": {"total_size": sum(nbytes.values())}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copyfile(REFERENCE / name, folder / name)
@@ -104,16 +109,16 @@ def random_weight(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
     return torch.randn(shape, generator=generator).mul_(0.02).bfloat16()
 
 
-def into_shards(pieces: list[Piece], shard_bytes: int) -> list[list[Piece]]:
+def into_shards(nbytes: Mapping[str, int], shard_bytes: int) -> list[list[str]]:
     """Cut the tensors into shards of at most so many bytes (or one tensor)."""
-    shards: list[list[Piece]] = [[]]
+    shards: list[list[str]] = [[]]
     filled = 0
-    for piece in pieces:
-        if shards[-1] and filled + piece.nbytes > shard_bytes:
+    for name, size in nbytes.items():
+        if shards[-1] and filled + size > shard_bytes:
             shards.append([])
             filled = 0
-        shards[-1].append(piece)
-        filled += piece.nbytes
+        shards[-1].append(name)
+        filled += size
     return shards
 
 

@@ -26,7 +26,8 @@ from moefit.planning.plan import stand_in_nbytes
 from moefit.planning.slots import LayerPlan, Slot, keep_only
 from moefit.planning.view import LayerView
 
-HELD_OUT = 8
+# Of so many tokens one is held out; an expert with fewer tokens than so many times the width holds out each in turn.
+HELD_OUT, FOLDS, SCARCE = 8, 4, 8
 RANKS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
@@ -190,13 +191,17 @@ def _held_out_errors(layer: LayerView, expert: int, menu: Sequence[int], ridge: 
     An expert with too few tokens to hold some out is priced as one that only a constant can stand in for.
     """
     token, gate = layer.routed(expert)
-    held = token % HELD_OUT == HELD_OUT - 1
     constant = _error(layer, expert, 0, ridge)
-    fit = _regression(layer, expert, ~held)
-    if fit is None or not bool(held.any()):
-        return torch.full((len(menu),), constant, dtype=torch.float64)
-    weight = gate[held].double().square().to(layer.experts.device)
-    found = fit.solve(max(menu), ridge)
-    errors = found.errors(_inputs(layer, token[held]), layer.outputs(expert, token[held]), weight).cpu()
-    share = errors / errors[0].clamp_min(1e-300)
-    return constant * torch.stack([share[min(choice, len(share) - 1)] for choice in menu])
+    # Few tokens: each is held out once, in one of several fits.
+    scarce = len(token) < SCARCE * layer.sample.hidden.shape[1]
+    folds = [torch.arange(len(token)) % FOLDS == fold for fold in range(FOLDS)] if scarce else [token % HELD_OUT == 0]
+    total = torch.zeros(len(menu), dtype=torch.float64)
+    for held in folds:
+        fit = _regression(layer, expert, ~held)
+        if fit is None or not bool(held.any()):
+            continue
+        weight = gate[held].double().square().to(layer.experts.device)
+        found = fit.solve(max(menu), ridge)
+        errors = found.errors(_inputs(layer, token[held]), layer.outputs(expert, token[held]), weight).cpu()
+        total += torch.stack([errors[min(choice, len(errors) - 1)] for choice in menu])
+    return constant * total / total[0] if float(total[0]) > 0 else torch.full_like(total, constant)
