@@ -131,7 +131,7 @@ def means(cells: list[dict]) -> list[dict]:
                 entry = {"row": name, "method": method, "parameters": parameters, "propagate": propagate}
                 entry |= {"ratio": ratio} | {key: statistics.mean(cell[key] for cell in some) for key in keys}
                 entry |= {"low": min(cell["kl"] for cell in some), "high": max(cell["kl"] for cell in some)}
-                entries.append(entry | {"seeds": len(some)})
+                entries.append(entry | {"seeds": len(some), "commit": provenance()["commit"]})
     return entries
 
 

@@ -88,7 +88,7 @@ def linear(
     *,
     rank: Annotated[int, AtLeast(0)] = 8,
     ranks: Literal["given", "chosen"] = "given",
-    ridge: Annotated[float, AtLeast(0)] = 0.03,
+    ridge: Annotated[float, AtLeast(0)] = 0.01,
     shrinkage: Annotated[float, AtLeast(0)] = 0.0,
     shared: bool = False,
 ) -> LayerPlan:
