@@ -108,13 +108,13 @@ def test_shrinkage_pulls_to_the_layers_mean() -> None:
 
 
 def test_chosen_ranks_keep_the_budget_and_beat_the_given_one() -> None:
-    layer = layer_of_tokens(random_experts(8), tokens=3000)
+    layer = layer_of_tokens(random_experts(8), tokens=30000)
     given_plan = linear(layer, 4, rank=2)
     layer.nbytes = 4 * layer.expert_bytes + stand_in_nbytes([2] * 4, False, WIDTH, 4)
     plan = linear(layer, 4, rank=2, ranks="chosen")
     spent = len(plan.pool) * layer.expert_bytes + stand_in_nbytes(plan.ranks, False, WIDTH, 4)
     assert spent <= layer.nbytes
-    fresh = layer_of_tokens(layer.experts.module, tokens=1000, seed=7)
+    fresh = layer_of_tokens(layer.experts.module, tokens=10000, seed=7)
     totals = []
     for chosen in (plan, given_plan):
         built = build(layer, chosen, **DEFAULT)
