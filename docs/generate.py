@@ -29,7 +29,7 @@ experts of each layer go and what stands behind their slots. Parameters are give
 
 """
 MEASURED_HEAD = """
-Measured on the reference model ({machine}, torch {torch}, commit {commit}; `benchmarks/methods.py`): {seeds}
+Measured on the reference model ({machine}, torch {torch}, commits {commits}; `benchmarks/methods.py`): {seeds}
 calibration seeds of 128 x 256 tokens, KL(original || compressed) in nats a token on the whole held-out file, mean and
 range over the seeds. All rows of a ratio take at most the bytes that published MoNE writes at that ratio, stand-ins
 included; whole experts round down. Seconds are those of planning and building.
@@ -51,7 +51,9 @@ def methods_page() -> str:
     for name, found in sorted(moefit.METHODS.items()):
         lines.append(f"| [{name}](#{name}) | {found.summary} | {ANSWERS[found.removed]} | {found.paper or '-'} |")
     rows = measured["rows"]
-    lines += [MEASURED_HEAD.format(**measured["about"], seeds=max(row["seeds"] for row in rows)), *_table(rows)]
+    commits = " and ".join(dict.fromkeys(row["commit"] for row in rows))
+    seeds = max(row["seeds"] for row in rows)
+    lines += [MEASURED_HEAD.format(**measured["about"], seeds=seeds, commits=commits), *_table(rows)]
     for name, found in sorted(moefit.METHODS.items()):
         text = inspect.getdoc(found.function) or ""
         about = inspect.getdoc(inspect.getmodule(found.function)) or ""
