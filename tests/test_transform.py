@@ -164,3 +164,13 @@ def test_written_files_are_safetensors(source: Path, tmp_path: Path) -> None:
     for shard in open_checkpoint(out).shards:
         assert load_file(shard)
         assert (shard.stat().st_size - 8) % 4 == 0
+
+
+def test_constants_load_no_experts(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Novices come from sums alone: carrying them out must not cost the memory of a layer's weights."""
+    calibration = moefit.calibrate(
+        source, tmp_path / "calibration", text=[moefit.Batch.of(torch.randint(3, 99, (2, 12)))]
+    )
+    plan = moefit.make_plan(calibration, "mone", Budget.parse(keep=9))
+    monkeypatch.setattr("moefit.checkpoint.weights.ExpertWeights.open", lambda *_: pytest.fail("experts were opened"))
+    assert moefit.apply(plan, source, tmp_path / "out", calibration=calibration).is_dir()

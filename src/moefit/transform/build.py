@@ -75,7 +75,7 @@ def opened(
 
 
 def build_layer(plan: Plan, view: LayerView) -> Tensors:
-    """Return the tensors that a plan adds to one layer, in the dtype of the layer's weights.
+    """Return the tensors that a plan adds to one layer, in the dtype that they were computed in.
 
     Those of stand-ins have their own names (see `CompressedExperts`); those of merged experts have the names of the
     family's parameters, with a row for each merged expert in the order of the centres.
@@ -92,8 +92,8 @@ def build_layer(plan: Plan, view: LayerView) -> Tensors:
     stand_ins = {name: tensor for name, tensor in given.items() if name in STAND_IN_TENSORS}
     merged = {name: tensor for name, tensor in given.items() if name not in STAND_IN_TENSORS}
     assert bool(merged) == bool(layer.merged), f"{plan.method} planned {len(layer.merged)} merged experts"
-    tensors = stand_ins | (view.experts.packed(merged) if merged else {})
-    return {name: tensor.to(view.experts.dtype) for name, tensor in tensors.items()}
+    # Without merged experts the weights need not be loaded.
+    return stand_ins | (view.experts.packed(merged) if merged else {})
 
 
 def carry_out(model: nn.Module, anatomy: Anatomy, plan: Plan, layer: int, tensors: Mapping[str, torch.Tensor]) -> None:
