@@ -17,6 +17,7 @@ from typing import Annotated, Literal
 import torch
 
 from moefit.errors import MoefitWarning, PlanError
+from moefit.fitting.held_out import choosing
 from moefit.fitting.menu import cheapest
 from moefit.fitting.reduced_rank import Regression, shared_inputs
 from moefit.methods.choose import refuse_protected, top
@@ -26,8 +27,8 @@ from moefit.planning.plan import stand_in_nbytes
 from moefit.planning.slots import LayerPlan, Slot, keep_only
 from moefit.planning.view import LayerView
 
-# Of so many tokens one is held out; an expert with fewer tokens than so many times the width holds out each in turn.
-HELD_OUT, FOLDS, SCARCE = 8, 4, 8
+# With fewer tokens than so many times the width, an eighth of them is too few to choose by.
+SCARCE = 8
 RANKS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
@@ -192,11 +193,8 @@ def _held_out_errors(layer: LayerView, expert: int, menu: Sequence[int], ridge: 
     """
     token, gate = layer.routed(expert)
     constant = _error(layer, expert, 0, ridge)
-    # Few tokens: each is held out once, in one of several fits.
-    scarce = len(token) < SCARCE * layer.sample.hidden.shape[1]
-    folds = [torch.arange(len(token)) % FOLDS == fold for fold in range(FOLDS)] if scarce else [token % HELD_OUT == 0]
     total = torch.zeros(len(menu), dtype=torch.float64)
-    for held in folds:
+    for held in choosing(token, SCARCE * layer.sample.hidden.shape[1]):
         fit = _regression(layer, expert, ~held)
         if fit is None or not bool(held.any()):
             continue

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from moefit.errors import MoefitWarning
 from moefit.fitting.align import match, neuron_distance
 from moefit.fitting.cluster import medoids, nearest
+from moefit.fitting.held_out import choosing
 from moefit.fitting.least_squares import RIDGES, Normal, pseudo_inverse, ridge, ridge_errors
 from moefit.methods.choose import top
 from moefit.methods.conmoe import functional_distances
@@ -35,9 +36,8 @@ from moefit.planning.view import LayerView
 
 # Tokens that go through the features at once, and tokens that neurons are matched on.
 BLOCK, MATCHED = 4096, 1024
-# Of so many tokens one chooses and is not fitted. With fewer tokens than so many times the neurons, every token chooses
-# for the fits that leave it out: folds.
-HELD_OUT, FOLDS, SCARCE = 8, 4, 4
+# With fewer tokens than so many times the neurons, an eighth of them is too few to choose by.
+SCARCE = 4
 # What is better than the plain average by less than this over the number of tokens that choose may be so by chance.
 CHANCE = 4.0
 FEATURES = ("average", "aligned", "centre", "selected")
@@ -60,16 +60,6 @@ class Problem:
     token: torch.Tensor
     gate: torch.Tensor
     target: torch.Tensor
-
-    def parts(self, neurons: int) -> tuple[list[torch.Tensor], int]:
-        """Return masks of tokens that together are all, and how many of them choose, one after the other.
-
-        The sample lies in the order of its hashes, so any share of it is as good as any other.
-        """
-        if len(self.token) < SCARCE * neurons:
-            return [torch.arange(len(self.token)) % FOLDS == fold for fold in range(FOLDS)], FOLDS
-        held = self.token % HELD_OUT == HELD_OUT - 1
-        return [held, ~held], 1
 
 
 def build(layer: LayerView, plan: LayerPlan, *, fit: str, target: str, features: str, **_: object) -> Matrices:
@@ -237,20 +227,21 @@ def _best(layer: LayerView, problem: Problem, features: Sequence[str]) -> Matric
 
     The plain average stays unless another one wins by more than chance.
     """
-    parts, choosing = problem.parts(layer.experts.one(problem.centre)["down"].shape[1])
+    held = choosing(problem.token, SCARCE * layer.experts.one(problem.centre)["down"].shape[1])
+    rest = ~torch.stack(held).any(0)
     tried: list[tuple[float, Matrices, Normal | None, float]] = []
     for name in dict.fromkeys(["average", "centre", *features]):
         one = _features(layer, problem, name)
         fitted = name in features
-        normals = [_normal(layer, problem, one, part) for part in (parts if fitted else parts[:choosing])]
+        normals = [_normal(layer, problem, one, part) for part in ([*held, rest] if fitted else held)]
         # The features' own down projection is a candidate: with it the average and the centre are.
-        tried.append((sum(normal.error(one["down"]) for normal in normals[:choosing]), one, None, 0.0))
+        tried.append((sum(normal.error(one["down"]) for normal in normals[: len(held)]), one, None, 0.0))
         if not fitted:
             continue
         every = sum(normals[1:], normals[0])
-        folds = [ridge_errors(every - choose, choose, one["down"], RIDGES) for choose in normals[:choosing]]
+        folds = [ridge_errors(every - choose, choose, one["down"], RIDGES) for choose in normals[: len(held)]]
         tried += [(sum(left), one, every, strength) for strength, *left in zip(RIDGES, *folds, strict=True)]
     plain, best = tried[0], min(tried, key=lambda candidate: candidate[0])
-    margin = CHANCE / max(sum(int(part.sum()) for part in parts[:choosing]), 1)
+    margin = CHANCE / max(sum(int(part.sum()) for part in held), 1)
     _, one, normal, strength = best if best[0] < plain[0] * (1 - margin) else plain
     return one if normal is None else one | {"down": ridge(normal, one["down"], strength).to(one["down"])}

@@ -180,13 +180,15 @@ def _build(
     scratch.mkdir()
     found: dict[str, TensorInfo] = {}
     by_index = {stack.index: stack for stack in stacks.values()}
-    for layer, tensors in _built_layers(plan, calibration, source, anatomy, scratch, propagate):
+    total = sum(layer_plan.built for layer_plan in plan.by_layer.values())
+    built = _built_layers(plan, calibration, source, anatomy, scratch, propagate)
+    for done, (layer, tensors) in enumerate(built, start=1):
         named = _on_disk(plan.by_layer[layer], by_index[layer], source, anatomy.layers[layer].experts, tensors)
         file = scratch / f"{layer:04d}.safetensors"
         save_tensors({n: t.cpu().to(DTYPES[by_index[layer].dtype]).contiguous() for n, t in named.items()}, file)
         found |= read_header(file)
         if progress:
-            progress("fit", len(list(scratch.glob("*.safetensors"))), sum(p.built for p in plan.by_layer.values()))
+            progress("fit", done, total)
     return found
 
 
