@@ -21,6 +21,7 @@ ANSWERS = {
     "linear": "a linear map of low rank",
     "expert": "another expert",
     "merged": "an expert made of several",
+    "lowrank": "a shared base and a part of low rank of its own",
 }
 METHODS_HEAD = """# Methods
 

@@ -18,6 +18,9 @@ from moefit.checkpoint.loader import quiet_transformers
 
 torch.set_num_threads(1)
 
+# What a method needs to save anything on tiny experts.
+TINY_PARAMETERS = {"lightmoe": {"rank": 1, "bases": 1}, "compressed_experts": {"main": 1, "vectors": "layer"}}
+
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import moefit
-from conftest import token_batches
+from conftest import TINY_PARAMETERS, token_batches
 from contract.test_families import anatomy_of, load, logits
 from moefit.checkpoint.files import open_checkpoint
 from moefit.planning.plan import Plan
@@ -21,7 +21,9 @@ FAMILIES = ["deepseek_v3", "gpt_oss", "olmoe", "qwen2_moe"]
 
 def planned(calibration: moefit.Calibration, method: str, layers: list[int] | None = None) -> Plan:
     keep = calibration.model.stacks[0].num_experts - calibration.model.groups.count
-    return moefit.make_plan(calibration, method, moefit.Budget.parse(keep=keep), layers=layers)
+    return moefit.make_plan(
+        calibration, method, moefit.Budget.parse(keep=keep), layers=layers, parameters=TINY_PARAMETERS.get(method)
+    )
 
 
 def experts_calls(model: torch.nn.Module, path: str) -> list[tuple[torch.Tensor, ...]]:

@@ -17,7 +17,7 @@ from moefit.checkpoint.files import open_checkpoint
 from moefit.checkpoint.loader import quiet_transformers
 from moefit.planning.checks import check_plan
 from moefit.planning.slots import LayerPlan, Slot
-from moefit.runtime.experts import Change, reshape_model
+from moefit.runtime.reshape import Change, reshape_model
 
 Get = Callable[[str], Path]
 GetCalibration = Callable[[str], moefit.Calibration]

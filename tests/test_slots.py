@@ -168,12 +168,19 @@ def test_slot_map_leaves_defaults_out_and_refuses_what_it_does_not_know() -> Non
         ({"drop": [1, 3]}, "slot 3 is named twice"),
         ({"keep": [0, 0, 3]}, "slot 0 is named twice"),
         ({"constant": [2, 5]}, "slot 5 is named twice"),
-        ({"drop": []}, "slots [1] are not named; each of 6 needs one of keep, drop, constant, linear, merged, remap"),
+        (
+            {"drop": []},
+            "slots [1] are not named; each of 6 needs one of keep, drop, constant, linear, lowrank, merged, remap",
+        ),
         (
             {"keep": [], "remap": {}},
-            "slots [0, 3, 4, 5] are not named; each of 6 needs one of keep, drop, constant, linear, merged, remap",
+            "slots [0, 3, 4, 5] are not named; each of 6 needs one of keep, drop, constant, linear, lowrank, merged, "
+            "remap",
         ),
-        ({"experts": 7}, "slots [6] are not named; each of 7 needs one of keep, drop, constant, linear, merged, remap"),
+        (
+            {"experts": 7},
+            "slots [6] are not named; each of 7 needs one of keep, drop, constant, linear, lowrank, merged, remap",
+        ),
         ({"drop": [6]}, "slot 6 or its expert None is outside 0..5"),
         ({"drop": [-1]}, "slot -1 or its expert None is outside 0..5"),
         ({"remap": {"4": 6, "5": 0}}, "slot 4 or its expert 6 is outside 0..5"),
@@ -280,7 +287,7 @@ def test_error_in_a_layer_names_file_and_layer(tmp_path: Path) -> None:
         Plan.load(file)
     assert str(refusal.value) == (
         f"{file}, model.layers.1: slots [2] are not named; "
-        "each of 6 needs one of keep, drop, constant, linear, merged, remap"
+        "each of 6 needs one of keep, drop, constant, linear, lowrank, merged, remap"
     )
 
 

@@ -23,7 +23,8 @@ from moefit.checkpoint.loader import memory_names, quiet_transformers
 from moefit.planning.plan import Plan
 from moefit.planning.slots import LayerPlan, Slot
 from moefit.planning.view import Experts
-from moefit.runtime.experts import Change, CompressedExperts, reshape_model
+from moefit.runtime.experts import CompressedExperts
+from moefit.runtime.reshape import Change, reshape_model
 
 every_family = pytest.mark.parametrize("name", sorted(FAMILIES))
 IDS = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(7))

@@ -49,6 +49,8 @@ def facts_of_model(model: nn.Module, anatomy: Anatomy) -> ModelFacts:
                 expert_bytes=sum(tensor.nbytes for tensor in rows) // layer.num_experts,
                 slot_bytes=sum(tensor.nbytes for tensor in slots) // layer.num_experts,
                 dtype=DTYPE_NAMES[rows[0].dtype],
+                inner=layer.inner,
+                matrices=3 if layer.gated else 2,
             )
         )
     nbytes = sum(tensor.nbytes for tensor in model.state_dict().values())

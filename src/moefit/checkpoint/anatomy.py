@@ -32,6 +32,8 @@ class MoELayer:
         router: the module that returns logits, weights and indices.
         num_experts: experts, which is also the number of slots.
         width: numbers of an expert's output, D.
+        inner: neurons of an expert, F.
+        gated: whether an expert has three matrices (gate, up, down) or two.
         expert_rows: parameters of the experts module with a row for each expert, and their axis.
         slot_rows: parameters and buffers elsewhere in the block with a row for each slot, and their axis.
         counts: (module path, attribute) of the integers that hold the number of experts in the block.
@@ -43,6 +45,8 @@ class MoELayer:
     router: str
     num_experts: int
     width: int
+    inner: int
+    gated: bool
     expert_rows: dict[str, int]
     slot_rows: dict[str, int]
     counts: tuple[tuple[str, str], ...]
@@ -171,13 +175,16 @@ def _layer(model: nn.Module, experts: str, rows: dict[str, int], counts: list[tu
     ]
     if not routers:
         raise CheckpointError(f"{block}: found no router weight with a row for each expert")
+    down, width = tensors[f"{experts}.down_proj"], output_width(model.get_submodule(experts))
     return MoELayer(
         index=_layer_number(experts),
         block=block,
         experts=experts,
         router=f"{block}.{routers[0]}",
-        num_experts=tensors[f"{experts}.down_proj"].shape[0],
-        width=output_width(model.get_submodule(experts)),
+        num_experts=down.shape[0],
+        width=width,
+        inner=down[0].numel() // width,
+        gated=f"{experts}.gate_up_proj" in tensors,
         expert_rows=expert_rows,
         slot_rows=slot_rows,
         counts=tuple((path, name) for path, name in counts if path == block or path.startswith(block + ".")),

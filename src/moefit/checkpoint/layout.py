@@ -28,6 +28,8 @@ class Stack:
         expert_bytes: bytes of one expert.
         slot_bytes: bytes of one slot's rows in the router.
         dtype: safetensors dtype of the experts.
+        inner: neurons of an expert, F; 0 where the model does not run the layer.
+        matrices: matrices of an expert: 3 with a gate, 2 without.
     """
 
     prefix: str
@@ -36,6 +38,8 @@ class Stack:
     expert_bytes: int = 0
     slot_bytes: int = 0
     dtype: str = ""
+    inner: int = 0
+    matrices: int = 3
 
 
 @dataclass(kw_only=True)
@@ -92,9 +96,14 @@ def find_stacks(checkpoint: Checkpoint, anatomy: Anatomy, names: dict[str, str])
         if found:
             layer, axis = found
             prefix, rest = _split(key)
-            stack = stacks.setdefault(
-                prefix, DiskStack(prefix=prefix, index=layer.index, num_experts=layer.num_experts)
+            empty = DiskStack(
+                prefix=prefix,
+                index=layer.index,
+                num_experts=layer.num_experts,
+                inner=layer.inner,
+                matrices=3 if layer.gated else 2,
             )
+            stack = stacks.setdefault(prefix, empty)
             kind = None if name in expert_axes else axis
             templates[_EXPERT.sub("experts.*.", rest)] = kind
             _place(stack, checkpoint.tensors[key], kind, axis)

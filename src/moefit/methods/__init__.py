@@ -1,9 +1,11 @@
 """One file for each method of the literature; importing this package registers them all."""
 
+from moefit.methods import compressed_experts as compressed_experts
 from moefit.methods import conmoe as conmoe
 from moefit.methods import ean as ean
 from moefit.methods import frequency as frequency
 from moefit.methods import hc_smoe as hc_smoe
+from moefit.methods import lightmoe as lightmoe
 from moefit.methods import linear as linear
 from moefit.methods import m_smoe as m_smoe
 from moefit.methods import man as man

@@ -28,16 +28,19 @@ class Method:
             Iterable[LayerPlan]`` for several layers that are decided together.
         paper: where it comes from.
         removed: what stands behind a slot whose expert goes: ``drop``, ``constant``, ``linear``, ``expert`` (another
-            one) or ``merged`` (one made of several).
+            one), ``merged`` (one made of several) or ``lowrank`` (a base and an own part).
         needs: the statistics it reads, a promise that the contract suite enforces.
         weights: whether it reads expert weights or sampled tokens.
         scoped: which of the two forms `function` has.
         outline: ``(experts, keep, **parameters) -> LayerPlan``: a plan of the counts and bytes that the method's will
             have, where `removed` alone does not say.
-        builds: the kinds of answers that `build` computes.
+        of_total: whether ``--remove`` means a share of the checkpoint's bytes, not of each layer's experts.
+        whole: whether it does something of use without removing an expert.
+        builds: the kinds of answers that `build` computes, see `LayerPlan.built`.
         build: ``(layer, plan, **parameters) -> tensors``: what a plan of this method adds. ``constant`` [n, D] for the
             stand-ins in the order of their slots, ``linear_in`` and ``linear_out`` [rows, D] for linear ones; for
-            merged experts the matrices of `Experts`, stacked in the order of their centres.
+            merged experts the matrices of `Experts`, stacked in the order of their centres; what else has a name of its
+            own is listed at `CompressedExperts`.
     """
 
     name: str
@@ -48,7 +51,9 @@ class Method:
     weights: bool
     scoped: bool
     outline: Callable[..., LayerPlan] | None
-    builds: frozenset[Kind]
+    of_total: bool
+    whole: bool
+    builds: frozenset[str]
     build: Build | None
 
     @property
@@ -124,7 +129,9 @@ def method(
     weights: bool = False,
     scoped: bool = False,
     outline: Callable[..., LayerPlan] | None = None,
-    builds: Iterable[Kind] = (),
+    of_total: bool = False,
+    whole: bool = False,
+    builds: Iterable[str] = (),
     build: Build | None = None,
 ) -> Callable[[Callable], Callable]:
     """Register a function as a method; see `Method` for the arguments."""
@@ -142,6 +149,8 @@ def method(
             weights=weights,
             scoped=scoped,
             outline=outline,
+            of_total=of_total,
+            whole=whole,
             builds=frozenset(builds),
             build=build,
         )

@@ -16,7 +16,7 @@ from moefit.methods.choose import kept_of_group, refuse_protected
 from moefit.methods.registry import Method, find_method
 from moefit.planning.budget import Budget
 from moefit.planning.checks import check_layer, check_plan
-from moefit.planning.plan import Plan, calibration_hash, planned_nbytes, stand_in_nbytes
+from moefit.planning.plan import Plan, added_nbytes, calibration_hash, planned_nbytes
 from moefit.planning.slots import LayerPlan, Slot, keep_only, merge_into
 from moefit.planning.view import LayerView
 
@@ -61,9 +61,9 @@ def make_plan(
     if chosen.weights:
         _check_weights(weights, facts)
     stacks = [stack for stack in facts.stacks if stack.index is not None and stack.prefix in outline.layers]
-    shares = layer_nbytes(facts, outline, budget)
+    shares = layer_nbytes(facts, outline, _limit(budget, chosen, facts))
     views = [view_of(calibration, s.index or 0, weights, protected, shares[s.prefix]) for s in stacks]
-    keeps = [len(outline.layers[stack.prefix].pool) for stack in stacks]
+    keeps = [outline.layers[stack.prefix].stored for stack in stacks]
     plans = chosen.plan(views, keeps, resolved, progress)
     decided = {stack.prefix: plan for stack, plan in zip(stacks, plans, strict=True)}
     for stack in facts.stacks:
@@ -124,11 +124,12 @@ def outline_plan(
             for stack in stacks
         }
 
-    if budget.size is None:
+    limit = _limit(budget, method, facts)
+    if limit.size is None:
         _refuse_uneven(budget, method, facts.groups.count)
         planned = at({stack.prefix: budget.kept(stack.num_experts) for stack in stacks})
     else:
-        planned = _within(budget.size, facts, stacks, at, uniform=method.removed == "drop")
+        planned = _within(limit.size, facts, stacks, at, uniform=method.removed == "drop")
     for stack in stacks:
         inside = {expert for layer, expert in protect if layer == stack.index}
         groups = facts.groups.count if method.removed == "drop" else 1
@@ -152,9 +153,7 @@ def layer_nbytes(facts: ModelFacts, outline: Plan, budget: Budget) -> dict[str, 
     stacks = {stack.prefix: stack for stack in facts.stacks if stack.prefix in outline.layers}
     spare = 0 if budget.size is None or not stacks else (budget.size - outline.nbytes) // len(stacks)
     return {
-        prefix: spare
-        + len(plan.pool) * stacks[prefix].expert_bytes
-        + stand_in_nbytes(plan.ranks, plan.shared_input, facts.width, DTYPES[stacks[prefix].dtype].itemsize)
+        prefix: spare + plan.stored * stacks[prefix].expert_bytes + added_nbytes(plan, stacks[prefix], facts.width)
         for prefix, plan in outline.layers.items()
     }
 
@@ -173,6 +172,8 @@ def view_of(
         nbytes=nbytes,
         expert_bytes=stack.expert_bytes,
         itemsize=DTYPES[stack.dtype].itemsize,
+        inner=stack.inner,
+        matrices=stack.matrices,
         read_sums=lambda: calibration.sums(layer),
         read_sample=lambda: calibration.sample(layer),
         open_experts=lambda: weights.open(layer),
@@ -191,6 +192,10 @@ def super_experts(calibration: Calibration) -> set[tuple[int, int]]:
     limit = max(float(torch.quantile(every, 0.995)), float(every.max()) / 10)
     early = layers[: -(-3 * len(layers) // 4)]
     return {(layer, expert) for layer in early for expert, peak in enumerate(largest[layer].tolist()) if peak > limit}
+
+
+def _limit(budget: Budget, method: Method, facts: ModelFacts) -> Budget:
+    return budget.of_total(facts.nbytes) if method.of_total else budget
 
 
 def _check_weights(weights: ExpertWeights, facts: ModelFacts) -> None:

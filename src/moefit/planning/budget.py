@@ -51,6 +51,14 @@ class Budget:
             raise PlanError(f"--keep {self.keep}: the layers have {experts} experts; keep 1 to {experts}")
         return self.keep
 
+    def of_total(self, nbytes: int) -> Budget:
+        """Return the budget with a share to remove taken of all bytes.
+
+        Args:
+            nbytes: bytes of all tensors.
+        """
+        return self if not self.remove else Budget(size=nbytes - int(nbytes * self.remove))
+
     @classmethod
     def parse(
         cls, *, remove: str | float | None = None, keep: int | None = None, size: str | int | None = None

@@ -63,7 +63,9 @@ def check_layer(where: str, layer: LayerPlan, *, top_k: int, groups: Groups) -> 
         )
     if not layer.pool:
         raise PlanError(f"{where}: plan keeps no expert; keep at least 1")
-    if len(layer.pool) == len(layer.slots) and not layer.untouched:
+    if layer.auxiliary is not None:
+        _check_auxiliary(where, layer, top_k)
+    elif layer.stored == len(layer.slots) and not layer.untouched:
         raise PlanError(f"{where}: plan changes slots but removes no expert; keep every slot as it is, or remove some")
     if groups.count == 1 or len(left) == len(layer.slots):
         return
@@ -84,6 +86,22 @@ def check_layer(where: str, layer: LayerPlan, *, top_k: int, groups: Groups) -> 
             f"{where}: a token may use {groups.used} of {groups.count} groups with {sizes[0]} slots left in each, "
             f"but the router picks {top_k}; keep at least {-(-top_k // groups.used)} in each"
         )
+
+
+def _check_auxiliary(where: str, layer: LayerPlan, top_k: int) -> None:
+    """Refuse a split of slots that runs none or all of them, or that the other answers of the layer do not know."""
+    assert layer.auxiliary is not None
+    main, share = layer.auxiliary.main, layer.auxiliary.share
+    if not 1 <= main <= top_k or not 0 < share <= 1:
+        raise PlanError(
+            f"{where}: {main} main slots of a token and a share of {share}; the router picks {top_k}: run 1 to {top_k} "
+            "of them, and a share above 0 and at most 1"
+        )
+    if any(
+        slot != Slot("expert", number) and slot.kind not in ("constant", "drop")
+        for number, slot in enumerate(layer.slots)
+    ):
+        raise PlanError(f"{where}: beside auxiliary slots only kept experts, constants and dropped slots are known")
 
 
 def _check_guests(where: str, layer: LayerPlan, plan: Plan, stacks: Mapping[str, Stack]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from moefit.calibration.folder import ModelFacts
 from moefit.checkpoint.files import DTYPES
+from moefit.checkpoint.layout import Stack
 from moefit.errors import PlanError
 from moefit.planning.slot_map import SlotMap
 from moefit.planning.slots import LayerPlan
@@ -58,9 +59,9 @@ class Plan:
         return {layer: plan.slot_map(guest_slot) for layer, plan in sorted(self.by_layer.items())}
 
     @property
-    def built(self) -> bool:
-        """Whether it has tensors that are computed: stand-ins or merged experts."""
-        return any(plan.built for plan in self.layers.values())
+    def built(self) -> set[str]:
+        """The answers whose tensors are computed, see `LayerPlan.built`."""
+        return {kind for plan in self.layers.values() for kind in plan.built}
 
     @property
     def nbytes(self) -> int:
@@ -137,10 +138,28 @@ def planned_nbytes(model: ModelFacts, layers: Mapping[str, LayerPlan]) -> int:
     total = model.nbytes
     for stack in model.stacks:
         if plan := layers.get(stack.prefix):
-            total -= (stack.num_experts - len(plan.pool)) * stack.expert_bytes
+            total -= (stack.num_experts - plan.stored) * stack.expert_bytes
             total -= (stack.num_experts - len(plan.kept_slots)) * stack.slot_bytes
-            total += stand_in_nbytes(plan.ranks, plan.shared_input, model.width, DTYPES[stack.dtype].itemsize)
+            total += added_nbytes(plan, stack, model.width)
     return total
+
+
+def added_nbytes(plan: LayerPlan, stack: Stack, width: int) -> int:
+    """Return the bytes that a plan adds to a layer beside whole experts: stand-ins, own parts, vectors.
+
+    Args:
+        plan: the plan.
+        stack: the layer.
+        width: D.
+    """
+    itemsize = DTYPES[stack.dtype].itemsize
+    own = sum(plan.low_ranks.values()) * stack.matrices * (width + stack.inner)
+    vectors = 0
+    if plan.auxiliary is not None:
+        slots = len(plan.kept_slots)
+        vectors = plan.auxiliary.rows(slots) * ((stack.matrices - 1) * width + stack.inner)
+        vectors += slots * width * plan.auxiliary.constants
+    return stand_in_nbytes(plan.ranks, plan.shared_input, width, itemsize) + (own + vectors) * itemsize
 
 
 def stand_in_nbytes(ranks: Sequence[int], shared_input: bool, width: int, itemsize: int) -> int:

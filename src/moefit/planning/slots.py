@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 from moefit.errors import PlanError
-from moefit.planning.slot_map import SlotMap
+from moefit.planning.slot_map import Auxiliary, SlotMap
 
-Kind = Literal["expert", "merged", "drop", "constant", "linear"]
+Kind = Literal["expert", "merged", "drop", "constant", "linear", "lowrank"]
 STAND_INS = ("constant", "linear")
+BUILT = (*STAND_INS, "lowrank", "merged")
 
 
 @dataclass(frozen=True)
@@ -20,13 +21,15 @@ class Slot:
 
     Attributes:
         kind: ``expert`` (its own or another one answers, unchanged), ``merged`` (an expert made of several answers),
-            ``drop`` (nothing: the router's row goes too), ``constant`` (a vector, a novice) or ``linear`` (a constant
-            plus a linear map of low rank).
+            ``drop`` (nothing: the router's row goes too), ``constant`` (a vector, a novice), ``linear`` (a constant
+            plus a linear map of low rank) or ``lowrank`` (a base that several share, plus an own part of low rank in
+            each of its matrices).
         expert: the expert that answers, for ``expert``; the centre in whose place the merged expert lies, for
-            ``merged``; the centre that this slot's expert is folded into, if any, for ``drop``.
+            ``merged``; the centre that this slot's expert is folded into, if any, for ``drop``; the member that the
+            base is named after, for ``lowrank``.
         scale: factor on the slot's gate, for ``expert``.
         layer: decoder layer of the expert, when it is another layer's.
-        rank: rank of the map, for ``linear``.
+        rank: rank of the map, for ``linear``, or of the own part, for ``lowrank``.
     """
 
     kind: Kind
@@ -44,11 +47,13 @@ class LayerPlan:
         slots: one entry for each slot, in the router's order.
         scores: what the method ranked by, one number a slot; empty when it had none.
         shared_input: whether the linear maps of the layer share their input factor.
+        auxiliary: how the slots of a token split into main and auxiliary ones; None when all run.
     """
 
     slots: tuple[Slot, ...]
     scores: tuple[float, ...] = ()
     shared_input: bool = False
+    auxiliary: Auxiliary | None = None
 
     def __post_init__(self) -> None:
         # Six digits, as in the file, so that a plan that was saved and loaded is the same plan.
@@ -76,6 +81,24 @@ class LayerPlan:
         return [self.slots[number].rank for number in self.stand_ins]
 
     @property
+    def bases(self) -> dict[int, list[int]]:
+        """Members of each base of low-rank experts by the one that it is named after, ascending."""
+        named = sorted({slot.expert for slot in self.slots if slot.kind == "lowrank" and slot.expert is not None})
+        return {
+            base: [n for n, s in enumerate(self.slots) if (s.kind, s.expert) == ("lowrank", base)] for base in named
+        }
+
+    @property
+    def low_ranks(self) -> dict[int, int]:
+        """Rank of each low-rank expert's own part by slot, base by base."""
+        return {slot: self.slots[slot].rank for members in self.bases.values() for slot in members}
+
+    @property
+    def stored(self) -> int:
+        """Experts' worth of weights that stay: the pool and the bases."""
+        return len(self.pool) + len(self.bases)
+
+    @property
     def merged(self) -> dict[int, list[int]]:
         """Members of each merged expert by its centre, dropped ones included, ascending."""
         centres = sorted({slot.expert for slot in self.slots if slot.kind == "merged" and slot.expert is not None})
@@ -86,20 +109,21 @@ class LayerPlan:
         }
 
     @property
-    def built(self) -> bool:
-        """Whether it has tensors that the original does not: stand-ins or merged experts."""
-        return any(slot.kind in (*STAND_INS, "merged") for slot in self.slots)
+    def built(self) -> set[str]:
+        """The answers whose tensors the original does not have: kinds of slots, and ``vector`` for auxiliary ones."""
+        modulated = self.auxiliary is not None and (self.auxiliary.vectors != "none" or self.auxiliary.constants)
+        return {slot.kind for slot in self.slots if slot.kind in BUILT} | ({"vector"} if modulated else set())
 
     @property
     def untouched(self) -> bool:
-        """Whether every slot keeps its own expert."""
-        return all(slot == Slot("expert", number) for number, slot in enumerate(self.slots))
+        """Whether every slot keeps its own expert and runs it."""
+        return self.auxiliary is None and all(slot == Slot("expert", number) for number, slot in enumerate(self.slots))
 
     @property
     def native(self) -> bool:
         """Whether every slot keeps the expert in its own place or is dropped, which an ordinary checkpoint can say."""
         own = ("expert", "merged")
-        return all(
+        return self.auxiliary is None and all(
             slot.kind == "drop" or any(slot == Slot(kind, number) for kind in own)
             for number, slot in enumerate(self.slots)
         )
@@ -116,11 +140,15 @@ class LayerPlan:
         left = [(number, self.slots[number]) for number in self.kept_slots]
         abroad = sorted({(slot.layer, slot.expert or 0) for _, slot in left if slot.layer is not None})
         guest = {at: len(row) + number for number, at in enumerate(abroad)}
+        base = {named: number for number, named in enumerate(self.bases)}
+        low = {slot: len(row) + len(guest) + number for number, slot in enumerate(self.low_ranks)}
         assert guest_slot is not None or not guest
 
         def answer(number: int, slot: Slot) -> int:
             if slot.kind in STAND_INS:
                 return stand_in[number]
+            if slot.kind == "lowrank":
+                return low[number]
             assert slot.expert is not None
             return row[slot.expert] if slot.layer is None else guest[slot.layer, slot.expert]
 
@@ -133,11 +161,13 @@ class LayerPlan:
             ranks=tuple(self.ranks) if any(self.ranks) else None,
             shared_input=self.shared_input,
             guests=tuple((layer, guest_slot(layer, expert)) for layer, expert in abroad) if guest_slot else (),
+            low=tuple((base[self.slots[slot].expert or 0], rank) for slot, rank in self.low_ranks.items()),
+            auxiliary=self.auxiliary,
         )
 
     def to_json(self) -> dict:
         """Return the slots grouped by what became of them."""
-        groups: dict = {"keep": [], "drop": [], "constant": [], "linear": {}, "merged": {}, "remap": {}}
+        groups: dict = {"keep": [], "drop": [], "constant": [], "linear": {}, "lowrank": {}, "merged": {}, "remap": {}}
         for number, slot in enumerate(self.slots):
             if slot == Slot("expert", number):
                 groups["keep"].append(number)
@@ -147,11 +177,14 @@ class LayerPlan:
                 groups["remap"][str(number)] = {"expert": slot.expert} | more if more else slot.expert
             elif slot.kind == "linear":
                 groups["linear"][str(number)] = slot.rank
+            elif slot.kind == "lowrank":
+                groups["lowrank"].setdefault(str(slot.expert), {})[str(number)] = slot.rank
             elif slot.kind != "merged":
                 groups[slot.kind].append(number)
         groups["merged"] = {str(centre): members for centre, members in self.merged.items()}
         entry: dict = {"experts": len(self.slots)} | {name: group for name, group in groups.items() if group}
         entry |= {"shared_input": True} if self.shared_input else {}
+        entry |= {"auxiliary": asdict(self.auxiliary)} if self.auxiliary else {}
         return entry | ({"scores": list(self.scores)} if self.scores else {})
 
     @classmethod
@@ -161,8 +194,8 @@ class LayerPlan:
         Raises:
             PlanError: a slot is named twice or not at all, or a number is out of range.
         """
-        groups = ("keep", "drop", "constant", "linear", "merged", "remap")
-        if unknown := set(entry) - {"experts", "scores", "shared_input", *groups}:
+        groups = ("keep", "drop", "constant", "linear", "lowrank", "merged", "remap")
+        if unknown := set(entry) - {"experts", "scores", "shared_input", "auxiliary", *groups}:
             raise PlanError(f"{where}: unknown keys {sorted(unknown)}")
         size = entry["experts"]
         slots: dict[int, Slot] = {}
@@ -174,6 +207,8 @@ class LayerPlan:
                 raise PlanError(f"{where}: slot {number} has scale {slot.scale}; give a finite number")
             if slot.kind == "linear" and slot.rank < 1:
                 raise PlanError(f"{where}: slot {number} has a linear map of rank {slot.rank}; give at least 1")
+            if slot.kind == "lowrank" and slot.rank < 0:
+                raise PlanError(f"{where}: slot {number} has a part of rank {slot.rank}; give at least 0")
             if number in slots:
                 raise PlanError(f"{where}: slot {number} is named twice")
             if not 0 <= number < size or not 0 <= (slot.expert or 0) < size:
@@ -183,10 +218,12 @@ class LayerPlan:
         if lost:
             raise PlanError(f"{where}: slots {lost} are not named; each of {size} needs one of {', '.join(groups)}")
         _check_merged(slots, where)
+        auxiliary = entry.get("auxiliary")
         return cls(
             slots=tuple(slots[number] for number in range(size)),
             scores=tuple(entry.get("scores", ())),
             shared_input=bool(entry.get("shared_input", False)),
+            auxiliary=Auxiliary(**auxiliary) if auxiliary else None,
         )
 
 
@@ -231,6 +268,8 @@ def _named(entry: Mapping, where: str) -> list[tuple[int, Slot]]:
     named: list[tuple[int, Slot]] = [(n, Slot("expert", n)) for n in entry.get("keep", ())]
     named += [(n, Slot("constant")) for n in entry.get("constant", ())]
     named += [(int(n), Slot("linear", rank=rank)) for n, rank in entry.get("linear", {}).items()]
+    for base, members in entry.get("lowrank", {}).items():
+        named += [(int(n), Slot("lowrank", int(base), rank=rank)) for n, rank in members.items()]
     dropped: dict[int, Slot] = {n: Slot("drop") for n in entry.get("drop", ())}
     if len(dropped) < len(entry.get("drop", ())):
         raise PlanError(f"{where}: a dropped slot is named twice")
@@ -249,8 +288,16 @@ def _named(entry: Mapping, where: str) -> list[tuple[int, Slot]]:
 
 
 def _check_merged(slots: Mapping[int, Slot], where: str) -> None:
-    """Refuse merged experts whose place is not their own slot's, or is that of an unchanged expert."""
+    """Refuse merged experts whose place is not their own slot's or is that of an unchanged expert, and stray bases."""
     for number, slot in slots.items():
+        if slot.kind == "lowrank" and (slots[slot.expert or 0].kind, slots[slot.expert or 0].expert) != (
+            "lowrank",
+            slot.expert,
+        ):
+            raise PlanError(
+                f"{where}: slot {number} shares base {slot.expert}, whose own slot does not; a base is named after one "
+                "of its members"
+            )
         if slot.kind == "merged" or (slot.kind == "drop" and slot.expert is not None):
             assert slot.expert is not None
             if slots[slot.expert] != Slot("merged", slot.expert):

@@ -45,16 +45,27 @@ class Experts:
         """Where they are."""
         return self.module.down_proj.device
 
-    def matrices(self, experts: Sequence[int] | slice = slice(None)) -> dict[str, torch.Tensor]:
-        """Return the stacked matrices of some experts, views where the layout allows."""
+    @property
+    def inputs(self) -> list[str]:
+        """The matrices that are applied to an expert's input."""
+        return ["gate", "up"] if self.gated else ["up"]
+
+    def matrices(self, experts: Sequence[int] | slice = slice(None), *, detach: bool = True) -> dict[str, torch.Tensor]:
+        """Return the stacked matrices of some experts, views where the layout allows.
+
+        Args:
+            experts: which.
+            detach: leave gradients out.
+        """
         found = {}
         for name in ("gate_up_proj" if self.gated else "up_proj", "down_proj"):
-            weight = getattr(self.module, name).detach()[experts]
+            weight = getattr(self.module, name)[experts]
             parts = {name: weight.transpose(1, 2) if self.transposed else weight}
             if (bias := getattr(self.module, f"{name}_bias", None)) is not None:
-                parts[f"{name}_bias"] = bias.detach()[experts]
+                parts[f"{name}_bias"] = bias[experts]
             found |= parts
-        return self._split(found)
+        split = self._split(found)
+        return {name: stack.detach() for name, stack in split.items()} if detach else split
 
     def one(self, expert: int) -> dict[str, torch.Tensor]:
         """Return the matrices of one expert."""
@@ -81,9 +92,11 @@ class Experts:
             one: the expert's matrices.
             x_TD: tokens.
         """
-        parts = ["gate", "up"] if self.gated else ["up"]
         x_TD = x_TD.to(one["up"])
-        projected = [F.linear(x_TD, one[part], one.get(f"{part}_bias")) for part in parts]
+        return self.activated([F.linear(x_TD, one[part], one.get(f"{part}_bias")) for part in self.inputs])
+
+    def activated(self, projected: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return what the down projection is applied to, [T, F], from what `inputs` gave, each [T, F]."""
         return (
             self.module._apply_gate(self._join(projected, axis=1)) if self.gated else self.module.act_fn(projected[0])
         )
@@ -126,6 +139,8 @@ class LayerView:
         nbytes: bytes that the layer's experts and stand-ins may take; 0 when nobody said.
         expert_bytes: bytes of one expert.
         itemsize: bytes of a number.
+        inner: neurons of an expert, F.
+        matrices: matrices of an expert: 3 with a gate, 2 without.
         original: the sampled tokens as they are in the original model, [N, D], where `sample` has what the already
             compressed layers before this one make of them.
         read_sums: reads what calibration summed.
@@ -141,6 +156,8 @@ class LayerView:
     nbytes: int = 0
     expert_bytes: int = 0
     itemsize: int = 0
+    inner: int = 0
+    matrices: int = 3
     original: torch.Tensor | None = None
     read_sums: Callable[[], Sums]
     read_sample: Callable[[], Sample]

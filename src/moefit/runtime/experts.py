@@ -2,34 +2,43 @@
 
 It is the family's own class with a slot map in front, so the family's activation, layout and every experts
 implementation (eager, grouped, batched) keep working. Shapes: T tokens, K slots of a token, D model width, N stand-ins,
-R rows of their linear maps.
+R rows of their linear maps, m main slots of a token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from moefit.checkpoint.anatomy import Anatomy, MoELayer
 from moefit.planning.slot_map import SlotMap
+from moefit.planning.view import Experts
+from moefit.runtime.pairs import low_rank, modulated, row_table
 
-# Buffers that follow from the map: it lives in config.json, so they are neither expected among weights nor saved.
-BUFFERS = ("slot_map", "slot_scale", "linear_rank", "linear_start", "linear_owner", "linear_input")
+MATRICES = ("gate", "up", "down")
+# What moefit adds to an experts module: constants and linear maps, bases and own parts, vectors and their constants.
+STAND_IN_TENSORS = (
+    "constant",
+    "linear_in",
+    "linear_out",
+    *(f"base_{part}{suffix}" for part in MATRICES for suffix in ("", "_bias")),
+    *(f"low_{part}_{side}" for part in MATRICES for side in ("in", "out")),
+    *(f"vector_{part}" for part in MATRICES),
+    "vector_constant",
+)
 
 
 class CompressedExperts(nn.Module):
-    """What a compressed layer adds to its family's experts class; see `compressed_class`.
+    """What a compressed layer adds to its family's experts class; see `reshape.compressed_class`.
 
     Attributes:
         slots: the map, as config.json has it.
         hosts: experts modules of the layers whose experts are guests here, by decoder layer; not submodules.
-        slot_map: pool row of each slot, or the pool's size + n for guest n, or -1 - n for stand-in n, int32 [slots].
+        instead: runs in place of everything here when it is set: annealing, while the originals are still mixed in.
+        slot_map: pool row of each slot, or what else `SlotMap.slots` says, int32 [slots].
         slot_scale: factor on each slot's gate, float32 [slots]; absent when all are 1.
         constant: constants of the stand-ins, [N, D]; absent when there are none.
         linear_in: input factors of their linear maps, a row for each rank, [rows, D]; absent when there are none.
@@ -38,10 +47,17 @@ class CompressedExperts(nn.Module):
         linear_start: its first row in `linear_out`, [N].
         linear_owner: stand-in of each row, [R].
         linear_input: row of `linear_in` that belongs to each row, [R].
+        base_gate: bases of the low-rank experts, as `Experts` names matrices; also ``base_up``, ``base_down``, biases.
+        low_gate_in: input factors of their own parts, a row for each rank; also ``low_gate_out``, ``low_up_in``, ...
+        low_base: base of each low-rank expert.
+        low_row: rows of its own part, see `pairs.row_table`.
+        vector_gate: what an auxiliary slot adds to 1 in the factor on a matrix's input; also ``up`` and ``down``.
+        vector_constant: what it gives itself, [slots, D].
     """
 
     slots: SlotMap
     hosts: Mapping[int, Any]
+    instead: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None = None
     down_proj: nn.Parameter
     slot_map: torch.Tensor
     slot_scale: torch.Tensor | None
@@ -52,6 +68,9 @@ class CompressedExperts(nn.Module):
     linear_start: torch.Tensor
     linear_owner: torch.Tensor
     linear_input: torch.Tensor
+    low_base: torch.Tensor
+    low_row: torch.Tensor
+    vector_constant: nn.Parameter | None
 
     def forward(self, hidden_TD: torch.Tensor, slot_TK: torch.Tensor, gate_TK: torch.Tensor) -> torch.Tensor:
         """Return the layer's routed output, [T, D].
@@ -61,9 +80,13 @@ class CompressedExperts(nn.Module):
             slot_TK: slots that the router chose.
             gate_TK: their gates.
         """
+        if self.instead is not None:
+            return self.instead(hidden_TD, slot_TK, gate_TK)
         row_TK = self.slot_map[slot_TK].long()
         if self.slot_scale is not None:
             gate_TK = gate_TK * self.slot_scale[slot_TK].to(gate_TK.dtype)
+        if self.slots.auxiliary is not None:
+            return self._split(hidden_TD, slot_TK, row_TK, gate_TK)
         if self.slots.plain:
             return super().forward(hidden_TD, row_TK, gate_TK)
         summed_TK, run_TK = gate_TK, row_TK >= 0
@@ -84,6 +107,21 @@ class CompressedExperts(nn.Module):
             if len(token):
                 pairs = _visit(self.hosts[layer], hidden_TD[token], slot, summed_TK[token, place, None])
                 out_TD = out_TD.index_add(0, token, pairs.to(out_TD))
+        if self.slots.low:
+            first = self.slots.experts + len(self.slots.guests)
+            token, place = (row_TK >= first).nonzero().unbind(1)
+            number, order = (row_TK[token, place] - first).sort(stable=True)
+            token, place = token[order], place[order]
+            if len(token):
+                pairs = low_rank(self, hidden_TD, token, number) * gate_TK[token, place, None]
+                out_TD = out_TD.index_add(0, token, pairs.to(out_TD))
+        out_TD = self._stand_ins(out_TD, hidden_TD, row_TK, gate_TK)
+        return out_TD.to(hidden_TD.dtype)
+
+    def _stand_ins(
+        self, out_TD: torch.Tensor, hidden_TD: torch.Tensor, row_TK: torch.Tensor, gate_TK: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the output with what constants and linear maps give."""
         if self.constant is not None:
             number_TK = (-1 - row_TK).clamp_min(0)
             weight_TK = gate_TK.masked_fill(row_TK >= 0, 0).to(self.constant.dtype)
@@ -92,7 +130,53 @@ class CompressedExperts(nn.Module):
             if self.slots.ranks is not None:
                 given_TD = given_TD + self._linear(hidden_TD, number_TK, weight_TK)
             out_TD = out_TD + given_TD.to(out_TD.dtype)
-        return out_TD.to(hidden_TD.dtype)
+        return out_TD
+
+    def _split(
+        self, hidden_TD: torch.Tensor, slot_TK: torch.Tensor, row_TK: torch.Tensor, gate_TK: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the output when only the main slots run and the others modulate them (arXiv:2503.00634), [T, D]."""
+        spec = self.slots.auxiliary
+        assert spec is not None
+        gate_TK, order = gate_TK.sort(dim=1, descending=True, stable=True)
+        slot_TK, row_TK = slot_TK.gather(1, order), row_TK.gather(1, order)
+        # Main are the first m slots that have an expert, as long as those before have less than the share of all gates.
+        able_TK, total_T1 = row_TK >= 0, gate_TK.sum(1, keepdim=True)
+        main_TK = able_TK & (able_TK.cumsum(1) <= spec.main)
+        if spec.share < 1:
+            main_TK &= gate_TK.cumsum(1) - gate_TK < spec.share * total_T1
+        aside_TK = gate_TK.masked_fill(main_TK, 0)
+        gate_Tm = gate_TK.masked_fill(~main_TK, 0)
+        if spec.renormalise:
+            gate_Tm = gate_Tm * (total_T1 / gate_Tm.sum(1, keepdim=True).clamp_min(1e-20))
+        out_TD = torch.zeros_like(hidden_TD, dtype=torch.promote_types(hidden_TD.dtype, torch.float32))
+        token, place = main_TK.nonzero().unbind(1)
+        if spec.vectors == "none":
+            pairs = super().forward(hidden_TD[token], row_TK[token, place, None], gate_Tm[token, place, None])
+        else:
+            row, order = row_TK[token, place].sort(stable=True)
+            token, place = token[order], place[order]
+            vectors = self._vectors(slot_TK, aside_TK)
+            pairs = modulated(self, hidden_TD, token, row, vectors) * gate_Tm[token, place, None]
+        out_TD = out_TD.index_add(0, token, pairs.to(out_TD))
+        if self.vector_constant is not None:
+            weight_TK = aside_TK.masked_fill(~able_TK, 0).to(self.vector_constant.dtype)
+            given_TD = F.embedding_bag(slot_TK, self.vector_constant, per_sample_weights=weight_TK, mode="sum")
+            out_TD = out_TD + given_TD.to(out_TD)
+        return self._stand_ins(out_TD, hidden_TD, row_TK, gate_TK).to(hidden_TD.dtype)
+
+    def _vectors(self, slot_TK: torch.Tensor, aside_TK: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return theta = 1 + sum_j alpha'_j delta_j over a token's auxiliary slots, once for each matrix's input."""
+        assert self.slots.auxiliary is not None
+        # alpha'_j = alpha_j / sum of the auxiliary ones; a token without any is not modulated
+        share_TK = aside_TK / aside_TK.sum(1, keepdim=True).clamp_min(1e-20)
+        which_TK = slot_TK if self.slots.auxiliary.vectors == "expert" else torch.zeros_like(slot_TK)
+        found = {}
+        for part in (*Experts(self).inputs, "down"):
+            delta = getattr(self, f"vector_{part}")
+            mixed = F.embedding_bag(which_TK, delta, per_sample_weights=share_TK.to(delta.dtype), mode="sum")
+            found[part] = 1 + mixed
+        return found
 
     def _linear(self, hidden_TD: torch.Tensor, number_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
         """Return the gated sum of the linear maps of the stand-ins of each token, [T, D]."""
@@ -114,6 +198,18 @@ class CompressedExperts(nn.Module):
             row_TKr.flatten(1), self.linear_out, per_sample_weights=weight_TKr.flatten(1), mode="sum"
         )
 
+    def stacked(self, name: str) -> torch.Tensor:
+        """Return a factor of the own parts with the rows of each low-rank expert, zeros where its rank is lower than
+        others', [N, r, D or F].
+
+        Args:
+            name: ``low_gate_in`` or another one.
+        """
+        rows = getattr(self, name)
+        if self.low_row.numel() == len(rows):  # all of one rank: as they lie
+            return rows.view(*self.low_row.shape, -1)
+        return F.pad(rows, (0, 0, 0, 1))[self.low_row]
+
     def fill_map(self) -> None:
         """Fill the buffers from the map, on the device of the weights."""
         device, ranks = self.down_proj.device, self.slots.ranks
@@ -128,6 +224,9 @@ class CompressedExperts(nn.Module):
             row_R = torch.arange(sum(ranks), device=device)
             shared = self.slots.shared_input
             self.linear_input = row_R - self.linear_start[self.linear_owner] if shared else row_R
+        if self.slots.low:
+            self.low_base = torch.tensor([base for base, _ in self.slots.low], device=device)
+            self.low_row = row_table([rank for _, rank in self.slots.low], device)
 
 
 def _visit(host: Any, hidden_PD: torch.Tensor, slot: int, gate_P1: torch.Tensor) -> torch.Tensor:
@@ -136,87 +235,3 @@ def _visit(host: Any, hidden_PD: torch.Tensor, slot: int, gate_P1: torch.Tensor)
     if device.type != "meta":  # weights that accelerate has put elsewhere: its hooks move the inputs
         hidden_PD, gate_P1 = hidden_PD.to(device), gate_P1.to(device)
     return host(hidden_PD, torch.full_like(gate_P1, slot, dtype=torch.long), gate_P1)
-
-
-@cache
-def compressed_class(base: type[nn.Module]) -> type[nn.Module]:
-    """Return the compressed form of an experts class, of the same Python module: transformers looks names up there."""
-    return type(f"Compressed{base.__name__}", (CompressedExperts, base), {"__module__": base.__module__})
-
-
-@dataclass(frozen=True, kw_only=True)
-class Change:
-    """What becomes of one layer's tensors.
-
-    Attributes:
-        experts: rows of the expert tensors that stay.
-        slots: rows of the router's tensors that stay.
-        slot_map: how slots find rows and stand-ins; None when each slot keeps the row of its own number.
-    """
-
-    experts: Sequence[int]
-    slots: Sequence[int]
-    slot_map: SlotMap | None = None
-
-
-def reshape_model(model: nn.Module, anatomy: Anatomy, changes: Mapping[int, Change]) -> None:
-    """Cut layers to the rows that stay and put slot maps in front, in place; works on the meta device too.
-
-    Stand-ins are left empty for the caller to fill.
-
-    Args:
-        model: the model.
-        anatomy: its MoE layers.
-        changes: what becomes of which decoder layer.
-    """
-    for index, change in changes.items():
-        layer = anatomy.layers[index]
-        for name, axis in layer.expert_rows.items():
-            _cut(model, f"{layer.experts}.{name}", axis, change.experts)
-        for name, axis in layer.slot_rows.items():
-            _cut(model, f"{layer.block}.{name}", axis, change.slots)
-        for path, attribute in layer.counts:
-            setattr(
-                model.get_submodule(path), attribute, len(change.experts if path == layer.experts else change.slots)
-            )
-        if change.slot_map is not None:
-            _compress(model, layer, change.slot_map)
-            hosts = {host: anatomy.layers[host].experts for host, _ in change.slot_map.guests}
-            # A plain mapping: the guests' weights stay their own layer's, and are saved there once.
-            model.get_submodule(layer.experts).__dict__["hosts"] = {
-                host: model.get_submodule(path) for host, path in hosts.items()
-            }
-
-
-def _cut(model: nn.Module, path: str, axis: int, rows: Sequence[int]) -> None:
-    parent, _, name = path.rpartition(".")
-    module = model.get_submodule(parent)
-    tensor = getattr(module, name)
-    if len(rows) == tensor.shape[axis] and list(rows) == list(range(len(rows))):
-        return
-    # A copy, never a view: a view would keep the whole original alive.
-    cut = tensor.detach().index_select(axis, torch.tensor(rows, device=tensor.device))
-    if isinstance(tensor, nn.Parameter):
-        setattr(module, name, nn.Parameter(cut, requires_grad=tensor.requires_grad))
-    else:
-        setattr(module, name, cut)
-
-
-def _compress(model: nn.Module, layer: MoELayer, slot_map: SlotMap) -> None:
-    module: Any = model.get_submodule(layer.experts)
-    weight = module.down_proj
-    module.__class__ = compressed_class(type(module))
-    module.slots = slot_map
-    inputs, outputs = slot_map.linear_rows
-    rows = {"constant": slot_map.constants, "linear_in": inputs, "linear_out": outputs}
-    for name, count in rows.items():
-        empty = torch.empty(count, layer.width, dtype=weight.dtype, device=weight.device)
-        module.register_parameter(name, nn.Parameter(empty, requires_grad=weight.requires_grad) if count else None)
-    sizes = dict.fromkeys(BUFFERS[2:4], len(slot_map.ranks or ())) | dict.fromkeys(BUFFERS[4:], outputs)
-    sizes |= {"slot_map": len(slot_map.slots), "slot_scale": len(slot_map.scales or ())}
-    for name in BUFFERS:
-        dtype = {"slot_map": torch.int32, "slot_scale": torch.float32}.get(name, torch.int64)
-        empty = torch.empty(sizes[name], dtype=dtype, device=weight.device) if sizes[name] else None
-        module.register_buffer(name, empty, persistent=False)
-    if not weight.is_meta:
-        module.fill_map()

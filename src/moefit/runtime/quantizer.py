@@ -17,7 +17,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from moefit.checkpoint.anatomy import discover
 from moefit.errors import CheckpointError
 from moefit.planning.slot_map import SlotMap
-from moefit.runtime.experts import Change, CompressedExperts, reshape_model
+from moefit.runtime.experts import CompressedExperts
+from moefit.runtime.reshape import Change, reshape_model
 
 QUANT_METHOD = "moefit"
 FORMAT_VERSION = 1

@@ -16,11 +16,11 @@ from moefit.methods.registry import METHODS, find_method
 from moefit.methods.run import view_of
 from moefit.planning.plan import Plan, calibration_hash
 from moefit.planning.view import LayerView
-from moefit.runtime.experts import Change, reshape_model
+from moefit.runtime.experts import STAND_IN_TENSORS
+from moefit.runtime.reshape import Change, reshape_model
 
 Tensors = dict[str, torch.Tensor]
 Propagate = Literal["original", "compressed"]
-STAND_IN_TENSORS = ("constant", "linear_in", "linear_out")
 
 
 def check_calibration(plan: Plan, calibration: Calibration | None, propagate: Propagate = "original") -> None:
@@ -41,8 +41,7 @@ def check_calibration(plan: Plan, calibration: Calibration | None, propagate: Pr
             raise PlanError(f"--propagate compressed: a plan of {plan.method!r} has nothing to fit; leave it out")
         return
     method = find_method(plan.method)
-    kinds = {slot.kind for layer in plan.layers.values() for slot in layer.slots} & {"constant", "linear", "merged"}
-    if lost := sorted(kinds - method.builds):
+    if lost := sorted(plan.built - method.builds):
         able = ", ".join(name for name, other in sorted(METHODS.items()) if lost[0] in other.builds)
         raise PlanError(
             f"the plan has {lost[0]} slots, which method {plan.method!r} does not compute; set its method to one that "
@@ -51,7 +50,7 @@ def check_calibration(plan: Plan, calibration: Calibration | None, propagate: Pr
     method.resolve(plan.parameters)
     if calibration is None:
         raise PlanError(
-            f"the plan has {sorted(kinds)[0]} slots, which are computed from the calibration; name it with "
+            f"the plan has {sorted(plan.built)[0]} slots, which are computed from the calibration; name it with "
             "--calibration"
         )
     if calibration_hash(calibration.fingerprint) != plan.calibration:

@@ -25,7 +25,8 @@ from moefit.errors import CheckpointError
 from moefit.planning.checks import check_plan
 from moefit.planning.plan import Plan
 from moefit.planning.slots import LayerPlan
-from moefit.transform.build import STAND_IN_TENSORS, Propagate, Tensors, build_layer, check_calibration, opened
+from moefit.runtime.experts import STAND_IN_TENSORS
+from moefit.transform.build import Propagate, Tensors, build_layer, check_calibration, opened
 from moefit.transform.card import model_card
 from moefit.transform.formats import Format, patched_config, resolve_format
 from moefit.transform.propagate import propagated
@@ -136,10 +137,9 @@ def plan_shards(
             shards[info.file].append(rows(info, stack.fused[info.name], layer.pool, other))
         else:
             shards[info.file].append(rows(info, stack.slots[info.name], layer.kept_slots))
-    for prefix, layer in plan.layers.items():
-        if layer.stand_ins:
-            stack = stacks[prefix]
-            assert stack.index is not None
+    for prefix in plan.layers:
+        stack = stacks[prefix]
+        if stack.index is not None:
             # Stand-ins lie with the router of their layer.
             home = checkpoint.tensors[next(iter(stack.slots))].file
             names = [f"{anatomy.layers[stack.index].experts}.{name}" for name in STAND_IN_TENSORS]
@@ -180,7 +180,7 @@ def _build(
     scratch.mkdir()
     found: dict[str, TensorInfo] = {}
     by_index = {stack.index: stack for stack in stacks.values()}
-    total = sum(layer_plan.built for layer_plan in plan.by_layer.values())
+    total = sum(bool(layer_plan.built) for layer_plan in plan.by_layer.values())
     built = _built_layers(plan, calibration, source, anatomy, scratch, propagate)
     for done, (layer, tensors) in enumerate(built, start=1):
         named = _on_disk(plan.by_layer[layer], by_index[layer], source, anatomy.layers[layer].experts, tensors)

@@ -16,8 +16,8 @@ from moefit.checkpoint.files import open_checkpoint
 from moefit.checkpoint.loader import StreamedModel, load_config
 from moefit.errors import CheckpointError
 from moefit.planning.plan import Plan
+from moefit.runtime.experts import STAND_IN_TENSORS
 from moefit.runtime.quantizer import MoefitConfig, fill_maps, reshape_loaded
-from moefit.transform.build import STAND_IN_TENSORS
 
 STAND_INS = tuple(f".{name}" for name in STAND_IN_TENSORS)
 

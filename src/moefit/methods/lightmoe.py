@@ -1,0 +1,303 @@
+"""LightMoE: replace weak experts by a shared base and a part of low rank of their own (arXiv:2603.12645).
+
+Published: in each layer the experts with the least gate mass, up to a share that a layer with larger router logits
+lowers, become W_base + B A. A base is the gate-weighted average of a group; groups gather around the members with the
+most gate mass by the cosine of router logits; B starts at zero. The originals are faded out while the bases and the own
+parts are fine-tuned (`moefit recover --anneal`), and ratios are of all parameters, so ``--remove 50%`` halves the
+checkpoint. Which gates, which cosine and which start of A are not said: here the gates that enter the layer's sum, the
+cosine over sampled tokens, and a normal distribution with the variance of 1 / inputs.
+
+Here: the same by default. Beyond it, by parameters: bases by least squares on what experts see, own parts that start as
+the best approximation of what the base lacks on these inputs, and ranks by how much each takes away. `keep` counts what
+is stored: kept experts and bases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Literal
+
+import torch
+from torch.nn import functional as F
+
+from moefit.errors import PlanError
+from moefit.fitting.cluster import nearest
+from moefit.methods.choose import refuse_protected, top
+from moefit.methods.merge import Matrices, average, shares, stacked
+from moefit.methods.registry import AtLeast, method
+from moefit.planning.slots import LayerPlan, Slot
+from moefit.planning.view import LayerView
+
+# Ridge of the second moments of what an expert sees, as a share of their mean.
+RIDGE = 1e-2
+PARTS = ("gate", "up", "down")
+
+
+def outline(experts: int, keep: int, *, bases: int, rank: int, **_: object) -> LayerPlan:
+    """Return a plan in which the first experts stay and the others share as many bases as the count leaves room for."""
+    if keep >= experts:
+        return LayerPlan(slots=tuple(Slot("expert", number) for number in range(experts)))
+    bases = max(1, min(bases, keep - 1))
+    own = keep - bases
+    named = [min(number, own + bases - 1) for number in range(own, experts)]
+    slots = [Slot("expert", number) for number in range(own)]
+    return LayerPlan(slots=(*slots, *(Slot("lowrank", base, rank=rank) for base in named)))
+
+
+def build(layer: LayerView, plan: LayerPlan, *, base: str, start: str, **_: object) -> dict[str, torch.Tensor]:
+    """Return ``base_*`` [M, ...] and ``low_*`` [R, ...] of the low-rank experts of a plan, base by base."""
+    bases, own = [], []
+    generator = torch.Generator().manual_seed(layer.index)
+    for named, members in plan.bases.items():
+        matrices = _base(layer, named, members, base)
+        bases.append(matrices)
+        for member in members:
+            if rank := plan.slots[member].rank:
+                own.append(_own_part(layer, member, matrices, rank, start, generator))
+    found = {f"base_{name}": stack for name, stack in stacked(bases).items()}
+    names = own[0] if own else ()
+    return found | {name: torch.cat([part[name] for part in own]) for name in names}
+
+
+@method(
+    "lightmoe",
+    removed="lowrank",
+    paper="arXiv:2603.12645",
+    needs={"gate", "gate_sq_norm_sq"},
+    weights=True,
+    scoped=True,
+    outline=outline,
+    of_total=True,
+    builds={"lowrank"},
+    build=build,
+)
+def lightmoe(
+    layers: Sequence[LayerView],
+    keeps: Sequence[int],
+    *,
+    bases: Annotated[int, AtLeast(1)] = 3,
+    rank: Annotated[int, AtLeast(0)] = 16,
+    select: Literal["adaptive", "uniform", "count"] = "adaptive",
+    alpha: Annotated[float, AtLeast(0)] = 0.3,
+    clip: Annotated[float, AtLeast(0)] = 0.2,
+    base: Literal["average", "least_squares", "dominant"] = "average",
+    start: Literal["zero", "svd"] = "zero",
+    ranks: Literal["given", "chosen"] = "given",
+) -> Iterator[LayerPlan]:
+    """Replace the experts with the least gate mass by shared bases with parts of low rank, made for recovery.
+
+    Args:
+        layers: the layers.
+        keeps: kept experts and bases of each, together.
+        bases: bases of a layer.
+        rank: rank of the own parts.
+        select: ``adaptive`` (paper) replaces a share of each layer's gate mass that falls with the size of its router
+            logits, ``uniform`` the same share in every layer, ``count`` the same number of experts.
+        alpha: how much the share falls.
+        clip: how far it may be from the common one, as a part of that.
+        base: the gate-weighted ``average`` (paper), the ``least_squares`` fit to what the members see, or the
+            ``dominant`` member itself.
+        start: own parts start at ``zero`` (paper) or as the ``svd`` of what the base lacks, weighted by the inputs.
+        ranks: ``given`` uses `rank` everywhere; ``chosen`` spends as many rows where they take most away.
+    """
+    for layer in layers:
+        if _own_bytes(layer, rank) >= layer.expert_bytes:
+            raise PlanError(
+                f"rank={rank}: an own part of it is no smaller than an expert of layer {layer.index} "
+                f"({layer.expert_bytes:,} bytes); ask for a lower rank"
+            )
+    counts = [_replaced(layer, keep, bases) for layer, keep in zip(layers, keeps, strict=True)]
+    if layers and select != "count":
+        limits = _factors(layers, alpha, clip) if select == "adaptive" else [1.0] * len(layers)
+        counts = _by_mass(layers, limits, counts, bases, rank)
+    for layer, (count, held) in zip(layers, counts, strict=True):
+        plan = _grouped(layer, count, held, rank)
+        yield _spent(layer, plan, rank, base) if ranks == "chosen" and count else plan
+        layer.close()
+
+
+def _own_bytes(layer: LayerView, rank: int) -> int:
+    """Return the bytes of one own part: rows and columns of each matrix for each rank."""
+    return layer.itemsize * layer.matrices * rank * (layer.sample.hidden.shape[1] + layer.inner)
+
+
+def _replaced(layer: LayerView, keep: int, bases: int) -> tuple[int, int]:
+    """Return how many experts are replaced, and by how many bases, when `keep` of both are stored."""
+    refuse_protected(layer.index, layer.protected, layer.num_experts, keep)
+    if keep >= layer.num_experts:
+        return 0, 0
+    held = max(1, min(bases, keep - max(1, len(layer.protected))))
+    if keep - held < max(1, len(layer.protected)):
+        raise PlanError(
+            f"layer {layer.index}: {keep} experts stay and {len(layer.protected)} of them are protected, which leaves "
+            "no room for a base; keep more or protect fewer"
+        )
+    return layer.num_experts - keep + held, held
+
+
+def _mass(layer: LayerView) -> torch.Tensor:
+    """Return G_i = sum_x g_i / sum_j sum_x g_j, [E]; protected experts come last in its order."""
+    mass = layer.sums.gate / layer.sums.gate.sum().clamp_min(1e-300)
+    mass[list(layer.protected)] += 2
+    return mass
+
+
+def _factors(layers: Sequence[LayerView], alpha: float, clip: float) -> list[float]:
+    """Return p_j / phat = clip(exp(-alpha (norm_j - 1)), 1 - clip, 1 + clip) of each layer."""
+    norms = torch.stack([layer.sample.logits.norm(dim=1).double().mean() for layer in layers])
+    factor = torch.exp(-alpha * (norms / norms.mean().clamp_min(1e-300) - 1))
+    return factor.clamp(1 - clip, 1 + clip).tolist()
+
+
+def _by_mass(
+    layers: Sequence[LayerView], limits: Sequence[float], counts: Sequence[tuple[int, int]], bases: int, rank: int
+) -> list[tuple[int, int]]:
+    """Return how many experts each layer replaces when phat is the lowest that meets the bytes of all layers.
+
+    Args:
+        layers: the layers.
+        limits: p_j / phat of each.
+        counts: replaced experts and bases of each when all replace as many.
+        bases: bases of a layer.
+        rank: rank of the own parts.
+    """
+    if not any(count for count, _ in counts):
+        return list(counts)
+    mass = [_mass(layer).sort().values.cumsum(0) for layer in layers]
+
+    def at(phat: float) -> list[tuple[int, int]]:
+        found = []
+        for layer, total, limit, (_, held) in zip(layers, mass, limits, counts, strict=True):
+            # the shortest prefix, in ascending G, whose gate mass exceeds p_j
+            count = int((total <= limit * phat).sum()) + 1
+            count = min(count, layer.num_experts - max(1, len(layer.protected)))
+            found.append((count, min(held or bases, count)) if count > (held or bases) else (0, 0))
+        return found
+
+    def nbytes(phat: float) -> int:
+        return sum(
+            (layer.num_experts - count + held) * layer.expert_bytes + count * _own_bytes(layer, rank)
+            for layer, (count, held) in zip(layers, at(phat), strict=True)
+        )
+
+    allowed, low, high = sum(layer.nbytes for layer in layers), 0.0, 2.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if nbytes(middle) <= allowed else (middle, high)
+    return at(high)
+
+
+def _grouped(layer: LayerView, count: int, held: int, rank: int) -> LayerPlan:
+    """Return the plan that replaces some experts, grouped around those of them with the most gate mass."""
+    mass = _mass(layer)
+    kept = set(top(layer, mass, layer.num_experts - count))
+    replaced = [expert for expert in range(layer.num_experts) if expert not in kept]
+    if not replaced:
+        return LayerPlan(slots=tuple(Slot("expert", number) for number in range(layer.num_experts)))
+    dominant = sorted(sorted(replaced, key=lambda expert: (-float(mass[expert]), expert))[:held])
+    columns = F.normalize(layer.sample.logits.double(), dim=0)
+    base = nearest(1 - columns.T @ columns, dominant)
+    slots = [
+        Slot("expert", number) if number in kept else Slot("lowrank", base[number], rank=rank)
+        for number in range(layer.num_experts)
+    ]
+    return LayerPlan(slots=tuple(slots), scores=tuple(layer.sums.gate.tolist()))
+
+
+def _base(layer: LayerView, named: int, members: Sequence[int], base: str) -> Matrices:
+    """Return the matrices of a base, biases included."""
+    if base == "dominant":
+        return layer.experts.one(named)
+    found = average(layer, named, members, layer.sums.gate)
+    if base == "average":
+        return found
+    # min over W of sum_n G_n tr (W_n - W) C_n (W_n - W)^T:  W = (sum G_n W_n C_n) (sum G_n C_n)^-1
+    share = shares(layer.sums.gate, members).tolist()
+    ones = [layer.experts.one(member) for member in members]
+    for part in _parts(layer):
+        moments = [_moment(layer, member, one, part) for member, one in zip(members, ones, strict=True)]
+        total = sum((c * weight for c, weight in zip(moments, share, strict=True)), torch.zeros_like(moments[0]))
+        seen = [one[part].double() @ c * w for one, c, w in zip(ones, moments, share, strict=True)]
+        right = sum(seen[1:], seen[0])
+        found[part] = torch.linalg.solve(total, right.T).T.to(found[part])
+    return found
+
+
+def _own_part(
+    layer: LayerView, member: int, base: Matrices, rank: int, start: str, generator: torch.Generator
+) -> dict[str, torch.Tensor]:
+    """Return the own part of one expert, rows of A and columns of B of each matrix, [rank, in] and [rank, out]."""
+    found, one = {}, layer.experts.one(member)
+    for part in _parts(layer):
+        rows, columns = one[part].shape
+        if start == "zero":
+            inner = torch.randn(rank, columns, generator=generator) / columns**0.5
+            outer = torch.zeros(rank, rows)
+        else:
+            inner, outer = _best(layer, member, one, base, part, rank)
+        found |= {f"low_{part}_in": inner, f"low_{part}_out": outer}
+    return found
+
+
+def _best(
+    layer: LayerView, member: int, one: Matrices, base: Matrices, part: str, rank: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the best own part on the expert's inputs, its size shared by both factors."""
+    factor, (left, values, right) = _lacking(layer, member, one, base, part)
+    # (W_n - W_base) L = U S V^T with C = L L^T:  B = U S^1/2, A = S^1/2 V^T L^-1
+    root = values[:rank].sqrt()
+    inner = torch.linalg.solve_triangular(factor, root[:, None] * right[:rank], upper=False, left=False)
+    outer = (left[:, :rank] * root).T
+    missing = rank - len(root)
+    return F.pad(inner, (0, 0, 0, missing)).cpu(), F.pad(outer, (0, 0, 0, missing)).cpu()
+
+
+def _lacking(
+    layer: LayerView, member: int, one: Matrices, base: Matrices, part: str
+) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Return L, with C = L L^T what a matrix sees, and the singular value decomposition of (W_n - W_base) L."""
+    factor = torch.linalg.cholesky(_moment(layer, member, one, part))
+    apart = (one[part].double() - base[part].double()) @ factor
+    return factor, torch.linalg.svd(apart, full_matrices=False)
+
+
+def _moment(layer: LayerView, member: int, one: Matrices, part: str) -> torch.Tensor:
+    """Return C = sum g^2 u u^T / sum g^2 of what a matrix of an expert is applied to, with a ridge, float64."""
+    token, gate = layer.routed(member)
+    seen = layer.sample.hidden[token].to(one["up"])
+    seen = (layer.experts.hidden(one, seen) if part == "down" else seen).double()
+    weight = gate.double().square().to(seen.device)
+    moment = (seen * weight[:, None]).T @ seen / weight.sum().clamp_min(1e-300)
+    mean = float(moment.diagonal().mean()) or 1.0
+    moment.diagonal().add_(RIDGE * mean)
+    return moment
+
+
+def _spent(layer: LayerView, plan: LayerPlan, rank: int, base: str) -> LayerPlan:
+    """Return the plan with the rows of all own parts spent one by one where they take most away.
+
+    What the r-th row of an expert takes away is priced by sum g^2 |y|^2 times the sum over its matrices of
+    s_r^2 / |W L|^2, with s_r the singular values of (W_n - W_base) L.
+    """
+    gains = []
+    for named, members in plan.bases.items():
+        matrices = _base(layer, named, members, base)
+        for member in members:
+            one, gain = layer.experts.one(member), torch.zeros(1, dtype=torch.float64)
+            for part in _parts(layer):
+                factor, (_, values, _) = _lacking(layer, member, one, matrices, part)
+                whole = (one[part].double() @ factor).square().sum().clamp_min(1e-300)
+                part_gain = (values.square() / whole).cpu()
+                size = max(len(gain), len(part_gain))
+                gain = F.pad(gain, (0, size - len(gain))) + F.pad(part_gain, (0, size - len(part_gain)))
+            energy = float(layer.sums.gate_sq_norm_sq[member])
+            gains += [(float(value) * energy, -at, member) for at, value in enumerate(gain)]
+    spent = dict.fromkeys(plan.low_ranks, 0)
+    for _, _, member in sorted(gains, reverse=True)[: rank * len(spent)]:
+        spent[member] += 1
+    slots = [Slot("lowrank", s.expert, rank=spent[n]) if s.kind == "lowrank" else s for n, s in enumerate(plan.slots)]
+    return LayerPlan(slots=tuple(slots), scores=plan.scores)
+
+
+def _parts(layer: LayerView) -> Sequence[str]:
+    return PARTS if layer.experts.gated else PARTS[1:]

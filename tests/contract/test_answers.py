@@ -1,0 +1,137 @@
+"""Low-rank experts and auxiliary slots on every family: each is what its formula says, by the family's own code."""
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from test_families import IDS, Get, GetCalibration, anatomy_of, eager, every_family, load, logits
+from torch import nn
+
+import moefit
+import naive
+from moefit.checkpoint.anatomy import MoELayer
+from moefit.checkpoint.files import open_checkpoint
+from moefit.checkpoint.loader import quiet_transformers
+from moefit.planning.view import Experts
+
+LOW = {"rank": 2, "bases": 2, "start": "svd", "select": "count"}
+
+
+def output_of(model: nn.Module, layer: MoELayer, matrices: dict[str, torch.Tensor], x_D: torch.Tensor) -> torch.Tensor:
+    """Return what the family's own code gives for an expert with these matrices: they are put in place of expert 0."""
+    module = model.get_submodule(layer.experts)
+    packed = Experts(module).packed({name: matrix[None] for name, matrix in matrices.items()})
+    kept = {name: getattr(module, name).data[0].clone() for name in packed}
+    for name, tensor in packed.items():
+        getattr(module, name).data[0] = tensor[0]
+    y = naive.expert_output(model, layer, 0, x_D)
+    for name, tensor in kept.items():
+        getattr(module, name).data[0] = tensor
+    return y
+
+
+def low_plan(calibration: moefit.Calibration) -> moefit.Plan:
+    keep = calibration.model.stacks[0].num_experts - 2
+    return moefit.make_plan(calibration, "lightmoe", moefit.Budget.parse(keep=keep), parameters=LOW)
+
+
+def vector_plan(calibration: moefit.Calibration, keep: int, **parameters: object) -> moefit.Plan:
+    return moefit.make_plan(
+        calibration, "compressed_experts", moefit.Budget.parse(keep=keep), parameters={"main": 1} | parameters
+    )
+
+
+@every_family
+def test_low_rank_experts_are_their_base_and_their_own_part(
+    name: str, checkpoint: Get, calibration: GetCalibration
+) -> None:
+    plan = low_plan(calibration(name))
+    original = load(checkpoint(name))
+    compressed = eager(moefit.apply(plan, load(checkpoint(name)), calibration=calibration(name)))
+    layer = next(iter(anatomy_of(original).layers.values()))
+    seen = naive.run_recorded(compressed, layer, IDS)
+    layer_plan, module = plan.by_layer[layer.index], compressed.get_submodule(layer.experts)
+    own, numbers, named = (
+        Experts(original.get_submodule(layer.experts)),
+        list(layer_plan.low_ranks),
+        [*layer_plan.bases],
+    )
+    assert len(named) == 2
+    assert len(numbers) == 4
+
+    def matrices(slot: int) -> dict[str, torch.Tensor]:
+        if slot not in numbers:
+            return own.one(slot)
+        at, base = numbers.index(slot), named.index(layer_plan.slots[slot].expert)
+        found = {part: getattr(module, f"base_{part}")[base].detach() for part in own.one(0)}
+        for part in (*own.inputs, "down"):
+            rows = slice(2 * at, 2 * at + 2)
+            low_in, low_out = getattr(module, f"low_{part}_in")[rows], getattr(module, f"low_{part}_out")[rows]
+            found[part] = found[part] + (low_out.T @ low_in).detach()
+        return found
+
+    expected = torch.zeros(len(seen["hidden"]), layer.width)
+    for token, (chosen, gates) in enumerate(zip(seen["index"].tolist(), seen["gate"].tolist(), strict=True)):
+        for slot, gate in zip(chosen, gates, strict=True):
+            expected[token] += gate * output_of(original, layer, matrices(slot), seen["hidden"][token])
+    with torch.no_grad():
+        got = module(seen["hidden"], seen["index"], seen["gate"])
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@every_family
+@pytest.mark.parametrize("answer", ["lowrank", "vectors"])
+def test_they_round_trip(name: str, answer: str, checkpoint: Get, calibration: GetCalibration, tmp_path: Path) -> None:
+    experts = calibration(name).model.stacks[0].num_experts
+    plan = low_plan(calibration(name))
+    if answer == "vectors":
+        plan = vector_plan(calibration(name), experts - 1, constants=True, renormalise=True)
+    moefit.apply(plan, checkpoint(name), tmp_path / "out", calibration=calibration(name), verify=True)
+    assert open_checkpoint(tmp_path / "out").nbytes == plan.nbytes
+    expected = logits(eager(moefit.apply(plan, load(checkpoint(name)), calibration=calibration(name))))
+    from_disk = load(tmp_path / "out")
+    torch.testing.assert_close(logits(from_disk), expected, rtol=1e-5, atol=1e-5)
+    from_disk.set_experts_implementation("grouped_mm")
+    torch.testing.assert_close(logits(from_disk), expected, rtol=1e-4, atol=1e-4)
+    with quiet_transformers(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        eager(from_disk).save_pretrained(tmp_path / "again")
+    torch.testing.assert_close(logits(load(tmp_path / "again")), expected, rtol=1e-5, atol=1e-5)
+    assert torch.isfinite(expected).all()
+
+
+@every_family
+def test_auxiliary_slots_modulate_what_runs(name: str, checkpoint: Get, calibration: GetCalibration) -> None:
+    """Vectors on the inputs of an expert's matrices are factors on the columns of these matrices."""
+    experts = calibration(name).model.stacks[0].num_experts
+    plan = vector_plan(calibration(name), experts - 1, constants=True)
+    original = load(checkpoint(name))
+    compressed = eager(moefit.apply(plan, load(checkpoint(name)), calibration=calibration(name)))
+    layer = next(iter(anatomy_of(original).layers.values()))
+    module, own = compressed.get_submodule(layer.experts), Experts(original.get_submodule(layer.experts))
+    parts = (*own.inputs, "down")
+    for part in parts:
+        assert torch.count_nonzero(getattr(module, f"vector_{part}")) == 0
+        nn.init.normal_(getattr(module, f"vector_{part}"), std=0.3)
+    seen = naive.run_recorded(compressed, layer, IDS)
+    (novice,) = plan.by_layer[layer.index].stand_ins
+    expected = torch.zeros(len(seen["hidden"]), layer.width)
+    for token, (chosen, gates) in enumerate(zip(seen["index"].tolist(), seen["gate"].tolist(), strict=True)):
+        ranked = sorted(zip(gates, chosen, strict=True), key=lambda pair: -pair[0])
+        main = next(((gate, slot) for gate, slot in ranked if slot != novice), None)
+        aside = [(gate, slot) for gate, slot in ranked if (gate, slot) != main]
+        total = sum(gate for gate, _ in aside)
+        for gate, slot in aside:
+            constant = module.constant[0] if slot == novice else module.vector_constant[slot]
+            expected[token] += gate * constant.detach()
+        if main is None:
+            continue
+        matrices = own.one(main[1])
+        for part in parts:
+            delta = sum(gate / total * getattr(module, f"vector_{part}")[slot].detach() for gate, slot in aside)
+            matrices[part] = matrices[part] * (1 + delta)
+        expected[token] += main[0] * output_of(original, layer, matrices, seen["hidden"][token])
+    with torch.no_grad():
+        got = module(seen["hidden"], seen["index"], seen["gate"])
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)

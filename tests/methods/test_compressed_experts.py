@@ -1,0 +1,149 @@
+"""Compressed Experts: which slots run, what the others add, and where gradients go."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from test_mergemoe import routed_layer
+from test_merging import WIDTH, random_experts
+from torch import nn
+
+import moefit
+from contract.test_families import IDS, eager, load, logits
+from families import tiny_model
+from moefit.checkpoint.anatomy import discover
+from moefit.methods.compressed_experts import build, compressed_experts
+from moefit.planning.slot_map import Auxiliary
+from moefit.planning.slots import LayerPlan, Slot
+from moefit.planning.view import LayerView
+from moefit.runtime.reshape import Change, reshape_model
+
+Get = Callable[[str], Path]
+GetCalibration = Callable[[str], moefit.Calibration]
+SLOTS = tuple(Slot("expert", number) for number in range(8))
+CHOSEN = torch.tensor([[0, 1, 2, 3], [7, 6, 5, 4], [3, 0, 6, 1]])
+# not in order on purpose: the split goes by the gate
+GATES = torch.tensor([[0.1, 0.4, 0.2, 0.3], [0.7, 0.1, 0.1, 0.1], [0.25, 0.25, 0.25, 0.25]])
+
+
+def experts_with(spec: Auxiliary, fill: float = 0.0, name: str = "olmoe") -> tuple[nn.Module, nn.Module]:
+    """Return the first experts module of a tiny model, original and with auxiliary slots."""
+    model, original = eager(tiny_model(name)), eager(tiny_model(name))
+    layer = next(iter(discover(model.config, model).layers.values()))
+    change = Change(experts=range(8), slots=range(8), slot_map=LayerPlan(slots=SLOTS, auxiliary=spec).slot_map())
+    reshape_model(model, discover(original.config, original), {layer.index: change})
+    module = model.get_submodule(layer.experts)
+    for part in ("gate", "up", "down"):
+        if getattr(module, f"vector_{part}") is not None:
+            nn.init.normal_(getattr(module, f"vector_{part}"), std=fill) if fill else nn.init.zeros_(
+                getattr(module, f"vector_{part}")
+            )
+    return original.get_submodule(layer.experts), module
+
+
+def tokens(module: nn.Module) -> torch.Tensor:
+    return torch.randn(3, module.down_proj.shape[1], generator=torch.Generator().manual_seed(2))
+
+
+def test_at_the_start_the_main_experts_run_as_they_are() -> None:
+    original, module = experts_with(Auxiliary(main=2))
+    x = tokens(module)
+    with torch.no_grad():
+        got = module(x, CHOSEN, GATES)
+        expected = original(
+            x, torch.tensor([[1, 3], [7, 6], [3, 0]]), torch.tensor([[0.4, 0.3], [0.7, 0.1], [0.25] * 2])
+        )
+    torch.testing.assert_close(got, expected)
+
+
+def test_a_share_lets_fewer_run_and_gates_can_be_made_whole() -> None:
+    original, module = experts_with(Auxiliary(main=4, share=0.6, vectors="none", renormalise=True))
+    x = tokens(module)
+    # .4 + .3 reach .6; .7 alone does; three of .25 do
+    runs = [([1, 3], [0.4, 0.3], 0.7), ([7], [0.7], 0.7), ([3, 0, 6], [0.25] * 3, 0.75)]
+    with torch.no_grad():
+        got = module(x, CHOSEN, GATES)
+        for token, (slots, gates, total) in enumerate(runs):
+            weight = torch.tensor([gates]) / total
+            torch.testing.assert_close(got[token], original(x[token, None], torch.tensor([slots]), weight)[0])
+
+
+def test_equal_vectors_mix_to_themselves_whatever_the_gates() -> None:
+    """alpha' sums to 1: the mix of equal vectors is that vector, which one set for the layer says as well."""
+    _, one = experts_with(Auxiliary(main=2))
+    _, layer = experts_with(Auxiliary(main=2, vectors="layer"), fill=0.5)
+    for part in ("gate", "up", "down"):
+        getattr(one, f"vector_{part}").data.copy_(getattr(layer, f"vector_{part}").data.expand(8, -1))
+    x = tokens(one)
+    with torch.no_grad():
+        torch.testing.assert_close(one(x, CHOSEN, GATES), layer(x, CHOSEN, GATES))
+
+
+def test_gradients_reach_a_vector_only_through_tokens_that_have_it_aside() -> None:
+    _, module = experts_with(Auxiliary(main=2), fill=0.1)
+    x = tokens(module)
+    for token, aside in enumerate([{2, 0}, {5, 4}, {6, 1}]):
+        module.zero_grad()
+        module(x[token, None], CHOSEN[token, None], GATES[token, None]).square().sum().backward()
+        for part in ("gate", "up", "down"):
+            reached = getattr(module, f"vector_{part}").grad.abs().sum(1).nonzero().flatten().tolist()
+            assert set(reached) == aside
+
+
+def test_auxiliary_experts_cost_no_product() -> None:
+    _, module = experts_with(Auxiliary(main=1), fill=0.1)
+    x = tokens(module).requires_grad_()
+    module(x, CHOSEN, GATES).sum().backward()
+    used = module.down_proj.grad.flatten(1).abs().sum(1).nonzero().flatten().tolist()
+    assert used == [1, 3, 7]
+
+
+@pytest.mark.parametrize("name", ["olmoe", "qwen2_moe", "gpt_oss"])
+def test_at_the_start_and_after_loading_the_model_is_the_plain_half(
+    name: str, checkpoint: Get, calibration: GetCalibration, tmp_path: Path
+) -> None:
+    whole, plain = (
+        moefit.make_plan(
+            calibration(name), "compressed_experts", moefit.Budget.parse(remove=0), parameters={"main": 1, "vectors": v}
+        )
+        for v in ("expert", "none")
+    )
+    assert plain.nbytes == plain.model.nbytes
+    moefit.apply(whole, checkpoint(name), tmp_path / "out", calibration=calibration(name), verify=True)
+    half = eager(moefit.apply(plain, load(checkpoint(name)), calibration=calibration(name)))
+    torch.testing.assert_close(logits(load(tmp_path / "out"), IDS), logits(half, IDS), rtol=1e-5, atol=1e-5)
+
+
+def constant_expert_layer() -> LayerView:
+    """Return a layer whose expert 1 gives the same whatever its input: its down projection meets a dead bias."""
+    layer = routed_layer(random_experts(4), 200, seed=0)
+    given = layer.experts.outputs
+    layer.experts.outputs = lambda e, x: torch.ones(len(x), WIDTH) * 3 if e == 1 else given(e, x)  # type: ignore[method-assign]
+    return layer
+
+
+def test_a_constant_expert_is_replaced_without_loss_when_it_is_auxiliary() -> None:
+    layer = constant_expert_layer()
+    plan = compressed_experts(layer, 4, main=1, constants=True)
+    built = build(layer, plan)
+    torch.testing.assert_close(built["vector_constant"][1], torch.full((WIDTH,), 3.0, dtype=torch.float64))
+    assert torch.count_nonzero(built["vector_gate"]) == 0
+    assert built["vector_down"].shape == (4, 5)
+
+
+def test_experts_that_are_main_least_go_first() -> None:
+    layer = routed_layer(random_experts(4), 200, seed=0)
+    total = [0.0] * 4
+    for slots, gates in zip(layer.sample.index.tolist(), layer.sample.gate.tolist(), strict=True):
+        gate, slot = max(zip(gates, slots, strict=True))
+        total[slot] += gate
+    plan = compressed_experts(layer, 2, main=1)
+    assert plan.pool == sorted(sorted(range(4), key=lambda n: -total[n])[:2])
+    assert {plan.slots[n].kind for n in range(4) if n not in plan.pool} == {"constant"}
+
+
+@pytest.mark.parametrize("spec", [{"main": "3"}, {"share": "0"}, {"share": "1.5"}])
+def test_splits_that_cannot_be_are_refused(spec: dict[str, str], calibration: GetCalibration) -> None:
+    with pytest.raises(moefit.PlanError, match="main slots of a token and a share"):
+        moefit.make_plan(calibration("olmoe"), "compressed_experts", moefit.Budget.parse(remove=0), parameters=spec)

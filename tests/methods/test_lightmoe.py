@@ -1,0 +1,223 @@
+"""LightMoE: selection by hand, the size formula of the paper, and what bases and own parts lose on what experts see."""
+
+import itertools
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from test_mergemoe import routed_layer
+from test_merging import INNER, WIDTH, random_experts, with_copy
+
+import moefit
+from moefit.calibration.folder import ModelFacts
+from moefit.checkpoint.family import Groups
+from moefit.checkpoint.layout import Stack
+from moefit.methods.lightmoe import _factors, build, lightmoe, outline
+from moefit.planning.plan import planned_nbytes
+from moefit.planning.slots import LayerPlan
+from moefit.planning.view import LayerView
+
+WHOLE = 4 * 3 * WIDTH * INNER
+GetCalibration = Callable[[str], moefit.Calibration]
+
+
+def layer_of_mass(mass: list[float], index: int = 0, loud: float = 1.0) -> LayerView:
+    """Return a layer whose experts have these shares of all gates, and router logits of some size."""
+    layer = routed_layer(random_experts(len(mass), seed=index), 80, seed=index)
+    layer.index, layer.expert_bytes, layer.itemsize, layer.inner = index, WHOLE, 4, INNER
+    layer.sums.gate.copy_(torch.tensor(mass))
+    layer.sample.logits.mul_(loud / layer.sample.logits.norm(dim=1, keepdim=True))
+    return layer
+
+
+def plans(layers: list[LayerView], stored: int, **parameters: object) -> list[LayerPlan]:
+    """Return the plans in the bytes that so many experts and bases a layer take, with what belongs to them."""
+    resolved = moefit.METHODS["lightmoe"].resolve({"bases": 1, "rank": 1} | parameters)
+    for layer in layers:
+        plan = outline(layer.num_experts, stored, **resolved)
+        layer.nbytes = plan.stored * WHOLE + sum(plan.low_ranks.values()) * 3 * (WIDTH + INNER) * 4
+    return list(lightmoe(layers, [stored] * len(layers), **resolved))
+
+
+def replaced(plan: LayerPlan) -> list[int]:
+    return sorted(plan.low_ranks)
+
+
+def residual(layer: LayerView, plan: LayerPlan, built: dict[str, torch.Tensor], slot: int) -> float:
+    """Return sum_t g^2 |(W_n - W) u_t|^2 over the matrices of an expert and the tokens that chose it, one by one."""
+    at, base = list(plan.low_ranks).index(slot), list(plan.bases).index(plan.slots[slot].expert)
+    start = sum(list(plan.low_ranks.values())[:at])
+    rows, one, total = slice(start, start + plan.slots[slot].rank), layer.experts.one(slot), 0.0
+    for token, gate in zip(*map(torch.Tensor.tolist, layer.routed(slot)), strict=True):
+        x = layer.sample.hidden[token]
+        seen = {"gate": x, "up": x, "down": layer.experts.hidden(one, x[None])[0]}
+        for part, u in seen.items():
+            stored = built[f"base_{part}"][base].double()
+            if f"low_{part}_in" in built:
+                stored = stored + built[f"low_{part}_out"][rows].double().T @ built[f"low_{part}_in"][rows].double()
+            total += gate**2 * float(((one[part] - stored) @ u.double()).square().sum())
+    return total
+
+
+def total_residual(layer: LayerView, plan: LayerPlan, **options: str) -> float:
+    built = build(layer, plan, **({"base": "average", "start": "svd"} | options))
+    return sum(residual(layer, plan, built, slot) for slot in plan.low_ranks)
+
+
+def test_the_shortest_prefix_that_exceeds_the_share_is_replaced() -> None:
+    layers = [layer_of_mass([4, 3, 2, 0.5, 0.5]), layer_of_mass([2, 2, 2, 2, 2], 1)]
+    # Gate mass in ascending order: .05 .1 .3 .6 1 and .2 .4 .6 .8 1. Up to a share of .1 layer 0 replaces two, which
+    # stores 4 + 5; at .1 that is not exceeded by two, so three go, which stores 3 + 5: the 8 that there is room for.
+    assert [replaced(plan) for plan in plans(layers, 4, select="uniform")] == [[2, 3, 4], []]
+
+
+@pytest.mark.parametrize(("clip", "expected"), [(1.0, (math.exp(0.15), math.exp(-0.15))), (0.1, (1.1, 0.9))])
+def test_a_layer_with_larger_logits_gives_less(clip: float, expected: tuple[float, float]) -> None:
+    layers = [layer_of_mass([1] * 6, loud=1.0), layer_of_mass([1] * 6, 1, loud=3.0)]
+    assert _factors(layers, 0.3, clip) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("select", ["adaptive", "uniform", "count"])
+def test_bytes_are_met_within_an_expert_a_layer_and_more_room_replaces_less(select: str) -> None:
+    generator = torch.Generator().manual_seed(5)
+    layers = [layer_of_mass(torch.rand(12, generator=generator).tolist(), n, 1 + n) for n in range(3)]
+    own = 3 * (WIDTH + INNER) * 4
+    before = 0
+    for stored in range(4, 12):
+        found = plans(layers, stored, select=select)
+        spent = sum(plan.stored * WHOLE + len(plan.low_ranks) * own for plan in found)
+        allowed = sum(layer.nbytes for layer in layers)
+        assert allowed - 3 * WHOLE < spent <= allowed
+        assert sum(len(plan.pool) for plan in found) >= before
+        before = sum(len(plan.pool) for plan in found)
+
+
+@pytest.mark.parametrize(("replaced", "billions"), [(24, 4.86), (31, 4.17), (38, 3.49)])
+def test_sizes_are_those_of_the_paper(replaced: int, billions: float) -> None:
+    """OLMoE-1B-7B with 16 layers of 64 experts, 3 bases and rank 16: its table of sizes, in parameters."""
+    expert = 3 * 2048 * 1024
+    stacks = [
+        Stack(prefix=f"model.layers.{n}", index=n, num_experts=64, expert_bytes=2 * expert, dtype="BF16", inner=1024)
+        for n in range(16)
+    ]
+    facts = ModelFacts(
+        source="",
+        fingerprint={},
+        model_type="olmoe",
+        width=2048,
+        top_k=8,
+        groups=Groups(),
+        nbytes=2 * 6_919_161_856,
+        stacks=tuple(stacks),
+    )
+    plan = outline(64, 64 - replaced + 3, bases=3, rank=16)
+    assert len(plan.low_ranks) == replaced
+    nbytes = planned_nbytes(facts, {stack.prefix: plan for stack in stacks})
+    assert nbytes / 2e9 == pytest.approx(billions, abs=0.01)
+    # rho = 1 - [(N - N' + M) n m + N' r (n + m)] / (N n m)
+    n, m = 2048, 1024
+    rho = 1 - ((64 - replaced + 3) * n * m + replaced * 16 * (n + m)) / (64 * n * m)
+    assert 2 * 6_919_161_856 - nbytes == pytest.approx(rho * 16 * 64 * 2 * expert)
+
+
+def test_remove_is_a_share_of_all_parameters(calibration: GetCalibration) -> None:
+    budget = moefit.Budget.parse(remove="30%")
+    plan = moefit.make_plan(calibration("olmoe"), "lightmoe", budget, parameters={"rank": 1, "bases": 1})
+    expert = plan.model.stacks[0].expert_bytes * len(plan.layers)
+    assert 0.7 * plan.model.nbytes - expert < plan.nbytes <= 0.7 * plan.model.nbytes
+    assert plan.budget == "remove 30%"
+
+
+def test_bases_are_named_after_the_members_with_most_mass_and_gather_their_likes() -> None:
+    layer = layer_of_mass([9, 9, 5, 1, 4, 2])
+    logits = layer.sample.logits
+    logits[:, 3], logits[:, 5] = logits[:, 4] * 2, logits[:, 2] * 3
+    (plan,) = plans([layer], 4, bases=2, select="count")
+    assert plan.pool == [0, 1]
+    assert plan.bases == {2: [2, 5], 4: [3, 4]}
+
+
+def test_a_base_is_the_average_by_gate_mass_and_the_paper_starts_there() -> None:
+    layer = layer_of_mass([9, 9, 1, 3])
+    (plan,) = plans([layer], 3, select="count")
+    assert plan.bases == {3: [2, 3]}
+    built, every = build(layer, plan, base="average", start="zero"), layer.experts.matrices()
+    for part in ("gate", "up", "down"):
+        torch.testing.assert_close(built[f"base_{part}"][0], 0.25 * every[part][2] + 0.75 * every[part][3])
+        assert torch.count_nonzero(built[f"low_{part}_out"]) == 0
+        assert torch.count_nonzero(built[f"low_{part}_in"]) > 0
+
+
+@pytest.mark.parametrize("base", ["average", "least_squares", "dominant"])
+def test_copies_share_a_base_without_loss(base: str) -> None:
+    module = with_copy(random_experts(3), of=2)
+    layer = routed_layer(module, 200, seed=0)
+    layer.index, layer.expert_bytes, layer.itemsize, layer.inner = 0, WHOLE, 4, INNER
+    layer.sums.gate.copy_(torch.tensor([9.0, 8.0, 1.0, 2.0]))
+    (plan,) = plans([layer], 3, select="count", base=base)
+    assert plan.bases == {3: [2, 3]}
+    assert total_residual(layer, plan, base=base) < 1e-6
+
+
+def layer_of_six() -> LayerView:
+    layer = layer_of_mass([9, 8, 1, 2, 3, 4])
+    layer.read_sample = routed_layer(random_experts(6), 300, seed=3).read_sample
+    layer.__dict__.pop("sample", None)
+    layer.sums.gate_sq_norm_sq.copy_(torch.tensor([1.0, 1, 1, 2, 3, 4]))
+    layer.expert_bytes *= 100  # so that any rank is allowed
+    return layer
+
+
+def test_own_parts_take_more_away_with_each_rank_and_everything_at_the_last() -> None:
+    losses = []
+    for rank in range(min(WIDTH, INNER) + 1):
+        layer = layer_of_six()
+        (plan,) = plans([layer], 3, select="count", rank=rank)
+        losses.append(total_residual(layer, plan))
+    assert all(later < sooner for sooner, later in itertools.pairwise(losses))
+    assert losses[-1] < 1e-6 * losses[0]
+
+
+def test_the_least_squares_base_loses_no_more_than_the_average() -> None:
+    """Weighted as it is fitted: by gate mass over the energy of the gates."""
+    losses = {}
+    for base in ("average", "least_squares"):
+        layer = layer_of_six()
+        (plan,) = plans([layer], 3, select="count", rank=0)
+        built = build(layer, plan, base=base, start="svd")
+        weight = [float(layer.sums.gate[n] / layer.routed(n)[1].square().sum()) for n in plan.low_ranks]
+        losses[base] = sum(w * residual(layer, plan, built, n) for w, n in zip(weight, plan.low_ranks, strict=True))
+    assert losses["least_squares"] < losses["average"]
+
+
+def test_chosen_ranks_spend_the_same_rows_where_they_count() -> None:
+    layer = layer_of_six()
+    (given,) = plans([layer], 3, select="count", rank=2)
+    (chosen,) = plans([layer_of_six()], 3, select="count", rank=2, ranks="chosen")
+    assert sum(chosen.low_ranks.values()) == sum(given.low_ranks.values())
+    assert chosen.low_ranks[5] > chosen.low_ranks[2]
+    built = build(layer, chosen, base="average", start="svd")
+    assert len(built["low_up_in"]) == sum(chosen.low_ranks.values())
+
+
+def test_what_cannot_work_is_refused() -> None:
+    with pytest.raises(moefit.PlanError, match="own part of it is no smaller than an expert"):
+        plans([layer_of_mass([1] * 6)], 4, rank=INNER)
+    layer = layer_of_mass([1] * 6)
+    layer.protected = frozenset({0, 1, 2})
+    with pytest.raises(moefit.PlanError, match="leaves no room for a base"):
+        plans([layer], 3)
+
+
+def test_a_plan_that_names_a_base_after_a_stranger_is_refused(tmp_path: Path, calibration: GetCalibration) -> None:
+    plan = moefit.make_plan(
+        calibration("olmoe"), "lightmoe", moefit.Budget.parse(keep=6), parameters={"rank": 1, "bases": 1}
+    )
+    plan.save(tmp_path / "plan.json")
+    text = (tmp_path / "plan.json").read_text()
+    base, kept = next((next(iter(layer.bases)), layer.pool[0]) for layer in plan.layers.values())
+    (tmp_path / "plan.json").write_text(text.replace(f'"{base}": {{', f'"{kept}": {{', 1))
+    with pytest.raises(moefit.PlanError, match="a base is named after one of its members"):
+        moefit.Plan.load(tmp_path / "plan.json")
