@@ -13,6 +13,7 @@ from moefit.checkpoint.files import DTYPES, Checkpoint, open_checkpoint
 from moefit.checkpoint.loader import StreamedModel, load_config
 from moefit.errors import CheckpointError
 from moefit.planning.slot_map import SlotMap
+from moefit.runtime.experts import STAND_IN_TENSORS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,9 +24,10 @@ class LayerSummary:
         layers: which, such as ``0-15``.
         size: how many.
         slots: outputs of the router.
-        experts: experts stored.
-        stand_ins: slots behind which a constant or a linear map stands.
-        ranks: lowest and highest rank of the linear maps; empty when there are none.
+        experts: experts stored, shared bases included.
+        stand_ins: slots behind which a constant, a linear map or a base with an own part stands.
+        ranks: lowest and highest rank of the maps and own parts; empty when there are none.
+        runs: slots of a token that run an expert: the router's top-k, fewer where some are auxiliary.
         expert_bytes: bytes of one expert.
     """
 
@@ -35,6 +37,7 @@ class LayerSummary:
     experts: int
     stand_ins: int
     ranks: tuple[int, ...]
+    runs: int
     expert_bytes: int
 
 
@@ -47,6 +50,7 @@ class MoeSummary:
     experts: int
     stand_ins: int
     ranks: tuple[int, ...]
+    runs: int
     guests: int
     expert_bytes: int
 
@@ -64,7 +68,8 @@ class Summary:
         parameters: all numbers in the checkpoint.
         routed_parameters: those of routed experts.
         shared_parameters: those of shared experts, which every token uses.
-        active_parameters: those that one token uses, when each slot runs one expert.
+        active_parameters: those that one token uses when each slot that runs has an expert; of what stands in for
+            experts or modulates them, the mean over slots.
         nbytes: bytes of all tensors.
     """
 
@@ -84,13 +89,9 @@ class Summary:
         kinds: dict[tuple, list[int]] = {}
         for moe in self.moe:
             ends = (min(moe.ranks), max(moe.ranks)) if moe.ranks else ()
-            kinds.setdefault((moe.slots, moe.experts, moe.stand_ins, ends, moe.expert_bytes), []).append(moe.layer)
-        return [
-            LayerSummary(
-                layers=_ranges(layers), size=len(layers), slots=s, experts=e, stand_ins=n, ranks=r, expert_bytes=b
-            )
-            for (s, e, n, r, b), layers in kinds.items()
-        ]
+            made = dict(slots=moe.slots, experts=moe.experts, stand_ins=moe.stand_ins, ranks=ends, runs=moe.runs)
+            kinds.setdefault(tuple((made | {"expert_bytes": moe.expert_bytes}).items()), []).append(moe.layer)
+        return [LayerSummary(layers=_ranges(layers), size=len(layers), **dict(made)) for made, layers in kinds.items()]
 
     def to_json(self) -> dict:
         """Return the summary as JSON values."""
@@ -123,10 +124,16 @@ def summarise(source: str | Path, *, trust_remote_code: bool = False) -> Summary
         for index, layer in anatomy.layers.items()
     }
     width = _stored_width(checkpoint, skeleton, anatomy)
-    moe = tuple(_moe(index, slots[index], maps.get(index), numbers[index] * width) for index in sorted(anatomy.layers))
+    moe = tuple(
+        _moe(index, slots[index], anatomy.top_k, maps.get(index), numbers[index] * width)
+        for index in sorted(anatomy.layers)
+    )
     parameters = sum(info.nbytes // DTYPES[info.dtype].itemsize for info in checkpoint.tensors.values())
     routed = sum(layer.experts * numbers[layer.layer] for layer in moe)
-    active = parameters - routed + sum(anatomy.top_k * numbers[layer.layer] for layer in moe)
+    light = {layer.layer: _light_parameters(checkpoint, anatomy.layers[layer.layer].experts) for layer in moe}
+    active = parameters - routed - sum(light.values())
+    active += sum(layer.runs * numbers[layer.layer] for layer in moe)
+    active += sum(anatomy.top_k * light[layer.layer] // layer.slots for layer in moe)
     return Summary(
         source=str(source),
         model_type=anatomy.model_type,
@@ -147,12 +154,20 @@ def _slot_maps(checkpoint: Checkpoint) -> dict[int, SlotMap]:
     return {int(layer): SlotMap.from_json(slots) for layer, slots in layers.items()}
 
 
-def _moe(layer: int, experts: int, slot_map: SlotMap | None, expert_bytes: int) -> MoeSummary:
+def _moe(layer: int, experts: int, top_k: int, slot_map: SlotMap | None, expert_bytes: int) -> MoeSummary:
     if slot_map is None:
-        return MoeSummary(layer, experts, experts, 0, (), 0, expert_bytes)
-    ranks = tuple(rank for rank in slot_map.ranks or () if rank)
-    stored = len(slot_map.slots), slot_map.experts, slot_map.constants
-    return MoeSummary(layer, *stored, ranks, len(slot_map.guests), expert_bytes)
+        return MoeSummary(layer, experts, experts, 0, (), top_k, 0, expert_bytes)
+    ranks = tuple(rank for rank in (*(slot_map.ranks or ()), *(rank for _, rank in slot_map.low)) if rank)
+    stored = slot_map.experts + slot_map.bases, slot_map.constants + len(slot_map.low)
+    runs = slot_map.auxiliary.main if slot_map.auxiliary else top_k
+    return MoeSummary(layer, len(slot_map.slots), *stored, ranks, runs, len(slot_map.guests), expert_bytes)
+
+
+def _light_parameters(checkpoint: Checkpoint, experts: str) -> int:
+    """Return the numbers of what stands in for a layer's experts or modulates them, shared bases left out."""
+    names = [f"{experts}.{name}" for name in STAND_IN_TENSORS if not name.startswith("base_")]
+    found = (checkpoint.tensors[name] for name in names if name in checkpoint.tensors)
+    return sum(info.nbytes // DTYPES[info.dtype].itemsize for info in found)
 
 
 def _shared_parameters(skeleton: StreamedModel, anatomy: Anatomy) -> int:

@@ -138,7 +138,7 @@ def plan(
     """
     import moefit
 
-    budget, parameters = moefit.Budget.parse(remove=remove, keep=keep, size=size), _parameters(param)
+    budget, parameters = _budget(method, remove, keep, size), _parameters(param)
     selected, kept = _numbers(layers), _pairs(protect)
     _check_file(out)
     with output.progress("plan") as progress:
@@ -238,7 +238,7 @@ def compress(
     """
     import moefit
 
-    budget, parameters = moefit.Budget.parse(remove=remove, keep=keep, size=size), _parameters(param)
+    budget, parameters = _budget(method, remove, keep, size), _parameters(param)
     selected, kept = _numbers(layers), _pairs(protect)
     checked = moefit.precheck(
         model,
@@ -374,6 +374,15 @@ def _show_warning(message: Warning | str, category: type[Warning], *args: Any, *
     """Print what moefit says to its user, and nothing of what libraries say to theirs."""
     if category.__name__ == "MoefitWarning":
         output.warn(str(message))
+
+
+def _budget(method: str, remove: str | None, keep: int | None, size: str | None) -> Any:
+    """Read the three flags; a method that is of use without removing experts may go without."""
+    import moefit
+
+    if remove is keep is size is None and method in moefit.METHODS and moefit.METHODS[method].whole:
+        remove = "0%"
+    return moefit.Budget.parse(remove=remove, keep=keep, size=size)
 
 
 def _parameters(entries: list[str] | None) -> dict[str, str]:

@@ -98,7 +98,7 @@ def summary(found: Summary) -> None:
             str(group.experts),
             str(group.stand_ins or "-"),
             _span(group.ranks) if group.ranks else "-",
-            str(found.top_k),
+            str(found.top_k) if group.runs == found.top_k else f"{found.top_k}, {group.runs} run",
             nbytes(group.expert_bytes),
             nbytes(group.expert_bytes * group.experts * group.size),
         )
@@ -140,6 +140,10 @@ def plan(made: Plan) -> None:
         ranks = sorted({rank for rank in layer.ranks if rank})
         parts += [(found["linear"], f"linear of rank {_span(ranks)}")] if ranks else []
         parts += [(len(layer.merged), "merged")]
+        if low := sorted(set(layer.low_ranks.values())):
+            parts += [(len(layer.low_ranks), f"of rank {_span(low)} over {len(layer.bases)} bases")]
+        if layer.auxiliary is not None:
+            parts += [(layer.auxiliary.main, "main slots of a token")]
         told = ", ".join(f"{number} {what}" for number, what in parts if number)
         kinds.setdefault(f"{len(layer.pool)} of {len(layer.slots)} experts stay, {told}", []).append(prefix)
     say(
