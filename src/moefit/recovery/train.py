@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerState
 
 from moefit.checkpoint.loader import quiet_transformers
@@ -141,6 +141,8 @@ def train(
     Raises:
         MoefitError: the loss or the gradient is not finite.
     """
+    from transformers import Trainer  # here: it takes a second to import
+
     folder = Path(str(arguments.output_dir))
     last = last_checkpoint(folder)
     if last is not None and last[1].global_step >= last[1].max_steps:
