@@ -25,7 +25,7 @@ from moefit.errors import MoefitError, did_you_mean
 from moefit.recovery.examples import Blocks, ExampleOptions, read_blocks
 from moefit.recovery.loss import Loss, Objective, Student
 from moefit.recovery.result import write_recovered
-from moefit.recovery.train import RecoveryOptions, mean_losses, training_arguments
+from moefit.recovery.train import RecoveryOptions, last_checkpoint, mean_losses, training_arguments
 from moefit.recovery.train import train as train_student
 from moefit.recovery.trainable import Adapters, check_words, select
 from moefit.runtime.quantizer import original_config
@@ -118,7 +118,7 @@ def recover(
     blocks, held = (_blocks(part, source, config, trust_remote_code) for part in (examples, held_out))
     assert blocks is not None
     settings = _settings(source, original, blocks, words, loss, options, dtype)
-    _claim(_training(out), settings)
+    _check_training(_training(out), settings)
 
     student = Student(load(source), objective, None if original is None else load(original))
     # The config says how it was compressed; what is looked for is the anatomy of the original.
@@ -128,6 +128,7 @@ def recover(
     adapters = Adapters(student.model, anatomy, selection, rank=options.lora_rank, alpha=options.lora_alpha)
     if options.gradient_checkpointing:
         _checkpoint_layers(student.model)
+    _begin_training(_training(out), settings)
     measure = partial(mean_losses, student, held, options.batch_size, arguments.device) if held is not None else dict
     before = measure()
     watch = None if progress is None else partial(progress, "train")
@@ -227,23 +228,27 @@ def _settings(
     }
 
 
-def _claim(folder: Path, settings: dict[str, Any]) -> None:
-    """Make the folder of Trainer's checkpoints, or make sure that it belongs to the same training."""
-    state, file = PartialState(), folder / SETTINGS
-    if folder.exists():
-        if not file.is_file():
-            raise MoefitError(f"{folder}: exists and was not made by moefit; choose another place for the result")
-        told = json.loads(file.read_text())
-        if other := [name for name, value in settings.items() if told.get(name) != value]:
-            raise MoefitError(
-                f"{folder}: holds a training with another {', '.join(other)}; give the same command to go on with it, "
-                "or delete the folder"
-            )
-    # Nobody writes before everybody has looked.
-    state.wait_for_everyone()
-    if state.is_main_process:
+def _check_training(folder: Path, settings: dict[str, Any]) -> None:
+    """Refuse to go on with what is no training, or another one."""
+    if not folder.exists():
+        return
+    if not (folder / SETTINGS).is_file():
+        raise MoefitError(f"{folder}: exists and was not made by moefit; choose another place for the result")
+    told = json.loads((folder / SETTINGS).read_text())
+    other = [name for name, value in settings.items() if told.get(name) != value]
+    if other and last_checkpoint(folder) is not None:
+        raise MoefitError(
+            f"{folder}: holds a training with another {', '.join(other)}; give the same command to go on with it, or "
+            "delete the folder"
+        )
+
+
+def _begin_training(folder: Path, settings: dict[str, Any]) -> None:
+    # No process writes before all have looked.
+    PartialState().wait_for_everyone()
+    if PartialState().is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(file, settings)
+        write_json(folder / SETTINGS, settings)
 
 
 def _checkpoint_layers(model: Any) -> None:
