@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 import moefit
 from contract.test_families import load, logits
-from families import tiny_model
+from families import FAMILIES, tiny_model
 from moefit.checkpoint.anatomy import discover
 from moefit.checkpoint.files import Checkpoint, open_checkpoint
 from moefit.checkpoint.loader import quiet_transformers
@@ -225,6 +225,21 @@ def test_the_result_is_what_was_trained(
                 assert means[name] == pytest.approx(float(total) / held.counted, rel=1e-4), name
     text = load(result.out).generate(held.input_ids[:1], max_new_tokens=3, min_new_tokens=3, do_sample=False)
     assert text.shape == (1, 13)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_trains_whole(checkpoint: Get, tmp_path: Path, name: str) -> None:
+    held = blocks(4, seed=9)
+    options = moefit.RecoveryOptions(steps=2, lr=1e-2, layer_weight=0.1, gradient_checkpointing=True)
+    given = {"examples": blocks(), "held_out": held, "teacher": checkpoint(name), "options": options}
+    result = moefit.recover(checkpoint(name), tmp_path / "out", train=["all"], loss="both", **given)
+    assert abs(result.before["kd"]) < 1e-6
+    assert result.after["task"] != result.before["task"]
+    student = Student(load(result.out), Objective(loss="task"))
+    with torch.no_grad():
+        mean = float(student.sums(held.input_ids, held.labels, ("task",))["task"]) / held.counted
+    assert result.after["task"] == pytest.approx(mean, rel=1e-4)
 
 
 def test_training_lowers_what_is_minimised(compress: Compress, checkpoint: Get, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
@@ -103,6 +104,8 @@ def recover(
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
+    if os.environ.get("RANK", "0") != "0":
+        return  # under torchrun the first process speaks for all
     output.recovery(result)
     if json is not None:
         json.write_text(json_module.dumps(asdict(result) | {"out": str(out)}, indent=2) + "\n")

@@ -25,7 +25,7 @@ from moefit.errors import MoefitError, did_you_mean
 from moefit.recovery.examples import Blocks, ExampleOptions, read_blocks
 from moefit.recovery.loss import Loss, Objective, Student
 from moefit.recovery.result import write_recovered
-from moefit.recovery.train import RecoveryOptions, last_checkpoint, mean_losses, training_arguments
+from moefit.recovery.train import Progress, RecoveryOptions, last_checkpoint, mean_losses, training_arguments
 from moefit.recovery.train import train as train_student
 from moefit.recovery.trainable import Adapters, check_words, select
 from moefit.runtime.quantizer import original_config
@@ -104,6 +104,10 @@ def recover(
         MoefitError: nothing trains, the teacher is of another kind, ``OUT.training`` belongs to other settings, or the
             loss is not finite.
     """
+
+    def part(name: str) -> Progress | None:
+        return partial(progress, name) if progress is not None and PartialState().is_main_process else None
+
     started, out = time.monotonic(), Path(out)
     words, objective = _check(train, loss, options, teacher)
     source = open_checkpoint(model)
@@ -129,15 +133,13 @@ def recover(
     if options.gradient_checkpointing:
         _checkpoint_layers(student.model)
     _begin_training(_training(out), settings)
-    measure = partial(mean_losses, student, held, options.batch_size, arguments.device) if held is not None else dict
-    before = measure()
-    watch = None if progress is None else partial(progress, "train")
-    state = train_student(student, blocks, arguments, callbacks=callbacks, progress=watch)
-    after = measure()
+    measure = partial(_measure, student, held, options.batch_size, arguments.device)
+    before = measure(part("held out, before"))
+    state = train_student(student, blocks, arguments, callbacks=callbacks, progress=part("train"))
+    after = measure(part("held out, after"))
     adapters.merge()
     if PartialState().is_main_process:
-        watch = None if progress is None else partial(progress, "write")
-        written: dict[str, Any] = {"settings": settings, "overwrite": overwrite, "progress": watch}
+        written: dict[str, Any] = {"settings": settings, "overwrite": overwrite, "progress": part("write")}
         write_recovered(out, source, student.model, selection.names, **written)
         shutil.rmtree(_training(out))
     PartialState().wait_for_everyone()
@@ -203,6 +205,12 @@ def _blocks(
         return examples
     tokenizer = load_tokenizer(source.folder, trust_remote_code=trust_remote_code)
     return read_blocks(examples, tokenizer, max_length=longest_sequence(config), words=config.vocab_size)
+
+
+def _measure(
+    student: Student, held: Blocks | None, batch_size: int, device: torch.device, progress: Progress | None
+) -> dict[str, float]:
+    return {} if held is None else mean_losses(student, held, batch_size, device, progress)
 
 
 def _settings(

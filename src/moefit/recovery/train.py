@@ -174,8 +174,17 @@ def last_checkpoint(folder: Path) -> tuple[Path, TrainerState] | None:
 
 
 @torch.no_grad()
-def mean_losses(student: Student, blocks: Blocks, batch_size: int, device: torch.device) -> dict[str, float]:
+def mean_losses(
+    student: Student, blocks: Blocks, batch_size: int, device: torch.device, progress: Progress | None = None
+) -> dict[str, float]:
     """Return the means over held-out tokens of ``task`` and, where there is a teacher, ``kd``.
+
+    Args:
+        student: the model with its loss.
+        blocks: the held-out examples.
+        batch_size: blocks to run at once.
+        device: where the student is.
+        progress: called with (blocks done, blocks in all).
 
     Raises:
         MoefitError: a mean is not finite.
@@ -188,6 +197,8 @@ def mean_losses(student: Student, blocks: Blocks, batch_size: int, device: torch
         part = {name: tensor[start : start + batch_size].to(device) for name, tensor in vars(blocks).items()}
         for name, total in student.sums(**part, names=names).items():
             totals[name] += float(total)
+        if progress is not None:
+            progress(min(start + batch_size, len(blocks)), len(blocks))
     student.train(training)
     means = {name: total / blocks.counted for name, total in totals.items()}
     for name, mean in means.items():
@@ -213,7 +224,7 @@ class _Watch(TrainerCallback):
                     f"step {state.global_step}: the {what} is {value}. The last good checkpoint: {kept}. Try a "
                     f"lower --lr, after deleting {self.folder}"
                 )
-        if self.progress is not None and state.is_world_process_zero and "loss" in logs:
+        if self.progress is not None and "loss" in logs:
             self.progress(state.global_step, state.max_steps)
 
 
