@@ -58,6 +58,25 @@ def test_compress_is_the_same_as_the_stages(run, tmp_path: Path) -> None:
     assert moefit.Plan.load(tmp_path / "out" / "moefit_plan.json") == plan
 
 
+def test_recover_trains_what_was_compressed(run, tmp_path: Path) -> None:
+    small, out, scores = tmp_path / "small", tmp_path / "out", tmp_path / "scores.json"
+    assert run("compress", REFERENCE, "-o", small, "--method", "mone", "--remove", "50%", *TEXT)[0] == 0
+    held = tmp_path / "held.jsonl"
+    held.write_text("".join((REFERENCE / "heldout.jsonl").read_text().splitlines(keepends=True)[:1]))
+    words = ["recover", small, "--teacher", REFERENCE, *TEXT[:2], "--held-out", held, "-o", out, "--json", scores]
+    trained = ["--train", "router,standins", "--loss", "both", "--steps", "3", "--length", "64", "--lr", "1e-3"]
+    code, shown, err = run(*words, *trained, "--batch-size", "2", "--device", "cpu")
+    assert (code, out.is_dir()) == (0, True), err
+    assert "held out, kd" in shown
+    assert "3 steps, 384 tokens" in err
+    found = json.loads(scores.read_text())
+    assert len(found["losses"]) == 3
+    assert set(found["before"]) == set(found["after"]) == {"task", "kd"}
+    code, _, err = run(*words[:2], *TEXT[:2], "-o", tmp_path / "again", "--loss", "task", "--train", "all,every")
+    assert code == 1
+    assert "--train 'every'. Known: all, experts, rest, router, standins" in err
+
+
 def test_a_dry_run_reads_no_data_and_writes_nothing(run, tmp_path: Path) -> None:
     data = ["--data", tmp_path / "no-such-file.jsonl"]
     words = ["compress", REFERENCE, "-o", tmp_path / "out", "--method", "reap", "--remove", "25%", "--dry-run", *data]

@@ -68,14 +68,14 @@ def test_help_is_quick_and_loads_nothing_heavy() -> None:
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert shown.strip().endswith("[]")
-    for verb in ("inspect", "calibrate", "plan", "apply", "compress", "evaluate"):
+    for verb in ("inspect", "calibrate", "plan", "apply", "compress", "evaluate", "recover"):
         assert verb in shown
 
 
 PUBLIC = """
-METHODS Batch Budget Calibration CalibrationError CheckpointError ExpertWeights MoefitConfig MoefitError MoefitWarning
-Plan PlanError SampleOptions
-Scores TaskOptions TextOptions __version__ apply calibrate compress evaluate make_plan precheck read_batches
+METHODS Batch Budget Calibration CalibrationError CheckpointError ExampleOptions ExpertWeights MoefitConfig MoefitError
+MoefitWarning Plan PlanError RecoveryOptions RecoveryResult SampleOptions
+Scores TaskOptions TextOptions __version__ apply calibrate compress evaluate make_plan precheck read_batches recover
 """.split()
 FLAGS = {
     "inspect": "--json --trust-remote-code",
@@ -92,6 +92,9 @@ FLAGS = {
     "--sequences --size --states --stream --trust-remote-code",
     "evaluate": "--against --batch-size --data --device --device-map --dtype --json --length --limit --sequences "
     "--task-data --task-dir --tasks --trust-remote-code",
+    "recover": "--accumulate --batch-size --data --device --dtype --epochs --gradient-checkpointing --held-out --json "
+    "--layer-weight --length --lora-alpha --lora-rank --loss --loss-on --lr --out --overwrite --save-every --seed "
+    "--steps --teacher --temperature --train --trust-remote-code --warmup --weight-decay",
 }
 
 

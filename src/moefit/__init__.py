@@ -16,6 +16,9 @@ from moefit.methods import METHODS, make_plan
 from moefit.pipeline import compress, precheck
 from moefit.planning.budget import Budget
 from moefit.planning.plan import Plan
+from moefit.recovery.examples import ExampleOptions
+from moefit.recovery.recover import RecoveryResult, recover
+from moefit.recovery.train import RecoveryOptions
 from moefit.runtime.quantizer import MoefitConfig  # importing it registers the format with transformers
 from moefit.transform.apply import apply
 
@@ -26,12 +29,15 @@ __all__ = [
     "Calibration",
     "CalibrationError",
     "CheckpointError",
+    "ExampleOptions",
     "ExpertWeights",
     "MoefitConfig",
     "MoefitError",
     "MoefitWarning",
     "Plan",
     "PlanError",
+    "RecoveryOptions",
+    "RecoveryResult",
     "SampleOptions",
     "Scores",
     "TaskOptions",
@@ -44,4 +50,5 @@ __all__ = [
     "make_plan",
     "precheck",
     "read_batches",
+    "recover",
 ]

@@ -15,7 +15,7 @@ class CheckpointError(MoefitError):
 
 
 class CalibrationError(MoefitError):
-    """The calibration text or folder cannot be used, or the model gave numbers that are not finite."""
+    """The text or the calibration folder cannot be used, or the model gave numbers that are not finite."""
 
 
 class PlanError(MoefitError):

@@ -38,7 +38,9 @@ from moefit_cli.options import (
     States,
     Stream,
     Trust,
+    check_file,
 )
+from moefit_cli.recover import recover
 
 app = typer.Typer(
     name="moefit",
@@ -140,7 +142,7 @@ def plan(
 
     budget, parameters = _budget(method, remove, keep, size), _parameters(param)
     selected, kept = _numbers(layers), _pairs(protect)
-    _check_file(out)
+    check_file(out)
     with output.progress("plan") as progress:
         made = moefit.make_plan(
             moefit.Calibration.open(calibration),
@@ -319,7 +321,7 @@ def evaluate(
     """
     import moefit
 
-    _check_file(json)
+    check_file(json)
     text = moefit.TextOptions(data=tuple(data), sequences=sequences, length=length, batch_size=batch_size)
     with output.stages() as progress:
         scores = moefit.evaluate(
@@ -337,6 +339,9 @@ def evaluate(
     if json is not None:
         json.write_text(json_module.dumps(scores.to_json(), indent=2) + "\n")
         output.say(f"scores are in {json}")
+
+
+app.command()(recover)
 
 
 @app.callback(invoke_without_command=True)
@@ -391,15 +396,6 @@ def _parameters(entries: list[str] | None) -> dict[str, str]:
         if not (name and equals and value):
             raise typer.BadParameter(f"--param {name}{equals}{value}: write name=value")
     return {name: value for name, _, value in pairs}
-
-
-def _check_file(file: Path | None) -> None:
-    """Refuse a file that could not be written, before the work whose result it shall hold."""
-    from moefit.errors import MoefitError
-
-    if file is not None and (file.is_dir() or not file.parent.is_dir()):
-        what = "is a folder" if file.is_dir() else f"there is no folder {file.parent}"
-        raise MoefitError(f"{file}: {what}; name a file that can be written")
 
 
 def _numbers(text: str | None) -> list[int] | None:

@@ -19,7 +19,7 @@ from rich.progress import (
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from moefit import Calibration, Plan, Scores
+    from moefit import Calibration, Plan, RecoveryResult, Scores
     from moefit.summary import Summary
 
 # No emoji: `:-1:` is a name of one, and may stand in a path.
@@ -189,6 +189,18 @@ def scores(measured: Scores) -> None:
                 )
     _out.print()
     _out.print(sizes)
+
+
+def recovery(done: RecoveryResult) -> None:
+    """Print what training did to the losses."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for name in ("loss", "before", "after"):
+        table.add_column(name, justify="left" if name == "loss" else "right")
+    table.add_row("trained", f"{done.losses[0]:.4f}", f"{done.losses[-1]:.4f}")
+    for name, before in done.before.items():
+        table.add_row(f"held out, {name}", f"{before:.4f}", f"{done.after[name]:.4f}")
+    _out.print(table)
+    say(f"{done.out}: {done.steps:,} steps, {done.tokens:,} tokens, {done.seconds:,.0f} seconds")
 
 
 def _span(numbers: Sequence[int]) -> str:

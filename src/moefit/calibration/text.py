@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from moefit.calibration.batch import Batch, document_key
 from moefit.errors import CalibrationError
 
+T = TypeVar("T")
 DATASETS_HINT = "reading it needs the datasets library: pip install 'moefit[datasets]'"
 
 
@@ -153,7 +155,7 @@ class _TokenStream:
 def _mixed(options: TextOptions, stream: _TokenStream) -> Iterator[Document]:
     """Take the next document from the source that is furthest behind its share of the tokens."""
     names, weights = zip(*(_split_weight(entry) for entry in options.data), strict=True)
-    sources = [iter(_documents(name, options.seed)) for name in names]
+    sources = [iter(documents(name, options.seed)) for name in names]
     taken = [0.0] * len(sources)
     alive = list(range(len(sources)))
     while alive:
@@ -180,7 +182,16 @@ def _split_weight(entry: str) -> tuple[str, float]:
     return name, value
 
 
-def _documents(name: str, seed: int | None) -> Iterable[Document]:
+def documents(name: str, seed: int | None = None) -> Iterable[Document]:
+    """Return the texts of one source.
+
+    Args:
+        name: a file, or a name for the datasets library.
+        seed: shuffles them; file order when None.
+
+    Raises:
+        CalibrationError: the source cannot be read or holds no text.
+    """
     path = Path(name)
     if not path.exists():
         return _hub_documents(name, seed)
@@ -189,33 +200,51 @@ def _documents(name: str, seed: int | None) -> Iterable[Document]:
     readers = {".jsonl": _jsonl, ".json": _jsonl, ".txt": _txt, ".parquet": _parquet}
     if path.suffix not in readers:
         raise CalibrationError(f"--data {name}: ends in {path.suffix or 'nothing'}; known are {', '.join(readers)}")
-    try:
-        documents = [document for document in readers[path.suffix](path) if document.text.strip()]
-    except UnicodeDecodeError as error:
-        raise CalibrationError(f"{name}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-    if not documents:
+    found = [document for document in readers[path.suffix](path) if document.text.strip()]
+    if not found:
         raise CalibrationError(f"--data {name}: holds no text")
     if seed is not None:
-        random.Random(seed).shuffle(documents)
-    return documents
+        random.Random(seed).shuffle(found)
+    return found
 
 
-def _jsonl(path: Path) -> Iterator[Document]:
-    with open(path, encoding="utf-8") as lines:
+def read_lines(path: Path, read: Callable[[Any], T], expected: str) -> Iterator[T]:
+    """Yield what each line of a JSONL file is read as; blank lines are left out.
+
+    Args:
+        path: the file.
+        read: makes something of a line's JSON.
+        expected: what a line should be, for the message.
+
+    Raises:
+        CalibrationError: a line is not what was expected, or the file is not UTF-8.
+    """
+    with _utf8(path), open(path, encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-                yield _document(row)
+                made = read(json.loads(line))
             except (ValueError, KeyError, TypeError) as error:
-                raise CalibrationError(
-                    f"{path}, line {number}: expected a JSON object with a string `text` ({error!r})"
-                ) from None
+                raise CalibrationError(f"{path}, line {number}: expected {expected} ({error!r})") from None
+            yield made
+
+
+@contextmanager
+def _utf8(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+
+
+def _jsonl(path: Path) -> Iterator[Document]:
+    return read_lines(path, _document, "a JSON object with a string `text`")
 
 
 def _txt(path: Path) -> Iterator[Document]:
-    yield Document(path.read_text(encoding="utf-8"))
+    with _utf8(path):
+        yield Document(path.read_text(encoding="utf-8"))
 
 
 def _parquet(path: Path) -> Iterator[Document]:

@@ -231,7 +231,7 @@ class CompressedExperts(nn.Module):
 
 def _visit(host: Any, hidden_PD: torch.Tensor, slot: int, gate_P1: torch.Tensor) -> torch.Tensor:
     """Run an expert of another layer: that layer's experts module is asked for one of its own slots."""
-    device = host.down_proj.device
+    device = next(host.parameters()).device  # adapters may be around it
     if device.type != "meta":  # weights that accelerate has put elsewhere: its hooks move the inputs
         hidden_PD, gate_P1 = hidden_PD.to(device), gate_P1.to(device)
     return host(hidden_PD, torch.full_like(gate_P1, slot, dtype=torch.long), gate_P1)

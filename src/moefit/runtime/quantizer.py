@@ -79,14 +79,22 @@ register_quantization_config(QUANT_METHOD)(MoefitConfig)
 register_quantizer(QUANT_METHOD)(MoefitQuantizer)
 
 
+def original_config(config: Any) -> Any:
+    """Return the config of a compressed checkpoint without how it was compressed; any other is returned as it is."""
+    entry = getattr(config, "quantization_config", None)
+    method = entry.get("quant_method") if isinstance(entry, dict) else getattr(entry, "quant_method", None)
+    if method != QUANT_METHOD:
+        return config
+    config = copy.copy(config)
+    config.quantization_config = None
+    return config
+
+
 def reshape_loaded(model: Any, maps: dict[int, SlotMap]) -> None:
     """Give an empty model of the original's shapes those of a compressed checkpoint."""
     if not maps:
         return
-    # The config says how it was compressed; what is looked for is the anatomy of the original.
-    config = copy.copy(model.config)
-    config.quantization_config = None
-    anatomy = discover(config, model)
+    anatomy = discover(original_config(model.config), model)
     unknown = sorted(set(maps) - set(anatomy.layers))
     if unknown:
         raise CheckpointError(f"quantization_config names layers {unknown}, which are no MoE layers of this model")

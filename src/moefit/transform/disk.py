@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -93,10 +93,10 @@ def apply_to_checkpoint(
         nbytes = write_shards(folder, shards, progress and partial(progress, "write"))
         shutil.rmtree(scratch, ignore_errors=True)
         assert nbytes == plan.nbytes, f"{nbytes} bytes written, {plan.nbytes} planned"
-        _copy_others(checkpoint.folder, folder)
-        _write_json(folder / "config.json", patched_config(checkpoint.config, config, plan, written))
+        copy_others(checkpoint.folder, folder, left_out=WRITTEN_ANEW)
+        write_json(folder / "config.json", patched_config(checkpoint.config, config, plan, written))
         plan.save(folder / PLAN_FILE)
-        _write_json(folder / PROVENANCE_FILE, provenance(plan, checkpoint, calibration, written, propagate))
+        write_json(folder / PROVENANCE_FILE, provenance(plan, checkpoint, calibration, written, propagate))
         (folder / "README.md").write_text(model_card(plan, checkpoint.folder, written))
         if verify:
             verify_result(folder, plan, trust_remote_code=trust_remote_code)
@@ -234,11 +234,19 @@ def _on_disk(layer: LayerPlan, stack: DiskStack, source: StreamedModel, experts:
     return named | found
 
 
-def _copy_others(source: Path, folder: Path) -> None:
+def copy_others(source: Path, folder: Path, *, left_out: Collection[str]) -> None:
+    """Copy the files of a checkpoint that hold no weights.
+
+    Args:
+        source: folder of the checkpoint.
+        folder: folder of the result.
+        left_out: names of files that the result writes anew.
+    """
     for file in sorted(source.iterdir()):
-        if file.is_file() and file.name not in WRITTEN_ANEW and any(file.match(pattern) for pattern in COPIED):
+        if file.is_file() and file.name not in left_out and any(file.match(pattern) for pattern in COPIED):
             shutil.copyfile(file, folder / file.name)
 
 
-def _write_json(file: Path, content: dict) -> None:
+def write_json(file: Path, content: dict) -> None:
+    """Write JSON that a person can read."""
     file.write_text(json.dumps(content, indent=2) + "\n")

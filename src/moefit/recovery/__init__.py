@@ -1,0 +1,1 @@
+"""Training a compressed checkpoint for a short while, so that it gets back what compression took."""
