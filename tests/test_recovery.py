@@ -157,7 +157,7 @@ def test_only_what_was_selected_changes(
 
 def test_an_original_takes_adapters_too(checkpoint: Get, tmp_path: Path) -> None:
     """Its shared experts and dense layers among the rest; peft alone would take their names for the routed ones."""
-    for name, part in (("qwen2_moe", "shared_expert."), ("qwen3_moe", "model.layers.0.mlp.")):
+    for name, part in (("qwen3_next", "shared_expert."), ("qwen3_moe", "model.layers.0.mlp.")):
         moefit.recover(checkpoint(name), tmp_path / name, examples=blocks(), train=["rest"], loss="task", options=FEW)
         found = changed(checkpoint(name), tmp_path / name)
         assert not any(".experts." in key or key.endswith((".gate.weight", "lm_head.weight")) for key in found)

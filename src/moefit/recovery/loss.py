@@ -58,6 +58,7 @@ class Student(nn.Module):
 
     # Trainer then gives forward the number of tokens that count over all processes and accumulated batches.
     accepts_loss_kwargs = True
+    # Trainer looks for it when it resumes.
     _keys_to_ignore_on_save = None
     teacher: Any
 
