@@ -51,6 +51,10 @@ def recover(
     layer_weight: Annotated[
         float, typer.Option(help="Weight of the distance between the outputs of the decoder layers.")
     ] = 0.0,
+    anneal: Annotated[
+        float, typer.Option(help="Share of the steps in which the originals of low-rank experts fade out (LightMoE).")
+    ] = 0.0,
+    anneal_gamma: Annotated[float, typer.Option(help="0 fades linearly, more faster at first.")] = 0.0,
     lora_rank: Annotated[int, typer.Option(help="Rank of the adapters of experts and the rest.")] = 8,
     lora_alpha: Annotated[int, typer.Option(help="Their scale is this / rank.")] = 16,
     gradient_checkpointing: Annotated[
@@ -93,6 +97,8 @@ def recover(
                 save_every=save_every,
                 temperature=temperature,
                 layer_weight=layer_weight,
+                anneal=anneal,
+                anneal_gamma=anneal_gamma,
                 lora_rank=lora_rank,
                 lora_alpha=lora_alpha,
                 gradient_checkpointing=gradient_checkpointing,

@@ -13,15 +13,17 @@ from typing import Any, cast, get_args
 
 import torch
 from accelerate import PartialState
+from torch import nn
 from transformers import TrainerCallback, set_seed
 
 from moefit._version import __version__
-from moefit.checkpoint.anatomy import discover
+from moefit.checkpoint.anatomy import Anatomy, discover
 from moefit.checkpoint.files import Checkpoint, open_checkpoint
 from moefit.checkpoint.loader import load_config
 from moefit.checkpoint.models import load_model, load_tokenizer, longest_sequence, resolve_device, resolve_dtype
 from moefit.checkpoint.writer import check_place
 from moefit.errors import MoefitError, did_you_mean
+from moefit.recovery.anneal import Annealing
 from moefit.recovery.examples import Blocks, ExampleOptions, read_blocks
 from moefit.recovery.loss import Loss, Objective, Student
 from moefit.recovery.result import write_recovered
@@ -111,7 +113,8 @@ def recover(
     started, out = time.monotonic(), Path(out)
     words, objective = _check(train, loss, options, teacher)
     source = open_checkpoint(model)
-    original = open_checkpoint(teacher) if teacher is not None and (objective.needs_teacher or callbacks) else None
+    wanted = objective.needs_teacher or callbacks or options.anneal
+    original = open_checkpoint(teacher) if teacher is not None and wanted else None
     check_place(out, overwrite=overwrite, inputs={"the model": source.folder, "the teacher": _folder(original)})
     config = load_config(source, trust_remote_code=trust_remote_code)
     if original is not None:
@@ -124,7 +127,8 @@ def recover(
     settings = _settings(source, original, blocks, words, loss, options, dtype)
     _check_training(_training(out), settings)
 
-    student = Student(load(source), objective, None if original is None else load(original))
+    taught = None if original is None else load(original)
+    student = Student(load(source), objective, taught if objective.needs_teacher or callbacks else None)
     # The config says how it was compressed; what is looked for is the anatomy of the original.
     anatomy = discover(original_config(config), trust_remote_code=trust_remote_code)
     selection = select(student.model, anatomy, train)
@@ -135,7 +139,11 @@ def recover(
     _begin_training(_training(out), settings)
     measure = partial(_measure, student, held, options.batch_size, arguments.device)
     before = measure(part("held out, before"))
-    state = train_student(student, blocks, arguments, callbacks=callbacks, progress=part("train"))
+    annealing = _annealing(options, anatomy, student.model, taught)
+    del taught  # what fades out is held by the annealing alone
+    state = train_student(student, blocks, arguments, callbacks=[*callbacks, *annealing], progress=part("train"))
+    for mixtures in annealing:
+        mixtures.release()
     after = measure(part("held out, after"))
     adapters.merge()
     if PartialState().is_main_process:
@@ -188,7 +196,17 @@ def _check(
         raise MoefitError(
             "the loss compares with a teacher; name the original with --teacher, or use --loss task alone"
         )
+    if options.anneal and teacher is None:
+        raise MoefitError("--anneal fades the original's experts out; name the original with --teacher")
     return check_words(train), objective
+
+
+def _annealing(options: RecoveryOptions, anatomy: Anatomy, model: nn.Module, original: Any) -> list[Annealing]:
+    if not options.anneal:
+        return []
+    annealing = Annealing(anatomy, options.anneal, options.anneal_gamma)
+    annealing.attach(model, original)
+    return [annealing]
 
 
 def _load(checkpoint: Checkpoint, *, dtype: str | None, device: torch.device, trust_remote_code: bool) -> Any:

@@ -38,6 +38,8 @@ class RecoveryOptions:
         save_every: steps between checkpoints.
         temperature: softens the distributions that ``kd`` compares.
         layer_weight: weight of the distance between the outputs of the decoder layers, see `Objective`.
+        anneal: share of the steps in which the originals of low-rank experts fade out, see `Annealing`; 0 for none.
+        anneal_gamma: 0 fades linearly, more faster at first.
         lora_rank: rank of the adapters of experts and the rest.
         lora_alpha: their scale is lora_alpha / lora_rank.
         gradient_checkpointing: compute the layers again in the backward pass instead of keeping what they held.
@@ -54,6 +56,8 @@ class RecoveryOptions:
     save_every: int = 100
     temperature: float = 1.0
     layer_weight: float = 0.0
+    anneal: float = 0.0
+    anneal_gamma: float = 0.0
     lora_rank: int = 8
     lora_alpha: int = 16
     gradient_checkpointing: bool = False
@@ -70,9 +74,12 @@ class RecoveryOptions:
         for name, value in (steps | counts | positive | {"lora_alpha": self.lora_alpha}).items():
             if not 0 < value < math.inf:
                 raise MoefitError(f"{_flag(name)} {value}: is not a positive number")
-        for name, value in {"weight_decay": self.weight_decay, "layer_weight": self.layer_weight}.items():
+        for name in ("weight_decay", "layer_weight", "anneal_gamma"):
+            value = getattr(self, name)
             if not 0 <= value < math.inf:
                 raise MoefitError(f"{_flag(name)} {value}: is not 0 or more")
+        if not 0 <= self.anneal <= 1:
+            raise MoefitError(f"--anneal {self.anneal}: is not a share of the steps, above 0 and at most 1")
         if not 0 <= self.warmup < 1:
             raise MoefitError(f"--warmup {self.warmup}: is not a share of the steps, 0 or more and less than 1")
 

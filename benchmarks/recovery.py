@@ -1,0 +1,272 @@
+"""Recovery on five tasks: what each compressed form of the reference model gets back in the same few tokens.
+
+For each task the original is compressed to the same bytes by every row, trained on the same blocks with the same
+settings, and measured on held-out examples: the loss of their completions, and for intents how often the completion is
+right word for word. The corpora are JSON lines under --data, named as in `TASKS`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import lzma
+import random
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+import moefit
+from measure import REFERENCE, provenance
+from moefit.recovery.examples import Blocks, read_blocks
+
+LENGTH, BATCH = 256, 4
+Rows = Iterator[dict[str, str]]
+
+
+def read(folder: Path, name: str) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a compressed file of JSON lines."""
+    with lzma.open(folder / f"{name}.jsonl.xz", "rt") as lines:
+        yield from map(json.loads, lines)
+
+
+def maths(folder: Path, held: bool) -> Rows:
+    for row in read(folder / "corpora", "gsm8k.test" if held else "gsm8k.train"):
+        question, _, answer = row["text"].partition("\nAnswer:")
+        yield {"prompt": f"{question}\nAnswer:", "completion": answer}
+
+
+def code(folder: Path, held: bool) -> Rows:
+    """Yield the files of TheAlgorithms/Python, without the standard library; a tenth by hash is held out."""
+    for row in read(folder / "corpora", "code_python.train"):
+        digest = hashlib.sha256(row["text"].encode()).digest()
+        if not row["file"].startswith("Lib/") and (digest[0] < 26) == held:
+            yield {"text": row["text"]}
+
+
+def commonsense(folder: Path, held: bool) -> Rows:
+    for name in ("hellaswag", "arc_easy", "arc_challenge", "piqa", "openbookqa"):
+        rows = list(read(folder / "benchmarks", f"{name}.{'validation' if held else 'train'}"))
+        for row in rows[: 300 if held else None]:
+            choice = row["choices"][row["label"]]
+            joined = choice if choice[:1] in " ,.;:'" else " " + choice
+            yield {"prompt": row["ctx"], "completion": joined}
+
+
+def intent(folder: Path, held: bool) -> Rows:
+    for row in read(folder / "corpora", "clinc150_intent.test" if held else "clinc150_intent.train"):
+        yield {"prompt": f"Query: {row['query']}\nIntent:", "completion": f" {row['intent']}"}
+
+
+def summary(folder: Path, held: bool) -> Rows:
+    for row in read(folder / "corpora", "scitldr.test" if held else "scitldr.train"):
+        yield {"prompt": f"{row['source'][:600]}\nSummary:", "completion": f" {row['target']}"}
+
+
+TASKS: dict[str, Callable[[Path, bool], Rows]] = {
+    "maths": maths,
+    "code": code,
+    "commonsense": commonsense,
+    "intent": intent,
+    "summary": summary,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One row of the table.
+
+    Attributes:
+        method: what compresses; None for the original.
+        parameters: of the method.
+        train: what trains, nothing when empty.
+        options: how, beside the common options.
+        loss: what is minimised; ``kd`` and ``both`` are towards the original after LoRA on the same task.
+    """
+
+    method: str | None = None
+    parameters: dict[str, Any] = field(default_factory=dict)
+    train: tuple[str, ...] = ("standins", "experts", "rest")
+    options: dict[str, Any] = field(default_factory=dict)
+    loss: str = "task"
+
+
+LORA = ("experts", "rest")
+PAPER = {"start": "zero"}
+BEST = {"start": "svd", "ranks": "chosen"}
+ROWS: dict[str, Row] = {
+    "original": Row(train=()),
+    "LoRA": Row(train=LORA),
+    "reap + LoRA": Row(method="reap", train=LORA),
+    "mone + recover": Row(method="mone", parameters={"score": "exact", "novice": "optimal"}),
+    "linear + recover": Row(method="linear", parameters={"rank": 8, "ranks": "chosen"}),
+    "direct replacement": Row(method="lightmoe", parameters=PAPER),
+    "LightMoE (paper)": Row(method="lightmoe", parameters=PAPER, options={"anneal": 0.2}),
+    "LightMoE, svd start": Row(method="lightmoe", parameters=BEST),
+    "LightMoE, svd start, annealed": Row(method="lightmoe", parameters=BEST, options={"anneal": 0.2}),
+    "LightMoE (best)": Row(method="lightmoe", parameters=BEST, loss="both"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One run: a row on a task at a ratio with a seed."""
+
+    task: str
+    row: str
+    ratio: str
+    seed: int
+
+
+def prepare(folder: Path, work: Path, task: str, calibration_tokens: int) -> None:
+    """Write a task's examples and calibrate the original on its training text."""
+    for held in (False, True):
+        rows = list(TASKS[task](folder, held))
+        random.Random(0).shuffle(rows)
+        (work / f"{task}.{held}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = work / f"{task}.text.jsonl"
+    rows = map(json.loads, (work / f"{task}.False.jsonl").read_text().splitlines())
+    joined = (row.get("text") or row["prompt"] + row["completion"] for row in rows)
+    text.write_text("".join(json.dumps({"text": words}) + "\n" for words in joined))
+    options = moefit.TextOptions(
+        data=(str(text),), sequences=calibration_tokens // LENGTH, length=LENGTH, batch_size=16
+    )
+    sample = moefit.SampleOptions(tokens=calibration_tokens)
+    moefit.calibrate(REFERENCE, work / f"{task}.calibration", text=options, sample=sample)
+
+
+def blocks_of(work: Path, task: str, held: bool, count: int) -> Blocks:
+    """Return the first blocks of a task."""
+    tokenizer = AutoTokenizer.from_pretrained(REFERENCE)
+    options = moefit.ExampleOptions(data=(str(work / f"{task}.{held}.jsonl"),), length=LENGTH)
+    found = read_blocks(options, tokenizer)
+    return Blocks(found.input_ids[:count], found.labels[:count])
+
+
+@torch.no_grad()
+def accuracy(model: Any, work: Path, task: str, count: int = 500) -> float:
+    """Return the share of held-out examples whose completion is the likeliest word for word, which greedy decoding
+    gives then too.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(REFERENCE)
+    right = 0
+    rows = [json.loads(line) for line in (work / f"{task}.True.jsonl").read_text().splitlines()[:count]]
+    for row in rows:
+        prompt, completion = (tokenizer(row[part], add_special_tokens=False).input_ids for part in row)
+        ids = torch.tensor([[tokenizer.eos_token_id, *prompt, *completion, tokenizer.eos_token_id]])
+        given = model(ids, use_cache=False).logits[0, len(prompt) : -1].argmax(1)
+        right += bool((given == ids[0, len(prompt) + 1 :]).all())
+    return right / len(rows)
+
+
+def folder_of(cell: Cell) -> str:
+    """Return the name of a run's folder; what is not compressed has no ratio."""
+    ratio = cell.ratio if ROWS[cell.row].method else "whole"
+    return f"{cell.task}-{cell.row}-{ratio}-{cell.seed}".replace(" ", "_").replace("%", "")
+
+
+def run(cell: Cell, work: Path, tokens: int, lr: float) -> dict[str, Any]:
+    """Compress, train and measure one cell."""
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()
+    warnings.simplefilter("ignore", moefit.MoefitWarning)
+    row, began = ROWS[cell.row], time.perf_counter()
+    place = work / folder_of(cell)
+    source, steps, losses = REFERENCE, tokens // (BATCH * LENGTH), ()
+    if row.method is not None:
+        calibration = moefit.Calibration.open(work / f"{cell.task}.calibration")
+        budget = moefit.Budget.parse(remove=cell.ratio).of_total(calibration.model.nbytes)
+        plan = moefit.make_plan(calibration, row.method, budget, parameters=row.parameters)
+        source = moefit.apply(plan, REFERENCE, place.with_name(place.name + ".start"), calibration=calibration)
+    if row.train:
+        annealed = "anneal" in row.options
+        teacher = work / folder_of(replace(cell, row="LoRA")) if row.loss != "task" else None
+        result = moefit.recover(
+            source,
+            place,
+            examples=blocks_of(work, cell.task, False, steps * BATCH),
+            teacher=REFERENCE if annealed else teacher,
+            train=row.train,
+            loss=row.loss,
+            options=moefit.RecoveryOptions(
+                steps=steps, batch_size=BATCH, lr=lr, seed=cell.seed, lora_rank=16, lora_alpha=16, **row.options
+            ),
+        )
+        source, losses = result.out, result.losses
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    held = blocks_of(work, cell.task, True, 128)
+    with torch.no_grad():
+        total = 0.0
+        for start in range(0, len(held), BATCH):
+            ids, labels = (part[start : start + BATCH] for part in (held.input_ids, held.labels))
+            logits = model(ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+            total += float(torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum"))
+    nbytes = sum(file.stat().st_size for file in Path(source).glob("*.safetensors"))
+    found = {"loss": total / held.counted, "bytes": nbytes, "tokens": steps * BATCH * LENGTH if row.train else 0}
+    if cell.task == "intent":
+        found["accuracy"] = accuracy(model, work, cell.task)
+    curve = [sum(losses[at : at + 10]) / 10 for at in range(0, len(losses) - 9, 10)]
+    return vars(cell) | found | {"curve": curve, "seconds": time.perf_counter() - began}
+
+
+def cells(names: list[str]) -> list[Cell]:
+    """Return all runs: five tasks at 50%, two of them at 30% and with three seeds."""
+    found = [Cell(task=task, row=row, ratio="50%", seed=0) for task in TASKS for row in names]
+    smaller = [row for row in names if ROWS[row].method]
+    found += [Cell(task=task, row=row, ratio="30%", seed=0) for task in ("maths", "intent") for row in smaller]
+    more = [(task, seed) for task in ("maths", "intent") for seed in (1, 2)]
+    return found + [Cell(task=task, row=row, ratio="50%", seed=seed) for task, seed in more for row in names]
+
+
+def main() -> None:
+    """Run the cells that a file does not have yet, teachers first, and add them to it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with corpora/ and benchmarks/")
+    parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints, kept for a second call")
+    parser.add_argument("--json", type=Path, required=True, help="results, one JSON object a line; what is there stays")
+    parser.add_argument("--tokens", type=int, default=102_400, help="training tokens of a run (default %(default)s)")
+    parser.add_argument("--lr", type=float, default=2e-3, help="learning rate of every run (default %(default)s)")
+    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each (default %(default)s)")
+    parser.add_argument("--rows", help="only these rows, by comma")
+    parser.add_argument("--tasks", help="only these tasks, by comma")
+    parser.add_argument("--first", action="store_true", help="only seed 0 at 50%%")
+    options = parser.parse_args()
+    names = options.rows.split(",") if options.rows else list(ROWS)
+    wanted = [cell for cell in cells(names) if not options.tasks or cell.task in options.tasks.split(",")]
+    wanted = [cell for cell in wanted if not options.first or (cell.ratio, cell.seed) == ("50%", 0)]
+    done = [json.loads(line) for line in options.json.read_text().splitlines()] if options.json.exists() else []
+    have = {(row["task"], row["row"], row["ratio"], row["seed"]) for row in done}
+    wanted = [cell for cell in wanted if (cell.task, cell.row, cell.ratio, cell.seed) not in have]
+    about = provenance()
+    work = options.work
+    work.mkdir(exist_ok=True)
+    with options.json.open("a") as out:
+        for task in {cell.task for cell in wanted}:
+            if not (work / f"{task}.calibration").exists():
+                prepare(options.data, work, task, 128 * LENGTH)
+        with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
+            for taught in (False, True):
+                turn = [cell for cell in wanted if (ROWS[cell.row].loss != "task") == taught]
+                given = ([value] * len(turn) for value in (work, options.tokens, options.lr))
+                for found in pool.map(run, turn, *given):
+                    out.write(json.dumps(found | {"lr": options.lr, "commit": about["commit"]}) + "\n")
+                    out.flush()
+                    shown = f"{found['accuracy']:7.1%}" if "accuracy" in found else ""
+                    print(
+                        f"{found['task']:12} {found['row']:30} {found['ratio']} seed {found['seed']}  "
+                        f"loss {found['loss']:.4f} {shown}  {found['bytes'] / 1e6:.2f} MB  {found['seconds']:.0f} s",
+                        flush=True,
+                    )
+
+
+if __name__ == "__main__":
+    main()
