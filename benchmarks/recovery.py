@@ -2,7 +2,8 @@
 
 For each task the original is compressed to the same bytes by every row, trained on the same blocks with the same
 settings, and measured on held-out examples: the loss of their completions, and for intents how often the completion is
-right word for word. The corpora are JSON lines under --data, named as in `TASKS`.
+right word for word. `--set auxiliary` halves the active experts instead. The corpora are JSON lines under --data, named
+as in `TASKS`.
 """
 
 from __future__ import annotations
@@ -111,10 +112,21 @@ ROWS: dict[str, Row] = {
     "linear + recover": Row(method="linear", parameters={"rank": 8, "ranks": "chosen"}),
     "direct replacement": Row(method="lightmoe", parameters=PAPER),
     "LightMoE (paper)": Row(method="lightmoe", parameters=PAPER, options={"anneal": 0.2}),
-    "LightMoE, svd start": Row(method="lightmoe", parameters=BEST),
-    "LightMoE, svd start, annealed": Row(method="lightmoe", parameters=BEST, options={"anneal": 0.2}),
+    "LightMoE (svd start)": Row(method="lightmoe", parameters=BEST),
+    "LightMoE (svd start annealed)": Row(method="lightmoe", parameters=BEST, options={"anneal": 0.2}),
     "LightMoE (best)": Row(method="lightmoe", parameters=BEST, loss="both"),
 }
+# Half of the active experts; vectors that never train are the plain half.
+ALL = ("router", "experts", "rest")
+AUXILIARY: dict[str, Row] = {
+    "full": Row(train=ALL),
+    "half": Row(method="compressed_experts", parameters={"vectors": "none"}, train=ALL),
+    "half + vectors": Row(method="compressed_experts", train=("all",)),
+    "half + one set a layer": Row(method="compressed_experts", parameters={"vectors": "layer"}, train=("all",)),
+    "half + vectors + constants": Row(method="compressed_experts", parameters={"constants": True}, train=("all",)),
+}
+SETS = {"recovery": ROWS, "auxiliary": AUXILIARY}
+EVERY = ROWS | AUXILIARY
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,9 +180,16 @@ def accuracy(model: Any, work: Path, task: str, count: int = 500) -> float:
     return right / len(rows)
 
 
+@torch.no_grad()
+def block_loss(model: Any, ids: torch.Tensor, labels: torch.Tensor) -> float:
+    """Return the summed loss of one block."""
+    logits = model(ids[None], use_cache=False).logits[0, :-1]
+    return float(torch.nn.functional.cross_entropy(logits, labels[1:], reduction="sum"))
+
+
 def folder_of(cell: Cell) -> str:
     """Return the name of a run's folder; what is not compressed has no ratio."""
-    ratio = cell.ratio if ROWS[cell.row].method else "whole"
+    ratio = cell.ratio if EVERY[cell.row].method else "whole"
     return f"{cell.task}-{cell.row}-{ratio}-{cell.seed}".replace(" ", "_").replace("%", "")
 
 
@@ -179,12 +198,13 @@ def run(cell: Cell, work: Path, tokens: int, lr: float) -> dict[str, Any]:
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     warnings.simplefilter("ignore", moefit.MoefitWarning)
-    row, began = ROWS[cell.row], time.perf_counter()
+    row, began = EVERY[cell.row], time.perf_counter()
     place = work / folder_of(cell)
     source, steps, losses = REFERENCE, tokens // (BATCH * LENGTH), ()
     if row.method is not None:
         calibration = moefit.Calibration.open(work / f"{cell.task}.calibration")
-        budget = moefit.Budget.parse(remove=cell.ratio).of_total(calibration.model.nbytes)
+        whole = moefit.METHODS[row.method].whole
+        budget = moefit.Budget.parse(remove="0%" if whole else cell.ratio).of_total(calibration.model.nbytes)
         plan = moefit.make_plan(calibration, row.method, budget, parameters=row.parameters)
         source = moefit.apply(plan, REFERENCE, place.with_name(place.name + ".start"), calibration=calibration)
     if row.train:
@@ -204,24 +224,20 @@ def run(cell: Cell, work: Path, tokens: int, lr: float) -> dict[str, Any]:
         source, losses = result.out, result.losses
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     held = blocks_of(work, cell.task, True, 128)
-    with torch.no_grad():
-        total = 0.0
-        for start in range(0, len(held), BATCH):
-            ids, labels = (part[start : start + BATCH] for part in (held.input_ids, held.labels))
-            logits = model(ids, use_cache=False).logits[:, :-1].flatten(0, 1)
-            total += float(torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum"))
+    sums = torch.tensor([block_loss(model, *block) for block in zip(held.input_ids, held.labels, strict=True)])
     nbytes = sum(file.stat().st_size for file in Path(source).glob("*.safetensors"))
-    found = {"loss": total / held.counted, "bytes": nbytes, "tokens": steps * BATCH * LENGTH if row.train else 0}
+    found = {"loss": float(sums.sum()) / held.counted, "blocks": [round(float(value), 3) for value in sums]}
+    found |= {"bytes": nbytes, "tokens": steps * BATCH * LENGTH if row.train else 0}
     if cell.task == "intent":
         found["accuracy"] = accuracy(model, work, cell.task)
     curve = [sum(losses[at : at + 10]) / 10 for at in range(0, len(losses) - 9, 10)]
     return vars(cell) | found | {"curve": curve, "seconds": time.perf_counter() - began}
 
 
-def cells(names: list[str]) -> list[Cell]:
+def cells(names: list[str], chosen: str) -> list[Cell]:
     """Return all runs: five tasks at 50%, two of them at 30% and with three seeds."""
     found = [Cell(task=task, row=row, ratio="50%", seed=0) for task in TASKS for row in names]
-    smaller = [row for row in names if ROWS[row].method]
+    smaller = [row for row in names if EVERY[row].method and chosen == "recovery"]
     found += [Cell(task=task, row=row, ratio="30%", seed=0) for task in ("maths", "intent") for row in smaller]
     more = [(task, seed) for task in ("maths", "intent") for seed in (1, 2)]
     return found + [Cell(task=task, row=row, ratio="50%", seed=seed) for task, seed in more for row in names]
@@ -236,12 +252,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=102_400, help="training tokens of a run (default %(default)s)")
     parser.add_argument("--lr", type=float, default=2e-3, help="learning rate of every run (default %(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each (default %(default)s)")
+    parser.add_argument("--set", choices=SETS, default="recovery", help="which rows (default %(default)s)")
     parser.add_argument("--rows", help="only these rows, by comma")
     parser.add_argument("--tasks", help="only these tasks, by comma")
     parser.add_argument("--first", action="store_true", help="only seed 0 at 50%%")
     options = parser.parse_args()
-    names = options.rows.split(",") if options.rows else list(ROWS)
-    wanted = [cell for cell in cells(names) if not options.tasks or cell.task in options.tasks.split(",")]
+    names = options.rows.split(",") if options.rows else list(SETS[options.set])
+    wanted = [cell for cell in cells(names, options.set) if not options.tasks or cell.task in options.tasks.split(",")]
     wanted = [cell for cell in wanted if not options.first or (cell.ratio, cell.seed) == ("50%", 0)]
     done = [json.loads(line) for line in options.json.read_text().splitlines()] if options.json.exists() else []
     have = {(row["task"], row["row"], row["ratio"], row["seed"]) for row in done}
@@ -255,7 +272,7 @@ def main() -> None:
                 prepare(options.data, work, task, 128 * LENGTH)
         with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
             for taught in (False, True):
-                turn = [cell for cell in wanted if (ROWS[cell.row].loss != "task") == taught]
+                turn = [cell for cell in wanted if (EVERY[cell.row].loss != "task") == taught]
                 given = ([value] * len(turn) for value in (work, options.tokens, options.lr))
                 for found in pool.map(run, turn, *given):
                     out.write(json.dumps(found | {"lr": options.lr, "commit": about["commit"]}) + "\n")

@@ -34,6 +34,8 @@ SERVED: tuple[tuple[str, str, dict], ...] = (
     ("linear", "50%", {"rank": 32}),
     ("conmoe", "50%", {}),
     ("reap", "50%", {}),
+    ("lightmoe", "50%", {}),
+    ("compressed_experts", "0%", {}),
 )
 STAGES = ("mone", "conmoe", "reap")
 
@@ -189,7 +191,7 @@ def decode_seconds(model: Any, ids: torch.Tensor, new_tokens: int) -> float:
 
 def live_share(model: Any, ids: torch.Tensor) -> float:
     """Return the expert runs that a prompt asks for, as a share of top-k runs for each token and MoE layer."""
-    live = routed = 0
+    live, routed = 0.0, 0
 
     def count(module: Any, args: tuple) -> None:
         nonlocal live, routed
@@ -198,17 +200,32 @@ def live_share(model: Any, ids: torch.Tensor) -> float:
         if not isinstance(module, CompressedExperts):
             live += slot_TK.numel()
             return
-        row_TK = module.slot_map[slot_TK].sort(1).values
+        if module.slots.auxiliary is not None:
+            live += len(slot_TK) * module.slots.auxiliary.main
+            return
+        row_TK, start = module.slot_map[slot_TK], module.slots.experts
         # Slots of one token that share a row are one run; constants (negative rows) are none.
-        first = torch.ones_like(row_TK, dtype=torch.bool)
-        first[:, 1:] = row_TK[:, 1:] != row_TK[:, :-1]
-        live += int((first & (row_TK >= 0)).sum())
+        live += distinct(row_TK, (row_TK >= 0) & (row_TK < start))
+        if module.slots.low:
+            low_TK = row_TK >= start
+            base_TK = module.low_base[(row_TK - start).clamp_min(0).long()]
+            # A base's gate and up run once for a token, its down for each slot, and every slot has an own part.
+            own = module.low_row.shape[1] * sum(module.down_proj.shape[1:]) / module.down_proj[0].numel()
+            live += distinct(base_TK, low_TK) * 2 / 3 + int(low_TK.sum()) * (1 / 3 + own)
 
     handles = [module.register_forward_pre_hook(count) for module in model.modules() if hasattr(module, "down_proj")]
     model.get_decoder()(input_ids=ids, use_cache=False)
     for handle in handles:
         handle.remove()
     return live / routed
+
+
+def distinct(value_TK: torch.Tensor, counted_TK: torch.Tensor) -> int:
+    """Return how many different values the tokens have where they count, summed over tokens."""
+    found = value_TK.masked_fill(~counted_TK, -1).sort(1).values
+    first = torch.ones_like(counted_TK)
+    first[:, 1:] = found[:, 1:] != found[:, :-1]
+    return int((first & (found >= 0)).sum())
 
 
 def expected_speed(model: Any, small: Any, share: float) -> float:
