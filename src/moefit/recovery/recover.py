@@ -105,7 +105,7 @@ def recover(
             loss is not finite.
     """
 
-    def watch(name: str) -> Progress | None:
+    def part(name: str) -> Progress | None:
         return partial(progress, name) if progress is not None and PartialState().is_main_process else None
 
     started, out = time.monotonic(), Path(out)
@@ -134,13 +134,13 @@ def recover(
         _checkpoint_layers(student.model)
     _begin_training(_training(out), settings)
     measure = partial(_measure, student, held, options.batch_size, arguments.device)
-    before = measure(watch("held out, before"))
-    state = train_student(student, blocks, arguments, callbacks=callbacks, progress=watch("train"))
-    after = measure(watch("held out, after"))
+    before = measure(part("held out, before"))
+    state = train_student(student, blocks, arguments, callbacks=callbacks, progress=part("train"))
+    after = measure(part("held out, after"))
     adapters.merge()
     if PartialState().is_main_process:
-        made = source, student.model, selection.names
-        write_recovered(out, *made, settings=settings, overwrite=overwrite, progress=watch("write"))
+        written: dict[str, Any] = {"settings": settings, "overwrite": overwrite, "progress": part("write")}
+        write_recovered(out, source, student.model, selection.names, **written)
         shutil.rmtree(_training(out))
     PartialState().wait_for_everyone()
     return RecoveryResult(
