@@ -252,15 +252,16 @@ def test_training_lowers_what_is_minimised(compress: Compress, checkpoint: Get, 
     assert result.losses[0] == pytest.approx(result.before["kd"], rel=1e-4)
 
 
-def test_bfloat16_trains_in_float32_and_is_stored_as_it_was(checkpoint: Get, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("method", "parameters"), [("linear", {}), ("conmoe", {"scope": 2})])
+def test_bfloat16_trains_in_float32_and_is_stored_as_it_was(
+    compress: Compress, checkpoint: Get, tmp_path: Path, method: str, parameters: dict
+) -> None:
+    narrow, held = tmp_path / "narrow", blocks(4, seed=9)
     with quiet_transformers():
-        tiny_model("olmoe").to(torch.bfloat16).save_pretrained(tmp_path / "narrow")
-    held = blocks(4, seed=9)
-    given = {"examples": blocks(), "held_out": held, "loss": "task", "options": FEW, "dtype": "bfloat16"}
-    result = moefit.recover(tmp_path / "narrow", tmp_path / "out", train=["router", "experts", "rest"], **given)
-    found = changed(tmp_path / "narrow", tmp_path / "out")
-    assert any(".gate." in name for name in found)
-    assert any(".experts." in name for name in found)
+        load(compress(method, **parameters)).to(torch.bfloat16).save_pretrained(narrow)
+    given = {"examples": blocks(), "held_out": held, "teacher": checkpoint("olmoe"), "options": FEW}
+    result = moefit.recover(narrow, tmp_path / "out", train=["all"], loss="both", dtype="bfloat16", **given)
+    assert changed(narrow, result.out)
     assert {info.dtype for info in open_checkpoint(result.out).tensors.values()} == {"BF16"}
     student = Student(load(result.out), Objective(loss="task"))
     with torch.no_grad():
@@ -336,6 +337,18 @@ def test_accumulated_batches_are_one_batch(compress: Compress, checkpoint: Get, 
         torch.testing.assert_close(others[name], weights[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("method", "parameters"), [("linear", {}), ("conmoe", {"scope": 2})])
+def test_layers_that_are_computed_again_change_no_number(
+    compress: Compress, checkpoint: Get, tmp_path: Path, method: str, parameters: dict
+) -> None:
+    before, found = compress(method, **parameters), []
+    for again in (False, True):
+        options = moefit.RecoveryOptions(**{**vars(FEW), "gradient_checkpointing": again})
+        given = {"examples": blocks(), "teacher": checkpoint("olmoe"), "options": options}
+        found.append(moefit.recover(before, tmp_path / f"out{again}", train=["all"], **given).losses)
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
 RUN = """
 import sys
 import torch
@@ -344,7 +357,8 @@ sys.path.insert(0, {tests!r})
 import moefit
 from test_recovery import Gradients, Slow, blocks
 callbacks = {callbacks}
-options = moefit.RecoveryOptions(steps={steps}, batch_size={batch_size}, lr=1e-2, save_every=2, lora_rank=2)
+options = moefit.RecoveryOptions(steps={steps}, batch_size={batch_size}, lr=1e-2, save_every=2, lora_rank=2,
+                                 gradient_checkpointing={again})
 moefit.recover({before!r}, {out!r}, examples=blocks(), teacher={teacher!r}, train=["all"], options=options,
                callbacks=callbacks, device="cpu")
 """
@@ -370,7 +384,9 @@ class Slow(TrainerCallback):
 
 
 def script(file: Path, **values: Any) -> Path:
-    told = {"tests": str(Path(__file__).parent), "callbacks": "[]", "steps": 6, "batch_size": 2} | values
+    told = {"tests": str(Path(__file__).parent), "callbacks": "[]", "steps": 6, "batch_size": 2, "again": False}
+    told |= values
+
     file.write_text(RUN.format(**{name: str(v) if isinstance(v, Path) else v for name, v in told.items()}))
     return file
 
@@ -400,7 +416,12 @@ def test_two_processes_give_the_gradients_of_one(compress: Compress, checkpoint:
     """The blocks hold different numbers of tokens that count, so a mean of means would be another gradient."""
     given = {"before": compress("linear"), "teacher": checkpoint("olmoe"), "steps": 2}
     one = {"out": tmp_path / "one", "callbacks": f"[Gradients({str(tmp_path / 'one.pt')!r})]", "batch_size": 4}
-    two = {"out": tmp_path / "two", "callbacks": f"[Gradients({str(tmp_path / 'two.pt')!r})]", "batch_size": 2}
+    two = {
+        "out": tmp_path / "two",
+        "callbacks": f"[Gradients({str(tmp_path / 'two.pt')!r})]",
+        "batch_size": 2,
+        "again": True,
+    }
     subprocess.run([sys.executable, script(tmp_path / "a.py", **given, **one)], check=True)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     subprocess.run([*torchrun, script(tmp_path / "b.py", **given, **two)], check=True)

@@ -31,7 +31,7 @@ class RecoveryOptions:
         epochs: passes over the blocks.
         batch_size: blocks that a process runs at once.
         accumulate: batches of a step.
-        lr: learning rate of AdamW, after `warmup` falling to 0 as a cosine.
+        lr: learning rate of AdamW, after `warmup` falling to 0 as a cosine; gradients are clipped to a norm of 1.
         warmup: share of the steps in which the learning rate rises from 0.
         weight_decay: weight decay of AdamW.
         seed: orders the blocks and starts the adapters.

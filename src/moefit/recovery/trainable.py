@@ -138,8 +138,8 @@ class Adapters:
 def _inject(model: nn.Module, selection: Selection, rank: int, alpha: float) -> Any:
     from peft import LoraConfig, LoraModel
 
-    # Inside a module without a config: in many families peft would else take the projections of shared experts and dense
-    # layers for those of routed experts, and adapt these instead.
+    # Inside a module without a config: in many families peft would else take the projections of shared experts and
+    # dense layers for those of routed experts, and adapt these instead.
     holder = nn.Module()
     holder.model = model
     config = LoraConfig(
