@@ -112,9 +112,21 @@ ROWS: dict[str, Row] = {
     "linear + recover": Row(method="linear", parameters={"rank": 8, "ranks": "chosen"}),
     "direct replacement": Row(method="lightmoe", parameters=PAPER),
     "LightMoE (paper)": Row(method="lightmoe", parameters=PAPER, options={"anneal": 0.2}),
-    "LightMoE (svd start)": Row(method="lightmoe", parameters=BEST),
-    "LightMoE (svd start annealed)": Row(method="lightmoe", parameters=BEST, options={"anneal": 0.2}),
-    "LightMoE (best)": Row(method="lightmoe", parameters=BEST, loss="both"),
+    "LightMoE (best)": Row(method="lightmoe", parameters=BEST),
+}
+# What each of moefit's own choices gives, beside the paper's.
+ABLATION: dict[str, Row] = {
+    "paper, annealed over half": Row(method="lightmoe", parameters=PAPER, options={"anneal": 0.5}),
+    "paper, annealed exponentially": Row(
+        method="lightmoe", parameters=PAPER, options={"anneal": 0.2, "anneal_gamma": 3.0}
+    ),
+    "svd start": Row(method="lightmoe", parameters={"start": "svd"}),
+    "svd start, least-squares base": Row(method="lightmoe", parameters={"start": "svd", "base": "least_squares"}),
+    "best, annealed": Row(method="lightmoe", parameters=BEST, options={"anneal": 0.2}),
+    "best, distilled": Row(method="lightmoe", parameters=BEST, loss="both"),
+    "best, distilled by layers too": Row(
+        method="lightmoe", parameters=BEST, loss="both", options={"layer_weight": 1.0}
+    ),
 }
 # Half of the active experts; vectors that never train are the plain half.
 ALL = ("router", "experts", "rest")
@@ -125,8 +137,9 @@ AUXILIARY: dict[str, Row] = {
     "half + one set a layer": Row(method="compressed_experts", parameters={"vectors": "layer"}, train=("all",)),
     "half + vectors + constants": Row(method="compressed_experts", parameters={"constants": True}, train=("all",)),
 }
-SETS = {"recovery": ROWS, "auxiliary": AUXILIARY}
-EVERY = ROWS | AUXILIARY
+SETS = {"recovery": ROWS, "ablation": ABLATION, "auxiliary": AUXILIARY}
+TWO = {"recovery": ("maths", "intent"), "ablation": ("maths", "intent"), "auxiliary": ("maths", "code")}
+EVERY = ROWS | ABLATION | AUXILIARY
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,11 +248,14 @@ def run(cell: Cell, work: Path, tokens: int, lr: float) -> dict[str, Any]:
 
 
 def cells(names: list[str], chosen: str) -> list[Cell]:
-    """Return all runs: five tasks at 50%, two of them at 30% and with three seeds."""
-    found = [Cell(task=task, row=row, ratio="50%", seed=0) for task in TASKS for row in names]
+    """Return all runs: five tasks at 50%, two of them at 30% and with three seeds; of the ablation only those two."""
+    tasks = TASKS if chosen == "recovery" else TWO[chosen]
+    found = [Cell(task=task, row=row, ratio="50%", seed=0) for task in tasks for row in names]
+    if chosen == "ablation":
+        return found
     smaller = [row for row in names if EVERY[row].method and chosen == "recovery"]
-    found += [Cell(task=task, row=row, ratio="30%", seed=0) for task in ("maths", "intent") for row in smaller]
-    more = [(task, seed) for task in ("maths", "intent") for seed in (1, 2)]
+    found += [Cell(task=task, row=row, ratio="30%", seed=0) for task in TWO[chosen] for row in smaller]
+    more = [(task, seed) for task in TWO[chosen] for seed in (1, 2)]
     return found + [Cell(task=task, row=row, ratio="50%", seed=seed) for task, seed in more for row in names]
 
 
@@ -249,7 +265,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with corpora/ and benchmarks/")
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints, kept for a second call")
     parser.add_argument("--json", type=Path, required=True, help="results, one JSON object a line; what is there stays")
-    parser.add_argument("--tokens", type=int, default=102_400, help="training tokens of a run (default %(default)s)")
+    parser.add_argument("--tokens", type=int, default=81_920, help="training tokens of a run (default %(default)s)")
     parser.add_argument("--lr", type=float, default=2e-3, help="learning rate of every run (default %(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each (default %(default)s)")
     parser.add_argument("--set", choices=SETS, default="recovery", help="which rows (default %(default)s)")
