@@ -104,6 +104,7 @@ def test_inspect_as_text_and_as_json(run) -> None:
         "experts": 32,
         "stand_ins": 0,
         "ranks": [],
+        "runs": 4,
         "guests": 0,
         "expert_bytes": 110592,
     }

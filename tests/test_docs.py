@@ -92,7 +92,8 @@ FLAGS = {
     "--sequences --size --states --stream --trust-remote-code",
     "evaluate": "--against --batch-size --data --device --device-map --dtype --json --length --limit --sequences "
     "--task-data --task-dir --tasks --trust-remote-code",
-    "recover": "--accumulate --batch-size --data --device --dtype --epochs --gradient-checkpointing --held-out --json "
+    "recover": "--accumulate --anneal --anneal-gamma --batch-size --data --device --dtype --epochs "
+    "--gradient-checkpointing --held-out --json "
     "--layer-weight --length --lora-alpha --lora-rank --loss --loss-on --lr --out --overwrite --save-every --seed "
     "--steps --teacher --temperature --train --trust-remote-code --warmup --weight-decay",
 }
