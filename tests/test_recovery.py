@@ -15,6 +15,7 @@ import torch
 from transformers import TrainerCallback
 
 import moefit
+from conftest import TINY_PARAMETERS
 from contract.test_families import load, logits
 from families import FAMILIES, tiny_model
 from moefit.checkpoint.anatomy import discover
@@ -166,7 +167,10 @@ def test_an_original_takes_adapters_too(checkpoint: Get, tmp_path: Path) -> None
         }
 
 
-@pytest.mark.parametrize(("method", "parameters"), [("conmoe", {"scope": 2}), ("linear", {}), ("reap", {})])
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [("conmoe", {"scope": 2}), ("linear", {}), ("reap", {}), ("lightmoe", {"rank": 2, "bases": 2})],
+)
 def test_merged_adapters_give_the_same_logits(compress: Compress, method: str, parameters: dict) -> None:
     model = load(compress(method, **parameters))
     before = logits(model)
@@ -203,6 +207,8 @@ def test_merged_adapters_give_the_same_logits(compress: Compress, method: str, p
         ("mone", ["all"], {}),
         ("linear", ["standins"], {}),
         ("conmoe", ["all"], {"scope": 2}),
+        ("lightmoe", ["standins", "experts"], {"rank": 2, "bases": 2, "start": "svd"}),
+        ("compressed_experts", ["all"], {"main": 1, "constants": True}),
     ],
 )
 def test_the_result_is_what_was_trained(
@@ -252,7 +258,9 @@ def test_training_lowers_what_is_minimised(compress: Compress, checkpoint: Get, 
     assert result.losses[0] == pytest.approx(result.before["kd"], rel=1e-4)
 
 
-@pytest.mark.parametrize(("method", "parameters"), [("linear", {}), ("conmoe", {"scope": 2})])
+@pytest.mark.parametrize(
+    ("method", "parameters"), [("linear", {}), ("conmoe", {"scope": 2}), ("lightmoe", {"rank": 2, "bases": 2})]
+)
 def test_bfloat16_trains_in_float32_and_is_stored_as_it_was(
     compress: Compress, checkpoint: Get, tmp_path: Path, method: str, parameters: dict
 ) -> None:
@@ -280,11 +288,12 @@ class Stop(TrainerCallback):
             raise RuntimeError("crash")
 
 
+@pytest.mark.parametrize(("method", "anneal"), [("mone", 0.0), ("compressed_experts", 0.0), ("lightmoe", 0.9)])
 def test_an_interrupted_training_resumes_to_the_same_weights(
-    compress: Compress, checkpoint: Get, tmp_path: Path
+    compress: Compress, checkpoint: Get, tmp_path: Path, method: str, anneal: float
 ) -> None:
-    before = compress("mone")
-    options = moefit.RecoveryOptions(steps=6, batch_size=2, lr=1e-2, save_every=2, lora_rank=2)
+    before = compress(method, **TINY_PARAMETERS.get(method, {}))
+    options = moefit.RecoveryOptions(steps=6, batch_size=2, lr=1e-2, save_every=2, lora_rank=2, anneal=anneal)
     given = {"examples": blocks(), "teacher": checkpoint("olmoe"), "train": ["all"], "options": options}
     whole = moefit.recover(before, tmp_path / "whole", **given)
     with pytest.raises(RuntimeError, match="crash"):
