@@ -55,6 +55,8 @@ ROWS: list[tuple[str, str, dict[str, Any], str]] = [
     ("linear, chosen ranks", "linear", {"rank": 8, "ranks": "chosen"}, "original"),
     ("linear, shared input, rank 16", "linear", {"rank": 16, "shared": True}, "original"),
     ("linear, rank 8, propagated", "linear", {"rank": 8}, "compressed"),
+    ("lightmoe, before recovery", "lightmoe", {}, "original"),
+    ("lightmoe, svd start, chosen ranks", "lightmoe", {"start": "svd", "ranks": "chosen"}, "original"),
 ]
 
 

@@ -106,7 +106,8 @@ def summary(found: Summary) -> None:
     share = found.routed_parameters / found.parameters
     _out.print(
         f"parameters: {count(found.parameters)}, of which routed {count(found.routed_parameters)} ({share:.0%}), "
-        f"shared experts {count(found.shared_parameters)}; active for a token {count(found.active_parameters)}"
+        f"shared experts {count(found.shared_parameters)}; active for a token {count(found.active_parameters)}, "
+        "2 FLOPs each"
     )
     _out.print(f"on disk: {nbytes(found.nbytes)}")
 

@@ -151,14 +151,15 @@ class CompressedExperts(nn.Module):
             gate_Tm = gate_Tm * (total_T1 / gate_Tm.sum(1, keepdim=True).clamp_min(1e-20))
         out_TD = torch.zeros_like(hidden_TD, dtype=torch.promote_types(hidden_TD.dtype, torch.float32))
         token, place = main_TK.nonzero().unbind(1)
-        if spec.vectors == "none":
-            pairs = super().forward(hidden_TD[token], row_TK[token, place, None], gate_Tm[token, place, None])
-        else:
-            row, order = row_TK[token, place].sort(stable=True)
-            token, place = token[order], place[order]
+        row, order = row_TK[token, place].sort(stable=True)
+        token, place = token[order], place[order]
+        if len(token) and spec.vectors == "none":
+            pairs = super().forward(hidden_TD[token], row[:, None], gate_Tm[token, place, None])
+            out_TD = out_TD.index_add(0, token, pairs.to(out_TD))
+        elif len(token):
             vectors = self._vectors(slot_TK, aside_TK)
             pairs = modulated(self, hidden_TD, token, row, vectors) * gate_Tm[token, place, None]
-        out_TD = out_TD.index_add(0, token, pairs.to(out_TD))
+            out_TD = out_TD.index_add(0, token, pairs.to(out_TD))
         if self.vector_constant is not None:
             weight_TK = aside_TK.masked_fill(~able_TK, 0).to(self.vector_constant.dtype)
             given_TD = F.embedding_bag(slot_TK, self.vector_constant, per_sample_weights=weight_TK, mode="sum")
