@@ -1,7 +1,8 @@
 """What a short distillation of routers, and of stand-ins, takes off the KL of train-free results.
 
 Each method halves the experts of every layer, then the named tensors are trained towards the original's predictions on
-the reference model's calibration text. KL(original || result) is on the whole held-out file, which nothing has seen.
+the reference model's calibration text, or on more. KL(original || result) is on the whole held-out file, which nothing
+has seen.
 """
 
 from __future__ import annotations
@@ -45,13 +46,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lr", type=float, default=2e-3, help="learning rate (default %(default)s)")
     parser.add_argument("--epochs", type=float, default=2.0, help="passes over the text (default %(default)s)")
+    parser.add_argument("--data", action="append", help="text to train on (default: the calibration text); repeatable")
     parser.add_argument("--rows", help="only rows of these methods, by comma")
     parser.add_argument("--json", type=Path, help="results, one JSON object a line")
     options = parser.parse_args()
     logging.disable_progress_bar()
     warnings.simplefilter("ignore", moefit.MoefitWarning)
     text = str(REFERENCE / "calibration.jsonl")
-    blocks = read_blocks(moefit.ExampleOptions(data=(text,), length=256), AutoTokenizer.from_pretrained(REFERENCE))
+    blocks = read_blocks(
+        moefit.ExampleOptions(data=tuple(options.data or [text]), length=256), AutoTokenizer.from_pretrained(REFERENCE)
+    )
     print(" ".join(f"{name} {value}" for name, value in provenance().items()))
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
@@ -80,7 +84,8 @@ def main() -> None:
             name = f"{method}, {' and '.join(train)}"
             print(
                 f"{name:34} KL {before:.4f} -> {after:.4f}  {1 - after / before:5.1%} less  "
-                f"{result.tokens:,} tokens  {seconds:.0f} s",
+                f"{result.tokens:,} tokens  {seconds:.0f} s  "
+                f"training {sum(result.losses[:10]) / 10:.3f} -> {sum(result.losses[-10:]) / 10:.3f}",
                 flush=True,
             )
             if options.json:

@@ -30,6 +30,7 @@ from moefit.evaluation.fidelity import Reference
 ROOT = Path(__file__).parent.parent
 REFERENCE = ROOT / "examples" / "reference-moe"
 RATIOS = ("25%", "50%")
+BEST_LIGHT = {"start": "svd", "ranks": "chosen", "bases": 1, "rank": 24}
 BEST_MERGE = {"fit": "ridge", "target": "gated", "features": "best", "cluster": "outputs"}
 # name in the table, method, parameters, what is fitted on
 ROWS: list[tuple[str, str, dict[str, Any], str]] = [
@@ -56,7 +57,7 @@ ROWS: list[tuple[str, str, dict[str, Any], str]] = [
     ("linear, shared input, rank 16", "linear", {"rank": 16, "shared": True}, "original"),
     ("linear, rank 8, propagated", "linear", {"rank": 8}, "compressed"),
     ("lightmoe, before recovery", "lightmoe", {}, "original"),
-    ("lightmoe, svd start, chosen ranks", "lightmoe", {"start": "svd", "ranks": "chosen"}, "original"),
+    ("lightmoe, best parameters", "lightmoe", BEST_LIGHT, "original"),
 ]
 
 
