@@ -103,7 +103,7 @@ class Row:
 
 LORA = ("experts", "rest")
 PAPER = {"start": "zero"}
-BEST = {"start": "svd", "ranks": "chosen", "bases": 1, "rank": 24}
+BEST = {"start": "svd", "ranks": "chosen", "bases": 1, "rank": 20}
 ROWS: dict[str, Row] = {
     "original": Row(train=()),
     "LoRA": Row(train=LORA),

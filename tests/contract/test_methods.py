@@ -49,7 +49,7 @@ def test_a_plan_is_valid_deterministic_and_loads(
     plan = make(calibration(family), method, kept(calibration(family)))
     assert plan == make(calibration(family), method, kept(calibration(family)))
     counts = [layer.stored for layer in plan.layers.values()]
-    if find_method(method).of_total:  # counts differ by layer, within the bytes that equal ones would take
+    if method in ("auto", "lightmoe"):  # counts differ by layer, within the bytes that equal ones would take
         assert sum(counts) <= kept(calibration(family)) * len(counts)
     else:
         assert set(counts) == {kept(calibration(family))}

@@ -1,5 +1,6 @@
 """One file for each method of the literature; importing this package registers them all."""
 
+from moefit.methods import auto as auto
 from moefit.methods import compressed_experts as compressed_experts
 from moefit.methods import conmoe as conmoe
 from moefit.methods import ean as ean

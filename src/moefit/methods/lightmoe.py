@@ -22,15 +22,12 @@ from torch.nn import functional as F
 
 from moefit.errors import PlanError
 from moefit.fitting.cluster import nearest
+from moefit.fitting.whitened import approximate, energy, second_moment
 from moefit.methods.choose import refuse_protected, top
 from moefit.methods.merge import Matrices, average, shares, stacked
 from moefit.methods.registry import AtLeast, method
 from moefit.planning.slots import LayerPlan, Slot
 from moefit.planning.view import LayerView
-
-# Ridge of the second moments of what an expert sees, as a share of their mean.
-RIDGE = 1e-2
-PARTS = ("gate", "up", "down")
 
 
 def outline(experts: int, keep: int, *, bases: int, rank: int, **_: object) -> LayerPlan:
@@ -46,17 +43,21 @@ def outline(experts: int, keep: int, *, bases: int, rank: int, **_: object) -> L
 
 def build(layer: LayerView, plan: LayerPlan, *, base: str, start: str, **_: object) -> dict[str, torch.Tensor]:
     """Return ``base_*`` [M, ...] and ``low_*`` [R, ...] of the low-rank experts of a plan, base by base."""
-    bases, own = [], []
+    bases = [base_of(layer, named, members, base) for named, members in plan.bases.items()]
+    return built_on(layer, plan, bases, start)
+
+
+def built_on(layer: LayerView, plan: LayerPlan, bases: Sequence[Matrices], start: str) -> dict[str, torch.Tensor]:
+    """Return the same for given bases."""
     generator = torch.Generator().manual_seed(layer.index)
-    for named, members in plan.bases.items():
-        matrices = _base(layer, named, members, base)
-        bases.append(matrices)
-        for member in members:
-            if rank := plan.slots[member].rank:
-                own.append(_own_part(layer, member, matrices, rank, start, generator))
+    own = [
+        _own_part(layer, member, matrices, plan.slots[member].rank, start, generator)
+        for matrices, members in zip(bases, plan.bases.values(), strict=True)
+        for member in members
+        if plan.slots[member].rank
+    ]
     found = {f"base_{name}": stack for name, stack in stacked(bases).items()}
-    names = own[0] if own else ()
-    return found | {name: torch.cat([part[name] for part in own]) for name in names}
+    return found | {name: torch.cat([part[name] for part in own]) for name in (own[0] if own else ())}
 
 
 @method(
@@ -101,7 +102,7 @@ def lightmoe(
         ranks: ``given`` uses `rank` everywhere; ``chosen`` spends as many rows where they take most away.
     """
     for layer in layers:
-        if _own_bytes(layer, rank) >= layer.expert_bytes:
+        if own_bytes(layer, rank) >= layer.expert_bytes:
             raise PlanError(
                 f"rank={rank}: an own part of it is no smaller than an expert of layer {layer.index} "
                 f"({layer.expert_bytes:,} bytes); ask for a lower rank"
@@ -116,7 +117,7 @@ def lightmoe(
         layer.close()
 
 
-def _own_bytes(layer: LayerView, rank: int) -> int:
+def own_bytes(layer: LayerView, rank: int) -> int:
     """Return the bytes of one own part: rows and columns of each matrix for each rank."""
     return layer.itemsize * layer.matrices * rank * (layer.sample.hidden.shape[1] + layer.inner)
 
@@ -176,7 +177,7 @@ def _by_mass(
 
     def nbytes(phat: float) -> int:
         return sum(
-            (layer.num_experts - count + held) * layer.expert_bytes + count * _own_bytes(layer, rank)
+            (layer.num_experts - count + held) * layer.expert_bytes + count * own_bytes(layer, rank)
             for layer, (count, held) in zip(layers, at(phat), strict=True)
         )
 
@@ -204,8 +205,15 @@ def _grouped(layer: LayerView, count: int, held: int, rank: int) -> LayerPlan:
     return LayerPlan(slots=tuple(slots), scores=tuple(layer.sums.gate.tolist()))
 
 
-def _base(layer: LayerView, named: int, members: Sequence[int], base: str) -> Matrices:
-    """Return the matrices of a base, biases included."""
+def base_of(layer: LayerView, named: int, members: Sequence[int], base: str) -> Matrices:
+    """Return the matrices of a base, biases included.
+
+    Args:
+        layer: the layer.
+        named: the member that it is named after.
+        members: the experts that it is made of.
+        base: see `lightmoe`.
+    """
     if base == "dominant":
         return layer.experts.one(named)
     found = average(layer, named, members, layer.sums.gate)
@@ -214,13 +222,36 @@ def _base(layer: LayerView, named: int, members: Sequence[int], base: str) -> Ma
     # min over W of sum_n G_n tr (W_n - W) C_n (W_n - W)^T:  W = (sum G_n W_n C_n) (sum G_n C_n)^-1
     share = shares(layer.sums.gate, members).tolist()
     ones = [layer.experts.one(member) for member in members]
-    for part in _parts(layer):
-        moments = [_moment(layer, member, one, part) for member, one in zip(members, ones, strict=True)]
+    for part in parts_of(layer):
+        moments = [moment_of(layer, member, one, part) for member, one in zip(members, ones, strict=True)]
         total = sum((c * weight for c, weight in zip(moments, share, strict=True)), torch.zeros_like(moments[0]))
         seen = [one[part].double() @ c * w for one, c, w in zip(ones, moments, share, strict=True)]
-        right = sum(seen[1:], seen[0])
-        found[part] = torch.linalg.solve(total, right.T).T.to(found[part])
+        found[part] = torch.linalg.solve(total, sum(seen[1:], seen[0]).T).T.to(found[part])
     return found
+
+
+def moment_of(
+    layer: LayerView, expert: int, one: Matrices, part: str, which: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return the second moment of what a matrix of an expert is applied to, by squared gates.
+
+    Args:
+        layer: the layer.
+        expert: the expert.
+        one: its matrices.
+        part: which of them.
+        which: mask of its sampled tokens; all when None.
+    """
+    token, gate = layer.routed(expert)
+    if which is not None:
+        token, gate = token[which], gate[which]
+    seen = layer.sample.hidden[token].to(one["up"])
+    return second_moment(layer.experts.hidden(one, seen) if part == "down" else seen, gate.double().square())
+
+
+def parts_of(layer: LayerView) -> Sequence[str]:
+    """Return the names of an expert's matrices."""
+    return (*layer.experts.inputs, "down")
 
 
 def _own_part(
@@ -228,76 +259,40 @@ def _own_part(
 ) -> dict[str, torch.Tensor]:
     """Return the own part of one expert, rows of A and columns of B of each matrix, [rank, in] and [rank, out]."""
     found, one = {}, layer.experts.one(member)
-    for part in _parts(layer):
+    for part in parts_of(layer):
         rows, columns = one[part].shape
-        if start == "zero":
-            inner = torch.randn(rank, columns, generator=generator) / columns**0.5
-            outer = torch.zeros(rank, rows)
-        else:
-            inner, outer = _best(layer, member, one, base, part, rank)
-        found |= {f"low_{part}_in": inner, f"low_{part}_out": outer}
+        inner, outer = torch.randn(rank, columns, generator=generator) / columns**0.5, torch.zeros(rank, rows)
+        if start == "svd":
+            inner, outer = approximate(_apart(one, base, part), moment_of(layer, member, one, part)).factors(rank)
+        found |= {f"low_{part}_in": inner.cpu(), f"low_{part}_out": outer.cpu()}
     return found
 
 
-def _best(
-    layer: LayerView, member: int, one: Matrices, base: Matrices, part: str, rank: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the best own part on the expert's inputs, its size shared by both factors."""
-    factor, (left, values, right) = _lacking(layer, member, one, base, part)
-    # (W_n - W_base) L = U S V^T with C = L L^T:  B = U S^1/2, A = S^1/2 V^T L^-1
-    root = values[:rank].sqrt()
-    inner = torch.linalg.solve_triangular(factor, root[:, None] * right[:rank], upper=False, left=False)
-    outer = (left[:, :rank] * root).T
-    missing = rank - len(root)
-    return F.pad(inner, (0, 0, 0, missing)).cpu(), F.pad(outer, (0, 0, 0, missing)).cpu()
-
-
-def _lacking(
-    layer: LayerView, member: int, one: Matrices, base: Matrices, part: str
-) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Return L, with C = L L^T what a matrix sees, and the singular value decomposition of (W_n - W_base) L."""
-    factor = torch.linalg.cholesky(_moment(layer, member, one, part))
-    apart = (one[part].double() - base[part].double()) @ factor
-    return factor, torch.linalg.svd(apart, full_matrices=False)
-
-
-def _moment(layer: LayerView, member: int, one: Matrices, part: str) -> torch.Tensor:
-    """Return C = sum g^2 u u^T / sum g^2 of what a matrix of an expert is applied to, with a ridge, float64."""
-    token, gate = layer.routed(member)
-    seen = layer.sample.hidden[token].to(one["up"])
-    seen = (layer.experts.hidden(one, seen) if part == "down" else seen).double()
-    weight = gate.double().square().to(seen.device)
-    moment = (seen * weight[:, None]).T @ seen / weight.sum().clamp_min(1e-300)
-    mean = float(moment.diagonal().mean()) or 1.0
-    moment.diagonal().add_(RIDGE * mean)
-    return moment
+def _apart(one: Matrices, base: Matrices, part: str) -> torch.Tensor:
+    return one[part].double() - base[part].double()
 
 
 def _spent(layer: LayerView, plan: LayerPlan, rank: int, base: str) -> LayerPlan:
     """Return the plan with the rows of all own parts spent one by one where they take most away.
 
     What the r-th row of an expert takes away is priced by sum g^2 |y|^2 times the sum over its matrices of
-    s_r^2 / |W L|^2, with s_r the singular values of (W_n - W_base) L.
+    s_r^2 / tr W C W^T, with s_r the singular values of (W_n - W_base) L.
     """
     gains = []
     for named, members in plan.bases.items():
-        matrices = _base(layer, named, members, base)
+        matrices = base_of(layer, named, members, base)
         for member in members:
             one, gain = layer.experts.one(member), torch.zeros(1, dtype=torch.float64)
-            for part in _parts(layer):
-                factor, (_, values, _) = _lacking(layer, member, one, matrices, part)
-                whole = (one[part].double() @ factor).square().sum().clamp_min(1e-300)
-                part_gain = (values.square() / whole).cpu()
-                size = max(len(gain), len(part_gain))
-                gain = F.pad(gain, (0, size - len(gain))) + F.pad(part_gain, (0, size - len(part_gain)))
-            energy = float(layer.sums.gate_sq_norm_sq[member])
-            gains += [(float(value) * energy, -at, member) for at, value in enumerate(gain)]
+            for part in parts_of(layer):
+                moment = moment_of(layer, member, one, part)
+                values = approximate(_apart(one, matrices, part), moment).values.cpu()
+                share = values.square() / max(energy(one[part], moment), 1e-300)
+                size = max(len(gain), len(share))
+                gain = F.pad(gain, (0, size - len(gain))) + F.pad(share, (0, size - len(share)))
+            weight = float(layer.sums.gate_sq_norm_sq[member])
+            gains += [(float(value) * weight, -at, member) for at, value in enumerate(gain)]
     spent = dict.fromkeys(plan.low_ranks, 0)
     for _, _, member in sorted(gains, reverse=True)[: rank * len(spent)]:
         spent[member] += 1
     slots = [Slot("lowrank", s.expert, rank=spent[n]) if s.kind == "lowrank" else s for n, s in enumerate(plan.slots)]
     return LayerPlan(slots=tuple(slots), scores=plan.scores)
-
-
-def _parts(layer: LayerView) -> Sequence[str]:
-    return PARTS if layer.experts.gated else PARTS[1:]

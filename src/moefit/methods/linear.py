@@ -18,7 +18,7 @@ import torch
 
 from moefit.errors import MoefitWarning, PlanError
 from moefit.fitting.held_out import choosing
-from moefit.fitting.menu import cheapest
+from moefit.fitting.menu import Menu, cheapest
 from moefit.fitting.reduced_rank import Regression, shared_inputs
 from moefit.methods.choose import refuse_protected, top
 from moefit.methods.mone import novices
@@ -179,14 +179,14 @@ def _chosen(layer: LayerView, keep: int, rank: int, ridge: float, shared: bool) 
         menu = [choice for choice in menu if choice <= rank]
     spare = layer.nbytes - (rank * width * layer.itemsize if shared else 0)
     price = [width * layer.itemsize * (1 + (1 if shared else 2) * choice) for choice in menu]
-    errors = torch.stack([_held_out_errors(layer, expert, menu, ridge) for expert in range(layer.num_experts)])
-    taken = cheapest(errors, price, layer.expert_bytes, spare, layer.protected)
+    errors = torch.stack([held_out_errors(layer, expert, menu, ridge) for expert in range(layer.num_experts)])
+    (taken,) = cheapest([Menu(errors=errors, price=price, whole=layer.expert_bytes, kept=layer.protected)], spare)
     slots = tuple(Slot("expert", n) if at == len(menu) else _stand_in(menu[at]) for n, at in enumerate(taken))
     plan = LayerPlan(slots=slots, scores=tuple(errors[:, 0].tolist()))
     return LayerPlan(slots=plan.slots, scores=plan.scores, shared_input=shared and any(plan.ranks))
 
 
-def _held_out_errors(layer: LayerView, expert: int, menu: Sequence[int], ridge: float) -> torch.Tensor:
+def held_out_errors(layer: LayerView, expert: int, menu: Sequence[int], ridge: float) -> torch.Tensor:
     """Return the layer's error for each rank of a menu, measured on tokens that were not fitted, float64 [menu].
 
     An expert with too few tokens to hold some out is priced as one that only a constant can stand in for.

@@ -1,0 +1,151 @@
+"""Auto: the knapsack against all choices, prices against plain sums, and what goes first."""
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from test_linear import layer_of_tokens
+from test_merging import INNER, WIDTH, random_experts, with_copy
+
+import moefit
+from moefit.fitting.held_out import choosing
+from moefit.fitting.menu import Menu, cheapest
+from moefit.methods.auto import _base, _errors, _menu, auto
+from moefit.planning.plan import added_nbytes
+from moefit.planning.slots import LayerPlan, Slot
+from moefit.planning.view import LayerView
+
+WHOLE = 4 * 3 * WIDTH * INNER
+GetCalibration = Callable[[str], moefit.Calibration]
+
+
+def layer(experts: int = 5, seed: int = 0, tokens: int = 400) -> LayerView:
+    made = layer_of_tokens(random_experts(experts, seed), tokens, seed)
+    made.index, made.expert_bytes, made.itemsize, made.inner = seed, WHOLE, 4, INNER
+    made.sums.gate.copy_(made.sums.gate_sq)
+    return made
+
+
+def spent(plan: LayerPlan) -> int:
+    stack = moefit.calibration.folder.Stack(
+        prefix="", index=0, num_experts=len(plan.slots), expert_bytes=WHOLE, dtype="F32", inner=INNER
+    )
+    return plan.stored * WHOLE + added_nbytes(plan, stack, WIDTH)
+
+
+def predicted(made: LayerView, plan: LayerPlan) -> float:
+    """Return what a plan's answers lose by their prices."""
+    slots, base, lost = _menu(made), _base(made), 0.0
+    for expert, slot in enumerate(plan.slots):
+        if slot.kind != "expert":
+            lost += float(_errors(made, expert, base, slots)[slots.index(Slot(slot.kind, rank=slot.rank))])
+    return lost
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_knapsack_is_the_best_of_all_choices(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    menus = [
+        Menu(errors=torch.rand(3, 2, generator=generator).double(), price=[1, 4], whole=10, kept=[1] if seed else []),
+        Menu(errors=torch.rand(2, 3, generator=generator).double(), price=[0, 2, 5], whole=8),
+    ]
+
+    def cost(choice: list[list[int]]) -> float:
+        return sum(
+            float(menu.errors[expert, at])
+            for menu, taken in zip(menus, choice, strict=True)
+            for expert, at in enumerate(taken)
+            if at < len(menu.price)
+        )
+
+    def fits(choice: list[list[int]]) -> bool:
+        prices = [[*menu.price, menu.whole] for menu in menus]
+        total = sum(price[at] for price, taken in zip(prices, choice, strict=True) for at in taken)
+        whole = all(len(menu.price) in taken for menu, taken in zip(menus, choice, strict=True))
+        kept = all(taken[e] == len(menu.price) for menu, taken in zip(menus, choice, strict=True) for e in menu.kept)
+        return total <= 32 and whole and kept
+
+    firsts, seconds = itertools.product(range(3), repeat=3), list(itertools.product(range(4), repeat=2))
+    every = ([list(first), list(second)] for first in firsts for second in seconds)
+    best = min(cost(choice) for choice in every if fits(choice))
+    found = cheapest(menus, 32)
+    assert fits(found)
+    assert cost(found) <= best * 1.001 + 1e-9
+
+
+def test_prices_are_plain_sums_over_tokens_that_were_held_out() -> None:
+    made = layer()
+    slots, base = _menu(made), _base(made)
+    errors = dict(zip(slots, _errors(made, 2, base, slots).tolist(), strict=True))
+    token, gate = made.routed(2)
+    one = made.experts.one(2)
+    left = constant = 0.0
+    for held in choosing(token, 8 * WIDTH):
+        weight = gate.double().square()
+        y = made.experts.outputs(2, made.sample.hidden[token]).double()
+        mean = (weight[~held, None] * y[~held]).sum(0) / weight[~held].sum()
+        for at in held.nonzero().flatten().tolist():
+            x = made.sample.hidden[token[at]][None]
+            given = (made.experts.hidden(base, x) @ base["down"].T)[0].double()
+            left += float(weight[at] * (y[at] - given).square().sum())
+            constant += float(weight[at] * (y[at] - mean).square().sum())
+    assert errors[Slot("lowrank", rank=0)] == pytest.approx(errors[Slot("constant")] * left / constant, rel=1e-4)
+    assert torch.equal(one["up"], made.experts.one(2)["up"])
+
+
+def test_errors_fall_with_the_rank_to_nothing() -> None:
+    made = layer()
+    made.expert_bytes *= 100  # so that every rank is on the menu
+    slots = [slot for slot in _menu(made) if slot.kind == "lowrank"]
+    errors = _errors(made, 0, _base(made), [Slot("constant"), *slots])
+    assert errors[-1] < 1e-6 * errors[0]
+
+
+def test_a_budget_is_met_and_more_of_it_loses_less() -> None:
+    before = torch.inf
+    for share in (0.5, 0.7, 0.9):
+        layers = [layer(6, seed=seed) for seed in (1, 2)]
+        for made in layers:
+            made.nbytes = int(6 * WHOLE * share)
+        plans = list(auto(layers, [3, 3], weights="flat"))
+        total = sum(spent(plan) for plan in plans)
+        assert total <= sum(made.nbytes for made in layers)
+        lost = sum(map(predicted, layers, plans))
+        assert lost <= before * (1 + 1e-3)
+        before = lost
+
+
+def test_a_dead_expert_goes_before_anything_else() -> None:
+    """It costs nothing to make a constant of an expert that no token reaches, nor a base of one that is everybody's."""
+    made = layer(5)
+    dead = 3
+    alive = (made.sample.index != dead).all(1)
+    for name in ("key", "hidden", "index", "gate", "logits"):
+        setattr(made.sample, name, getattr(made.sample, name)[alive])
+    for name in ("count", "gate", "gate_sq", "gate_sq_output", "gate_sq_norm_sq"):
+        getattr(made.sums, name)[dead] = 0
+    made.nbytes = 4 * WHOLE + 4 * WIDTH
+    (plan,) = auto([made], [4])
+    assert plan.pool == [0, 1, 2, 4]
+    assert plan.slots[dead].kind in ("constant", "linear")
+
+
+def test_copies_are_answered_by_their_base_without_loss() -> None:
+    module = with_copy(with_copy(random_experts(1)), 0)
+    made = layer_of_tokens(module, 400, 0)
+    made.expert_bytes, made.itemsize, made.inner = WHOLE, 4, INNER
+    made.sums.gate.copy_(made.sums.gate_sq)
+    made.nbytes = 2 * WHOLE
+    (plan,) = auto([made], [2])
+    assert len(plan.pool) == 1
+    assert {slot.rank for slot in plan.slots if slot.kind == "lowrank"} == {0}
+    slots, base = _menu(made), _base(made)
+    assert float(_errors(made, 0, base, slots)[slots.index(Slot("lowrank", rank=0))]) < 1e-9
+
+
+def test_remove_is_what_mone_writes(calibration: GetCalibration) -> None:
+    budget = moefit.Budget.parse(remove="50%")
+    novices = moefit.make_plan(calibration("olmoe"), "mone", budget)
+    found = moefit.make_plan(calibration("olmoe"), "auto", budget)
+    assert novices.nbytes - 2 * novices.model.width * 4 * 4 < found.nbytes <= novices.nbytes
