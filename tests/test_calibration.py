@@ -116,7 +116,7 @@ def test_a_finished_run_is_not_run_again(checkpoint: Get, calibration: GetCalibr
     done = calibration("olmoe")
     calls: list[tuple[int, int]] = []
     again = moefit.calibrate(
-        checkpoint("olmoe"), done.folder, text=token_batches(), progress=lambda *at: calls.append(at)
+        checkpoint("olmoe"), done.folder, text=token_batches(), residual=True, progress=lambda *at: calls.append(at)
     )
     assert again == done
     assert calls == []

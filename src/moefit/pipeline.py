@@ -141,6 +141,7 @@ def compress(
         folder,
         text=text,
         sample=sample,
+        residual="gated_norm_shift" in find_method(method).needs,
         stream=stream,
         states=states,
         device=device,

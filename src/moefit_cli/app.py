@@ -83,6 +83,9 @@ def calibrate(
     seed: Seed = None,
     batch_size: Batch = 4,
     mask_special: MaskSpecial = False,
+    residual: Annotated[
+        bool, typer.Option("--residual", help="Also measure how far the experts turn the residual stream: easy_ep.")
+    ] = False,
     stream: Stream = False,
     states: States = "auto",
     device: Device = None,
@@ -109,6 +112,7 @@ def calibrate(
                 batch_size=batch_size,
             ),
             sample=moefit.SampleOptions(tokens=sample_tokens, seed=seed or 0),
+            residual=residual,
             stream=stream,
             states=states,
             device=device,

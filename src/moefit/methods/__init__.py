@@ -3,6 +3,7 @@
 from moefit.methods import compressed_experts as compressed_experts
 from moefit.methods import conmoe as conmoe
 from moefit.methods import ean as ean
+from moefit.methods import easy_ep as easy_ep
 from moefit.methods import frequency as frequency
 from moefit.methods import hc_smoe as hc_smoe
 from moefit.methods import lightmoe as lightmoe
