@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from moefit_cli import output
+from moefit_cli import show as show_module
 from moefit_cli.options import (
     Batch,
     Data,
@@ -162,6 +163,30 @@ def plan(
     made.save(out)
     output.plan(made)
     output.say(f"the plan is in {out}")
+
+
+@app.command()
+def show(
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="plan.json")],
+    scores: Annotated[bool, typer.Option("--scores", help="Also print what the method ranked by.")] = False,
+) -> None:
+    """Show what a plan does with each slot; neither weights nor calibration are needed.
+
+    [dim]moefit show plan.json[/dim]
+    """
+    show_module.show(str(plan), _plan(plan), scores=scores)
+
+
+@app.command()
+def diff(
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="plan.json")],
+    other: Annotated[Path, typer.Argument(metavar="PLAN", help="Another plan of the same model.")],
+) -> None:
+    """Show which slots two plans of one model treat differently.
+
+    [dim]moefit diff plan.json other.json[/dim]
+    """
+    show_module.diff([str(plan), str(other)], [_plan(plan), _plan(other)])
 
 
 @app.command()
@@ -392,6 +417,16 @@ def _budget(method: str, remove: str | None, keep: int | None, size: str | None)
     if remove is keep is size is None and method in moefit.METHODS and moefit.METHODS[method].whole:
         remove = "0%"
     return moefit.Budget.parse(remove=remove, keep=keep, size=size)
+
+
+def _plan(file: Path) -> Any:
+    """Read a plan that works for the model that it is for."""
+    import moefit
+    from moefit.planning.checks import check_plan
+
+    plan = moefit.Plan.load(file)
+    check_plan(plan, plan.model)
+    return plan
 
 
 def _parameters(entries: list[str] | None) -> dict[str, str]:
