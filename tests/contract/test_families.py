@@ -201,7 +201,9 @@ def test_streamed_calibration_is_that_in_memory(
     name: str, checkpoint: Get, calibration: GetCalibration, tmp_path: Path
 ) -> None:
     resident = calibration(name)
-    streamed = moefit.calibrate(checkpoint(name), tmp_path / "streamed", text=token_batches(), stream=True)
+    streamed = moefit.calibrate(
+        checkpoint(name), tmp_path / "streamed", text=token_batches(), residual=True, stream=True
+    )
     assert streamed.fingerprint == resident.fingerprint
     assert streamed.layers == resident.layers
     for layer in resident.layers:

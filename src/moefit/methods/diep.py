@@ -24,6 +24,9 @@ from moefit.methods.registry import AtLeast, method
 from moefit.planning.slots import LayerPlan
 from moefit.planning.view import LayerView
 
+# Step of Adam, on the logits of the mask.
+RATE = 0.05
+
 
 @method("diep", weights=True)
 def diep(
@@ -31,8 +34,7 @@ def diep(
     keep: int,
     *,
     steps: Annotated[int, AtLeast(1)] = 300,
-    rate: Annotated[float, AtLeast(0)] = 0.05,
-    pull: Annotated[float, AtLeast(0)] = 100.0,
+    pull: Annotated[float, AtLeast(0)] = 10.0,
     tokens: Annotated[int, AtLeast(1)] = 1024,
 ) -> LayerPlan:
     """Drop the experts whose relaxed mask ends lowest after gradient steps on the layer's output.
@@ -40,8 +42,7 @@ def diep(
     Args:
         layer: the layer.
         keep: experts that stay.
-        steps: steps of Adam.
-        rate: their size, on the logits of the mask.
+        steps: gradient steps.
         pull: weight of the regulariser against the share of the output's energy that is lost.
         tokens: sampled tokens that every expert is run on.
     """
@@ -50,7 +51,7 @@ def diep(
     energy = gram.sum().clamp_min(1e-300)
     share = min(keep / layer.num_experts, 0.99)
     relaxed = torch.full((layer.num_experts,), share, dtype=torch.float64).logit().requires_grad_()
-    optimiser = torch.optim.Adam([relaxed], lr=rate)
+    optimiser = torch.optim.Adam([relaxed], lr=RATE)
     for _ in range(steps):
         alpha = relaxed.sigmoid()
         # sum_t |sum_i (1 - alpha_i) g_i f_i(x_t)|^2 / sum_t |sum_i g_i f_i(x_t)|^2
