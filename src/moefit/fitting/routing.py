@@ -6,6 +6,7 @@ Shapes: T tokens, E experts, K experts of a token, S sets of slots that stay.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 
@@ -13,8 +14,7 @@ from moefit.calibration.statistics import Sample
 from moefit.checkpoint.family import Groups
 from moefit.errors import PlanError
 
-# Gates may differ by so much of a token's largest one (bfloat16 rounds to a part in 256), and so many tokens may be
-# unlike the rule: where rounded logits tie, the choice is the kernel's.
+# Gates may differ by so much of a token's largest one (bfloat16 rounds to a part in 256), and of so many tokens.
 ROUNDING, UNLIKE = 0.01, 0.05
 
 
@@ -65,7 +65,9 @@ class Routing:
 
 
 def routing_of(sample: Sample, groups: Groups, where: str) -> tuple[Routing, torch.Tensor]:
-    """Return the rule that gives a sample's own gates, and for which tokens it does, [T].
+    """Return the rule that gives a sample's own gates, and for which tokens it gives them to the same experts, [T].
+
+    Where rounded logits tie, a router may have chosen either.
 
     Args:
         sample: sampled tokens of a layer.
@@ -76,22 +78,10 @@ def routing_of(sample: Sample, groups: Groups, where: str) -> tuple[Routing, tor
         PlanError: no rule known here gives them.
     """
     own_TE = own_gates(sample)
-    every = torch.ones(1, own_TE.shape[1], dtype=torch.bool)
-    found: list[tuple[Routing, torch.Tensor, torch.Tensor]] = []
-    for sigmoid, normalised in ((False, True), (False, False), (True, True), (True, False)):
-        rule = Routing(
-            logits=sample.logits, top_k=sample.index.shape[1], groups=groups, sigmoid=sigmoid, normalised=normalised
-        )
-        gate_TE = rule.gates(every)[0]
-        chose_TE = (gate_TE > 0) == (own_TE > 0)
-        ratio = (own_TE / gate_TE)[(gate_TE > 0) & (own_TE > 0)]
-        scale = float(ratio.median()) if len(ratio) else 1.0
-        alike_TE = (scale * gate_TE - own_TE).abs() <= ROUNDING * own_TE.amax(1, keepdim=True)
-        found.append((replace(rule, scale=scale), chose_TE.all(1), alike_TE.all(1)))
-    rule, chose, alike = max(found, key=lambda one: int(one[2].sum()))  # of equals the first
-    unlike = 1 - float(alike.double().mean())
-    if unlike > UNLIKE:
-        wrong = 1 - float(chose.double().mean())
+    found = [_compared(sample, own_TE, groups, *kind) for kind in product((False, True), (True, False))]
+    rule, chose_T, weighed_T, same_T = max(found, key=lambda one: int((one[1] & one[2]).sum()))  # of equals the first
+    wrong, unlike = (1 - float(mask.double().mean()) for mask in (chose_T, chose_T & weighed_T))
+    if unlike > UNLIKE or not bool(same_T.any()):
         reason = (
             f"for {wrong:.0%} of the sampled tokens it did not choose the largest logits (a correction bias?)"
             if wrong > UNLIKE
@@ -101,7 +91,26 @@ def routing_of(sample: Sample, groups: Groups, where: str) -> tuple[Routing, tor
             f"{where}: what the router would do without some slots is not known here: {reason}; use a method that "
             "scores experts one by one, such as reap"
         )
-    return rule, alike
+    return rule, same_T
+
+
+def _compared(
+    sample: Sample, own_TE: torch.Tensor, groups: Groups, sigmoid: bool, normalised: bool
+) -> tuple[Routing, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return a rule with the scale that suits a sample, and for which tokens it chooses equal logits, for which it
+    gives equal gates, and for which it gives them to the same experts, [T] each.
+    """
+    rule = Routing(
+        logits=sample.logits, top_k=sample.index.shape[1], groups=groups, sigmoid=sigmoid, normalised=normalised
+    )
+    gate_TE = rule.gates(torch.ones(1, own_TE.shape[1], dtype=torch.bool))[0]
+    both = (gate_TE > 0) & (own_TE > 0)
+    scale = float((own_TE[both] / gate_TE[both]).median()) if bool(both.any()) else 1.0
+    gate_TE, limit = scale * gate_TE, ROUNDING * own_TE.amax(1, keepdim=True)
+    chosen, own = (torch.where(gates > 0, sample.logits, 0).sum(1) for gates in (gate_TE, own_TE))
+    weighed_T = ((gate_TE.sort(1).values - own_TE.sort(1).values).abs() <= limit).all(1)
+    same_T = ((gate_TE - own_TE).abs() <= limit).all(1)
+    return replace(rule, scale=scale), torch.isclose(chosen, own, atol=1e-5), weighed_T, same_T
 
 
 def own_gates(sample: Sample) -> torch.Tensor:
