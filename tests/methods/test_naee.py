@@ -17,8 +17,8 @@ from moefit.calibration.statistics import Sample
 from moefit.checkpoint.anatomy import discover
 from moefit.checkpoint.family import Groups
 from moefit.checkpoint.weights import ExpertWeights
-from moefit.fitting.routing import own_gates, routing_of
 from moefit.methods.naee import _all, _drawn, _errors, _exchanged, naee
+from moefit.methods.routing import own_gates, routing_of
 from moefit.methods.run import view_of
 from moefit.planning.view import LayerView
 

@@ -17,10 +17,10 @@ from typing import Annotated
 
 import torch
 
-from moefit.fitting.routing import own_gates
 from moefit.methods.choose import drop_lowest
 from moefit.methods.merge import output_gram
 from moefit.methods.registry import AtLeast, method
+from moefit.methods.routing import own_gates
 from moefit.planning.slots import LayerPlan
 from moefit.planning.view import LayerView
 

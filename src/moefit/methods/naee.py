@@ -22,9 +22,9 @@ from typing import Annotated
 import torch
 
 from moefit.calibration.statistics import Sample
-from moefit.fitting.routing import own_gates, routing_of
 from moefit.methods.choose import kept_of_group, refuse_protected
 from moefit.methods.registry import AtLeast, method
+from moefit.methods.routing import own_gates, routing_of
 from moefit.planning.slots import LayerPlan, Slot, keep_only
 from moefit.planning.view import LayerView
 
