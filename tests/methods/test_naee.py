@@ -102,7 +102,7 @@ def test_subsets_respect_groups_and_protection() -> None:
     drawn = {tuple(row.nonzero().flatten().tolist()) for row in _drawn(layer, 2, 200, 0)}
     assert drawn == every
     near = {tuple(row.nonzero().flatten().tolist()) for row in _exchanged(layer, subset(6, {0, 1, 3, 4})[0])}
-    assert near == {(1, 2, 3, 4), (0, 1, 4, 5), (0, 1, 3, 5)}
+    assert near == {(0, 1, 3, 4), (1, 2, 3, 4), (0, 1, 4, 5), (0, 1, 3, 5)}
 
 
 def sample(logits: list[list[float]], index: list[list[int]], gate: list[list[float]]) -> Sample:

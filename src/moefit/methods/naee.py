@@ -56,15 +56,14 @@ def naee(
     """
     refuse_protected(layer.index, layer.protected, layer.num_experts, keep, layer.groups)
     each, errors = kept_of_group(keep, layer.groups), _errors(layer, tokens)
-    tried = _all(layer, each) if _count(layer, each) <= exhaustive else _drawn(layer, each, samples, seed)
-    loss_S = errors(tried)
-    best, least = tried[loss_S.argmin()], float(loss_S.min())
+    count = math.prod(math.comb(len(free), stay) for free, stay in _free(layer, each))
+    tried = _all(layer, each) if count <= exhaustive else _drawn(layer, each, samples, seed)
+    best = tried[errors(tried).argmin()]
     for _ in range(swaps):
-        exchanged = _exchanged(layer, best)
-        loss_S = errors(exchanged) if len(exchanged) else torch.tensor([torch.inf])
-        if not float(loss_S.min()) < least:
+        near = _exchanged(layer, best)
+        if not (at := int(errors(near).argmin())):
             break
-        best, least = exchanged[loss_S.argmin()], float(loss_S.min())
+        best = near[at]
     return keep_only(layer.num_experts, best.nonzero().flatten().tolist(), Slot("drop"))
 
 
@@ -91,7 +90,7 @@ def _errors(layer: LayerView, tokens: int) -> Callable[[torch.Tensor], torch.Ten
     return errors
 
 
-def _members(layer: LayerView, each: int) -> list[tuple[list[int], int]]:
+def _free(layer: LayerView, each: int) -> list[tuple[list[int], int]]:
     """Return, for each group, the experts that may go and how many of them stay."""
     size = layer.num_experts // layer.groups
     groups = [range(start, start + size) for start in range(0, layer.num_experts, size)]
@@ -99,13 +98,9 @@ def _members(layer: LayerView, each: int) -> list[tuple[list[int], int]]:
     return [(some, each - size + len(some)) for some in free]
 
 
-def _count(layer: LayerView, each: int) -> int:
-    return math.prod(math.comb(len(free), stay) for free, stay in _members(layer, each))
-
-
 def _all(layer: LayerView, each: int) -> torch.Tensor:
     """Return all subsets with `each` experts of every group, bool [S, E]."""
-    chosen = product(*(combinations(free, stay) for free, stay in _members(layer, each)))
+    chosen = product(*(combinations(free, stay) for free, stay in _free(layer, each)))
     kept = torch.tensor([[*chain(*subset), *layer.protected] for subset in chosen], dtype=torch.long)
     return torch.zeros(len(kept), layer.num_experts, dtype=torch.bool).scatter_(1, kept, True)
 
@@ -120,12 +115,12 @@ def _drawn(layer: LayerView, each: int, samples: int, seed: int) -> torch.Tensor
 
 
 def _exchanged(layer: LayerView, kept_E: torch.Tensor) -> torch.Tensor:
-    """Return all subsets that differ from one by a kept and a dropped expert of the same group, bool [S, E]."""
+    """Return a subset, then all that differ from it by a kept and a dropped expert of one group, bool [S, E]."""
     size = layer.num_experts // layer.groups
     kept = [expert for expert in kept_E.nonzero().flatten().tolist() if expert not in layer.protected]
     dropped = (~kept_E).nonzero().flatten().tolist()
     pairs = [(out, into) for out in kept for into in dropped if out // size == into // size]
-    found = kept_E.repeat(len(pairs), 1)
-    for row, (out, into) in zip(found, pairs, strict=True):
+    found = kept_E.repeat(1 + len(pairs), 1)
+    for row, (out, into) in zip(found[1:], pairs, strict=True):
         row[out], row[into] = False, True
     return found
