@@ -27,6 +27,7 @@ SHORT: list[tuple[str, str, dict]] = [(name, name, {}) for name in ("frequency",
 SHORT += [("mergemoe, best parameters", "mergemoe", FITTED), ("linear", "linear", {})]
 EVERYTHING = [
     *((name, name, {}) for name in ("random", "frequency", "soft_frequency", "ean", "man", "msan", "reap", "mone")),
+    *((name, name, {}) for name in ("seer_moe", "easy_ep", "diep")),
     ("mone, zero vectors", "mone", {"novice": "zero"}),
     ("mone, optimal constants", "mone", {"novice": "optimal"}),
     ("mone, exact error, optimal constants", "mone", OPTIMAL),
@@ -57,7 +58,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         text = moefit.TextOptions(data=(options.calibration_data,), sequences=128, length=options.length, batch_size=16)
         with console.status(f"calibrating on {text.sequences} x {text.length} tokens"):
-            calibration = moefit.calibrate(options.model, Path(scratch) / "calibration", text=text)
+            calibration = moefit.calibrate(
+                options.model, Path(scratch) / "calibration", text=text, residual=options.all
+            )
 
         heldout = moefit.TextOptions(data=(options.heldout_data,), sequences=64, length=options.length, batch_size=4)
         batches = moefit.read_batches(heldout, AutoTokenizer.from_pretrained(options.model))

@@ -46,13 +46,13 @@ def token_batches(count: int = 2, length: int = 12, vocabulary: int = 128) -> li
 
 @pytest.fixture(scope="session")
 def calibration(checkpoint: Callable[[str], Path]) -> Callable[[str], moefit.Calibration]:
-    """Return a family's calibration on `token_batches`, with every token sampled."""
+    """Return a family's calibration on `token_batches`, with every token sampled and every statistic recorded."""
     made: dict[str, moefit.Calibration] = {}
 
     def get(name: str) -> moefit.Calibration:
         if name not in made:
             folder = checkpoint(name)
-            made[name] = moefit.calibrate(folder, folder.with_name("calibration"), text=token_batches())
+            made[name] = moefit.calibrate(folder, folder.with_name("calibration"), text=token_batches(), residual=True)
         return made[name]
 
     return get

@@ -1,5 +1,6 @@
 """Slow, obvious references: one token and one expert at a time, and routers with experts masked out."""
 
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -73,6 +74,35 @@ def sums(model: nn.Module, layer: MoELayer, batches: Iterable[Any], probabilitie
                 total["gate_sq_output"][expert] += gate**2 * y
                 for other in chosen:
                     total["together"][expert, other] += 1
+    return total
+
+
+def shifted(model: nn.Module, layer: MoELayer, batches: Iterable[Any]) -> torch.Tensor:
+    """Return sum g |y| max(0, 1 - cos(h, h~)) of each expert, from two runs of the whole model for each batch."""
+    decoder_layer = model.get_submodule(re.match(r".*\blayers\.\d+", layer.experts)[0])  # type: ignore[index]
+    experts = model.get_submodule(layer.experts)
+    left: list[torch.Tensor] = []
+    total = torch.zeros(layer.num_experts, dtype=torch.float64)
+
+    def leaves(module: nn.Module, args: Any, output: Any) -> None:
+        left.append(output[0] if isinstance(output, tuple) else output)
+
+    for batch in batches:
+        left.clear()
+        watch = decoder_layer.register_forward_hook(leaves)
+        seen = run_recorded(model, layer, batch.input_ids)
+        silence = experts.register_forward_hook(lambda module, args, output: torch.zeros_like(output))
+        run_recorded(model, layer, batch.input_ids)
+        silence.remove()
+        watch.remove()
+        counted = batch.counted.flatten()
+        after, before = (hidden.double().reshape(len(counted), -1) for hidden in left)
+        for token in counted.nonzero().flatten().tolist():
+            h, moved = before[token], after[token]
+            shift = max(0.0, 1 - float(h @ moved) / (float(h.norm()) * float(moved.norm())))
+            for expert, gate in zip(seen["index"][token].tolist(), seen["gate"][token].tolist(), strict=True):
+                norm = float(expert_output(model, layer, expert, seen["hidden"][token]).double().norm())
+                total[expert] += gate * norm * shift
     return total
 
 

@@ -116,7 +116,7 @@ def test_a_finished_run_is_not_run_again(checkpoint: Get, calibration: GetCalibr
     done = calibration("olmoe")
     calls: list[tuple[int, int]] = []
     again = moefit.calibrate(
-        checkpoint("olmoe"), done.folder, text=token_batches(), progress=lambda *at: calls.append(at)
+        checkpoint("olmoe"), done.folder, text=token_batches(), residual=True, progress=lambda *at: calls.append(at)
     )
     assert again == done
     assert calls == []
@@ -138,7 +138,7 @@ def test_a_model_in_memory_gives_the_numbers_of_its_checkpoint(
     checkpoint: Get, calibration: GetCalibration, tmp_path: Path
 ) -> None:
     model = tiny_model("olmoe")
-    mine = moefit.calibrate(model, tmp_path / "mine", text=token_batches())
+    mine = moefit.calibrate(model, tmp_path / "mine", text=token_batches(), residual=True)
     for layer in mine.layers:
         assert_sums_close(mine.sums(layer), calibration("olmoe").sums(layer))
     assert [dataclasses.asdict(s) for s in mine.model.stacks] == [

@@ -68,7 +68,7 @@ def test_help_is_quick_and_loads_nothing_heavy() -> None:
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert shown.strip().endswith("[]")
-    for verb in ("inspect", "calibrate", "plan", "apply", "compress", "evaluate", "recover"):
+    for verb in ("inspect", "calibrate", "plan", "show", "diff", "apply", "compress", "evaluate", "recover"):
         assert verb in shown
 
 
@@ -80,9 +80,11 @@ Scores TaskOptions TextOptions __version__ apply calibrate compress evaluate mak
 FLAGS = {
     "inspect": "--json --trust-remote-code",
     "calibrate": "--batch-size --data --device --device-map --dtype --length --mask-special --out "
-    "--sample-tokens --seed "
+    "--residual --sample-tokens --seed "
     "--sequences --states --stream --trust-remote-code",
     "plan": "--guard-super-experts --keep --layers --method --model --out --param --protect --remove --size",
+    "show": "--scores",
+    "diff": "",
     "apply": "--allow-other-weights --calibration --device --format --out --overwrite --propagate --trust-remote-code",
     "compress": "--batch-size --calibration --data --device --device-map --dry-run --dtype --format "
     "--guard-super-experts "

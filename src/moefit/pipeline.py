@@ -12,6 +12,7 @@ from moefit.calibration.calibrate import States, calibrate
 from moefit.calibration.facts import facts_of_checkpoint
 from moefit.calibration.folder import Calibration
 from moefit.calibration.run import SampleOptions
+from moefit.calibration.statistics import ON_REQUEST
 from moefit.calibration.text import TextOptions
 from moefit.checkpoint.anatomy import discover
 from moefit.checkpoint.files import open_checkpoint
@@ -141,6 +142,7 @@ def compress(
         folder,
         text=text,
         sample=sample,
+        residual=bool(find_method(method).needs & ON_REQUEST.keys()),
         stream=stream,
         states=states,
         device=device,

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from moefit_cli import output
+from moefit_cli import show as show_module
 from moefit_cli.options import (
     Batch,
     Data,
@@ -83,6 +84,9 @@ def calibrate(
     seed: Seed = None,
     batch_size: Batch = 4,
     mask_special: MaskSpecial = False,
+    residual: Annotated[
+        bool, typer.Option("--residual", help="Also measure how far the experts turn the residual stream: easy_ep.")
+    ] = False,
     stream: Stream = False,
     states: States = "auto",
     device: Device = None,
@@ -109,6 +113,7 @@ def calibrate(
                 batch_size=batch_size,
             ),
             sample=moefit.SampleOptions(tokens=sample_tokens, seed=seed or 0),
+            residual=residual,
             stream=stream,
             states=states,
             device=device,
@@ -158,6 +163,30 @@ def plan(
     made.save(out)
     output.plan(made)
     output.say(f"the plan is in {out}")
+
+
+@app.command()
+def show(
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="plan.json")],
+    scores: Annotated[bool, typer.Option("--scores", help="Also print what the method ranked by.")] = False,
+) -> None:
+    """Show what a plan does with each slot; neither weights nor calibration are needed.
+
+    [dim]moefit show plan.json[/dim]
+    """
+    show_module.show(str(plan), _plan(plan), scores=scores)
+
+
+@app.command()
+def diff(
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="plan.json")],
+    other: Annotated[Path, typer.Argument(metavar="PLAN", help="Another plan of the same model.")],
+) -> None:
+    """Show which slots two plans of one model treat differently.
+
+    [dim]moefit diff plan.json other.json[/dim]
+    """
+    show_module.diff([str(plan), str(other)], [_plan(plan), _plan(other)])
 
 
 @app.command()
@@ -388,6 +417,16 @@ def _budget(method: str, remove: str | None, keep: int | None, size: str | None)
     if remove is keep is size is None and method in moefit.METHODS and moefit.METHODS[method].whole:
         remove = "0%"
     return moefit.Budget.parse(remove=remove, keep=keep, size=size)
+
+
+def _plan(file: Path) -> Any:
+    """Read a plan that works for the model that it is for."""
+    import moefit
+    from moefit.planning.checks import check_plan
+
+    plan = moefit.Plan.load(file)
+    check_plan(plan, plan.model)
+    return plan
 
 
 def _parameters(entries: list[str] | None) -> dict[str, str]:

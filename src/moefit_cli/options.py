@@ -48,8 +48,8 @@ Method = Annotated[
     typer.Option(
         "--method",
         "-m",
-        help="Drops: random, frequency, soft_frequency, ean, man, msan, reap. Stand-ins: mone, linear. Remaps: conmoe. "
-        "Merges: mergemoe, m_smoe, hc_smoe, sub_moe, ream.",
+        help="Drops: random, frequency, soft_frequency, seer_moe, ean, man, msan, reap, easy_ep, naee, diep. "
+        "Stand-ins: mone, linear. Remaps: conmoe. Merges: mergemoe, m_smoe, hc_smoe, sub_moe, ream.",
     ),
 ]
 Remove = Annotated[str | None, typer.Option(help="Share of each layer's experts to remove, such as 25%.")]

@@ -17,6 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from moefit import Calibration, Plan, RecoveryResult, Scores
@@ -30,6 +31,16 @@ _err = Console(stderr=True, highlight=False, emoji=False)
 def say(text: str) -> None:
     """Print one message."""
     _err.print(text, markup=False, soft_wrap=True)
+
+
+def result(line: Text | str) -> None:
+    """Print one line of a result, as long as it is."""
+    _out.print(line, markup=False, soft_wrap=True)
+
+
+def width() -> int:
+    """Return how many characters a line of a result has room for."""
+    return _out.width
 
 
 def complain(text: str) -> None:

@@ -155,6 +155,7 @@ def test_statistics_equal_a_loop_over_tokens(name: str, checkpoint: Get, calibra
     for index, layer in anatomy.layers.items():
         measured = calibration(name).sums(index)
         expected = naive.sums(model, layer, token_batches(), anatomy.probabilities)
+        expected |= {"gated_norm_shift": naive.shifted(model, layer, token_batches())}
         for field in fields(Sums):
             torch.testing.assert_close(
                 getattr(measured, field.name),
@@ -200,7 +201,9 @@ def test_streamed_calibration_is_that_in_memory(
     name: str, checkpoint: Get, calibration: GetCalibration, tmp_path: Path
 ) -> None:
     resident = calibration(name)
-    streamed = moefit.calibrate(checkpoint(name), tmp_path / "streamed", text=token_batches(), stream=True)
+    streamed = moefit.calibrate(
+        checkpoint(name), tmp_path / "streamed", text=token_batches(), residual=True, stream=True
+    )
     assert streamed.fingerprint == resident.fingerprint
     assert streamed.layers == resident.layers
     for layer in resident.layers:

@@ -30,6 +30,7 @@ def calibrate(
     text: TextOptions | list[Batch],
     tokenizer: Any = None,
     sample: SampleOptions = SampleOptions(),  # noqa: B008 (frozen)
+    residual: bool = False,
     stream: bool = False,
     states: States = "auto",
     device: str | None = None,
@@ -46,6 +47,8 @@ def calibrate(
         text: what to read, or batches that the caller made.
         tokenizer: for text, when the model is given in memory.
         sample: which tokens are kept whole.
+        residual: also measure how far the routed experts turn the residual stream, which easy_ep reads; it runs all
+            but the routed experts once more.
         stream: keep one decoder layer in memory at a time, for checkpoints larger than memory.
         states: where hidden states wait between layers; ``auto`` is the disk when streaming, else memory.
         device: where the model runs; CUDA when there is one.
@@ -83,6 +86,7 @@ def calibrate(
         batches,
         Path(out),
         sample=sample,
+        residual=residual,
         states_on_disk=states == "disk" or (states == "auto" and stream),
         progress=progress,
     )

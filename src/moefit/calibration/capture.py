@@ -100,7 +100,7 @@ def captured(
 
     # The instance's own `forward` is kept underneath: it may carry accelerate's hooks, and the experts implementation
     # the user chose.
-    inner, own = experts.forward, "forward" in vars(experts)
+    inner = experts.forward
 
     def run(hidden_TD: torch.Tensor, index_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
         index_TK = index_TK.long()
@@ -123,15 +123,36 @@ def captured(
         return summed_TD.to(hidden_TD.dtype)
 
     handle = router.register_forward_hook(keep_logits)
-    experts.forward = run
+    try:
+        with _forward(experts, run):
+            yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def silenced(model: nn.Module, layer: MoELayer) -> Iterator[None]:
+    """Let the routed experts of one MoE layer give nothing while the context lasts."""
+
+    def nothing(hidden_TD: torch.Tensor, index_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
+        return hidden_TD.new_zeros(len(hidden_TD), layer.width)
+
+    with _forward(model.get_submodule(layer.experts), nothing):
+        yield
+
+
+@contextmanager
+def _forward(module: nn.Module, forward: Callable[..., torch.Tensor]) -> Iterator[None]:
+    """Replace a module's forward on the instance."""
+    before, own = module.forward, "forward" in vars(module)
+    module.forward = forward
     try:
         yield
     finally:
-        handle.remove()
         if own:
-            experts.forward = inner
+            module.forward = before
         else:
-            del experts.forward
+            del module.forward
 
 
 def portions(expert_R: torch.Tensor, most: int) -> Iterator[slice]:

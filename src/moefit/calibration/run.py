@@ -21,7 +21,7 @@ from torch import nn
 
 from moefit._version import __version__
 from moefit.calibration.batch import Batch, save_batches, text_fingerprint
-from moefit.calibration.capture import Pairs, Routed, captured
+from moefit.calibration.capture import Pairs, Routed, captured, silenced
 from moefit.calibration.folder import MANIFEST, TEXT, Calibration, ModelFacts, layer_file, read_json, write_json
 from moefit.calibration.layers import HiddenStates, LayerRunner, PartlyLoaded
 from moefit.calibration.statistics import LayerStatistics, Sample, Sums, add_pairs, add_tokens, sample_keys
@@ -62,6 +62,7 @@ def run_calibration(
     folder: Path,
     *,
     sample: SampleOptions,
+    residual: bool = False,
     states_on_disk: bool,
     progress: Progress | None = None,
 ) -> Calibration:
@@ -72,6 +73,7 @@ def run_calibration(
         batches: the text.
         folder: where the calibration goes; one that holds the same run resumes, a finished one is returned.
         sample: which tokens to keep whole.
+        residual: record `Sums.gated_norm_shift` too, by a second run of each layer without its routed experts.
         states_on_disk: keep hidden states in the folder, not in memory; a killed run then loses one layer at most.
         progress: called with (batches done, batches in all) over all layers.
 
@@ -79,7 +81,9 @@ def run_calibration(
         CalibrationError: the folder holds another calibration, or weights or activations are not finite.
     """
     anatomy, sampled = subject.anatomy, sampled_positions(batches, sample)
-    fingerprint = _fingerprint(subject, batches, sample)
+    # A folder that holds more than was asked for serves as well.
+    residual = residual or bool((_held(folder) or {}).get("residual"))
+    fingerprint = _fingerprint(subject, batches, sample) | ({"residual": True} if residual else {})
     if finished := _claim(folder, fingerprint):
         return finished
     save_batches(batches, folder / TEXT)
@@ -97,7 +101,7 @@ def run_calibration(
         with runner.layer(index) as layer:
             if index in anatomy.layers and not layer_file(folder, index).exists():
                 _check_weights(runner.source.model, anatomy.layers[index])
-                collector = Collector(anatomy, index, batches, sampled)
+                collector = Collector(anatomy, index, batches, sampled, residual)
             inputs = states.read(index, len(batches))
             outputs = map(count, _run_layer(runner, layer, index, inputs, anatomy.layers.get(index), collector))
             if index < last:
@@ -117,10 +121,13 @@ def run_calibration(
 class Collector:
     """Gathers the statistics of one layer over all batches."""
 
-    def __init__(self, anatomy: Anatomy, index: int, batches: list[Batch], sampled: list) -> None:
+    def __init__(
+        self, anatomy: Anatomy, index: int, batches: list[Batch], sampled: list, residual: bool = False
+    ) -> None:
         self.layer, self.probabilities = anatomy.layers[index], anatomy.probabilities
         self.batches, self.sampled = batches, sampled
-        self.sums = Sums.zeros(self.layer.num_experts, self.layer.width)
+        self.sums = Sums.zeros(self.layer.num_experts, self.layer.width, residual=residual)
+        self.weighted: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         self.parts: list[Sample] = []
         self.number = 0
         self.counted: torch.Tensor | None = None
@@ -143,12 +150,26 @@ class Collector:
 
     def pairs(self, run: Pairs) -> None:
         """Take a portion of the run's routed pairs."""
-        output, expert, gate = run.output, run.expert, run.gate
+        token, output, expert, gate = run.token, run.output, run.expert, run.gate
         if self.counted is not None:
-            counted = self.counted.to(expert.device)[run.token]
-            output, expert, gate = output[counted], expert[counted], gate[counted]
+            counted = self.counted.to(expert.device)[token]
+            token, output, expert, gate = token[counted], output[counted], expert[counted], gate[counted]
         if len(expert):
             add_pairs(self.sums, output, expert, gate)
+            if self.sums.gated_norm_shift is not None:
+                norm = torch.linalg.vector_norm(output, dim=1, dtype=torch.float32)
+                self.weighted.append((token, expert.cpu(), gate.double() * norm))
+
+    def residual(self, without: torch.Tensor, whole: torch.Tensor) -> None:
+        """Take what leaves the decoder layer [B, L, ...] without the routed experts and with them, after the pairs."""
+        assert self.sums.gated_norm_shift is not None
+        tokens = self.batches[self.number].counted.numel()
+        before, after = (hidden.reshape(tokens, -1).double() for hidden in (without, whole))
+        # max(0, 1 - cos(h, h~)) of each token
+        shift_T = (1 - torch.cosine_similarity(before, after)).clamp_min(0)
+        for token, expert, weight in self.weighted:
+            self.sums.gated_norm_shift.index_add_(0, expert, (weight * shift_T[token]).cpu())
+        self.weighted.clear()
 
     def _sample(self, run: Routed) -> None:
         key, position = self.sampled[self.number]
@@ -201,7 +222,11 @@ def _run_layer(
             collector.begin(number)
         # A layer that a stopped run measured already goes the same way again, for the same bits.
         with captured(runner.source.model, moe, collector):
-            yield runner.run(layer, index, number, hidden)
+            whole = runner.run(layer, index, number, hidden)
+        if collector is not None and collector.sums.gated_norm_shift is not None:
+            with silenced(runner.source.model, moe):
+                collector.residual(runner.run(layer, index, number, hidden), whole)
+        yield whole
 
 
 def _check_weights(model: nn.Module, layer: MoELayer) -> None:
@@ -249,11 +274,11 @@ def _first_layer(folder: Path, states: HiddenStates, anatomy: Anatomy) -> int:
 def _claim(folder: Path, fingerprint: dict) -> Calibration | None:
     """Make the folder this run's, or return the calibration when it is finished already."""
     folder.mkdir(parents=True, exist_ok=True)
-    held = (read_json(folder / MANIFEST) or {}).get("fingerprint") or read_json(folder / "run.json")
+    held = _held(folder)
     if held is None and any(folder.iterdir()):
         raise CalibrationError(f"{folder}: not empty and no calibration; choose another folder")
     if held is not None and held != fingerprint:
-        differs = [name for name in fingerprint if held.get(name) != fingerprint[name]]
+        differs = [name for name in fingerprint | held if held.get(name) != fingerprint.get(name)]
         raise CalibrationError(
             f"{folder}: holds another calibration ({', '.join(differs)} differ); choose another folder or delete it"
         )
@@ -263,6 +288,11 @@ def _claim(folder: Path, fingerprint: dict) -> Calibration | None:
             return finished
     write_json(folder / "run.json", fingerprint)
     return None
+
+
+def _held(folder: Path) -> dict | None:
+    """Return the fingerprint of the run that a folder holds, finished or not."""
+    return (read_json(folder / MANIFEST) or {}).get("fingerprint") or read_json(folder / "run.json")
 
 
 def _fingerprint(subject: Subject, batches: list[Batch], sample: SampleOptions) -> dict:

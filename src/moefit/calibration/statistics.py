@@ -6,7 +6,7 @@ Symbols: g is the gate of a routed pair as the model used it, y the raw output o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -37,6 +37,8 @@ class Sums:
         norm_max: the largest |y|, [E]; merged by maximum.
         probability: sum over all tokens of the router's probability of each expert, [E].
         together: tokens that chose both of two experts, [E, E].
+        gated_norm_shift: sum of g |y| max(0, 1 - cos(h, h~)), [E], with h the residual stream that leaves the decoder
+            layer when its routed experts give nothing, and h~ the one that does; None when it was not recorded.
     """
 
     tokens: torch.Tensor
@@ -53,23 +55,34 @@ class Sums:
     norm_max: torch.Tensor
     probability: torch.Tensor
     together: torch.Tensor
+    gated_norm_shift: torch.Tensor | None = None
 
     @classmethod
-    def zeros(cls, experts: int, width: int) -> Sums:
-        """Return the sums over no tokens."""
+    def zeros(cls, experts: int, width: int, *, residual: bool = False) -> Sums:
+        """Return the sums over no tokens; with `residual`, `gated_norm_shift` too."""
         wide, square = ("output", "gated_output", "gate_sq_output"), ("together",)
         shape = (
             {name: (experts, width) for name in wide} | {name: (experts, experts) for name in square} | {"tokens": ()}
         )
-        return cls(**{f.name: torch.zeros(shape.get(f.name, (experts,)), dtype=torch.float64) for f in fields(cls)})
+        found = {f.name: torch.zeros(shape.get(f.name, (experts,)), dtype=torch.float64) for f in fields(cls)}
+        return cls(**{name: total for name, total in found.items() if residual or name not in ON_REQUEST})
 
     def __add__(self, other: Sums) -> Sums:
-        """Return the sums over the tokens of both."""
-        merged = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
+        """Return the sums over the tokens of both; what only one recorded is known of neither."""
+        mine, theirs = self.recorded, other.recorded
+        merged = {name: mine[name] + theirs[name] for name in mine.keys() & theirs.keys()}
         merged["norm_max"] = torch.maximum(self.norm_max, other.norm_max)
         return Sums(**merged)
 
+    @property
+    def recorded(self) -> dict[str, torch.Tensor]:
+        """The sums that were recorded, by name."""
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: total for name, total in found.items() if total is not None}
 
+
+# The sums that cost more than one run, and the option of `calibrate` that records them.
+ON_REQUEST = {"gated_norm_shift": "residual"}
 STATISTICS = frozenset(field.name for field in fields(Sums))
 
 
@@ -114,7 +127,7 @@ class LayerStatistics:
 
     def save(self, file: Path) -> None:
         """Write the statistics as safetensors: beside first, then renamed, so the file is whole or absent."""
-        tensors = {f"sum.{f.name}": getattr(self.sums, f.name) for f in fields(Sums)}
+        tensors = {f"sum.{name}": total for name, total in self.sums.recorded.items()}
         tensors |= {f"sample.{f.name}": getattr(self.sample, f.name).contiguous() for f in fields(Sample)}
         beside = file.with_suffix(".partial")
         save_tensors(tensors, beside)
@@ -123,7 +136,7 @@ class LayerStatistics:
 
 def load_sums(file: Path) -> Sums:
     """Read the sums of one layer."""
-    return Sums(**_load(file, "sum.", [f.name for f in fields(Sums)]))
+    return Sums(**_load(file, "sum.", [f.name for f in fields(Sums)], ON_REQUEST))
 
 
 def load_sample(file: Path) -> Sample:
@@ -131,10 +144,11 @@ def load_sample(file: Path) -> Sample:
     return Sample(**_load(file, "sample.", [f.name for f in fields(Sample)]))
 
 
-def _load(file: Path, prefix: str, names: Sequence[str]) -> dict[str, torch.Tensor]:
+def _load(file: Path, prefix: str, names: Sequence[str], optional: Collection[str] = ()) -> dict[str, torch.Tensor]:
     try:
         with safe_open(file, "pt") as tensors:
-            return {name: tensors.get_tensor(prefix + name) for name in names}
+            there = [name for name in names if name not in optional or prefix + name in tensors.keys()]
+            return {name: tensors.get_tensor(prefix + name) for name in there}
     except FileNotFoundError:
         raise CalibrationError(f"{file}: missing; run calibrate again, it resumes with this layer") from None
     except SafetensorError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 
@@ -70,6 +70,27 @@ def drop_lowest(layer: LayerView, scores: torch.Tensor, keep: int) -> LayerPlan:
         members = list(range(group * size, (group + 1) * size))
         kept += sorted(members, key=lambda e: (e not in layer.protected, -float(scores[e]), e))[:keep_each]
     return keep_only(layer.num_experts, kept, Slot("drop"), scores.tolist())
+
+
+def global_keeps(
+    layers: Sequence[LayerView], scores: Sequence[torch.Tensor], keeps: Sequence[int], *, least: int | None = None
+) -> list[int]:
+    """Return how many experts each layer keeps when the best of all layers together stay; of equals the earlier.
+
+    Args:
+        layers: the layers; their protected experts stay.
+        scores: one number an expert of each layer, compared as shares of the layer's sum.
+        keeps: experts that would stay in each; as many stay in all.
+        least: experts that every layer keeps at least; the router's top-k when None.
+    """
+    every: list[tuple[bool, float, int]] = []
+    for number, (layer, score) in enumerate(zip(layers, scores, strict=True)):
+        share = score / score.sum().clamp_min(1e-300)
+        must = max(layer.top_k if least is None else least, len(layer.protected))
+        order = sorted(range(layer.num_experts), key=lambda e: (e not in layer.protected, -float(share[e])))
+        every += [(place >= must, -float(share[expert]), number) for place, expert in enumerate(order)]
+    kept = [number for *_, number in sorted(every)[: sum(keeps)]]
+    return [kept.count(number) for number in range(len(layers))]
 
 
 def kept_of_group(keep: int, groups: int) -> int:

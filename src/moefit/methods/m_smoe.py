@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from moefit.fitting.align import match, neuron_distance, neuron_weights
 from moefit.fitting.cluster import nearest
-from moefit.methods.choose import top
+from moefit.methods.choose import global_keeps, top
 from moefit.methods.merge import Matrices, averages
 from moefit.methods.registry import method
 from moefit.planning.slots import LayerPlan, merge_into
@@ -56,27 +56,14 @@ def m_smoe(
             in each.
         align: match neurons by their weights before averaging (paper).
     """
-    for layer, keep in zip(layers, _global(layers, keeps) if budget == "global" else keeps, strict=True):
+    if budget == "global":
+        keeps = global_keeps(layers, [layer.sums.count for layer in layers], keeps, least=1)
+    for layer, keep in zip(layers, keeps, strict=True):
         dominant = top(layer, layer.sums.count, keep)
         columns = F.normalize(layer.sample.logits.double(), dim=0)
         centres = nearest(1 - columns.T @ columns, dominant)
         yield merge_into(centres, layer.sums.count.tolist(), unchanged=layer.protected)
         layer.close()
-
-
-def _global(layers: Sequence[LayerView], keeps: Sequence[int]) -> list[int]:
-    """Return how many experts each layer keeps when the most used ones of the model stay, at least one in each."""
-    used = [layer.sums.count / layer.sums.count.sum().clamp_min(1) for layer in layers]
-    best = [int(share.argmax()) for share in used]
-    every = [
-        (at == best[number] or at in layers[number].protected, float(share[at]), -number, -at)
-        for number, share in enumerate(used)
-        for at in range(len(share))
-    ]
-    kept = [0] * len(layers)
-    for _, _, number, _ in sorted(every, reverse=True)[: sum(keeps)]:
-        kept[-number] += 1
-    return kept
 
 
 def _same_weights(layer: LayerView, centre: int, member: int) -> torch.Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from moefit.calibration.folder import Calibration, ModelFacts
+from moefit.calibration.statistics import ON_REQUEST
 from moefit.checkpoint.files import DTYPES
 from moefit.checkpoint.layout import Stack
 from moefit.checkpoint.weights import ExpertWeights
@@ -56,6 +57,7 @@ def make_plan(
     protected = set(protect) | (super_experts(calibration) if guard_super_experts else set())
     if weights is None and chosen.weights and not facts.source:
         raise PlanError(f"{method} reads expert weights, and the model was calibrated in memory; pass weights=")
+    _check_recorded(calibration, chosen)
     weights = weights or ExpertWeights(facts.source)
     outline = outline_plan(facts, chosen, resolved, budget, layers=layers, protect=protected)
     if chosen.weights:
@@ -168,6 +170,7 @@ def view_of(
         num_experts=stack.num_experts,
         top_k=calibration.model.top_k,
         groups=calibration.model.groups.count,
+        limits=calibration.model.groups,
         protected=frozenset(expert for at, expert in protected if at == layer),
         nbytes=nbytes,
         expert_bytes=stack.expert_bytes,
@@ -196,6 +199,16 @@ def super_experts(calibration: Calibration) -> set[tuple[int, int]]:
 
 def _limit(budget: Budget, method: Method, facts: ModelFacts) -> Budget:
     return budget.of_total(facts.nbytes) if method.of_total else budget
+
+
+def _check_recorded(calibration: Calibration, method: Method) -> None:
+    """Refuse a method that reads what was not recorded."""
+    for name, option in ON_REQUEST.items():
+        if name in method.needs and not calibration.fingerprint.get(option):
+            raise PlanError(
+                f"{method.name} reads {name}, which {calibration.folder} does not hold; calibrate into another folder "
+                f"with --{option}"
+            )
 
 
 def _check_weights(weights: ExpertWeights, facts: ModelFacts) -> None:

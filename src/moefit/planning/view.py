@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from moefit.calibration.statistics import Sample, Sums
+from moefit.checkpoint.family import Groups
 
 
 class Experts:
@@ -135,6 +136,7 @@ class LayerView:
         num_experts: experts, which is also the number of slots.
         top_k: experts of a token.
         groups: groups that limit the router's choice, 1 where it chooses freely.
+        limits: how they do.
         protected: experts that must stay.
         nbytes: bytes that the layer's experts and stand-ins may take; 0 when nobody said.
         expert_bytes: bytes of one expert.
@@ -152,6 +154,7 @@ class LayerView:
     num_experts: int
     top_k: int
     groups: int
+    limits: Groups = Groups()  # noqa: RUF009 (frozen)
     protected: frozenset[int] = frozenset()
     nbytes: int = 0
     expert_bytes: int = 0

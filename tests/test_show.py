@@ -1,0 +1,193 @@
+"""`moefit show` and `moefit diff`, on plans whose every slot is known."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import moefit
+from moefit.calibration.folder import ModelFacts
+from moefit.checkpoint.family import Groups
+from moefit.checkpoint.layout import Stack
+from moefit.planning.slot_map import Auxiliary
+from moefit.planning.slots import LayerPlan, Slot
+from moefit_cli import output
+from moefit_cli.app import main
+
+Show = Callable[..., list[str]]
+KEEP, DROP, CONSTANT = "keep", Slot("drop"), Slot("constant")
+# Experts of 1000 bytes, two of them of the router: slots of 100.
+FACTS = ModelFacts(
+    source="a/model",
+    fingerprint={},
+    model_type="olmoe",
+    width=10,
+    top_k=2,
+    groups=Groups(),
+    nbytes=100_000,
+    stacks=tuple(
+        Stack(
+            prefix=f"model.layers.{n}", index=n, num_experts=12, expert_bytes=1000, slot_bytes=100, dtype="F32", inner=8
+        )
+        for n in range(4)
+    ),
+)
+
+
+def layer(*slots: Slot | str, **fields: object) -> LayerPlan:
+    own = [Slot("expert", number) if slot == KEEP else slot for number, slot in enumerate(slots)]
+    return LayerPlan(slots=(*own, *(Slot("expert", n) for n in range(len(own), 12))), **fields)
+
+
+def plan(method: str, *layers: LayerPlan, **fields: object) -> moefit.Plan:
+    named = {f"model.layers.{number}": found for number, found in enumerate(layers)}
+    given = {"parameters": {"rank": 8}, "budget": "remove 25%", "model": FACTS, "calibration": "0"} | fields
+    return moefit.Plan(method=method, layers=named, **given)
+
+
+# Layer 0 has each kind of stand-in, layer 1 merges, layer 2 shares and has low ranks, layer 3 stays whole.
+MIXED = plan(
+    "mixed",
+    layer(CONSTANT, Slot("linear", rank=4), Slot("linear", rank=8), KEEP, Slot("linear", rank=8), scores=range(12)),
+    layer(Slot("merged", 1), Slot("merged", 1), KEEP, Slot("drop", 1), DROP),
+    layer(
+        Slot("expert", 3),
+        Slot("expert", 3, scale=0.5),
+        Slot("expert", 3, layer=3),
+        KEEP,
+        *[Slot("lowrank", 4, rank=16)] * 3,
+    ),
+)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Show:
+    """Return a function that saves plans, runs a verb on them and gives the lines it prints."""
+
+    def call(
+        verb: str, *plans: moefit.Plan, width: int = 80, options: tuple[str, ...] = (), code: int = 0
+    ) -> list[str]:
+        files = [tmp_path / name for name in ("a.json", "b.json")[: len(plans)]]
+        for file, given in zip(files, plans, strict=True):
+            given.save(file)
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(output._out, "_width", width)
+        monkeypatch.setattr(sys, "argv", ["moefit", verb, *[file.name for file in files], *options])
+        ended = 0
+        try:
+            main()
+        except SystemExit as stop:
+            ended = int(stop.code or 0)
+        shown = capsys.readouterr()
+        assert ended == code, shown.err
+        return (shown.out if code == 0 else shown.err).splitlines()
+
+    return call
+
+
+def test_every_kind_of_answer_is_shown(run: Show) -> None:
+    after = f"{MIXED.nbytes / 1000:.2f} kB ({MIXED.nbytes / FACTS.nbytes:.1%}, moefit format)"
+    assert run("show", MIXED) == [
+        "a.json",
+        f"         mixed, remove 25%: 100.00 kB becomes {after}",
+        "         rank=8",
+        # 8 + 8 + 6 and the whole layer's 12
+        "# kept 34   . dropped 2   c constant 1   l linear 3   m merged 2   > remapped 3   b low rank over a base 3",
+        "layer, experts that stay, slots:",
+        "   0   8 cll#l### ####",
+        "         linear of rank 4: 1; linear of rank 8: 2 4",
+        "   1   9 mm#..### ####",
+        "         merged into 1: 0-1 3",
+        "   2   7 >>>#bbb# ####",
+        "         expert 3: 0; expert 3 x 0.5: 1; expert 3 of layer 3: 2; rank 16 over",
+        "         base 4: 4-6",
+        "whole    layers 3",
+    ]
+
+
+def test_scores_are_listed_from_the_highest(run: Show) -> None:
+    lines = run("show", MIXED, options=("--scores",))
+    at = lines.index("         linear of rank 4: 1; linear of rank 8: 2 4")
+    assert lines[at + 1 : at + 3] == [
+        "         11# 11, 10# 10, 9# 9, 8# 8, 7# 7, 6# 6, 5# 5, 4l 4, 3# 3, 2l 2, 1l 1,",
+        "         0c 0",
+    ]
+    assert lines.count("         the method gave no scores") == 2
+
+
+@pytest.mark.parametrize("width", [20, 40, 80, 160])
+def test_lines_fit_the_terminal(run: Show, width: int) -> None:
+    wide = plan("wide", layer(DROP, DROP))
+    wide = dataclasses.replace(
+        wide,
+        model=dataclasses.replace(
+            FACTS, stacks=tuple(dataclasses.replace(stack, num_experts=128) for stack in FACTS.stacks)
+        ),
+        layers={"model.layers.0": LayerPlan(slots=(DROP, DROP, *(Slot("expert", n) for n in range(2, 128))))},
+    )
+    lines = run("show", wide, width=width)
+    grid = lines[lines.index("layer, experts that stay, slots:") + 1 : -1]
+    assert max(map(len, grid)) <= max(width, 29)
+    assert "".join(grid).replace(" ", "") == "0126" + ".." + "#" * 126
+    blocks = -(-16 // max(1, (width - 9 + 1) // 9))
+    assert len(grid) == blocks
+
+
+def test_a_difference_names_the_slots_and_what_they_were(run: Show) -> None:
+    one = plan("mone", layer(CONSTANT, CONSTANT, CONSTANT), layer(KEEP, CONSTANT))
+    other = plan("linear", layer(CONSTANT, Slot("linear", rank=8), KEEP, CONSTANT), layer(KEEP, CONSTANT))
+    other = dataclasses.replace(other, parameters={"rank": 8, "ranks": "given"})
+    lines = run("diff", one, other)
+    assert lines[0] == "a.json"
+    assert lines[1].startswith("         mone, remove 25%: 100.00 kB becomes ")
+    assert lines[3] == "b.json"
+    assert lines[5:] == [
+        "         rank=8, ranks=given",
+        "",
+        "   0     9 of 12 alike; constant -> linear of rank 8: 1; constant -> kept: 2;",
+        "         kept -> constant: 3",
+        "alike    layers 1, 2, 3",
+        "45 of 48 slots have the same answer in both (93.8%)",
+    ]
+
+
+def test_a_plan_is_like_itself_and_what_concerns_a_layer_as_a_whole_counts(run: Show) -> None:
+    assert run("diff", MIXED, MIXED)[-2:] == [
+        "alike    layers 0, 1, 2, 3",
+        "48 of 48 slots have the same answer in both (100.0%)",
+    ]
+    shared = LayerPlan(slots=MIXED.layers["model.layers.0"].slots, shared_input=True)
+    other = dataclasses.replace(MIXED, layers={**MIXED.layers, "model.layers.0": shared})
+    assert run("diff", MIXED, other)[-3] == "   0     12 of 12 alike; none -> linear maps share their input"
+    split = plan("compressed_experts", layer(CONSTANT, auxiliary=Auxiliary(main=1)))
+    assert run("diff", plan("mone", layer(CONSTANT)), split)[-4:-2] == [
+        "   0     12 of 12 alike; none -> auxiliary slots: main=1, share=1.0,",
+        "         renormalise=False, vectors=expert, constants=False",
+    ]
+
+
+def test_layers_that_the_model_does_not_run_have_a_name_of_their_own(run: Show) -> None:
+    stacks = (*FACTS.stacks, dataclasses.replace(FACTS.stacks[0], prefix="model.layers.4", index=None))
+    facts = dataclasses.replace(FACTS, stacks=stacks)
+    dropped = dict.fromkeys([stack.prefix for stack in stacks], layer(DROP))
+    lines = run("show", dataclasses.replace(MIXED, model=facts, layers=dropped))
+    assert lines[-1] == "mtp4  11 .####### ####"
+    assert "native format" in lines[1]
+
+
+def test_other_models_and_broken_plans_are_refused(run: Show) -> None:
+    wide = dataclasses.replace(MIXED, model=dataclasses.replace(FACTS, width=11))
+    said = "error: a.json and b.json are for different models: their width is not the same"
+    assert run("diff", MIXED, wide, code=1) == [said]
+    short = dataclasses.replace(MIXED, layers={"model.layers.0": LayerPlan(slots=(Slot("expert", 0), DROP))})
+    assert run("show", short, code=1) == ["error: model.layers.0: the plan has 2 slots, the layer 12"]
+
+
+def test_neither_weights_nor_calibration_are_needed(run: Show, tmp_path: Path) -> None:
+    # the source of the model is a name that nothing here could resolve, and the folder holds plans only
+    run("show", MIXED)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
+    assert json.loads((tmp_path / "a.json").read_text())["model"]["source"] == "a/model"
