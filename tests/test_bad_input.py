@@ -884,7 +884,7 @@ def test_plan_for_other_weights_needs_a_word(cli: Cli, world: World, sibling: Pa
                 {"model.layers.0": {"experts": 8, "keep": [0, 1, 2, 3, 4, 5], "constant": [6, 7]}}
             ),
             "the plan has constant slots, which method 'reap' does not compute; "
-            "set its method to one that does: compressed_experts, linear, mone",
+            "set its method to one that does: auto, compressed_experts, linear, mone",
         ),
     ],
 )
