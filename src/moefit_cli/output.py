@@ -153,7 +153,8 @@ def plan(made: Plan) -> None:
         parts += [(found["linear"], f"linear of rank {_span(ranks)}")] if ranks else []
         parts += [(len(layer.merged), "merged")]
         if low := sorted(set(layer.low_ranks.values())):
-            parts += [(len(layer.low_ranks), f"of rank {_span(low)} over {len(layer.bases)} bases")]
+            bases = "a base" if len(layer.bases) == 1 else f"{len(layer.bases)} bases"
+            parts += [(len(layer.low_ranks), f"of rank {_span(low)} over {bases}")]
         if layer.auxiliary is not None:
             parts += [(layer.auxiliary.main, "main slots of a token")]
         told = ", ".join(f"{number} {what}" for number, what in parts if number)
