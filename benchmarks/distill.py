@@ -26,12 +26,14 @@ BEST_MERGE = {"fit": "ridge", "target": "gated", "features": "best", "cluster": 
 # method, parameters, what trains
 ROWS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("reap", {}, ("router",)),
+    ("reap", {}, ("router", "experts")),
     ("mergemoe", BEST_MERGE, ("router",)),
+    ("mergemoe", BEST_MERGE, ("router", "experts")),
     ("mone", {"score": "exact", "novice": "optimal"}, ("router",)),
     ("mone", {"score": "exact", "novice": "optimal"}, ("router", "standins")),
     ("linear", {"rank": 8}, ("router",)),
     ("linear", {"rank": 8}, ("router", "standins")),
-    ("lightmoe", {"start": "svd", "ranks": "chosen"}, ("router", "standins")),
+    ("lightmoe", {"start": "svd", "ranks": "chosen", "bases": 1}, ("router", "standins")),
 ]
 
 

@@ -58,6 +58,7 @@ ROWS: list[tuple[str, str, dict[str, Any], str]] = [
     ("linear, rank 8, propagated", "linear", {"rank": 8}, "compressed"),
     ("lightmoe, before recovery", "lightmoe", {}, "original"),
     ("lightmoe, best parameters", "lightmoe", BEST_LIGHT, "original"),
+    ("auto", "auto", {}, "original"),
 ]
 
 
