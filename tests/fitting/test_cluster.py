@@ -8,7 +8,6 @@ import torch
 
 from moefit.fitting.align import match, neuron_distance, neuron_weights, permuted
 from moefit.fitting.cluster import agglomerate, centres_of, k_means, medoids, nearest
-from moefit.fitting.menu import cheapest
 
 POINTS = torch.tensor([[0.0], [1.0], [10.0], [11.5], [30.0]])
 
@@ -70,17 +69,3 @@ def test_a_permuted_expert_is_found_again() -> None:
     assert torch.equal(other["down"], one["down"][:, order])
     back = permuted(other, match(neuron_distance(neuron_weights(one), neuron_weights(other))))
     assert all(torch.equal(back[name], one[name]) for name in one)
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_the_menu_is_solved_as_well_as_by_trying_everything(seed: int) -> None:
-    errors = torch.rand(5, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).sort(1, True).values
-    price, whole, budget = [1, 3], 10, 31
-
-    def total(choice: tuple[int, ...]) -> float:
-        spent = sum([*price, whole][at] for at in choice)
-        fits = spent <= budget and 2 in choice and choice[3] == 2
-        return sum(0.0 if at == 2 else float(errors[e, at]) for e, at in enumerate(choice)) if fits else float("inf")
-
-    best = min(map(total, itertools.product(range(3), repeat=5)))
-    assert total(tuple(cheapest(errors, price, whole, budget, kept=[3]))) == pytest.approx(best, rel=2e-3)

@@ -1,6 +1,5 @@
-"""Auto: the knapsack against all choices, prices against plain sums, and what goes first."""
+"""Auto: prices against plain sums, budgets, and what goes first."""
 
-import itertools
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +9,6 @@ from test_merging import INNER, WIDTH, random_experts, with_copy
 
 import moefit
 from moefit.fitting.held_out import choosing
-from moefit.fitting.menu import Menu, cheapest
 from moefit.methods.auto import _base, _errors, _menu, auto
 from moefit.planning.plan import added_nbytes
 from moefit.planning.slots import LayerPlan, Slot
@@ -41,37 +39,6 @@ def predicted(made: LayerView, plan: LayerPlan) -> float:
         if slot.kind != "expert":
             lost += float(_errors(made, expert, base, slots)[slots.index(Slot(slot.kind, rank=slot.rank))])
     return lost
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_the_knapsack_is_the_best_of_all_choices(seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    menus = [
-        Menu(errors=torch.rand(3, 2, generator=generator).double(), price=[1, 4], whole=10, kept=[1] if seed else []),
-        Menu(errors=torch.rand(2, 3, generator=generator).double(), price=[0, 2, 5], whole=8),
-    ]
-
-    def cost(choice: list[list[int]]) -> float:
-        return sum(
-            float(menu.errors[expert, at])
-            for menu, taken in zip(menus, choice, strict=True)
-            for expert, at in enumerate(taken)
-            if at < len(menu.price)
-        )
-
-    def fits(choice: list[list[int]]) -> bool:
-        prices = [[*menu.price, menu.whole] for menu in menus]
-        total = sum(price[at] for price, taken in zip(prices, choice, strict=True) for at in taken)
-        whole = all(len(menu.price) in taken for menu, taken in zip(menus, choice, strict=True))
-        kept = all(taken[e] == len(menu.price) for menu, taken in zip(menus, choice, strict=True) for e in menu.kept)
-        return total <= 32 and whole and kept
-
-    firsts, seconds = itertools.product(range(3), repeat=3), list(itertools.product(range(4), repeat=2))
-    every = ([list(first), list(second)] for first in firsts for second in seconds)
-    best = min(cost(choice) for choice in every if fits(choice))
-    found = cheapest(menus, 32)
-    assert fits(found)
-    assert cost(found) <= best * 1.001 + 1e-9
 
 
 def test_prices_are_plain_sums_over_tokens_that_were_held_out() -> None:
