@@ -24,7 +24,7 @@ FUNCTIONAL = {"distance": "functional"}
 FITTED = {"fit": "ridge", "target": "gated", "features": "best", "cluster": "outputs"}
 # name in the table, method, parameters
 SHORT: list[tuple[str, str, dict]] = [(name, name, {}) for name in ("frequency", "reap", "mone", "conmoe")]
-SHORT += [("mergemoe, best parameters", "mergemoe", FITTED), ("linear", "linear", {})]
+SHORT += [("mergemoe, best parameters", "mergemoe", FITTED), ("linear", "linear", {}), ("auto", "auto", {})]
 EVERYTHING = [
     *((name, name, {}) for name in ("random", "frequency", "soft_frequency", "ean", "man", "msan", "reap", "mone")),
     *((name, name, {}) for name in ("seer_moe", "easy_ep", "diep")),
@@ -37,6 +37,7 @@ EVERYTHING = [
     *((name, name, {}) for name in ("m_smoe", "hc_smoe", "sub_moe", "ream", "mergemoe")),
     ("mergemoe, best parameters", "mergemoe", FITTED),
     *((f"linear, rank {rank}", "linear", {"rank": rank}) for rank in (4, 8, 16)),
+    ("auto", "auto", {}),
 ]
 RATIOS = ("25%", "50%")
 
