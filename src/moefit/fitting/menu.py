@@ -10,7 +10,7 @@ import torch
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import block_diag, csr_array
 
-GAP, SECONDS = 1e-3, 120.0
+GAP, SECONDS, TIE = 1e-3, 120.0, 1e-7
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,8 @@ def cheapest(menus: Sequence[Menu], nbytes: int) -> list[list[int]]:
     unit = max(menu.whole for menu in menus)
     once = [np.ones((1, len(menu.price) + 1)) for menu in menus for _ in menu.errors]
     found = milp(
-        cost / max(float(cost.max()), 1e-300),
+        # Of answers that lose the same, as for experts that no token reached, the smaller one.
+        cost / max(float(cost.max()), 1e-300) + TIE * taken / unit,
         constraints=[
             LinearConstraint(block_diag(once, format="csr"), 1, 1),
             LinearConstraint(csr_array(taken[None] / unit), -np.inf, nbytes / unit),
