@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM := false
 
 .PHONY: help setup test check docs demo bench floor clean
 help:
-	@echo "make demo     compress the reference model with six methods and print the table"
+	@echo "make demo     compress the reference model with seven methods and print the table"
 	@echo "make test     the test suite"
 	@echo "make check    ruff and pyright"
 	@echo "make docs     write the generated pages"
