@@ -50,7 +50,7 @@ def methods_page() -> str:
     measured = json.loads((DOCS.parent / "benchmarks" / "methods.json").read_text())
     lines = [METHODS_HEAD + "| method | | behind a removed slot | paper |", "|---|---|---|---|"]
     for name, found in sorted(moefit.METHODS.items()):
-        lines.append(f"| [{name}](#{name}) | {found.summary} | {ANSWERS[found.removed]} | {found.paper or '-'} |")
+        lines.append(f"| [{name}](#{name}) | {found.summary} | {_answers(found)} | {found.paper or '-'} |")
     rows = measured["rows"]
     commits = " and ".join(dict.fromkeys(row["commit"] for row in rows))
     seeds = max(row["seeds"] for row in rows)
@@ -71,6 +71,12 @@ def methods_page() -> str:
         mine = [row for row in rows if row["method"] == name]
         lines += ["", *_table(mine)] if mine else []
     return "\n".join(lines) + "\n"
+
+
+def _answers(found: moefit.methods.Method) -> str:
+    """Return what may stand behind a removed slot."""
+    kinds = sorted(found.builds & set(ANSWERS)) or [found.removed]
+    return ", ".join(ANSWERS[kind] for kind in kinds)
 
 
 def _table(rows: list[dict]) -> list[str]:
