@@ -4,6 +4,7 @@ import gc
 import math
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -65,6 +66,8 @@ def test_from_the_original_to_the_bit_to_the_replacement(
     alone, original = logits(student), logits(teacher)
     assert not torch.allclose(alone, original, atol=1e-3)
     annealing.attach(student, teacher)
+    assert torch.equal(logits(student), alone)
+    annealing.on_train_begin(None, None, None)
     assert torch.equal(logits(student), original)
     annealing.on_step_begin(None, SimpleNamespace(global_step=5, max_steps=20), None)
     assert not any(torch.allclose(logits(student), end, atol=1e-3) for end in (alone, original))
@@ -95,6 +98,7 @@ def test_between_the_ends_the_weights_are_the_formula(checkpoint: Get, calibrati
 def test_all_that_trains_gets_a_gradient_and_the_originals_go(checkpoint: Get, calibration: GetCalibration) -> None:
     student, teacher, annealing = models("olmoe", "zero", checkpoint, calibration)
     annealing.attach(student, teacher)
+    annealing.on_train_begin(None, None, None)
     annealing.on_step_begin(None, SimpleNamespace(global_step=1, max_steps=20), None)
     teacher.requires_grad_(False)
     student(torch.randint(3, 128, (4, 12)), use_cache=False).logits.square().sum().backward()
@@ -114,3 +118,19 @@ def test_without_low_rank_experts_there_is_nothing_to_anneal(checkpoint: Get) ->
     model = load(checkpoint("olmoe"))
     with pytest.raises(moefit.MoefitError, match="no low-rank experts"):
         Annealing(anatomy_of(model), 0.2).attach(model, model)
+
+
+def test_other_answers_cannot_be_annealed(checkpoint: Get, calibration: GetCalibration) -> None:
+    plan = moefit.make_plan(
+        calibration("olmoe"),
+        "lightmoe",
+        moefit.Budget.parse(keep=6),
+        parameters={"rank": 2, "bases": 2, "select": "count"},
+    )
+    teacher = load(checkpoint("olmoe"))
+    student = eager(moefit.apply(plan, load(checkpoint("olmoe")), calibration=calibration("olmoe")))
+    for part in student.modules():
+        if isinstance(part, CompressedExperts):
+            part.slots = replace(part.slots, slots=(-1, *part.slots.slots[1:]), constants=1)
+    with pytest.raises(moefit.MoefitError, match="1 slots with other answers and 0 dropped ones"):
+        Annealing(anatomy_of(teacher), 0.2).attach(student, teacher)

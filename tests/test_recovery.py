@@ -479,6 +479,14 @@ def test_numbers_that_mean_nothing(checkpoint: Get, tmp_path: Path, option: str,
     refused(f"--{option.replace('_', '-')} {value}: is not", checkpoint("olmoe"), tmp_path / "out", options=options)
 
 
+def test_annealing_that_cannot_be_leaves_nothing_behind(compress: Compress, checkpoint: Get, tmp_path: Path) -> None:
+    given = {"examples": blocks(), "train": ["standins"], "options": moefit.RecoveryOptions(steps=2, anneal=0.5)}
+    before = compress("mone")
+    refused("--anneal fades the original's experts out", before, tmp_path / "out", loss="task", **given)
+    refused("no low-rank experts", before, tmp_path / "out", teacher=checkpoint("olmoe"), **given)
+    assert not (tmp_path / "out.training").exists()
+
+
 def test_teachers_of_another_kind_are_refused(compress: Compress, checkpoint: Get, tmp_path: Path) -> None:
     given = {"loss": "kd", "teacher": checkpoint("mixtral")}
     refused("the teacher's model type: mixtral, the model's: olmoe", compress("reap"), tmp_path / "out", **given)

@@ -69,10 +69,7 @@ def read_batches(
     Raises:
         CalibrationError: no or too little text, an unreadable source, or blocks longer than the model takes.
     """
-    if max_length is not None and options.length > max_length:
-        raise CalibrationError(
-            f"--length {options.length} is more than the model takes ({max_length}); use at most {max_length}"
-        )
+    check_length(options.length, max_length)
     if not options.data:
         raise CalibrationError("no text given; name at least one file with --data")
     stream = _TokenStream(tokenizer)
@@ -180,6 +177,18 @@ def _split_weight(entry: str) -> tuple[str, float]:
     if not value > 0:
         raise CalibrationError(f"--data {entry}: the weight {weight} is not positive")
     return name, value
+
+
+def check_length(length: int, max_length: int | None) -> None:
+    """Refuse blocks longer than a model takes, if it says.
+
+    Raises:
+        CalibrationError: see the message.
+    """
+    if max_length is not None and length > max_length:
+        raise CalibrationError(
+            f"--length {length} is more than the model takes ({max_length}); use at most {max_length}"
+        )
 
 
 def documents(name: str, seed: int | None = None) -> Iterable[Document]:

@@ -290,10 +290,8 @@ def _named(entry: Mapping, where: str) -> list[tuple[int, Slot]]:
 def _check_merged(slots: Mapping[int, Slot], where: str) -> None:
     """Refuse merged experts whose place is not their own slot's or is that of an unchanged expert, and stray bases."""
     for number, slot in slots.items():
-        if slot.kind == "lowrank" and (slots[slot.expert or 0].kind, slots[slot.expert or 0].expert) != (
-            "lowrank",
-            slot.expert,
-        ):
+        named = slots[slot.expert or 0]
+        if slot.kind == "lowrank" and (named.kind, named.expert) != ("lowrank", slot.expert):
             raise PlanError(
                 f"{where}: slot {number} shares base {slot.expert}, whose own slot does not; a base is named after one "
                 "of its members"

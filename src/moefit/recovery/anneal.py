@@ -8,8 +8,6 @@ so that at the start the model is the original in both cases. When beta reaches 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -51,8 +49,7 @@ class Annealing(TrainerCallback):
         self._mixtures: list[Mixture] = []
 
     def attach(self, student: nn.Module, teacher: nn.Module) -> None:
-        """Mix the teacher's experts in, wholly: from here on the student gives what the teacher does, if they agree
-        elsewhere.
+        """Pair the layers of both models; nothing is mixed before training begins.
 
         Args:
             student: the compressed model.
@@ -68,6 +65,11 @@ class Annealing(TrainerCallback):
                 self._mixtures.append(Mixture(module, teacher.get_submodule(layer.experts)))
         if not self._mixtures:
             raise MoefitError("--anneal: the model has no low-rank experts to fade in; --method lightmoe makes them")
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Mix the originals in, wholly: the student then gives what they did, where both models agree elsewhere."""
+        for mixture in self._mixtures:
+            mixture.module.instead = mixture
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Set beta for the next step."""
@@ -88,19 +90,27 @@ class Mixture:
     """The experts of one layer, between their originals and what replaces them.
 
     Args:
-        module: the compressed experts; they run through this until `Annealing.release`.
+        module: the compressed experts; they run through this while training anneals.
         original: the experts that they were.
+
+    Raises:
+        MoefitError: the layer has other answers than kept and low-rank experts.
     """
 
-    def __init__(self, module: CompressedExperts, original: nn.Module) -> None:
+    def __init__(self, module: CompressedExperts, original: Any) -> None:
         self.module, self.original, self.beta = module, original, 1.0
         first = module.slots.experts + len(module.slots.guests)
         pairs = enumerate(module.slots.slots)
         self._low = {slot: row - first for slot, row in pairs if row >= first}
         self._kept = {slot: row for slot, row in enumerate(module.slots.slots) if slot not in self._low}
-        assert all(row >= 0 for row in self._kept.values()), "only kept and low-rank experts can be annealed"
+        others = sum(not 0 <= row < module.slots.experts for row in self._kept.values())
+        dropped = len(original.down_proj) - len(module.slots.slots)
+        if others or dropped:
+            raise MoefitError(
+                f"--anneal mixes kept and low-rank experts with their originals; a layer has {others} slots with other "
+                f"answers and {dropped} dropped ones; leave --anneal out"
+            )
         self._whole = any(bool(getattr(module, f"low_{part}_out").any()) for part in self._parts)
-        module.instead = partial(self)
 
     @property
     def _parts(self) -> list[str]:
@@ -108,9 +118,9 @@ class Mixture:
 
     def __call__(self, hidden_TD: torch.Tensor, slot_TK: torch.Tensor, gate_TK: torch.Tensor) -> torch.Tensor:
         """Return the layer's routed output, [T, D], by the family's own forward on the mixed weights."""
-        return functional_call(self.original, dict(self.weights()), (hidden_TD, slot_TK, gate_TK))
+        return functional_call(self.original, self.weights(), (hidden_TD, slot_TK, gate_TK))
 
-    def weights(self) -> Mapping[str, torch.Tensor]:
+    def weights(self) -> dict[str, torch.Tensor]:
         """Return the mixed weights as the family's parameters."""
         originals, kept = Experts(self.original), Experts(self.module).matrices(detach=False)
         mixed = {}

@@ -15,7 +15,7 @@ import torch
 from jinja2 import TemplateError
 from torch.utils.data import Dataset
 
-from moefit.calibration.text import documents, read_lines
+from moefit.calibration.text import check_length, documents, read_lines
 from moefit.errors import CalibrationError, did_you_mean
 
 LossOn = Literal["completion", "all"]
@@ -109,10 +109,7 @@ def read_blocks(
         raise CalibrationError(f"--loss-on {options.loss_on!r}" + did_you_mean(options.loss_on, get_args(LossOn)))
     if options.length < 2:
         raise CalibrationError(f"--length {options.length} predicts nothing; use at least 2")
-    if max_length is not None and options.length > max_length:
-        raise CalibrationError(
-            f"--length {options.length} is more than the model takes ({max_length}); use at most {max_length}"
-        )
+    check_length(options.length, max_length)
     if not options.data:
         raise CalibrationError("no examples given; name at least one file with --data")
     ids: list[int] = []

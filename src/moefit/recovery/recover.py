@@ -136,11 +136,11 @@ def recover(
     adapters = Adapters(student.model, anatomy, selection, rank=options.lora_rank, alpha=options.lora_alpha)
     if options.gradient_checkpointing:
         _checkpoint_layers(student.model)
+    annealing = _annealing(options, anatomy, student.model, taught)
+    del taught  # what fades out is held by the annealing alone
     _begin_training(_training(out), settings)
     measure = partial(_measure, student, held, options.batch_size, arguments.device)
     before = measure(part("held out, before"))
-    annealing = _annealing(options, anatomy, student.model, taught)
-    del taught  # what fades out is held by the annealing alone
     state = train_student(student, blocks, arguments, callbacks=[*callbacks, *annealing], progress=part("train"))
     for mixtures in annealing:
         mixtures.release()

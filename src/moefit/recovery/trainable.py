@@ -10,8 +10,7 @@ from torch import nn
 
 from moefit.checkpoint.anatomy import Anatomy, tensors_of
 from moefit.errors import MoefitError, did_you_mean
-from moefit.runtime.experts import CompressedExperts
-from moefit.transform.build import STAND_IN_TENSORS
+from moefit.runtime.experts import STAND_IN_TENSORS, CompressedExperts
 
 WORDS = ("router", "standins", "experts", "rest")
 PEFT_HINT = "training experts or the rest needs the peft library: pip install 'moefit[recover]'"
