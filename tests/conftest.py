@@ -52,7 +52,9 @@ def calibration(checkpoint: Callable[[str], Path]) -> Callable[[str], moefit.Cal
     def get(name: str) -> moefit.Calibration:
         if name not in made:
             folder = checkpoint(name)
-            made[name] = moefit.calibrate(folder, folder.with_name("calibration"), text=token_batches(), residual=True)
+            made[name] = moefit.calibrate(
+                folder, folder.with_name("calibration"), text=token_batches(), residual=True, effect=True
+            )
         return made[name]
 
     return get

@@ -79,7 +79,7 @@ Scores TaskOptions TextOptions __version__ apply calibrate compress evaluate mak
 """.split()
 FLAGS = {
     "inspect": "--json --trust-remote-code",
-    "calibrate": "--batch-size --data --device --device-map --dtype --length --mask-special --out "
+    "calibrate": "--batch-size --data --device --device-map --dtype --effect --length --mask-special --out "
     "--residual --sample-tokens --seed "
     "--sequences --states --stream --trust-remote-code",
     "plan": "--guard-super-experts --keep --layers --method --model --out --param --protect --remove --size",

@@ -142,7 +142,7 @@ def compress(
         folder,
         text=text,
         sample=sample,
-        residual=bool(find_method(method).needs & ON_REQUEST.keys()),
+        **{option: name in find_method(method).needs for name, option in ON_REQUEST.items()},
         stream=stream,
         states=states,
         device=device,

@@ -87,6 +87,9 @@ def calibrate(
     residual: Annotated[
         bool, typer.Option("--residual", help="Also measure how far the experts turn the residual stream: easy_ep.")
     ] = False,
+    effect: Annotated[
+        bool, typer.Option("--effect", help="Also measure what errors of each layer do to the predictions: auto.")
+    ] = False,
     stream: Stream = False,
     states: States = "auto",
     device: Device = None,
@@ -114,6 +117,7 @@ def calibrate(
             ),
             sample=moefit.SampleOptions(tokens=sample_tokens, seed=seed or 0),
             residual=residual,
+            effect=effect,
             stream=stream,
             states=states,
             device=device,

@@ -202,8 +202,9 @@ def test_streamed_calibration_is_that_in_memory(
 ) -> None:
     resident = calibration(name)
     streamed = moefit.calibrate(
-        checkpoint(name), tmp_path / "streamed", text=token_batches(), residual=True, stream=True
+        checkpoint(name), tmp_path / "streamed", text=token_batches(), residual=True, effect=True, stream=True
     )
+    assert streamed.effects() == pytest.approx(resident.effects(), rel=1e-3)
     assert streamed.fingerprint == resident.fingerprint
     assert streamed.layers == resident.layers
     for layer in resident.layers:

@@ -1,6 +1,7 @@
 """Auto: prices against plain sums, budgets, and what goes first."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from test_merging import INNER, WIDTH, random_experts, with_copy
 
 import moefit
 from moefit.fitting.held_out import choosing
-from moefit.methods.auto import _base, _errors, _menu, auto
+from moefit.methods.auto import _base, _choice, _errors, _menu, auto
 from moefit.planning.plan import added_nbytes
 from moefit.planning.slots import LayerPlan, Slot
 from moefit.planning.view import LayerView
@@ -22,6 +23,7 @@ def layer(experts: int = 5, seed: int = 0, tokens: int = 400) -> LayerView:
     made = layer_of_tokens(random_experts(experts, seed), tokens, seed)
     made.index, made.expert_bytes, made.itemsize, made.inner = seed, WHOLE, 4, INNER
     made.sums.gate.copy_(made.sums.gate_sq)
+    made.effect = 1.0
     return made
 
 
@@ -33,12 +35,14 @@ def spent(plan: LayerPlan) -> int:
 
 
 def predicted(made: LayerView, plan: LayerPlan) -> float:
-    """Return what a plan's answers lose by their prices."""
-    slots, base, lost = _menu(made), _base(made), 0.0
+    """Return what a plan's answers cost by their prices, slot by slot."""
+    choice, cost = _choice(made), 0.0
     for expert, slot in enumerate(plan.slots):
-        if slot.kind != "expert":
-            lost += float(_errors(made, expert, base, slots)[slots.index(Slot(slot.kind, rank=slot.rank))])
-    return lost
+        own = replace(slot, expert=None) if slot.kind == "lowrank" else slot
+        at = choice.answers[expert].index(own)
+        if own != Slot("expert", expert):
+            cost += float(choice.menu.errors[expert, at])
+    return cost
 
 
 def test_prices_are_plain_sums_over_tokens_that_were_held_out() -> None:
@@ -75,16 +79,16 @@ def test_a_budget_is_met_and_more_of_it_loses_less() -> None:
         layers = [layer(6, seed=seed) for seed in (1, 2)]
         for made in layers:
             made.nbytes = int(6 * WHOLE * share)
-        plans = list(auto(layers, [3, 3], weights="flat"))
+        plans = list(auto(layers, [3, 3]))
         total = sum(spent(plan) for plan in plans)
         assert total <= sum(made.nbytes for made in layers)
         lost = sum(map(predicted, layers, plans))
+        assert sum(plan.expected or 0 for plan in plans) == pytest.approx(lost, rel=1e-5)
         assert lost <= before * (1 + 1e-3)
         before = lost
 
 
-def test_a_dead_expert_goes_before_anything_else() -> None:
-    """It costs nothing to make a constant of an expert that no token reaches, nor a base of one that is everybody's."""
+def test_a_slot_that_no_token_reached_is_dropped_before_anything_else() -> None:
     made = layer(5)
     dead = 3
     alive = (made.sample.index != dead).all(1)
@@ -92,23 +96,37 @@ def test_a_dead_expert_goes_before_anything_else() -> None:
         setattr(made.sample, name, getattr(made.sample, name)[alive])
     for name in ("count", "gate", "gate_sq", "gate_sq_output", "gate_sq_norm_sq"):
         getattr(made.sums, name)[dead] = 0
-    made.nbytes = 4 * WHOLE + 4 * WIDTH
+    made.nbytes = 4 * WHOLE
     (plan,) = auto([made], [4])
     assert plan.pool == [0, 1, 2, 4]
-    assert plan.slots[dead].kind in ("constant", "linear")
+    assert plan.slots[dead] == Slot("drop")
+    assert plan.expected == 0
 
 
-def test_copies_are_answered_by_their_base_without_loss() -> None:
-    module = with_copy(with_copy(random_experts(1)), 0)
+def test_of_copies_one_stays_and_answers_for_the_others_in_their_scale() -> None:
+    module = with_copy(with_copy(random_experts(2)), 0)
+    module.down_proj.data[3] *= 0.5
     made = layer_of_tokens(module, 400, 0)
-    made.expert_bytes, made.itemsize, made.inner = WHOLE, 4, INNER
+    made.expert_bytes, made.itemsize, made.inner, made.effect = WHOLE, 4, INNER, 1.0
     made.sums.gate.copy_(made.sums.gate_sq)
     made.nbytes = 2 * WHOLE
     (plan,) = auto([made], [2])
-    assert len(plan.pool) == 1
-    assert {slot.rank for slot in plan.slots if slot.kind == "lowrank"} == {0}
-    slots, base = _menu(made), _base(made)
-    assert float(_errors(made, 0, base, slots)[slots.index(Slot("lowrank", rank=0))]) < 1e-9
+    (stays,) = set(plan.pool) - {1}
+    assert {slot.expert for slot in plan.slots} == {1, stays}
+    assert stays in (0, 2)
+    assert plan.slots[3].scale == pytest.approx(0.5, rel=1e-3)
+    assert plan.expected == pytest.approx(0, abs=1e-8)
+
+
+def test_errors_count_by_what_they_do_to_the_predictions() -> None:
+    """Of two equal layers the one whose errors cost ten times as much keeps more."""
+    layers = [layer(6, seed=1), layer(6, seed=1)]
+    for made, effect in zip(layers, (1.0, 10.0), strict=True):
+        made.effect, made.nbytes = effect, 3 * WHOLE
+    cheap, dear = auto(layers, [3, 3])
+    assert spent(cheap) < spent(dear)
+    alone = layer(6, seed=1)
+    assert dear.expected == pytest.approx(10 * predicted(alone, dear), rel=1e-5)
 
 
 def test_remove_is_what_mone_writes(calibration: GetCalibration) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -41,6 +41,12 @@ class Batch:
     position: torch.Tensor
     domain: torch.Tensor
     domains: tuple[str, ...] = ("",)
+
+    def sequence(self, row: int) -> Batch:
+        """Return one sequence as a batch."""
+        names = (*FIELDS, "domain")
+        parts = {name: getattr(self, name) for name in names}
+        return replace(self, **{name: part[row : row + 1] for name, part in parts.items() if part is not None})
 
     @classmethod
     def of(cls, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> Batch:

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 from torch import nn
 
 from moefit.calibration.batch import Batch
+from moefit.calibration.effect import measure_effects
 from moefit.calibration.facts import facts_of_checkpoint, facts_of_model
 from moefit.calibration.folder import Calibration
 from moefit.calibration.layers import PartlyLoaded, ResidentModel
@@ -31,6 +32,7 @@ def calibrate(
     tokenizer: Any = None,
     sample: SampleOptions = SampleOptions(),  # noqa: B008 (frozen)
     residual: bool = False,
+    effect: bool = False,
     stream: bool = False,
     states: States = "auto",
     device: str | None = None,
@@ -49,6 +51,8 @@ def calibrate(
         sample: which tokens are kept whole.
         residual: also measure how far the routed experts turn the residual stream, which easy_ep reads; it runs all
             but the routed experts once more.
+        effect: also measure what errors of each layer do to the predictions, by which `auto` weighs layers; about half
+            as many runs of a few thousand tokens as there are layers.
         stream: keep one decoder layer in memory at a time, for checkpoints larger than memory.
         states: where hidden states wait between layers; ``auto`` is the disk when streaming, else memory.
         device: where the model runs; CUDA when there is one.
@@ -81,15 +85,20 @@ def calibrate(
         subject = replace(subject, settings=subject.settings | read)
     else:
         batches = text
-    return run_calibration(
+    on_disk = states == "disk" or (states == "auto" and stream)
+    made = run_calibration(
         subject,
         batches,
         Path(out),
         sample=sample,
         residual=residual,
-        states_on_disk=states == "disk" or (states == "auto" and stream),
+        states_on_disk=on_disk,
         progress=progress,
     )
+    if effect and made.effects() is None:
+        waiting = made.folder / "states" if on_disk else None
+        measure_effects(made, subject.open(), subject.anatomy, states=waiting, progress=progress)
+    return made
 
 
 def _resident(model: Any) -> Subject:

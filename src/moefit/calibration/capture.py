@@ -124,7 +124,7 @@ def captured(
 
     handle = router.register_forward_hook(keep_logits)
     try:
-        with _forward(experts, run):
+        with replaced_forward(experts, run):
             yield
     finally:
         handle.remove()
@@ -137,13 +137,13 @@ def silenced(model: nn.Module, layer: MoELayer) -> Iterator[None]:
     def nothing(hidden_TD: torch.Tensor, index_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
         return hidden_TD.new_zeros(len(hidden_TD), layer.width)
 
-    with _forward(model.get_submodule(layer.experts), nothing):
+    with replaced_forward(model.get_submodule(layer.experts), nothing):
         yield
 
 
 @contextmanager
-def _forward(module: nn.Module, forward: Callable[..., torch.Tensor]) -> Iterator[None]:
-    """Replace a module's forward on the instance."""
+def replaced_forward(module: nn.Module, forward: Callable[..., torch.Tensor]) -> Iterator[None]:
+    """Replace a module's forward on the instance while the context lasts."""
     before, own = module.forward, "forward" in vars(module)
     module.forward = forward
     try:

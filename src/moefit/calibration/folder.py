@@ -7,13 +7,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from moefit.calibration.batch import Batch, load_batches
-from moefit.calibration.statistics import Sample, Sums, load_sample, load_sums
+from moefit.calibration.statistics import ON_REQUEST, Sample, Sums, load_sample, load_sums
 from moefit.checkpoint.family import Groups
 from moefit.checkpoint.files import DTYPES
 from moefit.checkpoint.layout import Stack
 from moefit.errors import CalibrationError
 
-MANIFEST, TEXT = "calibration.json", "text.safetensors"
+MANIFEST, TEXT, EFFECT = "calibration.json", "text.safetensors", "effect.json"
 VERSION = 1
 
 
@@ -96,6 +96,21 @@ class Calibration:
     def sample(self, layer: int) -> Sample:
         """Read the sampled tokens of one layer."""
         return load_sample(layer_file(self.folder, layer))
+
+    def effects(self) -> dict[int, float] | None:
+        """Return what errors of each layer cost: nats a token for each unit of squared error a token of its routed
+        output, [D] summed; None where it was not recorded.
+        """
+        measured = read_json(self.folder / EFFECT)
+        if measured is None:
+            return None
+        return {int(layer): one["kl"] / max(one["squared_error"], 1e-300) for layer, one in measured["layers"].items()}
+
+    def holds(self, statistic: str) -> bool:
+        """Say whether a statistic was recorded, see `statistics.ON_REQUEST`."""
+        if statistic == "effect":
+            return self.effects() is not None
+        return statistic not in ON_REQUEST or bool(self.fingerprint.get(ON_REQUEST[statistic]))
 
     def batches(self) -> list[Batch]:
         """Read the text that was calibrated on.

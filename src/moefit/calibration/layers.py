@@ -7,7 +7,7 @@ in which every decoder layer is a tap, so no family needs code here.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -71,6 +71,14 @@ class _Tap(nn.Module):
         return hidden_states
 
 
+class _Given(_Tap):
+    """Stands in for one decoder layer and passes on what it was given."""
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        assert self.hidden is not None
+        return self.hidden
+
+
 class LayerRunner:
     """Runs batches through the decoder layers one at a time.
 
@@ -88,14 +96,14 @@ class LayerRunner:
             base = base.model
         self._base = base
         self._path = next(name for name, module in source.model.named_modules() if module is base)
+        self._others = [f"{self._path}.{name}" for name, _ in base.named_children() if name != "layers"]
         self.count = len(base.layers)
         self._arguments: dict[Any, list[dict[str, Any]]] = {}
 
     def embed(self) -> Iterator[torch.Tensor]:
         """Yield each batch's input of the first decoder layer [B, L, D], and record the arguments of all layers."""
-        others = [f"{self._path}.{name}" for name, _ in self._base.named_children() if name != "layers"]
         layers = self._base.layers
-        with self.source.loaded(*others), torch.no_grad():
+        with self.source.loaded(*self._others), torch.no_grad():
             for number, batch in enumerate(self.batches):
                 taps = [_Tap(layer, layer is layers[-1]) for layer in layers]
                 self._base.layers = nn.ModuleList(taps)
@@ -130,6 +138,30 @@ class LayerRunner:
         if any(part is not None for part in out[1:]):
             raise CheckpointError("decoder layers of this family pass on more than hidden states; not supported")
         return out[0]
+
+    @contextmanager
+    def head(self) -> Iterator[Callable[[int, torch.Tensor], torch.Tensor]]:
+        """Give a function from batch `number` and its output of the last decoder layer to logits [B, L, V]."""
+        model, layers = self.source.model, self._base.layers
+        head, embeddings = model.get_output_embeddings(), self._base.get_input_embeddings()
+        tied = model.config.get_text_config().tie_word_embeddings
+        outside = [] if tied else [name for name, module in model.named_modules() if module is head]
+
+        def logits(number: int, hidden: torch.Tensor) -> torch.Tensor:
+            for tap in taps:
+                tap.hidden = hidden
+            batch, device = self.batches[number], embeddings.weight.device
+            mask = None if batch.attention_mask is None else batch.attention_mask.to(device)
+            return model(input_ids=batch.input_ids.to(device), attention_mask=mask, use_cache=False).logits
+
+        with self.source.loaded(*self._others, *outside), torch.no_grad():
+            own, taps = head.weight, [_Given(layer, False) for layer in layers]
+            self._base.layers = nn.ModuleList(taps)
+            try:
+                head.weight = embeddings.weight if tied else own
+                yield logits
+            finally:
+                head.weight, self._base.layers = own, layers
 
     def _signature(self, number: int) -> Any:
         batch = self.batches[number]

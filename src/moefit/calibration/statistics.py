@@ -81,9 +81,9 @@ class Sums:
         return {name: total for name, total in found.items() if total is not None}
 
 
-# The sums that cost more than one run, and the option of `calibrate` that records them.
-ON_REQUEST = {"gated_norm_shift": "residual"}
-STATISTICS = frozenset(field.name for field in fields(Sums))
+# What costs more than one run, and the option of `calibrate` that records it. The effect is no sum, see `effect.py`.
+ON_REQUEST = {"gated_norm_shift": "residual", "effect": "effect"}
+STATISTICS = frozenset({"effect", *(field.name for field in fields(Sums))})
 
 
 @dataclass(kw_only=True)

@@ -1,17 +1,20 @@
-"""Auto: for every slot of every layer the answer that loses least, within one budget of bytes for the whole model.
+"""Auto: for every slot of every layer the answer that costs least, within one budget of bytes for the whole model.
 
-Not from a paper. The menu of a slot: its own expert, a constant, a linear map of some rank (`linear`), or the layer's
-base, alone or with an own part of some rank (`lightmoe`). Each answer is priced in bytes, and in what it adds to the
-squared error of its layer's output on tokens that it was not fitted on. Which answers to take is then one knapsack
-over all slots of all layers, so layers and experts get as much as they are worth. ``--remove`` stands for the bytes
-that MoNE writes at that ratio.
+Not from a paper. The menu of a slot: its own expert, nothing where no token reached it, another expert with a scale, a
+constant, a linear map of some rank (`linear`), or the layer's base, alone or with an own part of some rank
+(`lightmoe`). Each answer is priced in bytes, and in what it adds to the squared error of its layer's output on tokens
+that it was not fitted on, times what such an error costs the predictions, as calibration measured it (`--effect`).
+Which answers to take is then one knapsack over all slots of all layers, so layers and experts get as much as they are
+worth, and its sum is the KL that the plan expects. ``--remove`` stands for the bytes that MoNE writes at that ratio.
+
+Left out: experts made of several, which lose to a base with own parts at all bytes that were measured, and take as long
+to price as to build.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from typing import Literal
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn import functional as F
@@ -20,6 +23,7 @@ from moefit.fitting.held_out import choosing
 from moefit.fitting.menu import Menu, cheapest
 from moefit.fitting.whitened import approximate
 from moefit.methods import lightmoe, linear
+from moefit.methods.conmoe import functional_distances
 from moefit.methods.merge import Matrices
 from moefit.methods.registry import method
 from moefit.planning.plan import stand_in_nbytes
@@ -29,6 +33,35 @@ from moefit.planning.view import LayerView
 LINEAR = (0, 2, 4, 8, 16, 32, 64, 128)
 LOW = (0, 2, 4, 8, 12, 16, 20, 24, 32, 40, 48, 64, 96, 128, 192, 256)
 RIDGE = 0.01
+# Other experts that may answer a slot, and the sampled tokens of each expert that they are compared on.
+NEAR, COMPARED = 2, 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What the slots of a layer may become: entry `at` of an expert's answers has entry `at` of its errors in the menu;
+    its last answer is itself.
+    """
+
+    answers: list[list[Slot]]
+    menu: Menu
+
+    def plan(self, taken: Sequence[int]) -> LayerPlan:
+        """Return the plan in which each expert takes the answer of a number."""
+        chosen = [answers[at] for answers, at in zip(self.answers, taken, strict=True)]
+        base = next((expert for expert, slot in enumerate(chosen) if slot.kind == "lowrank"), None)
+        slots = [replace(slot, expert=base) if slot.kind == "lowrank" else slot for slot in chosen]
+        return LayerPlan(slots=tuple(slots), scores=tuple(self.menu.errors[:, 0].tolist()), expected=self.cost(taken))
+
+    def cost(self, taken: Sequence[int]) -> float:
+        """Return what such a plan is expected to cost."""
+        errors = self.menu.errors
+        return sum(float(errors[expert, at]) for expert, at in enumerate(taken) if at < errors.shape[1])
+
+    def without_base(self) -> Choice:
+        """Return the same without low-rank answers."""
+        low = torch.tensor([slot.kind == "lowrank" for slot in self.answers[0][:-1]])
+        return replace(self, menu=replace(self.menu, errors=self.menu.errors.masked_fill(low, torch.inf)))
 
 
 def build(layer: LayerView, plan: LayerPlan, **_: object) -> dict[str, torch.Tensor]:
@@ -40,39 +73,57 @@ def build(layer: LayerView, plan: LayerPlan, **_: object) -> dict[str, torch.Ten
 @method(
     "auto",
     removed="constant",
-    needs={"tokens", "count", "gate", "gate_sq", "gate_sq_output", "gate_sq_norm_sq"},
+    needs={"tokens", "count", "gate", "gate_sq", "gate_sq_output", "gate_sq_norm_sq", "effect"},
     weights=True,
     scoped=True,
     builds={"constant", "linear", "lowrank"},
     build=build,
 )
-def auto(
-    layers: Sequence[LayerView], keeps: Sequence[int], *, weights: Literal["flat", "relative"] = "relative"
-) -> Iterator[LayerPlan]:
-    """Choose for every slot what loses least for its bytes: its expert, a constant, a linear map, or a base and a part.
+def auto(layers: Sequence[LayerView], keeps: Sequence[int]) -> Iterator[LayerPlan]:
+    """Choose for every slot what costs the predictions least for its bytes, over all layers together.
 
     Args:
         layers: the layers.
         keeps: experts that MoNE would keep in each; what they and its novices take is the budget.
-        weights: an error counts the same in every layer (``flat``) or as a share of what constants would lose there
-            (``relative``).
     """
-    answers, menus = [], []
+    choices = []
     for layer in layers:
-        slots, base = _menu(layer), _base(layer)
-        errors = torch.stack([_errors(layer, expert, base, slots) for expert in range(layer.num_experts)])
-        scale = float(errors[:, 0].sum()) if weights == "relative" else 1.0
-        price = [_nbytes(layer, slot) for slot in slots]
-        menus.append(
-            Menu(errors=errors / max(scale, 1e-300), price=price, whole=layer.expert_bytes, kept=layer.protected)
-        )
-        answers.append([*slots, Slot("expert")])
+        choices.append(_choice(layer))
         layer.close()
     nbytes = sum(layer.nbytes or _novices(layer, keep) for layer, keep in zip(layers, keeps, strict=True))
-    for slots, menu, taken in zip(answers, menus, _taken(nbytes, menus, answers), strict=True):
-        named = next((expert for expert, at in enumerate(taken) if slots[at].kind == "lowrank"), None)
-        chosen = [_answer(slots[at], expert, named) for expert, at in enumerate(taken)]
-        yield LayerPlan(slots=tuple(chosen), scores=tuple(menu.errors[:, 0].tolist()))
+    for choice, taken in zip(choices, _taken(nbytes, choices), strict=True):
+        yield choice.plan(taken)
+
+
+def _choice(layer: LayerView) -> Choice:
+    """Return what the slots of a layer may become, errors in nats."""
+    slots, base, experts = _menu(layer), _base(layer), range(layer.num_experts)
+    errors = torch.stack([_errors(layer, expert, base, slots) for expert in experts])
+    others, scales, shares = _nearest(layer)
+    sums, dead = layer.sums, layer.sums.count == 0
+    lost = (sums.gate_sq_norm_sq / sums.tokens)[:, None] * shares
+    # A slot that no token reached is dropped: what another expert would do there is not known.
+    lost[dead] = torch.inf
+    drop = torch.where(dead & (layer.groups == 1), 0.0, torch.inf)[:, None].double()
+    assert layer.effect is not None
+    answers = [
+        [
+            *slots,
+            *map(_answered, others[expert].tolist(), scales[expert].tolist()),
+            Slot("drop"),
+            Slot("expert", expert),
+        ]
+        for expert in experts
+    ]
+    behind = F.pad(others, (len(slots), 1), value=-1)
+    menu = Menu(
+        errors=layer.effect * torch.cat([errors, lost, drop], 1),
+        price=[*(_nbytes(layer, slot) for slot in slots), *[0] * (others.shape[1] + 1)],
+        whole=layer.expert_bytes,
+        kept=layer.protected,
+        behind=behind,
+    )
+    return Choice(answers=answers, menu=menu)
 
 
 def _menu(layer: LayerView) -> list[Slot]:
@@ -89,8 +140,19 @@ def _nbytes(layer: LayerView, slot: Slot) -> int:
     return stand_in_nbytes([slot.rank], False, layer.sample.hidden.shape[1], layer.itemsize)
 
 
-def _answer(slot: Slot, expert: int, base: int | None) -> Slot:
-    return Slot(slot.kind, {"expert": expert, "lowrank": base}.get(slot.kind), rank=slot.rank)
+def _answered(expert: int, scale: float) -> Slot:
+    return Slot("expert", expert, float(f"{scale:.6g}"))
+
+
+def _nearest(layer: LayerView) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return for each expert the others that answer its tokens best, their scales, and the share of the gated output
+    energy that is lost, [E, NEAR] each.
+    """
+    distances, scales = functional_distances([layer], COMPARED, scaled=True)
+    lost, others = distances.fill_diagonal_(torch.inf).sort(dim=1, stable=True)
+    near = min(NEAR, layer.num_experts - 1)  # the last one is itself
+    others, lost = others[:, :near], lost[:, :near]
+    return others, scales.gather(1, others), lost
 
 
 def _novices(layer: LayerView, keep: int) -> int:
@@ -98,31 +160,21 @@ def _novices(layer: LayerView, keep: int) -> int:
     return keep * layer.expert_bytes + (layer.num_experts - keep) * _nbytes(layer, Slot("constant"))
 
 
-def _taken(nbytes: int, menus: Sequence[Menu], answers: Sequence[Sequence[Slot]]) -> list[list[int]]:
-    """Return the best choice with a base in every layer, or without any where that loses less."""
-    if not menus:
+def _taken(nbytes: int, choices: Sequence[Choice]) -> list[list[int]]:
+    """Return the best answers with a base in every layer, or without any where that costs less."""
+    if not choices:
         return []
+    menus = [choice.menu for choice in choices]
     bases = sum(menu.whole for menu in menus)
-    choices = [cheapest([_without_low(menu, slots) for menu, slots in zip(menus, answers, strict=True)], nbytes)]
+    found = [cheapest([choice.without_base().menu for choice in choices], nbytes)]
     whole = [max(1, len(menu.kept)) for menu in menus]
     least = sum(
         min(menu.price) * (len(menu.errors) - count) + menu.whole * count
         for menu, count in zip(menus, whole, strict=True)
     )
     if least + bases <= nbytes:
-        choices.append(cheapest(menus, nbytes - bases))
-    return min(choices, key=lambda choice: sum(map(_lost, menus, choice)))
-
-
-def _without_low(menu: Menu, slots: Sequence[Slot]) -> Menu:
-    """Return the same menu with low-rank entries that nobody can pay."""
-    beyond = (len(menu.errors) + 1) * menu.whole
-    price = [beyond if slot.kind == "lowrank" else price for slot, price in zip(slots, menu.price, strict=False)]
-    return replace(menu, price=price)
-
-
-def _lost(menu: Menu, taken: Sequence[int]) -> float:
-    return sum(float(menu.errors[expert, at]) for expert, at in enumerate(taken) if at < menu.errors.shape[1])
+        found.append(cheapest(menus, nbytes - bases))
+    return min(found, key=lambda taken: sum(choice.cost(at) for choice, at in zip(choices, taken, strict=True)))
 
 
 def _base(layer: LayerView) -> Matrices:

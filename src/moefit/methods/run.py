@@ -177,6 +177,7 @@ def view_of(
         itemsize=DTYPES[stack.dtype].itemsize,
         inner=stack.inner,
         matrices=stack.matrices,
+        effect=(calibration.effects() or {}).get(layer),
         read_sums=lambda: calibration.sums(layer),
         read_sample=lambda: calibration.sample(layer),
         open_experts=lambda: weights.open(layer),
@@ -203,11 +204,13 @@ def _limit(budget: Budget, method: Method, facts: ModelFacts) -> Budget:
 
 def _check_recorded(calibration: Calibration, method: Method) -> None:
     """Refuse a method that reads what was not recorded."""
-    for name, option in ON_REQUEST.items():
-        if name in method.needs and not calibration.fingerprint.get(option):
+    for name in sorted(method.needs):
+        if not calibration.holds(name):
+            # The effect is measured after all else, so a finished folder takes it.
+            where = "again" if name == "effect" else "into another folder"
             raise PlanError(
-                f"{method.name} reads {name}, which {calibration.folder} does not hold; calibrate into another folder "
-                f"with --{option}"
+                f"{method.name} reads {name}, which {calibration.folder} does not hold; calibrate {where} with "
+                f"--{ON_REQUEST[name]}"
             )
 
 

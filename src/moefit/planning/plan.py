@@ -69,6 +69,12 @@ class Plan:
         return planned_nbytes(self.model, self.layers)
 
     @property
+    def expected(self) -> float | None:
+        """KL that the method expects the model to have, nats a token; None when it does not say."""
+        found = [plan.expected for plan in self.layers.values()]
+        return None if None in found else sum(cost for cost in found if cost is not None)
+
+    @property
     def native(self) -> bool:
         """Whether an ordinary checkpoint with a smaller expert count says it all."""
         counts = {len(self._plan_of(stack.prefix, stack.num_experts)) for stack in self.model.stacks}

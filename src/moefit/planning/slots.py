@@ -48,16 +48,20 @@ class LayerPlan:
         scores: what the method ranked by, one number a slot; empty when it had none.
         shared_input: whether the linear maps of the layer share their input factor.
         auxiliary: how the slots of a token split into main and auxiliary ones; None when all run.
+        expected: KL that the method expects the layer to cost, nats a token; None when it does not say.
     """
 
     slots: tuple[Slot, ...]
     scores: tuple[float, ...] = ()
     shared_input: bool = False
     auxiliary: Auxiliary | None = None
+    expected: float | None = None
 
     def __post_init__(self) -> None:
         # Six digits, as in the file, so that a plan that was saved and loaded is the same plan.
         object.__setattr__(self, "scores", tuple(float(f"{float(score):.6g}") for score in self.scores))
+        if self.expected is not None:
+            object.__setattr__(self, "expected", float(f"{self.expected:.6g}"))
 
     @property
     def pool(self) -> list[int]:
@@ -185,6 +189,7 @@ class LayerPlan:
         entry: dict = {"experts": len(self.slots)} | {name: group for name, group in groups.items() if group}
         entry |= {"shared_input": True} if self.shared_input else {}
         entry |= {"auxiliary": asdict(self.auxiliary)} if self.auxiliary else {}
+        entry |= {} if self.expected is None else {"expected": self.expected}
         return entry | ({"scores": list(self.scores)} if self.scores else {})
 
     @classmethod
@@ -195,7 +200,7 @@ class LayerPlan:
             PlanError: a slot is named twice or not at all, or a number is out of range.
         """
         groups = ("keep", "drop", "constant", "linear", "lowrank", "merged", "remap")
-        if unknown := set(entry) - {"experts", "scores", "shared_input", "auxiliary", *groups}:
+        if unknown := set(entry) - {"experts", "scores", "shared_input", "auxiliary", "expected", *groups}:
             raise PlanError(f"{where}: unknown keys {sorted(unknown)}")
         size = entry["experts"]
         slots: dict[int, Slot] = {}
@@ -224,6 +229,7 @@ class LayerPlan:
             scores=tuple(entry.get("scores", ())),
             shared_input=bool(entry.get("shared_input", False)),
             auxiliary=Auxiliary(**auxiliary) if auxiliary else None,
+            expected=entry.get("expected"),
         )
 
 

@@ -143,6 +143,7 @@ class LayerView:
         itemsize: bytes of a number.
         inner: neurons of an expert, F.
         matrices: matrices of an expert: 3 with a gate, 2 without.
+        effect: nats a token that a squared error of 1 a token costs in the end; None where it was not recorded.
         original: the sampled tokens as they are in the original model, [N, D], where `sample` has what the already
             compressed layers before this one make of them.
         read_sums: reads what calibration summed.
@@ -161,6 +162,7 @@ class LayerView:
     itemsize: int = 0
     inner: int = 0
     matrices: int = 3
+    effect: float | None = None
     original: torch.Tensor | None = None
     read_sums: Callable[[], Sums]
     read_sample: Callable[[], Sample]

@@ -1,0 +1,133 @@
+"""What an error of a layer's experts does to the predictions: nats of KL for each unit of squared error.
+
+In one layer at a time the routed output is moved a part of the way to what constants would give in its place, a
+typical error of compression, and the hidden states run on to the logits. KL is quadratic in small errors, so one
+number says what the squared errors of a layer cost.
+
+Shapes: B sequences, L tokens, T = B x L, D model width, K experts of a token, E experts, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from moefit.calibration.batch import Batch
+from moefit.calibration.capture import replaced_forward
+from moefit.calibration.folder import EFFECT, Calibration, write_json
+from moefit.calibration.layers import HiddenStates, LayerRunner, PartlyLoaded
+from moefit.checkpoint.anatomy import Anatomy, MoELayer
+
+Progress = Callable[[int, int], None]
+# Tokens that run, and the part of the way to the constants.
+TOKENS, SHARE = 4096, 0.25
+
+
+def measure_effects(
+    calibration: Calibration,
+    source: PartlyLoaded,
+    anatomy: Anatomy,
+    *,
+    states: Path | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Measure the effect of every MoE layer and write it into the calibration folder.
+
+    The moved states of a layer run through all layers after it: with n MoE layers about n / 2 forward passes over a few
+    tokens.
+
+    Args:
+        calibration: a finished calibration.
+        source: the model that was calibrated.
+        anatomy: its MoE layers.
+        states: folder for hidden states between layers; None keeps them in memory.
+        progress: called with (decoder layers done, decoder layers in all).
+    """
+    batches = _few(calibration.batches())
+    runner = LayerRunner(source, batches)
+    original, moved = _stream(states, "original"), {}
+    original.write(0, runner.embed())
+    squared: dict[int, list[torch.Tensor]] = {}
+    for index in range(runner.count):
+        with runner.layer(index) as layer:
+            for stream in moved.values():
+                stream.write(index + 1, _through(runner, layer, index, stream))
+            if index in anatomy.layers:
+                moved[index] = _stream(states, f"moved-{index}")
+                constants = _constants(calibration, index)
+                with _shifted(source.model, anatomy.layers[index], constants) as squared[index]:
+                    moved[index].write(index + 1, _through(runner, layer, index, original))
+            original.write(index + 1, _through(runner, layer, index, original))
+        if progress:
+            progress(index + 1, runner.count)
+    kl = _kl(runner, original, moved)
+    counted = torch.cat([batch.counted.flatten() for batch in batches])
+    layers = {
+        str(index): {"kl": float(kl[index]), "squared_error": float(torch.cat(squared[index])[counted].sum())}
+        for index in moved
+    }
+    about = {"tokens": int(counted.sum()), "share": SHARE, "layers": layers}
+    write_json(calibration.folder / EFFECT, about)
+
+
+def _few(batches: Sequence[Batch]) -> list[Batch]:
+    """Return some sequences from everywhere in the text, each a batch."""
+    rows = [(batch, row) for batch in batches for row in range(len(batch.input_ids))]
+    some = max(1, TOKENS // batches[0].input_ids.shape[1])
+    step = max(1, len(rows) // some)
+    return [batch.sequence(row) for batch, row in rows[::step][:some]]
+
+
+def _stream(folder: Path | None, name: str) -> HiddenStates:
+    return HiddenStates(folder / name if folder else None)
+
+
+def _through(runner: LayerRunner, layer: nn.Module, index: int, stream: HiddenStates) -> Iterator[torch.Tensor]:
+    for number, hidden in enumerate(stream.read(index, len(runner.batches))):
+        yield runner.run(layer, index, number, hidden)
+
+
+def _constants(calibration: Calibration, layer: int) -> torch.Tensor:
+    """Return the constant that is nearest to each expert's gated output, float32 [E, D]."""
+    sums = calibration.sums(layer)
+    # c_e = sum g^2 y / sum g^2
+    return (sums.gate_sq_output / sums.gate_sq[:, None].clamp_min(1e-300)).float()
+
+
+@contextmanager
+def _shifted(model: nn.Module, layer: MoELayer, constants_ED: torch.Tensor) -> Iterator[list[torch.Tensor]]:
+    """Move the routed output of a layer while the context lasts; gives the list of each run's squared moves, [T]."""
+    experts, squared = model.get_submodule(layer.experts), []
+    inner = experts.forward
+
+    def run(hidden_TD: torch.Tensor, index_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
+        y_TD = inner(hidden_TD, index_TK, weight_TK)
+        constants = constants_ED.to(y_TD.device)
+        instead_TD = torch.einsum("tk,tkd->td", weight_TK.float(), constants[index_TK.long()])
+        move_TD = (SHARE * (instead_TD - y_TD.float())).to(y_TD.dtype)
+        squared.append(move_TD.float().square().sum(-1).cpu())
+        return y_TD + move_TD
+
+    with replaced_forward(experts, run):
+        yield squared
+
+
+def _kl(runner: LayerRunner, original: HiddenStates, moved: dict[int, HiddenStates]) -> dict[int, float]:
+    """Return the sum over counted tokens of KL(original || moved) for each moved stream."""
+    found = dict.fromkeys(moved, 0.0)
+    count = len(runner.batches)
+    reading = {index: stream.read(runner.count, count) for index, stream in moved.items()}
+    with runner.head() as logits:
+        for number, hidden in enumerate(original.read(runner.count, count)):
+            counted = runner.batches[number].counted
+            true = torch.log_softmax(logits(number, hidden).float(), -1)
+            for index, states in reading.items():
+                other = torch.log_softmax(logits(number, next(states)).float(), -1)
+                # KL(p || q) = sum_v p (log p - log q)
+                kl_BL = (true.exp() * (true - other)).sum(-1).cpu()
+                found[index] += float(kl_BL[counted].sum(dtype=torch.float64))
+    return found

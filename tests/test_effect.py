@@ -1,0 +1,71 @@
+"""What errors of a layer do to the predictions: against a plain forward of the whole model with one layer moved."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import moefit
+from conftest import token_batches
+from contract.test_families import anatomy_of, load, logits
+from moefit.calibration import effect
+
+Get = Callable[[str], Path]
+GetCalibration = Callable[[str], moefit.Calibration]
+
+
+@pytest.mark.parametrize("name", ["olmoe", "gpt_oss", "granitemoe"])
+def test_the_effect_is_the_kl_of_a_model_with_one_layer_moved(
+    name: str, checkpoint: Get, calibration: GetCalibration
+) -> None:
+    model, measured = load(checkpoint(name)), calibration(name)
+    for index, layer in anatomy_of(model).layers.items():
+        sums, experts = measured.sums(index), model.get_submodule(layer.experts)
+        constants = (sums.gate_sq_output / sums.gate_sq[:, None].clamp_min(1e-300)).float()
+        squared = 0.0
+
+        def move(module: object, args: tuple, y: torch.Tensor, constants: torch.Tensor = constants) -> torch.Tensor:
+            nonlocal squared
+            moved = y.clone()
+            for token, (chosen, gates) in enumerate(zip(args[1].tolist(), args[2].tolist(), strict=True)):
+                instead = sum(gate * constants[expert] for expert, gate in zip(chosen, gates, strict=True))
+                moved[token] += effect.SHARE * (instead - y[token])
+            squared += float((moved - y).square().sum())
+            return moved
+
+        kl = 0.0
+        for batch in token_batches():
+            before = logits(model, batch.input_ids).log_softmax(-1)
+            handle = experts.register_forward_hook(move)
+            after = logits(model, batch.input_ids).log_softmax(-1)
+            handle.remove()
+            kl += float((before.exp() * (before - after)).sum())
+        assert measured.effects()[index] == pytest.approx(kl / squared, rel=0.02)
+
+
+def test_few_sequences_are_taken_from_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(effect, "TOKENS", 24)
+    batches = token_batches(count=5)
+    taken = effect._few(batches)
+    rows = [row.tolist() for batch in batches for row in batch.input_ids]
+    assert [batch.input_ids[0].tolist() for batch in taken] == [rows[0], rows[3]]
+    assert [len(batch.document) for batch in taken] == [1, 1]
+
+
+def test_a_finished_folder_takes_the_effect_later(checkpoint: Get, tmp_path: Path) -> None:
+    plain = moefit.calibrate(checkpoint("olmoe"), tmp_path / "c", text=token_batches())
+    assert plain.effects() is None
+    with pytest.raises(
+        moefit.PlanError, match=r"auto reads effect, which .* does not hold; calibrate again with --effect"
+    ):
+        moefit.make_plan(plain, "auto", moefit.Budget.parse(remove="25%"))
+    before = {file.name: file.stat().st_mtime_ns for file in plain.folder.iterdir()}
+    again = moefit.calibrate(checkpoint("olmoe"), tmp_path / "c", text=token_batches(), effect=True)
+    assert set(again.effects() or {}) == set(again.layers)
+    after = {file.name: file.stat().st_mtime_ns for file in plain.folder.iterdir()}
+    assert set(after) - set(before) == {"effect.json"}
+    assert before.items() <= after.items()
+    about = json.loads((plain.folder / "effect.json").read_text())
+    assert about["tokens"] == sum(int(batch.counted.sum()) for batch in token_batches())
