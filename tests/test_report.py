@@ -3,6 +3,8 @@
 import copy
 import json
 import re
+import shutil
+import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -164,6 +166,12 @@ def test_what_is_not_ours_is_escaped(tmp_path: Path) -> None:
     assert "needs <script>alert(1)</script> & more" in found.text
     assert "a/<b>model" in found.text
     assert "script" not in found.tags
+    name = "<i>$x_1$"
+    fidelity = RESULTS["cells"][0]["fidelity"] | {name: RESULTS["cells"][0]["fidelity"][""]}
+    cells = [RESULTS["cells"][0] | {"fidelity": fidelity}]
+    found = page(tmp_path, cells=cells, heldout=RESULTS["heldout"] | {"domains": {name: 10}})
+    assert name in found.drawn
+    assert found.tags.count("i") == 4  # the keys of four kinds of slots, and no more
 
 
 def test_the_same_results_give_the_same_bytes(tmp_path: Path) -> None:
@@ -240,6 +248,21 @@ def test_labels_cover_nothing() -> None:
         assert not any(box.contains(*point) for point in points)
         assert axes.get_window_extent().containsx(box.x0)
         assert axes.get_window_extent().containsx(box.x1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+def test_a_browser_shows_it_on_a_phone(tmp_path: Path) -> None:
+    """Nothing but the tables' own boxes scrolls sideways, and the browser has no complaint."""
+    write_report(RESULTS, tmp_path / "report.html")
+    probe = "<style>body { width: 360px }</style><script>document.title = document.body.scrollWidth</script></body>"
+    (tmp_path / "probe.html").write_text((tmp_path / "report.html").read_text().replace("</body>", probe))
+    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0", "--dump-dom"]
+    profile = f"--user-data-dir={tmp_path / 'profile'}"
+    command = ["chromium", *options, profile, (tmp_path / "probe.html").as_uri()]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert "<title>360</title>" in shown.stdout
+    assert "CONSOLE" not in shown.stderr
 
 
 @pytest.mark.parametrize(

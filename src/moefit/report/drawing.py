@@ -29,7 +29,8 @@ PAPER = "#fdfeff"
 # Seen on white and on black.
 MUTED = "#858b93"
 # Okabe and Ito's palette: told apart with any colour vision. The page lightens its blue where it is dark.
-BLUE, ORANGE, GREEN, PINK, SKY, YELLOW = "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#f0e442"
+BLUE, ORANGE, GREEN, PINK, SKY = "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9"
+YELLOW, RED = "#f0e442", "#d55e00"
 STYLE: dict[Any, Any] = {
     "font.size": 10,
     "xtick.labelsize": 9,
@@ -48,9 +49,10 @@ STYLE: dict[Any, Any] = {
     "axes.facecolor": "none",
     "figure.facecolor": "none",
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a dollar in a name is a dollar
 }
 # Pixels from a point to a label beside it, and to one that is some lines higher or lower, with a stroke to it.
-NEAR, FAR, LINE, STEPS = 6, 14, 11, 9
+NEAR, FAR, LINE, STEPS = 6, 14, 11, 4
 # Half of what a point takes.
 POINT = 4
 
@@ -120,7 +122,7 @@ def log_axis(axes: Axes, name: Literal["x", "y"], values: Iterable[float]) -> No
     axis = {"x": axes.xaxis, "y": axes.yaxis}[name]
     axes.set(**{f"{name}scale": "log", f"{name}lim": (low / margin, high * margin)})
     axis.set_major_locator(LogLocator(subs=(1.0,) if high / low > 100 else (1.0, 2.0, 5.0)))
-    axis.set_major_formatter(lambda value, _: f"{value:g}".replace("e-0", "e-"))
+    axis.set_major_formatter(lambda value, _: f"{value:g}" if value > 9e-4 else f"{value:.0e}".replace("e-0", "e-"))
     axis.set_minor_formatter(NullFormatter())
 
 
@@ -161,7 +163,8 @@ def place(axes: Axes, labels: Sequence[Label], lines: Iterable[Sequence[tuple[fl
             )
             note.set_in_layout(False)
             box = note.get_window_extent()
-            stroke = Path([point + 0.4 * shift, point + 0.9 * shift]) if row else None
+            way = shift / np.hypot(*shift)
+            stroke = Path([point + 1.4 * POINT * way, point + shift - POINT / 2 * way]) if row else None
             if (
                 frame.x0 <= box.x0
                 and box.x1 <= frame.x1

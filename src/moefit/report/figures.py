@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from markupsafe import Markup
 from matplotlib.axes import Axes
@@ -16,6 +15,7 @@ from moefit.report.drawing import (
     ORANGE,
     PAPER,
     PINK,
+    RED,
     SKY,
     Label,
     bottom,
@@ -24,13 +24,12 @@ from moefit.report.drawing import (
     place,
     svg,
 )
-from moefit.report.words import nbytes, unit
+from moefit.report.words import Cell, nbytes, unit
 
-Cell = Mapping[str, Any]
 MARKS = ((BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), (PINK, "D"), (SKY, "v"))
 # Below this an expected error says no more than that it is nothing.
 NOTHING = 1e-6
-DEPTH = LinearSegmentedColormap.from_list("depth", [BLUE, ORANGE])
+DEPTH = LinearSegmentedColormap.from_list("depth", [SKY, RED])
 
 
 def quality(cells: Sequence[Cell], original: int) -> Markup:
@@ -94,14 +93,14 @@ def layer_errors(cells: Sequence[Cell]) -> Markup | None:
     expected, measured, depth = zip(*points, strict=True)
     figure, axes = canvas(4.2)
     _square(axes, expected, measured)
-    drawn = axes.scatter(expected, measured, c=depth, cmap=DEPTH, s=20, alpha=0.8, linewidths=0)
+    drawn = axes.scatter(expected, measured, c=depth, cmap=DEPTH, s=20, alpha=0.9, linewidths=0)
     if len(layers) > 1:
-        inset = axes.inset_axes((0.1, 0.92, 0.3, 0.04))
-        bar = figure.colorbar(drawn, cax=inset, orientation="horizontal", ticks=[0, len(layers) - 1])
-        bar.ax.set_xticklabels([f"layer {layers[0]}", str(layers[-1])])
-        bar.outline.set_visible(False)  # type: ignore[operator]
-        bar.ax.tick_params(length=0)
-    axes.set_title("Squared error of a layer's output, measured")
+        # The key stands in the line of the title, on the right.
+        bar = axes.inset_axes((0.76, 1.025, 0.18, 0.03))
+        figure.colorbar(drawn, cax=bar, orientation="horizontal", ticks=[]).outline.set_visible(False)  # type: ignore[operator]
+        for x, side, text in ((0.74, "right", f"layer {layers[0]}"), (0.96, "left", f"{layers[-1]}")):
+            axes.text(x, 1.04, text, ha=side, va="center", size=9, transform=axes.transAxes)
+    axes.set_title("Layer's error, measured")
     axes.set_xlabel("expected, as a share of the output's square")
     return svg(figure, "Measured against expected error of each layer")
 
@@ -126,7 +125,7 @@ def expected_kl(cells: Sequence[Cell]) -> Markup | None:
         at = [n for n, cell in enumerate(known) if cell["ratio"] == ratio]
         drawn = [[values[n] for n in at] for values in (expected, measured)]
         axes.plot(*drawn, mark, color=color, ms=6, label=f"{ratio} removed")
-    axes.legend(loc="upper left", frameon=False, handletextpad=0.2)
+    axes.legend(loc="best", frameon=False, handletextpad=0.2)
     axes.set_title("KL, nats a token, measured")
     axes.set_xlabel("expected")
     return svg(figure, "Measured against expected KL of each method and ratio")

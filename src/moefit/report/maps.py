@@ -17,6 +17,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.image import AxesImage
 
 from moefit.report.drawing import BLUE, GREEN, ORANGE, PINK, SKY, YELLOW, canvas, svg
+from moefit.report.words import Cell
 
 Usage = Mapping[str, Mapping[str, Sequence[float]]]
 # What stands behind a slot: its letter in a comparison, in words, and its colour.
@@ -65,7 +66,7 @@ def usage(shares: Usage) -> Markup:
     return svg(figure, "How much each expert is used, by layer and domain")
 
 
-def slots(cells: Sequence[Mapping[str, Any]], shares: Usage, title: str) -> Markup:
+def slots(cells: Sequence[Cell], shares: Usage, title: str) -> Markup:
     """Draw what became of every slot, a map for each cell.
 
     Args:

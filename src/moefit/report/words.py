@@ -23,10 +23,14 @@ def nbytes(number: int) -> str:
 
 
 def digits(number: float | None) -> str:
-    """Return a number with three digits; from a thousand on whole."""
+    """Return a number with three digits; from a thousand on whole, under a thousandth with a power of ten."""
     if number is None:
         return "–"
-    return f"{number:,.0f}" if abs(number) >= 1000 else f"{number:#.3g}".rstrip(".").replace("e-0", "e-")
+    if abs(number) >= 1000:
+        return f"{number:,.0f}"
+    if 0 < abs(number) < 0.001:
+        return f"{number:.2e}".replace("e-0", "e-")
+    return f"{number:#.3g}".rstrip(".")
 
 
 def named(cells: Sequence[Cell]) -> list[dict[str, Any]]:
