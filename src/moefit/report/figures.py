@@ -96,11 +96,11 @@ def layer_errors(cells: Sequence[Cell]) -> Markup | None:
     drawn = axes.scatter(expected, measured, c=depth, cmap=DEPTH, s=20, alpha=0.9, linewidths=0)
     if len(layers) > 1:
         # The key stands in the line of the title, on the right.
-        bar = axes.inset_axes((0.76, 1.04, 0.18, 0.03))
+        bar = axes.inset_axes((0.76, 1.025, 0.18, 0.03))
         figure.colorbar(drawn, cax=bar, orientation="horizontal", ticks=[]).outline.set_visible(False)  # type: ignore[operator]
         for x, side, text in ((0.74, "right", f"layer {layers[0]}"), (0.96, "left", f"{layers[-1]}")):
-            axes.text(x, 1.055, text, ha=side, va="center", size=9, transform=axes.transAxes)
-    axes.set_title("Layer's error, measured")
+            axes.text(x, 1.04, text, ha=side, va="center", size=9, transform=axes.transAxes)
+    axes.set_title("Layer's error, measured", y=1)
     axes.set_xlabel("expected, as a share of the output's square")
     return svg(figure, "Measured against expected error of each layer")
 
