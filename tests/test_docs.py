@@ -68,7 +68,7 @@ def test_help_is_quick_and_loads_nothing_heavy() -> None:
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert shown.strip().endswith("[]")
-    for verb in ("inspect", "calibrate", "plan", "show", "diff", "apply", "compress", "evaluate", "recover"):
+    for verb in ("inspect", "calibrate", "plan", "show", "diff", "apply", "compress", "evaluate", "recover", "report"):
         assert verb in shown
 
 
@@ -98,6 +98,7 @@ FLAGS = {
     "--gradient-checkpointing --held-out --json "
     "--layer-weight --length --lora-alpha --lora-rank --loss --loss-on --lr --out --overwrite --save-every --seed "
     "--steps --teacher --temperature --train --trust-remote-code --warmup --weight-decay",
+    "report": "",
 }
 
 

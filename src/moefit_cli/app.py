@@ -42,6 +42,7 @@ from moefit_cli.options import (
     check_file,
 )
 from moefit_cli.recover import recover
+from moefit_cli.report import report
 
 app = typer.Typer(
     name="moefit",
@@ -375,6 +376,7 @@ def evaluate(
 
 
 app.command()(recover)
+app.command()(report)
 
 
 @app.callback(invoke_without_command=True)

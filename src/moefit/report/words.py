@@ -1,0 +1,79 @@
+"""Numbers as the page writes them, and the verdict in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Cell = Mapping[str, Any]
+
+
+def unit(number: int) -> tuple[float, str]:
+    """Return the size and the name of the unit that suits a number of bytes (10^3 steps)."""
+    for size, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if number >= size:
+            return size, name
+    return 1.0, "bytes"
+
+
+def nbytes(number: int) -> str:
+    """Return a number of bytes in the unit that suits it, three digits."""
+    size, name = unit(number)
+    return f"{digits(number / size)} {name}"
+
+
+def digits(number: float | None) -> str:
+    """Return a number with three digits; from a thousand on whole, under a thousandth with a power of ten."""
+    if number is None:
+        return "–"
+    if abs(number) >= 1000:
+        return f"{number:,.0f}"
+    if 0 < abs(number) < 0.001:
+        return f"{number:.2e}".replace("e-0", "e-")
+    return f"{number:#.3g}".rstrip(".")
+
+
+def named(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """Give each cell a name: its method, and those parameters that set it apart from others of its ratio."""
+    return [dict(cell) | {"name": _name(cell, cells)} for cell in cells]
+
+
+def _name(cell: Cell, cells: Sequence[Cell]) -> str:
+    twins = [
+        other["parameters"] for other in cells if (other["method"], other["ratio"]) == (cell["method"], cell["ratio"])
+    ]
+    own = [f"{key}={value}" for key, value in cell["parameters"].items() if any(t.get(key) != value for t in twins)]
+    return f"{cell['method']} {', '.join(own)}".strip()
+
+
+def verdict(cells: Sequence[Cell], original: int) -> str:
+    """Say what the best of a ratio's cells costs, and by how much the next one is worse; its name goes before.
+
+    Args:
+        cells: those that were measured, the best first; at least one.
+        original: bytes of the original.
+    """
+    best, rest = cells[0], cells[1:]
+    found = best["fidelity"][""]
+    kl, before, after = found["kl"], found["original"]["perplexity"], found["compressed"]["perplexity"]
+    said = (
+        f"stays closest to the original: KL {digits(kl['mean'])} nats a token (95% interval {digits(kl['low'])} to "
+        f"{digits(kl['high'])}), perplexity {after:.2f} against {before:.2f} ({after / before - 1:+.1%}), in "
+        f"{nbytes(best['nbytes'])}, {best['nbytes'] / original:.0%} of the original."
+    )
+    if rest:
+        other = rest[0]["fidelity"][""]["kl"]
+        said += f" Next is {rest[0]['name']} with KL {digits(other['mean'])}"
+        if kl["mean"] > 0:
+            said += f", {other['mean'] / kl['mean']:,.1f} times as much"
+        said += "; their intervals overlap." if other["low"] <= kl["high"] else "."
+    native = next((cell for cell in cells if cell["native"]), None)
+    if native is best:
+        said += " It loads in stock engines."
+    elif native is not None:
+        said += f" Best of those that load in stock engines is {native['name']}, KL {digits(_kl(native))}."
+    return said
+
+
+def _kl(cell: Cell) -> float:
+    return cell["fidelity"][""]["kl"]["mean"]

@@ -1,0 +1,292 @@
+"""The page of a comparison, from results made by hand: what it says, that it stands alone, and what is missing."""
+
+import copy
+import json
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from moefit.errors import MoefitError
+from moefit.report import read_results, write_report
+from moefit.report.drawing import Label, canvas, place
+from moefit.report.figures import front
+from moefit.report.maps import by_use
+from moefit.report.words import digits, named, nbytes, verdict
+from moefit_cli.app import main
+
+VOID = {"meta", "link", "br", "img"}
+
+
+def cell(method: str, ratio: str, kl: float, size: int, **fields: object) -> dict:
+    """A cell whose every number follows from its KL."""
+    fidelity = {
+        "tokens": 1000,
+        "original": {"perplexity": 20.0, "perplexity_interval": [19.0, 21.0]},
+        "compressed": {"perplexity": 20.0 * (1 + kl), "perplexity_interval": [19.0, 23.0]},
+        "kl": {"mean": kl, "low": kl * 0.9, "high": kl * 1.1},
+        "top1_agreement": {"mean": 1 - kl, "low": 0.5, "high": 1.0},
+    }
+    return {
+        "method": method,
+        "ratio": ratio,
+        "parameters": {},
+        "budget": f"remove {ratio}",
+        "error": None,
+        "nbytes": size,
+        "seconds": {"plan": 1.0, "apply": 2.0, "evaluate": 3.0},
+        "native": method == "reap",
+        "fidelity": {"": fidelity, "wiki": fidelity, "code": fidelity},
+        "speed": {"prefill": 5000.0 + size / 1e5, "decode": 200.0},
+        "resident": 2 * size,
+        "expected_kl": kl * 1.5,
+        "layers": {
+            "1": {"expected": kl, "measured": kl * 2, "slots": "Kcd>"},
+            "2": {"expected": 0.0, "measured": kl, "slots": "KKKK"},
+        },
+    } | fields
+
+
+FAILED = cell("naee", "25%", 1, 1, error="needs <script>alert(1)</script> & more") | dict.fromkeys(
+    ("nbytes", "seconds", "native", "fidelity", "speed", "resident", "expected_kl", "layers")
+)
+SHARES = {"": [0.1, 0.4, 0.3, 0.2], "wiki": [0.0, 0.5, 0.3, 0.2], "code": [0.2, 0.3, 0.3, 0.2]}
+RESULTS = {
+    "format": "moefit-comparison",
+    "version": 1,
+    "model": {
+        "source": "a/<b>model",
+        "model_type": "olmoe",
+        "nbytes": 100_000_000,
+        "top_k": 2,
+        "layers": {"1": 4, "2": 4},
+    },
+    "about": {
+        "moefit": "1.2.3",
+        "torch": "2.0",
+        "transformers": "5.0",
+        "threads": 1,
+        "device": "cpu",
+        "seconds": {"calibrate": 10.0, "reference": 5.0},
+    },
+    "calibration": {"data": ["a.jsonl"], "tokens": 4096, "folder": "calib"},
+    "heldout": {"data": ["b.jsonl"], "tokens": 1000, "domains": {"wiki": 600, "code": 400}},
+    "original": {"perplexity": {"": 20.0, "wiki": 20.0}, "prefill": 4321.0, "decode": 180.0, "resident": 200_000_000},
+    "usage": {"1": SHARES, "2": SHARES},
+    "effects": {"1": 0.5, "2": 0.25},
+    "cells": [
+        cell("auto", "25%", 0.0125, 80_000_000),
+        cell("mone", "25%", 0.031, 79_000_000),
+        cell("reap", "25%", 0.062, 78_000_000),
+        cell("random", "25%", 0.25, 77_000_000),
+        FAILED,
+        cell("mone", "50%", 0.13, 60_000_000),
+        cell("auto", "50%", 0.14, 61_000_000),
+    ],
+    "spearman": {"": 0.97, "25%": 1.0, "50%": 0.5},
+}
+
+
+class Page(HTMLParser):
+    """Reads a page: its words outside pictures, the words in pictures, its elements; refuses what does not nest."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.words: list[str] = []
+        self.drawn: list[str] = []
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            (self.drawn if "svg" in self.open else self.words).append(data.strip())
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+def page(tmp_path: Path, **changes: object) -> Page:
+    write_report(copy.deepcopy(RESULTS) | changes, tmp_path / "report.html")
+    return Page((tmp_path / "report.html").read_text())
+
+
+def test_the_page_holds_every_number(tmp_path: Path) -> None:
+    found = page(tmp_path)
+    for row in RESULTS["cells"]:
+        if row["error"] is None:
+            kl = row["fidelity"][""]["kl"]
+            said = [digits(kl["mean"]), f"{digits(kl['low'])} to {digits(kl['high'])}", nbytes(row["nbytes"])]
+            said += [f"{20 * (1 + kl['mean']):.2f}", f"{100 * (1 - kl['mean']):.1f}%", digits(row["expected_kl"])]
+            said += [nbytes(row["resident"]), digits(row["speed"]["prefill"]), "6.00"]
+            for number in said:
+                assert number in found.text, (row["method"], number)
+    for fact in ("100 MB", "4,096 tokens of a.jsonl", "wiki 600, code 400", "moefit 1.2.3", "0.97 over all", "4,321"):
+        assert fact in found.text
+    assert (
+        found.tags.count("svg") == 1 + 1 + 3 + 2 + 2
+    )  # quality, usage, slots and those of the fourth, errors, domains
+    assert {"auto", "mone", "reap", "random", "all text", "wiki"} <= set(found.drawn)
+
+
+def test_the_page_stands_alone(tmp_path: Path) -> None:
+    found = page(tmp_path)
+    text = re.sub(r"base64,[^\"]*", "", (tmp_path / "report.html").read_text())
+    assert "http" not in re.sub(r' xmlns(:xlink)?="[^"]*"', "", text)
+    assert "script" not in found.tags
+    for name, value in found.attributes:
+        if name in ("href", "src", "xlink:href"):
+            assert value is not None
+            assert value.startswith(("#", "data:"))
+
+
+def test_what_is_not_ours_is_escaped(tmp_path: Path) -> None:
+    found = page(tmp_path)
+    assert "needs <script>alert(1)</script> & more" in found.text
+    assert "a/<b>model" in found.text
+    assert "script" not in found.tags
+    name = "<i>$x_1$"
+    fidelity = RESULTS["cells"][0]["fidelity"] | {name: RESULTS["cells"][0]["fidelity"][""]}
+    cells = [RESULTS["cells"][0] | {"fidelity": fidelity}]
+    found = page(tmp_path, cells=cells, heldout=RESULTS["heldout"] | {"domains": {name: 10}})
+    assert name in found.drawn
+    assert found.tags.count("i") == 4  # the keys of four kinds of slots, and no more
+
+
+def test_the_same_results_give_the_same_bytes(tmp_path: Path) -> None:
+    page(tmp_path)
+    first = (tmp_path / "report.html").read_bytes()
+    page(tmp_path)
+    assert (tmp_path / "report.html").read_bytes() == first
+
+
+def test_missing_parts_are_said(tmp_path: Path) -> None:
+    def without(**fields: object) -> list[dict]:
+        return [row | fields if row["error"] is None else row for row in RESULTS["cells"]]
+
+    found = page(tmp_path, effects=None, spearman=None, cells=without(expected_kl=None))
+    assert "effect of each layer's error on the predictions was not measured" in found.text
+    overall = [row | ({"fidelity": {"": row["fidelity"][""]}} if row["fidelity"] else {}) for row in RESULTS["cells"]]
+    found = page(
+        tmp_path,
+        cells=overall,
+        usage={layer: {"": shares[""]} for layer, shares in RESULTS["usage"].items()},
+        heldout={"data": ["b.jsonl"], "tokens": 1000, "domains": {}},
+    )
+    assert "names no domains" in found.text
+    found = page(tmp_path, cells=[FAILED])
+    assert "All 1 cells failed" in found.text
+    assert found.tags.count("svg") == 1
+    found = page(tmp_path, cells=[cell("auto", "25%", 0.0, 80_000_000)], spearman=None)
+    assert "auto stays closest to the original: KL 0.00" in found.text
+    assert "What failed" not in found.text
+
+
+def test_verdict_in_words() -> None:
+    auto, mone, reap = named(
+        [cell("auto", "25%", 0.01, 80), cell("mone", "25%", 0.012, 80), cell("reap", "25%", 0.02, 75)]
+    )
+    said = verdict([auto, mone, reap], 100)
+    assert "KL 0.0100 nats a token (95% interval 0.00900 to 0.0110), perplexity 20.20 against 20.00 (+1.0%)" in said
+    assert "80% of the original. Next is mone with KL 0.0120, 1.2 times as much; their intervals overlap." in said
+    assert said.endswith("Best of those that load in stock engines is reap, KL 0.0200.")
+    assert verdict([auto, reap], 100).count("overlap") == 0
+    assert verdict([reap], 100).endswith("75% of the original. It loads in stock engines.")
+
+
+def test_cells_of_one_method_are_told_apart() -> None:
+    twins = [
+        cell("linear", "25%", 1, 1, parameters={"rank": 4, "seed": 0}),
+        cell("linear", "25%", 1, 1, parameters={"rank": 8, "seed": 0}),
+        cell("linear", "50%", 1, 1, parameters={"rank": 8, "seed": 0}),
+    ]
+    assert [found["name"] for found in named(twins)] == ["linear rank=4", "linear rank=8", "linear"]
+
+
+def test_front_by_hand() -> None:
+    # Sizes 1 2 2 3 4, errors 9 5 6 7 1: the third is beaten by the second, the fourth by both before it.
+    assert front([4, 2, 3, 1, 2], [1, 6, 7, 9, 5]) == [3, 4, 0]
+
+
+def test_experts_stand_in_the_order_of_their_use() -> None:
+    assert by_use(RESULTS["usage"]) == {"1": [1, 2, 3, 0], "2": [1, 2, 3, 0]}
+
+
+def test_labels_cover_nothing() -> None:
+    figure, axes = canvas(3.0)
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    labels = [Label(0.5, 0.5 + 0.01 * n, f"method_{n}") for n in range(40)]
+    place(axes, labels)
+    figure.draw_without_rendering()
+    boxes = [note.get_window_extent() for note in axes.texts]
+    points = axes.transData.transform([(label.x, label.y) for label in labels])
+    assert 4 < len(boxes) < 40
+    assert axes.texts[0].get_text() == "method_0"
+    for number, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[:number])
+        assert not any(box.contains(*point) for point in points)
+        assert axes.get_window_extent().containsx(box.x0)
+        assert axes.get_window_extent().containsx(box.x1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+def test_a_browser_shows_it_on_a_phone(tmp_path: Path) -> None:
+    """Nothing but the tables' own boxes scrolls sideways, and the browser has no complaint."""
+    write_report(RESULTS, tmp_path / "report.html")
+    probe = "<style>body { width: 360px }</style><script>document.title = document.body.scrollWidth</script></body>"
+    (tmp_path / "probe.html").write_text((tmp_path / "report.html").read_text().replace("</body>", probe))
+    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0", "--dump-dom"]
+    profile = f"--user-data-dir={tmp_path / 'profile'}"
+    command = ["chromium", *options, profile, (tmp_path / "probe.html").as_uri()]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert "<title>360</title>" in shown.stdout
+    assert "CONSOLE" not in shown.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read \\(No such file or directory\\); `moefit compare` writes it"),
+        ("{", "not JSON"),
+        ("[]", "not a comparison; make one with `moefit compare`"),
+        (json.dumps(RESULTS | {"version": 2}), "a comparison of version 2, this moefit reads version 1"),
+    ],
+)
+def test_other_files_are_refused(content: str | None, message: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "results.json").write_text(content)
+    with pytest.raises(MoefitError, match=message):
+        read_results(tmp_path / "results.json")
+
+
+def test_moefit_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "results.json").write_text(json.dumps(RESULTS))
+    monkeypatch.setattr(sys, "argv", ["moefit", "report", str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 0
+    assert "report.html" in capsys.readouterr().err
+    write_report(RESULTS, tmp_path / "direct.html")
+    assert (tmp_path / "report.html").read_bytes() == (tmp_path / "direct.html").read_bytes()
