@@ -69,20 +69,20 @@ def test_gates_and_error_of_a_subset_are_those_of_the_masked_router(
         torch.argsort(rows.double() @ torch.arange(1.0, rows.shape[1] + 1).double()) for rows in (found, gates)
     )
     torch.testing.assert_close(found[order], gates[other], rtol=1e-4, atol=1e-5)
-    error = float(_errors(layer, 10_000)(kept))
+    error = float(_errors(layer, 10_000, "here")(kept))
     assert error == pytest.approx(float((whole - outputs).double().square().sum()), rel=1e-3)
 
 
 def test_the_whole_set_loses_nothing(calibration: GetCalibration) -> None:
     layer = view(calibration("qwen3_moe"))
-    errors = _errors(layer, 10_000)
+    errors = _errors(layer, 10_000, "here")
     everything = torch.ones(1, layer.num_experts, dtype=torch.bool)
     assert float(errors(everything)) < 1e-6 * float(errors(subset(layer.num_experts, {0, 1, 2})))
 
 
 def test_the_best_of_all_subsets_stays(calibration: GetCalibration) -> None:
     layer = view(calibration("olmoe"))
-    errors = _errors(layer, 512)
+    errors = _errors(layer, 512, "here")
     subsets = list(itertools.combinations(range(8), 5))
     best = min(subsets, key=lambda kept: float(errors(subset(8, set(kept)))))
     assert naee(layer, 5).pool == list(best)

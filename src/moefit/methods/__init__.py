@@ -18,6 +18,7 @@ from moefit.methods import naee as naee
 from moefit.methods import random as random
 from moefit.methods import ream as ream
 from moefit.methods import reap as reap
+from moefit.methods import refit as refit
 from moefit.methods import seer_moe as seer_moe
 from moefit.methods import sub_moe as sub_moe
 from moefit.methods.registry import METHODS, Method, find_method

@@ -54,8 +54,16 @@ def naee(
         tokens: sampled tokens that every expert is run on.
         seed: another seed draws other subsets.
     """
+    options = {"exhaustive": exhaustive, "samples": samples, "swaps": swaps, "tokens": tokens, "seed": seed}
+    return keep_only(layer.num_experts, best_subset(layer, keep, "naee", **options), Slot("drop"))
+
+
+def best_subset(
+    layer: LayerView, keep: int, name: str, *, exhaustive: int, samples: int, swaps: int, tokens: int, seed: int
+) -> list[int]:
+    """Return the experts of a layer whose output alone is nearest to that of all; see `naee`, `name` asks for them."""
     refuse_protected(layer.index, layer.protected, layer.num_experts, keep, layer.groups)
-    each, errors = kept_of_group(keep, layer.groups), _errors(layer, tokens)
+    each, errors = kept_of_group(keep, layer.groups), _errors(layer, tokens, f"{name}, layer {layer.index}")
     count = math.prod(math.comb(len(free), stay) for free, stay in _free(layer, each))
     tried = _all(layer, each) if count <= exhaustive else _drawn(layer, each, samples, seed)
     best = tried[errors(tried).argmin()]
@@ -64,13 +72,13 @@ def naee(
         if not (at := int(errors(near).argmin())):
             break
         best = near[at]
-    return keep_only(layer.num_experts, best.nonzero().flatten().tolist(), Slot("drop"))
+    return best.nonzero().flatten().tolist()
 
 
-def _errors(layer: LayerView, tokens: int) -> Callable[[torch.Tensor], torch.Tensor]:
+def _errors(layer: LayerView, tokens: int, where: str) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return a function that gives |F(X) - F_C(X)|^2 of subsets C [S, E], float64 [S]."""
     sample = Sample(**{name: part[:tokens] for name, part in vars(layer.sample).items()})
-    rule, known_T = routing_of(sample, layer.limits, f"naee, layer {layer.index}")
+    rule, known_T = routing_of(sample, layer.limits, where)
     rule, own_TE = replace(rule, logits=rule.logits[known_T]), own_gates(sample)[known_T]
     parts = []
     for x_TD in sample.hidden[known_T].split(128):

@@ -1,0 +1,98 @@
+"""Refit: what is left against the model with masked routers, fits against plain normal equations, never worse."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from test_naee import masked_outputs, view
+
+import moefit
+from moefit.fitting.least_squares import RIDGES
+from moefit.methods.refit import _fitted, _left, build
+from moefit.planning.slots import LayerPlan, Slot, keep_only
+
+Get = Callable[[str], Path]
+GetCalibration = Callable[[str], moefit.Calibration]
+
+
+def fitting(experts: int, dropped: list[int]) -> LayerPlan:
+    slots = [Slot("drop") if number in dropped else Slot("merged", number) for number in range(experts)]
+    return LayerPlan(slots=tuple(slots))
+
+
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "deepseek_v2"])
+def test_what_is_left_is_the_output_that_the_masked_model_lacks(
+    family: str, checkpoint: Get, calibration: GetCalibration
+) -> None:
+    layer = view(calibration(family))
+    dropped = list(range(1, layer.num_experts, layer.num_experts // layer.groups))
+    gates, left = _left(layer, fitting(layer.num_experts, dropped))
+    whole, masked = (masked_outputs(checkpoint(family), some)[0] for some in ([], dropped))
+    assert not bool(gates[:, dropped].any())
+    # the sample lies in the order of its keys: compare as sets of rows
+    mix = torch.arange(1.0, left.shape[1] + 1)
+    mine, theirs = (rows[torch.argsort(rows @ mix)] for rows in (left, (whole - masked).flatten(0, -2)))
+    torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
+
+
+def test_a_fit_solves_the_normal_equations_at_the_strength_that_other_tokens_choose() -> None:
+    generator = torch.Generator().manual_seed(0)
+    token, features = torch.arange(160), torch.randn(160, 3, generator=generator)
+    truth, original = torch.randn(2, 2, 3, generator=generator)
+    target = features @ truth.T + 0.01 * torch.randn(160, 2, generator=generator)
+    held = token % 8 == 7
+    gram = (features[~held].T @ features[~held]).double()
+    cross = (target[~held].T @ features[~held]).double()
+    scale = gram.diagonal().diag()
+    errors = {}
+    for strength in RIDGES:
+        solved = (cross + strength * original.double() @ scale) @ torch.linalg.inv(gram + strength * scale)
+        errors[float((target[held] - features[held] @ solved.float().T).square().sum())] = solved
+    torch.testing.assert_close(
+        _fitted(token, features, target, original, original).double(), errors[min(errors)], rtol=1e-4, atol=1e-5
+    )
+
+
+def test_where_a_fit_does_not_help_other_tokens_the_expert_keeps_its_bits() -> None:
+    generator = torch.Generator().manual_seed(0)
+    token, features = torch.arange(64), torch.randn(64, 8, generator=generator)
+    original = torch.randn(4, 8, generator=generator)
+    assert torch.equal(_fitted(token, features, features @ original.T, original, original), original)
+    assert torch.equal(_fitted(token[:0], features[:0], features[:0] @ original.T, original, original), original)
+
+
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
+def test_rounds_never_lose_on_tokens_that_were_not_fitted(family: str, calibration: GetCalibration) -> None:
+    layer = view(calibration(family))
+    plan = fitting(layer.num_experts, [0, 3])
+    held = torch.arange(len(layer.sample.hidden)) % 8 == 7
+    gates, left = _left(layer, plan)
+    before = float(left[held].square().sum())
+    for rounds in (1, 2, 4):
+        with pytest.warns(moefit.MoefitWarning, match=r"layer 1: \d of \d experts were fitted on fewer tokens"):
+            fitted = build(layer, plan, rounds=rounds)
+        now = left.clone()
+        for at, expert in enumerate(plan.merged):
+            one = layer.experts.one(expert)
+            features = gates[:, expert, None] * layer.experts.hidden(one, layer.sample.hidden)
+            now -= features @ (fitted["down"][at] - one["down"]).T
+        error = float(now[held].square().sum())
+        assert error <= before * (1 + 1e-6)
+        before = error
+
+
+def test_a_plan_is_native_keeps_the_subset_and_spares_protected_experts(
+    checkpoint: Get, calibration: GetCalibration, tmp_path: Path
+) -> None:
+    budget, protect = moefit.Budget.parse(keep=6), [(0, 2)]
+    plan = moefit.make_plan(calibration("olmoe"), "refit", budget, protect=protect)
+    same = {"exhaustive": 0, "samples": 100, "swaps": 64, "tokens": 1024}
+    subsets = moefit.make_plan(calibration("olmoe"), "naee", budget, protect=protect, parameters=same)
+    assert plan.native
+    assert plan.nbytes == subsets.nbytes
+    assert [layer.pool for layer in plan.layers.values()] == [layer.pool for layer in subsets.layers.values()]
+    assert plan.by_layer[0].slots[2] == Slot("expert", 2)
+    whole = moefit.make_plan(calibration("olmoe"), "refit", moefit.Budget.parse(keep=8))
+    assert whole.layers == {}
+    assert keep_only(8, plan.by_layer[0].pool, Slot("drop")).pool == plan.by_layer[0].pool
