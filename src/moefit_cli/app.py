@@ -14,6 +14,7 @@ import typer
 from moefit_cli import output
 from moefit_cli import show as show_module
 from moefit_cli.options import (
+    Allocation,
     Batch,
     Data,
     Device,
@@ -142,6 +143,7 @@ def plan(
     layers: Layers = None,
     protect: Protect = None,
     guard_super_experts: Guard = False,
+    allocation: Allocation = "uniform",
     model: Annotated[str | None, typer.Option(help="Where the weights are, if the checkpoint was moved.")] = None,
 ) -> None:
     """Decide what stands behind every slot. Exactly one of --remove, --keep and --size.
@@ -149,9 +151,10 @@ def plan(
     [dim]moefit plan calib -o plan.json --method mone --remove 25% -p score=exact -p novice=optimal[/dim]
     """
     import moefit
+    from moefit.methods.allocation import read_allocation
 
     budget, parameters = _budget(method, remove, keep, size), _parameters(param)
-    selected, kept = _numbers(layers), _pairs(protect)
+    selected, kept, spread = _numbers(layers), _pairs(protect), read_allocation(allocation)
     check_file(out)
     with output.progress("plan") as progress:
         made = moefit.make_plan(
@@ -162,6 +165,7 @@ def plan(
             layers=selected,
             protect=kept,
             guard_super_experts=guard_super_experts,
+            allocation=spread,
             weights=None if model is None else moefit.ExpertWeights(model),
             progress=progress,
         )
@@ -248,6 +252,7 @@ def compress(
     layers: Layers = None,
     protect: Protect = None,
     guard_super_experts: Guard = False,
+    allocation: Allocation = "uniform",
     sequences: Sequences = 128,
     length: Length = 2048,
     sample_tokens: SampleTokens = 16384,
@@ -273,9 +278,10 @@ def compress(
     [dim]moefit compress MODEL -o OUT --data calibration.jsonl --method mone --remove 25%[/dim]
     """
     import moefit
+    from moefit.methods.allocation import read_allocation
 
     budget, parameters = _budget(method, remove, keep, size), _parameters(param)
-    selected, kept = _numbers(layers), _pairs(protect)
+    selected, kept, spread = _numbers(layers), _pairs(protect), read_allocation(allocation)
     checked = moefit.precheck(
         model,
         out,
@@ -284,6 +290,7 @@ def compress(
         parameters=parameters,
         layers=selected,
         protect=kept,
+        allocation=spread,
         calibration=calibration,
         format=format,
         overwrite=overwrite,
@@ -310,6 +317,7 @@ def compress(
             layers=selected,
             protect=kept,
             guard_super_experts=guard_super_experts,
+            allocation=spread,
             calibration=calibration,
             sample=moefit.SampleOptions(tokens=sample_tokens, seed=seed or 0),
             stream=stream,

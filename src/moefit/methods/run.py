@@ -13,7 +13,8 @@ from moefit.checkpoint.files import DTYPES
 from moefit.checkpoint.layout import Stack
 from moefit.checkpoint.weights import ExpertWeights
 from moefit.errors import CheckpointError, PlanError
-from moefit.methods.choose import kept_of_group, refuse_protected
+from moefit.methods.allocation import Allocation, constant_errors, counts_of, score_shares
+from moefit.methods.choose import best_of_all, kept_of_group, refuse_protected
 from moefit.methods.registry import Method, find_method
 from moefit.planning.budget import Budget
 from moefit.planning.checks import check_layer, check_plan
@@ -33,6 +34,7 @@ def make_plan(
     layers: Iterable[int] | None = None,
     protect: Experts = (),
     guard_super_experts: bool = False,
+    allocation: Allocation = "uniform",
     weights: ExpertWeights | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Plan:
@@ -46,6 +48,9 @@ def make_plan(
         layers: decoder layers to change; all MoE layers when None.
         protect: (layer, expert) pairs that must stay.
         guard_super_experts: protect experts with extreme outputs, see `super_experts`.
+        allocation: how many experts each layer keeps, the budget's in all: ``uniform``, as many in each; ``error``,
+            more where constants would lose more; ``global``, those that the method scores highest of all layers
+            together, as shares of their layer's sum; or the number or share of experts that each layer keeps.
         weights: where methods that read weights find them; the calibrated checkpoint when None.
         progress: called with (layers done, layers in all).
 
@@ -59,9 +64,15 @@ def make_plan(
         raise PlanError(f"{method} reads expert weights, and the model was calibrated in memory; pass weights=")
     _check_recorded(calibration, chosen)
     weights = weights or ExpertWeights(facts.source)
-    outline = outline_plan(facts, chosen, resolved, budget, layers=layers, protect=protected)
+    given: dict[str, Any] = {"layers": layers, "protect": protected}
+    outline = outline_plan(facts, chosen, resolved, budget, allocation=allocation, **given)
     if chosen.weights:
         _check_weights(weights, facts)
+    if allocation in ("error", "global"):
+        numbers = calibration.layers if layers is None else sorted(set(layers))
+        views = [view_of(calibration, number, weights, protected) for number in numbers]
+        counts = _spread(allocation, calibration, chosen, outline, views)
+        outline = outline_plan(facts, chosen, resolved, budget, allocation=counts, **given)
     stacks = [stack for stack in facts.stacks if stack.index is not None and stack.prefix in outline.layers]
     shares = layer_nbytes(facts, outline, _limit(budget, chosen, facts))
     views = [view_of(calibration, s.index or 0, weights, protected, shares[s.prefix]) for s in stacks]
@@ -76,7 +87,7 @@ def make_plan(
     plan = Plan(
         method=chosen.name,
         parameters=resolved,
-        budget=str(budget),
+        budget=_asked(budget, allocation),
         model=facts,
         calibration=calibration_hash(calibration.fingerprint),
         layers={prefix: layer for prefix, layer in decided.items() if not layer.untouched},
@@ -93,8 +104,11 @@ def outline_plan(
     *,
     layers: Iterable[int] | None = None,
     protect: Experts = (),
+    allocation: Allocation = "uniform",
 ) -> Plan:
     """Return a plan of the right counts and bytes in which the first experts stay: all that can be said without data.
+
+    Of an allocation by rule the counts are right in all, not in each layer.
 
     Args:
         facts: the model.
@@ -103,6 +117,7 @@ def outline_plan(
         budget: how much stays.
         layers: decoder layers to change; all MoE layers when None.
         protect: (layer, expert) pairs that must stay.
+        allocation: how many experts each layer keeps.
 
     Raises:
         PlanError: a layer or expert that does not exist, or a budget that cannot be met.
@@ -116,7 +131,10 @@ def outline_plan(
         if layer not in known or not 0 <= expert < known[layer]:
             raise PlanError(f"--protect {layer}:{expert}: no such expert; MoE layers are {', '.join(map(str, known))}")
     stacks = [stack for stack in run if stack.index in selected]
-    if method.removed == "drop" and len(stacks) == len(run):
+    if allocation != "uniform" and method.spreads is not None and method.spreads(**parameters):
+        raise PlanError(f"--allocation: {method.name} here decides itself what each layer keeps; leave it uniform")
+    groups = facts.groups.count if method.removed == "drop" else 1
+    if method.removed == "drop" and len(stacks) == len(run) and allocation == "uniform":
         # Layers that the model does not run (multi-token prediction) share its expert count, so they are cut as well.
         stacks += [stack for stack in facts.stacks if stack.index is None]
 
@@ -131,15 +149,21 @@ def outline_plan(
         _refuse_uneven(budget, method, facts.groups.count)
         planned = at({stack.prefix: budget.kept(stack.num_experts) for stack in stacks})
     else:
-        planned = _within(limit.size, facts, stacks, at, uniform=method.removed == "drop")
+        least = max(_fewest(method, parameters, stack, facts) for stack in stacks)
+        uniform = method.removed == "drop" and allocation == "uniform"
+        planned = _within(limit.size, facts, stacks, at, least, uniform=uniform)
+    if isinstance(allocation, Mapping):
+        most = planned_nbytes(facts, planned) if limit.size is None else limit.size
+        planned = at(counts_of(allocation, stacks, step=groups))
+        if (nbytes := planned_nbytes(facts, planned)) > most:
+            raise PlanError(f"--allocation: takes {nbytes:,} bytes, {budget} allows {most:,}; keep fewer experts")
     for stack in stacks:
         inside = {expert for layer, expert in protect if layer == stack.index}
-        groups = facts.groups.count if method.removed == "drop" else 1
         refuse_protected(stack.index or 0, inside, stack.num_experts, len(planned[stack.prefix].pool), groups)
     plan = Plan(
         method=method.name,
         parameters=parameters,
-        budget=str(budget),
+        budget=_asked(budget, allocation),
         model=facts,
         calibration="",
         layers={prefix: layer for prefix, layer in planned.items() if not layer.untouched},
@@ -198,6 +222,28 @@ def super_experts(calibration: Calibration) -> set[tuple[int, int]]:
     return {(layer, expert) for layer in early for expert, peak in enumerate(largest[layer].tolist()) if peak > limit}
 
 
+def _asked(budget: Budget, allocation: Allocation) -> str:
+    if allocation == "uniform":
+        return str(budget)
+    return f"{budget}, allocation {'given' if isinstance(allocation, Mapping) else allocation}"
+
+
+def _spread(
+    rule: Allocation, calibration: Calibration, method: Method, outline: Plan, views: Sequence[LayerView]
+) -> dict[int, int]:
+    """Return how many experts each layer keeps by a rule, as many in all as in the outline."""
+    facts, parameters = calibration.model, outline.parameters
+    stacks = {stack.index: stack for stack in facts.stacks}
+    plans = [outline.layers.get(stacks[view.index].prefix) for view in views]
+    keeps = [view.num_experts if plan is None else plan.stored for view, plan in zip(views, plans, strict=True)]
+    by_error = rule == "error"
+    worths = constant_errors(views) if by_error else score_shares(method.name, method.plan(views, keeps, parameters))
+    groups = facts.groups.count if method.removed == "drop" else 1
+    least = [_fewest(method, parameters, stacks[view.index], facts) for view in views]
+    counts = best_of_all(views, worths, sum(keeps), least, groups=groups)
+    return {view.index: count for view, count in zip(views, counts, strict=True)}
+
+
 def _limit(budget: Budget, method: Method, facts: ModelFacts) -> Budget:
     return budget.of_total(facts.nbytes) if method.of_total else budget
 
@@ -244,8 +290,22 @@ def _outline(method: Method, parameters: Mapping[str, Any], stack: Stack, keep: 
     return keep_only(experts, kept, Slot("drop"))
 
 
-def _within(size: int, facts: ModelFacts, stacks: Sequence[Stack], at: Any, uniform: bool) -> dict[str, LayerPlan]:
-    """Return the outline with the most experts a layer whose checkpoint has at most `size` bytes.
+def _fewest(method: Method, parameters: Mapping[str, Any], stack: Stack, facts: ModelFacts) -> int:
+    """Return how many experts a layer must keep at least for its router to be able to choose."""
+    for keep in range(1, stack.num_experts):
+        try:
+            outline = _outline(method, parameters, stack, keep, facts.groups.count)
+            check_layer(stack.prefix, outline, top_k=facts.top_k, groups=facts.groups)
+            return keep
+        except PlanError:
+            continue
+    return stack.num_experts
+
+
+def _within(
+    size: int, facts: ModelFacts, stacks: Sequence[Stack], at: Any, least: int, *, uniform: bool
+) -> dict[str, LayerPlan]:
+    """Return the outline with the most experts a layer, at least some, whose checkpoint has at most `size` bytes.
 
     Unless counts must be uniform, the first layers keep one more, as far as the bytes reach: what goes wrong there goes
     through all the others.
@@ -254,16 +314,7 @@ def _within(size: int, facts: ModelFacts, stacks: Sequence[Stack], at: Any, unif
     def planned(keep: int, more: int = 0) -> dict[str, LayerPlan]:
         return at({s.prefix: min(keep + (number < more), s.num_experts) for number, s in enumerate(stacks)})
 
-    def works(keep: int) -> bool:
-        try:
-            for prefix, layer in planned(keep).items():
-                check_layer(prefix, layer, top_k=facts.top_k, groups=facts.groups)
-        except PlanError:
-            return False
-        return True
-
     most = max(stack.num_experts for stack in stacks)
-    least = next(keep for keep in range(1, most + 1) if works(keep))
     fitting = [keep for keep in range(least, most + 1) if planned_nbytes(facts, planned(keep)) <= size]
     if not fitting:
         nbytes = planned_nbytes(facts, planned(least))
