@@ -21,8 +21,9 @@ from moefit.checkpoint.weights import ExpertWeights
 from moefit.checkpoint.writer import check_place
 from moefit.errors import PlanError
 from moefit.methods.allocation import Allocation
+from moefit.methods.outline import outline_plan
 from moefit.methods.registry import find_method
-from moefit.methods.run import make_plan, outline_plan
+from moefit.methods.run import make_plan
 from moefit.planning.budget import Budget
 from moefit.planning.plan import Plan
 from moefit.transform.apply import apply

@@ -175,6 +175,60 @@ def plan(
 
 
 @app.command()
+def allocate(
+    calibration: Annotated[Path, typer.Argument(metavar="CALIB", help="Calibration folder.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where the counts go (JSON), for --allocation.")],
+    method: Method,
+    remove: Remove = None,
+    keep: Keep = None,
+    size: Size = None,
+    param: Parameter = None,
+    layers: Layers = None,
+    protect: Protect = None,
+    population: Annotated[int, typer.Option(min=2, help="Candidates of a generation.")] = 32,
+    generations: Annotated[int, typer.Option(min=1, help="Generations.")] = 50,
+    survivors: Annotated[int, typer.Option(min=1, help="Candidates that the next generation comes from.")] = 4,
+    samples: Annotated[int, typer.Option(min=1, help="Sequences of the calibration's text to run.")] = 64,
+    seed: Annotated[int, typer.Option(help="Another seed searches elsewhere.")] = 0,
+    model: Annotated[str | None, typer.Option(help="Where the weights are, if the checkpoint was moved.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Search by evolution for how many experts each layer keeps; slow: it runs the model. A stopped search resumes.
+
+    [dim]moefit allocate calib -o alloc.json --method reap --remove 25%[/dim]
+    """
+    import moefit
+
+    budget, parameters = _budget(method, remove, keep, size), _parameters(param)
+    selected, kept = _numbers(layers), _pairs(protect)
+    check_file(out)
+    with output.progress("allocate") as progress:
+        found = moefit.allocate(
+            moefit.Calibration.open(calibration),
+            method,
+            budget,
+            out,
+            parameters=parameters,
+            layers=selected,
+            protect=kept,
+            options=moefit.SearchOptions(
+                population=population, generations=generations, survivors=survivors, samples=samples, seed=seed
+            ),
+            model=model,
+            device=device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    counts = ", ".join(f"{layer}: {count}" for layer, count in found.counts.items())
+    output.say(f"experts kept by layer: {counts}")
+    output.say(f"overlap with the original's predictions: {found.overlap:.4f}, with uniform counts {found.uniform:.4f}")
+    output.say(f"the counts are in {out}; use them with --allocation {out}")
+
+
+@app.command()
 def show(
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="plan.json")],
     scores: Annotated[bool, typer.Option("--scores", help="Also print what the method ranked by.")] = False,

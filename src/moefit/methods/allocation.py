@@ -8,13 +8,16 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
 from moefit.checkpoint.layout import Stack
 from moefit.errors import PlanError, did_you_mean
+from moefit.methods.choose import best_of_all
+from moefit.methods.registry import Method
 from moefit.planning.budget import read_fraction
 from moefit.planning.slots import LayerPlan
 from moefit.planning.view import LayerView
@@ -65,6 +68,44 @@ def counts_of(given: Mapping[int, int | float | str], stacks: Sequence[Stack], *
     if missing := [index for index in known if index not in given]:
         raise PlanError(f"--allocation: nothing is said of layers {_listed(missing)}; give each its number of experts")
     return {stack.prefix: _count(layer, given[layer], stack.num_experts, step) for layer, stack in known.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Room:
+    """What an allocation may choose from.
+
+    Attributes:
+        keeps: experts that each layer keeps when all keep as many; as many stay in all.
+        least: experts that each layer keeps at least.
+        step: what counts are multiples of: the groups of a router, where slots are dropped.
+    """
+
+    keeps: tuple[int, ...]
+    least: tuple[int, ...]
+    step: int
+
+
+def spread(
+    rule: Allocation, method: Method, parameters: Mapping[str, Any], layers: Sequence[LayerView], room: Room
+) -> dict[int, int]:
+    """Return how many experts each decoder layer keeps by a rule.
+
+    Args:
+        rule: ``error`` or ``global``.
+        method: the method.
+        parameters: all its parameters.
+        layers: the layers.
+        room: what may be chosen.
+
+    Raises:
+        PlanError: the rule needs scores and the method has none.
+    """
+    if rule == "error":
+        worths = constant_errors(layers)
+    else:
+        worths = score_shares(method.name, method.plan(layers, room.keeps, parameters))
+    counts = best_of_all(layers, worths, sum(room.keeps), room.least, groups=room.step)
+    return {layer.index: count for layer, count in zip(layers, counts, strict=True)}
 
 
 def constant_errors(layers: Sequence[LayerView]) -> list[torch.Tensor]:
