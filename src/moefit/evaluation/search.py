@@ -124,44 +124,50 @@ def allocate(
         MoefitError: the file of another search is in the way.
     """
     chosen, facts, out = find_method(method), calibration.model, Path(out)
+    resolved, protected = chosen.resolve(parameters or {}), set(protect)
+    numbers = calibration.layers if layers is None else sorted(set(layers))
     if chosen.removed != "drop":
         raise PlanError(f"{method} drops no slots, which the search needs; use --allocation error or global")
-    resolved, protected = chosen.resolve(parameters or {}), set(protect)
-    outline = outline_plan(facts, chosen, resolved, budget, layers=layers, protect=protected, allocation="error")
-    numbers = calibration.layers if layers is None else sorted(set(layers))
     if len(numbers) < 2:
         raise PlanError(f"layers {numbers}: no other layer to give experts to; search over at least 2")
+    if not (model or facts.source):
+        raise PlanError("the search runs the model, which was calibrated in memory; pass model=")
+    outline = outline_plan(facts, chosen, resolved, budget, layers=numbers, protect=protected, allocation="error")
+    room = room_of(outline, chosen, numbers)
     checkpoint = open_checkpoint(model or facts.source)
     weights = ExpertWeights(checkpoint.folder, trust_remote_code=trust_remote_code)
     check_weights(weights, facts)
     views = [view_of(calibration, number, weights, protected) for number in numbers]
-    room = room_of(outline, chosen, numbers)
-    batches = _some(calibration.batches(), options.samples)
 
     @cache
     def kept(at: int, count: int) -> list[int]:
         return chosen.plan([views[at]], [count], resolved)[0].kept_slots
 
-    about = {"calibration": calibration_hash(calibration.fingerprint), "text": text_fingerprint(batches)["hash"]}
-    about |= {"method": method, "parameters": resolved, "layers": numbers, "protect": sorted(map(list, protected))}
     device = resolve_device(device)
     torch_dtype = resolve_dtype(dtype, device, checkpoint)
+    batches = _some(calibration.batches(), options.samples)
+    about = {"calibration": calibration_hash(calibration.fingerprint), "text": text_fingerprint(batches)["hash"]}
+    about |= {"method": method, "parameters": resolved, "layers": numbers, "protect": sorted(map(list, protected))}
     known = Known(out.with_suffix(".search.json"), about | {"dtype": str(torch_dtype)})
     original = load_model(checkpoint.folder, dtype=torch_dtype, device=device, trust_remote_code=trust_remote_code)
     anatomy = discover(original.config, original, trust_remote_code=trust_remote_code)
-
     with tempfile.TemporaryDirectory(prefix="moefit-") as folder:
         reference = Reference(Path(folder), batches).record(original)
 
-        def fitness(counts: Counts) -> float:
+        def measure(counts: Counts) -> float:
             slots = {number: kept(at, count) for at, (number, count) in enumerate(zip(numbers, counts, strict=True))}
-            return known.get(counts, lambda: reference.overlap(with_slots(original, anatomy, slots)))
+            return reference.overlap(with_slots(original, anatomy, slots))
 
-        best = evolve(room.keeps, room.least, [v.num_experts for v in views], room.step, fitness, options, progress)
-        found = dict(zip(numbers, best, strict=True))
-        result = Allocated(counts=found, overlap=fitness(best), uniform=fitness(room.keeps))
-    write_json(out, {str(layer): count for layer, count in found.items()})
-    return result
+        def fitness(counts: Counts) -> float:
+            return known.get(counts, measure)
+
+        most = [view.num_experts for view in views]
+        best = evolve(room.keeps, room.least, most, room.step, fitness, options, progress)
+        found = Allocated(
+            counts=dict(zip(numbers, best, strict=True)), overlap=fitness(best), uniform=fitness(room.keeps)
+        )
+    write_json(out, {str(layer): count for layer, count in found.counts.items()})
+    return found
 
 
 def evolve(
@@ -254,11 +260,11 @@ class Known:
                 raise MoefitError(f"{file}: belongs to another search; delete it, or name another --out")
             self.content = found
 
-    def get(self, counts: Counts, measure: Callable[[], float]) -> float:
+    def get(self, counts: Counts, measure: Callable[[Counts], float]) -> float:
         """Return the fitness of an allocation, measured when it is not known."""
         name, known = ",".join(map(str, counts)), self.content["overlap"]
         if name not in known:
-            known[name] = measure()
+            known[name] = measure(counts)
             write_json(self.file, self.content)
         return known[name]
 
