@@ -19,18 +19,21 @@ from methods.hand import layer_of, sums_of
 from moefit.calibration.statistics import Sums
 from moefit.checkpoint.anatomy import discover
 from moefit.checkpoint.layout import Stack
+from moefit.checkpoint.weights import ExpertWeights
 from moefit.errors import MoefitError, PlanError
 from moefit.evaluation.fidelity import Reference
 from moefit.evaluation.search import SearchOptions, evolve, mutated, with_slots
 from moefit.methods.allocation import constant_errors, counts_of, read_allocation
 from moefit.methods.choose import best_of_all
 from moefit.methods.registry import find_method
+from moefit.methods.run import view_of
 from moefit.planning.budget import Budget
 from moefit.planning.view import LayerView
 from moefit_cli.app import main
 
 Get = Callable[[str], Path]
 GetCalibration = Callable[[str], moefit.Calibration]
+REFERENCE = Path(__file__).parent.parent / "examples" / "reference-moe"
 RULES = ("error", "global")
 SPREADING = {"seer_moe": {"ranking": "global"}, "m_smoe": {"budget": "global"}, "conmoe": {"scope": 2}, "auto": {}}
 STACKS = [
@@ -224,6 +227,22 @@ def test_what_needs_no_data_is_refused_before_calibration(checkpoint: Get, tmp_p
     assert said.endswith("format moefit")
     with pytest.raises(PlanError, match=r"nothing is said of layers 1"):
         moefit.precheck(checkpoint("olmoe"), tmp_path / "out", allocation={0: 8}, **given)
+
+
+def test_compress_measures_what_errors_are_weighed_by(tmp_path: Path) -> None:
+    text = moefit.TextOptions(data=(str(REFERENCE / "calibration.jsonl"),), sequences=2, length=64)
+    given = {"text": text, "method": "frequency", "budget": Budget.parse(remove="25%"), "allocation": "error"}
+    measured, plan = moefit.compress(REFERENCE, tmp_path / "out", **given)
+    assert set(measured.effects() or ()) == {0, 1, 2, 3}
+    counts = [len(layer.pool) for layer in plan.layers.values()]
+    assert sum(counts) == 96
+    assert len(set(counts)) > 1
+    assert plan.nbytes == moefit.make_plan(measured, "frequency", Budget.parse(keep=24)).nbytes
+    weighed = constant_errors([view_of(measured, layer, ExpertWeights(REFERENCE)) for layer in measured.layers])
+    gone = [sorted(worth.tolist())[: 32 - count] for worth, count in zip(weighed, counts, strict=True)]
+    stay = [sorted(worth.tolist())[32 - count :] for worth, count in zip(weighed, counts, strict=True)]
+    # nothing that went, in whatever layer, was worth more than what stays
+    assert max(itertools.chain(*gone)) <= min(itertools.chain(*stay))
 
 
 def test_from_the_command_line(

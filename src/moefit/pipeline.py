@@ -147,12 +147,13 @@ def compress(
     written: dict[str, Any] = {"format": format, "overwrite": overwrite, "trust_remote_code": trust_remote_code}
     precheck(model, out, method=method, budget=budget, calibration=calibration, **given, **written)
     folder = Path(calibration) if calibration is not None else Path(out).with_name(Path(out).name + ".calibration")
+    needs = find_method(method).needs | ({"effect"} if allocation == "error" else set())
     measured = calibrate(
         model,
         folder,
         text=text,
         sample=sample,
-        **{option: name in find_method(method).needs for name, option in ON_REQUEST.items()},
+        **{option: name in needs for name, option in ON_REQUEST.items()},
         stream=stream,
         states=states,
         device=device,

@@ -49,8 +49,9 @@ def make_plan(
         protect: (layer, expert) pairs that must stay.
         guard_super_experts: protect experts with extreme outputs, see `super_experts`.
         allocation: how many experts each layer keeps, the budget's in all: ``uniform``, as many in each; ``error``,
-            more where constants would lose more; ``global``, those that the method scores highest of all layers
-            together, as shares of their layer's sum; or the number or share of experts that each layer keeps.
+            more where constants would lose more, weighted by the layer's effect where calibration recorded it;
+            ``global``, those that the method scores highest of all layers together, as shares of their layer's sum; or
+            the number or share of experts that each layer keeps.
         weights: where methods that read weights find them; the calibrated checkpoint when None.
         progress: called with (layers done, layers in all).
 
