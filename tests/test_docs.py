@@ -68,25 +68,30 @@ def test_help_is_quick_and_loads_nothing_heavy() -> None:
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert shown.strip().endswith("[]")
-    for verb in ("inspect", "calibrate", "plan", "show", "diff", "apply", "compress", "evaluate", "recover", "report"):
+    verbs = "inspect calibrate plan allocate show diff apply compress evaluate recover report"
+    for verb in verbs.split():
         assert verb in shown
 
 
 PUBLIC = """
-METHODS Batch Budget Calibration CalibrationError CheckpointError ExampleOptions ExpertWeights MoefitConfig MoefitError
-MoefitWarning Plan PlanError RecoveryOptions RecoveryResult SampleOptions
-Scores TaskOptions TextOptions __version__ apply calibrate compress evaluate make_plan precheck read_batches recover
+METHODS Allocated Batch Budget Calibration CalibrationError CheckpointError ExampleOptions ExpertWeights MoefitConfig
+MoefitError MoefitWarning Plan PlanError RecoveryOptions RecoveryResult SampleOptions
+Scores SearchOptions TaskOptions TextOptions __version__ allocate apply calibrate compress evaluate make_plan precheck
+read_batches recover
 """.split()
 FLAGS = {
     "inspect": "--json --trust-remote-code",
     "calibrate": "--batch-size --data --device --device-map --dtype --effect --length --mask-special --out "
     "--residual --sample-tokens --seed "
     "--sequences --states --stream --trust-remote-code",
-    "plan": "--guard-super-experts --keep --layers --method --model --out --param --protect --remove --size",
+    "plan": "--allocation --guard-super-experts --keep --layers --method --model --out --param --protect --remove "
+    "--size",
+    "allocate": "--device --dtype --generations --keep --layers --method --model --out --param --population --protect "
+    "--remove --samples --seed --size --survivors --trust-remote-code",
     "show": "--scores",
     "diff": "",
     "apply": "--allow-other-weights --calibration --device --format --out --overwrite --propagate --trust-remote-code",
-    "compress": "--batch-size --calibration --data --device --device-map --dry-run --dtype --format "
+    "compress": "--allocation --batch-size --calibration --data --device --device-map --dry-run --dtype --format "
     "--guard-super-experts "
     ""
     "--keep --layers --length --mask-special --method --out --overwrite --param --propagate --protect --remove "

@@ -117,6 +117,10 @@ def test_layers_for_multi_token_prediction_are_cut_by_weight(source: Path, tmp_p
     # Constants leave such layers whole.
     whole = open_checkpoint(compressed_again(source, tmp_path))
     assert len([name for name in whole.tensors if name.startswith("model.layers.3.mlp.experts.")]) == 36
+    # So do counts that differ by layer: the result is no native one.
+    calibration = moefit.Calibration.open(tmp_path / "calibration")
+    uneven = moefit.make_plan(calibration, "frequency", Budget.parse(keep=9), allocation={1: 6, 2: "100%"})
+    assert list(uneven.layers) == ["model.layers.1"]
 
 
 def compressed_again(source: Path, tmp_path: Path) -> Path:

@@ -12,6 +12,7 @@ from moefit.calibration.text import TextOptions, read_batches
 from moefit.checkpoint.weights import ExpertWeights
 from moefit.errors import CalibrationError, CheckpointError, MoefitError, MoefitWarning, PlanError
 from moefit.evaluation.evaluate import Scores, TaskOptions, evaluate
+from moefit.evaluation.search import Allocated, SearchOptions, allocate
 from moefit.methods import METHODS, make_plan
 from moefit.pipeline import compress, precheck
 from moefit.planning.budget import Budget
@@ -24,6 +25,7 @@ from moefit.transform.apply import apply
 
 __all__ = [
     "METHODS",
+    "Allocated",
     "Batch",
     "Budget",
     "Calibration",
@@ -40,9 +42,11 @@ __all__ = [
     "RecoveryResult",
     "SampleOptions",
     "Scores",
+    "SearchOptions",
     "TaskOptions",
     "TextOptions",
     "__version__",
+    "allocate",
     "apply",
     "calibrate",
     "compress",

@@ -19,8 +19,11 @@ from moefit.checkpoint.files import open_checkpoint
 from moefit.checkpoint.loader import StreamedModel, load_config
 from moefit.checkpoint.weights import ExpertWeights
 from moefit.checkpoint.writer import check_place
+from moefit.errors import PlanError
+from moefit.methods.allocation import Allocation
+from moefit.methods.outline import outline_plan
 from moefit.methods.registry import find_method
-from moefit.methods.run import make_plan, outline_plan
+from moefit.methods.run import make_plan
 from moefit.planning.budget import Budget
 from moefit.planning.plan import Plan
 from moefit.transform.apply import apply
@@ -39,6 +42,7 @@ def precheck(
     parameters: Mapping[str, Any] | None = None,
     layers: Iterable[int] | None = None,
     protect: Iterable[tuple[int, int]] = (),
+    allocation: Allocation = "uniform",
     calibration: str | Path | None = None,
     format: Format = "auto",
     overwrite: bool = False,
@@ -54,6 +58,7 @@ def precheck(
         parameters: the method's parameters.
         layers: decoder layers to change.
         protect: (layer, expert) pairs that must stay.
+        allocation: how many experts each layer keeps, see `make_plan`.
         calibration: calibration folder to use or to make, when it is named.
         format: format of the result.
         overwrite: an existing folder is replaced.
@@ -71,12 +76,15 @@ def precheck(
     skeleton = StreamedModel(checkpoint, config, dtype=torch.float32)
     anatomy = discover(config, skeleton.model, trust_remote_code=trust_remote_code)
     facts = facts_of_checkpoint(checkpoint, anatomy, skeleton.names)
-    plan = outline_plan(facts, chosen, resolved, budget, layers=layers, protect=protect)
-    written = resolve_format(plan, format)
+    plan = outline_plan(facts, chosen, resolved, budget, layers=layers, protect=protect, allocation=allocation)
+    ruled = allocation in ("error", "global")
+    if ruled and format == "native":
+        raise PlanError(f"--allocation {allocation}: layers keep different numbers of experts; use --format moefit")
+    written = "moefit" if ruled else resolve_format(plan, format)
     kept = sorted({len(layer.pool) for layer in plan.layers.values()}) or ["all"]
     return (
         f"{anatomy.model_type}: {len(anatomy.layers)} MoE layers, top-{anatomy.top_k}; {method} keeps "
-        f"{', '.join(map(str, kept))} experts "
+        f"{', '.join(map(str, kept))} experts {'on average ' if ruled else ''}"
         f"in {len(plan.layers)} of them: {plan.nbytes:,} of {facts.nbytes:,} bytes, format {written}"
     )
 
@@ -92,6 +100,7 @@ def compress(
     layers: Iterable[int] | None = None,
     protect: Iterable[tuple[int, int]] = (),
     guard_super_experts: bool = False,
+    allocation: Allocation = "uniform",
     calibration: str | Path | None = None,
     sample: SampleOptions = SampleOptions(),  # noqa: B008 (frozen)
     stream: bool = False,
@@ -117,6 +126,7 @@ def compress(
         layers: decoder layers to change.
         protect: (layer, expert) pairs that must stay.
         guard_super_experts: protect experts with extreme outputs.
+        allocation: how many experts each layer keeps, see `make_plan`.
         calibration: calibration folder to use or to make; ``OUT.calibration`` when None.
         sample: which tokens are kept whole.
         stream: hold one decoder layer in memory at a time.
@@ -133,16 +143,17 @@ def compress(
     Raises:
         MoefitError: see `precheck`, `calibrate`, `make_plan` and `apply`.
     """
-    given: dict[str, Any] = {"parameters": parameters, "layers": layers, "protect": protect}
+    given: dict[str, Any] = {"parameters": parameters, "layers": layers, "protect": protect, "allocation": allocation}
     written: dict[str, Any] = {"format": format, "overwrite": overwrite, "trust_remote_code": trust_remote_code}
     precheck(model, out, method=method, budget=budget, calibration=calibration, **given, **written)
     folder = Path(calibration) if calibration is not None else Path(out).with_name(Path(out).name + ".calibration")
+    needs = find_method(method).needs | ({"effect"} if allocation == "error" else set())
     measured = calibrate(
         model,
         folder,
         text=text,
         sample=sample,
-        **{option: name in find_method(method).needs for name, option in ON_REQUEST.items()},
+        **{option: name in needs for name, option in ON_REQUEST.items()},
         stream=stream,
         states=states,
         device=device,

@@ -14,6 +14,7 @@ import typer
 from moefit_cli import output
 from moefit_cli import show as show_module
 from moefit_cli.options import (
+    Allocation,
     Batch,
     Data,
     Device,
@@ -142,6 +143,7 @@ def plan(
     layers: Layers = None,
     protect: Protect = None,
     guard_super_experts: Guard = False,
+    allocation: Allocation = "uniform",
     model: Annotated[str | None, typer.Option(help="Where the weights are, if the checkpoint was moved.")] = None,
 ) -> None:
     """Decide what stands behind every slot. Exactly one of --remove, --keep and --size.
@@ -149,9 +151,10 @@ def plan(
     [dim]moefit plan calib -o plan.json --method mone --remove 25% -p score=exact -p novice=optimal[/dim]
     """
     import moefit
+    from moefit.methods.allocation import read_allocation
 
     budget, parameters = _budget(method, remove, keep, size), _parameters(param)
-    selected, kept = _numbers(layers), _pairs(protect)
+    selected, kept, spread = _numbers(layers), _pairs(protect), read_allocation(allocation)
     check_file(out)
     with output.progress("plan") as progress:
         made = moefit.make_plan(
@@ -162,12 +165,67 @@ def plan(
             layers=selected,
             protect=kept,
             guard_super_experts=guard_super_experts,
+            allocation=spread,
             weights=None if model is None else moefit.ExpertWeights(model),
             progress=progress,
         )
     made.save(out)
     output.plan(made)
     output.say(f"the plan is in {out}")
+
+
+@app.command()
+def allocate(
+    calibration: Annotated[Path, typer.Argument(metavar="CALIB", help="Calibration folder.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where the counts go (JSON), for --allocation.")],
+    method: Method,
+    remove: Remove = None,
+    keep: Keep = None,
+    size: Size = None,
+    param: Parameter = None,
+    layers: Layers = None,
+    protect: Protect = None,
+    population: Annotated[int, typer.Option(min=2, help="Candidates of a generation.")] = 32,
+    generations: Annotated[int, typer.Option(min=1, help="Generations.")] = 50,
+    survivors: Annotated[int, typer.Option(min=1, help="Candidates that the next generation comes from.")] = 4,
+    samples: Annotated[int, typer.Option(min=1, help="Sequences of the calibration's text to run.")] = 64,
+    seed: Annotated[int, typer.Option(help="Another seed searches elsewhere.")] = 0,
+    model: Annotated[str | None, typer.Option(help="Where the weights are, if the checkpoint was moved.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Search by evolution for how many experts each layer keeps; slow: it runs the model. A stopped search resumes.
+
+    [dim]moefit allocate calib -o alloc.json --method reap --remove 25%[/dim]
+    """
+    import moefit
+
+    budget, parameters = _budget(method, remove, keep, size), _parameters(param)
+    selected, kept = _numbers(layers), _pairs(protect)
+    check_file(out)
+    with output.progress("allocate") as progress:
+        found = moefit.allocate(
+            moefit.Calibration.open(calibration),
+            method,
+            budget,
+            out,
+            parameters=parameters,
+            layers=selected,
+            protect=kept,
+            options=moefit.SearchOptions(
+                population=population, generations=generations, survivors=survivors, samples=samples, seed=seed
+            ),
+            model=model,
+            device=device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    counts = ", ".join(f"{layer}: {count}" for layer, count in found.counts.items())
+    output.say(f"experts kept by layer: {counts}")
+    output.say(f"overlap with the original's predictions: {found.overlap:.4f}, with uniform counts {found.uniform:.4f}")
+    output.say(f"the counts are in {out}; use them with --allocation {out}")
 
 
 @app.command()
@@ -248,6 +306,7 @@ def compress(
     layers: Layers = None,
     protect: Protect = None,
     guard_super_experts: Guard = False,
+    allocation: Allocation = "uniform",
     sequences: Sequences = 128,
     length: Length = 2048,
     sample_tokens: SampleTokens = 16384,
@@ -273,9 +332,10 @@ def compress(
     [dim]moefit compress MODEL -o OUT --data calibration.jsonl --method mone --remove 25%[/dim]
     """
     import moefit
+    from moefit.methods.allocation import read_allocation
 
     budget, parameters = _budget(method, remove, keep, size), _parameters(param)
-    selected, kept = _numbers(layers), _pairs(protect)
+    selected, kept, spread = _numbers(layers), _pairs(protect), read_allocation(allocation)
     checked = moefit.precheck(
         model,
         out,
@@ -284,6 +344,7 @@ def compress(
         parameters=parameters,
         layers=selected,
         protect=kept,
+        allocation=spread,
         calibration=calibration,
         format=format,
         overwrite=overwrite,
@@ -310,6 +371,7 @@ def compress(
             layers=selected,
             protect=kept,
             guard_super_experts=guard_super_experts,
+            allocation=spread,
             calibration=calibration,
             sample=moefit.SampleOptions(tokens=sample_tokens, seed=seed or 0),
             stream=stream,

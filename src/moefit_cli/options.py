@@ -65,6 +65,15 @@ Layers = Annotated[
 ]
 Protect = Annotated[list[str] | None, typer.Option(help="layer:expert that must stay. Repeatable.")]
 Guard = Annotated[bool, typer.Option("--guard-super-experts", help="Protect experts with extreme outputs.")]
+Allocation = Annotated[
+    str,
+    typer.Option(
+        "--allocation",
+        help="How many experts each layer keeps, the budget's in all: uniform, error (more where constants would lose "
+        'more), global (the best scores of all layers), or FILE.json with a number or share of each layer: {"0": 24, '
+        '"1": "75%"}.',
+    ),
+]
 Format = Annotated[
     Literal["auto", "native", "moefit"],
     typer.Option(help="native loads anywhere, moefit after `import moefit`; auto is native where the plan allows it."),

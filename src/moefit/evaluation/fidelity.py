@@ -7,7 +7,7 @@ Shapes: B sequences, L tokens, V vocabulary; each block predicts its last L - 1 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,13 +93,7 @@ class Reference:
             MoefitError: the models have other vocabularies, or a prediction is not finite.
         """
         parts = []
-        for number, batch in enumerate(self.batches):
-            original = load_file(self._file(number))["logp"]
-            compressed = _log_probabilities(model, batch).cpu()
-            if original.shape != compressed.shape:
-                raise MoefitError(
-                    f"the original has {original.shape[-1]} words, the compressed model {compressed.shape[-1]}"
-                )
+        for number, (batch, original, compressed) in enumerate(self._pairs(model)):
             parts.append(_per_token(batch, original, compressed))
             if progress:
                 progress(number + 1, len(self.batches))
@@ -107,9 +101,37 @@ class Reference:
         overall = {"": _summary(parts, None)}
         return overall | {name: found for name in domains if (found := _summary(parts, name)).tokens}
 
+    @torch.no_grad()
+    def overlap(self, model: Any) -> float:
+        """Run the compressed model and return what both predict alike, between 0 and 1: the share of words that
+        speculative decoding would accept of it.
+
+        Raises:
+            MoefitError: the models have other vocabularies.
+        """
+        total, tokens = 0.0, 0
+        for batch, original, compressed in self._pairs(model):
+            counted = batch.counted[:, 1:]
+            # mean over tokens of sum_v min(p_v, q_v)
+            common = torch.minimum(original, compressed).exp().sum(-1)
+            total += float(common[counted].sum(dtype=torch.float64))
+            tokens += int(counted.sum())
+        return total / max(tokens, 1)
+
     def close(self) -> None:
         """Delete the folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _pairs(self, model: Any) -> Iterator[tuple[Batch, torch.Tensor, torch.Tensor]]:
+        """Yield each batch with the log-probabilities of the original and of another model, [B, L - 1, V]."""
+        for number, batch in enumerate(self.batches):
+            original = load_file(self._file(number))["logp"]
+            compressed = _log_probabilities(model, batch).cpu()
+            if original.shape != compressed.shape:
+                raise MoefitError(
+                    f"the original has {original.shape[-1]} words, the compressed model {compressed.shape[-1]}"
+                )
+            yield batch, original, compressed
 
     def _file(self, number: int) -> Path:
         return self.folder / f"{number:05d}.safetensors"

@@ -76,6 +76,7 @@ def build(layer: LayerView, plan: LayerPlan, **_: object) -> dict[str, torch.Ten
     needs={"tokens", "count", "gate", "gate_sq", "gate_sq_output", "gate_sq_norm_sq", "effect"},
     weights=True,
     scoped=True,
+    spreads=lambda **_: True,
     builds={"constant", "linear", "lowrank"},
     build=build,
 )

@@ -83,14 +83,33 @@ def global_keeps(
         keeps: experts that would stay in each; as many stay in all.
         least: experts that every layer keeps at least; the router's top-k when None.
     """
+    shares = [score / score.sum().clamp_min(1e-300) for score in scores]
+    return best_of_all(layers, shares, sum(keeps), [layer.top_k if least is None else least for layer in layers])
+
+
+def best_of_all(
+    layers: Sequence[LayerView], worths: Sequence[torch.Tensor], keep: int, least: Sequence[int], *, groups: int = 1
+) -> list[int]:
+    """Return how many experts each layer keeps when those that are worth most in all layers together stay.
+
+    For worths that add up this is the best of all allocations: in each layer the least worthy go first, so that every
+    further removal costs at least as much as the one before. Of equals the earlier layer keeps.
+
+    Args:
+        layers: the layers; their protected experts stay.
+        worths: what is lost with each expert of each layer, [E].
+        keep: experts that stay in all.
+        least: experts that each layer keeps at least.
+        groups: groups of which the same number stays.
+    """
     every: list[tuple[bool, float, int]] = []
-    for number, (layer, score) in enumerate(zip(layers, scores, strict=True)):
-        share = score / score.sum().clamp_min(1e-300)
-        must = max(layer.top_k if least is None else least, len(layer.protected))
-        order = sorted(range(layer.num_experts), key=lambda e: (e not in layer.protected, -float(share[e])))
-        every += [(place >= must, -float(share[expert]), number) for place, expert in enumerate(order)]
-    kept = [number for *_, number in sorted(every)[: sum(keeps)]]
-    return [kept.count(number) for number in range(len(layers))]
+    for number, (layer, worth, must) in enumerate(zip(layers, worths, least, strict=True)):
+        held = torch.tensor([expert in layer.protected for expert in range(layer.num_experts)])
+        ranked = worth.double().masked_fill(held, float("inf")).view(groups, -1).sort(dim=1, descending=True).values
+        # The n-th best of all groups stay or go together.
+        every += [(place * groups >= must, -value, number) for place, value in enumerate(ranked.sum(0).tolist())]
+    kept = [number for *_, number in sorted(every)[: keep // groups]]
+    return [groups * kept.count(number) for number in range(len(layers))]
 
 
 def kept_of_group(keep: int, groups: int) -> int:

@@ -25,7 +25,15 @@ from moefit.planning.view import LayerView
 EPSILON = 1e-12
 
 
-@method("conmoe", removed="expert", paper="arXiv:2605.29350", needs={"count", "gated_norm"}, weights=True, scoped=True)
+@method(
+    "conmoe",
+    removed="expert",
+    paper="arXiv:2605.29350",
+    needs={"count", "gated_norm"},
+    weights=True,
+    scoped=True,
+    spreads=lambda *, scope, **_: scope > 1,
+)
 def conmoe(
     layers: Sequence[LayerView],
     keeps: Sequence[int],

@@ -68,6 +68,7 @@ def built_on(layer: LayerView, plan: LayerPlan, bases: Sequence[Matrices], start
     weights=True,
     scoped=True,
     outline=outline,
+    spreads=lambda *, select, **_: select != "count",
     of_total=True,
     builds={"lowrank"},
     build=build,

@@ -37,6 +37,7 @@ def build(layer: LayerView, plan: LayerPlan, *, align: bool, **_: object) -> Mat
     needs={"count"},
     weights=True,
     scoped=True,
+    spreads=lambda *, budget, **_: budget == "global",
     builds={"merged"},
     build=build,
 )

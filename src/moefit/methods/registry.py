@@ -34,6 +34,7 @@ class Method:
         scoped: which of the two forms `function` has.
         outline: ``(experts, keep, **parameters) -> LayerPlan``: a plan of the counts and bytes that the method's will
             have, where `removed` alone does not say.
+        spreads: ``(**parameters) -> bool``: whether it decides itself how many experts each layer keeps.
         of_total: whether ``--remove`` means a share of the checkpoint's bytes, not of each layer's experts.
         whole: whether it does something of use without removing an expert.
         builds: the kinds of answers that `build` computes, see `LayerPlan.built`.
@@ -51,6 +52,7 @@ class Method:
     weights: bool
     scoped: bool
     outline: Callable[..., LayerPlan] | None
+    spreads: Callable[..., bool] | None
     of_total: bool
     whole: bool
     builds: frozenset[str]
@@ -129,6 +131,7 @@ def method(
     weights: bool = False,
     scoped: bool = False,
     outline: Callable[..., LayerPlan] | None = None,
+    spreads: Callable[..., bool] | None = None,
     of_total: bool = False,
     whole: bool = False,
     builds: Iterable[str] = (),
@@ -149,6 +152,7 @@ def method(
             weights=weights,
             scoped=scoped,
             outline=outline,
+            spreads=spreads,
             of_total=of_total,
             whole=whole,
             builds=frozenset(builds),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,12 +13,13 @@ from moefit.checkpoint.files import DTYPES
 from moefit.checkpoint.layout import Stack
 from moefit.checkpoint.weights import ExpertWeights
 from moefit.errors import CheckpointError, PlanError
-from moefit.methods.choose import kept_of_group, refuse_protected
+from moefit.methods.allocation import Allocation, spread
+from moefit.methods.outline import asked, layer_nbytes, limit_of, outline_plan, room_of
 from moefit.methods.registry import Method, find_method
 from moefit.planning.budget import Budget
-from moefit.planning.checks import check_layer, check_plan
-from moefit.planning.plan import Plan, added_nbytes, calibration_hash, planned_nbytes
-from moefit.planning.slots import LayerPlan, Slot, keep_only, merge_into
+from moefit.planning.checks import check_plan
+from moefit.planning.plan import Plan, calibration_hash
+from moefit.planning.slots import LayerPlan, Slot, keep_only
 from moefit.planning.view import LayerView
 
 Experts = Iterable[tuple[int, int]]
@@ -33,6 +34,7 @@ def make_plan(
     layers: Iterable[int] | None = None,
     protect: Experts = (),
     guard_super_experts: bool = False,
+    allocation: Allocation = "uniform",
     weights: ExpertWeights | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Plan:
@@ -46,6 +48,10 @@ def make_plan(
         layers: decoder layers to change; all MoE layers when None.
         protect: (layer, expert) pairs that must stay.
         guard_super_experts: protect experts with extreme outputs, see `super_experts`.
+        allocation: how many experts each layer keeps, the budget's in all: ``uniform``, as many in each; ``error``,
+            more where constants would lose more, weighted by the layer's effect where calibration recorded it;
+            ``global``, those that the method scores highest of all layers together, as shares of their layer's sum; or
+            the number or share of experts that each layer keeps.
         weights: where methods that read weights find them; the calibrated checkpoint when None.
         progress: called with (layers done, layers in all).
 
@@ -59,11 +65,17 @@ def make_plan(
         raise PlanError(f"{method} reads expert weights, and the model was calibrated in memory; pass weights=")
     _check_recorded(calibration, chosen)
     weights = weights or ExpertWeights(facts.source)
-    outline = outline_plan(facts, chosen, resolved, budget, layers=layers, protect=protected)
+    given: dict[str, Any] = {"layers": layers, "protect": protected}
+    outline = outline_plan(facts, chosen, resolved, budget, allocation=allocation, **given)
     if chosen.weights:
-        _check_weights(weights, facts)
+        check_weights(weights, facts)
+    if allocation in ("error", "global"):
+        numbers = calibration.layers if layers is None else sorted(set(layers))
+        views = [view_of(calibration, number, weights, protected) for number in numbers]
+        counts = spread(allocation, chosen, resolved, views, room_of(outline, chosen, numbers))
+        outline = outline_plan(facts, chosen, resolved, budget, allocation=counts, **given)
     stacks = [stack for stack in facts.stacks if stack.index is not None and stack.prefix in outline.layers]
-    shares = layer_nbytes(facts, outline, _limit(budget, chosen, facts))
+    shares = layer_nbytes(facts, outline, limit_of(budget, chosen, facts))
     views = [view_of(calibration, s.index or 0, weights, protected, shares[s.prefix]) for s in stacks]
     keeps = [outline.layers[stack.prefix].stored for stack in stacks]
     plans = chosen.plan(views, keeps, resolved, progress)
@@ -76,88 +88,13 @@ def make_plan(
     plan = Plan(
         method=chosen.name,
         parameters=resolved,
-        budget=str(budget),
+        budget=asked(budget, allocation),
         model=facts,
         calibration=calibration_hash(calibration.fingerprint),
         layers={prefix: layer for prefix, layer in decided.items() if not layer.untouched},
     )
     check_plan(plan, facts)
     return plan
-
-
-def outline_plan(
-    facts: ModelFacts,
-    method: Method,
-    parameters: Mapping[str, Any],
-    budget: Budget,
-    *,
-    layers: Iterable[int] | None = None,
-    protect: Experts = (),
-) -> Plan:
-    """Return a plan of the right counts and bytes in which the first experts stay: all that can be said without data.
-
-    Args:
-        facts: the model.
-        method: the method.
-        parameters: all its parameters.
-        budget: how much stays.
-        layers: decoder layers to change; all MoE layers when None.
-        protect: (layer, expert) pairs that must stay.
-
-    Raises:
-        PlanError: a layer or expert that does not exist, or a budget that cannot be met.
-    """
-    run = [stack for stack in facts.stacks if stack.index is not None]
-    known = {stack.index: stack.num_experts for stack in facts.stacks if stack.index is not None}
-    selected = set(known) if layers is None else set(layers)
-    if unknown := sorted(selected - set(known)):
-        raise PlanError(f"--layers: {unknown} are no MoE layers; those are {', '.join(map(str, known))}")
-    for layer, expert in protect:
-        if layer not in known or not 0 <= expert < known[layer]:
-            raise PlanError(f"--protect {layer}:{expert}: no such expert; MoE layers are {', '.join(map(str, known))}")
-    stacks = [stack for stack in run if stack.index in selected]
-    if method.removed == "drop" and len(stacks) == len(run):
-        # Layers that the model does not run (multi-token prediction) share its expert count, so they are cut as well.
-        stacks += [stack for stack in facts.stacks if stack.index is None]
-
-    def at(kept: Mapping[str, int]) -> dict[str, LayerPlan]:
-        return {
-            stack.prefix: _outline(method, parameters, stack, kept[stack.prefix], facts.groups.count)
-            for stack in stacks
-        }
-
-    limit = _limit(budget, method, facts)
-    if limit.size is None:
-        _refuse_uneven(budget, method, facts.groups.count)
-        planned = at({stack.prefix: budget.kept(stack.num_experts) for stack in stacks})
-    else:
-        planned = _within(limit.size, facts, stacks, at, uniform=method.removed == "drop")
-    for stack in stacks:
-        inside = {expert for layer, expert in protect if layer == stack.index}
-        groups = facts.groups.count if method.removed == "drop" else 1
-        refuse_protected(stack.index or 0, inside, stack.num_experts, len(planned[stack.prefix].pool), groups)
-    plan = Plan(
-        method=method.name,
-        parameters=parameters,
-        budget=str(budget),
-        model=facts,
-        calibration="",
-        layers={prefix: layer for prefix, layer in planned.items() if not layer.untouched},
-    )
-    check_plan(plan, facts)
-    return plan
-
-
-def layer_nbytes(facts: ModelFacts, outline: Plan, budget: Budget) -> dict[str, int]:
-    """Return the bytes that experts and stand-ins of each changed layer may take: those of the outline, and an equal
-    share of what the outline leaves of a budget in bytes.
-    """
-    stacks = {stack.prefix: stack for stack in facts.stacks if stack.prefix in outline.layers}
-    spare = 0 if budget.size is None or not stacks else (budget.size - outline.nbytes) // len(stacks)
-    return {
-        prefix: spare + plan.stored * stacks[prefix].expert_bytes + added_nbytes(plan, stacks[prefix], facts.width)
-        for prefix, plan in outline.layers.items()
-    }
 
 
 def view_of(
@@ -198,10 +135,6 @@ def super_experts(calibration: Calibration) -> set[tuple[int, int]]:
     return {(layer, expert) for layer in early for expert, peak in enumerate(largest[layer].tolist()) if peak > limit}
 
 
-def _limit(budget: Budget, method: Method, facts: ModelFacts) -> Budget:
-    return budget.of_total(facts.nbytes) if method.of_total else budget
-
-
 def _check_recorded(calibration: Calibration, method: Method) -> None:
     """Refuse a method that reads what was not recorded."""
     for name in sorted(method.needs):
@@ -214,8 +147,12 @@ def _check_recorded(calibration: Calibration, method: Method) -> None:
             )
 
 
-def _check_weights(weights: ExpertWeights, facts: ModelFacts) -> None:
-    """Refuse to read experts of another model than the one that was calibrated."""
+def check_weights(weights: ExpertWeights, facts: ModelFacts) -> None:
+    """Refuse to read experts of another model than the one that was calibrated.
+
+    Raises:
+        PlanError: see the message.
+    """
     if weights.in_memory or "shards" not in facts.fingerprint:
         return
     try:
@@ -228,65 +165,9 @@ def _check_weights(weights: ExpertWeights, facts: ModelFacts) -> None:
         )
 
 
-def _outline(method: Method, parameters: Mapping[str, Any], stack: Stack, keep: int, groups: int) -> LayerPlan:
-    """Return a plan with the counts and bytes that the method's will have; the first experts stay."""
-    experts = stack.num_experts
-    if method.outline is not None:
-        return method.outline(experts, keep, **parameters)
-    if method.removed == "constant":
-        return keep_only(experts, range(keep), Slot("constant"))
-    if method.removed == "expert":
-        return LayerPlan(slots=tuple(Slot("expert", min(number, keep - 1)) for number in range(experts)))
-    if method.removed == "merged":
-        return merge_into([min(number, keep - 1) for number in range(experts)])
-    size, each = experts // groups, kept_of_group(keep, groups)
-    kept = [group * size + number for group in range(groups) for number in range(each)]
-    return keep_only(experts, kept, Slot("drop"))
-
-
-def _within(size: int, facts: ModelFacts, stacks: Sequence[Stack], at: Any, uniform: bool) -> dict[str, LayerPlan]:
-    """Return the outline with the most experts a layer whose checkpoint has at most `size` bytes.
-
-    Unless counts must be uniform, the first layers keep one more, as far as the bytes reach: what goes wrong there goes
-    through all the others.
-    """
-
-    def planned(keep: int, more: int = 0) -> dict[str, LayerPlan]:
-        return at({s.prefix: min(keep + (number < more), s.num_experts) for number, s in enumerate(stacks)})
-
-    def works(keep: int) -> bool:
-        try:
-            for prefix, layer in planned(keep).items():
-                check_layer(prefix, layer, top_k=facts.top_k, groups=facts.groups)
-        except PlanError:
-            return False
-        return True
-
-    most = max(stack.num_experts for stack in stacks)
-    least = next(keep for keep in range(1, most + 1) if works(keep))
-    fitting = [keep for keep in range(least, most + 1) if planned_nbytes(facts, planned(keep)) <= size]
-    if not fitting:
-        nbytes = planned_nbytes(facts, planned(least))
-        raise PlanError(
-            f"--size {size:,} bytes: with {least} experts in each layer, the fewest that work, there are still "
-            f"{nbytes:,} bytes; ask for at least that"
-        )
-    more = range(1 if uniform else len(stacks))
-    return planned(max(fitting), max(n for n in more if planned_nbytes(facts, planned(max(fitting), n)) <= size))
-
-
 def _plan_unrun(stack: Stack, keep: int, groups: int, weights: ExpertWeights) -> LayerPlan:
     """Keep the experts with the largest weights, as many in each group: nothing else is known of such a layer."""
     norms = weights.norms(stack.prefix).view(groups, -1)
     order = norms.argsort(dim=1, descending=True, stable=True)[:, : keep // groups]
     kept = (order + torch.arange(groups)[:, None] * norms.shape[1]).flatten().tolist()
     return keep_only(stack.num_experts, kept, Slot("drop"), norms.flatten().tolist())
-
-
-def _refuse_uneven(budget: Budget, method: Method, groups: int) -> None:
-    if method.removed == "drop" and budget.keep is not None and budget.keep % groups:
-        raise PlanError(
-            f"--keep {budget.keep}: the router chooses among {groups} groups of equal size and {method.name} "
-            "drops slots; "
-            f"keep a multiple of {groups}"
-        )

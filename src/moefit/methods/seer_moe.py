@@ -22,7 +22,13 @@ from moefit.planning.slots import LayerPlan
 from moefit.planning.view import LayerView
 
 
-@method("seer_moe", paper="arXiv:2404.05089", needs={"count", "probability"}, scoped=True)
+@method(
+    "seer_moe",
+    paper="arXiv:2404.05089",
+    needs={"count", "probability"},
+    scoped=True,
+    spreads=lambda *, ranking, **_: ranking == "global",
+)
 def seer_moe(
     layers: Sequence[LayerView],
     keeps: Sequence[int],

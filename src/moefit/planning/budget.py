@@ -88,13 +88,26 @@ def parse_share(text: str | float) -> Fraction:
     """
     text = str(text).strip()
     try:
-        share = Fraction(text.removesuffix("%").strip()) / (100 if text.endswith("%") else 1)
-    except (ValueError, ZeroDivisionError):
+        share = read_fraction(text)
+    except ValueError:
         raise PlanError(f"--remove {text}: not a share; write 25% or 0.25") from None
     if not 0 <= share < 1:
         guess = f"; did you mean {text}%?" if 1 <= share < 100 and not text.endswith("%") else ""
         raise PlanError(f"--remove {text}: must be at least 0% and below 100%{guess}")
     return share
+
+
+def read_fraction(text: str | float) -> Fraction:
+    """Read ``25%``, ``0.25`` or ``1/4`` exactly.
+
+    Raises:
+        ValueError: not a number.
+    """
+    text = str(text).strip()
+    try:
+        return Fraction(text.removesuffix("%").strip()) / (100 if text.endswith("%") else 1)
+    except ZeroDivisionError:
+        raise ValueError(text) from None
 
 
 def parse_bytes(text: str | int) -> int:
