@@ -653,8 +653,11 @@ def test_parameter_of_another_type_is_refused_from_python(world: World) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ((), "0 budgets given; give exactly one of --remove, --keep and --size"),
-        (("--keep", 6, "--remove", "25%"), "2 budgets given; give exactly one of --remove, --keep and --size"),
+        ((), "0 budgets given; give exactly one of --remove, --keep, --size and --memory"),
+        (
+            ("--keep", 6, "--remove", "25%"),
+            "2 budgets given; give exactly one of --remove, --keep, --size and --memory",
+        ),
         (("--keep", 6, "--remove", "25%", "--size", "1GB"), "3 budgets given; give exactly one of"),
         (("--keep", 0), "--keep 0: the layers have 8 experts; keep 1 to 8"),
         (("--keep", 9), "--keep 9: the layers have 8 experts; keep 1 to 8"),

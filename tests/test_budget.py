@@ -118,7 +118,7 @@ def test_text_that_is_no_size_is_refused_with_the_units(text: str | int) -> None
 def test_exactly_one_budget_is_needed(given: dict, count: int) -> None:
     with pytest.raises(PlanError) as refusal:
         Budget.parse(**given)
-    assert str(refusal.value) == f"{count} budgets given; give exactly one of --remove, --keep and --size"
+    assert str(refusal.value) == f"{count} budgets given; give exactly one of --remove, --keep, --size and --memory"
 
 
 @pytest.mark.parametrize("keep", [0, 9, -1])
@@ -149,3 +149,36 @@ def test_size_decides_no_single_layer() -> None:
 )
 def test_budget_reads_as_the_user_said_it(given: dict, text: str) -> None:
     assert str(Budget.parse(**given)) == text
+
+
+def test_memory_as_stored_is_size() -> None:
+    assert Budget.parse(memory="24GB").on_disk({}, "BF16") == Budget(size=24 * 10**9)
+    assert str(Budget.parse(memory="1kB", load_dtype="float16")) == "memory 1000 bytes in float16"
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "experts", "load", "memory", "size"),
+    [
+        ({"F32": 400}, "F32", "bfloat16", 150, 300),  # 100 numbers of 2 bytes: 25 of them go, 4 bytes each
+        ({"BF16": 200}, "BF16", "float32", 300, 150),  # 25 numbers go, 2 bytes each
+        ({"BF16": 200, "F32": 40}, "BF16", "bfloat16", 200, 220),  # 220 bytes loaded: 20 go
+        ({"BF16": 200, "I64": 80}, "BF16", "float16", 280, 280),  # whole numbers stay as they are
+        ({"F32": 400}, "F32", "bfloat16", 151, 302),
+        ({"F32": 400}, "F32", "bfloat16", 1000, 2000),
+    ],
+)
+def test_memory_counts_numbers_in_the_dtype_they_are_loaded_in(
+    dtypes: dict[str, int], experts: str, load: str, memory: int, size: int
+) -> None:
+    assert Budget.parse(memory=memory, load_dtype=load).on_disk(dtypes, experts).size == size
+
+
+def test_what_cannot_be_loaded_in_another_dtype_is_refused() -> None:
+    with pytest.raises(PlanError, match=r"experts are stored as F8_E4M3; leave it out"):
+        Budget.parse(memory=10, load_dtype="bfloat16").on_disk({"F8_E4M3": 20}, "F8_E4M3")
+    with pytest.raises(PlanError, match=r"--load-dtype int8\. Known: bfloat16, float16, float32"):
+        Budget.parse(memory=10, load_dtype="int8")
+    with pytest.raises(PlanError, match="says how --memory is counted"):
+        Budget.parse(size=10, load_dtype="bfloat16")
+    with pytest.raises(PlanError, match=r"^--memory 3 apples: not a size"):
+        Budget.parse(memory="3 apples")

@@ -84,18 +84,16 @@ FLAGS = {
     "calibrate": "--batch-size --data --device --device-map --dtype --effect --length --mask-special --out "
     "--residual --sample-tokens --seed "
     "--sequences --states --stream --trust-remote-code",
-    "plan": "--allocation --guard-super-experts --keep --layers --method --model --out --param --protect --remove "
-    "--size",
-    "allocate": "--device --dtype --generations --keep --layers --method --model --out --param --population --protect "
-    "--remove --samples --seed --size --survivors --trust-remote-code",
+    "plan": "--allocation --guard-super-experts --keep --layers --load-dtype --memory --method --model --native --out "
+    "--param --protect --remove --size",
+    "allocate": "--device --dtype --generations --keep --layers --load-dtype --memory --method --model --out "
+    "--param --population --protect --remove --samples --seed --size --survivors --trust-remote-code",
     "show": "--scores",
     "diff": "",
     "apply": "--allow-other-weights --calibration --device --format --out --overwrite --propagate --trust-remote-code",
     "compress": "--allocation --batch-size --calibration --data --device --device-map --dry-run --dtype --format "
-    "--guard-super-experts "
-    ""
-    "--keep --layers --length --mask-special --method --out --overwrite --param --propagate --protect --remove "
-    "--sample-tokens --seed "
+    "--guard-super-experts --keep --layers --length --load-dtype --mask-special --memory --method --native --out "
+    "--overwrite --param --propagate --protect --remove --sample-tokens --seed "
     "--sequences --size --states --stream --trust-remote-code",
     "evaluate": "--against --batch-size --data --device --device-map --dtype --json --length --limit --sequences "
     "--task-data --task-dir --tasks --trust-remote-code",

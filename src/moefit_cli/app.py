@@ -25,9 +25,12 @@ from moefit_cli.options import (
     Keep,
     Layers,
     Length,
+    LoadDtype,
     MaskSpecial,
+    Memory,
     Method,
     Model,
+    Native,
     Overwrite,
     Parameter,
     Propagate,
@@ -136,9 +139,12 @@ def plan(
     calibration: Annotated[Path, typer.Argument(metavar="CALIB", help="Calibration folder.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the plan goes (JSON).")],
     method: Method,
+    native: Native = False,
     remove: Remove = None,
     keep: Keep = None,
     size: Size = None,
+    memory: Memory = None,
+    load_dtype: LoadDtype = None,
     param: Parameter = None,
     layers: Layers = None,
     protect: Protect = None,
@@ -153,7 +159,8 @@ def plan(
     import moefit
     from moefit.methods.allocation import read_allocation
 
-    budget, parameters = _budget(method, remove, keep, size), _parameters(param)
+    method = _menu(method, native)
+    budget, parameters = _budget(method, remove, keep, size, memory, load_dtype), _parameters(param)
     selected, kept, spread = _numbers(layers), _pairs(protect), read_allocation(allocation)
     check_file(out)
     with output.progress("plan") as progress:
@@ -182,6 +189,8 @@ def allocate(
     remove: Remove = None,
     keep: Keep = None,
     size: Size = None,
+    memory: Memory = None,
+    load_dtype: LoadDtype = None,
     param: Parameter = None,
     layers: Layers = None,
     protect: Protect = None,
@@ -201,7 +210,7 @@ def allocate(
     """
     import moefit
 
-    budget, parameters = _budget(method, remove, keep, size), _parameters(param)
+    budget, parameters = _budget(method, remove, keep, size, memory, load_dtype), _parameters(param)
     selected, kept = _numbers(layers), _pairs(protect)
     check_file(out)
     with output.progress("allocate") as progress:
@@ -299,9 +308,12 @@ def compress(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the result.")],
     data: Data,
     method: Method,
+    native: Native = False,
     remove: Remove = None,
     keep: Keep = None,
     size: Size = None,
+    memory: Memory = None,
+    load_dtype: LoadDtype = None,
     param: Parameter = None,
     layers: Layers = None,
     protect: Protect = None,
@@ -334,7 +346,8 @@ def compress(
     import moefit
     from moefit.methods.allocation import read_allocation
 
-    budget, parameters = _budget(method, remove, keep, size), _parameters(param)
+    method = _menu(method, native)
+    budget, parameters = _budget(method, remove, keep, size, memory, load_dtype), _parameters(param)
     selected, kept, spread = _numbers(layers), _pairs(protect), read_allocation(allocation)
     checked = moefit.precheck(
         model,
@@ -432,6 +445,7 @@ def evaluate(
             progress=progress,
         )
     output.scores(scores)
+    output.expected(compressed, scores)
     if json is not None:
         json.write_text(json_module.dumps(scores.to_json(), indent=2) + "\n")
         output.say(f"scores are in {json}")
@@ -478,13 +492,22 @@ def _show_warning(message: Warning | str, category: type[Warning], *args: Any, *
         output.warn(str(message))
 
 
-def _budget(method: str, remove: str | None, keep: int | None, size: str | None) -> Any:
-    """Read the three flags; a method that is of use without removing experts may go without."""
+def _menu(method: str, native: bool) -> str:
+    """Return the method that is meant."""
+    if native and method != "auto":
+        raise typer.BadParameter(f"--native: narrows what auto may choose; leave it out for {method}")
+    return "refit" if native else method
+
+
+def _budget(
+    method: str, remove: str | None, keep: int | None, size: str | None, memory: str | None, load_dtype: str | None
+) -> Any:
+    """Read the flags; a method that is of use without removing experts may go without."""
     import moefit
 
-    if remove is keep is size is None and method in moefit.METHODS and moefit.METHODS[method].whole:
+    if remove is keep is size is memory is None and method in moefit.METHODS and moefit.METHODS[method].whole:
         remove = "0%"
-    return moefit.Budget.parse(remove=remove, keep=keep, size=size)
+    return moefit.Budget.parse(remove=remove, keep=keep, size=size, memory=memory, load_dtype=load_dtype)
 
 
 def _plan(file: Path) -> Any:

@@ -52,10 +52,20 @@ Method = Annotated[
         "Stand-ins: mone, linear. Remaps: conmoe. Merges: mergemoe, m_smoe, hc_smoe, sub_moe, ream.",
     ),
 ]
+Native = Annotated[
+    bool, typer.Option("--native", help="With --method auto: only what stock engines load, which is --method refit.")
+]
 Remove = Annotated[str | None, typer.Option(help="Share of each layer's experts to remove, such as 25%.")]
 Keep = Annotated[int | None, typer.Option(help="Experts to keep in each layer.")]
 Size = Annotated[
     str | None, typer.Option(help="Bytes the result's tensors may take, such as 12GB (10^9), 11GiB (2^30) or a number.")
+]
+Memory = Annotated[
+    str | None, typer.Option(help="The same, for the tensors once they are loaded: what must be free to hold them.")
+]
+LoadDtype = Annotated[
+    str | None,
+    typer.Option(help="What --memory loads them in: bfloat16, float16, float32. [dim]default: as stored[/dim]"),
 ]
 Parameter = Annotated[
     list[str] | None, typer.Option("--param", "-p", help="name=value, a parameter of the method. Repeatable.")

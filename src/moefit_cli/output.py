@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -163,6 +164,8 @@ def plan(made: Plan) -> None:
         f"{made.method}, {made.budget}: {nbytes(made.model.nbytes)} becomes {nbytes(made.nbytes)} "
         f"({'native' if made.native else 'moefit'} format)"
     )
+    if made.expected is not None:
+        say(f"  expected KL: {made.expected:.2g} nats a token")
     for kind, prefixes in kinds.items():
         where = prefixes[0] if len(prefixes) == 1 else f"{len(prefixes)} layers, {prefixes[0]} .. {prefixes[-1]}"
         say(f"  {where}: {kind}")
@@ -202,6 +205,15 @@ def scores(measured: Scores) -> None:
                 )
     _out.print()
     _out.print(sizes)
+
+
+def expected(compressed: str, measured: Scores) -> None:
+    """Print what the plan of a result expected, if it did, beside what was measured."""
+    from moefit.planning.plan import Plan
+    from moefit.transform.disk import PLAN_FILE
+
+    if (file := Path(compressed) / PLAN_FILE).is_file() and (cost := Plan.load(file).expected) is not None:
+        say(f"KL: {cost:.2g} nats a token expected, {measured.overall.kl.mean:.2g} measured")
 
 
 def recovery(done: RecoveryResult) -> None:

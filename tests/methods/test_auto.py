@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from test_linear import layer_of_tokens
 from test_merging import INNER, WIDTH, random_experts, with_copy
+from transformers import AutoModelForCausalLM
 
 import moefit
 from moefit.fitting.held_out import choosing
@@ -16,6 +18,7 @@ from moefit.planning.slots import LayerPlan, Slot
 from moefit.planning.view import LayerView
 
 WHOLE = 4 * 3 * WIDTH * INNER
+Get = Callable[[str], Path]
 GetCalibration = Callable[[str], moefit.Calibration]
 
 
@@ -134,3 +137,12 @@ def test_remove_is_what_mone_writes(calibration: GetCalibration) -> None:
     novices = moefit.make_plan(calibration("olmoe"), "mone", budget)
     found = moefit.make_plan(calibration("olmoe"), "auto", budget)
     assert novices.nbytes - 2 * novices.model.width * 4 * 4 < found.nbytes <= novices.nbytes
+
+
+def test_a_budget_of_memory_holds_for_the_loaded_model(checkpoint: Get, calibration: GetCalibration) -> None:
+    whole = AutoModelForCausalLM.from_pretrained(checkpoint("olmoe"), dtype=torch.bfloat16)
+    memory = sum(tensor.nbytes for tensor in whole.state_dict().values()) * 7 // 10
+    plan = moefit.make_plan(calibration("olmoe"), "auto", moefit.Budget.parse(memory=memory, load_dtype="bfloat16"))
+    small = moefit.apply(plan, whole, calibration=calibration("olmoe"))
+    held = sum(tensor.nbytes for tensor in small.state_dict().values() if tensor.is_floating_point())
+    assert 0.97 * memory < held <= memory

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
+from collections.abc import Iterable
 
 from torch import nn
 
@@ -25,7 +27,7 @@ def facts_of_checkpoint(checkpoint: Checkpoint, anatomy: Anatomy, names: dict[st
         anatomy,
         checkpoint.source,
         checkpoint.fingerprint(),
-        checkpoint.nbytes,
+        _by_dtype((info.dtype, info.nbytes) for info in checkpoint.tensors.values()),
         [stack.sizes() for stack in stacks.values()],
     )
 
@@ -53,11 +55,19 @@ def facts_of_model(model: nn.Module, anatomy: Anatomy) -> ModelFacts:
                 matrices=3 if layer.gated else 2,
             )
         )
-    nbytes = sum(tensor.nbytes for tensor in model.state_dict().values())
-    return _facts(anatomy, "", {"memory": digest.hexdigest()[:32]}, nbytes, stacks)
+    every = model.state_dict().values()
+    dtypes = _by_dtype((DTYPE_NAMES[tensor.dtype], tensor.nbytes) for tensor in every)
+    return _facts(anatomy, "", {"memory": digest.hexdigest()[:32]}, dtypes, stacks)
 
 
-def _facts(anatomy: Anatomy, source: str, fingerprint: dict, nbytes: int, stacks: list[Stack]) -> ModelFacts:
+def _by_dtype(tensors: Iterable[tuple[str, int]]) -> dict[str, int]:
+    total = Counter()
+    for dtype, nbytes in tensors:
+        total[dtype] += nbytes
+    return dict(sorted(total.items()))
+
+
+def _facts(anatomy: Anatomy, source: str, fingerprint: dict, dtypes: dict[str, int], stacks: list[Stack]) -> ModelFacts:
     return ModelFacts(
         source=source,
         fingerprint=fingerprint,
@@ -65,6 +75,7 @@ def _facts(anatomy: Anatomy, source: str, fingerprint: dict, nbytes: int, stacks
         width=max(layer.width for layer in anatomy.layers.values()),
         top_k=anatomy.top_k,
         groups=anatomy.groups,
-        nbytes=nbytes,
+        nbytes=sum(dtypes.values()),
         stacks=tuple(stacks),
+        dtypes=dtypes,
     )

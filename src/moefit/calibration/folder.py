@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from moefit.calibration.batch import Batch, load_batches
@@ -30,6 +31,7 @@ class ModelFacts:
         groups: how groups limit the router's choice.
         nbytes: bytes of all tensors of the checkpoint.
         stacks: every MoE layer on disk, sizes only.
+        dtypes: bytes of all tensors by their dtype.
     """
 
     source: str
@@ -40,6 +42,7 @@ class ModelFacts:
     groups: Groups
     nbytes: int
     stacks: tuple[Stack, ...]
+    dtypes: Mapping[str, int] = field(default_factory=dict)
 
     def shapes(self) -> dict:
         """Return what two models must share for a plan of one to fit the other, whatever their dtypes."""

@@ -133,7 +133,8 @@ def room_of(outline: Plan, method: Method, layers: Sequence[int]) -> Room:
 
 def limit_of(budget: Budget, method: Method, facts: ModelFacts) -> Budget:
     """Return the budget as a method takes it."""
-    return budget.of_total(facts.nbytes) if method.of_total else budget
+    within = budget.on_disk(facts.dtypes, facts.stacks[0].dtype)
+    return within.of_total(facts.nbytes) if method.of_total else within
 
 
 def asked(budget: Budget, allocation: Allocation) -> str:
