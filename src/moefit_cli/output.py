@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -41,6 +42,21 @@ def result(line: Text | str) -> None:
 def width() -> int:
     """Return how many characters a line of a result has room for."""
     return _out.width
+
+
+def wrapped(text: str) -> list[str]:
+    """Return a text as lines that fit."""
+    return textwrap.wrap(text, max(width(), 20), break_on_hyphens=False)
+
+
+def table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table: labels in the first column, numbers in the others."""
+    shown = Table(box=None, pad_edge=False, header_style="dim")
+    for number, name in enumerate(names):
+        shown.add_column(name, justify="right" if number else "left")
+    for row in rows:
+        shown.add_row(*row)
+    _out.print(shown)
 
 
 def complain(text: str) -> None:

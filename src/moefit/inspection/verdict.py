@@ -1,0 +1,74 @@
+"""How far it is safe to go, in words, from what layers lose when experts are removed.
+
+What layers lose is a table: for each share of experts removed, what each kind of stand-in loses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+Lost = dict[str, dict[str, float]]
+
+# The plainest stand-in, and the fitted one that the method `linear` takes.
+PLAIN, FITTED = "constant", "rank 8"
+# Nats a token, and the mean share of the layers' energy that costs about as much; benchmarks/redundancy.py measures it.
+SAFE_KL, SAFE_LOST = 0.01, 0.005
+
+
+def mean_lost(layers: Sequence[Lost]) -> Lost:
+    """Return the mean over layers of what they lose.
+
+    Args:
+        layers: what each layer loses, as shares of its energy.
+    """
+    return _summed([(lost, 1 / len(layers)) for lost in layers])
+
+
+def expected_kl(layers: Mapping[int, tuple[float, Lost]], effects: Mapping[int, float]) -> Lost:
+    """Return what the predictions lose in nats a token: the sum over layers of effect x error.
+
+    Args:
+        layers: energy of each layer, and what it loses as shares of that.
+        effects: nats a token for a unit of squared error a token in each layer.
+    """
+    return _summed([(lost, effects[layer] * energy) for layer, (energy, lost) in layers.items()])
+
+
+def verdict(lost: Lost, kl: Lost | None) -> str:
+    """Return how far it is safe to go, a sentence for each share of experts removed.
+
+    Args:
+        lost: mean over layers of what they lose.
+        kl: what the predictions are expected to lose, when that is known.
+    """
+    sentences = []
+    for share, by_name in (kl or lost).items():
+        plain, fitted = by_name[PLAIN], by_name[FITTED]
+        limit = SAFE_LOST if kl is None else SAFE_KL
+        constants, maps = f"constants lose {_amount(plain, kl)}", f"linear maps of {FITTED} lose {_amount(fitted, kl)}"
+        if plain <= limit:
+            told = f"safe, even {constants}"
+        elif fitted <= limit:
+            told = f"only with fitted stand-ins: {maps}, {constants}"
+        else:
+            told = f"not without damage: {constants}, and even {maps}"
+        sentences.append(f"Remove {share}: {told}.")
+    if kl is None:
+        sentences.append(
+            "These are shares of what the experts give: what layers do to the predictions was not recorded "
+            "(calibrate --effect)."
+        )
+    return " ".join(sentences)
+
+
+def _amount(number: float, kl: Lost | None) -> str:
+    return f"{number:.2%}" if kl is None else f"{number:.4f} nats a token"
+
+
+def _summed(layers: Sequence[tuple[Lost, float]]) -> Lost:
+    """Return the sum of what layers lose, each times its weight."""
+    first, _ = layers[0]
+    return {
+        share: {name: sum(weight * lost[share][name] for lost, weight in layers) for name in by_name}
+        for share, by_name in first.items()
+    }
