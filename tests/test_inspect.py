@@ -17,6 +17,7 @@ from moefit.checkpoint.anatomy import discover
 from moefit.inspection.redundancy import FEW, RANKS, REMOVE, RIDGE, STAND_INS, layer_redundancy
 from moefit.inspection.verdict import expected_kl, mean_lost, verdict
 from moefit.methods.run import view_of
+from moefit_cli import output, redundancy
 from naive import expert_output
 from planted import PLANTED, Planted, planted_batches, planted_model
 from test_cli import REFERENCE, TEXT, run  # noqa: F401 (a fixture)
@@ -140,14 +141,17 @@ def test_what_maps_leave_of_tokens_that_were_held_out(tokens: int) -> None:
     assert shares == pytest.approx(left / left[0], rel=1e-3)
 
 
-@pytest.mark.parametrize("family", PLANTED)
-def test_what_was_planted_is_found_and_nothing_else(family: str, tmp_path: Path) -> None:
-    planted_model(family).save_pretrained(tmp_path / "model")
-    calibration = moefit.calibrate(tmp_path / "model", tmp_path / "calibration", text=planted_batches())
+@pytest.fixture(scope="module", params=PLANTED)
+def planted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> moefit.Redundancy:
+    folder = tmp_path_factory.mktemp(request.param)
+    planted_model(request.param).save_pretrained(folder / "model")
+    return moefit.find_redundancy(moefit.calibrate(folder / "model", folder / "calibration", text=planted_batches()))
+
+
+def test_what_was_planted_is_found_and_nothing_else(planted: moefit.Redundancy) -> None:
     what = Planted()
-    redundancy = moefit.find_redundancy(calibration)
-    assert len(redundancy.layers) == 2
-    for layer in redundancy.layers:
+    assert len(planted.layers) == 2
+    for layer in planted.layers:
         told = {f.expert: (f.kind, f.of, round(f.factor, 4), f.rank) for f in layer.findings}
         assert told == {
             what.duplicate: ("duplicate", what.original, 1, 0),
@@ -160,6 +164,32 @@ def test_what_was_planted_is_found_and_nothing_else(family: str, tmp_path: Path)
         assert layer.lost["10%"]["constant"] == 0  # one of twelve, the dead one
         for one in layer.experts:
             assert (one.distance < 1e-4) == (one.expert in {1, 3, 6, 8})
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_what_is_printed_fits(
+    planted: moefit.Redundancy, width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(output._out, "_width", width)
+    redundancy.show(planted)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= width
+    first, last = (layer.layer for layer in planted.layers)
+    for number in (first, last):
+        told = "dead: 10; constant: 4; linear of rank 4: 9; 3 = 1; 6 = 0.5 x 1; 8 = 1"
+        assert f"layer {number}  {told}" in lines
+    assert planted.verdict in " ".join(lines)
+    names = lines[1].split()
+    assert dict(zip(names, lines[2].split(), strict=True)) == {
+        "layer": str(first),
+        "bits": f"{planted.layers[0].entropy:.2f}",
+        "used": f"{planted.layers[0].used:.1f}",
+        "of": "12",
+        "together": f"{planted.layers[0].together:.0%}",
+        "most": f"{planted.layers[0].most_together:.0%}",
+        "apart": f"{planted.layers[0].mean_distance:.0%}",
+        "least": "0%",
+    } | {name: f"{share:.0%}" for name, share in zip(names[8:], planted.layers[0].explained.values(), strict=True)}
 
 
 def test_copies_of_any_factor_are_found_by_their_first() -> None:
@@ -178,9 +208,9 @@ def test_copies_of_any_factor_are_found_by_their_first() -> None:
 def test_an_expert_that_gives_nothing_is_a_constant() -> None:
     module = random_experts(4)
     module.down_proj.data[3] = 0
-    redundancy = layer_redundancy(layer_of_tokens(module))
-    assert [(finding.expert, finding.kind) for finding in redundancy.findings] == [(3, "constant")]
-    assert redundancy.experts[3].nearest is None
+    made = layer_redundancy(layer_of_tokens(module))
+    assert [(finding.expert, finding.kind) for finding in made.findings] == [(3, "constant")]
+    assert made.experts[3].nearest is None
 
 
 @pytest.mark.parametrize(("tokens", "constants"), [(FEW - 1, 0), (FEW, 4)])
@@ -219,25 +249,24 @@ def test_means_and_sums_over_layers_by_hand() -> None:
 
 def test_the_verdict_says_how_far_it_is_safe() -> None:
     assert verdict(LOST, None) == (
-        "Remove 10%: safe, even constants lose 0.10%. "
-        "Remove 25%: only with fitted stand-ins: linear maps of rank 8 lose 0.40%, constants lose 2.00%. "
-        "Remove 50%: not without damage: constants lose 30.00%, and even linear maps of rank 8 lose 10.00%. "
-        "These are shares of what the experts give: what layers do to the predictions was not recorded "
-        "(calibrate --effect)."
+        "Remove 10%: safe with constants in their place, which lose 0.10%. "
+        "Remove 25%: safe only with fitted stand-ins: linear maps of rank 8 lose 0.40%, constants 2.00%. "
+        "Remove 50%: not without damage: linear maps of rank 8 lose 10.00%, constants 30.00%. "
+        "These are shares of what the experts give; calibrate --effect tells what they cost in nats."
     )
     known = verdict(LOST, {"25%": {"constant": 0.009, "rank 8": 0.001}})
-    assert known == "Remove 25%: safe, even constants lose 0.0090 nats a token."
+    assert known == "Remove 25%: safe with constants in their place, which lose 0.0090 nats a token."
 
 
 def test_effects_make_the_model_expect_nats(calibration: GetCalibration) -> None:
     made = calibration(FAMILY)
     effects = {layer: 0.1 * layer for layer in made.layers}
-    plain, redundancy = moefit.find_redundancy(made), moefit.find_redundancy(made, effects=effects)
+    plain, weighed = moefit.find_redundancy(made), moefit.find_redundancy(made, effects=effects)
     assert plain.kl is None
-    assert redundancy.layers == plain.layers
+    assert weighed.layers == plain.layers
     expected = sum(0.1 * layer.layer * layer.energy * layer.lost["50%"]["rank 4"] for layer in plain.layers)
-    assert redundancy.kl["50%"]["rank 4"] == pytest.approx(expected)
-    assert "nats a token" in redundancy.verdict
+    assert weighed.kl["50%"]["rank 4"] == pytest.approx(expected)
+    assert "nats a token" in weighed.verdict
 
 
 def test_inspect_with_a_calibration(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
@@ -253,7 +282,7 @@ def test_inspect_with_a_calibration(run, tmp_path: Path, monkeypatch: pytest.Mon
     assert told == json.loads(before)
     code, shown, _ = run("inspect", REFERENCE, "--calibration", calib)
     assert code == 0
-    for fact in ("8.48 M", "together", "lost in layer", "layer 3  ", "Remove 50%:"):
+    for fact in ("8.48 M", "together", "lost in layer", "Remove 50%:"):
         assert fact in shown
 
 

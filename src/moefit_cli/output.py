@@ -44,9 +44,10 @@ def width() -> int:
     return _out.width
 
 
-def wrapped(text: str) -> list[str]:
-    """Return a text as lines that fit."""
-    return textwrap.wrap(text, max(width(), 20), break_on_hyphens=False)
+def text(words: str, style: str = "") -> None:
+    """Print a text in lines that fit."""
+    for line in textwrap.wrap(words, max(width(), 20), break_on_hyphens=False):
+        result(Text(line, style))
 
 
 def table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rich.text import Text
-
 from moefit_cli import output
 from moefit_cli.show import paragraph, spans
 
@@ -13,9 +11,9 @@ if TYPE_CHECKING:
     from moefit.inspection.redundancy import Finding, Redundancy
 
 LEGEND = (
-    "used: equally used experts with the same entropy; together: share of an expert's tokens that its most frequent "
-    "companion runs on too, mean and most; apart: energy that an expert loses when the nearest other one, scaled, "
-    "answers for it, mean and least; then the energy that constants and linear maps explain"
+    "bits: entropy of usage; used: so many equally used experts have as much; together: share of an expert's tokens "
+    "that its most frequent companion runs on too, mean and most; apart: energy that an expert loses when the nearest "
+    "other one, scaled, answers for it, mean and least; then the energy that constants and linear maps explain"
 )
 
 
@@ -25,31 +23,32 @@ def show(found: Redundancy) -> None:
     Args:
         found: the redundancy of a model.
     """
-    stand_ins = list(found.layers[0].explained)
-    short = [name.replace("rank ", "r") for name in stand_ins]
-    output.result("")
-    output.table(
-        ["layer", "experts", "used", "together", "most", "apart", "least", *short],
-        [
-            [
-                str(layer.layer),
-                str(len(layer.experts)),
-                f"{layer.used:.1f}",
-                *map(_percent, (layer.together, layer.most_together, layer.mean_distance, layer.least_distance)),
-                *(_percent(layer.explained[name]) for name in stand_ins),
-            ]
-            for layer in found.layers
-        ],
-    )
-    for line in output.wrapped(LEGEND):
-        output.result(Text(line, "dim"))
+    _usage(found)
     _losses(found)
     output.result("")
+    nothing = [layer.layer for layer in found.layers if not layer.findings]
     for layer in found.layers:
-        paragraph(f"layer {layer.layer}", _told(layer.findings))
+        if layer.findings:
+            paragraph(f"layer {layer.layer}", _told(layer.findings))
+    if nothing:
+        paragraph("layers", [f"{spans(nothing)}: no expert is dead, constant, linear or a copy"])
     output.result("")
-    for line in output.wrapped(found.verdict):
-        output.result(line)
+    output.text(found.verdict)
+
+
+def _usage(found: Redundancy) -> None:
+    """Print how the experts of each layer are used and how they differ."""
+    stand_ins = list(found.layers[0].explained)
+    names = [name.replace("rank ", "r").replace("constant", "const") for name in stand_ins]
+    rows = []
+    for layer in found.layers:
+        shares = [layer.together, layer.most_together, layer.mean_distance, layer.least_distance]
+        shares += [layer.explained[name] for name in stand_ins]
+        counts = [str(layer.layer), f"{layer.entropy:.2f}", f"{layer.used:.1f}", str(len(layer.experts))]
+        rows.append([*counts, *(f"{share:.0%}" for share in shares)])
+    output.result("")
+    output.table(["layer", "bits", "used", "of", "together", "most", "apart", "least", *names], rows)
+    output.text(LEGEND, "dim")
 
 
 def _losses(found: Redundancy) -> None:
@@ -78,8 +77,4 @@ def _told(findings: tuple[Finding, ...]) -> list[str]:
         if finding.of is not None:
             factor = "" if finding.kind == "duplicate" else f"{finding.factor:.3g} x "
             told.append(f"{finding.expert} = {factor}{finding.of}")
-    return told or ["no expert is dead, constant, linear or a copy"]
-
-
-def _percent(share: float) -> str:
-    return f"{share:.0%}"
+    return told

@@ -41,23 +41,20 @@ def verdict(lost: Lost, kl: Lost | None) -> str:
         lost: mean over layers of what they lose.
         kl: what the predictions are expected to lose, when that is known.
     """
+    limit = SAFE_LOST if kl is None else SAFE_KL
     sentences = []
     for share, by_name in (kl or lost).items():
         plain, fitted = by_name[PLAIN], by_name[FITTED]
-        limit = SAFE_LOST if kl is None else SAFE_KL
-        constants, maps = f"constants lose {_amount(plain, kl)}", f"linear maps of {FITTED} lose {_amount(fitted, kl)}"
+        both = f"linear maps of {FITTED} lose {_amount(fitted, kl)}, constants {_amount(plain, kl)}"
         if plain <= limit:
-            told = f"safe, even {constants}"
+            told = f"safe with constants in their place, which lose {_amount(plain, kl)}"
         elif fitted <= limit:
-            told = f"only with fitted stand-ins: {maps}, {constants}"
+            told = f"safe only with fitted stand-ins: {both}"
         else:
-            told = f"not without damage: {constants}, and even {maps}"
+            told = f"not without damage: {both}"
         sentences.append(f"Remove {share}: {told}.")
     if kl is None:
-        sentences.append(
-            "These are shares of what the experts give: what layers do to the predictions was not recorded "
-            "(calibrate --effect)."
-        )
+        sentences.append("These are shares of what the experts give; calibrate --effect tells what they cost in nats.")
     return " ".join(sentences)
 
 
