@@ -161,9 +161,11 @@ def test_what_was_planted_is_found_and_nothing_else(planted: moefit.Redundancy) 
             what.linear: ("linear", None, 1, what.rank),
             what.dead: ("dead", None, 1, 0),
         }
+        assert set(told) == what.redundant
         assert layer.lost["10%"]["constant"] == 0  # one of twelve, the dead one
         for one in layer.experts:
-            assert (one.distance < 1e-4) == (one.expert in {1, 3, 6, 8})
+            copies = {what.original, what.duplicate, what.permuted, what.scaled}
+            assert (one.distance < 1e-4) == (one.expert in copies)
 
 
 @pytest.mark.parametrize("width", [80, 100])
