@@ -144,7 +144,7 @@ def find_redundancy(
     *,
     weights: ExpertWeights | None = None,
     effects: Mapping[int, float] | None = None,
-    tokens: int = 256,
+    tokens: int = 128,
     progress: Callable[[int, int], None] | None = None,
 ) -> Redundancy:
     """Say how redundant the experts of a model are and how far it is safe to go.
@@ -186,7 +186,7 @@ def find_redundancy(
 
 
 @torch.no_grad()
-def layer_redundancy(layer: LayerView, tokens: int = 256) -> LayerRedundancy:
+def layer_redundancy(layer: LayerView, tokens: int = 128) -> LayerRedundancy:
     """Measure one layer.
 
     Maps are fitted expert by expert on all sampled tokens. Outputs of all pairs of experts would not fit in memory for
