@@ -43,7 +43,7 @@ class Cell:
         remove: share of their experts that went.
         answer: what answers for them.
         lost: mean over all layers of the share of energy that was expected to be lost.
-        expected: KL that was expected, nats a token; None without effects.
+        expected: KL that was expected, nats a token.
         kl: KL that was measured.
         perplexity: the compressed model's, as a factor of the original's.
         top1: share of tokens for which both rank the same word first.
@@ -53,7 +53,7 @@ class Cell:
     remove: str
     answer: str
     lost: float
-    expected: float | None
+    expected: float
     kl: float
     perplexity: float
     top1: float
@@ -61,7 +61,6 @@ class Cell:
 
 def measure(
     found: moefit.Redundancy,
-    effects: dict[int, float] | None,
     calibration: moefit.Calibration,
     reference: Reference,
     layers: tuple[int, ...],
@@ -75,15 +74,13 @@ def measure(
     )
     model = AutoModelForCausalLM.from_pretrained(calibration.model.source, dtype="float32").eval()
     fidelity = reference.compare(moefit.apply(plan, model, calibration=calibration))[""]
-    parts = {part.layer: part for part in found.layers if part.layer in layers}
+    parts = [(layer, layer.lost[remove][answer]) for layer in found.layers if layer.layer in layers]
     return Cell(
         layers=layers,
         remove=remove,
         answer=answer,
-        lost=sum(part.lost[remove][answer] for part in parts.values()) / len(found.layers),
-        expected=None
-        if effects is None
-        else sum(effects[index] * part.energy * part.lost[remove][answer] for index, part in parts.items()),
+        lost=sum(lost for _, lost in parts) / len(found.layers),
+        expected=sum((layer.effect or 0) * layer.energy * lost for layer, lost in parts),
         kl=fidelity.kl.mean,
         perplexity=fidelity.compressed_perplexity.mean / fidelity.original_perplexity.mean,
         top1=fidelity.top1_agreement.mean,
@@ -92,10 +89,9 @@ def measure(
 
 def line(cell: Cell) -> str:
     """Return a cell as a row of a table."""
-    expected = "" if cell.expected is None else f"{cell.expected:.5f}"
     where = ",".join(map(str, cell.layers))
     return (
-        f"| {where} | {cell.remove} | {cell.answer} | {cell.lost:.3%} | {expected} | {cell.kl:.5f} "
+        f"| {where} | {cell.remove} | {cell.answer} | {cell.lost:.3%} | {cell.expected:.5f} | {cell.kl:.5f} "
         f"| {cell.perplexity:.4f} | {cell.top1:.1%} |"
     )
 
@@ -104,8 +100,6 @@ def correlations(cells: list[Cell]) -> list[str]:
     """Return Spearman's correlations with the measured KL, over all cells and inside each ratio."""
     lines = []
     for name in ("lost", "expected"):
-        if any(getattr(cell, name) is None for cell in cells):
-            continue
         for ratio in ("", *REMOVE):
             some = [cell for cell in cells if ratio in ("", cell.remove)]
             rho = spearmanr([getattr(cell, name) for cell in some], [cell.kl for cell in some]).statistic
@@ -117,8 +111,6 @@ def thresholds(cells: list[Cell]) -> list[str]:
     """Return what was measured on either side of what the verdict calls safe."""
     lines = []
     for name, limit in (("lost", SAFE_LOST), ("expected", SAFE_KL)):
-        if any(getattr(cell, name) is None for cell in cells):
-            continue
         for side, some in (
             ("safe", [cell for cell in cells if getattr(cell, name) <= limit]),
             ("not safe", [cell for cell in cells if getattr(cell, name) > limit]),
@@ -149,15 +141,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         text = moefit.TextOptions(data=(options.calibration_data,), sequences=128, length=256, batch_size=16)
         sample = moefit.SampleOptions(tokens=128 * 256)
-        calibration = moefit.calibrate(options.model, Path(scratch) / "calibration", text=text, sample=sample)
+        calibration = moefit.calibrate(
+            options.model, Path(scratch) / "calibration", text=text, sample=sample, effect=True
+        )
         heldout = moefit.TextOptions(
             data=(options.heldout_data,), sequences=options.sequences, length=256, batch_size=8
         )
         batches = moefit.read_batches(heldout, AutoTokenizer.from_pretrained(options.model))
         reference = Reference(Path(scratch) / "reference", batches)
         reference.record(AutoModelForCausalLM.from_pretrained(options.model, dtype="float32").eval())
-        effects = calibration.effects()
-        found = moefit.find_redundancy(calibration, effects=effects)
+        found = moefit.find_redundancy(calibration)
         every = tuple(calibration.layers)
         half = len(every) // 2
         groups = [*((layer,) for layer in every), every[:half], every[half:], every]
@@ -165,7 +158,7 @@ def main() -> None:
         for layers in groups:
             for remove in REMOVE:
                 for answer in ANSWERS:
-                    cells.append(measure(found, effects, calibration, reference, layers, remove, answer))
+                    cells.append(measure(found, calibration, reference, layers, remove, answer))
                     print(line(cells[-1]), flush=True)
     print("\n".join([*correlations(cells), *thresholds(cells)]))
     if options.json is not None:

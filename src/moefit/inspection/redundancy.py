@@ -9,7 +9,7 @@ Shapes: E experts, R stand-ins (a constant, then maps of rising rank).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -18,7 +18,7 @@ import torch
 from moefit.calibration.folder import Calibration
 from moefit.checkpoint.weights import ExpertWeights
 from moefit.errors import PlanError
-from moefit.inspection.verdict import Lost, expected_kl, mean_lost, verdict
+from moefit.inspection.verdict import Lost, verdict, weighed
 from moefit.methods.conmoe import functional_distances
 from moefit.methods.linear import held_out_errors
 from moefit.methods.run import check_weights, view_of
@@ -95,6 +95,7 @@ class LayerRedundancy:
         least_distance: the least distance of an expert to its nearest one.
         mean_distance: the mean of these distances over experts that were reached.
         energy: sum of the energies of its experts.
+        effect: nats a token that a unit of squared error a token costs; None when it was not recorded.
         explained: share of the energy that each of `STAND_INS` explains when it answers for every expert.
         lost: for each share of `REMOVE`, the share of the energy that is lost when each of `STAND_INS` answers for that
             share of the experts, those that it answers for best.
@@ -110,6 +111,7 @@ class LayerRedundancy:
     least_distance: float
     mean_distance: float
     energy: float
+    effect: float | None
     explained: dict[str, float]
     lost: Lost
     findings: tuple[Finding, ...]
@@ -143,7 +145,6 @@ def find_redundancy(
     calibration: Calibration,
     *,
     weights: ExpertWeights | None = None,
-    effects: Mapping[int, float] | None = None,
     tokens: int = 128,
     progress: Callable[[int, int], None] | None = None,
 ) -> Redundancy:
@@ -154,7 +155,6 @@ def find_redundancy(
     Args:
         calibration: a finished calibration.
         weights: where the experts are; the calibrated checkpoint when None.
-        effects: nats a token that a unit of squared error a token costs in each layer.
         tokens: sampled tokens of each expert on which it is compared with the others.
         progress: called with (layers done, layers in all).
 
@@ -172,10 +172,10 @@ def find_redundancy(
         view.close()
         if progress is not None:
             progress(len(layers), len(calibration.layers))
-    lost = mean_lost([layer.lost for layer in layers])
-    kl = (
-        None if effects is None else expected_kl({layer.layer: (layer.energy, layer.lost) for layer in layers}, effects)
-    )
+    lost = weighed([(1 / len(layers), layer.lost) for layer in layers])
+    # The sum over layers of effect x squared error.
+    costs = [(layer.effect * layer.energy, layer.lost) for layer in layers if layer.effect is not None]
+    kl = weighed(costs) if costs else None
     return Redundancy(
         tokens=calibration.fingerprint["text"]["counted"],
         layers=tuple(layers),
@@ -216,6 +216,7 @@ def layer_redundancy(layer: LayerView, tokens: int = 128) -> LayerRedundancy:
         least_distance=min((distance[expert] for expert in reached), default=1.0),
         mean_distance=_mean([distance[expert] for expert in reached]),
         energy=energy,
+        effect=layer.effect,
         explained=_named(1 - left_ER.sum(0) / max(energy, 1e-300)),
         lost={share: _named(_least(left_ER, share) / max(energy, 1e-300)) for share in REMOVE},
         findings=tuple(_findings(sums.count, energy_E, left_ER, distance_EE, factor_EE)),
