@@ -13,6 +13,8 @@ from test_merging import random_experts
 from transformers import AutoModelForCausalLM
 
 import moefit
+from conftest import token_batches
+from families import tiny_model
 from moefit.checkpoint.anatomy import discover
 from moefit.inspection.redundancy import FEW, RANKS, REMOVE, RIDGE, STAND_INS, layer_redundancy
 from moefit.inspection.verdict import verdict, weighed
@@ -150,7 +152,7 @@ def planted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 def test_what_was_planted_is_found_and_nothing_else(planted: moefit.Redundancy) -> None:
     what = Planted()
-    assert len(planted.layers) == 2
+    assert (len(planted.layers), planted.kl) == (2, None)
     for layer in planted.layers:
         told = {f.expert: (f.kind, f.of, round(f.factor, 4), f.rank) for f in layer.findings}
         assert told == {
@@ -256,6 +258,14 @@ def test_the_verdict_says_how_far_it_is_safe() -> None:
     )
     known = verdict(LOST, {"25%": {"constant": 0.004, "rank 8": 0.001}})
     assert known == "Remove 25%: safe with constants in their place, which lose 0.0040 nats a token."
+
+
+def test_a_model_that_was_in_memory_is_to_be_given_again(tmp_path: Path) -> None:
+    model = tiny_model("olmoe")
+    calibration = moefit.calibrate(model, tmp_path / "calibration", text=token_batches())
+    with pytest.raises(moefit.PlanError, match="calibrated in memory; pass weights="):
+        moefit.find_redundancy(calibration)
+    assert len(moefit.find_redundancy(calibration, weights=moefit.ExpertWeights(model)).layers) == 2
 
 
 def test_effects_say_what_losses_cost(calibration: GetCalibration) -> None:
