@@ -451,24 +451,25 @@ _ROUTER = re.compile(r"\.(gate|router)\.")
 _BIAS = re.compile(r"(^|[._])bias$")
 
 
-def tiny_config(name: str) -> PreTrainedConfig:
-    """Make a fresh config of a family: config classes edit the lists that they are given."""
-    return AutoConfig.for_model(**copy.deepcopy(_PRESENT[name].config))
+def tiny_config(name: str, **changes: Any) -> PreTrainedConfig:
+    """Make a fresh config of a family, with changes: config classes edit the lists that they are given."""
+    return AutoConfig.for_model(**copy.deepcopy(_PRESENT[name].config | changes))
 
 
-def tiny_model(name: str, seed: int = 0) -> PreTrainedModel:
+def tiny_model(name: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """Build a family's tiny model with random weights that make routing matter.
 
     Args:
         name: A key of `FAMILIES` or `REFUSED`.
         seed: Two calls with one seed give the same bits.
+        changes: Fields of the config that are to be others.
 
     Returns:
         The model in float32 on the CPU, in evaluation mode.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(tiny_config(name), dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(tiny_config(name, **changes), dtype=torch.float32)
     _stir(model, torch.Generator().manual_seed(seed))
     return model.eval()
 

@@ -75,12 +75,12 @@ def test_help_is_quick_and_loads_nothing_heavy() -> None:
 
 PUBLIC = """
 METHODS Allocated Batch Budget Calibration CalibrationError CheckpointError ExampleOptions ExpertWeights MoefitConfig
-MoefitError MoefitWarning Plan PlanError RecoveryOptions RecoveryResult SampleOptions
-Scores SearchOptions TaskOptions TextOptions __version__ allocate apply calibrate compress evaluate make_plan precheck
-read_batches recover
+MoefitError MoefitWarning Plan PlanError RecoveryOptions RecoveryResult Redundancy SampleOptions Scores
+SearchOptions TaskOptions TextOptions __version__ allocate apply calibrate compress evaluate find_redundancy make_plan
+precheck read_batches recover
 """.split()
 FLAGS = {
-    "inspect": "--json --trust-remote-code",
+    "inspect": "--calibration --json --trust-remote-code",
     "calibrate": "--batch-size --data --device --device-map --dtype --effect --length --mask-special --out "
     "--residual --sample-tokens --seed "
     "--sequences --states --stream --trust-remote-code",

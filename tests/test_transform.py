@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from families import tiny_model
 from moefit.checkpoint.files import open_checkpoint
 from moefit.checkpoint.loader import quiet_transformers
 from moefit.planning.budget import Budget
+from moefit.planning.slots import LayerPlan, Slot
 from moefit.summary import summarise
 
 Get = Callable[[str], Path]
@@ -178,3 +180,17 @@ def test_constants_load_no_experts(source: Path, tmp_path: Path, monkeypatch: py
     plan = moefit.make_plan(calibration, "mone", Budget.parse(keep=9))
     monkeypatch.setattr("moefit.checkpoint.weights.ExpertWeights.open", lambda *_: pytest.fail("experts were opened"))
     assert moefit.apply(plan, source, tmp_path / "out", calibration=calibration).is_dir()
+
+
+def test_in_memory_a_layer_that_needs_no_experts_may_come_first(checkpoint: Get, calibration: GetCalibration) -> None:
+    """Experts of the second layer are opened when the first has changed."""
+    made = calibration("olmoe")
+    plan = moefit.make_plan(made, "linear", Budget.parse(keep=7), parameters={"rank": 2})
+    first, second = plan.layers
+    alike = {slot: Slot("constant") for slot in plan.layers[first].stand_ins}
+    constants = LayerPlan(slots=tuple(alike.get(n, slot) for n, slot in enumerate(plan.layers[first].slots)))
+    plan = replace(plan, layers={first: constants, second: plan.layers[second]})
+    model = AutoModelForCausalLM.from_pretrained(checkpoint("olmoe"), dtype="float32").eval()
+    changed = moefit.apply(plan, model, calibration=made)
+    assert [slots.ranks for _, slots in sorted(plan.slot_maps.items())] == [None, (2,)]
+    assert torch.isfinite(logits(changed, torch.arange(3, 15)[None])).all()

@@ -13,6 +13,7 @@ from moefit.checkpoint.weights import ExpertWeights
 from moefit.errors import CalibrationError, CheckpointError, MoefitError, MoefitWarning, PlanError
 from moefit.evaluation.evaluate import Scores, TaskOptions, evaluate
 from moefit.evaluation.search import Allocated, SearchOptions, allocate
+from moefit.inspection.redundancy import Redundancy, find_redundancy
 from moefit.methods import METHODS, make_plan
 from moefit.pipeline import compress, precheck
 from moefit.planning.budget import Budget
@@ -40,6 +41,7 @@ __all__ = [
     "PlanError",
     "RecoveryOptions",
     "RecoveryResult",
+    "Redundancy",
     "SampleOptions",
     "Scores",
     "SearchOptions",
@@ -51,6 +53,7 @@ __all__ = [
     "calibrate",
     "compress",
     "evaluate",
+    "find_redundancy",
     "make_plan",
     "precheck",
     "read_batches",

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from moefit_cli import output
+from moefit_cli import redundancy as redundancy_module
 from moefit_cli import show as show_module
 from moefit_cli.options import (
     Allocation,
@@ -62,20 +63,27 @@ app = typer.Typer(
 @app.command()
 def inspect(
     model: Model,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Its calibration folder: also say how redundant the experts are.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Show layers, experts, top-k, parameters and bytes of a checkpoint.
+    """Show layers, experts, top-k, parameters and bytes of a checkpoint, and what of it is redundant.
 
-    [dim]moefit inspect allenai/OLMoE-1B-7B-0125[/dim]
+    [dim]moefit inspect allenai/OLMoE-1B-7B-0125 --calibration calib[/dim]
     """
     from moefit.summary import summarise
 
     summary = summarise(model, trust_remote_code=trust_remote_code)
+    redundancy = None if calibration is None else _redundancy(model, calibration, trust_remote_code)
     if json:
-        print(json_module.dumps(summary.to_json(), indent=2))
-    else:
-        output.summary(summary)
+        found = {} if redundancy is None else {"redundancy": redundancy.to_json()}
+        print(json_module.dumps(summary.to_json() | found, indent=2))
+        return
+    output.summary(summary)
+    if redundancy is not None:
+        redundancy_module.show(redundancy)
 
 
 @app.command()
@@ -508,6 +516,15 @@ def _budget(
     if remove is keep is size is memory is None and method in moefit.METHODS and moefit.METHODS[method].whole:
         remove = "0%"
     return moefit.Budget.parse(remove=remove, keep=keep, size=size, memory=memory, load_dtype=load_dtype)
+
+
+def _redundancy(model: str, calibration: Path, trust_remote_code: bool) -> Any:
+    """Measure the redundancy of the calibrated model."""
+    import moefit
+
+    weights = moefit.ExpertWeights(model, trust_remote_code=trust_remote_code)
+    with output.progress("inspect") as progress:
+        return moefit.find_redundancy(moefit.Calibration.open(calibration), weights=weights, progress=progress)
 
 
 def _plan(file: Path) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -42,6 +43,22 @@ def result(line: Text | str) -> None:
 def width() -> int:
     """Return how many characters a line of a result has room for."""
     return _out.width
+
+
+def text(words: str, style: str = "") -> None:
+    """Print a text in lines that fit."""
+    for line in textwrap.wrap(words, max(width(), 20), break_on_hyphens=False):
+        result(Text(line, style))
+
+
+def table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table: labels in the first column, numbers in the others."""
+    shown = Table(box=None, pad_edge=False, header_style="dim")
+    for number, name in enumerate(names):
+        shown.add_column(name, justify="right" if number else "left")
+    for row in rows:
+        shown.add_row(*row)
+    _out.print(shown)
 
 
 def complain(text: str) -> None:

@@ -51,13 +51,13 @@ def show(name: str, plan: Plan, *, scores: bool = False) -> None:
         if layer.untouched:
             continue
         _grid(f"{label:>4} {layer.stored:>3}", layer)
-        _paragraph("", _answers(layer))
+        paragraph("", _answers(layer))
         if scores:
             ranked = sorted(enumerate(zip(layer.scores, layer.slots, strict=False)), key=lambda at: (-at[1][0], at[0]))
             listed = [f"{number}{_mark(number, slot)} {score:.4g}" for number, (score, slot) in ranked]
-            _paragraph("", listed or ["the method gave no scores"], ", ")
+            paragraph("", listed or ["the method gave no scores"], ", ")
     if whole := [label for label, layer in layers.items() if layer.untouched]:
-        _paragraph("whole", [f"layers {', '.join(whole)}"])
+        paragraph("whole", [f"layers {', '.join(whole)}"])
 
 
 def diff(names: Sequence[str], plans: Sequence[Plan]) -> None:
@@ -85,11 +85,11 @@ def diff(names: Sequence[str], plans: Sequence[Plan]) -> None:
         agree, told = _changes(before, other[label])
         alike += agree
         if told:
-            _paragraph(f"{label:>4}", [f"{agree} of {len(before.slots)} alike", *told])
+            paragraph(f"{label:>4}", [f"{agree} of {len(before.slots)} alike", *told])
         else:
             same.append(label)
     if same:
-        _paragraph("alike", [f"layers {', '.join(same)}"])
+        paragraph("alike", [f"layers {', '.join(same)}"])
     total = sum(len(layer.slots) for layer in one.values())
     output.result(f"{alike:,} of {total:,} slots have the same answer in both ({alike / total:.1%})")
 
@@ -101,7 +101,7 @@ def _changes(before: LayerPlan, after: LayerPlan) -> tuple[int, list[str]]:
         was, becomes = (_answer(number, slot) for slot in pair)
         if was != becomes:
             changed.setdefault(f"{was} -> {becomes}", []).append(number)
-    told = [f"{what}: {_spans(numbers)}" for what, numbers in changed.items()]
+    told = [f"{what}: {spans(numbers)}" for what, numbers in changed.items()]
     was, becomes = (", ".join(_whole(layer)) or "none" for layer in (before, after))
     agree = len(before.slots) - sum(map(len, changed.values()))
     return agree, told + ([f"{was} -> {becomes}"] if was != becomes else [])
@@ -111,8 +111,8 @@ def _header(name: str, plan: Plan) -> None:
     before, after, where = plan.model.nbytes, plan.nbytes, "native" if plan.native else "moefit"
     output.result(Text(name, "bold"))
     sizes = f"{output.nbytes(before)} becomes {output.nbytes(after)} ({after / before:.1%}, {where} format)"
-    _paragraph("", [f"{plan.method}, {plan.budget}: {sizes}"])
-    _paragraph("", [f"{key}={value}" for key, value in plan.parameters.items()], ", ")
+    paragraph("", [f"{plan.method}, {plan.budget}: {sizes}"])
+    paragraph("", [f"{key}={value}" for key, value in plan.parameters.items()], ", ")
 
 
 def _layers(plan: Plan) -> dict[str, LayerPlan]:
@@ -146,7 +146,7 @@ def _answers(layer: LayerPlan) -> list[str]:
         if slot.kind in ("linear", "lowrank") or _mark(number, slot) == ">":
             found.setdefault(_answer(number, slot), []).append(number)
     found |= {f"merged into {centre}": members for centre, members in layer.merged.items()}
-    return [f"{answer}: {_spans(numbers)}" for answer, numbers in found.items()] + _whole(layer)
+    return [f"{answer}: {spans(numbers)}" for answer, numbers in found.items()] + _whole(layer)
 
 
 def _whole(layer: LayerPlan) -> list[str]:
@@ -177,7 +177,7 @@ def _answer(number: int, slot: Slot) -> str:
     }[slot.kind]
 
 
-def _spans(numbers: Iterable[int]) -> str:
+def spans(numbers: Iterable[int]) -> str:
     """Return ascending numbers with runs drawn together, such as ``1 4-7``."""
     runs: list[list[int]] = []
     for number in numbers:
@@ -188,7 +188,7 @@ def _spans(numbers: Iterable[int]) -> str:
     return " ".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
 
 
-def _paragraph(label: str, parts: Sequence[str], between: str = "; ") -> None:
+def paragraph(label: str, parts: Sequence[str], between: str = "; ") -> None:
     """Print parts beside a label, wrapped to the terminal."""
     wrapped = textwrap.wrap(between.join(parts), max(output.width() - LABEL, 20), break_on_hyphens=False)
     for number, line in enumerate(wrapped):

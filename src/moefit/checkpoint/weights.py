@@ -21,14 +21,21 @@ class ExpertWeights:
 
     Args:
         source: folder, hub name, opened checkpoint, or a model: streamed from one or in memory.
+        anatomy: the MoE layers, of a model that is changed while its weights are read; else they are discovered.
         trust_remote_code: run code that comes with the checkpoint.
     """
 
     def __init__(
-        self, source: str | Path | Checkpoint | StreamedModel | nn.Module, *, trust_remote_code: bool = False
+        self,
+        source: str | Path | Checkpoint | StreamedModel | nn.Module,
+        *,
+        anatomy: Anatomy | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
         self._source = source
         self._trust = trust_remote_code
+        if anatomy is not None:
+            self.anatomy = anatomy
 
     @property
     def in_memory(self) -> bool:

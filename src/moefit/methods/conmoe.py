@@ -154,12 +154,14 @@ def weight_distances(matrices: dict[str, torch.Tensor]) -> torch.Tensor:
     return total / len(matrices)
 
 
-def functional_distances(layers: Sequence[LayerView], tokens: int, scaled: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def functional_distances(
+    layers: Sequence[LayerView], tokens: int, scaled: bool, limits: tuple[float, float] = (0.0, 1.5)
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what each expert loses when another answers its sampled tokens, and the best scale of the answer.
 
     d(e, p) = sum g^2 |f_e - c f_p|^2 / sum g^2 |f_e|^2 and c = sum g^2 <f_e, f_p> / sum g^2 |f_p|^2, clipped to
-    [0, 1.5], over tokens routed to e; c = 1 when not `scaled`. An expert without sampled tokens loses 1 everywhere and
-    keeps scale 1. Experts are numbered through the layers; both results are float64 [E, E].
+    the limits, over tokens routed to e; c = 1 when not `scaled`. An expert without sampled tokens loses 1 everywhere
+    and keeps scale 1. Experts are numbered through the layers; both results are float64 [E, E].
     """
     experts = [(layer, expert) for layer in layers for expert in range(layer.num_experts)]
     routed = [tuple(part[:tokens] for part in layer.routed(expert)) for layer, expert in experts]
@@ -183,7 +185,7 @@ def functional_distances(layers: Sequence[LayerView], tokens: int, scaled: bool)
         # One expert on the tokens of all: products of many rows.
         given_TD = layer.experts.outputs(expert, x_TD).to(own_TD)
         product, square = summed((own_TD * given_TD).sum(1)), summed(given_TD.square().sum(1))
-        c = (product / square.clamp_min(EPSILON)).clamp(0, 1.5) if scaled else torch.ones_like(product)
+        c = (product / square.clamp_min(EPSILON)).clamp(*limits) if scaled else torch.ones_like(product)
         distances[:, number] = torch.where(reached, (energy - 2 * c * product + c**2 * square) / energy, 1.0)
         scales[:, number] = torch.where(reached, c, 1.0)
     return distances.clamp_min(0).fill_diagonal_(0), scales.fill_diagonal_(1)

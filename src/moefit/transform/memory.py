@@ -45,7 +45,7 @@ def apply_to_model(
         for _ in propagated(plan, calibration, ResidentModel(model), anatomy):
             pass  # each layer is changed on the way, once the next ones have no need of it
     else:
-        for layer, view in opened(plan, calibration, ExpertWeights(model)):
+        for layer, view in opened(plan, calibration, ExpertWeights(model, anatomy=anatomy)):
             carry_out(model, anatomy, plan, layer, build_layer(plan, view) if view else {})
     if plan.native:
         _shrink_counts(model, plan, anatomy.model_counts)

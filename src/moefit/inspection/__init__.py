@@ -1,0 +1,1 @@
+"""How much of a model is redundant, from its calibration, before anything is removed."""
