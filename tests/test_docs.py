@@ -68,14 +68,15 @@ def test_help_is_quick_and_loads_nothing_heavy() -> None:
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert shown.strip().endswith("[]")
-    for verb in ("inspect", "calibrate", "plan", "show", "diff", "apply", "compress", "evaluate", "recover"):
+    for verb in ("inspect", "calibrate", "plan", "show", "diff", "apply", "compress", "compare", "evaluate", "recover"):
         assert verb in shown
 
 
 PUBLIC = """
 METHODS Batch Budget Calibration CalibrationError CheckpointError ExampleOptions ExpertWeights MoefitConfig MoefitError
 MoefitWarning Plan PlanError RecoveryOptions RecoveryResult SampleOptions
-Scores TaskOptions TextOptions __version__ apply calibrate compress evaluate make_plan precheck read_batches recover
+Scores TaskOptions TextOptions __version__ apply calibrate compare compress evaluate make_plan precheck read_batches
+recover
 """.split()
 FLAGS = {
     "inspect": "--json --trust-remote-code",
@@ -94,6 +95,8 @@ FLAGS = {
     "--sequences --size --states --stream --trust-remote-code",
     "evaluate": "--against --batch-size --data --device --device-map --dtype --json --length --limit --sequences "
     "--task-data --task-dir --tasks --trust-remote-code",
+    "compare": "--batch-size --calibration --data --device --dtype --held-out --held-out-sequences --length "
+    "--mask-special --methods --out --remove --sample-tokens --seed --sequences --trust-remote-code",
     "recover": "--accumulate --anneal --anneal-gamma --batch-size --data --device --dtype --epochs "
     "--gradient-checkpointing --held-out --json "
     "--layer-weight --length --lora-alpha --lora-rank --loss --loss-on --lr --out --overwrite --save-every --seed "

@@ -10,6 +10,7 @@ from moefit.calibration.folder import Calibration
 from moefit.calibration.run import SampleOptions
 from moefit.calibration.text import TextOptions, read_batches
 from moefit.checkpoint.weights import ExpertWeights
+from moefit.comparison.compare import compare
 from moefit.errors import CalibrationError, CheckpointError, MoefitError, MoefitWarning, PlanError
 from moefit.evaluation.evaluate import Scores, TaskOptions, evaluate
 from moefit.methods import METHODS, make_plan
@@ -45,6 +46,7 @@ __all__ = [
     "__version__",
     "apply",
     "calibrate",
+    "compare",
     "compress",
     "evaluate",
     "make_plan",

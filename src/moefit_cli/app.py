@@ -13,6 +13,7 @@ import typer
 
 from moefit_cli import output
 from moefit_cli import show as show_module
+from moefit_cli.compare import compare
 from moefit_cli.options import (
     Batch,
     Data,
@@ -370,6 +371,7 @@ def evaluate(
         output.say(f"scores are in {json}")
 
 
+app.command()(compare)
 app.command()(recover)
 
 

@@ -6,6 +6,7 @@ Shapes: B sequences, L tokens of a sequence.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 from moefit.checkpoint.writer import save_tensors
 from moefit.errors import CalibrationError
 
-FIELDS = ("input_ids", "counted", "attention_mask", "document", "position")
+FIELDS = ("input_ids", "counted", "attention_mask", "document", "position", "domain")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,12 +75,16 @@ def text_fingerprint(batches: Sequence[Batch]) -> dict:
 
 
 def save_batches(batches: Sequence[Batch], file: Path) -> None:
-    """Write batches without their domains: beside first, then renamed."""
+    """Write batches: beside first, then renamed."""
     tensors = {
         f"{number:05d}.{name}": getattr(batch, name).contiguous()
         for number, batch in enumerate(batches)
         for name in FIELDS
         if getattr(batch, name) is not None
+    }
+    tensors |= {
+        f"{number:05d}.domains": torch.tensor(list(json.dumps(batch.domains).encode()), dtype=torch.uint8)
+        for number, batch in enumerate(batches)
     }
     beside = file.with_suffix(".partial")
     save_tensors(tensors, beside)
@@ -107,7 +112,9 @@ def load_batches(file: Path) -> list[Batch]:
             attention_mask=parts.get("attention_mask"),
             document=parts["document"],
             position=parts["position"],
-            domain=torch.zeros_like(parts["input_ids"]),
+            # Folders of earlier releases hold no domains.
+            domain=parts.get("domain", torch.zeros_like(parts["input_ids"])),
+            domains=tuple(json.loads(bytes(parts["domains"].tolist()))) if "domains" in parts else ("",),
         )
         for _, parts in sorted(batches.items())
     ]

@@ -43,6 +43,7 @@ def build(layer: LayerView, plan: LayerPlan, **_: object) -> dict[str, torch.Ten
     needs={"tokens", "count", "gate", "gate_sq", "gate_sq_output", "gate_sq_norm_sq"},
     weights=True,
     scoped=True,
+    slow=True,
     builds={"constant", "linear", "lowrank"},
     build=build,
 )

@@ -69,6 +69,7 @@ def built_on(layer: LayerView, plan: LayerPlan, bases: Sequence[Matrices], start
     scoped=True,
     outline=outline,
     of_total=True,
+    trained=True,
     builds={"lowrank"},
     build=build,
 )

@@ -36,6 +36,8 @@ class Method:
             have, where `removed` alone does not say.
         of_total: whether ``--remove`` means a share of the checkpoint's bytes, not of each layer's experts.
         whole: whether it does something of use without removing an expert.
+        trained: whether it is made for recovery, so that before training it says little.
+        slow: whether it searches: planning takes longer than running the model over held-out text.
         builds: the kinds of answers that `build` computes, see `LayerPlan.built`.
         build: ``(layer, plan, **parameters) -> tensors``: what a plan of this method adds. ``constant`` [n, D] for the
             stand-ins in the order of their slots, ``linear_in`` and ``linear_out`` [rows, D] for linear ones; for
@@ -53,6 +55,8 @@ class Method:
     outline: Callable[..., LayerPlan] | None
     of_total: bool
     whole: bool
+    trained: bool
+    slow: bool
     builds: frozenset[str]
     build: Build | None
 
@@ -131,6 +135,8 @@ def method(
     outline: Callable[..., LayerPlan] | None = None,
     of_total: bool = False,
     whole: bool = False,
+    trained: bool = False,
+    slow: bool = False,
     builds: Iterable[str] = (),
     build: Build | None = None,
 ) -> Callable[[Callable], Callable]:
@@ -151,6 +157,8 @@ def method(
             outline=outline,
             of_total=of_total,
             whole=whole,
+            trained=trained,
+            slow=slow,
             builds=frozenset(builds),
             build=build,
         )

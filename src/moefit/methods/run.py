@@ -61,7 +61,7 @@ def make_plan(
     weights = weights or ExpertWeights(facts.source)
     outline = outline_plan(facts, chosen, resolved, budget, layers=layers, protect=protected)
     if chosen.weights:
-        _check_weights(weights, facts)
+        check_weights(weights, facts)
     stacks = [stack for stack in facts.stacks if stack.index is not None and stack.prefix in outline.layers]
     shares = layer_nbytes(facts, outline, _limit(budget, chosen, facts))
     views = [view_of(calibration, s.index or 0, weights, protected, shares[s.prefix]) for s in stacks]
@@ -211,8 +211,12 @@ def _check_recorded(calibration: Calibration, method: Method) -> None:
             )
 
 
-def _check_weights(weights: ExpertWeights, facts: ModelFacts) -> None:
-    """Refuse to read experts of another model than the one that was calibrated."""
+def check_weights(weights: ExpertWeights, facts: ModelFacts) -> None:
+    """Refuse to read experts of another model than the one that was calibrated.
+
+    Raises:
+        PlanError: see the message.
+    """
     if weights.in_memory or "shards" not in facts.fingerprint:
         return
     try:
