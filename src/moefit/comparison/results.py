@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from typing import Any
 
 import torch
 from scipy.stats import spearmanr
@@ -132,5 +133,6 @@ def spearman(cells: Sequence[dict]) -> dict[str, float] | None:
     for name, group in groups.items():
         expected, measured = [cell["expected_kl"] for cell in group], [kl_of(cell) for cell in group]
         if len(group) >= 3 and len(set(expected)) > 1 and len(set(measured)) > 1:
-            found[name] = float(spearmanr(expected, measured)[0])
+            correlation: Any = spearmanr(expected, measured)
+            found[name] = float(correlation.statistic)
     return found or None
