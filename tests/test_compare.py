@@ -215,8 +215,8 @@ def calls(model: torch.nn.Module, path: str, batches: list[moefit.Batch]) -> lis
             with torch.no_grad():
                 model(input_ids=ids[None], use_cache=False)
             handle.remove()
-            # Visits to guests bring single pairs of a token and a slot; the layer's own call brings every token.
-            (own,) = (args for args in here if args[1].shape == (len(ids), here[0][1].shape[1]) or len(here) == 1)
+            # Visits to guests bring one slot of a token at a time, the layer's own call all top-k of them.
+            (own,) = (args for args in here if args[1].shape[1] > 1)
             seen.append(own)
     return seen
 

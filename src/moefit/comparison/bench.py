@@ -36,6 +36,7 @@ class Bench:
 
     Args:
         checkpoint: the original.
+        weights: its experts on disk, which methods read.
         calibration: what plans are made from.
         batches: held-out text.
         folder: where the original's predictions and speed lie.
@@ -48,6 +49,7 @@ class Bench:
     def __init__(
         self,
         checkpoint: Checkpoint,
+        weights: ExpertWeights,
         calibration: Calibration,
         batches: Sequence[Batch],
         folder: Path,
@@ -57,8 +59,8 @@ class Bench:
         trust_remote_code: bool = False,
         progress: Progress | None = None,
     ) -> None:
-        self.checkpoint, self.calibration, self.batches, self.folder = checkpoint, calibration, batches, folder
-        self.weights = ExpertWeights(checkpoint, trust_remote_code=trust_remote_code)
+        self.checkpoint, self.weights, self.calibration = checkpoint, weights, calibration
+        self.batches, self.folder = batches, folder
         self._load: Callable[[], Any] = lambda: load_model(
             checkpoint.folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code
         )

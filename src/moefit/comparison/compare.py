@@ -22,6 +22,7 @@ from moefit.calibration.text import TextOptions, read_batches
 from moefit.checkpoint.files import Checkpoint, open_checkpoint
 from moefit.checkpoint.loader import load_config
 from moefit.checkpoint.models import load_tokenizer, longest_sequence, resolve_device, resolve_dtype
+from moefit.checkpoint.weights import ExpertWeights
 from moefit.comparison.bench import Bench, effects_of
 from moefit.comparison.cells import Cell, cells_of
 from moefit.comparison.results import failed, ranked, spearman, usage
@@ -32,7 +33,7 @@ from moefit.methods.run import check_weights
 from moefit.planning.plan import calibration_hash
 
 Stage = Callable[[str, int, int], None]
-RUN, RESULTS = "comparison.json", "results.json"
+RUN, RESULTS, CELLS, CALIBRATION = "comparison.json", "results.json", "cells", "calibration"
 
 
 def compare(
@@ -82,12 +83,16 @@ def compare(
     out, cells = Path(out), cells_of(methods, remove)
     if (text is None) == (calibration is None):
         raise MoefitError("give either calibration text (--data) or a finished calibration folder (--calibration)")
-    given = None if calibration is None else Calibration.open(calibration)
     checkpoint = open_checkpoint(model)
+    weights = ExpertWeights(checkpoint, trust_remote_code=trust_remote_code)
+    given = None if calibration is None else Calibration.open(calibration)
+    if given is not None:
+        check_weights(weights, given.model)
     device = resolve_device(device)
     torch_dtype = resolve_dtype(dtype, device, checkpoint)
     batches = _read(checkpoint, held_out, trust_remote_code)
-    _claim(out, _settings(checkpoint, batches, device, torch_dtype))
+    settings = _settings(checkpoint, batches, device, torch_dtype)
+    _held(out, settings)
 
     began = time.perf_counter()
     if given is None:
@@ -97,7 +102,7 @@ def compare(
         effect: dict[str, Any] = {"effect": True} if "effect" in inspect.signature(calibrate).parameters else {}
         given = calibrate(
             model,
-            out / "calibration",
+            out / CALIBRATION,
             text=text,
             sample=sample,
             residual="residual" in asked,
@@ -107,12 +112,15 @@ def compare(
             progress=None if progress is None else partial(progress, "calibrate"),
             **effect,
         )
-    measured = {"calibration": calibration_hash(given.fingerprint), "effects": effects_of(given)}
-    run = _claim(out, measured, calibrate_seconds=time.perf_counter() - began)
+    settings |= {"calibration": calibration_hash(given.fingerprint), "effects": effects_of(given)}
+    run = {"calibrate_seconds": time.perf_counter() - began} | _held(out, settings) | settings
+    (out / CELLS).mkdir(parents=True, exist_ok=True)
+    write_json(out / RUN, run)
     _warn_of_shared(given.batches(), batches)
 
     bench = Bench(
         checkpoint,
+        weights,
         given,
         batches,
         out,
@@ -121,8 +129,7 @@ def compare(
         trust_remote_code=trust_remote_code,
         progress=None if progress is None else partial(progress, "original"),
     )
-    check_weights(bench.weights, given.model)
-    found = ranked(_measured(bench, cells, out / "cells", progress))
+    found = ranked(_measured(bench, cells, out / CELLS, progress))
     results = _results(bench, held_out, found, device, run["calibrate_seconds"])
     write_json(out / RESULTS, results)
     bench.close()
@@ -132,7 +139,6 @@ def compare(
 
 def _measured(bench: Bench, cells: Sequence[Cell], folder: Path, progress: Stage | None) -> list[dict]:
     """Return all cells: read where they are finished, measured where they are not."""
-    folder.mkdir(exist_ok=True)
     found, steps = [], len(bench.batches)
 
     def step(cell: int, done: int) -> None:
@@ -181,24 +187,21 @@ def _settings(checkpoint: Checkpoint, batches: Sequence[Batch], device: str, dty
     }
 
 
-def _claim(out: Path, settings: dict, **notes: Any) -> dict:
-    """Make the folder this comparison's, and note what is not noted yet; returns all that is noted.
+def _held(out: Path, settings: dict) -> dict:
+    """Return what the folder notes of the comparison that it holds, if any.
 
     Raises:
-        MoefitError: the folder holds something else.
+        MoefitError: it holds something else.
     """
     held = read_json(out / RUN)
-    if held is None and out.exists() and (out.is_file() or any(out.iterdir())):
+    # A run that was stopped while it calibrated has no notes yet.
+    if held is None and out.exists() and (out.is_file() or {path.name for path in out.iterdir()} - {CALIBRATION}):
         raise MoefitError(f"{out}: not empty and no comparison; choose another folder")
     held = held or {}
-    differs = [name for name, value in settings.items() if held.get(name, value) != value]
-    if differs:
+    if differs := [name for name, value in settings.items() if held.get(name, value) != value]:
         raise MoefitError(
             f"{out}: holds a comparison with another {', '.join(differs)}; choose another folder or delete it"
         )
-    out.mkdir(parents=True, exist_ok=True)
-    held = notes | held | settings
-    write_json(out / RUN, held)
     return held
 
 

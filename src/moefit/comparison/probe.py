@@ -70,7 +70,7 @@ class Probe:
     ) -> None:
         self.layers, self.text = layers, spread(held_out, TOKENS)
         self.alone = self._run(model, spread(calibrated, TOKENS))
-        self.running = self._run(model, self.text)
+        self.running = {index: seen.outputs for index, seen in self._run(model, self.text).items()}
 
     def errors(self, model: nn.Module) -> dict[int, LayerError]:
         """Return the errors of a compressed copy of the model by decoder layer."""
@@ -83,8 +83,8 @@ class Probe:
         return {
             index: LayerError(
                 expected=_square(self.alone[index].outputs, alone[index].outputs),
-                measured=_square(self.running[index].outputs, running[index].outputs),
-                energy=(_square(self.alone[index].outputs), _square(self.running[index].outputs)),
+                measured=_square(self.running[index], running[index].outputs),
+                energy=(_square(self.alone[index].outputs), _square(self.running[index])),
             )
             for index in self.layers
         }
