@@ -70,7 +70,7 @@ def test_compare_prints_a_ranking_and_what_failed(run, tmp_path: Path) -> None:
     places = [shown.index(name, first, second) for name in best]
     assert places == sorted(places)
     assert shown.index("reap: model.layers.0: plan leaves 2 slots but the router picks 4") > second
-    assert f"{results['cells'][0]['fidelity']['']['kl']['mean']:.4f}" in shown
+    assert f"{results['cells'][0]['fidelity']['']['kl']['mean']:.3g}" in shown
     code, _, err = run(*words, "--length", "32")
     assert code == 1
     assert "holds a comparison with another held-out text; choose another folder or delete it" in err
