@@ -35,7 +35,14 @@ BEST_MERGE = {"fit": "ridge", "target": "gated", "features": "best", "cluster": 
 # name in the table, method, parameters, what is fitted on
 ROWS: list[tuple[str, str, dict[str, Any], str]] = [
     ("frequency", "frequency", {}, "original"),
+    ("ean", "ean", {}, "original"),
     ("reap", "reap", {}, "original"),
+    ("seer_moe", "seer_moe", {}, "original"),
+    ("easy_ep", "easy_ep", {}, "original"),
+    ("diep", "diep", {}, "original"),
+    ("naee, drawn", "naee", {"exhaustive": 0}, "original"),
+    ("naee, exchanged", "naee", {"exhaustive": 0, "samples": 100, "swaps": 64, "tokens": 1024}, "original"),
+    ("refit", "refit", {}, "original"),
     ("mone", "mone", {}, "original"),
     ("mone, exact error and optimal constant", "mone", {"score": "exact", "novice": "optimal"}, "original"),
     ("conmoe", "conmoe", {}, "original"),
@@ -112,7 +119,8 @@ class Job:
         """Calibrate, or open what was calibrated."""
         text = moefit.TextOptions(data=(self.calibration_data,), sequences=128, length=256, seed=seed, batch_size=16)
         sample = moefit.SampleOptions(tokens=128 * 256, seed=seed)
-        return moefit.calibrate(self.model, self.scratch / f"calibration-{seed}", text=text, sample=sample)
+        folder = self.scratch / f"calibration-{seed}"
+        return moefit.calibrate(self.model, folder, text=text, sample=sample, residual=True, effect=True)
 
     def reference(self, *, record: bool = False) -> Reference:
         """Return the original's predictions on the whole held-out file."""

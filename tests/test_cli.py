@@ -58,6 +58,24 @@ def test_compress_is_the_same_as_the_stages(run, tmp_path: Path) -> None:
     assert moefit.Plan.load(tmp_path / "out" / "moefit_plan.json") == plan
 
 
+def test_compare_prints_a_ranking_and_what_failed(run, tmp_path: Path) -> None:
+    out, held_out = tmp_path / "out", ["--held-out", REFERENCE / "heldout.jsonl", "--held-out-sequences", "2"]
+    words = ["compare", REFERENCE, "-o", out, *TEXT, *held_out, "--methods", "mone,reap", "--remove", "25%,95%"]
+    code, shown, err = run(*words, "--methods", "linear:rank=2:ranks=chosen")
+    assert code == 0, err
+    assert f"results are in {out / 'results.json'}" in err
+    results = json.loads((out / "results.json").read_text())
+    first, second = (shown.index(f"{ratio} removed") for ratio in ("25%", "95%"))
+    best = [cell["method"] for cell in results["cells"] if cell["ratio"] == "25%"]
+    places = [shown.index(name, first, second) for name in best]
+    assert places == sorted(places)
+    assert shown.index("reap: model.layers.0: plan leaves 2 slots but the router picks 4") > second
+    assert f"{results['cells'][0]['fidelity']['']['kl']['mean']:.3g}" in shown
+    code, _, err = run(*words, "--length", "32")
+    assert code == 1
+    assert "holds a comparison with another held-out text; choose another folder or delete it" in err
+
+
 def test_recover_trains_what_was_compressed(run, tmp_path: Path) -> None:
     small, out, scores = tmp_path / "small", tmp_path / "out", tmp_path / "scores.json"
     assert run("compress", REFERENCE, "-o", small, "--method", "mone", "--remove", "50%", *TEXT)[0] == 0

@@ -68,7 +68,7 @@ def test_help_is_quick_and_loads_nothing_heavy() -> None:
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert shown.strip().endswith("[]")
-    verbs = "inspect calibrate plan allocate show diff apply compress evaluate recover report"
+    verbs = "inspect calibrate plan allocate show diff apply compress compare evaluate recover report"
     for verb in verbs.split():
         assert verb in shown
 
@@ -76,8 +76,8 @@ def test_help_is_quick_and_loads_nothing_heavy() -> None:
 PUBLIC = """
 METHODS Allocated Batch Budget Calibration CalibrationError CheckpointError ExampleOptions ExpertWeights MoefitConfig
 MoefitError MoefitWarning Plan PlanError RecoveryOptions RecoveryResult Redundancy SampleOptions Scores
-SearchOptions TaskOptions TextOptions __version__ allocate apply calibrate compress evaluate find_redundancy make_plan
-precheck read_batches recover
+SearchOptions TaskOptions TextOptions __version__ allocate apply calibrate compare compress evaluate find_redundancy
+make_plan precheck read_batches recover
 """.split()
 FLAGS = {
     "inspect": "--calibration --json --trust-remote-code",
@@ -97,6 +97,8 @@ FLAGS = {
     "--sequences --size --states --stream --trust-remote-code",
     "evaluate": "--against --batch-size --data --device --device-map --dtype --json --length --limit --sequences "
     "--task-data --task-dir --tasks --trust-remote-code",
+    "compare": "--batch-size --calibration --data --device --dtype --held-out --held-out-sequences --length "
+    "--mask-special --methods --out --remove --sample-tokens --seed --sequences --trust-remote-code",
     "recover": "--accumulate --anneal --anneal-gamma --batch-size --data --device --dtype --epochs "
     "--gradient-checkpointing --held-out --json "
     "--layer-weight --length --lora-alpha --lora-rank --loss --loss-on --lr --out --overwrite --save-every --seed "

@@ -10,7 +10,7 @@ import torch
 import moefit
 from conftest import token_batches
 from contract.test_families import anatomy_of, load, logits
-from moefit.calibration import effect
+from moefit.calibration.batch import spread
 
 Get = Callable[[str], Path]
 GetCalibration = Callable[[str], moefit.Calibration]
@@ -31,7 +31,7 @@ def test_the_effect_is_the_kl_of_a_model_with_one_layer_moved(
             moved = y.clone()
             for token, (chosen, gates) in enumerate(zip(args[1].tolist(), args[2].tolist(), strict=True)):
                 instead = sum(gate * constants[expert] for expert, gate in zip(chosen, gates, strict=True))
-                moved[token] += effect.SHARE * (instead - y[token])
+                moved[token] = instead
             squared += float((moved - y).square().sum())
             return moved
 
@@ -45,13 +45,13 @@ def test_the_effect_is_the_kl_of_a_model_with_one_layer_moved(
         assert measured.effects()[index] == pytest.approx(kl / squared, rel=0.02)
 
 
-def test_few_sequences_are_taken_from_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(effect, "TOKENS", 24)
+def test_sequences_are_taken_from_everywhere_in_the_text() -> None:
     batches = token_batches(count=5)
-    taken = effect._few(batches)
     rows = [row.tolist() for batch in batches for row in batch.input_ids]
-    assert [batch.input_ids[0].tolist() for batch in taken] == [rows[0], rows[3]]
-    assert [len(batch.document) for batch in taken] == [1, 1]
+    for tokens, wanted in ((24, [0, 3]), (1, [0]), (1000, range(6))):
+        taken = spread(batches, tokens)
+        assert [batch.input_ids[0].tolist() for batch in taken] == [rows[row] for row in wanted]
+        assert all(len(part) == 1 for batch in taken for part in (batch.input_ids, batch.document, batch.domain))
 
 
 def test_a_finished_folder_takes_the_effect_later(checkpoint: Get, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from moefit.calibration.folder import Calibration
 from moefit.calibration.run import SampleOptions
 from moefit.calibration.text import TextOptions, read_batches
 from moefit.checkpoint.weights import ExpertWeights
+from moefit.comparison.compare import compare
 from moefit.errors import CalibrationError, CheckpointError, MoefitError, MoefitWarning, PlanError
 from moefit.evaluation.evaluate import Scores, TaskOptions, evaluate
 from moefit.evaluation.search import Allocated, SearchOptions, allocate
@@ -51,6 +52,7 @@ __all__ = [
     "allocate",
     "apply",
     "calibrate",
+    "compare",
     "compress",
     "evaluate",
     "find_redundancy",

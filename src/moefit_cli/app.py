@@ -14,6 +14,7 @@ import typer
 from moefit_cli import output
 from moefit_cli import redundancy as redundancy_module
 from moefit_cli import show as show_module
+from moefit_cli.compare import compare
 from moefit_cli.options import (
     Allocation,
     Batch,
@@ -459,6 +460,7 @@ def evaluate(
         output.say(f"scores are in {json}")
 
 
+app.command()(compare)
 app.command()(recover)
 app.command()(report)
 

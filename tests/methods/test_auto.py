@@ -16,6 +16,7 @@ from moefit.methods.auto import _base, _choice, _errors, _menu, auto
 from moefit.planning.plan import added_nbytes
 from moefit.planning.slots import LayerPlan, Slot
 from moefit.planning.view import LayerView
+from planted import Planted, planted_batches, planted_model
 
 WHOLE = 4 * 3 * WIDTH * INNER
 Get = Callable[[str], Path]
@@ -146,3 +147,32 @@ def test_a_budget_of_memory_holds_for_the_loaded_model(checkpoint: Get, calibrat
     small = moefit.apply(plan, whole, calibration=calibration("olmoe"))
     held = sum(tensor.nbytes for tensor in small.state_dict().values() if tensor.is_floating_point())
     assert 0.97 * memory < held <= memory
+
+
+@pytest.mark.parametrize("name", ["olmoe", "gpt_oss"])
+def test_all_that_is_redundant_goes_at_no_loss_before_anything_else(name: str, tmp_path: Path) -> None:
+    model, what = planted_model(name), Planted()
+    made = moefit.calibrate(model, tmp_path / "c", text=planted_batches(), effect=True)
+    copies = {what.original, what.duplicate, what.permuted, what.scaled}
+    stack, layers, number = made.model.stacks[0], len(made.layers), 4  # bytes of a number
+    # copies and dead experts cost nothing, a constant its width, a map its width and two factors
+    least = made.model.width * number * (1 + 1 + 2 * what.rank)
+    gain = len(what.redundant) * stack.expert_bytes - least
+    for share in (1.0, 0.5):
+        budget = moefit.Budget.parse(size=made.model.nbytes - int(layers * gain * share))
+        plan = moefit.make_plan(made, "auto", budget, weights=moefit.ExpertWeights(model))
+        assert budget.size is not None
+        assert plan.nbytes <= budget.size
+        assert plan.expected == pytest.approx(0, abs=1e-6)
+        for layer in plan.by_layer.values():
+            gone = set(range(stack.num_experts)) - set(layer.pool)
+            assert gone <= what.redundant | copies
+            assert copies - gone
+            if share == 1:
+                assert len(gone) == len(what.redundant)
+    ids = planted_batches(seed=2)[0].input_ids[:4]
+    with torch.no_grad():
+        before = model(ids).logits.log_softmax(-1)
+        small = moefit.apply(plan, model, calibration=made)
+        after = small(ids).logits.log_softmax(-1)
+    assert float((before.exp() * (before - after)).sum(-1).mean()) < 1e-5

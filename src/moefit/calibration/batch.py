@@ -6,6 +6,8 @@ Shapes: B sequences, L tokens of a sequence.
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +19,7 @@ from safetensors.torch import load_file
 from moefit.checkpoint.writer import save_tensors
 from moefit.errors import CalibrationError
 
-FIELDS = ("input_ids", "counted", "attention_mask", "document", "position")
+FIELDS = ("input_ids", "counted", "attention_mask", "document", "position", "domain")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +46,7 @@ class Batch:
 
     def sequence(self, row: int) -> Batch:
         """Return one sequence as a batch."""
-        names = (*FIELDS, "domain")
-        parts = {name: getattr(self, name) for name in names}
+        parts = {name: getattr(self, name) for name in FIELDS}
         return replace(self, **{name: part[row : row + 1] for name, part in parts.items() if part is not None})
 
     @classmethod
@@ -66,6 +67,13 @@ class Batch:
         )
 
 
+def spread(batches: Sequence[Batch], tokens: int) -> list[Batch]:
+    """Return single sequences, each a batch, from everywhere in the text: one, or about so many tokens together."""
+    rows = [(batch, row) for batch in batches for row in range(len(batch.input_ids))]
+    count = max(1, tokens // batches[0].input_ids.shape[1])
+    return [batch.sequence(row) for batch, row in rows[:: math.ceil(len(rows) / count)]]
+
+
 def text_fingerprint(batches: Sequence[Batch]) -> dict:
     """Say what text this is: its tokens in order, how many there are and how many count."""
     digest = hashlib.sha256()
@@ -80,12 +88,16 @@ def text_fingerprint(batches: Sequence[Batch]) -> dict:
 
 
 def save_batches(batches: Sequence[Batch], file: Path) -> None:
-    """Write batches without their domains: beside first, then renamed."""
+    """Write batches: beside first, then renamed."""
     tensors = {
         f"{number:05d}.{name}": getattr(batch, name).contiguous()
         for number, batch in enumerate(batches)
         for name in FIELDS
         if getattr(batch, name) is not None
+    }
+    tensors |= {
+        f"{number:05d}.domains": torch.tensor(list(json.dumps(batch.domains).encode()), dtype=torch.uint8)
+        for number, batch in enumerate(batches)
     }
     beside = file.with_suffix(".partial")
     save_tensors(tensors, beside)
@@ -113,7 +125,9 @@ def load_batches(file: Path) -> list[Batch]:
             attention_mask=parts.get("attention_mask"),
             document=parts["document"],
             position=parts["position"],
-            domain=torch.zeros_like(parts["input_ids"]),
+            # Folders of earlier releases hold no domains.
+            domain=parts.get("domain", torch.zeros_like(parts["input_ids"])),
+            domains=tuple(json.loads(bytes(parts["domains"].tolist()))) if "domains" in parts else ("",),
         )
         for _, parts in sorted(batches.items())
     ]

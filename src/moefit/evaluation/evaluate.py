@@ -16,8 +16,8 @@ from moefit.checkpoint.files import Checkpoint, open_checkpoint
 from moefit.checkpoint.loader import load_config
 from moefit.checkpoint.models import load_model, load_tokenizer, longest_sequence, resolve_device, resolve_dtype
 from moefit.errors import MoefitError
-from moefit.evaluation.fidelity import Fidelity, Interval, Reference
-from moefit.evaluation.speed import Speed, measure_speed
+from moefit.evaluation.fidelity import Fidelity, Reference
+from moefit.evaluation.speed import Speed, measure_speed, resident_nbytes
 from moefit.evaluation.tasks import run_tasks
 
 Stage = Callable[[str, int, int], None]
@@ -66,11 +66,11 @@ class Scores:
         return {
             "format": "moefit-scores",
             "version": 1,
-            **_fidelity_json(self.overall),
+            **self.overall.to_json(),
             "bytes": dict(zip(pair, self.nbytes, strict=True)),
             "resident_bytes": dict(zip(pair, self.resident, strict=True)),
             "tokens_per_second": dict(zip(pair, map(asdict, self.speed), strict=True)),
-            "domains": {name: _fidelity_json(fidelity) for name, fidelity in self.domains.items()},
+            "domains": {name: fidelity.to_json() for name, fidelity in self.domains.items()},
             "tasks": {
                 task: {metric: dict(zip(pair, values, strict=True)) for metric, values in metrics.items()}
                 for task, metrics in self.tasks.items()
@@ -109,10 +109,9 @@ def evaluate(
         MoefitError: no room for the original's predictions, or a prediction is not finite.
     """
     original, compressed = open_checkpoint(against), open_checkpoint(model)
-    if _is_moefit(original):
+    if is_moefit(original):
         raise MoefitError(f"{against}: was written by moefit; --against takes the original")
-    if text.length < 2:
-        raise MoefitError(f"--length {text.length} predicts nothing; use at least 2")
+    check_predicts(text)
     config = load_config(original, trust_remote_code=trust_remote_code)
     words = config.vocab_size, load_config(compressed, trust_remote_code=trust_remote_code).vocab_size
     if words[0] != words[1]:
@@ -165,35 +164,25 @@ def evaluate(
 def _measure(
     model: nn.Module, prompt: torch.Tensor, tokenizer: object, tasks: TaskOptions | None
 ) -> tuple[int, Speed, dict[str, dict[str, float]]]:
-    weights = {tensor.data_ptr(): tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]}
     speed = measure_speed(model, prompt)
     scores = {}
     if tasks is not None and tasks.tasks:
         scores = run_tasks(
             model, tokenizer, tasks.tasks, task_dir=tasks.task_dir, task_data=tasks.task_data, limit=tasks.limit
         )
-    return sum(weights.values()), speed, scores
+    return resident_nbytes(model), speed, scores
 
 
-def _is_moefit(checkpoint: Checkpoint) -> bool:
+def check_predicts(text: TextOptions) -> None:
+    """Refuse blocks in which no token follows another.
+
+    Raises:
+        MoefitError: see the message.
+    """
+    if text.length < 2:
+        raise MoefitError(f"--length {text.length} predicts nothing; use at least 2")
+
+
+def is_moefit(checkpoint: Checkpoint) -> bool:
+    """Say whether moefit wrote a checkpoint."""
     return (checkpoint.config.get("quantization_config") or {}).get("quant_method") == "moefit"
-
-
-def _fidelity_json(fidelity: Fidelity) -> dict:
-    return {
-        "tokens": fidelity.tokens,
-        "original": {
-            "perplexity": fidelity.original_perplexity.mean,
-            "perplexity_interval": _ends(fidelity.original_perplexity),
-        },
-        "compressed": {
-            "perplexity": fidelity.compressed_perplexity.mean,
-            "perplexity_interval": _ends(fidelity.compressed_perplexity),
-        },
-        "kl": asdict(fidelity.kl),
-        "top1_agreement": asdict(fidelity.top1_agreement),
-    }
-
-
-def _ends(interval: Interval) -> list[float]:
-    return [interval.low, interval.high]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,16 @@ class Fidelity:
     compressed_perplexity: Interval
     kl: Interval
     top1_agreement: Interval
+
+    def to_json(self) -> dict:
+        """Return the numbers as they stand in scores.json."""
+        models = {"original": self.original_perplexity, "compressed": self.compressed_perplexity}
+        perplexities = {
+            name: {"perplexity": found.mean, "perplexity_interval": [found.low, found.high]}
+            for name, found in models.items()
+        }
+        agreement = {"kl": asdict(self.kl), "top1_agreement": asdict(self.top1_agreement)}
+        return {"tokens": self.tokens} | perplexities | agreement
 
 
 class Reference:

@@ -1,4 +1,4 @@
-"""Tokens a second of prefill and decode, measured on one model at a time."""
+"""Tokens a second of prefill and decode, and bytes in memory, of one model at a time."""
 
 from __future__ import annotations
 
@@ -55,6 +55,12 @@ def measure_speed(model: Any, input_ids: torch.Tensor, *, new_tokens: int = 32, 
     prefill()
     fastest = min(prefill() for _ in range(repeats)), min(decode() for _ in range(repeats))
     return Speed(prefill=input_ids.numel() / fastest[0], decode=new_tokens * len(input_ids) / fastest[1])
+
+
+def resident_nbytes(model: Any) -> int:
+    """Return the bytes of a model's weights in memory; what is shared counts once."""
+    weights = {tensor.data_ptr(): tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]}
+    return sum(weights.values())
 
 
 def _seconds(run: Callable[[], Any], device: torch.device) -> float:

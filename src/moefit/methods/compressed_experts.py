@@ -58,6 +58,7 @@ def build(layer: LayerView, plan: LayerPlan, **_: object) -> dict[str, torch.Ten
     weights=True,
     outline=outline,
     whole=True,
+    trained=True,
     builds={"constant", "vector"},
     build=build,
 )

@@ -70,6 +70,7 @@ def built_on(layer: LayerView, plan: LayerPlan, bases: Sequence[Matrices], start
     outline=outline,
     spreads=lambda *, select, **_: select != "count",
     of_total=True,
+    trained=True,
     builds={"lowrank"},
     build=build,
 )

@@ -32,7 +32,7 @@ from moefit.planning.view import LayerView
 PORTION = 2**22
 
 
-@method("naee", paper="arXiv:2402.14800", weights=True)
+@method("naee", paper="arXiv:2402.14800", weights=True, slow=True)
 def naee(
     layer: LayerView,
     keep: int,

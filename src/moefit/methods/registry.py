@@ -37,6 +37,8 @@ class Method:
         spreads: ``(**parameters) -> bool``: whether it decides itself how many experts each layer keeps.
         of_total: whether ``--remove`` means a share of the checkpoint's bytes, not of each layer's experts.
         whole: whether it does something of use without removing an expert.
+        trained: whether it is made for recovery, so that before training it says little.
+        slow: whether it searches: planning takes longer than running the model over held-out text.
         builds: the kinds of answers that `build` computes, see `LayerPlan.built`.
         build: ``(layer, plan, **parameters) -> tensors``: what a plan of this method adds. ``constant`` [n, D] for the
             stand-ins in the order of their slots, ``linear_in`` and ``linear_out`` [rows, D] for linear ones; for
@@ -55,6 +57,8 @@ class Method:
     spreads: Callable[..., bool] | None
     of_total: bool
     whole: bool
+    trained: bool
+    slow: bool
     builds: frozenset[str]
     build: Build | None
 
@@ -134,6 +138,8 @@ def method(
     spreads: Callable[..., bool] | None = None,
     of_total: bool = False,
     whole: bool = False,
+    trained: bool = False,
+    slow: bool = False,
     builds: Iterable[str] = (),
     build: Build | None = None,
 ) -> Callable[[Callable], Callable]:
@@ -155,6 +161,8 @@ def method(
             spreads=spreads,
             of_total=of_total,
             whole=whole,
+            trained=trained,
+            slow=slow,
             builds=frozenset(builds),
             build=build,
         )
