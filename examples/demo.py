@@ -24,10 +24,11 @@ FUNCTIONAL = {"distance": "functional"}
 FITTED = {"fit": "ridge", "target": "gated", "features": "best", "cluster": "outputs"}
 # name in the table, method, parameters
 SHORT: list[tuple[str, str, dict]] = [(name, name, {}) for name in ("frequency", "reap", "mone", "conmoe")]
-SHORT += [("mergemoe, best parameters", "mergemoe", FITTED), ("linear", "linear", {}), ("auto", "auto", {})]
+SHORT += [("refit", "refit", {}), ("mergemoe, best parameters", "mergemoe", FITTED)]
+SHORT += [("linear", "linear", {}), ("auto", "auto", {})]
 EVERYTHING = [
     *((name, name, {}) for name in ("random", "frequency", "soft_frequency", "ean", "man", "msan", "reap", "mone")),
-    *((name, name, {}) for name in ("seer_moe", "easy_ep", "diep")),
+    *((name, name, {}) for name in ("seer_moe", "easy_ep", "diep", "refit")),
     ("mone, zero vectors", "mone", {"novice": "zero"}),
     ("mone, optimal constants", "mone", {"novice": "optimal"}),
     ("mone, exact error, optimal constants", "mone", OPTIMAL),
@@ -60,7 +61,7 @@ def main() -> None:
         text = moefit.TextOptions(data=(options.calibration_data,), sequences=128, length=options.length, batch_size=16)
         with console.status(f"calibrating on {text.sequences} x {text.length} tokens"):
             calibration = moefit.calibrate(
-                options.model, Path(scratch) / "calibration", text=text, residual=options.all
+                options.model, Path(scratch) / "calibration", text=text, residual=options.all, effect=True
             )
 
         heldout = moefit.TextOptions(data=(options.heldout_data,), sequences=64, length=options.length, batch_size=4)
