@@ -79,7 +79,8 @@ def measure(row: tuple, ratio: str, calibration: moefit.Calibration, reference: 
     options = {"propagate": propagate} if propagate != "original" else {}
     compressed = moefit.apply(plan, loaded, calibration=calibration, **options)
     seconds = time.perf_counter() - began
-    found = reference.compare(compressed)[""]
+    domains = reference.compare(compressed)
+    found = domains.pop("")
     return {
         "row": name,
         "ratio": ratio,
@@ -89,6 +90,7 @@ def measure(row: tuple, ratio: str, calibration: moefit.Calibration, reference: 
         "bytes": plan.nbytes,
         "size": size,
         "seconds": round(seconds, 2),
+        "domains": {name: part.kl.mean for name, part in domains.items()},
     }
 
 
@@ -142,6 +144,9 @@ def means(cells: list[dict]) -> list[dict]:
                 keys = ("kl", "perplexity", "top1", "bytes", "seconds")
                 entry = {"row": name, "method": method, "parameters": parameters, "propagate": propagate}
                 entry |= {"ratio": ratio} | {key: statistics.mean(cell[key] for cell in some) for key in keys}
+                entry["domains"] = {
+                    domain: statistics.mean(cell["domains"][domain] for cell in some) for domain in some[0]["domains"]
+                }
                 entry |= {"low": min(cell["kl"] for cell in some), "high": max(cell["kl"] for cell in some)}
                 entries.append(entry | {"seeds": len(some), "commit": provenance()["commit"]})
     return entries
@@ -154,6 +159,18 @@ def line(entry: dict) -> str:
         f"perplexity {entry['perplexity']:6.2f}  top-1 {entry['top1']:.1%}  {entry['bytes'] / 1e6:6.2f} MB  "
         f"{entry['seconds']:5.1f} s"
     )
+
+
+def best_by_domain(entries: list[dict]) -> list[str]:
+    """Return for each ratio and domain the row with the lowest mean KL, and the one after it, as lines of text."""
+    lines = []
+    for ratio in RATIOS:
+        some = [entry for entry in entries if entry["ratio"] == ratio]
+        for domain in some[0]["domains"] if len(some) > 1 else ():
+            first, second = sorted(some, key=lambda entry: entry["domains"][domain])[:2]
+            told = [f"{entry['row']} {entry['domains'][domain]:.5f}" for entry in (first, second)]
+            lines.append(f"{ratio:4} {domain:12} {told[0]}, then {told[1]}")
+    return lines
 
 
 def main() -> None:
@@ -178,6 +195,7 @@ def main() -> None:
         with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
             cells = [cell for some in pool.map(job, *zip(*parts, strict=True)) for cell in some]
     print("\n".join(map(line, means(cells))))
+    print("\n".join(best_by_domain(means(cells))))
     if options.json is not None:
         options.json.write_text(json.dumps({"about": provenance(), "rows": means(cells)}, indent=1) + "\n")
 

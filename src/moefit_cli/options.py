@@ -48,8 +48,8 @@ Method = Annotated[
     typer.Option(
         "--method",
         "-m",
-        help="Drops: random, frequency, soft_frequency, seer_moe, ean, man, msan, reap, easy_ep, naee, diep. "
-        "Stand-ins: mone, linear. Remaps: conmoe. Merges: mergemoe, m_smoe, hc_smoe, sub_moe, ream.",
+        help="Drops: random, frequency, soft_frequency, seer_moe, ean, man, msan, reap, easy_ep, naee, diep, refit. "
+        "Stand-ins: mone, linear, lightmoe. All of them: auto. Remaps: conmoe. Merges: mergemoe, m_smoe, hc_smoe, sub_moe, ream.",
     ),
 ]
 Native = Annotated[
