@@ -49,7 +49,8 @@ Method = Annotated[
         "--method",
         "-m",
         help="Drops: random, frequency, soft_frequency, seer_moe, ean, man, msan, reap, easy_ep, naee, diep, refit. "
-        "Stand-ins: mone, linear, lightmoe. All of them: auto. Remaps: conmoe. Merges: mergemoe, m_smoe, hc_smoe, sub_moe, ream.",
+        "Stand-ins: mone, linear, lightmoe. Remaps: conmoe. Merges: mergemoe, m_smoe, hc_smoe, sub_moe, ream. "
+        "A mix: auto. Fewer active ones: compressed_experts.",
     ),
 ]
 Native = Annotated[
