@@ -149,7 +149,7 @@ def _nearest(layer: LayerView) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
     """Return for each expert the others that answer its tokens best, their scales, and the share of the gated output
     energy that is lost, [E, NEAR] each.
     """
-    distances, scales = functional_distances([layer], COMPARED, scaled=True)
+    distances, scales = functional_distances([layer], COMPARED, scaled=True, limits=(-torch.inf, torch.inf))
     lost, others = distances.fill_diagonal_(torch.inf).sort(dim=1, stable=True)
     near = min(NEAR, layer.num_experts - 1)  # the last one is itself
     others, lost = others[:, :near], lost[:, :near]
