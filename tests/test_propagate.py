@@ -10,6 +10,7 @@ import torch
 import moefit
 from conftest import TINY_PARAMETERS, token_batches
 from contract.test_families import anatomy_of, load, logits
+from contract.test_methods import REFUSED
 from moefit.checkpoint.files import open_checkpoint
 from moefit.planning.plan import Plan
 
@@ -61,8 +62,9 @@ def test_a_novice_is_the_mean_of_original_outputs_over_compressed_routing(
     torch.testing.assert_close(done.get_submodule(path).constant, total / count[:, None], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("method", BUILDING)
+@pytest.mark.parametrize(
+    ("method", "family"), [(m, f) for m in BUILDING for f in FAMILIES if f not in REFUSED.get(m, frozenset())]
+)
 @pytest.mark.filterwarnings("ignore::moefit.MoefitWarning")
 def test_on_disk_as_in_memory(
     method: str, family: str, checkpoint: Get, calibration: GetCalibration, tmp_path: Path
