@@ -239,8 +239,8 @@ def comparison(results: dict) -> None:
     for ratio in dict.fromkeys(cell["ratio"] for cell in cells):
         _out.print(f"{ratio} removed", style="bold", markup=False)
         table = Table(box=None, pad_edge=False, header_style="dim")
-        table.add_column("method", overflow="fold")
-        for name in ("KL, nats", "95% interval", "perplexity", "top-1", "size", "plan, s", "decode"):
+        table.add_column("method", overflow="fold", min_width=14)
+        for name in ("KL, nats", "95%", "perplexity", "top-1", "size", "plan, s", "decode"):
             table.add_column(name, justify="right", no_wrap=True)
         here = [cell for cell in cells if cell["ratio"] == ratio]
         for cell in here:
@@ -265,7 +265,7 @@ def _comparison_row(cell: dict, whole: int, decode: float) -> list[str]:
     return [
         _candidate(cell),
         f"{kl['mean']:.3g}",
-        f"{kl['low']:.2g}-{kl['high']:.2g}",
+        f"± {(kl['high'] - kl['low']) / 2:.1g}",
         f"{found['compressed']['perplexity']:.2f}",
         f"{found['top1_agreement']['mean']:.1%}",
         f"{cell['nbytes'] / whole:.1%}",
