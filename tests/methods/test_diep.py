@@ -92,3 +92,10 @@ def test_protected_experts_and_groups() -> None:
     view = layer(torch.diag(torch.tensor([4.0, 3.0, 2.0, 1.0])), torch.full((2, 4), 0.25))
     assert diep(replace(view, protected=frozenset({3})), 2, tokens=2).pool == [0, 3]
     assert diep(replace(view, groups=2), 2, tokens=2).pool == [0, 2]
+
+
+def test_a_caller_without_gradients_gets_the_same_plan(calibration: GetCalibration) -> None:
+    budget = moefit.Budget.parse(keep=5)
+    plan = moefit.make_plan(calibration("olmoe"), "diep", budget)
+    with torch.no_grad():
+        assert moefit.make_plan(calibration("olmoe"), "diep", budget) == plan

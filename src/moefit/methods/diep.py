@@ -29,6 +29,7 @@ RATE = 0.05
 
 
 @method("diep", weights=True)
+@torch.enable_grad()
 def diep(
     layer: LayerView,
     keep: int,
