@@ -196,7 +196,7 @@ def _within(
     if not fitting:
         nbytes = planned_nbytes(facts, planned(least))
         raise PlanError(
-            f"--size {size:,} bytes: with {least} experts in each layer, the fewest that work, there are still "
+            f"a budget of {size:,} bytes: with {least} experts in each layer, the fewest that work, there are still "
             f"{nbytes:,} bytes; ask for at least that"
         )
     more = range(1 if uniform else len(stacks))
