@@ -196,8 +196,8 @@ def _within(
     if not fitting:
         nbytes = planned_nbytes(facts, planned(least))
         raise PlanError(
-            f"a budget of {size:,} bytes: with {least} experts in each layer, the fewest that work, there are still "
-            f"{nbytes:,} bytes; ask for at least that"
+            f"a budget of {size:,} bytes: with {least} experts in each layer, the fewest that work, there are "
+            f"still {nbytes:,} bytes; ask for at least that"
         )
     more = range(1 if uniform else len(stacks))
     return planned(max(fitting), max(n for n in more if planned_nbytes(facts, planned(max(fitting), n)) <= size))
