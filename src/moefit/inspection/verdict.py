@@ -11,8 +11,8 @@ Lost = dict[str, dict[str, float]]
 
 # The plainest stand-in, and the fitted one that the method `linear` takes.
 PLAIN, FITTED = "constant", "rank 8"
-# Nats a token, and the mean share of the layers' energy. Below, benchmarks/redundancy.py measures KL up to .009 and .012,
-# perplexity up to 1.1% and 1.4% higher, 97% and 96% of top words the same; above, KL from .007 and .011 on.
+# Nats a token, and the mean share of the layers' energy. Below, benchmarks/redundancy.py measures KL up to .009 and
+# .012, perplexity up to 1.1% and 1.4% higher, 97% and 96% of top words the same; above, KL from .007 and .011 on.
 SAFE_KL, SAFE_LOST = 0.005, 0.005
 
 
