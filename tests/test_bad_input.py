@@ -698,7 +698,7 @@ def test_size_below_the_least_possible_names_the_least(cli: Cli, world: World, t
         "conmoe": tensor_bytes(world.original) - LAYERS * (EXPERTS - 1) * EXPERT_BYTES,
     }[method]
     refusal = cli(*world.plan(tmp_path / "plan.json", "--size", least - 1, method=method)).refusal
-    assert f"--size {least - 1:,} bytes" in refusal
+    assert f"a budget of {least - 1:,} bytes" in refusal
     assert f"{least:,} bytes; ask for at least that" in refusal
     assert cli(*world.plan(tmp_path / "plan.json", "--size", least, method=method)).code == 0
     assert moefit.Plan.load(tmp_path / "plan.json").nbytes == least
