@@ -1157,7 +1157,7 @@ def test_too_small_a_disk_is_refused_before_writing(
     assert refusal == f"{old}: the result has {planned:,} bytes, the disk has 1,000 free"
     assert state(tmp_path) == {"out/config.json": b"old"}
     refusal = cli(*world.evaluate(world.original, world.original)).refusal
-    assert "evaluate fewer --sequences" in refusal
+    assert "evaluate on less text" in refusal
     # 96 tokens of 4,096 words of 4 bytes
     assert f"{96 * 4096 * 4:,} bytes" in refusal
     assert "1,000 are free" in refusal

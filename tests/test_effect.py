@@ -10,7 +10,10 @@ import torch
 import moefit
 from conftest import token_batches
 from contract.test_families import anatomy_of, load, logits
+from families import tiny_model
+from moefit.calibration import effect
 from moefit.calibration.batch import spread
+from moefit.calibration.layers import ResidentModel
 
 Get = Callable[[str], Path]
 GetCalibration = Callable[[str], moefit.Calibration]
@@ -69,3 +72,22 @@ def test_a_finished_folder_takes_the_effect_later(checkpoint: Get, tmp_path: Pat
     assert before.items() <= after.items()
     about = json.loads((plain.folder / "effect.json").read_text())
     assert about["tokens"] == sum(int(batch.counted.sum()) for batch in token_batches())
+
+
+def test_states_on_disk_go_and_a_loss_that_balances_routers_is_not_asked_for(tmp_path: Path) -> None:
+    model = tiny_model("mixtral")
+    plain = moefit.calibrate(model, tmp_path / "plain", text=token_batches(), effect=True)
+    model.config.output_router_logits = True
+    made = moefit.calibrate(model, tmp_path / "c", text=token_batches(), effect=True, states="disk")
+    assert made.effects() == pytest.approx(plain.effects(), rel=1e-4)
+    assert model.config.output_router_logits is True
+    assert not (tmp_path / "c" / "states").exists()
+
+
+def test_logits_that_overflow_are_refused(tmp_path: Path) -> None:
+    made = moefit.calibrate(tiny_model("olmoe"), tmp_path / "c", text=token_batches())
+    model = tiny_model("olmoe")
+    model.lm_head.weight.data[0] = torch.inf
+    with pytest.raises(moefit.CalibrationError, match=r"layer 0: .* not finite"):
+        effect.measure_effects(made, ResidentModel(model), anatomy_of(model))
+    assert made.effects() is None

@@ -84,7 +84,7 @@ def test_padding_is_not_predicted(tmp_path: Path) -> None:
 
 def test_no_room_on_the_disk_is_said_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fidelity_module.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 100})())
-    with pytest.raises(moefit.MoefitError, match="evaluate fewer --sequences"):
+    with pytest.raises(moefit.MoefitError, match="evaluate on less text"):
         Reference(tmp_path / "r", token_batches()).record(tiny_model("olmoe"))
 
 

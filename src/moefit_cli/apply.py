@@ -39,7 +39,7 @@ from moefit_cli.options import (
     Stream,
     Trust,
 )
-from moefit_cli.reading import read_budget, read_menu, read_numbers, read_pairs, read_parameters
+from moefit_cli.reading import read_budget, read_format, read_menu, read_numbers, read_pairs, read_parameters
 
 
 def apply(
@@ -125,7 +125,7 @@ def compress(
     import moefit
     from moefit.methods.allocation import read_allocation
 
-    method = read_menu(method, native)
+    method, format = read_menu(method, native), read_format(format, native)
     budget, parameters = read_budget(method, remove, keep, size, memory, load_dtype), read_parameters(param)
     selected, kept, spread = read_numbers(layers), read_pairs(protect), read_allocation(allocation)
     checked = moefit.precheck(

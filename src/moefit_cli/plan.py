@@ -53,6 +53,7 @@ def plan(
     """
     import moefit
     from moefit.methods.allocation import read_allocation
+    from moefit.transform.formats import resolve_format
 
     method = read_menu(method, native)
     budget, parameters = read_budget(method, remove, keep, size, memory, load_dtype), read_parameters(param)
@@ -71,6 +72,8 @@ def plan(
             weights=None if model is None else moefit.ExpertWeights(model),
             progress=progress,
         )
+    if native:
+        resolve_format(made, "native")
     made.save(out)
     output.plan(made)
     output.say(f"the plan is in {out}")

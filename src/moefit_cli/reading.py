@@ -15,6 +15,13 @@ def read_menu(method: str, native: bool) -> str:
     return "refit" if native else method
 
 
+def read_format(format: str, native: bool) -> Any:
+    """Return the format that is meant."""
+    if native and format == "moefit":
+        raise typer.BadParameter("--native: is a format too; leave --format moefit out")
+    return "native" if native else format
+
+
 def read_budget(
     method: str, remove: str | None, keep: int | None, size: str | None, memory: str | None, load_dtype: str | None
 ) -> Any:

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import moefit
 from moefit.fitting.held_out import choosing
-from moefit.methods.auto import _base, _choice, _errors, _menu, auto
+from moefit.methods.auto import COMPARED, _base, _choice, _errors, _menu, _nearest, auto
 from moefit.planning.plan import added_nbytes
 from moefit.planning.slots import LayerPlan, Slot
 from moefit.planning.view import LayerView
@@ -177,3 +177,27 @@ def test_all_that_is_redundant_goes_at_no_loss_before_anything_else(name: str, t
         small = moefit.apply(plan, model, calibration=made)
         after = small(ids).logits.log_softmax(-1)
     assert float((before.exp() * (before - after)).sum(-1).mean()) < 1e-5
+
+
+def test_a_base_that_only_one_leans_on_is_its_expert() -> None:
+    choice = _choice(layer(5))
+    low = choice.answers[0].index(Slot("lowrank", rank=2))
+    whole = len(choice.menu.price)
+    plan = choice.plan([low, *[whole] * 4])
+    assert plan.slots == tuple(Slot("expert", expert) for expert in range(5))
+    assert plan.expected == 0
+    assert len(choice.plan([low, low, *[whole] * 3]).bases) == 1
+
+
+def test_what_another_expert_misses_is_measured_on_other_tokens() -> None:
+    made = layer(5)
+    others, scales, lost = _nearest(made)
+    for expert in range(5):
+        token, gate = made.routed(expert)
+        part = slice(COMPARED, 2 * COMPARED) if len(token[COMPARED : 2 * COMPARED]) >= 8 else slice(None)
+        y = made.experts.outputs(expert, made.sample.hidden[token[part]])
+        for other, scale, share in zip(others[expert], scales[expert], lost[expert], strict=True):
+            given = float(scale) * made.experts.outputs(int(other), made.sample.hidden[token[part]])
+            weight = gate[part].square()
+            left = float((weight * (y - given).square().sum(1)).sum()) / float((weight * y.square().sum(1)).sum())
+            assert float(share) == pytest.approx(left, rel=1e-4)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_naee import masked_outputs, view
+from transformers import AutoModelForCausalLM
 
 import moefit
 from moefit.fitting.least_squares import RIDGES
@@ -14,6 +15,10 @@ from moefit.planning.slots import LayerPlan, Slot, keep_only
 
 Get = Callable[[str], Path]
 GetCalibration = Callable[[str], moefit.Calibration]
+
+
+def load(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
 
 
 def fitting(experts: int, dropped: list[int]) -> LayerPlan:
@@ -96,3 +101,14 @@ def test_a_plan_is_native_keeps_the_subset_and_spares_protected_experts(
     whole = moefit.make_plan(calibration("olmoe"), "refit", moefit.Budget.parse(keep=8))
     assert whole.layers == {}
     assert keep_only(8, plan.by_layer[0].pool, Slot("drop")).pool == plan.by_layer[0].pool
+
+
+def test_weights_of_half_width_are_fitted_in_full(checkpoint: Get, calibration: GetCalibration) -> None:
+    plan = moefit.make_plan(calibration("olmoe"), "refit", moefit.Budget.parse(keep=6))
+    wide, narrow = (
+        moefit.apply(plan, load(checkpoint("olmoe"), dtype), calibration=calibration("olmoe"))
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    for name, parameter in narrow.named_parameters():
+        assert parameter.dtype == torch.bfloat16
+        torch.testing.assert_close(parameter.float(), wide.get_parameter(name), rtol=0.1, atol=0.02)

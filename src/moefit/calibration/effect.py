@@ -10,6 +10,8 @@ Shapes: B sequences, L tokens, T = B x L, D model width, K experts of a token, E
 
 from __future__ import annotations
 
+import math
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +24,7 @@ from moefit.calibration.capture import replaced_forward
 from moefit.calibration.folder import EFFECT, Calibration, write_json
 from moefit.calibration.layers import HiddenStates, LayerRunner, PartlyLoaded
 from moefit.checkpoint.anatomy import Anatomy, MoELayer
+from moefit.errors import CalibrationError
 
 Progress = Callable[[int, int], None]
 # Tokens that run.
@@ -47,6 +50,9 @@ def measure_effects(
         anatomy: its MoE layers.
         states: folder for hidden states between layers; None keeps them in memory.
         progress: called with (decoder layers done, decoder layers in all).
+
+    Raises:
+        CalibrationError: the logits are not finite.
     """
     batches = spread(calibration.batches(), TOKENS)
     runner = LayerRunner(source, batches)
@@ -63,14 +69,23 @@ def measure_effects(
                 with _shifted(source.model, anatomy.layers[index], constants) as squared[index]:
                     moved[index].write(index + 1, _through(runner, layer, index, original))
             original.write(index + 1, _through(runner, layer, index, original))
+        for stream in (original, *moved.values()):
+            stream.forget(index)
         if progress:
             progress(index + 1, runner.count)
     kl = _kl(runner, original, moved)
     counted = torch.cat([batch.counted.flatten() for batch in batches])
     layers = {
-        str(index): {"kl": float(kl[index]), "squared_error": float(torch.cat(squared[index])[counted].sum())}
+        str(index): {"kl": max(kl[index], 0.0), "squared_error": float(torch.cat(squared[index])[counted].sum())}
         for index in moved
     }
+    if states:
+        shutil.rmtree(states, ignore_errors=True)
+    for index in moved:
+        if not all(map(math.isfinite, layers[str(index)].values())):
+            raise CalibrationError(
+                f"layer {index}: what its errors cost is not finite, the logits overflow; calibrate in a wider --dtype"
+            )
     about = {"tokens": int(counted.sum()), "layers": layers}
     write_json(calibration.folder / EFFECT, about)
 

@@ -132,6 +132,9 @@ class LayerRunner:
 
     def run(self, layer: nn.Module, index: int, number: int, hidden: torch.Tensor) -> torch.Tensor:
         """Run batch `number` through decoder layer `index` and return its output [B, L, D]."""
+        # What waited on the disk was read into the CPU's memory; an offloaded layer's hooks fetch for themselves.
+        device = next((parameter.device for parameter in layer.parameters()), hidden.device)
+        hidden = hidden if device.type == "meta" else hidden.to(device)
         out = layer(hidden, **self._arguments[self._signature(number)][index])
         if not isinstance(out, tuple):
             return out
@@ -148,19 +151,25 @@ class LayerRunner:
         outside = [] if tied else [name for name, module in model.named_modules() if module is head]
 
         def logits(number: int, hidden: torch.Tensor) -> torch.Tensor:
-            for tap in taps:
-                tap.hidden = hidden
             batch, device = self.batches[number], embeddings.weight.device
+            for tap in taps:
+                tap.hidden = hidden.to(device)
             mask = None if batch.attention_mask is None else batch.attention_mask.to(device)
             return model(input_ids=batch.input_ids.to(device), attention_mask=mask, use_cache=False).logits
 
+        # The loss that balances routers wants those of layers that do not run here.
+        balancing = getattr(model.config, "output_router_logits", None)
         with self.source.loaded(*self._others, *outside), torch.no_grad():
             own, taps = head.weight, [_Given(layer, False) for layer in layers]
             self._base.layers = nn.ModuleList(taps)
             try:
                 head.weight = embeddings.weight if tied else own
+                if balancing:
+                    model.config.output_router_logits = False
                 yield logits
             finally:
+                if balancing:
+                    model.config.output_router_logits = balancing
                 head.weight, self._base.layers = own, layers
 
     def _signature(self, number: int) -> Any:
@@ -197,7 +206,7 @@ class HiddenStates:
             yield load_file(self.at(layer) / f"{number:05d}.safetensors")["hidden"].clone()
 
     def write(self, layer: int, states: Iterator[torch.Tensor]) -> None:
-        """Keep the inputs of a layer and forget those of the layer before; on disk they appear all at once."""
+        """Keep the inputs of a layer; on disk they appear all at once, in memory those of the layer before go."""
         if self.folder is None:
             self._memory = list(states)
             return

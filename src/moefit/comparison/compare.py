@@ -93,6 +93,7 @@ def compare(
     batches = _read(checkpoint, held_out, trust_remote_code)
     settings = _settings(checkpoint, batches, device, torch_dtype)
     _held(out, settings)
+    out.mkdir(parents=True, exist_ok=True)
 
     began = time.perf_counter()
     if given is None:
@@ -112,8 +113,8 @@ def compare(
         )
     settings |= {"calibration": calibration_hash(given.fingerprint), "effects": effects_of(given)}
     run = {"calibrate_seconds": time.perf_counter() - began} | _held(out, settings) | settings
-    (out / CELLS).mkdir(parents=True, exist_ok=True)
     write_json(out / RUN, run)
+    (out / CELLS).mkdir(exist_ok=True)
     _warn_of_shared(given.batches(), batches)
 
     bench = Bench(

@@ -87,7 +87,7 @@ class Reference:
         if need > free:
             raise MoefitError(
                 f"{self.folder}: the original's log-probabilities take {need:,} bytes, {free:,} are "
-                "free; evaluate fewer --sequences"
+                "free; evaluate on less text"
             )
         for number, batch in enumerate(self.batches):
             save_tensors({"logp": _log_probabilities(model, batch).cpu()}, self._file(number))

@@ -133,7 +133,7 @@ def allocate(
     if not (model or facts.source):
         raise PlanError("the search runs the model, which was calibrated in memory; pass model=")
     outline = outline_plan(facts, chosen, resolved, budget, layers=numbers, protect=protected, allocation="error")
-    room = room_of(outline, chosen, numbers)
+    room = room_of(outline, chosen, numbers, protected)
     checkpoint = open_checkpoint(model or facts.source)
     weights = ExpertWeights(checkpoint.folder, trust_remote_code=trust_remote_code)
     check_weights(weights, facts)

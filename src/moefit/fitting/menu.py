@@ -10,6 +10,8 @@ import torch
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import block_diag, csr_array
 
+from moefit.errors import PlanError
+
 GAP, SECONDS, TIE = 1e-3, 120.0, 1e-7
 
 
@@ -42,6 +44,9 @@ def cheapest(menus: Sequence[Menu], nbytes: int) -> list[list[int]]:
     Args:
         menus: the layers; an entry with an infinite error is nobody's.
         nbytes: bytes that all may take; enough for the cheapest entry everywhere and the experts that stay.
+
+    Raises:
+        PlanError: the solver found none, in time or at all.
     """
     cost = np.concatenate([np.pad(menu.errors.double().numpy(), ((0, 0), (0, 1))).ravel() for menu in menus])
     taken = np.concatenate([np.tile(np.append(np.array(menu.price), menu.whole), len(menu.errors)) for menu in menus])
@@ -63,7 +68,8 @@ def cheapest(menus: Sequence[Menu], nbytes: int) -> list[list[int]]:
         bounds=Bounds(np.concatenate([_whole(menu, menu.kept)[0] for menu in menus]), priced),  # type: ignore[arg-type]
         options={"mip_rel_gap": GAP, "time_limit": SECONDS},
     )
-    assert found.x is not None, found.message
+    if found.x is None:
+        raise PlanError(f"no choice of answers was found for {nbytes:,} bytes ({found.message}); give more bytes")
     chosen, start = [], 0
     for menu in menus:
         rows, columns = len(menu.errors), len(menu.price) + 1

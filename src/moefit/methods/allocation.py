@@ -142,7 +142,8 @@ def score_shares(method: str, plans: Sequence[LayerPlan]) -> list[torch.Tensor]:
 
 def _count(layer: int, given: int | float | str, experts: int, step: int) -> int:
     try:
-        count = given if type(given) is int else math.ceil(experts * read_fraction(given))
+        whole = type(given) is int or (isinstance(given, str) and given.isdecimal())
+        count = int(given) if whole else math.ceil(experts * read_fraction(given))
     except ValueError:
         raise PlanError(f"--allocation: layer {layer} keeps {given!r}; write a number of experts or a share") from None
     if not 1 <= count <= experts:

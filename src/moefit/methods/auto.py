@@ -33,8 +33,9 @@ from moefit.planning.view import LayerView
 LINEAR = (0, 2, 4, 8, 16, 32, 64, 128)
 LOW = (0, 2, 4, 8, 12, 16, 20, 24, 32, 40, 48, 64, 96, 128, 192, 256)
 RIDGE = 0.01
-# Other experts that may answer a slot, and the sampled tokens of each expert that they are compared on.
-NEAR, COMPARED = 2, 64
+# Other experts that may answer a slot, the sampled tokens of each expert that they are compared on, and the fewest on
+# which the loss is measured then.
+NEAR, COMPARED, FEW = 2, 64, 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,9 @@ class Choice:
 
     def plan(self, taken: Sequence[int]) -> LayerPlan:
         """Return the plan in which each expert takes the answer of a number."""
+        low = [expert for expert, at in enumerate(taken) if self.answers[expert][at].kind == "lowrank"]
+        # A base that only one leans on is worth no more than its expert.
+        taken = [len(self.menu.price) if low == [expert] else at for expert, at in enumerate(taken)]
         chosen = [answers[at] for answers, at in zip(self.answers, taken, strict=True)]
         base = next((expert for expert, slot in enumerate(chosen) if slot.kind == "lowrank"), None)
         slots = [replace(slot, expert=base) if slot.kind == "lowrank" else slot for slot in chosen]
@@ -147,13 +151,27 @@ def _answered(expert: int, scale: float) -> Slot:
 
 def _nearest(layer: LayerView) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return for each expert the others that answer its tokens best, their scales, and the share of the gated output
-    energy that is lost, [E, NEAR] each.
+    energy that is lost on tokens that chose neither, [E, NEAR] each.
     """
     distances, scales = functional_distances([layer], COMPARED, scaled=True, limits=(-torch.inf, torch.inf))
     lost, others = distances.fill_diagonal_(torch.inf).sort(dim=1, stable=True)
     near = min(NEAR, layer.num_experts - 1)  # the last one is itself
-    others, lost = others[:, :near], lost[:, :near]
-    return others, scales.gather(1, others), lost
+    others, scales = others[:, :near], scales.gather(1, others[:, :near])
+    for expert in range(layer.num_experts):
+        for at, (other, scale) in enumerate(zip(others[expert].tolist(), scales[expert].tolist(), strict=True)):
+            lost[expert, at] = _missed(layer, expert, other, scale)
+    return others, scales, lost[:, :near]
+
+
+def _missed(layer: LayerView, expert: int, other: int, scale: float) -> float:
+    """Return the share of an expert's gated output energy that another one misses, on tokens not yet compared."""
+    token, gate = (part[COMPARED : 2 * COMPARED] for part in layer.routed(expert))
+    token, gate = (token, gate) if len(token) >= FEW else layer.routed(expert)
+    weight = gate.double().square()[:, None].to(layer.experts.device)
+    y = layer.outputs(expert, token).double()
+    apart = y - scale * layer.experts.outputs(other, layer.sample.hidden[token]).double()
+    energy = float((weight * y.square()).sum())
+    return float((weight * apart.square()).sum()) / energy if energy > 0 and len(token) >= FEW else 1.0
 
 
 def _novices(layer: LayerView, keep: int) -> int:

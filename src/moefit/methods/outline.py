@@ -105,13 +105,14 @@ def layer_nbytes(facts: ModelFacts, outline: Plan, budget: Budget) -> dict[str, 
     }
 
 
-def room_of(outline: Plan, method: Method, layers: Sequence[int]) -> Room:
+def room_of(outline: Plan, method: Method, layers: Sequence[int], protect: Iterable[tuple[int, int]] = ()) -> Room:
     """Return what an allocation may choose from.
 
     Args:
         outline: what stays when all layers keep as many.
         method: the method.
         layers: the decoder layers to change.
+        protect: (layer, expert) pairs that must stay.
 
     Raises:
         PlanError: the experts of the layers have different sizes.
@@ -124,10 +125,16 @@ def room_of(outline: Plan, method: Method, layers: Sequence[int]) -> Room:
             "counts in a file"
         )
     plans = [outline.layers.get(stack.prefix) for stack in stacks]
+    step = facts.groups.count if method.removed == "drop" else 1
+
+    def held(stack: Stack) -> int:
+        groups = [expert * step // stack.num_experts for layer, expert in protect if layer == stack.index]
+        return step * max(map(groups.count, groups), default=0)
+
     return Room(
         keeps=tuple(s.num_experts if plan is None else plan.stored for s, plan in zip(stacks, plans, strict=True)),
-        least=tuple(fewest(method, outline.parameters, stack, facts) for stack in stacks),
-        step=facts.groups.count if method.removed == "drop" else 1,
+        least=tuple(max(fewest(method, outline.parameters, stack, facts), held(stack)) for stack in stacks),
+        step=step,
     )
 
 

@@ -34,16 +34,18 @@ def build(layer: LayerView, plan: LayerPlan, *, rounds: int, **_: object) -> Mat
     """Return the experts that stay with their down projections fitted."""
     gates_TE, left_TD = _left(layer, plan)
     ones = {expert: layer.experts.one(expert) for expert in plan.merged}
-    downs = {expert: one["down"] for expert, one in ones.items()}
+    downs = {expert: one["down"].to(left_TD) for expert, one in ones.items()}
     for _round in range(rounds):
         for expert, one in ones.items():
             token = gates_TE[:, expert].nonzero().flatten()
-            features_TF = gates_TE[token, expert, None] * layer.experts.hidden(one, layer.sample.hidden[token])
+            hidden_TF = layer.experts.hidden(one, layer.sample.hidden[token]).to(left_TD)
+            features_TF = gates_TE[token, expert, None].to(left_TD) * hidden_TF
             target_TD = left_TD[token] + features_TF @ downs[expert].T
-            downs[expert] = _fitted(token, features_TF, target_TD, one["down"], downs[expert])
+            downs[expert] = _fitted(token, features_TF, target_TD, one["down"].to(left_TD), downs[expert])
             left_TD[token] = target_TD - features_TF @ downs[expert].T
     neurons = next(iter(ones.values()))["down"].shape[1]
-    scarce = [count for expert in ones if (count := int((gates_TE[:, expert] > 0).sum())) < neurons]
+    fitted_TE = gates_TE[~_held(torch.arange(len(gates_TE)))]
+    scarce = [count for expert in ones if (count := int((fitted_TE[:, expert] > 0).sum())) < neurons]
     if scarce:
         warnings.warn(
             f"layer {layer.index}: {len(scarce)} of {len(ones)} experts were fitted on fewer tokens ({min(scarce)} at "
@@ -51,10 +53,10 @@ def build(layer: LayerView, plan: LayerPlan, *, rounds: int, **_: object) -> Mat
             MoefitWarning,
             stacklevel=2,
         )
-    return stacked([one | {"down": downs[expert]} for expert, one in ones.items()])
+    return stacked([one | {"down": downs[expert].to(one["down"])} for expert, one in ones.items()])
 
 
-@method("refit", weights=True, builds={"merged"}, build=build)
+@method("refit", weights=True, slow=True, builds={"merged"}, build=build)
 def refit(
     layer: LayerView,
     keep: int,
@@ -119,7 +121,7 @@ def _fitted(
     """Return the down projection of one expert, as strongly pulled to the original as held-out tokens say; the one of
     `before` where no fit helps these.
     """
-    held = token % EVERY == EVERY - 1
+    held = _held(token).to(features_TF.device)
     fit, choose = (Normal.zeros(len(original), original.shape[1], original.device) for _ in range(2))
     fit.add(features_TF[~held], target_TD[~held])
     choose.add(features_TF[held], target_TD[held])
@@ -128,3 +130,8 @@ def _fitted(
     errors = ridge_errors(fit, choose, original, RIDGES)
     best = min(range(len(RIDGES)), key=errors.__getitem__)
     return ridge(fit, original, RIDGES[best]).to(original) if errors[best] < choose.error(before) else before
+
+
+def _held(token: torch.Tensor) -> torch.Tensor:
+    """Return which tokens are never fitted."""
+    return token % EVERY == EVERY - 1

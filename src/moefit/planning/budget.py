@@ -80,7 +80,8 @@ class Budget:
 
         Args:
             dtypes: bytes of the original's tensors by dtype, as safetensors names them.
-            experts: dtype of the experts, which is that of all that is removed or added.
+            experts: dtype of the experts, which that of all that is removed or added is taken for; dropped router rows
+                of a wider dtype save less.
 
         Raises:
             PlanError: the weights are not stored as floating-point numbers that could be loaded in another dtype.
