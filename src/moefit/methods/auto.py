@@ -30,8 +30,8 @@ from moefit.planning.plan import stand_in_nbytes
 from moefit.planning.slots import LayerPlan, Slot
 from moefit.planning.view import LayerView
 
-LINEAR = (0, 2, 4, 8, 16, 32, 64, 128)
-LOW = (0, 2, 4, 8, 12, 16, 20, 24, 32, 40, 48, 64, 96, 128, 192, 256)
+LINEAR = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128)
+LOW = (*range(0, 33, 2), 36, 40, 44, 48, 56, 64, 96, 128, 192, 256)
 RIDGE = 0.01
 # Other experts that may answer a slot, the sampled tokens of each expert that they are compared on, and the fewest on
 # which the loss is measured then.
