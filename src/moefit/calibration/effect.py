@@ -62,13 +62,13 @@ def measure_effects(
     for index in range(runner.count):
         with runner.layer(index) as layer:
             for stream in moved.values():
-                stream.write(index + 1, _through(runner, layer, index, stream))
+                stream.write(index + 1, runner.through(layer, index, stream.read(index, len(batches))))
             if index in anatomy.layers:
                 moved[index] = _stream(states, f"moved-{index}")
                 constants = _constants(calibration, index)
                 with _shifted(source.model, anatomy.layers[index], constants) as squared[index]:
-                    moved[index].write(index + 1, _through(runner, layer, index, original))
-            original.write(index + 1, _through(runner, layer, index, original))
+                    moved[index].write(index + 1, runner.through(layer, index, original.read(index, len(batches))))
+            original.write(index + 1, runner.through(layer, index, original.read(index, len(batches))))
         for stream in (original, *moved.values()):
             stream.forget(index)
         if progress:
@@ -92,11 +92,6 @@ def measure_effects(
 
 def _stream(folder: Path | None, name: str) -> HiddenStates:
     return HiddenStates(folder / name if folder else None)
-
-
-def _through(runner: LayerRunner, layer: nn.Module, index: int, stream: HiddenStates) -> Iterator[torch.Tensor]:
-    for number, hidden in enumerate(stream.read(index, len(runner.batches))):
-        yield runner.run(layer, index, number, hidden)
 
 
 def _constants(calibration: Calibration, layer: int) -> torch.Tensor:

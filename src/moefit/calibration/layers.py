@@ -142,6 +142,11 @@ class LayerRunner:
             raise CheckpointError("decoder layers of this family pass on more than hidden states; not supported")
         return out[0]
 
+    def through(self, layer: nn.Module, index: int, states: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """Yield the outputs of decoder layer `index` for the hidden states of all batches, in order."""
+        for number, hidden in enumerate(states):
+            yield self.run(layer, index, number, hidden)
+
     @contextmanager
     def head(self) -> Iterator[Callable[[int, torch.Tensor], torch.Tensor]]:
         """Give a function from batch `number` and its output of the last decoder layer to logits [B, L, V]."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,14 @@ def load_model(
         names = sorted(info["missing_keys"])
         raise CheckpointError(f"{folder}: {len(names)} tensors are missing, first {names[0]}")
     return model.eval()
+
+
+def copy_sharing_tensors(model: nn.Module) -> Any:
+    """Return a copy of a model's structure that holds the very same tensors.
+
+    What puts new tensors in place of those that it changes, and writes into none, leaves the original as it is.
+    """
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import shutil
 import time
@@ -18,7 +17,7 @@ from moefit.calibration.batch import Batch
 from moefit.calibration.folder import Calibration, read_json, write_json
 from moefit.checkpoint.anatomy import Anatomy, discover
 from moefit.checkpoint.files import Checkpoint
-from moefit.checkpoint.models import load_model
+from moefit.checkpoint.models import copy_sharing_tensors, load_model
 from moefit.checkpoint.weights import ExpertWeights
 from moefit.comparison.cells import Cell
 from moefit.comparison.probe import Probe
@@ -111,8 +110,7 @@ class Bench:
         copy costs what the plan leaves of the experts.
         """
         gc.collect()  # the copy before this one goes first
-        shared = {id(tensor): tensor for tensor in [*self.model.parameters(), *self.model.buffers()]}
-        return copy.deepcopy(self.model, shared)
+        return copy_sharing_tensors(self.model)
 
     def measure(self, cell: Cell, progress: Progress | None = None) -> dict:
         """Plan, apply and measure one cell; returns it as it stands in results.json.

@@ -10,7 +10,6 @@ as subsets, take part. A candidate is the model in memory with fewer rows in its
 
 from __future__ import annotations
 
-import copy
 import random
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,7 +24,7 @@ from moefit.calibration.batch import Batch, text_fingerprint
 from moefit.calibration.folder import Calibration, read_json, write_json
 from moefit.checkpoint.anatomy import Anatomy, discover
 from moefit.checkpoint.files import open_checkpoint
-from moefit.checkpoint.models import load_model, resolve_device, resolve_dtype
+from moefit.checkpoint.models import copy_sharing_tensors, load_model, resolve_device, resolve_dtype
 from moefit.checkpoint.weights import ExpertWeights
 from moefit.errors import MoefitError, PlanError
 from moefit.evaluation.fidelity import Reference
@@ -232,8 +231,7 @@ def with_slots(model: nn.Module, anatomy: Anatomy, slots: Mapping[int, Sequence[
         anatomy: its MoE layers.
         slots: the slots that stay, by decoder layer.
     """
-    shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
-    masked = copy.deepcopy(model, shared)
+    masked = copy_sharing_tensors(model)
     changes = {}
     for index, left in slots.items():
         everything = range(anatomy.layers[index].num_experts)

@@ -55,12 +55,12 @@ def propagated(
                 original.write(index + 1, fit.run(*inputs))
                 tensors = build_layer(plan, fit.view(calibration))
             else:
-                original.write(index + 1, _through(runner, layer, index, inputs[0]))
+                original.write(index + 1, runner.through(layer, index, inputs[0]))
                 tensors = {}
             if index in plan.by_layer:
                 carry_out(source.model, anatomy, plan, index, tensors)
                 yield index, tensors
-            compressed.write(index + 1, _through(runner, layer, index, compressed.read(index, len(batches))))
+            compressed.write(index + 1, runner.through(layer, index, compressed.read(index, len(batches))))
         original.forget(index)
         compressed.forget(index)
 
@@ -121,10 +121,3 @@ class _Inputs:
 
     def pairs(self, run: Pairs) -> None:
         """Take nothing."""
-
-
-def _through(
-    runner: LayerRunner, layer: nn.Module, index: int, states: Iterator[torch.Tensor]
-) -> Iterator[torch.Tensor]:
-    for number, hidden in enumerate(states):
-        yield runner.run(layer, index, number, hidden)
