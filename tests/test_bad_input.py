@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import moefit
@@ -853,6 +853,15 @@ def test_plan_for_other_weights_needs_a_word(cli: Cli, world: World, sibling: Pa
     assert not list(tmp_path.iterdir())
     assert cli(*call, "--allow-other-weights").code == 0
     assert (tmp_path / "out" / "config.json").exists()
+
+
+def test_plan_fits_the_same_model_in_another_dtype(cli: Cli, world: World, tmp_path: Path) -> None:
+    half = AutoModelForCausalLM.from_pretrained(world.original, dtype="bfloat16")
+    half.save_pretrained(tmp_path / "half")
+    call = ("apply", tmp_path / "half", world.mone, "-o", tmp_path / "out", "--calibration", world.calibration)
+    assert cli(*call, "--allow-other-weights", "--verify").code == 0
+    # The plan's bytes are counted anew: it was made for numbers of four bytes.
+    assert moefit.Plan.load(tmp_path / "out" / "moefit_plan.json").nbytes < moefit.Plan.load(world.mone).nbytes
 
 
 @pytest.mark.parametrize(

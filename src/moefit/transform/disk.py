@@ -6,6 +6,7 @@ import json
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -82,8 +83,11 @@ def apply_to_checkpoint(
     config = load_config(checkpoint, trust_remote_code=trust_remote_code)
     source = StreamedModel(checkpoint, config, dtype=torch.float32, device=resolve_device(device))
     anatomy = discover(config, source.model, trust_remote_code=trust_remote_code)
-    check_plan(plan, facts_of_checkpoint(checkpoint, anatomy, source.names), allow_other_weights=allow_other_weights)
+    facts = facts_of_checkpoint(checkpoint, anatomy, source.names)
+    check_plan(plan, facts, allow_other_weights=allow_other_weights)
     check_calibration(plan, calibration, propagate)
+    # Other weights of the same shapes may have another dtype, hence other bytes.
+    plan = replace(plan, model=facts)
     written = resolve_format(plan, format)
     stacks = find_stacks(checkpoint, anatomy, source.names)
     with new_folder(out, overwrite=overwrite, nbytes=plan.nbytes) as folder:
