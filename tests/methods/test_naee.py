@@ -50,8 +50,12 @@ def masked_outputs(checkpoint: Path, dropped: list[int]) -> tuple[torch.Tensor, 
     return torch.cat(outputs), torch.cat(gates)
 
 
-# softmax without and with normalised gates, top-k before softmax, groups with a factor, shared experts
-@pytest.mark.parametrize("family", ["olmoe", "qwen3_moe", "gpt_oss", "deepseek_v2", "qwen2_moe", "mixtral"])
+# softmax without and with normalised gates, top-k before softmax, groups with a factor, shared experts, a correction
+# bias on sigmoids with groups and on a softmax
+@pytest.mark.parametrize(
+    "family",
+    ["olmoe", "qwen3_moe", "gpt_oss", "deepseek_v2", "qwen2_moe", "mixtral", "deepseek_v3", "ernie4_5_moe"],
+)
 def test_gates_and_error_of_a_subset_are_those_of_the_masked_router(
     family: str, checkpoint: Get, calibration: GetCalibration
 ) -> None:
@@ -61,7 +65,7 @@ def test_gates_and_error_of_a_subset_are_those_of_the_masked_router(
     kept = subset(layer.num_experts, set(range(layer.num_experts)) - set(dropped))
     whole, _ = masked_outputs(checkpoint(family), [])
     outputs, gates = masked_outputs(checkpoint(family), dropped)
-    rule, known = routing_of(layer.sample, layer.limits, "here")
+    rule, known = routing_of(layer.sample, layer.limits, layer.correction, "here")
     assert bool(known.all())
     found = rule.gates(kept)[0]
     # the sample lies in the order of its keys: compare as sets of rows
@@ -119,7 +123,7 @@ def test_a_rule_worked_by_hand() -> None:
     # sigmoids 1/2, 2/3, 3/4 of the logits 0, ln 2, ln 3; the two largest, normalised, times 2.5
     ln2, ln3 = 0.6931472, 1.0986123
     share = torch.tensor([2 / 3, 3 / 4]) / (2 / 3 + 3 / 4) * 2.5
-    rule, known = routing_of(sample([[0.0, ln2, ln3]], [[2, 1]], [share.flip(0).tolist()]), Groups(), "here")
+    rule, known = routing_of(sample([[0.0, ln2, ln3]], [[2, 1]], [share.flip(0).tolist()]), Groups(), None, "here")
     assert (rule.sigmoid, rule.normalised, known.tolist()) == (True, True, [True])
     assert rule.scale == pytest.approx(2.5)
     expected = torch.tensor([1 / 2, 0, 3 / 4]) / (1 / 2 + 3 / 4) * 2.5
@@ -131,19 +135,19 @@ def test_groups_bar_the_largest_logit() -> None:
     logits = torch.tensor([[1.0, 0.8, 1.5, -9.0], [-9.0, -9.0, 0.3, 0.1]])
     gate = torch.stack([logits[0, :2], logits[1, 2:]]).sigmoid()
     given = sample(logits.tolist(), [[0, 1], [2, 3]], gate.tolist())
-    rule, known = routing_of(given, Groups(count=2, used=1, least=2), "here")
+    rule, known = routing_of(given, Groups(count=2, used=1, least=2), None, "here")
     assert (rule.sigmoid, rule.normalised, known.tolist()) == (True, False, [True, True])
     torch.testing.assert_close(own_gates(given), rule.gates(torch.ones(1, 4, dtype=torch.bool))[0])
 
 
 def test_what_no_rule_gives_is_refused_with_the_reason() -> None:
     with pytest.raises(
-        moefit.PlanError, match=r"^here: .*for 100% .* did not choose the largest logits .*such as reap$"
+        moefit.PlanError, match=r"^here: .*for 100% .* did not choose the largest logits; .*such as reap$"
     ):
-        routing_of(sample([[3.0, 2.0, 1.0]], [[1, 2]], [[0.5, 0.5]]), Groups(), "here")
+        routing_of(sample([[3.0, 2.0, 1.0]], [[1, 2]], [[0.5, 0.5]]), Groups(), None, "here")
     logits = [[3.0, 2.0, 1.0], [1.0, 3.0, 2.0]]
     with pytest.raises(moefit.PlanError, match="for 100% of the sampled tokens its gates are no softmax or sigmoid"):
-        routing_of(sample(logits, [[0, 1], [1, 2]], [[0.9, 0.2], [0.2, 0.9]]), Groups(), "here")
+        routing_of(sample(logits, [[0, 1], [1, 2]], [[0.9, 0.2], [0.2, 0.9]]), Groups(), None, "here")
 
 
 def test_ties_that_went_the_other_way_are_left_out() -> None:
@@ -151,5 +155,5 @@ def test_ties_that_went_the_other_way_are_left_out() -> None:
     gate = torch.tensor([3.0, 2.0]).softmax(0).tolist()
     other = 3 - int(torch.tensor([3.0, 2.0, 2.0]).topk(2).indices[1])  # what topk does not take here
     tied = sample([[3.0, 2.0, 2.0]] * 4 + [[3.0, 2.0, 1.0]], [[0, other]] * 4 + [[0, 1]], [gate] * 5)
-    _, known = routing_of(tied, Groups(), "here")
+    _, known = routing_of(tied, Groups(), None, "here")
     assert known.tolist() == [False] * 4 + [True]

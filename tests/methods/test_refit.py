@@ -26,7 +26,7 @@ def fitting(experts: int, dropped: list[int]) -> LayerPlan:
     return LayerPlan(slots=tuple(slots))
 
 
-@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "deepseek_v2"])
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "deepseek_v2", "deepseek_v3"])
 def test_what_is_left_is_the_output_that_the_masked_model_lacks(
     family: str, checkpoint: Get, calibration: GetCalibration
 ) -> None:

@@ -51,6 +51,12 @@ class MoELayer:
     slot_rows: dict[str, int]
     counts: tuple[tuple[str, str], ...]
 
+    @property
+    def correction(self) -> str | None:
+        """The one of `slot_rows` that corrects the router's choice, by path; a plain ``bias`` is part of its logits."""
+        found = (name for name in self.slot_rows if name.endswith("_bias"))
+        return next((f"{self.block}.{name}" for name in found), None)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Anatomy:

@@ -1,4 +1,4 @@
-"""The experts' weights for methods that read them: one layer at a time, from disk or from a model in memory."""
+"""The weights that methods read, experts and correction biases: layer by layer, from disk or a model in memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from moefit.checkpoint.anatomy import Anatomy, discover
+from moefit.checkpoint.anatomy import Anatomy, discover, tensors_of
 from moefit.checkpoint.files import Checkpoint, open_checkpoint
 from moefit.checkpoint.layout import DiskStack, find_stacks
 from moefit.checkpoint.loader import StreamedModel, load_config
@@ -77,6 +77,17 @@ class ExpertWeights:
         else:
             with self._streamed.loaded(path) as model:
                 yield model.get_submodule(path)
+
+    def correction(self, layer: int) -> torch.Tensor | None:
+        """Return the correction bias of a decoder layer's router, float32 [E] on the CPU; None where it has none."""
+        path = self.anatomy.layers[layer].correction
+        if path is None:
+            return None
+        if isinstance(self._source, nn.Module):
+            return tensors_of(self._source)[path].detach().flatten().float().cpu()
+        # A checkpoint may leave out a bias of zeros.
+        keys = [key for key, name in self._streamed.names.items() if name == path]
+        return self.checkpoint.tensors[keys[0]].read().flatten().float() if keys else None
 
     def norms(self, prefix: str) -> torch.Tensor:
         """Return the Frobenius norm of each expert of a layer on disk, float64 [E]: for layers that no text reaches."""

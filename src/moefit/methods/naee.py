@@ -6,9 +6,10 @@ batches of |F(X) - F_C(X)| stays. With many experts later papers try subsets dra
 
 Here: the same, with all experts run once on sampled tokens, after which a subset costs only its gates. Norms are over
 all these tokens together, not batch by batch, and each layer sees the inputs of the original. How the router weighs is
-found from its own gates on these tokens; where no known rule gives them, as with correction biases, the method refuses.
-Tokens whose own choice is not that of the rule, because rounded logits tie, are left out. Beyond it, by parameter: the
-best subset is improved by exchanging one expert at a time.
+found from its own gates on these tokens and its correction bias, if it has one; where no known rule gives them, as for
+phimoe, whose gates are each a softmax over the logits near its own, the method refuses. Tokens whose own choice is not
+that of the rule, because rounded logits tie, are left out. Beyond it, by parameter: the best subset is improved by
+exchanging one expert at a time.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def best_subset(
 def _errors(layer: LayerView, tokens: int, where: str) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return a function that gives |F(X) - F_C(X)|^2 of subsets C [S, E], float64 [S]."""
     sample = Sample(**{name: part[:tokens] for name, part in vars(layer.sample).items()})
-    rule, known_T = routing_of(sample, layer.limits, where)
+    rule, known_T = routing_of(sample, layer.limits, layer.correction, where)
     rule, own_TE = replace(rule, logits=rule.logits[known_T]), own_gates(sample)[known_T]
     parts = []
     for x_TD in sample.hidden[known_T].split(128):

@@ -92,7 +92,7 @@ def refit(
 def _left(layer: LayerView, plan: LayerPlan) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the gates among the experts that stay [T, E], and what these leave of the original's output [T, D]."""
     sample = layer.sample
-    rule, known_T = routing_of(sample, layer.limits, f"refit, layer {layer.index}")
+    rule, known_T = routing_of(sample, layer.limits, layer.correction, f"refit, layer {layer.index}")
     stays_E = torch.zeros(layer.num_experts, dtype=torch.bool)
     stays_E[plan.kept_slots] = True
     gates_TE = rule.gates(stays_E[None])[0]

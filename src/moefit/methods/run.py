@@ -117,6 +117,7 @@ def view_of(
         effect=(calibration.effects() or {}).get(layer),
         read_sums=lambda: calibration.sums(layer),
         read_sample=lambda: calibration.sample(layer),
+        read_correction=lambda: weights.correction(layer),
         open_experts=lambda: weights.open(layer),
     )
 

@@ -148,6 +148,7 @@ class LayerView:
             compressed layers before this one make of them.
         read_sums: reads what calibration summed.
         read_sample: reads the sampled tokens.
+        read_correction: reads the router's correction bias.
         open_experts: opens the experts.
     """
 
@@ -166,6 +167,7 @@ class LayerView:
     original: torch.Tensor | None = None
     read_sums: Callable[[], Sums]
     read_sample: Callable[[], Sample]
+    read_correction: Callable[[], torch.Tensor | None]
     open_experts: Callable[[], AbstractContextManager[nn.Module]]
     _opened: ExitStack = field(default_factory=ExitStack)
 
@@ -180,6 +182,11 @@ class LayerView:
         return self.read_sample()
 
     @cached_property
+    def correction(self) -> torch.Tensor | None:
+        """What the router adds to its scores to choose, but not to weigh, float32 [E]; None where it adds nothing."""
+        return self.read_correction()
+
+    @cached_property
     def experts(self) -> Experts:
         """The experts, loaded when first asked for and kept until `close`."""
         return Experts(self._opened.enter_context(self.open_experts()))
@@ -187,7 +194,7 @@ class LayerView:
     def close(self) -> None:
         """Let go of all that was read; it is read again when asked for."""
         self._opened.close()
-        for name in ("sums", "sample", "experts"):
+        for name in ("sums", "sample", "correction", "experts"):
             self.__dict__.pop(name, None)
 
     def routed(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:

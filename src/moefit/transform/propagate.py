@@ -79,6 +79,7 @@ class _Fit:
     ) -> None:
         self.runner, self.layer, self.index, self.sampled = runner, layer, index, sampled
         self.model, self.moe = runner.source.model, anatomy.layers[index]
+        self.weights = ExpertWeights(self.model, anatomy=anatomy)
         self.collector = Collector(anatomy, index, batches, sampled)
         self.originals: list[torch.Tensor] = []
 
@@ -102,7 +103,7 @@ class _Fit:
         # The sample is sorted by key: the originals of its tokens follow it.
         order = torch.argsort(torch.cat([key for key, _ in self.sampled]), stable=True)
         return replace(
-            view_of(calibration, self.index, ExpertWeights(self.model)),
+            view_of(calibration, self.index, self.weights),
             read_sums=lambda: measured.sums,
             read_sample=lambda: measured.sample,
             open_experts=lambda: nullcontext(experts),
