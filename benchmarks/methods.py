@@ -30,7 +30,7 @@ from moefit.evaluation.fidelity import Reference
 ROOT = Path(__file__).parent.parent
 REFERENCE = ROOT / "examples" / "reference-moe"
 RATIOS = ("25%", "50%")
-BEST_LIGHT = {"start": "svd", "ranks": "chosen", "bases": 1, "rank": 24}
+BEST_LIGHT = {"start": "fitted", "ranks": "chosen", "bases": 1, "rank": 24}
 BEST_MERGE = {"fit": "ridge", "target": "gated", "features": "best", "cluster": "outputs"}
 # name in the table, method, parameters, what is fitted on
 ROWS: list[tuple[str, str, dict[str, Any], str]] = [

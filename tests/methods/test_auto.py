@@ -11,6 +11,7 @@ from test_merging import INNER, WIDTH, random_experts, with_copy
 from transformers import AutoModelForCausalLM
 
 import moefit
+from moefit.calibration.domains import balanced
 from moefit.fitting.held_out import choosing
 from moefit.methods.auto import COMPARED, _base, _choice, _errors, _menu, _nearest, auto
 from moefit.planning.plan import added_nbytes
@@ -40,7 +41,7 @@ def spent(plan: LayerPlan) -> int:
 
 def predicted(made: LayerView, plan: LayerPlan) -> float:
     """Return what a plan's answers cost by their prices, slot by slot."""
-    choice, cost = _choice(made), 0.0
+    choice, cost = _choice(made, 0.0), 0.0
     for expert, slot in enumerate(plan.slots):
         own = replace(slot, expert=None) if slot.kind == "lowrank" else slot
         at = choice.answers[expert].index(own)
@@ -134,6 +135,26 @@ def test_errors_count_by_what_they_do_to_the_predictions() -> None:
     assert dear.expected == pytest.approx(10 * predicted(alone, dear), rel=1e-5)
 
 
+def test_what_a_small_domain_needs_weighs_more() -> None:
+    """Three tokens of four are of one domain: their weights are 1 and 1 for balance 0, 2/3 and 2 for 1."""
+    domain = torch.tensor([0, 0, 0, 1])
+    assert balanced(domain, 0.0).tolist() == [1, 1, 1, 1]
+    assert balanced(domain, 1.0).tolist() == pytest.approx([2 / 3, 2 / 3, 2 / 3, 2])
+    made = layer(5)
+    made.read_domains = lambda: (made.sample.index == 2).any(1).long()
+    plain, evened = _choice(made, 0.0), _choice(made, 1.0)
+    weight = balanced(made.domains, 1.0)
+    for expert in range(5):
+        token, gate = made.routed(expert)
+        mean = sum(float(g) ** 2 * float(weight[t]) for t, g in zip(token, gate, strict=True)) / float(
+            gate.square().sum()
+        )
+        torch.testing.assert_close(evened.menu.errors[expert], plain.menu.errors[expert] * mean, rtol=1e-5, atol=0)
+    taken = [0, 1, 2, 3, len(plain.menu.price)]
+    assert evened.cost(taken) != pytest.approx(plain.cost(taken), rel=1e-2)
+    assert evened.plan(taken).expected == pytest.approx(plain.cost(taken), rel=1e-6)
+
+
 def test_remove_is_what_mone_writes(calibration: GetCalibration) -> None:
     budget = moefit.Budget.parse(remove="50%")
     novices = moefit.make_plan(calibration("olmoe"), "mone", budget)
@@ -180,7 +201,7 @@ def test_all_that_is_redundant_goes_at_no_loss_before_anything_else(name: str, t
 
 
 def test_a_base_that_only_one_leans_on_is_its_expert() -> None:
-    choice = _choice(layer(5))
+    choice = _choice(layer(5), 0.0)
     low = choice.answers[0].index(Slot("lowrank", rank=2))
     whole = len(choice.menu.price)
     plan = choice.plan([low, *[whole] * 4])

@@ -66,6 +66,23 @@ def total_residual(layer: LayerView, plan: LayerPlan, **options: str) -> float:
     return sum(residual(layer, plan, built, slot) for slot in plan.low_ranks)
 
 
+def output_residual(layer: LayerView, plan: LayerPlan, start: str) -> float:
+    """Return sum_t g^2 |y - y'|^2 over all replaced experts, with y' what they give with their matrices replaced."""
+    built, total, at = build(layer, plan, base="mean", start=start), 0.0, 0
+    for slot, rank in plan.low_ranks.items():
+        rows, base, at = slice(at, at + rank), list(plan.bases).index(plan.slots[slot].expert), at + rank
+        small = {
+            part: built[f"base_{part}"][base] + built[f"low_{part}_out"][rows].T @ built[f"low_{part}_in"][rows]
+            for part in ("gate", "up", "down")
+        }
+        token, gate = layer.routed(slot)
+        given = layer.experts.hidden(small, layer.sample.hidden[token]) @ small["down"].T
+        total += float(
+            (gate.square() * (layer.experts.outputs(slot, layer.sample.hidden[token]) - given).square().sum(1)).sum()
+        )
+    return total
+
+
 def test_the_shortest_prefix_that_exceeds_the_share_is_replaced() -> None:
     layers = [layer_of_mass([4, 3, 2, 0.5, 0.5]), layer_of_mass([2, 2, 2, 2, 2], 1)]
     # Gate mass in ascending order: .05 .1 .3 .6 1 and .2 .4 .6 .8 1. Up to a share of .1 layer 0 replaces two, which
@@ -150,7 +167,7 @@ def test_a_base_is_the_average_by_gate_mass_and_the_paper_starts_there() -> None
         assert torch.count_nonzero(built[f"low_{part}_in"]) > 0
 
 
-@pytest.mark.parametrize("base", ["average", "least_squares", "dominant"])
+@pytest.mark.parametrize("base", ["average", "mean", "least_squares", "dominant"])
 def test_copies_share_a_base_without_loss(base: str) -> None:
     module = with_copy(random_experts(3), of=2)
     layer = routed_layer(module, 200, seed=0)
@@ -178,6 +195,35 @@ def test_own_parts_take_more_away_with_each_rank_and_everything_at_the_last() ->
         losses.append(total_residual(layer, plan))
     assert all(later < sooner for sooner, later in itertools.pairwise(losses))
     assert losses[-1] < 1e-6 * losses[0]
+
+
+def test_a_fitted_down_projection_makes_up_for_what_the_other_matrices_lost() -> None:
+    for rank in range(1, min(WIDTH, INNER)):
+        losses = {}
+        for start in ("svd", "fitted"):
+            layer = layer_of_six()
+            (plan,) = plans([layer], 3, select="count", rank=rank)
+            losses[start] = output_residual(layer, plan, start)
+        assert losses["fitted"] < losses["svd"]
+
+
+def test_the_down_projection_of_an_expert_without_tokens_is_its_own() -> None:
+    built = {}
+    for start in ("svd", "fitted"):
+        layer = layer_of_six()
+        layer.sample.index.masked_fill_(layer.sample.index == 2, 3)
+        (plan,) = plans([layer], 3, select="count", rank=2)
+        assert min(plan.low_ranks) == 2
+        built[start] = build(layer, plan, base="mean", start=start)
+    torch.testing.assert_close(built["svd"]["low_down_out"][:2], built["fitted"]["low_down_out"][:2])
+
+
+def test_the_mean_base_is_the_mean() -> None:
+    layer = layer_of_mass([9, 9, 1, 3])
+    (plan,) = plans([layer], 3, select="count")
+    built, every = build(layer, plan, base="mean", start="zero"), layer.experts.matrices()
+    for part in ("gate", "up", "down"):
+        torch.testing.assert_close(built[f"base_{part}"][0], every[part][plan.bases[3]].mean(0))
 
 
 def test_the_least_squares_base_loses_no_more_than_the_average() -> None:

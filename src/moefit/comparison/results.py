@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from scipy.stats import spearmanr
 
+from moefit.calibration.domains import sampled_domains
 from moefit.calibration.folder import Calibration
-from moefit.calibration.run import SampleOptions, sampled_positions
 from moefit.comparison.cells import Cell
 from moefit.comparison.probe import LayerError
 from moefit.evaluation.fidelity import Fidelity
@@ -88,16 +88,7 @@ def usage(calibration: Calibration) -> dict[str, dict[str, list[float]]]:
     """Return which share of a layer's routed pairs each expert gets, over the sampled tokens: of all (``""``) and of
     each domain, by layer.
     """
-    batches = calibration.batches()
-    sampled = sampled_positions(batches, SampleOptions(**calibration.fingerprint["sample"]))
-    names = sorted({name for batch in batches for name in batch.domains})
-    # Batches number their domains each on its own; a layer's sample lies in the order of the keys.
-    domain = torch.cat(
-        [
-            torch.tensor([names.index(name) for name in batch.domains])[batch.domain.reshape(-1)[position]]
-            for batch, (_, position) in zip(batches, sampled, strict=True)
-        ]
-    )[torch.argsort(torch.cat([key for key, _ in sampled]), stable=True)]
+    names, domain = sampled_domains(calibration)
     found: dict[str, dict[str, list[float]]] = {}
     for layer in calibration.layers:
         index, experts = calibration.sample(layer).index, len(calibration.sums(layer).count)

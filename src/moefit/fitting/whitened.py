@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 # Added to the diagonal of C, as a share of its mean: directions that few tokens show are not worth a rank.
-RIDGE = 1e-2
+RIDGE = 5e-2
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,8 @@ constant, a linear map of some rank (`linear`), or the layer's base, alone or wi
 (`lightmoe`). Each answer is priced in bytes, and in what it adds to the squared error of its layer's output on tokens
 that it was not fitted on, times what such an error costs the predictions, as calibration measured it (`--effect`).
 Which answers to take is then one knapsack over all slots of all layers, so layers and experts get as much as they are
-worth, and its sum is the KL that the plan expects. ``--remove`` stands for the bytes that MoNE writes at that ratio.
+worth. In it a domain of the calibration text that has few tokens counts for more than these, or what they alone need
+would go first. ``--remove`` stands for the bytes that MoNE writes at that ratio.
 
 Left out: experts made of several, which lose to a base with own parts at all bytes that were measured, and take as long
 to price as to build.
@@ -15,17 +16,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
 from torch.nn import functional as F
 
+from moefit.calibration.domains import balanced
 from moefit.fitting.held_out import choosing
 from moefit.fitting.menu import Menu, cheapest
 from moefit.fitting.whitened import approximate
 from moefit.methods import lightmoe, linear
 from moefit.methods.conmoe import functional_distances
 from moefit.methods.merge import Matrices
-from moefit.methods.registry import method
+from moefit.methods.registry import AtLeast, method
 from moefit.planning.plan import stand_in_nbytes
 from moefit.planning.slots import LayerPlan, Slot
 from moefit.planning.view import LayerView
@@ -42,10 +45,16 @@ NEAR, COMPARED, FEW = 2, 64, 8
 class Choice:
     """What the slots of a layer may become: entry `at` of an expert's answers has entry `at` of its errors in the menu;
     its last answer is itself.
+
+    Attributes:
+        answers: of each expert.
+        menu: what they cost, in nats times `weight`.
+        weight: of each expert, [E].
     """
 
     answers: list[list[Slot]]
     menu: Menu
+    weight: torch.Tensor
 
     def plan(self, taken: Sequence[int]) -> LayerPlan:
         """Return the plan in which each expert takes the answer of a number."""
@@ -55,12 +64,12 @@ class Choice:
         chosen = [answers[at] for answers, at in zip(self.answers, taken, strict=True)]
         base = next((expert for expert, slot in enumerate(chosen) if slot.kind == "lowrank"), None)
         slots = [replace(slot, expert=base) if slot.kind == "lowrank" else slot for slot in chosen]
-        return LayerPlan(slots=tuple(slots), scores=tuple(self.menu.errors[:, 0].tolist()), expected=self.cost(taken))
+        errors = self.menu.errors / self.weight[:, None]
+        return LayerPlan(slots=tuple(slots), scores=tuple(errors[:, 0].tolist()), expected=_cost(errors, taken))
 
     def cost(self, taken: Sequence[int]) -> float:
-        """Return what such a plan is expected to cost."""
-        errors = self.menu.errors
-        return sum(float(errors[expert, at]) for expert, at in enumerate(taken) if at < errors.shape[1])
+        """Return what such a plan costs on the menu."""
+        return _cost(self.menu.errors, taken)
 
     def without_base(self) -> Choice:
         """Return the same without low-rank answers."""
@@ -68,10 +77,14 @@ class Choice:
         return replace(self, menu=replace(self.menu, errors=self.menu.errors.masked_fill(low, torch.inf)))
 
 
+def _cost(errors: torch.Tensor, taken: Sequence[int]) -> float:
+    return sum(float(errors[expert, at]) for expert, at in enumerate(taken) if at < errors.shape[1])
+
+
 def build(layer: LayerView, plan: LayerPlan, **_: object) -> dict[str, torch.Tensor]:
     """Return what `linear` and `lightmoe` build for their kinds of slots."""
     found = linear.build(layer, plan, ridge=RIDGE, shrinkage=0.0) if plan.stand_ins else {}
-    return found | (lightmoe.built_on(layer, plan, [_base(layer)], "svd") if plan.bases else {})
+    return found | (lightmoe.built_on(layer, plan, [_base(layer)], "fitted") if plan.bases else {})
 
 
 @method(
@@ -84,23 +97,26 @@ def build(layer: LayerView, plan: LayerPlan, **_: object) -> dict[str, torch.Ten
     builds={"constant", "linear", "lowrank"},
     build=build,
 )
-def auto(layers: Sequence[LayerView], keeps: Sequence[int]) -> Iterator[LayerPlan]:
+def auto(
+    layers: Sequence[LayerView], keeps: Sequence[int], *, balance: Annotated[float, AtLeast(0)] = 0.75
+) -> Iterator[LayerPlan]:
     """Choose for every slot what costs the predictions least for its bytes, over all layers together.
 
     Args:
         layers: the layers.
         keeps: experts that MoNE would keep in each; what they and its novices take is the budget.
+        balance: how domains of the calibration text share the budget: 0 by their tokens, 1 all alike.
     """
     choices = []
     for layer in layers:
-        choices.append(_choice(layer))
+        choices.append(_choice(layer, balance))
         layer.close()
     nbytes = sum(layer.nbytes or _novices(layer, keep) for layer, keep in zip(layers, keeps, strict=True))
     for choice, taken in zip(choices, _taken(nbytes, choices), strict=True):
         yield choice.plan(taken)
 
 
-def _choice(layer: LayerView) -> Choice:
+def _choice(layer: LayerView, balance: float) -> Choice:
     """Return what the slots of a layer may become, errors in nats."""
     slots, base, experts = _menu(layer), _base(layer), range(layer.num_experts)
     errors = torch.stack([_errors(layer, expert, base, slots) for expert in experts])
@@ -121,14 +137,25 @@ def _choice(layer: LayerView) -> Choice:
         for expert in experts
     ]
     behind = F.pad(others, (len(slots), 1), value=-1)
+    weight = _weight(layer, balance)
     menu = Menu(
-        errors=layer.effect * torch.cat([errors, lost, drop], 1),
+        errors=layer.effect * weight[:, None] * torch.cat([errors, lost, drop], 1),
         price=[*(_nbytes(layer, slot) for slot in slots), *[0] * (others.shape[1] + 1)],
         whole=layer.expert_bytes,
         kept=layer.protected,
         behind=behind,
     )
-    return Choice(answers=answers, menu=menu)
+    return Choice(answers=answers, menu=menu, weight=weight)
+
+
+def _weight(layer: LayerView, balance: float) -> torch.Tensor:
+    """Return what errors of each expert weigh when domains are balanced: the mean of its tokens' weights by squared
+    gates, 1 where no token reached it, float64 [E].
+    """
+    gate_sq, index = layer.sample.gate.double().square(), layer.sample.index.long().flatten()
+    weighed = gate_sq * balanced(layer.domains, balance)[:, None]
+    total, mass = (torch.zeros(layer.num_experts).double().index_add(0, index, q.flatten()) for q in (weighed, gate_sq))
+    return torch.where(mass > 0, total / mass, 1.0)
 
 
 def _menu(layer: LayerView) -> list[Slot]:
@@ -197,8 +224,8 @@ def _taken(nbytes: int, choices: Sequence[Choice]) -> list[list[int]]:
 
 
 def _base(layer: LayerView) -> Matrices:
-    """Return the base of a layer: the average of all its experts by gate mass, whichever of them it will serve."""
-    return lightmoe.base_of(layer, 0, range(layer.num_experts), "average")
+    """Return the base of a layer: the mean of all its experts, whichever of them it will serve."""
+    return lightmoe.base_of(layer, 0, range(layer.num_experts), "mean")
 
 
 def _errors(layer: LayerView, expert: int, base: Matrices, slots: Sequence[Slot]) -> torch.Tensor:

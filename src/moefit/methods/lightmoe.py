@@ -8,8 +8,8 @@ checkpoint. Which gates, which cosine and which start of A are not said: here th
 cosine over sampled tokens, and a normal distribution with the variance of 1 / inputs.
 
 Here: the same by default. Beyond it, by parameters: bases by least squares on what experts see, own parts that start as
-the best approximation of what the base lacks on these inputs, and ranks by how much each takes away. `keep` counts what
-is stored: kept experts and bases.
+the best approximation of what the base lacks on these inputs, down projections fitted in closed form to what the other
+matrices then leave, and ranks by how much each takes away. `keep` counts what is stored: kept experts and bases.
 """
 
 from __future__ import annotations
@@ -22,12 +22,16 @@ from torch.nn import functional as F
 
 from moefit.errors import PlanError
 from moefit.fitting.cluster import nearest
+from moefit.fitting.least_squares import Normal, ridge
 from moefit.fitting.whitened import approximate, energy, second_moment
 from moefit.methods.choose import refuse_protected, top
 from moefit.methods.merge import Matrices, average, shares, stacked
 from moefit.methods.registry import AtLeast, method
 from moefit.planning.slots import LayerPlan, Slot
 from moefit.planning.view import LayerView
+
+# How strongly a fitted down projection is pulled to the expert's own.
+RIDGE = 0.1
 
 
 def outline(experts: int, keep: int, *, bases: int, rank: int, **_: object) -> LayerPlan:
@@ -83,8 +87,8 @@ def lightmoe(
     select: Literal["adaptive", "uniform", "count"] = "adaptive",
     alpha: Annotated[float, AtLeast(0)] = 0.3,
     clip: Annotated[float, AtLeast(0)] = 0.2,
-    base: Literal["average", "least_squares", "dominant"] = "average",
-    start: Literal["zero", "svd"] = "zero",
+    base: Literal["average", "mean", "least_squares", "dominant"] = "average",
+    start: Literal["zero", "svd", "fitted"] = "zero",
     ranks: Literal["given", "chosen"] = "given",
 ) -> Iterator[LayerPlan]:
     """Replace the experts with the least gate mass by shared bases with parts of low rank, made for recovery.
@@ -98,9 +102,10 @@ def lightmoe(
             logits, ``uniform`` the same share in every layer, ``count`` the same number of experts.
         alpha: how much the share falls.
         clip: how far it may be from the common one, as a part of that.
-        base: the gate-weighted ``average`` (paper), the ``least_squares`` fit to what the members see, or the
-            ``dominant`` member itself.
-        start: own parts start at ``zero`` (paper) or as the ``svd`` of what the base lacks, weighted by the inputs.
+        base: the gate-weighted ``average`` (paper), the plain ``mean``, the ``least_squares`` fit to what the members
+            see, or the ``dominant`` member itself.
+        start: own parts start at ``zero`` (paper), as the ``svd`` of what the base lacks, weighted by the inputs, or
+            ``fitted``: the same, but for a down projection that makes up for what the other matrices lost.
         ranks: ``given`` uses `rank` everywhere; ``chosen`` spends as many rows where they take most away.
     """
     for layer in layers:
@@ -218,8 +223,8 @@ def base_of(layer: LayerView, named: int, members: Sequence[int], base: str) -> 
     """
     if base == "dominant":
         return layer.experts.one(named)
-    found = average(layer, named, members, layer.sums.gate)
-    if base == "average":
+    found = average(layer, named, members, torch.ones(layer.num_experts) if base == "mean" else layer.sums.gate)
+    if base in ("average", "mean"):
         return found
     # min over W of sum_n G_n tr (W_n - W) C_n (W_n - W)^T:  W = (sum G_n W_n C_n) (sum G_n C_n)^-1
     share = shares(layer.sums.gate, members).tolist()
@@ -260,14 +265,33 @@ def _own_part(
     layer: LayerView, member: int, base: Matrices, rank: int, start: str, generator: torch.Generator
 ) -> dict[str, torch.Tensor]:
     """Return the own part of one expert, rows of A and columns of B of each matrix, [rank, in] and [rank, out]."""
-    found, one = {}, layer.experts.one(member)
+    found, one, small = {}, layer.experts.one(member), dict(base)
     for part in parts_of(layer):
         rows, columns = one[part].shape
-        inner, outer = torch.randn(rank, columns, generator=generator) / columns**0.5, torch.zeros(rank, rows)
-        if start == "svd":
-            inner, outer = approximate(_apart(one, base, part), moment_of(layer, member, one, part)).factors(rank)
+        if start == "zero":
+            inner, outer = torch.randn(rank, columns, generator=generator) / columns**0.5, torch.zeros(rank, rows)
+        else:
+            if start == "fitted" and part == "down":
+                one = small | {"down": _fitted_down(layer, member, one, small)}
+            near = approximate(_apart(one, base, part), moment_of(layer, member, one, part))
+            small[part] = (base[part] + near.matrix(rank)).to(base[part])
+            inner, outer = near.factors(rank)
         found |= {f"low_{part}_in": inner.cpu(), f"low_{part}_out": outer.cpu()}
     return found
+
+
+def _fitted_down(layer: LayerView, member: int, one: Matrices, small: Matrices) -> torch.Tensor:
+    """Return the down projection that gives best what an expert gave, from what the reduced other matrices give.
+
+    min over W of sum_t g_t^2 |y_t - b - W h_t|^2 + lambda |W - W_down|^2, of which the part that the base lacks is then
+    approximated on these h: for lambda = 0 the best answer of its rank.
+    """
+    token, gate = layer.routed(member)
+    hidden = layer.experts.hidden(small, layer.sample.hidden[token].to(one["up"]))
+    wanted = layer.outputs(member, token) - small.get("down_bias", 0)
+    normal = Normal.zeros(wanted.shape[1], hidden.shape[1], hidden.device)
+    normal.add(hidden, wanted, gate.double().square().to(hidden.device))
+    return ridge(normal, one["down"], RIDGE)
 
 
 def _apart(one: Matrices, base: Matrices, part: str) -> torch.Tensor:

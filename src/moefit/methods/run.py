@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from moefit.calibration.domains import sampled_domains
 from moefit.calibration.folder import Calibration, ModelFacts
 from moefit.calibration.statistics import ON_REQUEST
 from moefit.checkpoint.files import DTYPES
@@ -119,6 +120,7 @@ def view_of(
         read_sample=lambda: calibration.sample(layer),
         read_correction=lambda: weights.correction(layer),
         open_experts=lambda: weights.open(layer),
+        read_domains=lambda: sampled_domains(calibration)[1],
     )
 
 

@@ -149,6 +149,7 @@ class LayerView:
         read_sums: reads what calibration summed.
         read_sample: reads the sampled tokens.
         read_correction: reads the router's correction bias.
+        read_domains: reads which domain of the text each sampled token comes from; None where there is but one.
         open_experts: opens the experts.
     """
 
@@ -169,6 +170,7 @@ class LayerView:
     read_sample: Callable[[], Sample]
     read_correction: Callable[[], torch.Tensor | None]
     open_experts: Callable[[], AbstractContextManager[nn.Module]]
+    read_domains: Callable[[], torch.Tensor] | None = None
     _opened: ExitStack = field(default_factory=ExitStack)
 
     @cached_property
@@ -180,6 +182,11 @@ class LayerView:
     def sample(self) -> Sample:
         """The sampled tokens of the layer."""
         return self.read_sample()
+
+    @cached_property
+    def domains(self) -> torch.Tensor:
+        """The domain of the text that each sampled token comes from, by number, [N]."""
+        return torch.zeros(len(self.sample.key)).long() if self.read_domains is None else self.read_domains()
 
     @cached_property
     def correction(self) -> torch.Tensor | None:
@@ -194,7 +201,7 @@ class LayerView:
     def close(self) -> None:
         """Let go of all that was read; it is read again when asked for."""
         self._opened.close()
-        for name in ("sums", "sample", "correction", "experts"):
+        for name in ("sums", "sample", "domains", "correction", "experts"):
             self.__dict__.pop(name, None)
 
     def routed(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
