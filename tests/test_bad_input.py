@@ -859,7 +859,7 @@ def test_plan_fits_the_same_model_in_another_dtype(cli: Cli, world: World, tmp_p
     half = AutoModelForCausalLM.from_pretrained(world.original, dtype="bfloat16")
     half.save_pretrained(tmp_path / "half")
     call = ("apply", tmp_path / "half", world.mone, "-o", tmp_path / "out", "--calibration", world.calibration)
-    assert cli(*call, "--allow-other-weights", "--verify").code == 0
+    assert cli(*call, "--allow-other-weights").code == 0
     # The plan's bytes are counted anew: it was made for numbers of four bytes.
     assert moefit.Plan.load(tmp_path / "out" / "moefit_plan.json").nbytes < moefit.Plan.load(world.mone).nbytes
 
