@@ -253,6 +253,7 @@ def test_letters() -> None:
     numbers = [0, None, None, None, 4, 4, 4]
     plan = LayerPlan(slots=tuple(Slot(kind, number) for kind, number in zip(slots, numbers, strict=True)))
     assert letters(plan) == "Kdclmmd"
+    assert letters(LayerPlan(slots=(Slot("merged", 0), Slot("merged", 1), Slot("drop", 1)))) == "fmd"
     low = (Slot("expert", 2), Slot("expert", 1, 0.5), Slot("expert", 2), Slot("expert", 3, layer=1), Slot("lowrank", 4))
     assert letters(LayerPlan(slots=low)) == ">>K>b"
     vectors = LayerPlan(slots=(Slot("expert", 0), Slot("constant")), auxiliary=Auxiliary(main=1))

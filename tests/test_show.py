@@ -108,6 +108,15 @@ def test_every_kind_of_answer_is_shown(run: Show) -> None:
     ]
 
 
+def test_an_expert_merged_of_itself_alone_is_fitted(run: Show) -> None:
+    refit = plan("refit", layer(Slot("merged", 0), DROP, Slot("merged", 2), Slot("merged", 3), Slot("drop", 3)))
+    lines = run("show", refit)
+    assert "f fitted 2" in lines[3]
+    assert "m merged 1" in lines[3]
+    assert lines[5:7] == ["   0  10 f.fm.### ####", "         merged into 3: 3-4"]
+    assert "kept -> fitted: 0 2" in " ".join(run("diff", plan("mone", layer(KEEP, DROP)), refit))
+
+
 def test_scores_are_listed_from_the_highest(run: Show) -> None:
     lines = run("show", MIXED, options=("--scores",))
     at = lines.index("         linear of rank 4: 1; linear of rank 8: 2 4")

@@ -14,11 +14,12 @@ from moefit_cli import output
 
 if TYPE_CHECKING:
     from moefit import Plan
-    from moefit.planning.slots import LayerPlan, Slot
+    from moefit.planning.slots import LayerPlan
 
 # One character for each slot, with its name and colour; plain characters, so that pipes and NO_COLOR lose nothing.
 MARKS = {
     "#": ("kept", "green"),
+    "f": ("fitted", "bright_green"),
     ".": ("dropped", "red"),
     "c": ("constant", "yellow"),
     "l": ("linear", "cyan"),
@@ -41,7 +42,7 @@ def show(name: str, plan: Plan, *, scores: bool = False) -> None:
     """
     _header(name, plan)
     layers = _layers(plan)
-    found = Counter(_mark(number, slot) for layer in layers.values() for number, slot in enumerate(layer.slots))
+    found = Counter(_mark(layer, number) for layer in layers.values() for number in range(len(layer.slots)))
     legend = [
         Text.assemble((mark, MARKS[mark][1]), f" {MARKS[mark][0]} {found[mark]:,}") for mark in MARKS if found[mark]
     ]
@@ -53,8 +54,8 @@ def show(name: str, plan: Plan, *, scores: bool = False) -> None:
         _grid(f"{label:>4} {layer.stored:>3}", layer)
         paragraph("", _answers(layer))
         if scores:
-            ranked = sorted(enumerate(zip(layer.scores, layer.slots, strict=False)), key=lambda at: (-at[1][0], at[0]))
-            listed = [f"{number}{_mark(number, slot)} {score:.4g}" for number, (score, slot) in ranked]
+            ranked = sorted(enumerate(layer.scores), key=lambda at: (-at[1], at[0]))
+            listed = [f"{number}{_mark(layer, number)} {score:.4g}" for number, score in ranked]
             paragraph("", listed or ["the method gave no scores"], ", ")
     if whole := [label for label, layer in layers.items() if layer.untouched]:
         paragraph("whole", [f"layers {', '.join(whole)}"])
@@ -97,8 +98,8 @@ def diff(names: Sequence[str], plans: Sequence[Plan]) -> None:
 def _changes(before: LayerPlan, after: LayerPlan) -> tuple[int, list[str]]:
     """Return how many slots of a layer agree, and what changes of the others and of the layer as a whole."""
     changed: dict[str, list[int]] = {}
-    for number, pair in enumerate(zip(before.slots, after.slots, strict=True)):
-        was, becomes = (_answer(number, slot) for slot in pair)
+    for number in range(len(before.slots)):
+        was, becomes = (_answer(layer, number) for layer in (before, after))
         if was != becomes:
             changed.setdefault(f"{was} -> {becomes}", []).append(number)
     told = [f"{what}: {spans(numbers)}" for what, numbers in changed.items()]
@@ -129,7 +130,7 @@ def _layers(plan: Plan) -> dict[str, LayerPlan]:
 
 def _grid(label: str, layer: LayerPlan) -> None:
     """Print a character for each slot, in blocks of eight and as many lines as the terminal needs."""
-    marks = [_mark(number, slot) for number, slot in enumerate(layer.slots)]
+    marks = [_mark(layer, number) for number in range(len(layer.slots))]
     blocks = [
         Text.assemble(*((mark, MARKS[mark][1]) for mark in marks[start : start + BLOCK]))
         for start in range(0, len(marks), BLOCK)
@@ -143,9 +144,10 @@ def _answers(layer: LayerPlan) -> list[str]:
     """Return what must be said beyond the marks: who answers, at which rank, merged with whom."""
     found: dict[str, list[int]] = {}
     for number, slot in sorted(enumerate(layer.slots), key=lambda at: (at[1].expert or 0, at[1].rank, at[0])):
-        if slot.kind in ("linear", "lowrank") or _mark(number, slot) == ">":
-            found.setdefault(_answer(number, slot), []).append(number)
-    found |= {f"merged into {centre}": members for centre, members in layer.merged.items()}
+        if slot.kind in ("linear", "lowrank") or _mark(layer, number) == ">":
+            found.setdefault(_answer(layer, number), []).append(number)
+    merged = {f"merged into {centre}": members for centre, members in layer.merged.items()}
+    found |= {what: members for what, members in merged.items() if len(members) > 1}
     return [f"{answer}: {spans(numbers)}" for answer, numbers in found.items()] + _whole(layer)
 
 
@@ -156,14 +158,20 @@ def _whole(layer: LayerPlan) -> list[str]:
     return told + (["auxiliary slots: " + ", ".join(f"{key}={value}" for key, value in split.items())] if split else [])
 
 
-def _mark(number: int, slot: Slot) -> str:
+def _mark(layer: LayerPlan, number: int) -> str:
+    slot, answer = layer.slots[number], _answer(layer, number)
+    if answer == "fitted":
+        return "f"
     if slot.kind != "expert":
         return KINDS[slot.kind]
-    return "#" if _answer(number, slot) == "kept" else ">"
+    return "#" if answer == "kept" else ">"
 
 
-def _answer(number: int, slot: Slot) -> str:
+def _answer(layer: LayerPlan, number: int) -> str:
     """Return what stands behind a slot, in words."""
+    slot = layer.slots[number]
+    if layer.is_fitted(number):
+        return "fitted"
     if slot.kind == "expert":
         where = "" if slot.layer is None else f" of layer {slot.layer}"
         scale = "" if slot.scale == 1.0 else f" x {slot.scale:.3g}"

@@ -75,12 +75,13 @@ def failed(cell: Cell, error: Exception) -> dict:
 
 
 def letters(plan: LayerPlan) -> str:
-    """Return one letter a slot: K kept, d dropped, > answered by another expert, m merged, c constant, l linear,
-    b a base with a part of low rank, v kept and modulated by vectors.
+    """Return one letter a slot: K kept, f fitted, d dropped, > answered by another expert, m merged, c constant,
+    l linear, b a base with a part of low rank, v kept and modulated by vectors.
     """
     own = "K" if plan.auxiliary is None else "v"
     return "".join(
-        own if slot == Slot("expert", number) else LETTERS[slot.kind] for number, slot in enumerate(plan.slots)
+        own if slot == Slot("expert", number) else "f" if plan.is_fitted(number) else LETTERS[slot.kind]
+        for number, slot in enumerate(plan.slots)
     )
 
 

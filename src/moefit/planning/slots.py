@@ -112,6 +112,11 @@ class LayerPlan:
             for centre in centres
         }
 
+    def is_fitted(self, number: int) -> bool:
+        """Say whether an expert stays in its slot with weights fitted anew: merged of itself alone."""
+        own = self.slots[number] == Slot("merged", number)
+        return own and all(slot.expert != number for at, slot in enumerate(self.slots) if at != number)
+
     @property
     def built(self) -> set[str]:
         """The answers whose tensors the original does not have: kinds of slots, and ``vector`` for auxiliary ones."""

@@ -23,6 +23,7 @@ Usage = Mapping[str, Mapping[str, Sequence[float]]]
 # What stands behind a slot: its letter in a comparison, in words, and its colour.
 ANSWERS = {
     "K": ("kept", "#c3c9d1"),
+    "f": ("kept, weights fitted", "#b9a3d9"),
     "d": ("dropped", "#3d4148"),
     ">": ("another expert", SKY),
     "m": ("merged", PINK),
