@@ -859,9 +859,33 @@ def test_plan_fits_the_same_model_in_another_dtype(cli: Cli, world: World, tmp_p
     half = AutoModelForCausalLM.from_pretrained(world.original, dtype="bfloat16")
     half.save_pretrained(tmp_path / "half")
     call = ("apply", tmp_path / "half", world.mone, "-o", tmp_path / "out", "--calibration", world.calibration)
-    assert cli(*call, "--allow-other-weights").code == 0
+    found = cli(*call, "--allow-other-weights")
+    assert found.code == 0
     # The plan's bytes are counted anew: it was made for numbers of four bytes.
-    assert moefit.Plan.load(tmp_path / "out" / "moefit_plan.json").nbytes < moefit.Plan.load(world.mone).nbytes
+    carried, planned = (moefit.Plan.load(file) for file in (tmp_path / "out" / "moefit_plan.json", world.mone))
+    assert carried.nbytes < planned.nbytes
+    assert f"{carried.nbytes / 1000:.2f} kB, the original has {carried.model.nbytes / 1000:.2f} kB" in found.err
+
+
+def test_plan_for_a_layer_that_the_checkpoint_lacks_is_refused(
+    cli: Cli, world: World, plan: Callable[..., Path], tmp_path: Path
+) -> None:
+    def predict_more(content: dict) -> None:
+        """Add a layer for multi-token prediction, which models of equal shapes may have or not."""
+        content["model"]["stacks"].append(content["model"]["stacks"][0] | {"prefix": "model.layers.9", "index": None})
+        content["layers"]["model.layers.9"] = content["layers"]["model.layers.0"]
+
+    out = tmp_path / "out"
+    refusal = cli("apply", world.original, plan(predict_more), "-o", out, "--allow-other-weights").refusal
+    assert refusal == f"{world.original}: has no model.layers.9, which the plan changes"
+    assert not out.exists()
+
+
+def test_balance_above_one_is_refused(cli: Cli, world: World, tmp_path: Path) -> None:
+    calibrated = tmp_path / "c"
+    assert cli(*world.calibrate(world.original, calibrated), "--effect").code == 0
+    call = ("plan", calibrated, "-o", tmp_path / "p", "--method", "auto", "--remove", "25%", "-p", "balance=2")
+    assert cli(*call).refusal == "balance=2.0: at 1 all domains count alike; give a number from 0 to 1"
 
 
 @pytest.mark.parametrize(

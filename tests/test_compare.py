@@ -15,14 +15,17 @@ from transformers import AutoModelForCausalLM
 import moefit
 from conftest import token_batches
 from families import tiny_model
+from moefit.calibration.domains import sampled_domains
 from moefit.calibration.statistics import sample_keys
 from moefit.checkpoint.anatomy import discover
 from moefit.checkpoint.models import load_tokenizer
+from moefit.checkpoint.weights import ExpertWeights
 from moefit.comparison import compare as compare_module
 from moefit.comparison.bench import Bench
 from moefit.comparison.cells import cells_of
 from moefit.comparison.probe import Probe
 from moefit.comparison.results import letters, ranked, spearman, usage
+from moefit.methods.run import view_of
 from moefit.planning.slot_map import Auxiliary
 from moefit.planning.slots import LayerPlan, Slot
 
@@ -233,10 +236,12 @@ def test_usage_equals_a_loop_over_sampled_tokens(tmp_path: Path) -> None:
         for row in range(len(keys)):
             for place in range(keys.shape[1]):
                 by_key[int(keys[row, place])] = batch.domains[int(batch.domain[row, place])]
-    found = usage(calibration)
+    found, (domains, _) = usage(calibration), sampled_domains(calibration)
     for layer in calibration.layers:
         sample = calibration.sample(layer)
         assert len(sample.key) == 100
+        view = view_of(calibration, layer, ExpertWeights(str(REFERENCE)))
+        assert [domains[number] for number in view.domains.tolist()] == [by_key[key] for key in sample.key.tolist()]
         counts: dict[str, Counter] = {}
         for key, experts in zip(sample.key.tolist(), sample.index.tolist(), strict=True):
             for name in ("", by_key[key]):

@@ -64,10 +64,9 @@ def apply(
     """
     import moefit
 
-    loaded = moefit.Plan.load(plan)
     with output.stages() as progress:
         moefit.apply(
-            loaded,
+            moefit.Plan.load(plan),
             model,
             out,
             calibration=None if calibration is None else moefit.Calibration.open(calibration),
@@ -79,7 +78,8 @@ def apply(
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
-    output.say(f"{out}: {output.nbytes(loaded.nbytes)}, the original has {output.nbytes(loaded.model.nbytes)}")
+    carried = moefit.Plan.load(out / "moefit_plan.json")
+    output.say(f"{out}: {output.nbytes(carried.nbytes)}, the original has {output.nbytes(carried.model.nbytes)}")
 
 
 def compress(

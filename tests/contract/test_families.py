@@ -19,7 +19,7 @@ from moefit.calibration.statistics import Sums
 from moefit.checkpoint.anatomy import Anatomy, discover, tensors_of
 from moefit.checkpoint.files import open_checkpoint
 from moefit.checkpoint.layout import find_stacks
-from moefit.checkpoint.loader import memory_names, quiet_transformers
+from moefit.checkpoint.loader import StreamedModel, load_config, memory_names, quiet_transformers
 from moefit.planning.plan import Plan
 from moefit.planning.slots import LayerPlan, Slot
 from moefit.planning.view import Experts
@@ -333,3 +333,15 @@ def test_refused_families_are_named_with_the_reason(name: str) -> None:
     config = tiny_config(name)
     with pytest.raises(moefit.CheckpointError, match=config.model_type):
         discover(config)
+
+
+@every_family
+def test_streamed_tensors_have_the_dtypes_of_loaded_ones(name: str, checkpoint: Get) -> None:
+    """Some correction biases stay in float32 whatever the dtype, some do not: a router must choose alike."""
+    folder = checkpoint(name)
+    with quiet_transformers(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    streamed = StreamedModel(open_checkpoint(folder), load_config(open_checkpoint(folder)), dtype=torch.bfloat16)
+    loaded = {key: tensor.dtype for key, tensor in tensors_of(whole).items() if key in streamed.names.values()}
+    assert {key: tensors_of(streamed.model)[key].dtype for key in loaded} == loaded

@@ -126,3 +126,16 @@ def test_a_bias_worked_by_hand() -> None:
         moefit.PlanError, match="did not choose the largest logits or probabilities, its correction bias added"
     ):
         routing_of(given, Groups(), torch.tensor([-0.4, 0.0, 0.0]), "here")
+
+
+def test_a_bias_that_was_rounded_with_the_weights_explains_the_choice_too() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, bias = torch.randn(400, 16, generator=generator), 4 + 0.1 * torch.randn(16, generator=generator)
+    rounded = bias.bfloat16().float()
+    index = (logits.sigmoid() + rounded).topk(2).indices
+    assert not torch.equal(index, (logits.sigmoid() + bias).topk(2).indices)
+    gate = logits.sigmoid().gather(1, index)
+    given = Sample(key=torch.arange(400), hidden=torch.zeros(400, 1), index=index, gate=gate, logits=logits)
+    rule, known = routing_of(given, Groups(), bias, "here")
+    assert torch.equal(rule.bias, rounded)
+    assert bool(known.all())

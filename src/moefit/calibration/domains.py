@@ -7,6 +7,9 @@ import torch
 from moefit.calibration.folder import Calibration
 from moefit.calibration.run import SampleOptions, sampled_positions
 
+# No domain counts as if it were smaller: a stray label on a document must not steer everything.
+LEAST = 0.01
+
 
 def sampled_domains(calibration: Calibration) -> tuple[list[str], torch.Tensor]:
     """Return the names of the domains, and which of them each sampled token comes from, [N] in the order of every
@@ -33,5 +36,5 @@ def balanced(domain_N: torch.Tensor, balance: float) -> torch.Tensor:
         balance: 0 for all tokens alike, 1 for all domains alike.
     """
     share_N = torch.bincount(domain_N)[domain_N].double() / len(domain_N)
-    weight_N = share_N**-balance
+    weight_N = share_N.clamp_min(LEAST) ** -balance
     return weight_N / weight_N.mean()

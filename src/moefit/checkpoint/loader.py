@@ -105,6 +105,7 @@ class StreamedModel:
         self.dtype = dtype
         self.device = torch.device(device)
         self.model: Any = build_skeleton(config, dtype).eval()
+        _keep_wide(self.model, dtype)
         self._complete = complete
         if prepare is not None:
             prepare(self.model)
@@ -197,3 +198,13 @@ def quiet_transformers() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()
+
+
+def _keep_wide(model: Any, dtype: torch.dtype) -> None:
+    """Widen what transformers loads in float32 whatever the dtype, such as correction biases of some families."""
+    kept = set(model._keep_in_fp32_modules_strict or ()) if dtype.itemsize < 4 else set()
+    kept |= set(model._keep_in_fp32_modules or ()) if dtype == torch.float16 else set()
+    patterns = [re.compile(glob.replace("*", ".*")) for glob in kept]
+    for name, tensor in tensors_of(model).items():
+        if any(pattern.search(name) for pattern in patterns):
+            tensor.data = tensor.data.float()

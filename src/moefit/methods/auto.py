@@ -22,6 +22,7 @@ import torch
 from torch.nn import functional as F
 
 from moefit.calibration.domains import balanced
+from moefit.errors import PlanError
 from moefit.fitting.held_out import choosing
 from moefit.fitting.menu import Menu, cheapest
 from moefit.fitting.whitened import approximate
@@ -107,6 +108,8 @@ def auto(
         keeps: experts that MoNE would keep in each; what they and its novices take is the budget.
         balance: how domains of the calibration text share the budget: 0 by their tokens, 1 all alike.
     """
+    if balance > 1:
+        raise PlanError(f"balance={balance}: at 1 all domains count alike; give a number from 0 to 1")
     choices = []
     for layer in layers:
         choices.append(_choice(layer, balance))

@@ -22,7 +22,8 @@ from torch.nn import functional as F
 
 from moefit.errors import PlanError
 from moefit.fitting.cluster import nearest
-from moefit.fitting.least_squares import Normal, ridge
+from moefit.fitting.held_out import choosing
+from moefit.fitting.least_squares import RIDGES, Normal, ridge, ridge_errors
 from moefit.fitting.whitened import approximate, energy, second_moment
 from moefit.methods.choose import refuse_protected, top
 from moefit.methods.merge import Matrices, average, shares, stacked
@@ -30,8 +31,8 @@ from moefit.methods.registry import AtLeast, method
 from moefit.planning.slots import LayerPlan, Slot
 from moefit.planning.view import LayerView
 
-# How strongly a fitted down projection is pulled to the expert's own.
-RIDGE = 0.1
+# With fewer tokens than so many times the neurons, an eighth of them is too few to choose by.
+SCARCE = 4
 
 
 def outline(experts: int, keep: int, *, bases: int, rank: int, **_: object) -> LayerPlan:
@@ -274,7 +275,8 @@ def _own_part(
             if start == "fitted" and part == "down":
                 one = small | {"down": _fitted_down(layer, member, one, small)}
             near = approximate(_apart(one, base, part), moment_of(layer, member, one, part))
-            small[part] = (base[part] + near.matrix(rank)).to(base[part])
+            if start == "fitted" and part != "down":
+                small[part] = (base[part] + near.matrix(rank)).to(base[part])
             inner, outer = near.factors(rank)
         found |= {f"low_{part}_in": inner.cpu(), f"low_{part}_out": outer.cpu()}
     return found
@@ -283,15 +285,27 @@ def _own_part(
 def _fitted_down(layer: LayerView, member: int, one: Matrices, small: Matrices) -> torch.Tensor:
     """Return the down projection that gives best what an expert gave, from what the reduced other matrices give.
 
-    min over W of sum_t g_t^2 |y_t - b - W h_t|^2 + lambda |W - W_down|^2, of which the part that the base lacks is then
-    approximated on these h: for lambda = 0 the best answer of its rank.
+    min over W of sum_t g_t^2 |y_t - b - W h_t|^2 + lambda |W - W_down|^2, with lambda chosen on tokens that were held
+    out; where no fit helps these, W_down itself. What the base lacks of it is then approximated on these h.
     """
     token, gate = layer.routed(member)
+    if not len(token):
+        return one["down"]
     hidden = layer.experts.hidden(small, layer.sample.hidden[token].to(one["up"]))
     wanted = layer.outputs(member, token) - small.get("down_bias", 0)
-    normal = Normal.zeros(wanted.shape[1], hidden.shape[1], hidden.device)
-    normal.add(hidden, wanted, gate.double().square().to(hidden.device))
-    return ridge(normal, one["down"], RIDGE)
+    weight = gate.double().square().to(hidden.device)
+
+    def problem(which: torch.Tensor) -> Normal:
+        normal = Normal.zeros(wanted.shape[1], hidden.shape[1], hidden.device)
+        normal.add(hidden[which], wanted[which], weight[which])
+        return normal
+
+    held = [problem(which) for which in choosing(token, SCARCE * hidden.shape[1])]
+    every = problem(torch.ones_like(token, dtype=torch.bool))
+    folds = [ridge_errors(every - choose, choose, one["down"], RIDGES) for choose in held]
+    error, strength = min((sum(left), strength) for strength, *left in zip(RIDGES, *folds, strict=True))
+    fits = error < sum(choose.error(one["down"]) for choose in held)
+    return ridge(every, one["down"], strength) if fits else one["down"]
 
 
 def _apart(one: Matrices, base: Matrices, part: str) -> torch.Tensor:

@@ -101,11 +101,11 @@ def routing_of(sample: Sample, groups: Groups, bias_E: torch.Tensor | None, wher
             groups=groups,
             sigmoid=sigmoid,
             normalised=normalised,
-            bias=bias_E,
+            bias=bias,
             on_logits=on_logits,
         )
         for sigmoid, normalised in product((False, True), (True, False))
-        for on_logits in ((False,) if bias_E is None else (False, True))
+        for bias, on_logits in ([(None, False)] if bias_E is None else product(_as_run(bias_E), (False, True)))
     )
     found = [_compared(rule, own_TE) for rule in rules]
     rule, chose_T, weighed_T, same_T = max(found, key=lambda one: int((one[1] & one[2]).sum()))  # of equals the first
@@ -122,6 +122,12 @@ def routing_of(sample: Sample, groups: Groups, bias_E: torch.Tensor | None, wher
             "scores experts one by one, such as reap"
         )
     return rule, same_T
+
+
+def _as_run(bias_E: torch.Tensor) -> list[torch.Tensor]:
+    """Return what a bias may have been when the router ran: itself, or rounded with all other weights."""
+    rounded = bias_E.bfloat16().float()
+    return [bias_E] if torch.equal(rounded, bias_E) else [bias_E, rounded]
 
 
 def _compared(rule: Routing, own_TE: torch.Tensor) -> tuple[Routing, torch.Tensor, torch.Tensor, torch.Tensor]:

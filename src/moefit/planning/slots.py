@@ -114,8 +114,8 @@ class LayerPlan:
 
     def is_fitted(self, number: int) -> bool:
         """Say whether an expert stays in its slot with weights fitted anew: merged of itself alone."""
-        own = self.slots[number] == Slot("merged", number)
-        return own and all(slot.expert != number for at, slot in enumerate(self.slots) if at != number)
+        folded = [n for n, slot in enumerate(self.slots) if slot.kind in ("merged", "drop") and slot.expert == number]
+        return self.slots[number] == Slot("merged", number) and folded == [number]
 
     @property
     def built(self) -> set[str]:

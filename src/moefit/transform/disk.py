@@ -22,7 +22,7 @@ from moefit.checkpoint.loader import StreamedModel, disk_tensors, load_config
 from moefit.checkpoint.models import resolve_device
 from moefit.checkpoint.weights import ExpertWeights
 from moefit.checkpoint.writer import Piece, check_place, new_folder, rows, save_tensors, whole, write_shards
-from moefit.errors import CheckpointError
+from moefit.errors import CheckpointError, PlanError
 from moefit.planning.checks import check_plan
 from moefit.planning.plan import Plan
 from moefit.planning.slots import LayerPlan
@@ -86,8 +86,11 @@ def apply_to_checkpoint(
     facts = facts_of_checkpoint(checkpoint, anatomy, source.names)
     check_plan(plan, facts, allow_other_weights=allow_other_weights)
     check_calibration(plan, calibration, propagate)
-    # Other weights of the same shapes may have another dtype, hence other bytes.
-    plan = replace(plan, model=facts)
+    if unknown := plan.layers.keys() - {stack.prefix for stack in facts.stacks}:
+        raise PlanError(f"{checkpoint.source}: has no {', '.join(sorted(unknown))}, which the plan changes")
+    # Other weights of the same shapes may have another dtype, hence other bytes; of the same ones the name is kept.
+    if plan.model.stacks != facts.stacks or plan.model.nbytes != facts.nbytes:
+        plan = replace(plan, model=facts)
     written = resolve_format(plan, format)
     stacks = find_stacks(checkpoint, anatomy, source.names)
     with new_folder(out, overwrite=overwrite, nbytes=plan.nbytes) as folder:
