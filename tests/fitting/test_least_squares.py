@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moefit.fitting.least_squares import RIDGES, Normal, pseudo_inverse, ridge, ridge_errors
+from moefit.fitting.least_squares import RIDGES, Normal, chosen_ridge, pseudo_inverse, ridge, ridge_errors
 
 
 def draw(tokens: int, neurons: int = 5, width: int = 3, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,6 +67,31 @@ def test_errors_of_many_ridges_are_those_of_each() -> None:
     expected = [choose.error(ridge(fit, prior, strength)) for strength in RIDGES]
     assert found == pytest.approx(expected, rel=1e-9)
     assert ridge_errors(Normal.zeros(3, 5), choose, prior, [1.0]) == [choose.error(prior)]
+
+
+def test_the_ridge_is_chosen_by_what_it_loses_on_held_out_tokens() -> None:
+    features, target = draw(14)
+    prior = torch.zeros(3, 5, dtype=torch.float64)
+
+    def lost(strength: float) -> float:
+        """Return the squared error on each fourth of the tokens, fitted on the others, token by token."""
+        total = 0.0
+        for fold in range(4):
+            held = torch.arange(14) % 4 == fold
+            fitted = ridge(normal_of(features[~held], target[~held]), prior, strength)
+            total += sum(
+                float((y - fitted @ x).square().sum()) for x, y in zip(features[held], target[held], strict=True)
+            )
+        return total
+
+    held = [normal_of(features[fold::4], target[fold::4]) for fold in range(4)]
+    every = normal_of(features, target)
+    best = min(RIDGES, key=lost)
+    torch.testing.assert_close(chosen_ridge(every, held, prior), ridge(every, prior, best))
+    # Nothing is pulled away from a prior that is the truth.
+    truth = torch.linalg.lstsq(features, target).solution.T
+    exact = [normal_of(features[fold::4], features[fold::4] @ truth.T) for fold in range(4)]
+    torch.testing.assert_close(chosen_ridge(sum(exact[1:], exact[0]), exact, truth), truth)
 
 
 def test_weights_are_repetitions() -> None:

@@ -121,6 +121,20 @@ def ridge_errors(fit: Normal, choose: Normal, prior: torch.Tensor, strengths: Se
     return [base + float(inverse @ square @ inverse - 2 * linear @ inverse) for inverse in inverses]
 
 
+def chosen_ridge(every: Normal, held: Sequence[Normal], prior: torch.Tensor) -> torch.Tensor:
+    """Return the ridge solution of all tokens, as strong as loses least on tokens that were held out, [D, F]; the prior
+    where no fit helps these.
+
+    Args:
+        every: the problem of all tokens.
+        held: parts of it, each held out in turn.
+        prior: W0, [D, F].
+    """
+    folds = [ridge_errors(every - choose, choose, prior, RIDGES) for choose in held]
+    error, strength = min((sum(left), strength) for strength, *left in zip(RIDGES, *folds, strict=True))
+    return ridge(every, prior, strength) if error < sum(choose.error(prior) for choose in held) else prior
+
+
 def pseudo_inverse(normal: Normal, cut: float = 1e-12) -> torch.Tensor:
     """Return R G^+, the plain least squares of the paper, float64 [D, F].
 

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from moefit.errors import PlanError
 from moefit.fitting.cluster import nearest
 from moefit.fitting.held_out import choosing
-from moefit.fitting.least_squares import RIDGES, Normal, ridge, ridge_errors
+from moefit.fitting.least_squares import Normal, chosen_ridge
 from moefit.fitting.whitened import approximate, energy, second_moment
 from moefit.methods.choose import refuse_protected, top
 from moefit.methods.merge import Matrices, average, shares, stacked
@@ -268,16 +268,16 @@ def _own_part(
     """Return the own part of one expert, rows of A and columns of B of each matrix, [rank, in] and [rank, out]."""
     found, one, small = {}, layer.experts.one(member), dict(base)
     for part in parts_of(layer):
-        rows, columns = one[part].shape
         if start == "zero":
+            rows, columns = one[part].shape
             inner, outer = torch.randn(rank, columns, generator=generator) / columns**0.5, torch.zeros(rank, rows)
-        else:
-            if start == "fitted" and part == "down":
-                one = small | {"down": _fitted_down(layer, member, one, small)}
-            near = approximate(_apart(one, base, part), moment_of(layer, member, one, part))
-            if start == "fitted" and part != "down":
-                small[part] = (base[part] + near.matrix(rank)).to(base[part])
-            inner, outer = near.factors(rank)
+            found |= {f"low_{part}_in": inner, f"low_{part}_out": outer}
+            continue
+        if start == "fitted" and part == "down":  # the last one: the other matrices are reduced by now
+            one = small | {"down": _fitted_down(layer, member, one, small)}
+        near = approximate(_apart(one, base, part), moment_of(layer, member, one, part))
+        small[part] = (base[part] + near.matrix(rank)).to(base[part])
+        inner, outer = near.factors(rank)
         found |= {f"low_{part}_in": inner.cpu(), f"low_{part}_out": outer.cpu()}
     return found
 
@@ -301,11 +301,7 @@ def _fitted_down(layer: LayerView, member: int, one: Matrices, small: Matrices) 
         return normal
 
     held = [problem(which) for which in choosing(token, SCARCE * hidden.shape[1])]
-    every = problem(torch.ones_like(token, dtype=torch.bool))
-    folds = [ridge_errors(every - choose, choose, one["down"], RIDGES) for choose in held]
-    error, strength = min((sum(left), strength) for strength, *left in zip(RIDGES, *folds, strict=True))
-    fits = error < sum(choose.error(one["down"]) for choose in held)
-    return ridge(every, one["down"], strength) if fits else one["down"]
+    return chosen_ridge(problem(torch.ones_like(token, dtype=torch.bool)), held, one["down"])
 
 
 def _apart(one: Matrices, base: Matrices, part: str) -> torch.Tensor:
