@@ -26,7 +26,7 @@ from moefit.errors import PlanError
 from moefit.fitting.held_out import choosing
 from moefit.fitting.menu import Menu, cheapest
 from moefit.fitting.whitened import approximate
-from moefit.methods import lightmoe, linear
+from moefit.methods import linear, low_rank
 from moefit.methods.conmoe import functional_distances
 from moefit.methods.merge import Matrices
 from moefit.methods.registry import AtLeast, method
@@ -85,7 +85,7 @@ def _cost(errors: torch.Tensor, taken: Sequence[int]) -> float:
 def build(layer: LayerView, plan: LayerPlan, **_: object) -> dict[str, torch.Tensor]:
     """Return what `linear` and `lightmoe` build for their kinds of slots."""
     found = linear.build(layer, plan, ridge=RIDGE, shrinkage=0.0) if plan.stand_ins else {}
-    return found | (lightmoe.built_on(layer, plan, [_base(layer)], "fitted") if plan.bases else {})
+    return found | (low_rank.built_on(layer, plan, [_base(layer)], "fitted") if plan.bases else {})
 
 
 @method(
@@ -171,7 +171,7 @@ def _menu(layer: LayerView) -> list[Slot]:
 def _nbytes(layer: LayerView, slot: Slot) -> int:
     """Return the bytes of an answer, without the base."""
     if slot.kind == "lowrank":
-        return lightmoe.own_bytes(layer, slot.rank)
+        return low_rank.own_bytes(layer, slot.rank)
     return stand_in_nbytes([slot.rank], False, layer.sample.hidden.shape[1], layer.itemsize)
 
 
@@ -228,7 +228,7 @@ def _taken(nbytes: int, choices: Sequence[Choice]) -> list[list[int]]:
 
 def _base(layer: LayerView) -> Matrices:
     """Return the base of a layer: the mean of all its experts, whichever of them it will serve."""
-    return lightmoe.base_of(layer, 0, range(layer.num_experts), "mean")
+    return low_rank.base_of(layer, 0, range(layer.num_experts), "mean")
 
 
 def _errors(layer: LayerView, expert: int, base: Matrices, slots: Sequence[Slot]) -> torch.Tensor:
@@ -247,9 +247,9 @@ def _errors(layer: LayerView, expert: int, base: Matrices, slots: Sequence[Slot]
         mean = (weight * y)[~held].sum(0) / weight[~held].sum().clamp_min(1e-300)
         constant += float((weight[held] * (y[held] - mean).square()).sum())
         parts = {}
-        for part in lightmoe.parts_of(layer):
-            moment = lightmoe.moment_of(layer, expert, one, part, ~held)
-            parts[part] = approximate(one[part].double() - base[part].double(), moment)
+        for part in low_rank.parts_of(layer):
+            moment = low_rank.moment_of(layer, expert, one, part, ~held)
+            parts[part] = approximate(low_rank.apart(one, base, part), moment)
         x = layer.sample.hidden[token[held]].to(one["up"])
         for at, rank in enumerate(low):
             small = base | {part: (base[part] + found.matrix(rank)).to(base[part]) for part, found in parts.items()}
