@@ -100,7 +100,7 @@ FLAGS = {
     "compare": "--batch-size --calibration --data --device --dtype --held-out --held-out-sequences --length "
     "--mask-special --methods --out --remove --sample-tokens --seed --sequences --trust-remote-code",
     "recover": "--accumulate --anneal --anneal-gamma --batch-size --data --device --dtype --epochs "
-    "--gradient-checkpointing --held-out --json "
+    "--fsdp --gradient-checkpointing --held-out --json "
     "--layer-weight --length --lora-alpha --lora-rank --loss --loss-on --lr --out --overwrite --save-every --seed "
     "--steps --teacher --temperature --train --trust-remote-code --warmup --weight-decay",
     "report": "",

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
 from transformers import TrainerCallback
 
 import moefit
@@ -25,6 +27,7 @@ from moefit.errors import MoefitError
 from moefit.recovery.examples import IGNORED, Blocks
 from moefit.recovery.loss import Objective, Student, divergence, layer_distance
 from moefit.recovery.recover import check_teacher
+from moefit.recovery.share import check_shared
 from moefit.recovery.trainable import Adapters, select
 from moefit.runtime.experts import CompressedExperts
 from moefit.runtime.quantizer import original_config
@@ -364,13 +367,16 @@ import torch
 torch.set_num_threads(1)
 sys.path.insert(0, {tests!r})
 import moefit
-from test_recovery import Gradients, Slow, blocks
+from test_recovery import Gradients, Slow, blocks, share_on_cpus
+{first}
 callbacks = {callbacks}
 options = moefit.RecoveryOptions(steps={steps}, batch_size={batch_size}, lr=1e-2, save_every=2, lora_rank=2,
-                                 gradient_checkpointing={again})
+                                 gradient_checkpointing={again}, fsdp={fsdp})
 moefit.recover({before!r}, {out!r}, examples=blocks(), teacher={teacher!r}, train=["all"], options=options,
                callbacks=callbacks, device="cpu")
 """
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
 
 
 class Gradients(TrainerCallback):
@@ -384,6 +390,19 @@ class Gradients(TrainerCallback):
             torch.save({name: p.grad for name, p in model.named_parameters() if p.requires_grad}, self.file)
 
 
+def share_on_cpus() -> None:
+    """Let accelerate share models out to processes on CPUs, as it does to GPUs: everything else is the real thing."""
+    start = AcceleratorState.__init__
+
+    def begin(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        start(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.fsdp_plugin = fsdp_plugin
+            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = begin  # type: ignore[method-assign]
+
+
 class Slow(TrainerCallback):
     """Leaves time to be killed between two steps, after the third."""
 
@@ -393,9 +412,8 @@ class Slow(TrainerCallback):
 
 
 def script(file: Path, **values: Any) -> Path:
-    told = {"tests": str(Path(__file__).parent), "callbacks": "[]", "steps": 6, "batch_size": 2, "again": False}
-    told |= values
-
+    told = {"tests": str(Path(__file__).parent), "first": "", "callbacks": "[]", "steps": 6, "batch_size": 2}
+    told |= {"again": False, "fsdp": False} | values
     file.write_text(RUN.format(**{name: str(v) if isinstance(v, Path) else v for name, v in told.items()}))
     return file
 
@@ -432,8 +450,7 @@ def test_two_processes_give_the_gradients_of_one(compress: Compress, checkpoint:
         "again": True,
     }
     subprocess.run([sys.executable, script(tmp_path / "a.py", **given, **one)], check=True)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    subprocess.run([*torchrun, script(tmp_path / "b.py", **given, **two)], check=True)
+    subprocess.run([*TORCHRUN, script(tmp_path / "b.py", **given, **two)], check=True)
     single, double = (torch.load(tmp_path / f"{name}.pt") for name in ("one", "two"))
     assert single.keys() == double.keys()
     assert any(gradient.any() for gradient in single.values())
@@ -441,6 +458,40 @@ def test_two_processes_give_the_gradients_of_one(compress: Compress, checkpoint:
         torch.testing.assert_close(double[name], gradient, rtol=1e-4, atol=1e-6)
     assert not (tmp_path / "two.training").exists()
     assert (tmp_path / "two" / "config.json").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "parameters"), [("linear", {}), ("lightmoe", {"rank": 1, "bases": 1})])
+def test_a_model_shared_out_to_processes_trains_as_one_does(
+    compress: Compress, checkpoint: Get, tmp_path: Path, method: str, parameters: dict
+) -> None:
+    """Also when all processes are killed between two steps."""
+    given = {"before": compress(method, **parameters), "teacher": checkpoint("olmoe")}
+    shared = {**given, "out": tmp_path / "two", "first": "share_on_cpus()", "fsdp": True}
+    subprocess.run([sys.executable, script(tmp_path / "a.py", out=tmp_path / "one", batch_size=4, **given)], check=True)
+    slow = [*TORCHRUN, script(tmp_path / "b.py", callbacks="[Slow()]", **shared)]
+    process = subprocess.Popen(slow, start_new_session=True)
+    state = tmp_path / "two.training" / "checkpoint-2" / "trainer_state.json"
+    deadline = time.monotonic() + 120
+    while not state.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    subprocess.run([*TORCHRUN, script(tmp_path / "c.py", **shared)], check=True)
+    one, two = (tensors(open_checkpoint(tmp_path / name)) for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_processes_without_gpus_cannot_share_a_model(compress: Compress, checkpoint: Get, tmp_path: Path) -> None:
+    values = {"before": compress("linear"), "teacher": checkpoint("olmoe"), "out": tmp_path / "out", "fsdp": True}
+    ran = subprocess.run([*TORCHRUN, script(tmp_path / "a.py", **values)], capture_output=True, text=True, check=False)
+    assert ran.returncode != 0
+    assert "--fsdp: accelerate shares models out to GPUs, and this runs on cpu" in ran.stderr
+    assert not (tmp_path / "out").exists()
 
 
 # Bad input
@@ -485,6 +536,22 @@ def test_annealing_that_cannot_be_leaves_nothing_behind(compress: Compress, chec
     refused("--anneal fades the original's experts out", before, tmp_path / "out", loss="task", **given)
     refused("no low-rank experts", before, tmp_path / "out", teacher=checkpoint("olmoe"), **given)
     assert not (tmp_path / "out.training").exists()
+
+
+def test_models_that_cannot_be_shared_out(checkpoint: Get, calibration: GetCalibration, tmp_path: Path) -> None:
+    before, out, shared = checkpoint("olmoe"), tmp_path / "out", moefit.RecoveryOptions(steps=2, fsdp=True)
+    refused("this is the only one; start them with torchrun", before, out, options=shared)
+    refused("no process with the whole model to measure", before, out, options=shared, held_out=blocks())
+    with pytest.raises(MoefitError, match="--fsdp shares out the tensors that --anneal fades"):
+        moefit.RecoveryOptions(steps=2, fsdp=True, anneal=0.5).check()
+    budget = moefit.Budget.parse(keep=4)
+    plan = moefit.make_plan(calibration("olmoe"), "conmoe", budget, parameters={"scope": 2})
+    remapped = moefit.apply(plan, before, tmp_path / "remapped", calibration=calibration("olmoe"))
+    with pytest.raises(MoefitError, match="layers of this model use experts of other layers"):
+        check_shared(load(remapped))
+    check_shared(load(before))
+    assert not out.exists()
+    assert not out.with_name("out.training").exists()
 
 
 def test_teachers_of_another_kind_are_refused(compress: Compress, checkpoint: Get, tmp_path: Path) -> None:

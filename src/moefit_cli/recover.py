@@ -60,6 +60,10 @@ def recover(
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Compute layers again in the backward pass: less memory.")
     ] = False,
+    fsdp: Annotated[
+        bool,
+        typer.Option("--fsdp", help="The processes of torchrun share one model, each GPU with a part of each layer."),
+    ] = False,
     seed: Annotated[int, typer.Option(help="Orders the blocks and starts the adapters.")] = 0,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
     json: Annotated[Path | None, typer.Option(help="Write losses, tokens and seconds to this file.")] = None,
@@ -102,6 +106,7 @@ def recover(
                 lora_rank=lora_rank,
                 lora_alpha=lora_alpha,
                 gradient_checkpointing=gradient_checkpointing,
+                fsdp=fsdp,
             ),
             held_out=moefit.ExampleOptions(data=tuple(held_out), **cut) if held_out else None,
             overwrite=overwrite,

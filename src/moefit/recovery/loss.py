@@ -7,7 +7,7 @@ vocabulary, D width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -67,6 +67,8 @@ class Student(nn.Module):
         self.model = model
         self.objective = objective
         self.__dict__["teacher"] = None if teacher is None else teacher.eval().requires_grad_(False)
+        # What accelerate shards one by one: the decoder layers.
+        self._no_split_modules = getattr(model, "_no_split_modules", None)
 
     def forward(
         self, input_ids: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None
@@ -106,6 +108,10 @@ class Student(nn.Module):
         """Return what trains, and nothing else: Trainer's checkpoints stay as small as that."""
         trainable = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         return {name: tensor for name, tensor in super().state_dict(*args, **kwargs).items() if name in trainable}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load what `state_dict` gave; what does not train stays."""
+        return super().load_state_dict(state_dict, strict=False, assign=assign)
 
 
 def divergence(teacher_TV: torch.Tensor, student_TV: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -27,9 +27,10 @@ from moefit.recovery.anneal import Annealing
 from moefit.recovery.examples import Blocks, ExampleOptions, read_blocks
 from moefit.recovery.loss import Loss, Objective, Student
 from moefit.recovery.result import write_recovered
+from moefit.recovery.share import check_shared, share
 from moefit.recovery.train import Progress, RecoveryOptions, last_checkpoint, mean_losses, training_arguments
 from moefit.recovery.train import train as train_student
-from moefit.recovery.trainable import Adapters, check_words, select
+from moefit.recovery.trainable import Adapters, Selection, check_words, select
 from moefit.runtime.quantizer import original_config
 from moefit.transform.disk import write_json
 
@@ -111,7 +112,7 @@ def recover(
         return partial(progress, name) if progress is not None and PartialState().is_main_process else None
 
     started, out = time.monotonic(), Path(out)
-    words, objective = _check(train, loss, options, teacher)
+    words, objective = _check(train, loss, options, teacher, held_out)
     source = open_checkpoint(model)
     wanted = objective.needs_teacher or callbacks or options.anneal
     original = open_checkpoint(teacher) if teacher is not None and wanted else None
@@ -121,19 +122,29 @@ def recover(
         check_teacher(config, load_config(original, trust_remote_code=trust_remote_code))
     device = resolve_device(device)
     arguments = training_arguments(_training(out), options, device)
-    load = partial(_load, dtype=dtype, device=arguments.device, trust_remote_code=trust_remote_code)
+    # A part of what is shared out goes to each GPU; the whole may not fit on one.
+    place = torch.device("cpu") if options.fsdp else arguments.device
+    load = partial(_load, dtype=dtype, device=place, trust_remote_code=trust_remote_code)
     blocks, held = (_blocks(part, source, config, trust_remote_code) for part in (examples, held_out))
     assert blocks is not None
     settings = _settings(source, original, blocks, words, loss, options, dtype)
     _check_training(_training(out), settings)
 
-    taught = None if original is None else load(original)
-    student = Student(load(source), objective, taught if objective.needs_teacher or callbacks else None)
     # The config says how it was compressed; what is looked for is the anatomy of the original.
     anatomy = discover(original_config(config), trust_remote_code=trust_remote_code)
-    selection = select(student.model, anatomy, train)
-    set_seed(options.seed)
-    adapters = Adapters(student.model, anatomy, selection, rank=options.lora_rank, alpha=options.lora_alpha)
+
+    def begin(teacher: Any) -> tuple[Student, Selection, Adapters]:
+        student = Student(load(source), objective, teacher)
+        selection = select(student.model, anatomy, train)
+        set_seed(options.seed)
+        adapters = Adapters(student.model, anatomy, selection, rank=options.lora_rank, alpha=options.lora_alpha)
+        return student, selection, adapters
+
+    taught = None if original is None else load(original)
+    student, selection, adapters = begin(taught if objective.needs_teacher or callbacks else None)
+    if options.fsdp:
+        check_shared(student.model)
+        share(student.teacher)
     if options.gradient_checkpointing:
         _checkpoint_layers(student.model)
     annealing = _annealing(options, anatomy, student.model, taught)
@@ -145,8 +156,11 @@ def recover(
     for mixtures in annealing:
         mixtures.release()
     after = measure(part("held out, after"))
-    adapters.merge()
     if PartialState().is_main_process:
+        if options.fsdp:  # here is a part of each tensor; the last checkpoint has the whole of what trained
+            student, selection, adapters = begin(None)
+            train_student(student, blocks, arguments)
+        adapters.merge()
         written: dict[str, Any] = {"settings": settings, "overwrite": overwrite, "progress": part("write")}
         write_recovered(out, source, student.model, selection.names, **written)
         shutil.rmtree(_training(out))
@@ -185,7 +199,7 @@ def check_teacher(config: Any, teacher: Any) -> None:
 
 
 def _check(
-    train: Sequence[str], loss: str, options: RecoveryOptions, teacher: object
+    train: Sequence[str], loss: str, options: RecoveryOptions, teacher: object, held_out: object
 ) -> tuple[tuple[str, ...], Objective]:
     """Refuse what needs no file to be read."""
     options.check()
@@ -196,6 +210,8 @@ def _check(
         raise MoefitError(
             "the loss compares with a teacher; name the original with --teacher, or use --loss task alone"
         )
+    if options.fsdp and held_out is not None:
+        raise MoefitError("--fsdp leaves no process with the whole model to measure; run moefit evaluate on the result")
     if options.anneal and teacher is None:
         raise MoefitError("--anneal fades the original's experts out; name the original with --teacher")
     return check_words(train), objective

@@ -43,6 +43,7 @@ class RecoveryOptions:
         lora_rank: rank of the adapters of experts and the rest.
         lora_alpha: their scale is lora_alpha / lora_rank.
         gradient_checkpointing: compute the layers again in the backward pass instead of keeping what they held.
+        fsdp: the processes share one student and one teacher, each GPU holding a part of every layer.
     """
 
     steps: int | None = None
@@ -61,6 +62,7 @@ class RecoveryOptions:
     lora_rank: int = 8
     lora_alpha: int = 16
     gradient_checkpointing: bool = False
+    fsdp: bool = False
 
     def check(self) -> None:
         """Refuse numbers that mean nothing.
@@ -82,6 +84,8 @@ class RecoveryOptions:
             raise MoefitError(f"--anneal {self.anneal}: is not a share of the steps, above 0 and at most 1")
         if not 0 <= self.warmup < 1:
             raise MoefitError(f"--warmup {self.warmup}: is not a share of the steps, 0 or more and less than 1")
+        if self.fsdp and self.anneal:
+            raise MoefitError("--fsdp shares out the tensors that --anneal fades; leave one of them out")
 
 
 def training_arguments(folder: Path, options: RecoveryOptions, device: str) -> TrainingArguments:
@@ -93,7 +97,7 @@ def training_arguments(folder: Path, options: RecoveryOptions, device: str) -> T
         device: ``cpu`` or ``cuda``.
 
     Raises:
-        MoefitError: another device.
+        MoefitError: another device, or nobody to share the model with.
     """
     if device not in ("cpu", "cuda"):
         raise MoefitError(f"device {device!r}: training runs on cpu or cuda; choose GPUs with CUDA_VISIBLE_DEVICES")
@@ -119,7 +123,13 @@ def training_arguments(folder: Path, options: RecoveryOptions, device: str) -> T
         include_num_input_tokens_seen="all",
         disable_tqdm=True,
         report_to="none",
+        fsdp=True if options.fsdp else None,  # type: ignore[arg-type]
     )
+    if options.fsdp and arguments.world_size == 1:
+        raise MoefitError(
+            "--fsdp shares the model out to several processes, and this is the only one; start them with "
+            "torchrun --nproc-per-node=GPUS --no-python moefit recover ..."
+        )
     # One process drives one GPU; more of them take torchrun or accelerate.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
@@ -154,7 +164,7 @@ def train(
     last = last_checkpoint(folder)
     if last is not None and last[1].global_step >= last[1].max_steps:
         # Trainer would take one more step.
-        student.load_state_dict(load_file(last[0] / "model.safetensors"), strict=False)
+        student.load_state_dict(load_file(last[0] / "model.safetensors"))
         return last[1]
     with quiet_transformers():
         trainer = Trainer(
@@ -163,6 +173,10 @@ def train(
             train_dataset=blocks,
             callbacks=[*callbacks, _Watch(folder, progress)],
         )
+        if arguments.fsdp and not trainer.is_fsdp_enabled:
+            raise MoefitError(f"--fsdp: accelerate shares models out to GPUs, and this runs on {arguments.device}")
+        if trainer.is_fsdp_enabled and not arguments.fsdp:
+            raise MoefitError("accelerate was told to use FSDP; start the processes without that and give --fsdp")
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=None if last is None else str(last[0]))
     return trainer.state

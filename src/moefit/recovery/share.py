@@ -1,0 +1,40 @@
+"""Sharing a model out to several processes (FSDP): each holds a part of every tensor, a layer is whole while it runs.
+
+The student is shared out by accelerate; the teacher, which no optimizer knows, here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.distributed.fsdp import fully_shard
+
+from moefit.errors import MoefitError
+from moefit.runtime.experts import CompressedExperts
+
+
+def share(model: Any) -> None:
+    """Share a frozen model out to the processes, one decoder layer after the other, in place.
+
+    Args:
+        model: the model, the same in every process; nothing happens when it is None.
+    """
+    if model is None:
+        return
+    for module in list(model.modules()):
+        if type(module).__name__ in model._no_split_modules:
+            fully_shard(module)
+    fully_shard(model)
+
+
+def check_shared(model: Any) -> None:
+    """Refuse a model whose layers reach into others: these are not whole while it runs.
+
+    Raises:
+        MoefitError: see the message.
+    """
+    if any(isinstance(module, CompressedExperts) and module.hosts for module in model.modules()):
+        raise MoefitError(
+            "--fsdp: layers of this model use experts of other layers, which are not whole while these run; "
+            "train it without --fsdp"
+        )
