@@ -124,7 +124,7 @@ def recover(
     arguments = training_arguments(_training(out), options, device)
     # A part of what is shared out goes to each GPU; the whole may not fit on one.
     place = torch.device("cpu") if options.fsdp else arguments.device
-    load = partial(_load, dtype=dtype, device=place, trust_remote_code=trust_remote_code)
+    load = partial(_load, dtype=dtype, device=arguments.device, place=place, trust_remote_code=trust_remote_code)
     blocks, held = (_blocks(part, source, config, trust_remote_code) for part in (examples, held_out))
     assert blocks is not None
     settings = _settings(source, original, blocks, words, loss, options, dtype)
@@ -225,11 +225,14 @@ def _annealing(options: RecoveryOptions, anatomy: Anatomy, model: nn.Module, ori
     return [annealing]
 
 
-def _load(checkpoint: Checkpoint, *, dtype: str | None, device: torch.device, trust_remote_code: bool) -> Any:
+def _load(
+    checkpoint: Checkpoint, *, dtype: str | None, device: torch.device, place: torch.device, trust_remote_code: bool
+) -> Any:
+    """Load a model in the dtype that suits the device it will run on, to where it is to lie first."""
     resolved = resolve_dtype(dtype, device.type, checkpoint)
     if resolved not in (torch.float32, torch.bfloat16):
         raise MoefitError(f"training runs in float32 or bfloat16, not {resolved}; choose with --dtype")
-    return load_model(checkpoint.folder, dtype=resolved, device=str(device), trust_remote_code=trust_remote_code)
+    return load_model(checkpoint.folder, dtype=resolved, device=str(place), trust_remote_code=trust_remote_code)
 
 
 def _blocks(
