@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,14 @@ from test_mergemoe import routed_layer
 from test_merging import INNER, WIDTH, random_experts, with_copy
 
 import moefit
+from families import tiny_model
 from moefit.calibration.folder import ModelFacts
+from moefit.checkpoint.anatomy import discover
 from moefit.checkpoint.family import Groups
 from moefit.checkpoint.layout import Stack
 from moefit.methods.lightmoe import _factors, build, lightmoe, outline
 from moefit.planning.plan import planned_nbytes
-from moefit.planning.slots import LayerPlan
+from moefit.planning.slots import LayerPlan, Slot
 from moefit.planning.view import LayerView
 
 WHOLE = 4 * 3 * WIDTH * INNER
@@ -75,8 +78,10 @@ def output_residual(layer: LayerView, plan: LayerPlan, built: dict[str, torch.Te
             part: built[f"base_{part}"][base] + built[f"low_{part}_out"][rows].T @ built[f"low_{part}_in"][rows]
             for part in ("gate", "up", "down")
         }
+        small = {part: matrix.to(built["base_down"]) for part, matrix in small.items()}
+        small |= {name.removeprefix("base_"): built[name][base] for name in built if name.endswith("_bias")}
         token, gate = layer.routed(slot)
-        given = layer.experts.hidden(small, layer.sample.hidden[token]) @ small["down"].T
+        given = layer.experts.hidden(small, layer.sample.hidden[token]) @ small["down"].T + small.get("down_bias", 0)
         total += float(
             (gate.square() * (layer.experts.outputs(slot, layer.sample.hidden[token]) - given).square().sum(1)).sum()
         )
@@ -205,6 +210,23 @@ def test_a_fitted_down_projection_makes_up_for_what_the_other_matrices_lost() ->
             (plan,) = plans([layer], 3, select="count", rank=rank)
             losses[start] = output_residual(layer, plan, build(layer, plan, base="mean", start=start))
         assert losses["fitted"] < losses["svd"]
+
+
+def test_a_down_projection_is_fitted_beside_the_bias_of_its_base() -> None:
+    """In a family with biases, clamped activations and interleaved projections, of outputs far from zero."""
+    model = tiny_model("gpt_oss")
+    at = next(iter(discover(model.config, model).layers.values()))
+    module = model.get_submodule(at.experts)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(std=0.5, generator=torch.Generator().manual_seed(parameter.dim()))
+        module.down_proj_bias += 30
+    layer = routed_layer(random_experts(at.num_experts), 400, 0)
+    layer.open_experts = lambda: nullcontext(module)
+    layer.read_sample().hidden = torch.randn(400, at.width, generator=torch.Generator().manual_seed(0))
+    plan = LayerPlan(slots=(Slot("expert", 0), *(Slot("lowrank", 1, rank=8) for _ in range(1, at.num_experts))))
+    losses = [output_residual(layer, plan, build(layer, plan, base="mean", start=start)) for start in ("svd", "fitted")]
+    assert losses[1] < 0.9 * losses[0]
 
 
 def test_a_down_projection_fitted_on_few_tokens_is_no_worse_on_others() -> None:
