@@ -22,7 +22,7 @@ def share(model: Any) -> None:
     if model is None:
         return
     for module in list(model.modules()):
-        if type(module).__name__ in model._no_split_modules:
+        if type(module).__name__ in (model._no_split_modules or ()):
             fully_shard(module)
     fully_shard(model)
 
