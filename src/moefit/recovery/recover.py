@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -25,17 +24,16 @@ from moefit.checkpoint.writer import check_place
 from moefit.errors import MoefitError, did_you_mean
 from moefit.recovery.anneal import Annealing
 from moefit.recovery.examples import Blocks, ExampleOptions, read_blocks
+from moefit.recovery.folder import begin_training, check_training, training_folder
 from moefit.recovery.loss import Loss, Objective, Student
 from moefit.recovery.result import write_recovered
 from moefit.recovery.share import check_shared, share
-from moefit.recovery.train import Progress, RecoveryOptions, last_checkpoint, mean_losses, training_arguments
+from moefit.recovery.train import Progress, RecoveryOptions, mean_losses, training_arguments
 from moefit.recovery.train import train as train_student
 from moefit.recovery.trainable import Adapters, Selection, check_words, select
 from moefit.runtime.quantizer import original_config
-from moefit.transform.disk import write_json
 
 Stage = Callable[[str, int, int], None]
-SETTINGS = "settings.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,14 +119,14 @@ def recover(
     if original is not None:
         check_teacher(config, load_config(original, trust_remote_code=trust_remote_code))
     device = resolve_device(device)
-    arguments = training_arguments(_training(out), options, device)
+    arguments = training_arguments(training_folder(out), options, device)
     # A part of what is shared out goes to each GPU; the whole may not fit on one.
     place = torch.device("cpu") if options.fsdp else arguments.device
     load = partial(_load, dtype=dtype, device=arguments.device, place=place, trust_remote_code=trust_remote_code)
     blocks, held = (_blocks(part, source, config, trust_remote_code) for part in (examples, held_out))
     assert blocks is not None
     settings = _settings(source, original, blocks, words, loss, options, dtype)
-    _check_training(_training(out), settings)
+    check_training(training_folder(out), settings)
 
     # The config says how it was compressed; what is looked for is the anatomy of the original.
     anatomy = discover(original_config(config), trust_remote_code=trust_remote_code)
@@ -149,7 +147,7 @@ def recover(
         _checkpoint_layers(student.model)
     annealing = _annealing(options, anatomy, student.model, taught)
     del taught  # what fades out is held by the annealing alone
-    _begin_training(_training(out), settings)
+    begin_training(training_folder(out), settings)
     measure = partial(_measure, student, held, options.batch_size, arguments.device)
     before = measure(part("held out, before"))
     state = train_student(student, blocks, arguments, callbacks=[*callbacks, *annealing], progress=part("train"))
@@ -163,7 +161,7 @@ def recover(
         adapters.merge()
         written: dict[str, Any] = {"settings": settings, "overwrite": overwrite, "progress": part("write")}
         write_recovered(out, source, student.model, selection.names, **written)
-        shutil.rmtree(_training(out))
+        shutil.rmtree(training_folder(out))
     PartialState().wait_for_everyone()
     return RecoveryResult(
         out=out,
@@ -273,37 +271,10 @@ def _settings(
     }
 
 
-def _check_training(folder: Path, settings: dict[str, Any]) -> None:
-    """Refuse to go on with what is no training, or another one."""
-    if not folder.exists():
-        return
-    if not (folder / SETTINGS).is_file():
-        raise MoefitError(f"{folder}: exists and was not made by moefit; choose another place for the result")
-    told = json.loads((folder / SETTINGS).read_text())
-    other = [name for name, value in settings.items() if told.get(name) != value]
-    if other and last_checkpoint(folder) is not None:
-        raise MoefitError(
-            f"{folder}: holds a training with another {', '.join(other)}; give the same command to go on with it, or "
-            "delete the folder"
-        )
-
-
-def _begin_training(folder: Path, settings: dict[str, Any]) -> None:
-    # No process writes before all have looked.
-    PartialState().wait_for_everyone()
-    if PartialState().is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / SETTINGS, settings)
-
-
 def _checkpoint_layers(model: Any) -> None:
     # Releases of transformers before 5.23 have it under another name.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
-
-
-def _training(out: Path) -> Path:
-    return out.with_name(out.name + ".training")
 
 
 def _folder(checkpoint: Checkpoint | None) -> Path | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from transformers.trainer_callback import TrainerState
 from moefit.checkpoint.loader import quiet_transformers
 from moefit.errors import MoefitError
 from moefit.recovery.examples import Blocks
+from moefit.recovery.folder import last_checkpoint
 from moefit.recovery.loss import Student
 
 Progress = Callable[[int, int], None]
@@ -180,18 +180,6 @@ def train(
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=None if last is None else str(last[0]))
     return trainer.state
-
-
-def last_checkpoint(folder: Path) -> tuple[Path, TrainerState] | None:
-    """Return the newest whole checkpoint in a folder and its state; Trainer writes the state last."""
-    found = []
-    for file in folder.glob("checkpoint-*/trainer_state.json"):
-        try:
-            state = TrainerState.load_from_json(str(file))
-        except (json.JSONDecodeError, TypeError):
-            continue  # cut off while it was written
-        found.append((state.global_step, file.parent, state))
-    return max(found, key=lambda entry: entry[0])[1:] if found else None
 
 
 @torch.no_grad()
