@@ -140,17 +140,19 @@ def copy_synced(source: Path, out: Path) -> None:
         os.close(handle)
 
 
-def serving_speed(checkpoint: Path, calibration: Path, turns: int, prompt: int, new_tokens: int) -> Iterator[Ratio]:
+def serving_speed(checkpoint: Path, calibration: Path, options: argparse.Namespace) -> Iterator[Ratio]:
     """Compare compressed and original: prefill of one prompt and decoding from it, float32, without the head.
 
     Ratios are of tokens a second, above 1 when the compressed model is faster. Beside each stands the share of the
     expert runs that is left, from the routing of this very prompt, and the ratio that follows for the layers' matrix
     products, of which attention's projections stay.
     """
-    opened = moefit.Calibration.open(calibration)
+    opened, chosen = moefit.Calibration.open(calibration), options.methods and options.methods.split(",")
     original: Any = load_model(checkpoint, dtype=torch.float32, device="cpu")
-    ids = random_ids(1, prompt, original.config.vocab_size)
+    ids = random_ids(1, options.length, original.config.vocab_size)
     for method, remove, parameters in SERVED:
+        if chosen and method not in chosen:
+            continue
         plan = moefit.make_plan(opened, method, moefit.Budget.parse(remove=remove), parameters=parameters)
         small = load_model(checkpoint, dtype=torch.float32, device="cpu")
         # A plan of the checkpoint fits the model that was loaded from it.
@@ -164,9 +166,9 @@ def serving_speed(checkpoint: Path, calibration: Path, turns: int, prompt: int, 
                 # Tokens a second of the small over the large model are seconds of the large over the small.
                 yield in_turns(
                     f"{method} {remove} / original, {phase}, {name}",
-                    lambda measure=measure: measure(original, ids, new_tokens),
-                    lambda measure=measure, small=small: measure(small, ids, new_tokens),
-                    turns,
+                    lambda measure=measure: measure(original, ids, options.new_tokens),
+                    lambda measure=measure, small=small: measure(small, ids, options.new_tokens),
+                    options.turns,
                     note=note,
                 )
         del small
@@ -273,7 +275,7 @@ def measure_all(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     parts = {
         "apply": lambda: apply_cost(checkpoint, calibration, work, options.turns),
         "calibrate": lambda: calibration_cost(checkpoint, work, options.turns, 4, options.length),
-        "serve": lambda: serving_speed(checkpoint, calibration, options.turns, options.length, options.new_tokens),
+        "serve": lambda: serving_speed(checkpoint, calibration, options),
     }
     for name in options.parts.split(","):
         for ratio in parts[name]():
@@ -290,6 +292,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens to decode (default %(default)s)")
     parser.add_argument("--turns", type=int, default=7, help="turns of each ratio (default %(default)s)")
     parser.add_argument("--parts", default="apply,calibrate,serve", help="what to measure (default %(default)s)")
+    parser.add_argument("--methods", help="of `serve`: only these methods, by comma")
     parser.add_argument("--workdir", type=Path, help="where a temporary folder of 6 GB goes (default: the system's)")
     parser.add_argument("--json", type=Path, help="write the numbers to this file")
     options = parser.parse_args()
