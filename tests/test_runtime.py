@@ -17,6 +17,7 @@ from moefit.checkpoint.files import open_checkpoint
 from moefit.checkpoint.loader import quiet_transformers
 from moefit.planning.checks import check_plan
 from moefit.planning.slots import LayerPlan, Slot
+from moefit.planning.view import Experts
 from moefit.runtime.reshape import Change, reshape_model
 
 Get = Callable[[str], Path]
@@ -185,6 +186,34 @@ def test_linear_maps_of_any_rank_cost_thin_products_alone(shared: bool) -> None:
                     given = given + inner @ module.linear_out[first : first + rank]
                 expected[token] += gate * given
         torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("ranks", [(3, 0, 2), (2, 2, 2)], ids=["uneven", "even"])
+def test_low_rank_experts_are_their_base_and_own_part(ranks: tuple[int, ...]) -> None:
+    slots = [*OWN[:5], *(Slot("lowrank", base, rank=rank) for base, rank in zip((5, 5, 7), ranks, strict=True))]
+    original, module = compressed_experts(slots)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, tensor in module.named_parameters():
+            if name.startswith(("base_", "low_")):
+                tensor.normal_(generator=generator)
+    whole, bases = Experts(original).matrices(), (0, 0, 1)
+    for number, rank in enumerate(ranks):
+        rows = slice(sum(ranks[:number]), sum(ranks[:number]) + rank)
+        for part in ("gate", "up", "down"):
+            inner, outer = getattr(module, f"low_{part}_in")[rows], getattr(module, f"low_{part}_out")[rows]
+            whole[part][5 + number] = (
+                getattr(module, f"base_{part}")[bases[number]].detach() + (outer.T @ inner).detach()
+            )
+    with torch.no_grad():
+        for name, tensor in Experts(original).packed(whole).items():
+            getattr(original, name).copy_(tensor)
+        for tokens in (1, 40):  # few tokens gather own parts, many take products over all of them
+            x, gates = torch.randn(tokens, 32, generator=generator), torch.rand(tokens, 2, generator=generator)
+            chosen = torch.rand(tokens, 8, generator=generator).topk(2, 1).indices
+            chosen[0] = torch.tensor([7, 5])
+            expected = original(x, chosen, gates)
+            torch.testing.assert_close(module(x, chosen, gates), expected, rtol=1e-4, atol=1e-3)
 
 
 def remapped_abroad(calibration: moefit.Calibration) -> moefit.Plan:

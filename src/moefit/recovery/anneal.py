@@ -140,8 +140,8 @@ class Mixture:
         base = getattr(module, f"base_{part}")[module.low_base[number]]
         if part not in self._parts:  # biases
             return self.beta * original + (1 - self.beta) * base
-        inner = module.stacked(f"low_{part}_in")[number].to(base)
-        outer = module.stacked(f"low_{part}_out")[number].to(base)
+        inner = module.stacked(f"low_{part}_in", number).to(base)
+        outer = module.stacked(f"low_{part}_out", number).to(base)
         own = outer.transpose(1, 2) @ inner
         base = base + own if self._whole else base
         return self.beta * original + (1 - self.beta) * base + (0 if self._whole else own)

@@ -199,17 +199,22 @@ class CompressedExperts(nn.Module):
             row_TKr.flatten(1), self.linear_out, per_sample_weights=weight_TKr.flatten(1), mode="sum"
         )
 
-    def stacked(self, name: str) -> torch.Tensor:
+    def stacked(self, name: str, number: torch.Tensor | None = None) -> torch.Tensor:
         """Return a factor of the own parts with the rows of each low-rank expert, zeros where its rank is lower than
         others', [N, r, D or F].
 
         Args:
             name: ``low_gate_in`` or another one.
+            number: which low-rank experts, all when None; only their rows are read.
         """
         rows = getattr(self, name)
         if self.low_row.numel() == len(rows):  # all of one rank: as they lie
-            return rows.view(*self.low_row.shape, -1)
-        return F.pad(rows, (0, 0, 0, 1))[self.low_row]
+            whole = rows.view(*self.low_row.shape, -1)
+            return whole if number is None else whole[number]
+        if number is None:
+            return F.pad(rows, (0, 0, 0, 1))[self.low_row]
+        row = self.low_row[number]
+        return rows[row.clamp_max(len(rows) - 1)].masked_fill((row == len(rows))[..., None], 0)
 
     def fill_map(self) -> None:
         """Fill the buffers from the map, on the device of the weights."""

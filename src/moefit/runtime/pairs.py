@@ -89,6 +89,9 @@ def low_rank(module: Any, x_TD: torch.Tensor, token_P: torch.Tensor, number_P: t
     def own(part: str, inputs: torch.Tensor) -> torch.Tensor:
         if not module.slots.low_rows:
             return inputs.new_zeros(())
+        if len(number_P) < len(module.low_row):  # as in decoding: only the parts of these pairs are read
+            inner = inputs[:, None] @ module.stacked(f"low_{part}_in", number_P).transpose(1, 2)
+            return (inner @ module.stacked(f"low_{part}_out", number_P))[:, 0]
         inner = grouped(inputs, module.stacked(f"low_{part}_in"), number_P)
         return grouped(inner, module.stacked(f"low_{part}_out"), number_P, transposed=True)
 
