@@ -62,6 +62,20 @@ def ablation(found: Found) -> list[str]:
     return lines
 
 
+def curves(found: Found) -> list[str]:
+    """Return the training loss of annealing and of direct replacement, the mean of each tenth step and over seeds."""
+    lines = []
+    for task in TWO["recovery"]:
+        for row in ("direct replacement", "LightMoE (paper)"):
+            cells = [found.get((task, row, "50%", seed)) for seed in range(3)]
+            means = np.mean([cell["curve"] for cell in cells if cell], axis=0) if all(cells) else []
+            if not lines:
+                steps = [f"{10 * at + 1} to {10 * at + 10}" for at in range(len(means))]
+                lines = [f"| training loss, steps | {' | '.join(steps)} |", "|---" * (len(steps) + 1) + "|"]
+            lines.append(f"| {task}, {row} | {' | '.join(f'{mean:.3f}' for mean in means)} |")
+    return lines
+
+
 def auxiliary(found: Found) -> list[str]:
     """Return the loss of half the active experts, and the share of the gap to all of them that is closed."""
     tasks = TWO["auxiliary"]
@@ -113,7 +127,7 @@ def main() -> None:
         for name in ("commit", "lr", "tokens"):
             about[name].add(row[name])
     print(", ".join(f"{name} {' '.join(map(str, sorted(values)))}" for name, values in about.items()))
-    for table in (tasks_at_half, seeds_and_ratios, ablation, auxiliary):
+    for table in (tasks_at_half, seeds_and_ratios, curves, ablation, auxiliary):
         print("\n" + "\n".join(table(found)))
 
 
