@@ -316,7 +316,7 @@ def test_file_that_is_no_plan_is_refused(tmp_path: Path, text: str | bytes, said
 def test_plan_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"none.json: cannot be read \(No such file or directory\)"):
         Plan.load(tmp_path / "none.json")
-    with pytest.raises(PlanError, match=r"cannot be read \(Is a directory\)"):
+    with pytest.raises(PlanError, match="a folder, not a plan; `moefit apply` takes MODEL, then PLAN"):
         Plan.load(tmp_path)
 
 

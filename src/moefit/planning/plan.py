@@ -111,6 +111,8 @@ class Plan:
         """
         try:
             content = json.loads(Path(file).read_text())
+        except IsADirectoryError:
+            raise PlanError(f"{file}: a folder, not a plan; `moefit apply` takes MODEL, then PLAN") from None
         except OSError as error:
             raise PlanError(f"{file}: cannot be read ({error.strerror})") from None
         except ValueError as error:
