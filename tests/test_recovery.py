@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
@@ -470,14 +471,17 @@ def test_a_model_shared_out_to_processes_trains_as_one_does(
     shared = {**given, "out": tmp_path / "two", "first": "share_on_cpus()", "fsdp": True}
     subprocess.run([sys.executable, script(tmp_path / "a.py", out=tmp_path / "one", batch_size=4, **given)], check=True)
     slow = [*TORCHRUN, script(tmp_path / "b.py", callbacks="[Slow()]", **shared)]
-    process = subprocess.Popen(slow, start_new_session=True)
+    process = subprocess.Popen(slow)
     state = tmp_path / "two.training" / "checkpoint-2" / "trainer_state.json"
     deadline = time.monotonic() + 120
     while not state.exists():
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGKILL)
+    # The children of torchrun lead sessions of their own.
+    for one in (*psutil.Process(process.pid).children(recursive=True), process):
+        one.kill()
     process.wait()
+    assert not (tmp_path / "two").exists()
     subprocess.run([*TORCHRUN, script(tmp_path / "c.py", **shared)], check=True)
     one, two = (tensors(open_checkpoint(tmp_path / name)) for name in ("one", "two"))
     assert one.keys() == two.keys()
