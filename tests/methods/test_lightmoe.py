@@ -3,18 +3,15 @@
 import itertools
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
-from test_mergemoe import routed_layer
+from test_mergemoe import layer_with_biases, routed_layer
 from test_merging import INNER, WIDTH, random_experts, with_copy
 
 import moefit
-from families import tiny_model
 from moefit.calibration.folder import ModelFacts
-from moefit.checkpoint.anatomy import discover
 from moefit.checkpoint.family import Groups
 from moefit.checkpoint.layout import Stack
 from moefit.methods.lightmoe import _factors, build, lightmoe, outline
@@ -213,18 +210,10 @@ def test_a_fitted_down_projection_makes_up_for_what_the_other_matrices_lost() ->
 
 
 def test_a_down_projection_is_fitted_beside_the_bias_of_its_base() -> None:
-    """In a family with biases, clamped activations and interleaved projections, of outputs far from zero."""
-    model = tiny_model("gpt_oss")
-    at = next(iter(discover(model.config, model).layers.values()))
-    module = model.get_submodule(at.experts)
+    layer, module = layer_with_biases()
     with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.normal_(std=0.5, generator=torch.Generator().manual_seed(parameter.dim()))
         module.down_proj_bias += 30
-    layer = routed_layer(random_experts(at.num_experts), 400, 0)
-    layer.open_experts = lambda: nullcontext(module)
-    layer.read_sample().hidden = torch.randn(400, at.width, generator=torch.Generator().manual_seed(0))
-    plan = LayerPlan(slots=(Slot("expert", 0), *(Slot("lowrank", 1, rank=8) for _ in range(1, at.num_experts))))
+    plan = LayerPlan(slots=(Slot("expert", 0), *(Slot("lowrank", 1, rank=8) for _ in range(1, layer.num_experts))))
     losses = [output_residual(layer, plan, build(layer, plan, base="mean", start=start)) for start in ("svd", "fitted")]
     assert losses[1] < 0.9 * losses[0]
 

@@ -130,21 +130,28 @@ def test_a_cluster_that_no_token_reached_is_the_average() -> None:
         assert all(torch.isfinite(matrix).all() for matrix in built.values())
 
 
-@pytest.mark.parametrize("options", [PAPER, BEST], ids=["paper", "best"])
-def test_biases_are_fitted_with(options: dict) -> None:
-    """In a family with biases, clamped activations and interleaved projections, copies still merge without loss."""
+def layer_with_biases() -> tuple[LayerView, torch.nn.Module]:
+    """Return a layer of a family with biases, clamped activations and interleaved projections, and its experts."""
     model = tiny_model("gpt_oss")
     layer = next(iter(discover(model.config, model).layers.values()))
     module = model.get_submodule(layer.experts)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.normal_(std=0.5, generator=torch.Generator().manual_seed(parameter.dim()))
-            parameter[3] = parameter[0]
-    count, width = layer.num_experts, layer.width
-    view = routed_layer(random_experts(count), 400, 0)
+    view = routed_layer(random_experts(layer.num_experts), 400, 0)
     view.open_experts = lambda: nullcontext(module)
-    view.read_sample().hidden = torch.randn(400, width, generator=torch.Generator().manual_seed(0))
-    built = build(view, merge_into([0, 1, 2, 0, *range(4, count)]), **options)
+    view.read_sample().hidden = torch.randn(400, layer.width, generator=torch.Generator().manual_seed(0))
+    return view, module
+
+
+@pytest.mark.parametrize("options", [PAPER, BEST], ids=["paper", "best"])
+def test_biases_are_fitted_with(options: dict) -> None:
+    """Copies still merge without loss."""
+    view, module = layer_with_biases()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter[3] = parameter[0]
+    built = build(view, merge_into([0, 1, 2, 0, *range(4, view.num_experts)]), **options)
     assert set(built) == {"gate", "up", "down", "gate_bias", "up_bias", "down_bias"}
     x, one = view.sample.hidden, {name: stack[0] for name, stack in built.items()}
     given = view.experts.hidden(one, x) @ one["down"].T + one["down_bias"]
