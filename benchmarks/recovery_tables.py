@@ -68,7 +68,9 @@ def curves(found: Found) -> list[str]:
     for task in TWO["recovery"]:
         for row in ("direct replacement", "LightMoE (paper)"):
             cells = [found.get((task, row, "50%", seed)) for seed in range(3)]
-            means = np.mean([cell["curve"] for cell in cells if cell], axis=0) if all(cells) else []
+            if not all(cells):
+                continue
+            means = np.mean([cell["curve"] for cell in cells if cell], axis=0)
             if not lines:
                 steps = [f"{10 * at + 1} to {10 * at + 10}" for at in range(len(means))]
                 lines = [f"| training loss, steps | {' | '.join(steps)} |", "|---" * (len(steps) + 1) + "|"]

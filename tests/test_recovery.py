@@ -26,9 +26,9 @@ from moefit.checkpoint.files import Checkpoint, open_checkpoint
 from moefit.checkpoint.loader import quiet_transformers
 from moefit.errors import MoefitError
 from moefit.recovery.examples import IGNORED, Blocks
+from moefit.recovery.fsdp import check_shardable
 from moefit.recovery.loss import Objective, Student, divergence, layer_distance
 from moefit.recovery.recover import check_teacher
-from moefit.recovery.share import check_shared
 from moefit.recovery.trainable import Adapters, select
 from moefit.runtime.experts import CompressedExperts
 from moefit.runtime.quantizer import original_config
@@ -552,8 +552,8 @@ def test_models_that_cannot_be_shared_out(checkpoint: Get, calibration: GetCalib
     plan = moefit.make_plan(calibration("olmoe"), "conmoe", budget, parameters={"scope": 2})
     remapped = moefit.apply(plan, before, tmp_path / "remapped", calibration=calibration("olmoe"))
     with pytest.raises(MoefitError, match="layers of this model use experts of other layers"):
-        check_shared(load(remapped))
-    check_shared(load(before))
+        check_shardable(load(remapped))
+    check_shardable(load(before))
     assert not out.exists()
     assert not out.with_name("out.training").exists()
 

@@ -25,9 +25,9 @@ from moefit.errors import MoefitError, did_you_mean
 from moefit.recovery.anneal import Annealing
 from moefit.recovery.examples import Blocks, ExampleOptions, read_blocks
 from moefit.recovery.folder import begin_training, check_training, training_folder
+from moefit.recovery.fsdp import check_shardable, shard
 from moefit.recovery.loss import Loss, Objective, Student
 from moefit.recovery.result import write_recovered
-from moefit.recovery.share import check_shared, share
 from moefit.recovery.train import Progress, RecoveryOptions, mean_losses, training_arguments
 from moefit.recovery.train import train as train_student
 from moefit.recovery.trainable import Adapters, Selection, check_words, select
@@ -141,8 +141,8 @@ def recover(
     taught = None if original is None else load(original)
     student, selection, adapters = begin(taught if objective.needs_teacher or callbacks else None)
     if options.fsdp:
-        check_shared(student.model)
-        share(student.teacher)
+        check_shardable(student.model)
+        shard(student.teacher)
     if options.gradient_checkpointing:
         _checkpoint_layers(student.model)
     annealing = _annealing(options, anatomy, student.model, taught)

@@ -211,9 +211,7 @@ class CompressedExperts(nn.Module):
         if self.low_row.numel() == len(rows):  # all of one rank: as they lie
             whole = rows.view(*self.low_row.shape, -1)
             return whole if number is None else whole[number]
-        if number is None:
-            return F.pad(rows, (0, 0, 0, 1))[self.low_row]
-        row = self.low_row[number]
+        row = self.low_row if number is None else self.low_row[number]
         return rows[row.clamp_max(len(rows) - 1)].masked_fill((row == len(rows))[..., None], 0)
 
     def fill_map(self) -> None:

@@ -1,6 +1,6 @@
-"""Sharing a model out to several processes (FSDP): each holds a part of every tensor, a layer is whole while it runs.
+"""Sharding a model over several processes (FSDP): each holds a part of every tensor, a layer is whole while it runs.
 
-The student is shared out by accelerate; the teacher, which no optimizer knows, here.
+The student is sharded by accelerate; the teacher, which no optimizer knows, here.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from moefit.errors import MoefitError
 from moefit.runtime.experts import CompressedExperts
 
 
-def share(model: Any) -> None:
-    """Share a frozen model out to the processes, one decoder layer after the other, in place.
+def shard(model: Any) -> None:
+    """Shard a frozen model over the processes, one decoder layer after the other, in place.
 
     Args:
         model: the model, the same in every process; nothing happens when it is None.
@@ -27,7 +27,7 @@ def share(model: Any) -> None:
     fully_shard(model)
 
 
-def check_shared(model: Any) -> None:
+def check_shardable(model: Any) -> None:
     """Refuse a model whose layers reach into others: these are not whole while it runs.
 
     Raises:
