@@ -18,9 +18,9 @@ from typing import Any
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
-import moefit
+import moetailor
 from measure import REFERENCE, provenance
-from moefit.recovery.examples import read_blocks
+from moetailor.recovery.examples import read_blocks
 
 BEST_MERGE = {"fit": "ridge", "target": "gated", "features": "best", "cluster": "outputs"}
 # method, parameters, what trains
@@ -39,8 +39,8 @@ ROWS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
 
 def divergence(folder: Path) -> float:
     """Return the mean KL on the held-out file."""
-    text = moefit.TextOptions(data=(str(REFERENCE / "heldout.jsonl"),), sequences=10_000, length=256, batch_size=8)
-    return moefit.evaluate(folder, REFERENCE, text=text).overall.kl.mean
+    text = moetailor.TextOptions(data=(str(REFERENCE / "heldout.jsonl"),), sequences=10_000, length=256, batch_size=8)
+    return moetailor.evaluate(folder, REFERENCE, text=text).overall.kl.mean
 
 
 def main() -> None:
@@ -53,34 +53,35 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="results, one JSON object a line")
     options = parser.parse_args()
     logging.disable_progress_bar()
-    warnings.simplefilter("ignore", moefit.MoefitWarning)
+    warnings.simplefilter("ignore", moetailor.MoetailorWarning)
     text = str(REFERENCE / "calibration.jsonl")
     blocks = read_blocks(
-        moefit.ExampleOptions(data=tuple(options.data or [text]), length=256), AutoTokenizer.from_pretrained(REFERENCE)
+        moetailor.ExampleOptions(data=tuple(options.data or [text]), length=256),
+        AutoTokenizer.from_pretrained(REFERENCE),
     )
     print(" ".join(f"{name} {value}" for name, value in provenance().items()))
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
-        calibration = moefit.calibrate(
+        calibration = moetailor.calibrate(
             REFERENCE,
             work / "calibration",
-            text=moefit.TextOptions(data=(text,), sequences=128, length=256, batch_size=16),
-            sample=moefit.SampleOptions(tokens=128 * 256),
+            text=moetailor.TextOptions(data=(text,), sequences=128, length=256, batch_size=16),
+            sample=moetailor.SampleOptions(tokens=128 * 256),
         )
         for number, (method, parameters, train) in enumerate(ROWS):
             if options.rows and method not in options.rows.split(","):
                 continue
-            plan = moefit.make_plan(calibration, method, moefit.Budget.parse(remove="50%"), parameters=parameters)
-            start = moefit.apply(plan, REFERENCE, work / f"{number}.start", calibration=calibration)
+            plan = moetailor.make_plan(calibration, method, moetailor.Budget.parse(remove="50%"), parameters=parameters)
+            start = moetailor.apply(plan, REFERENCE, work / f"{number}.start", calibration=calibration)
             began = time.perf_counter()
-            result = moefit.recover(
+            result = moetailor.recover(
                 start,
                 work / f"{number}.end",
                 examples=blocks,
                 teacher=REFERENCE,
                 train=train,
                 loss="kd",
-                options=moefit.RecoveryOptions(epochs=options.epochs, batch_size=4, lr=options.lr),
+                options=moetailor.RecoveryOptions(epochs=options.epochs, batch_size=4, lr=options.lr),
             )
             seconds, before, after = time.perf_counter() - began, divergence(start), divergence(result.out)
             name = f"{method}, {' and '.join(train)}"

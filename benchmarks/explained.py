@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-import moefit
+import moetailor
 from measure import REFERENCE, provenance
-from moefit.fitting.reduced_rank import Regression
-from moefit.methods.run import view_of
-from moefit.planning.view import LayerView
+from moetailor.fitting.reduced_rank import Regression
+from moetailor.methods.run import view_of
+from moetailor.planning.view import LayerView
 
 RANKS = (0, 2, 4, 8, 16)
 
@@ -58,10 +58,10 @@ def left_by_others(fit: LayerView, text: LayerView, expert: int) -> torch.Tensor
 
 
 def explained(
-    calibration: moefit.Calibration, heldout: moefit.Calibration, layer: int, ridge: float
+    calibration: moetailor.Calibration, heldout: moetailor.Calibration, layer: int, ridge: float
 ) -> list[list[float]]:
     """Return the shares explained on calibration tokens and on held-out ones."""
-    weights = moefit.ExpertWeights(calibration.model.source)
+    weights = moetailor.ExpertWeights(calibration.model.source)
     fit = view_of(calibration, layer, weights)
     rows = []
     for text in (fit, view_of(heldout, layer, weights)):
@@ -84,11 +84,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
         made = []
         for name in ("calibration", "heldout"):
-            text = moefit.TextOptions(
+            text = moetailor.TextOptions(
                 data=(str(REFERENCE / f"{name}.jsonl"),), sequences=128, length=256, batch_size=16
             )
-            sample = moefit.SampleOptions(tokens=128 * 256)
-            made.append(moefit.calibrate(options.model, Path(scratch) / name, text=text, sample=sample))
+            sample = moetailor.SampleOptions(tokens=128 * 256)
+            made.append(moetailor.calibrate(options.model, Path(scratch) / name, text=text, sample=sample))
         rows = {layer: explained(*made, layer, options.ridge) for layer in made[0].layers}
     names = ["constant", *(f"rank {rank}" for rank in RANKS[1:]), "other expert", "other and constant"]
     for number, what in enumerate(("calibration tokens", "held-out tokens")):

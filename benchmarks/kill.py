@@ -1,7 +1,7 @@
 """SIGKILL at random moments: a rerun ends with the same bytes, and nothing half-written passes for finished.
 
-Each of `moefit calibrate --stream` and `moefit apply` is killed ten times, seven times between the end of its first and
-of its last layer or shard and three times anywhere in its run, and then run to its end. After each kill a calibration
+Each of `moetailor calibrate --stream` and `moetailor apply` is killed ten times, seven times between the end of its first
+and of its last layer or shard and three times anywhere in its run, and then run to its end. After each kill a calibration
 folder must be refused by `Calibration.open` and the folder of `apply` must not exist; after each rerun every file
 except log.jsonl must have the SHA-256 it has after a run that nobody stopped.
 """
@@ -17,9 +17,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import moefit
+import moetailor
 from measure import apply_command, calibrate_command, hashes, plan_command, run_process
-from moefit.checkpoint.files import open_checkpoint
+from moetailor.checkpoint.files import open_checkpoint
 
 UNHASHED = ("log.jsonl",)
 
@@ -64,8 +64,8 @@ def calibration_stage(checkpoint: Path, out: Path, tokens: int) -> Stage:
 
     def finished() -> bool:
         try:
-            moefit.Calibration.open(out)
-        except moefit.CalibrationError:
+            moetailor.Calibration.open(out)
+        except moetailor.CalibrationError:
             return False
         return True
 
@@ -86,7 +86,7 @@ def apply_stage(checkpoint: Path, calibration: Path, work: Path, method: str, re
     """Return `apply` of a plan that is made here."""
     plan, out = work / "plan.json", work / "compressed"
     run_process(plan_command(calibration, plan, method, remove))
-    made = moefit.Plan.load(plan)
+    made = moetailor.Plan.load(plan)
     # Shards keep their order, so all but the first of them are what is left of the result after the first one.
     first_shard = open_checkpoint(checkpoint).shards[0].stat().st_size
 

@@ -40,8 +40,8 @@ def layer_view(tokens: int) -> Any:
     from transformers.models.olmoe.configuration_olmoe import OlmoeConfig
     from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
-    from moefit.calibration.statistics import Sample, Sums
-    from moefit.planning.view import LayerView
+    from moetailor.calibration.statistics import Sample, Sums
+    from moetailor.planning.view import LayerView
 
     generator = torch.Generator().manual_seed(0)
     sizes = {"hidden_size": WIDTH, "intermediate_size": INNER, "num_experts": EXPERTS, "num_experts_per_tok": TOP_K}
@@ -88,10 +88,10 @@ def measure(name: str, tokens: int) -> dict[str, float]:
     """Plan and build once; return seconds, counted operations and the machine's rate."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    import moefit
+    import moetailor
 
-    warnings.simplefilter("ignore", moefit.MoefitWarning)
-    method, parameters = moefit.METHODS[CASES[name][0]], CASES[name][1]
+    warnings.simplefilter("ignore", moetailor.MoetailorWarning)
+    method, parameters = moetailor.METHODS[CASES[name][0]], CASES[name][1]
     layer, resolved = layer_view(tokens), method.resolve(parameters)
     rate = matrix_rate()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:

@@ -1,8 +1,8 @@
 """Write a checkpoint with the shapes of OLMoE-1B-7B and random weights, one shard in memory at a time.
 
 The defaults give 16 layers of 64 experts in bfloat16, 13.8 GB in shards of 2 GB. The tokenizer is that of the reference
-model, whose ids are a part of the vocabulary, so `moefit calibrate` runs on real text. Norms are ones and every other
-weight is normal with standard deviation 0.02, which keeps the forward pass finite at any depth.
+model, whose ids are a part of the vocabulary, so `moetailor calibrate` runs on real text. Norms are ones and every
+other weight is normal with standard deviation 0.02, which keeps the forward pass finite at any depth.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from moefit.checkpoint.files import INDEX
-from moefit.checkpoint.writer import new_folder, save_tensors
+from moetailor.checkpoint.files import INDEX
+from moetailor.checkpoint.writer import new_folder, save_tensors
 
 REFERENCE = Path(__file__).resolve().parent.parent / "examples" / "reference-moe"
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "examples" / "reference-moe"
-MOEFIT = [sys.executable, "-c", "from moefit_cli.app import main; main()"]
+MOETAILOR = [sys.executable, "-c", "from moetailor_cli.app import main; main()"]
 
 
 @dataclass(frozen=True)
@@ -70,17 +70,17 @@ def calibrate_command(model: Path, out: Path, *, tokens: int, batch_tokens: int,
     sizes = {"--sequences": tokens // length, "--length": length, "--batch-size": max(batch_tokens // length, 1)}
     options = [text for name, value in sizes.items() for text in (name, str(value))]
     data = ["--data", str(REFERENCE / "calibration.jsonl"), "--stream", "--device", "cpu", "--dtype", "float32"]
-    return [*MOEFIT, "calibrate", str(model), "-o", str(out), *data, *options]
+    return [*MOETAILOR, "calibrate", str(model), "-o", str(out), *data, *options]
 
 
 def plan_command(calibration: Path, out: Path, method: str, remove: str) -> list[str]:
     """Return the command that makes a plan."""
-    return [*MOEFIT, "plan", str(calibration), "-o", str(out), "--method", method, "--remove", remove]
+    return [*MOETAILOR, "plan", str(calibration), "-o", str(out), "--method", method, "--remove", remove]
 
 
 def apply_command(model: Path, plan: Path, out: Path, calibration: Path) -> list[str]:
     """Return the command that carries a plan out."""
-    return [*MOEFIT, "apply", str(model), str(plan), "-o", str(out), "--calibration", str(calibration)]
+    return [*MOETAILOR, "apply", str(model), str(plan), "-o", str(out), "--calibration", str(calibration)]
 
 
 def drop_cache(folder: Path) -> None:

@@ -23,9 +23,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-import moefit
+import moetailor
 from measure import provenance
-from moefit.evaluation.fidelity import Reference
+from moetailor.evaluation.fidelity import Reference
 
 ROOT = Path(__file__).parent.parent
 REFERENCE = ROOT / "examples" / "reference-moe"
@@ -69,15 +69,15 @@ ROWS: list[tuple[str, str, dict[str, Any], str]] = [
 ]
 
 
-def measure(row: tuple, ratio: str, calibration: moefit.Calibration, reference: Reference, model: str) -> dict:
+def measure(row: tuple, ratio: str, calibration: moetailor.Calibration, reference: Reference, model: str) -> dict:
     """Return the numbers of one cell: plan, build, compare."""
     name, method, parameters, propagate = row
-    size = moefit.make_plan(calibration, "mone", moefit.Budget.parse(remove=ratio)).nbytes
+    size = moetailor.make_plan(calibration, "mone", moetailor.Budget.parse(remove=ratio)).nbytes
     began = time.perf_counter()
-    plan = moefit.make_plan(calibration, method, moefit.Budget.parse(size=size), parameters=parameters)
+    plan = moetailor.make_plan(calibration, method, moetailor.Budget.parse(size=size), parameters=parameters)
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype="float32").eval()
     options = {"propagate": propagate} if propagate != "original" else {}
-    compressed = moefit.apply(plan, loaded, calibration=calibration, **options)
+    compressed = moetailor.apply(plan, loaded, calibration=calibration, **options)
     seconds = time.perf_counter() - began
     domains = reference.compare(compressed)
     found = domains.pop("")
@@ -107,7 +107,7 @@ class Job:
     def __call__(self, seed: int, ratio: str) -> list[dict]:
         """Return the cells of all rows."""
         torch.set_num_threads(1)
-        warnings.simplefilter("ignore", moefit.MoefitWarning)
+        warnings.simplefilter("ignore", moetailor.MoetailorWarning)
         logging.disable_progress_bar()
         calibration, reference = self.calibration(seed), self.reference()
         cells = []
@@ -117,17 +117,17 @@ class Job:
                 print(json.dumps(cells[-1]), flush=True)
         return cells
 
-    def calibration(self, seed: int) -> moefit.Calibration:
+    def calibration(self, seed: int) -> moetailor.Calibration:
         """Calibrate, or open what was calibrated."""
-        text = moefit.TextOptions(data=(self.calibration_data,), sequences=128, length=256, seed=seed, batch_size=16)
-        sample = moefit.SampleOptions(tokens=128 * 256, seed=seed)
+        text = moetailor.TextOptions(data=(self.calibration_data,), sequences=128, length=256, seed=seed, batch_size=16)
+        sample = moetailor.SampleOptions(tokens=128 * 256, seed=seed)
         folder = self.scratch / f"calibration-{seed}"
-        return moefit.calibrate(self.model, folder, text=text, sample=sample, residual=True, effect=True)
+        return moetailor.calibrate(self.model, folder, text=text, sample=sample, residual=True, effect=True)
 
     def reference(self, *, record: bool = False) -> Reference:
         """Return the original's predictions on the whole held-out file."""
-        text = moefit.TextOptions(data=(self.heldout_data,), sequences=None, length=256, batch_size=8)
-        batches = moefit.read_batches(text, AutoTokenizer.from_pretrained(self.model))
+        text = moetailor.TextOptions(data=(self.heldout_data,), sequences=None, length=256, batch_size=8)
+        batches = moetailor.read_batches(text, AutoTokenizer.from_pretrained(self.model))
         reference = Reference(self.scratch / "reference", batches)
         if record:
             reference.record(AutoModelForCausalLM.from_pretrained(self.model, dtype="float32").eval())

@@ -26,9 +26,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-import moefit
+import moetailor
 from measure import REFERENCE, provenance
-from moefit.recovery.examples import Blocks, read_blocks
+from moetailor.recovery.examples import Blocks, read_blocks
 
 LENGTH, BATCH = 256, 4
 Rows = Iterator[dict[str, str]]
@@ -114,7 +114,7 @@ ROWS: dict[str, Row] = {
     "LightMoE (paper)": Row(method="lightmoe", parameters=PAPER, options={"anneal": 0.2}),
     "LightMoE (best)": Row(method="lightmoe", parameters=BEST),
 }
-# What each of moefit's own choices gives, beside the paper's.
+# What each of moetailor's own choices gives, beside the paper's.
 ABLATION: dict[str, Row] = {
     "paper, annealed over half": Row(method="lightmoe", parameters=PAPER, options={"anneal": 0.5}),
     "paper, annealed exponentially": Row(
@@ -162,17 +162,17 @@ def prepare(folder: Path, work: Path, task: str, calibration_tokens: int) -> Non
     rows = map(json.loads, (work / f"{task}.False.jsonl").read_text().splitlines())
     joined = (row.get("text") or row["prompt"] + row["completion"] for row in rows)
     text.write_text("".join(json.dumps({"text": words}) + "\n" for words in joined))
-    options = moefit.TextOptions(
+    options = moetailor.TextOptions(
         data=(str(text),), sequences=calibration_tokens // LENGTH, length=LENGTH, batch_size=16
     )
-    sample = moefit.SampleOptions(tokens=calibration_tokens)
-    moefit.calibrate(REFERENCE, work / f"{task}.calibration", text=options, sample=sample)
+    sample = moetailor.SampleOptions(tokens=calibration_tokens)
+    moetailor.calibrate(REFERENCE, work / f"{task}.calibration", text=options, sample=sample)
 
 
 def blocks_of(work: Path, task: str, held: bool, count: int) -> Blocks:
     """Return the first blocks of a task."""
     tokenizer = AutoTokenizer.from_pretrained(REFERENCE)
-    options = moefit.ExampleOptions(data=(str(work / f"{task}.{held}.jsonl"),), length=LENGTH)
+    options = moetailor.ExampleOptions(data=(str(work / f"{task}.{held}.jsonl"),), length=LENGTH)
     found = read_blocks(options, tokenizer)
     return Blocks(found.input_ids[:count], found.labels[:count])
 
@@ -210,27 +210,27 @@ def run(cell: Cell, work: Path, tokens: int, lr: float) -> dict[str, Any]:
     """Compress, train and measure one cell."""
     torch.set_num_threads(1)
     logging.disable_progress_bar()
-    warnings.simplefilter("ignore", moefit.MoefitWarning)
+    warnings.simplefilter("ignore", moetailor.MoetailorWarning)
     row, began = EVERY[cell.row], time.perf_counter()
     place = work / folder_of(cell)
     source, steps, losses = REFERENCE, tokens // (BATCH * LENGTH), ()
     if row.method is not None:
-        calibration = moefit.Calibration.open(work / f"{cell.task}.calibration")
-        whole = moefit.METHODS[row.method].whole
-        budget = moefit.Budget.parse(remove="0%" if whole else cell.ratio).of_total(calibration.model.nbytes)
-        plan = moefit.make_plan(calibration, row.method, budget, parameters=row.parameters)
-        source = moefit.apply(plan, REFERENCE, place.with_name(place.name + ".start"), calibration=calibration)
+        calibration = moetailor.Calibration.open(work / f"{cell.task}.calibration")
+        whole = moetailor.METHODS[row.method].whole
+        budget = moetailor.Budget.parse(remove="0%" if whole else cell.ratio).of_total(calibration.model.nbytes)
+        plan = moetailor.make_plan(calibration, row.method, budget, parameters=row.parameters)
+        source = moetailor.apply(plan, REFERENCE, place.with_name(place.name + ".start"), calibration=calibration)
     if row.train:
         annealed = "anneal" in row.options
         teacher = work / folder_of(replace(cell, row="LoRA")) if row.loss != "task" else None
-        result = moefit.recover(
+        result = moetailor.recover(
             source,
             place,
             examples=blocks_of(work, cell.task, False, steps * BATCH),
             teacher=REFERENCE if annealed else teacher,
             train=row.train,
             loss=row.loss,
-            options=moefit.RecoveryOptions(
+            options=moetailor.RecoveryOptions(
                 steps=steps, batch_size=BATCH, lr=lr, seed=cell.seed, lora_rank=16, lora_alpha=16, **row.options
             ),
         )

@@ -1,4 +1,4 @@
-"""What `moefit inspect --calibration` predicts against what is measured: which losses are safe, and how well they rank.
+"""What `moetailor inspect --calibration` predicts against what is measured: safe losses, and how well they rank.
 
 One calibration of the reference model says what each layer loses when constants or linear maps answer for a share of
 its experts. Then some layers are compressed that way at a time (`mone` with its exact error and optimal constants, and
@@ -20,11 +20,11 @@ from scipy.stats import spearmanr
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-import moefit
+import moetailor
 from measure import REFERENCE, provenance
-from moefit.evaluation.fidelity import Reference
-from moefit.inspection.redundancy import REMOVE
-from moefit.inspection.verdict import SAFE_KL, SAFE_LOST
+from moetailor.evaluation.fidelity import Reference
+from moetailor.inspection.redundancy import REMOVE
+from moetailor.inspection.verdict import SAFE_KL, SAFE_LOST
 
 # What answers for removed experts, and the method and parameters that do it.
 ANSWERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -60,8 +60,8 @@ class Cell:
 
 
 def measure(
-    found: moefit.Redundancy,
-    calibration: moefit.Calibration,
+    found: moetailor.Redundancy,
+    calibration: moetailor.Calibration,
     reference: Reference,
     layers: tuple[int, ...],
     remove: str,
@@ -69,11 +69,11 @@ def measure(
 ) -> Cell:
     """Compress some layers in memory and compare."""
     method, parameters = ANSWERS[answer]
-    plan = moefit.make_plan(
-        calibration, method, moefit.Budget.parse(remove=remove), parameters=parameters, layers=layers
+    plan = moetailor.make_plan(
+        calibration, method, moetailor.Budget.parse(remove=remove), parameters=parameters, layers=layers
     )
     model = AutoModelForCausalLM.from_pretrained(calibration.model.source, dtype="float32").eval()
-    fidelity = reference.compare(moefit.apply(plan, model, calibration=calibration))[""]
+    fidelity = reference.compare(moetailor.apply(plan, model, calibration=calibration))[""]
     parts = [(layer, layer.lost[remove][answer]) for layer in found.layers if layer.layer in layers]
     return Cell(
         layers=layers,
@@ -139,18 +139,18 @@ def main() -> None:
     logging.disable_progress_bar()
     print(" ".join(f"{name} {value}" for name, value in provenance().items()))
     with tempfile.TemporaryDirectory() as scratch:
-        text = moefit.TextOptions(data=(options.calibration_data,), sequences=128, length=256, batch_size=16)
-        sample = moefit.SampleOptions(tokens=128 * 256)
-        calibration = moefit.calibrate(
+        text = moetailor.TextOptions(data=(options.calibration_data,), sequences=128, length=256, batch_size=16)
+        sample = moetailor.SampleOptions(tokens=128 * 256)
+        calibration = moetailor.calibrate(
             options.model, Path(scratch) / "calibration", text=text, sample=sample, effect=True
         )
-        heldout = moefit.TextOptions(
+        heldout = moetailor.TextOptions(
             data=(options.heldout_data,), sequences=options.sequences, length=256, batch_size=8
         )
-        batches = moefit.read_batches(heldout, AutoTokenizer.from_pretrained(options.model))
+        batches = moetailor.read_batches(heldout, AutoTokenizer.from_pretrained(options.model))
         reference = Reference(Path(scratch) / "reference", batches)
         reference.record(AutoModelForCausalLM.from_pretrained(options.model, dtype="float32").eval())
-        found = moefit.find_redundancy(calibration)
+        found = moetailor.find_redundancy(calibration)
         every = tuple(calibration.layers)
         half = len(every) // 2
         groups = [*((layer,) for layer in every), every[:half], every[half:], every]

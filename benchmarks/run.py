@@ -1,4 +1,4 @@
-"""What moefit costs, as ratios measured in one run on layers with the shapes of OLMoE-1B-7B and random weights.
+"""What moetailor costs, as ratios measured in one run on layers with the shapes of OLMoE-1B-7B and random weights.
 
 Machines differ and other work disturbs, so nothing is compared with a number from another run: what a ratio compares
 runs in turns (A B A B), each turn gives a ratio, and the table shows the median with the lowest and highest turn.
@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 
-import moefit
+import moetailor
 from make_checkpoint import make_checkpoint
 from measure import apply_command, calibrate_command, drop_cache, plan_command, provenance, run_process
-from moefit.checkpoint.models import load_model
-from moefit.runtime.experts import CompressedExperts
+from moetailor.checkpoint.models import load_model
+from moetailor.runtime.experts import CompressedExperts
 
 IMPLEMENTATIONS = ("eager", "grouped_mm")
 APPLIED = (("mone", "50%"), ("reap", "25%"))
@@ -86,12 +86,12 @@ def calibration_cost(checkpoint: Path, work: Path, turns: int, batch: int, lengt
     """
     model: Any = load_model(checkpoint, dtype=torch.float32, device="cpu")
     ids = random_ids(batch, length, model.config.vocab_size)
-    batches, sample = [moefit.Batch.of(ids)], moefit.SampleOptions(tokens=max(ids.numel() // 16, 1))
+    batches, sample = [moetailor.Batch.of(ids)], moetailor.SampleOptions(tokens=max(ids.numel() // 16, 1))
     out = work / "cost"
 
     def calibrate() -> float:
         shutil.rmtree(out, ignore_errors=True)
-        moefit.calibrate(model, out, text=batches, sample=sample, states="memory")
+        moetailor.calibrate(model, out, text=batches, sample=sample, states="memory")
         return sum(json.loads(line)["seconds"] for line in (out / "log.jsonl").read_text().splitlines())
 
     for name in IMPLEMENTATIONS:
@@ -107,14 +107,14 @@ def apply_cost(checkpoint: Path, calibration: Path, work: Path, turns: int) -> I
     Before each turn of either side the kernel is told to forget the files that will be read (posix_fadvise DONTNEED),
     so both read from the disk. The time of apply is that of the call: the start of Python is left out.
     """
-    opened, copied, out, kept = moefit.Calibration.open(calibration), work / "copied", work / "out", work / "kept"
+    opened, copied, out, kept = moetailor.Calibration.open(calibration), work / "copied", work / "out", work / "kept"
     for method, remove in APPLIED:
-        plan = moefit.make_plan(opened, method, moefit.Budget.parse(remove=remove))
-        moefit.apply(plan, checkpoint, kept, calibration=opened)
+        plan = moetailor.make_plan(opened, method, moetailor.Budget.parse(remove=remove))
+        moetailor.apply(plan, checkpoint, kept, calibration=opened)
 
-        def applied(plan: moefit.Plan = plan) -> float:
+        def applied(plan: moetailor.Plan = plan) -> float:
             drop_cache(checkpoint)
-            seconds = timed(lambda: moefit.apply(plan, checkpoint, out, calibration=opened))
+            seconds = timed(lambda: moetailor.apply(plan, checkpoint, out, calibration=opened))
             shutil.rmtree(out)
             return seconds
 
@@ -147,16 +147,16 @@ def serving_speed(checkpoint: Path, calibration: Path, options: argparse.Namespa
     expert runs that is left, from the routing of this very prompt, and the ratio that follows for the layers' matrix
     products, of which attention's projections stay.
     """
-    opened, chosen = moefit.Calibration.open(calibration), options.methods and options.methods.split(",")
+    opened, chosen = moetailor.Calibration.open(calibration), options.methods and options.methods.split(",")
     original: Any = load_model(checkpoint, dtype=torch.float32, device="cpu")
     ids = random_ids(1, options.length, original.config.vocab_size)
     for method, remove, parameters in SERVED:
         if chosen and method not in chosen:
             continue
-        plan = moefit.make_plan(opened, method, moefit.Budget.parse(remove=remove), parameters=parameters)
+        plan = moetailor.make_plan(opened, method, moetailor.Budget.parse(remove=remove), parameters=parameters)
         small = load_model(checkpoint, dtype=torch.float32, device="cpu")
         # A plan of the checkpoint fits the model that was loaded from it.
-        moefit.apply(plan, small, calibration=opened)
+        moetailor.apply(plan, small, calibration=opened)
         share = live_share(small, ids)
         note = f"expert runs {share:.2f}, so {expected_speed(original, small, share):.2f}"
         for name in IMPLEMENTATIONS:

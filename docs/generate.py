@@ -11,9 +11,9 @@ DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS.parent / "tests"))
 
 import families  # noqa: E402
-import moefit  # noqa: E402
-from moefit.checkpoint.anatomy import discover  # noqa: E402
-from moefit.errors import MoefitError  # noqa: E402
+import moetailor  # noqa: E402
+from moetailor.checkpoint.anatomy import discover  # noqa: E402
+from moetailor.errors import MoetailorError  # noqa: E402
 
 ANSWERS = {
     "drop": "nothing: the slot is dropped",
@@ -49,13 +49,13 @@ def methods_page() -> str:
     """Return docs/methods.md."""
     measured = json.loads((DOCS.parent / "benchmarks" / "methods.json").read_text())
     lines = [METHODS_HEAD + "| method | | behind a removed slot | paper |", "|---|---|---|---|"]
-    for name, found in sorted(moefit.METHODS.items()):
+    for name, found in sorted(moetailor.METHODS.items()):
         lines.append(f"| [{name}](#{name}) | {found.summary} | {_answers(found)} | {found.paper or '-'} |")
     rows = measured["rows"]
     commits = " and ".join(dict.fromkeys(row["commit"] for row in rows))
     seeds = max(row["seeds"] for row in rows)
     lines += [MEASURED_HEAD.format(**measured["about"], seeds=seeds, commits=commits), *_table(rows)]
-    for name, found in sorted(moefit.METHODS.items()):
+    for name, found in sorted(moetailor.METHODS.items()):
         text = inspect.getdoc(found.function) or ""
         about = inspect.getdoc(inspect.getmodule(found.function)) or ""
         lines += ["", f"## {name}", "", *text.split("\nArgs:")[0].strip().splitlines()]
@@ -73,7 +73,7 @@ def methods_page() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _answers(found: moefit.methods.Method) -> str:
+def _answers(found: moetailor.methods.Method) -> str:
     """Return what may stand behind a removed slot."""
     kinds = sorted(found.builds & set(ANSWERS)) or [found.removed]
     return ", ".join(ANSWERS[kind] for kind in kinds)
@@ -114,7 +114,7 @@ def families_page() -> str:
         try:
             discover(config)
             raise AssertionError(f"{name} is not refused")
-        except MoefitError as error:
+        except MoetailorError as error:
             lines.append(f"| {name} | {error} |")
     lines += [
         "",

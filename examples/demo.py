@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import moefit
-from moefit.evaluation.fidelity import Reference
+import moetailor
+from moetailor.evaluation.fidelity import Reference
 
 HERE = Path(__file__).parent / "reference-moe"
 OPTIMAL = {"score": "exact", "novice": "optimal"}
@@ -58,14 +58,16 @@ def main() -> None:
         return AutoModelForCausalLM.from_pretrained(options.model, dtype="float32").eval()
 
     with tempfile.TemporaryDirectory() as scratch:
-        text = moefit.TextOptions(data=(options.calibration_data,), sequences=128, length=options.length, batch_size=16)
+        text = moetailor.TextOptions(
+            data=(options.calibration_data,), sequences=128, length=options.length, batch_size=16
+        )
         with console.status(f"calibrating on {text.sequences} x {text.length} tokens"):
-            calibration = moefit.calibrate(
+            calibration = moetailor.calibrate(
                 options.model, Path(scratch) / "calibration", text=text, residual=options.all, effect=True
             )
 
-        heldout = moefit.TextOptions(data=(options.heldout_data,), sequences=64, length=options.length, batch_size=4)
-        batches = moefit.read_batches(heldout, AutoTokenizer.from_pretrained(options.model))
+        heldout = moetailor.TextOptions(data=(options.heldout_data,), sequences=64, length=options.length, batch_size=4)
+        batches = moetailor.read_batches(heldout, AutoTokenizer.from_pretrained(options.model))
         reference = Reference(Path(scratch) / "reference", batches).record(load())
 
         table = Table("removed", "method", "size", "perplexity", "KL, nats", "95% interval", "top-1", box=None)
@@ -73,9 +75,9 @@ def main() -> None:
         for ratio in RATIOS:
             for name, method, parameters in EVERYTHING if options.all else SHORT:
                 console.print(f"{name}, {ratio} removed", style="dim")
-                budget = moefit.Budget.parse(remove=ratio)
-                plan = moefit.make_plan(calibration, method, budget, parameters=parameters)
-                compressed = moefit.apply(plan, load(), calibration=calibration)
+                budget = moetailor.Budget.parse(remove=ratio)
+                plan = moetailor.make_plan(calibration, method, budget, parameters=parameters)
+                compressed = moetailor.apply(plan, load(), calibration=calibration)
                 found = reference.compare(compressed)[""]
                 if not table.row_count:
                     table.add_row(

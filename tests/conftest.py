@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import moefit
+import moetailor
 from families import tiny_model
-from moefit.checkpoint.loader import quiet_transformers
+from moetailor.checkpoint.loader import quiet_transformers
 
 torch.set_num_threads(1)
 
@@ -37,22 +37,22 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
     return get
 
 
-def token_batches(count: int = 2, length: int = 12, vocabulary: int = 128) -> list[moefit.Batch]:
+def token_batches(count: int = 2, length: int = 12, vocabulary: int = 128) -> list[moetailor.Batch]:
     """Return batches of random token ids: one of two sequences, the others of one, so that shapes differ."""
     generator = torch.Generator().manual_seed(1)
     sizes = [2] + [1] * (count - 1)
-    return [moefit.Batch.of(torch.randint(3, vocabulary, (size, length), generator=generator)) for size in sizes]
+    return [moetailor.Batch.of(torch.randint(3, vocabulary, (size, length), generator=generator)) for size in sizes]
 
 
 @pytest.fixture(scope="session")
-def calibration(checkpoint: Callable[[str], Path]) -> Callable[[str], moefit.Calibration]:
+def calibration(checkpoint: Callable[[str], Path]) -> Callable[[str], moetailor.Calibration]:
     """Return a family's calibration on `token_batches`, with every token sampled and every statistic recorded."""
-    made: dict[str, moefit.Calibration] = {}
+    made: dict[str, moetailor.Calibration] = {}
 
-    def get(name: str) -> moefit.Calibration:
+    def get(name: str) -> moetailor.Calibration:
         if name not in made:
             folder = checkpoint(name)
-            made[name] = moefit.calibrate(
+            made[name] = moetailor.calibrate(
                 folder, folder.with_name("calibration"), text=token_batches(), residual=True, effect=True
             )
         return made[name]

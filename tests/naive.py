@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moefit.checkpoint.anatomy import MoELayer, tensors_of
+from moetailor.checkpoint.anatomy import MoELayer, tensors_of
 
 NEVER = -1e4  # exp and sigmoid of it are exactly 0 in float32
 
@@ -44,7 +44,7 @@ def expert_output(model: nn.Module, layer: MoELayer, expert: int, x_D: torch.Ten
 
 
 def sums(model: nn.Module, layer: MoELayer, batches: Iterable[Any], probabilities: str) -> dict[str, torch.Tensor]:
-    """Return every sum of `moefit.calibration.statistics.Sums`, added up token by token in float64."""
+    """Return every sum of `moetailor.calibration.statistics.Sums`, added up token by token in float64."""
     experts, width = layer.num_experts, layer.width
     total = {name: torch.zeros(experts, dtype=torch.float64) for name in SCALARS}
     total |= {

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-import moefit
+import moetailor
 from families import tiny_model
-from moefit.checkpoint.anatomy import MoELayer, discover, tensors_of
-from moefit.planning.view import Experts
+from moetailor.checkpoint.anatomy import MoELayer, discover, tensors_of
+from moetailor.planning.view import Experts
 
 PLANTED: dict[str, dict[str, int]] = {
     "olmoe": {"num_experts": 12},
@@ -93,7 +93,7 @@ def planted_model(name: str, seed: int = 0, what: Planted = Planted()) -> PreTra
     return model
 
 
-def planted_batches(tokens: int = 2304, length: int = 48, seed: int = 1) -> list[moefit.Batch]:
+def planted_batches(tokens: int = 2304, length: int = 48, seed: int = 1) -> list[moetailor.Batch]:
     """Return text that takes each expert to some hundred tokens.
 
     Args:
@@ -102,7 +102,7 @@ def planted_batches(tokens: int = 2304, length: int = 48, seed: int = 1) -> list
         seed: another one gives another text.
     """
     generator = torch.Generator().manual_seed(seed)
-    return [moefit.Batch.of(torch.randint(3, WORDS, (tokens // length, length), generator=generator))]
+    return [moetailor.Batch.of(torch.randint(3, WORDS, (tokens // length, length), generator=generator))]
 
 
 def _plant(experts: Experts, what: Planted) -> None:

@@ -11,29 +11,29 @@ import pytest
 import torch
 from torch import nn
 
-import moefit
+import moetailor
 import naive
 from conftest import TINY_PARAMETERS
 from contract.test_methods import REFUSED
 from families import tiny_model
 from methods.hand import layer_of, sums_of
-from moefit.calibration.statistics import Sums
-from moefit.checkpoint.anatomy import discover
-from moefit.checkpoint.layout import Stack
-from moefit.checkpoint.weights import ExpertWeights
-from moefit.errors import MoefitError, PlanError
-from moefit.evaluation.fidelity import Reference
-from moefit.evaluation.search import SearchOptions, evolve, mutated, with_slots
-from moefit.methods.allocation import constant_errors, counts_of, read_allocation
-from moefit.methods.choose import best_of_all
-from moefit.methods.registry import find_method
-from moefit.methods.run import view_of
-from moefit.planning.budget import Budget
-from moefit.planning.view import LayerView
-from moefit_cli.app import main
+from moetailor.calibration.statistics import Sums
+from moetailor.checkpoint.anatomy import discover
+from moetailor.checkpoint.layout import Stack
+from moetailor.checkpoint.weights import ExpertWeights
+from moetailor.errors import MoetailorError, PlanError
+from moetailor.evaluation.fidelity import Reference
+from moetailor.evaluation.search import SearchOptions, evolve, mutated, with_slots
+from moetailor.methods.allocation import constant_errors, counts_of, read_allocation
+from moetailor.methods.choose import best_of_all
+from moetailor.methods.registry import find_method
+from moetailor.methods.run import view_of
+from moetailor.planning.budget import Budget
+from moetailor.planning.view import LayerView
+from moetailor_cli.app import main
 
 Get = Callable[[str], Path]
-GetCalibration = Callable[[str], moefit.Calibration]
+GetCalibration = Callable[[str], moetailor.Calibration]
 REFERENCE = Path(__file__).parent.parent / "examples" / "reference-moe"
 RULES = ("error", "global")
 SPREADING = {"seer_moe": {"ranking": "global"}, "m_smoe": {"budget": "global"}, "conmoe": {"scope": 2}, "auto": {}}
@@ -95,7 +95,7 @@ def test_the_error_of_a_constant_by_hand() -> None:
     ("method", "family"),
     [
         (method, family)
-        for method in sorted(moefit.METHODS.keys() - {"auto"})
+        for method in sorted(moetailor.METHODS.keys() - {"auto"})
         for family in ("olmoe", "deepseek_v3")
         if family not in REFUSED.get(method, frozenset())
     ],
@@ -107,14 +107,14 @@ def test_every_rule_keeps_the_total_and_the_bytes(
     groups = calibrated.model.groups.count
     budget = Budget.parse(keep=calibrated.model.stacks[0].num_experts - groups)
     parameters = TINY_PARAMETERS.get(method, {}) | ({"select": "count"} if method == "lightmoe" else {})
-    uniform = moefit.make_plan(calibrated, method, budget, parameters=parameters)
-    assert uniform == moefit.make_plan(calibrated, method, budget, parameters=parameters, allocation="uniform")
+    uniform = moetailor.make_plan(calibrated, method, budget, parameters=parameters)
+    assert uniform == moetailor.make_plan(calibrated, method, budget, parameters=parameters, allocation="uniform")
     assert uniform.budget == str(budget)
     if rule == "global" and not all(layer.scores for layer in uniform.layers.values()):
         with pytest.raises(PlanError, match=f"global: {method} gives experts no scores of their own; use error"):
-            moefit.make_plan(calibrated, method, budget, parameters=parameters, allocation=rule)
+            moetailor.make_plan(calibrated, method, budget, parameters=parameters, allocation=rule)
         return
-    plan = moefit.make_plan(calibrated, method, budget, parameters=parameters, allocation=rule)
+    plan = moetailor.make_plan(calibrated, method, budget, parameters=parameters, allocation=rule)
     assert plan.budget == f"{budget}, allocation {rule}"
     # LightMoE needs no base, and no parts on it, in a layer that stays whole.
     assert plan.nbytes <= uniform.nbytes if method == "lightmoe" else plan.nbytes == uniform.nbytes
@@ -125,15 +125,15 @@ def test_every_rule_keeps_the_total_and_the_bytes(
 def test_a_global_rule_is_what_methods_that_spread_themselves_do(calibration: GetCalibration) -> None:
     calibrated, budget = calibration("olmoe"), Budget.parse(remove="50%")
     for method, own in (("seer_moe", {"ranking": "global"}), ("m_smoe", {"budget": "global"})):
-        theirs = moefit.make_plan(calibrated, method, budget, parameters=own)
-        ours = moefit.make_plan(calibrated, method, budget, allocation="global")
+        theirs = moetailor.make_plan(calibrated, method, budget, parameters=own)
+        ours = moetailor.make_plan(calibrated, method, budget, allocation="global")
         assert ours.layers == theirs.layers
 
 
 @pytest.mark.parametrize("method", SPREADING)
 def test_a_method_that_spreads_itself_is_not_told_how(method: str, calibration: GetCalibration) -> None:
     with pytest.raises(PlanError) as refusal:
-        moefit.make_plan(
+        moetailor.make_plan(
             calibration("olmoe"),
             method,
             Budget.parse(remove="25%"),
@@ -145,13 +145,13 @@ def test_a_method_that_spreads_itself_is_not_told_how(method: str, calibration: 
 
 def test_counts_by_hand_are_kept(calibration: GetCalibration, checkpoint: Get, tmp_path: Path) -> None:
     calibrated = calibration("olmoe")
-    plan = moefit.make_plan(calibrated, "reap", Budget.parse(keep=6), allocation={0: 8, 1: "50%"})
+    plan = moetailor.make_plan(calibrated, "reap", Budget.parse(keep=6), allocation={0: 8, 1: "50%"})
     assert {index: len(layer.pool) for index, layer in plan.by_layer.items()} == {1: 4}
     assert plan.budget == "keep 6, allocation given"
     with pytest.raises(PlanError, match="format native holds dropped slots only, the same number in every MoE layer"):
-        moefit.apply(plan, checkpoint("olmoe"), tmp_path / "out", format="native")
-    out = moefit.apply(plan, checkpoint("olmoe"), tmp_path / "out", verify=True)
-    assert moefit.Plan.load(out / "moefit_plan.json") == plan
+        moetailor.apply(plan, checkpoint("olmoe"), tmp_path / "out", format="native")
+    out = moetailor.apply(plan, checkpoint("olmoe"), tmp_path / "out", verify=True)
+    assert moetailor.Plan.load(out / "moetailor_plan.json") == plan
 
 
 def test_shares_are_rounded_as_those_to_remove_are() -> None:
@@ -186,15 +186,15 @@ def test_counts_that_cannot_be_are_refused(given: dict, said: str) -> None:
 
 def test_counts_beyond_the_budget_or_below_top_k_are_refused(calibration: GetCalibration) -> None:
     calibrated = calibration("olmoe")
-    nbytes = moefit.make_plan(calibrated, "reap", Budget.parse(keep=6), allocation={0: 7, 1: 5}).nbytes
+    nbytes = moetailor.make_plan(calibrated, "reap", Budget.parse(keep=6), allocation={0: 7, 1: 5}).nbytes
     with pytest.raises(PlanError) as refusal:
-        moefit.make_plan(calibrated, "reap", Budget.parse(keep=6), allocation={0: 7, 1: 6})
+        moetailor.make_plan(calibrated, "reap", Budget.parse(keep=6), allocation={0: 7, 1: 6})
     each = calibrated.model.stacks[0].expert_bytes + calibrated.model.stacks[0].slot_bytes
     said = f"--allocation: takes {nbytes + each:,} bytes, keep 6 allows {nbytes:,}; keep fewer experts"
     assert str(refusal.value) == said
     with pytest.raises(PlanError, match=r"plan leaves 1 slots but the router picks 2 per token; keep at least 2"):
-        moefit.make_plan(calibrated, "reap", Budget.parse(keep=6), allocation={0: 8, 1: 1})
-    assert moefit.make_plan(calibrated, "mone", Budget.parse(keep=6), allocation={0: 8, 1: 1})
+        moetailor.make_plan(calibrated, "reap", Budget.parse(keep=6), allocation={0: 8, 1: 1})
+    assert moetailor.make_plan(calibrated, "mone", Budget.parse(keep=6), allocation={0: 8, 1: 1})
 
 
 def test_a_size_is_met_within_one_expert(calibration: GetCalibration) -> None:
@@ -203,7 +203,7 @@ def test_a_size_is_met_within_one_expert(calibration: GetCalibration) -> None:
     for removed in range(1, 10):
         size = calibrated.model.nbytes - removed * each + 1
         for rule in RULES:
-            plan = moefit.make_plan(calibrated, "reap", Budget.parse(size=size), allocation=rule)
+            plan = moetailor.make_plan(calibrated, "reap", Budget.parse(size=size), allocation=rule)
             assert size - each < plan.nbytes <= size
 
 
@@ -226,24 +226,24 @@ def test_files_are_read_and_bad_ones_refused(tmp_path: Path) -> None:
 
 def test_what_needs_no_data_is_refused_before_calibration(checkpoint: Get, tmp_path: Path) -> None:
     given = {"method": "reap", "budget": Budget.parse(keep=6)}
-    with pytest.raises(PlanError, match="layers keep different numbers of experts; use --format moefit"):
-        moefit.precheck(checkpoint("olmoe"), tmp_path / "out", allocation="error", format="native", **given)
-    said = moefit.precheck(checkpoint("olmoe"), tmp_path / "out", allocation="error", **given)
+    with pytest.raises(PlanError, match="layers keep different numbers of experts; use --format moetailor"):
+        moetailor.precheck(checkpoint("olmoe"), tmp_path / "out", allocation="error", format="native", **given)
+    said = moetailor.precheck(checkpoint("olmoe"), tmp_path / "out", allocation="error", **given)
     assert "keeps 6 experts on average in 2 of them" in said
-    assert said.endswith("format moefit")
+    assert said.endswith("format moetailor")
     with pytest.raises(PlanError, match=r"nothing is said of layers 1"):
-        moefit.precheck(checkpoint("olmoe"), tmp_path / "out", allocation={0: 8}, **given)
+        moetailor.precheck(checkpoint("olmoe"), tmp_path / "out", allocation={0: 8}, **given)
 
 
 def test_compress_measures_what_errors_are_weighed_by(tmp_path: Path) -> None:
-    text = moefit.TextOptions(data=(str(REFERENCE / "calibration.jsonl"),), sequences=2, length=64)
+    text = moetailor.TextOptions(data=(str(REFERENCE / "calibration.jsonl"),), sequences=2, length=64)
     given = {"text": text, "method": "frequency", "budget": Budget.parse(remove="25%"), "allocation": "error"}
-    measured, plan = moefit.compress(REFERENCE, tmp_path / "out", **given)
+    measured, plan = moetailor.compress(REFERENCE, tmp_path / "out", **given)
     assert set(measured.effects() or ()) == {0, 1, 2, 3}
     counts = [len(plan.by_layer[layer].pool) if layer in plan.by_layer else 32 for layer in range(4)]
     assert sum(counts) == 96
     assert len(set(counts)) > 1
-    assert plan.nbytes == moefit.make_plan(measured, "frequency", Budget.parse(keep=24)).nbytes
+    assert plan.nbytes == moetailor.make_plan(measured, "frequency", Budget.parse(keep=24)).nbytes
     weighed = constant_errors([view_of(measured, layer, ExpertWeights(REFERENCE)) for layer in measured.layers])
     gone = [sorted(worth.tolist())[: 32 - count] for worth, count in zip(weighed, counts, strict=True)]
     stay = [sorted(worth.tolist())[32 - count :] for worth, count in zip(weighed, counts, strict=True)]
@@ -255,7 +255,7 @@ def test_from_the_command_line(
     calibration: GetCalibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def run(*words: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["moefit", *map(str, words)])
+        monkeypatch.setattr(sys, "argv", ["moetailor", *map(str, words)])
         with pytest.raises(SystemExit, match="0"):
             main()
         return capsys.readouterr().err
@@ -266,7 +266,7 @@ def test_from_the_command_line(
     assert "with uniform counts 0." in said
     kept = {int(layer): count for layer, count in json.loads(counts.read_text()).items()}
     run("plan", folder, "-o", plan, "--method", "frequency", "--keep", 6, "--allocation", counts)
-    found = moefit.Plan.load(plan)
+    found = moetailor.Plan.load(plan)
     assert {index: len(found.by_layer[index].pool) if index in found.by_layer else 8 for index in kept} == kept
 
 
@@ -290,7 +290,7 @@ class Says(nn.Module):
 
 def test_overlap_by_hand(tmp_path: Path) -> None:
     # min(.5, .2) + min(.3, .3) + min(.2, .5) = .7
-    batch = moefit.Batch.of(torch.tensor([[0, 1, 2], [2, 1, 0]]))
+    batch = moetailor.Batch.of(torch.tensor([[0, 1, 2], [2, 1, 0]]))
     reference = Reference(tmp_path / "r", [batch]).record(Says([0.5, 0.3, 0.2]))
     assert reference.overlap(Says([0.2, 0.3, 0.5])) == pytest.approx(0.7)
     assert reference.overlap(Says([0.5, 0.3, 0.2])) == pytest.approx(1.0)
@@ -353,33 +353,33 @@ def test_the_best_is_never_lost_and_found_in_the_end() -> None:
 def test_a_stopped_search_ends_as_one_that_was_not(calibration: GetCalibration, tmp_path: Path) -> None:
     calibrated, budget = calibration("olmoe"), Budget.parse(keep=6)
     options = SearchOptions(population=2, generations=8, survivors=1, samples=2)
-    whole = moefit.allocate(calibrated, "reap", budget, tmp_path / "whole.json", options=options)
+    whole = moetailor.allocate(calibrated, "reap", budget, tmp_path / "whole.json", options=options)
 
     def stop(done: int, total: int) -> None:
         if done == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        moefit.allocate(calibrated, "reap", budget, tmp_path / "two.json", options=options, progress=stop)
+        moetailor.allocate(calibrated, "reap", budget, tmp_path / "two.json", options=options, progress=stop)
     assert not (tmp_path / "two.json").exists()
     tried = json.loads((tmp_path / "two.search.json").read_text())["overlap"]
-    resumed = moefit.allocate(calibrated, "reap", budget, tmp_path / "two.json", options=options)
+    resumed = moetailor.allocate(calibrated, "reap", budget, tmp_path / "two.json", options=options)
     assert resumed == whole
     for name in ("{}.json", "{}.search.json"):
         assert (tmp_path / name.format("two")).read_bytes() == (tmp_path / name.format("whole")).read_bytes()
     assert tried.items() < json.loads((tmp_path / "whole.search.json").read_text())["overlap"].items()
     assert whole.overlap >= whole.uniform
     assert sum(whole.counts.values()) == 12
-    with pytest.raises(MoefitError, match="belongs to another search; delete it, or name another --out"):
-        moefit.allocate(calibrated, "frequency", budget, tmp_path / "two.json", options=options)
+    with pytest.raises(MoetailorError, match="belongs to another search; delete it, or name another --out"):
+        moetailor.allocate(calibrated, "frequency", budget, tmp_path / "two.json", options=options)
 
 
 def test_what_cannot_be_searched_is_refused(calibration: GetCalibration, tmp_path: Path) -> None:
     calibrated, out = calibration("olmoe"), tmp_path / "out.json"
     with pytest.raises(PlanError, match="mone drops no slots, which the search needs"):
-        moefit.allocate(calibrated, "mone", Budget.parse(keep=6), out)
+        moetailor.allocate(calibrated, "mone", Budget.parse(keep=6), out)
     with pytest.raises(PlanError, match=r"layers \[1\]: no other layer to give experts to"):
-        moefit.allocate(calibrated, "reap", Budget.parse(keep=6), out, layers=[1])
-    with pytest.raises(MoefitError, match="fewer survive than a population has"):
+        moetailor.allocate(calibrated, "reap", Budget.parse(keep=6), out, layers=[1])
+    with pytest.raises(MoetailorError, match="fewer survive than a population has"):
         SearchOptions(population=4, survivors=4)
     assert list(tmp_path.iterdir()) == []

@@ -11,13 +11,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import moefit
+import moetailor
 from contract.test_families import anatomy_of, eager, load, logits
-from moefit.recovery.anneal import Annealing, beta
-from moefit.runtime.experts import CompressedExperts
+from moetailor.recovery.anneal import Annealing, beta
+from moetailor.runtime.experts import CompressedExperts
 
 Get = Callable[[str], Path]
-GetCalibration = Callable[[str], moefit.Calibration]
+GetCalibration = Callable[[str], moetailor.Calibration]
 FAMILIES = ["olmoe", "gpt_oss", "deepseek_v3", "nemotron_h"]
 
 
@@ -37,8 +37,8 @@ def test_the_schedules_by_hand() -> None:
 
 @pytest.mark.parametrize("share", [-0.1, 1.5, math.nan])
 def test_shares_that_mean_nothing_are_refused(share: float) -> None:
-    with pytest.raises(moefit.MoefitError, match="above 0 and at most 1"):
-        moefit.RecoveryOptions(anneal=share).check()
+    with pytest.raises(moetailor.MoetailorError, match="above 0 and at most 1"):
+        moetailor.RecoveryOptions(anneal=share).check()
 
 
 def models(
@@ -47,13 +47,13 @@ def models(
     teacher = load(checkpoint(name))
     anatomy = anatomy_of(teacher)
     keep = calibration(name).model.stacks[0].num_experts - 2
-    plan = moefit.make_plan(
+    plan = moetailor.make_plan(
         calibration(name),
         "lightmoe",
-        moefit.Budget.parse(keep=keep),
+        moetailor.Budget.parse(keep=keep),
         parameters={"rank": 2, "bases": 2, "select": "count", "start": start},
     )
-    student = eager(moefit.apply(plan, load(checkpoint(name)), calibration=calibration(name)))
+    student = eager(moetailor.apply(plan, load(checkpoint(name)), calibration=calibration(name)))
     return student, teacher, Annealing(anatomy, 0.5)
 
 
@@ -116,21 +116,21 @@ def test_all_that_trains_gets_a_gradient_and_the_originals_go(checkpoint: Get, c
 
 def test_without_low_rank_experts_there_is_nothing_to_anneal(checkpoint: Get) -> None:
     model = load(checkpoint("olmoe"))
-    with pytest.raises(moefit.MoefitError, match="no low-rank experts"):
+    with pytest.raises(moetailor.MoetailorError, match="no low-rank experts"):
         Annealing(anatomy_of(model), 0.2).attach(model, model)
 
 
 def test_other_answers_cannot_be_annealed(checkpoint: Get, calibration: GetCalibration) -> None:
-    plan = moefit.make_plan(
+    plan = moetailor.make_plan(
         calibration("olmoe"),
         "lightmoe",
-        moefit.Budget.parse(keep=6),
+        moetailor.Budget.parse(keep=6),
         parameters={"rank": 2, "bases": 2, "select": "count"},
     )
     teacher = load(checkpoint("olmoe"))
-    student = eager(moefit.apply(plan, load(checkpoint("olmoe")), calibration=calibration("olmoe")))
+    student = eager(moetailor.apply(plan, load(checkpoint("olmoe")), calibration=calibration("olmoe")))
     for part in student.modules():
         if isinstance(part, CompressedExperts):
             part.slots = replace(part.slots, slots=(-1, *part.slots.slots[1:]), constants=1)
-    with pytest.raises(moefit.MoefitError, match="1 slots with other answers and 0 dropped ones"):
+    with pytest.raises(moetailor.MoetailorError, match="1 slots with other answers and 0 dropped ones"):
         Annealing(anatomy_of(teacher), 0.2).attach(student, teacher)

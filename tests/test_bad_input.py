@@ -22,12 +22,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-import moefit
+import moetailor
 from families import REFUSED, tiny_config, tiny_model
-from moefit.checkpoint.files import INDEX, SINGLE, open_checkpoint
-from moefit.checkpoint.loader import quiet_transformers
-from moefit.errors import CheckpointError
-from moefit_cli import app
+from moetailor.checkpoint.files import INDEX, SINGLE, open_checkpoint
+from moetailor.checkpoint.loader import quiet_transformers
+from moetailor.errors import CheckpointError
+from moetailor_cli import app
 
 REFERENCE = Path(__file__).parents[1] / "examples" / "reference-moe"
 VOCABULARY = 4096
@@ -63,7 +63,7 @@ Edit = Callable[[Any], object]
 @pytest.fixture
 def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
     def run(*arguments: object) -> Run:
-        monkeypatch.setattr(sys, "argv", ["moefit", *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", ["moetailor", *map(str, arguments)])
         capsys.readouterr()
         code: Any = 0
         try:
@@ -140,10 +140,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     original = save("qwen2_moe", folder / "original")
     lines = (REFERENCE / "calibration.jsonl").read_text().splitlines()[:6]
     (folder / "text.jsonl").write_text("\n".join(lines) + "\n")
-    text = moefit.TextOptions(data=(str(folder / "text.jsonl"),), sequences=6, length=48, batch_size=2)
-    calibration = moefit.calibrate(original, folder / "calibration", text=text)
+    text = moetailor.TextOptions(data=(str(folder / "text.jsonl"),), sequences=6, length=48, batch_size=2)
+    calibration = moetailor.calibrate(original, folder / "calibration", text=text)
     for method in ("reap", "mone"):
-        moefit.make_plan(calibration, method, moefit.Budget(keep=6)).save(folder / f"{method}.json")
+        moetailor.make_plan(calibration, method, moetailor.Budget(keep=6)).save(folder / f"{method}.json")
     return World(original, folder / "text.jsonl", folder / "calibration", folder / "reap.json", folder / "mone.json")
 
 
@@ -155,10 +155,10 @@ def sibling(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def compressed(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A result in the moefit format."""
+    """A result in the moetailor format."""
     out = tmp_path_factory.mktemp("compressed") / "compressed"
-    calibration = moefit.Calibration.open(world.calibration)
-    return moefit.apply(moefit.Plan.load(world.mone), world.original, out, calibration=calibration)
+    calibration = moetailor.Calibration.open(world.calibration)
+    return moetailor.apply(moetailor.Plan.load(world.mone), world.original, out, calibration=calibration)
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +167,7 @@ def grouped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("grouped")
     original = save("deepseek_v3", folder / "original")
     ids = torch.randint(3, VOCABULARY, (4, 32), generator=torch.Generator().manual_seed(0))
-    moefit.calibrate(original, folder / "calibration", text=[moefit.Batch.of(ids)])
+    moetailor.calibrate(original, folder / "calibration", text=[moetailor.Batch.of(ids)])
     return original, folder / "calibration"
 
 
@@ -365,25 +365,27 @@ def test_quantized_source_is_refused_by_name(cli: Cli, world: World, tmp_path: P
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
-def test_result_of_moefit_can_be_inspected(cli: Cli, compressed: Path) -> None:
+def test_result_of_moetailor_can_be_inspected(cli: Cli, compressed: Path) -> None:
     found = json.loads(cli("inspect", compressed, "--json").out)
     assert [(layer["slots"], layer["experts"], layer["stand_ins"]) for layer in found["moe"]] == [(8, 6, 2)] * LAYERS
 
 
-def test_result_of_moefit_is_refused_as_an_original(cli: Cli, world: World, compressed: Path, tmp_path: Path) -> None:
-    said = "this checkpoint is already compressed by moefit; give the original instead"
+def test_result_of_moetailor_is_refused_as_an_original(
+    cli: Cli, world: World, compressed: Path, tmp_path: Path
+) -> None:
+    said = "this checkpoint is already compressed by moetailor; give the original instead"
     assert cli(*world.compress(compressed, tmp_path / "new", "--keep", 4)).refusal == said
     assert cli(*world.calibrate(compressed, tmp_path / "new")).refusal == said
     assert cli("apply", compressed, world.reap, "-o", tmp_path / "new").refusal == said
     refusal = cli(*world.evaluate(compressed, compressed)).refusal
-    assert refusal == f"{compressed}: was written by moefit; --against takes the original"
+    assert refusal == f"{compressed}: was written by moetailor; --against takes the original"
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
     ("edit", "said"),
     [
-        (lambda entry: entry.update(version=2), "is of moefit format 2, this moefit reads up to 1; update it"),
+        (lambda entry: entry.update(version=2), "is of moetailor format 2, this moetailor reads up to 1; update it"),
         (lambda entry: entry["layers"]["0"].update(bases=1), "slot map has unknown keys ['bases']: written by a later"),
         (
             lambda entry: entry["layers"].update({"9": entry["layers"]["0"]}),
@@ -391,7 +393,7 @@ def test_result_of_moefit_is_refused_as_an_original(cli: Cli, world: World, comp
         ),
     ],
 )
-def test_result_of_a_later_moefit_is_refused(
+def test_result_of_a_later_moetailor_is_refused(
     cli: Cli, world: World, compressed: Path, tmp_path: Path, edit: Edit, said: str
 ) -> None:
     later = Path(shutil.copytree(compressed, tmp_path / "later"))
@@ -496,7 +498,7 @@ def test_text_is_refused_before_weights_are_loaded(
     def load(*arguments: object, **options: object) -> None:
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr(sys.modules["moefit.calibration.calibrate"], "load_model", load)
+    monkeypatch.setattr(sys.modules["moetailor.calibration.calibrate"], "load_model", load)
     (tmp_path / "t.jsonl").write_text("{nope\n")
     call = world.calibrate if verb == "calibrate" else world.compress
     more = () if verb == "calibrate" else ("--keep", 6)
@@ -593,10 +595,10 @@ def test_expert_that_no_token_reached_is_noted_and_every_method_goes_on(cli: Cli
         assert note in ran.err
         assert (out / "config.json").exists()
     # The constant of an expert without a token is zero.
-    moefit.make_plan(
-        moefit.Calibration.open(tmp_path / "calibration"), "mone", moefit.Budget(keep=4), protect=[(1, 0)]
+    moetailor.make_plan(
+        moetailor.Calibration.open(tmp_path / "calibration"), "mone", moetailor.Budget(keep=4), protect=[(1, 0)]
     ).save(tmp_path / "plan.json")
-    plan = moefit.Plan.load(tmp_path / "plan.json").by_layer[1]
+    plan = moetailor.Plan.load(tmp_path / "plan.json").by_layer[1]
     assert 3 in plan.stand_ins
     arguments = ("apply", model, tmp_path / "plan.json", "-o", tmp_path / "out", "--calibration")
     assert cli(*arguments, tmp_path / "calibration").code == 0
@@ -643,11 +645,13 @@ def test_unknown_method_or_parameter_is_refused_with_and_without_data(
 
 
 def test_parameter_of_another_type_is_refused_from_python(world: World) -> None:
-    calibration, budget = moefit.Calibration.open(world.calibration), moefit.Budget(keep=6)
-    with pytest.raises(moefit.PlanError, match=r"method 'random': seed=1.5 is not of type int \(default 0\)"):
-        moefit.make_plan(calibration, "random", budget, parameters={"seed": 1.5})
-    with pytest.raises(moefit.PlanError, match=r"method 'mone': shrinkage=None is not of type float \(default 0.0\)"):
-        moefit.make_plan(calibration, "mone", budget, parameters={"shrinkage": None})
+    calibration, budget = moetailor.Calibration.open(world.calibration), moetailor.Budget(keep=6)
+    with pytest.raises(moetailor.PlanError, match=r"method 'random': seed=1.5 is not of type int \(default 0\)"):
+        moetailor.make_plan(calibration, "random", budget, parameters={"seed": 1.5})
+    with pytest.raises(
+        moetailor.PlanError, match=r"method 'mone': shrinkage=None is not of type float \(default 0.0\)"
+    ):
+        moetailor.make_plan(calibration, "mone", budget, parameters={"shrinkage": None})
 
 
 @pytest.mark.parametrize(
@@ -701,7 +705,7 @@ def test_size_below_the_least_possible_names_the_least(cli: Cli, world: World, t
     assert f"a budget of {least - 1:,} bytes" in refusal
     assert f"{least:,} bytes; ask for at least that" in refusal
     assert cli(*world.plan(tmp_path / "plan.json", "--size", least, method=method)).code == 0
-    assert moefit.Plan.load(tmp_path / "plan.json").nbytes == least
+    assert moetailor.Plan.load(tmp_path / "plan.json").nbytes == least
 
 
 def test_more_protected_than_kept_is_refused_without_data(cli: Cli, world: World, tmp_path: Path) -> None:
@@ -755,11 +759,11 @@ def test_choice_that_is_none_is_a_usage_error(cli: Cli, world: World, tmp_path: 
 
 
 def test_choice_that_is_none_is_refused_from_python(world: World, tmp_path: Path) -> None:
-    text = moefit.TextOptions(data=(str(world.text),))
-    with pytest.raises(moefit.CalibrationError, match="'dsk'; did you mean 'disk'"):
-        moefit.calibrate(world.original, tmp_path / "new", text=text, states="dsk")  # type: ignore[arg-type]
-    with pytest.raises(moefit.PlanError, match="unknown format 'naitve'"):
-        moefit.apply(moefit.Plan.load(world.reap), world.original, tmp_path / "out", format="naitve")
+    text = moetailor.TextOptions(data=(str(world.text),))
+    with pytest.raises(moetailor.CalibrationError, match="'dsk'; did you mean 'disk'"):
+        moetailor.calibrate(world.original, tmp_path / "new", text=text, states="dsk")  # type: ignore[arg-type]
+    with pytest.raises(moetailor.PlanError, match="unknown format 'naitve'"):
+        moetailor.apply(moetailor.Plan.load(world.reap), world.original, tmp_path / "out", format="naitve")
     assert not list(tmp_path.iterdir())
 
 
@@ -862,7 +866,7 @@ def test_plan_fits_the_same_model_in_another_dtype(cli: Cli, world: World, tmp_p
     found = cli(*call, "--allow-other-weights")
     assert found.code == 0
     # The plan's bytes are counted anew: it was made for numbers of four bytes.
-    carried, planned = (moefit.Plan.load(file) for file in (tmp_path / "out" / "moefit_plan.json", world.mone))
+    carried, planned = (moetailor.Plan.load(file) for file in (tmp_path / "out" / "moetailor_plan.json", world.mone))
     assert carried.nbytes < planned.nbytes
     assert f"{carried.nbytes / 1000:.2f} kB, the original has {carried.model.nbytes / 1000:.2f} kB" in found.err
 
@@ -891,7 +895,7 @@ def test_balance_above_one_is_refused(cli: Cli, world: World, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("edit", "said"),
     [
-        (lambda plan: plan.update(version=2), "{file}: a plan of version 2, this moefit reads version 1"),
+        (lambda plan: plan.update(version=2), "{file}: a plan of version 2, this moetailor reads version 1"),
         (lambda plan: plan.pop("layers"), "{file}: not a complete plan (KeyError('layers'))"),
         (lambda plan: plan.update(layers=[]), "{file}: not a complete plan"),
         (
@@ -936,7 +940,7 @@ def test_edited_plan_that_does_not_work_is_refused(
 
 def test_file_that_is_no_plan_is_refused(cli: Cli, world: World, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    said = "not a plan; make one with `moefit plan`"
+    said = "not a plan; make one with `moetailor plan`"
     manifest = world.calibration / "calibration.json"
     assert cli("apply", world.original, manifest, "-o", out).refusal == f"{manifest}: {said}"
     assert cli("apply", world.original, world.text, "-o", out).refusal.startswith(f"{world.text}: not JSON (")
@@ -983,7 +987,7 @@ def test_edited_method_or_parameter_is_refused_before_writing(
     def write(*arguments: object) -> None:
         raise AssertionError("weights were written")
 
-    monkeypatch.setattr("moefit.transform.disk.write_shards", write)
+    monkeypatch.setattr("moetailor.transform.disk.write_shards", write)
     file = plan(edit, "mone")
     ran = cli("apply", world.original, file, "-o", tmp_path / "out", "--calibration", world.calibration)
     assert ran.refusal.startswith(said)
@@ -1007,7 +1011,7 @@ def test_constants_need_the_calibration_of_the_plan(cli: Cli, world: World, sibl
 def test_native_format_cannot_hold_constants(cli: Cli, world: World, tmp_path: Path) -> None:
     said = (
         "format native holds dropped slots only, the same number in every MoE layer; "
-        "this plan keeps [6] experts in 2 of 2 layers and has stand-ins or remaps; use --format moefit"
+        "this plan keeps [6] experts in 2 of 2 layers and has stand-ins or remaps; use --format moetailor"
     )
     out = tmp_path / "out"
     call = ("apply", world.original, world.mone, "-o", out, "--calibration", world.calibration, "--format", "native")
@@ -1020,7 +1024,7 @@ def test_native_format_cannot_hold_counts_that_differ(cli: Cli, world: World, tm
     call = world.compress(world.original, tmp_path / "out", "--keep", 6, "--layers", "1", "--format", "native")
     assert cli(*call).refusal == (
         "format native holds dropped slots only, the same number in every MoE layer; "
-        "this plan keeps [6] experts in 1 of 2 layers; use --format moefit"
+        "this plan keeps [6] experts in 1 of 2 layers; use --format moetailor"
     )
 
 
@@ -1077,9 +1081,9 @@ def test_folder_that_is_no_calibration_is_refused(cli: Cli, world: World, tmp_pa
         "[1]",
         "3",
         "{}",
-        '{"format": "moefit-calibration", "version": 2}',
-        '{"format": "moefit-calibration", "version": 1}',
-        '{"format": "moefit-calibration", "version": 1, "model": {}, "fingerprint": {}}',
+        '{"format": "moetailor-calibration", "version": 2}',
+        '{"format": "moetailor-calibration", "version": 1}',
+        '{"format": "moetailor-calibration", "version": 1, "model": {}, "fingerprint": {}}',
     ],
 )
 def test_damaged_manifest_is_refused(cli: Cli, world: World, calibration: Path, manifest: str) -> None:
@@ -1147,12 +1151,12 @@ def test_existing_folder_is_refused_untouched(cli: Cli, world: World, old: Path,
     assert cli(*calls[verb]).refusal == f"{old}: exists; choose another folder or pass --overwrite"
     assert state(tmp_path) == {"out/config.json": b"old"}
     assert cli(*calls[verb], "--overwrite").code == 0
-    assert (old / "moefit_plan.json").exists()
+    assert (old / "moetailor_plan.json").exists()
     assert not (tmp_path / "out.partial").exists()
 
 
 @pytest.mark.parametrize(
-    "target", ["moefit.checkpoint.writer._write_shard", "moefit.transform.disk.provenance", "os.fsync"]
+    "target", ["moetailor.checkpoint.writer._write_shard", "moetailor.transform.disk.provenance", "os.fsync"]
 )
 def test_full_disk_in_the_middle_keeps_the_old_result(
     cli: Cli, world: World, old: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str
@@ -1173,7 +1177,7 @@ def test_result_that_fails_its_check_does_not_replace_the_old_one(
     def verify(*arguments: object, **options: object) -> None:
         raise CheckpointError("decoder layer 1 gives values that are not finite")
 
-    for module in ("moefit.transform.apply", "moefit.transform.disk"):
+    for module in ("moetailor.transform.apply", "moetailor.transform.disk"):
         monkeypatch.setattr(sys.modules[module], "verify_result", verify, raising=False)
     call = world.compress(world.original, old, "--keep", 6, "--overwrite", "--calibration", world.calibration)
     assert cli(*call).refusal == "decoder layer 1 gives values that are not finite"
@@ -1185,7 +1189,7 @@ def test_too_small_a_disk_is_refused_before_writing(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    planned = moefit.Plan.load(world.reap).nbytes
+    planned = moetailor.Plan.load(world.reap).nbytes
     refusal = cli("apply", world.original, world.reap, "-o", old, "--overwrite").refusal
     assert refusal == f"{old}: the result has {planned:,} bytes, the disk has 1,000 free"
     assert state(tmp_path) == {"out/config.json": b"old"}
@@ -1303,7 +1307,7 @@ def test_scores_that_could_not_be_written_are_not_measured(
     def evaluate(*arguments: object, **options: object) -> None:
         raise AssertionError("the models were run")
 
-    monkeypatch.setattr(moefit, "evaluate", evaluate)
+    monkeypatch.setattr(moetailor, "evaluate", evaluate)
     file = tmp_path / "none" / "scores.json"
     assert str(file.parent) in cli(*world.evaluate(world.original, world.original, "--json", file)).refusal
 
@@ -1326,7 +1330,7 @@ def test_stopped_run_says_so_and_leaves_nothing(
     def stop(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("moefit.checkpoint.writer._write_shard", stop)
+    monkeypatch.setattr("moetailor.checkpoint.writer._write_shard", stop)
     ran = cli("apply", world.original, world.reap, "-o", tmp_path / "out")
     assert ran.code == 130
     assert ran.err.strip() == "error: stopped; run the same command again to go on"
@@ -1339,7 +1343,7 @@ def test_mistake_of_our_own_is_no_refusal(
     def fail(*arguments: object) -> None:
         raise RuntimeError("ours")
 
-    monkeypatch.setattr("moefit.checkpoint.writer._write_shard", fail)
+    monkeypatch.setattr("moetailor.checkpoint.writer._write_shard", fail)
     with pytest.raises(RuntimeError, match="ours"):
         cli("apply", world.original, world.reap, "-o", tmp_path / "out")
     assert not list(tmp_path.iterdir())
@@ -1354,7 +1358,7 @@ def test_unknown_verb_and_option_are_usage_errors(cli: Cli, world: World) -> Non
 
 def test_refusal_in_a_process_of_its_own(world: World, tmp_path: Path) -> None:
     call = ("apply", world.original, world.mone, "-o", tmp_path / "out")
-    code = "from moefit_cli.app import main; main()"
+    code = "from moetailor_cli.app import main; main()"
     ran = subprocess.run(
         [sys.executable, "-c", code, *map(str, call)], capture_output=True, text=True, timeout=120, check=False
     )

@@ -4,8 +4,8 @@ from fractions import Fraction
 
 import pytest
 
-from moefit.errors import PlanError
-from moefit.planning.budget import Budget, parse_bytes, parse_share
+from moetailor.errors import PlanError
+from moetailor.planning.budget import Budget, parse_bytes, parse_share
 
 
 @pytest.mark.parametrize(

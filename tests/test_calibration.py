@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-import moefit
+import moetailor
 from conftest import token_batches
 from families import tiny_model
-from moefit.calibration.statistics import Sample, Sums, _splitmix64, sample_keys
+from moetailor.calibration.statistics import Sample, Sums, _splitmix64, sample_keys
 
 Get = Callable[[str], Path]
-GetCalibration = Callable[[str], moefit.Calibration]
+GetCalibration = Callable[[str], moetailor.Calibration]
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -30,10 +30,10 @@ def assert_sums_close(one: Sums, other: Sums) -> None:
 
 def test_two_texts_add_up_to_both(checkpoint: Get, tmp_path: Path) -> None:
     batches = token_batches(3)
-    options = moefit.SampleOptions(tokens=20)
-    whole = moefit.calibrate(checkpoint("olmoe"), tmp_path / "whole", text=batches, sample=options)
-    first = moefit.calibrate(checkpoint("olmoe"), tmp_path / "first", text=batches[:1], sample=options)
-    second = moefit.calibrate(checkpoint("olmoe"), tmp_path / "second", text=batches[1:], sample=options)
+    options = moetailor.SampleOptions(tokens=20)
+    whole = moetailor.calibrate(checkpoint("olmoe"), tmp_path / "whole", text=batches, sample=options)
+    first = moetailor.calibrate(checkpoint("olmoe"), tmp_path / "first", text=batches[:1], sample=options)
+    second = moetailor.calibrate(checkpoint("olmoe"), tmp_path / "second", text=batches[1:], sample=options)
     for layer in whole.layers:
         assert_sums_close(first.sums(layer) + second.sums(layer), whole.sums(layer))
         merged = first.sample(layer).merged(second.sample(layer), 20)
@@ -44,8 +44,8 @@ def test_two_texts_add_up_to_both(checkpoint: Get, tmp_path: Path) -> None:
 
 def test_the_sample_is_the_smallest_keys(calibration: GetCalibration, checkpoint: Get, tmp_path: Path) -> None:
     batches = token_batches()
-    small = moefit.calibrate(
-        checkpoint("olmoe"), tmp_path / "small", text=batches, sample=moefit.SampleOptions(tokens=7)
+    small = moetailor.calibrate(
+        checkpoint("olmoe"), tmp_path / "small", text=batches, sample=moetailor.SampleOptions(tokens=7)
     )
     every = torch.cat([sample_keys(batch.document, batch.position, 0).flatten() for batch in batches])
     assert torch.equal(small.sample(0).key, every.sort().values[:7])
@@ -67,8 +67,8 @@ def test_padding_never_counts(checkpoint: Get, tmp_path: Path) -> None:
     ids = token_batches(1)[0].input_ids[:1]
     padded = torch.cat([ids, torch.zeros(1, 5, dtype=torch.long)], 1)
     mask = torch.cat([torch.ones_like(ids), torch.zeros(1, 5, dtype=torch.long)], 1)
-    plain = moefit.calibrate(checkpoint("olmoe"), tmp_path / "plain", text=[moefit.Batch.of(ids)])
-    masked = moefit.calibrate(checkpoint("olmoe"), tmp_path / "masked", text=[moefit.Batch.of(padded, mask)])
+    plain = moetailor.calibrate(checkpoint("olmoe"), tmp_path / "plain", text=[moetailor.Batch.of(ids)])
+    masked = moetailor.calibrate(checkpoint("olmoe"), tmp_path / "masked", text=[moetailor.Batch.of(padded, mask)])
     for layer in plain.layers:
         assert_sums_close(plain.sums(layer), masked.sums(layer))
         assert len(masked.sample(layer).key) == 12
@@ -79,7 +79,7 @@ def test_masked_tokens_do_not_count(checkpoint: Get, tmp_path: Path) -> None:
     counted = torch.ones_like(batch.counted)
     counted[:, 0] = False
     part = dataclasses.replace(batch, counted=counted)
-    calibration = moefit.calibrate(checkpoint("olmoe"), tmp_path / "part", text=[part])
+    calibration = moetailor.calibrate(checkpoint("olmoe"), tmp_path / "part", text=[part])
     assert float(calibration.sums(0).tokens) == 22
     assert float(calibration.sums(0).count.sum()) == 44
     assert len(calibration.sample(0).key) == 22
@@ -91,7 +91,7 @@ def test_a_stopped_run_resumes_to_the_same_bytes(
 ) -> None:
     """Stop at the n-th step that finishes something (a layer's file, a set of hidden states, the manifest)."""
     source, batches = checkpoint("deepseek_v3"), token_batches()
-    moefit.calibrate(source, tmp_path / "whole", text=batches, stream=stream)
+    moetailor.calibrate(source, tmp_path / "whole", text=batches, stream=stream)
     real, calls = Path.rename, 0
 
     def stopping(self: Path, target: Path) -> Path:
@@ -104,18 +104,18 @@ def test_a_stopped_run_resumes_to_the_same_bytes(
 
     monkeypatch.setattr(Path, "rename", stopping)
     with pytest.raises(KeyboardInterrupt):
-        moefit.calibrate(source, tmp_path / "stopped", text=batches, stream=stream)
+        moetailor.calibrate(source, tmp_path / "stopped", text=batches, stream=stream)
     monkeypatch.setattr(Path, "rename", real)
-    with pytest.raises(moefit.CalibrationError, match=r"not finished|no calibration folder"):
-        moefit.Calibration.open(tmp_path / "stopped")
-    moefit.calibrate(source, tmp_path / "stopped", text=batches, stream=stream)
+    with pytest.raises(moetailor.CalibrationError, match=r"not finished|no calibration folder"):
+        moetailor.Calibration.open(tmp_path / "stopped")
+    moetailor.calibrate(source, tmp_path / "stopped", text=batches, stream=stream)
     assert digests(tmp_path / "stopped") == digests(tmp_path / "whole")
 
 
 def test_a_finished_run_is_not_run_again(checkpoint: Get, calibration: GetCalibration) -> None:
     done = calibration("olmoe")
     calls: list[tuple[int, int]] = []
-    again = moefit.calibrate(
+    again = moetailor.calibrate(
         checkpoint("olmoe"), done.folder, text=token_batches(), residual=True, progress=lambda *at: calls.append(at)
     )
     assert again == done
@@ -124,13 +124,15 @@ def test_a_finished_run_is_not_run_again(checkpoint: Get, calibration: GetCalibr
 
 def test_another_run_in_the_same_folder_is_refused(checkpoint: Get, calibration: GetCalibration) -> None:
     folder = calibration("olmoe").folder
-    with pytest.raises(moefit.CalibrationError, match=r"another calibration \(text differ"):
-        moefit.calibrate(checkpoint("olmoe"), folder, text=token_batches(3))
+    with pytest.raises(moetailor.CalibrationError, match=r"another calibration \(text differ"):
+        moetailor.calibrate(checkpoint("olmoe"), folder, text=token_batches(3))
 
 
 def test_progress_counts_to_the_end(checkpoint: Get, tmp_path: Path) -> None:
     calls: list[tuple[int, int]] = []
-    moefit.calibrate(checkpoint("olmoe"), tmp_path / "c", text=token_batches(), progress=lambda *at: calls.append(at))
+    moetailor.calibrate(
+        checkpoint("olmoe"), tmp_path / "c", text=token_batches(), progress=lambda *at: calls.append(at)
+    )
     assert calls == [(done, 4) for done in range(1, 5)]
 
 
@@ -138,18 +140,18 @@ def test_a_model_in_memory_gives_the_numbers_of_its_checkpoint(
     checkpoint: Get, calibration: GetCalibration, tmp_path: Path
 ) -> None:
     model = tiny_model("olmoe")
-    mine = moefit.calibrate(model, tmp_path / "mine", text=token_batches(), residual=True)
+    mine = moetailor.calibrate(model, tmp_path / "mine", text=token_batches(), residual=True)
     for layer in mine.layers:
         assert_sums_close(mine.sums(layer), calibration("olmoe").sums(layer))
     assert [dataclasses.asdict(s) for s in mine.model.stacks] == [
         dataclasses.asdict(s) for s in calibration("olmoe").model.stacks
     ]
-    with pytest.raises(moefit.PlanError, match="calibrated in memory; pass weights="):
-        moefit.make_plan(mine, "conmoe", moefit.Budget.parse(keep=6))
+    with pytest.raises(moetailor.PlanError, match="calibrated in memory; pass weights="):
+        moetailor.make_plan(mine, "conmoe", moetailor.Budget.parse(keep=6))
     # The hooks are gone: the model runs as before.
     assert all("forward" not in vars(module) for module in model.modules())
-    plan = moefit.make_plan(mine, "mone", moefit.Budget.parse(keep=6), weights=moefit.ExpertWeights(model))
-    assert moefit.apply(plan, model, calibration=mine) is model
+    plan = moetailor.make_plan(mine, "mone", moetailor.Budget.parse(keep=6), weights=moetailor.ExpertWeights(model))
+    assert moetailor.apply(plan, model, calibration=mine) is model
 
 
 def test_merging_keeps_the_first_of_equal_keys() -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-import moefit
-from moefit_cli.app import main
+import moetailor
+from moetailor_cli.app import main
 
 REFERENCE = Path(__file__).parent.parent / "examples" / "reference-moe"
 TEXT = ["--data", str(REFERENCE / "calibration.jsonl"), "--sequences", "4", "--length", "64"]
@@ -18,7 +18,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """Return a function that runs a command and gives exit code, stdout and stderr."""
 
     def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["moefit", *map(str, words)])
+        monkeypatch.setattr(sys, "argv", ["moetailor", *map(str, words)])
         code = 0
         try:
             main()
@@ -36,7 +36,7 @@ def test_stage_by_stage(run, tmp_path: Path) -> None:
     code, _, err = run("plan", calib, "-o", plan, "--method", "mone", "--remove", "25%", "-p", "score=exact")
     assert code == 0
     assert "24 of 32 experts stay, 8 constant" in err
-    assert moefit.Plan.load(plan).parameters["score"] == "exact"
+    assert moetailor.Plan.load(plan).parameters["score"] == "exact"
     code, _, err = run("apply", REFERENCE, plan, "-o", out, "--calibration", calib)
     assert code == 0
     assert "13.44 MB, the original has 16.96 MB" in err
@@ -53,9 +53,9 @@ def test_compress_is_the_same_as_the_stages(run, tmp_path: Path) -> None:
     code, _, err = run("compress", REFERENCE, "-o", tmp_path / "out", "--method", "reap", "--remove", "50%", *TEXT)
     assert code == 0
     assert "opened again and run once" in err
-    calibration = moefit.Calibration.open(tmp_path / "out.calibration")
-    plan = moefit.make_plan(calibration, "reap", moefit.Budget.parse(remove="50%"))
-    assert moefit.Plan.load(tmp_path / "out" / "moefit_plan.json") == plan
+    calibration = moetailor.Calibration.open(tmp_path / "out.calibration")
+    plan = moetailor.make_plan(calibration, "reap", moetailor.Budget.parse(remove="50%"))
+    assert moetailor.Plan.load(tmp_path / "out" / "moetailor_plan.json") == plan
 
 
 def test_compare_prints_a_ranking_and_what_failed(run, tmp_path: Path) -> None:
@@ -138,4 +138,4 @@ def test_wrong_usage_exits_with_2_and_wrong_input_with_1(run, tmp_path: Path) ->
 
 
 def test_version(run) -> None:
-    assert run("--version")[1].strip() == f"moefit {moefit.__version__}"
+    assert run("--version")[1].strip() == f"moetailor {moetailor.__version__}"

@@ -12,33 +12,33 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import moefit
+import moetailor
 from conftest import token_batches
 from families import tiny_model
-from moefit.calibration.domains import sampled_domains
-from moefit.calibration.statistics import sample_keys
-from moefit.checkpoint.anatomy import discover
-from moefit.checkpoint.models import load_tokenizer
-from moefit.checkpoint.weights import ExpertWeights
-from moefit.comparison import compare as compare_module
-from moefit.comparison.bench import Bench
-from moefit.comparison.cells import cells_of
-from moefit.comparison.probe import Probe
-from moefit.comparison.results import letters, ranked, spearman, usage
-from moefit.methods.run import view_of
-from moefit.planning.slot_map import Auxiliary
-from moefit.planning.slots import LayerPlan, Slot
+from moetailor.calibration.domains import sampled_domains
+from moetailor.calibration.statistics import sample_keys
+from moetailor.checkpoint.anatomy import discover
+from moetailor.checkpoint.models import load_tokenizer
+from moetailor.checkpoint.weights import ExpertWeights
+from moetailor.comparison import compare as compare_module
+from moetailor.comparison.bench import Bench
+from moetailor.comparison.cells import cells_of
+from moetailor.comparison.probe import Probe
+from moetailor.comparison.results import letters, ranked, spearman, usage
+from moetailor.methods.run import view_of
+from moetailor.planning.slot_map import Auxiliary
+from moetailor.planning.slots import LayerPlan, Slot
 
 REFERENCE = Path(__file__).parent.parent / "examples" / "reference-moe"
 Get = Callable[[str], Path]
-GetCalibration = Callable[[str], moefit.Calibration]
-TEXT = moefit.TextOptions(data=(str(REFERENCE / "calibration.jsonl"),), sequences=4, length=64)
-HELD_OUT = moefit.TextOptions(data=(str(REFERENCE / "heldout.jsonl"),), sequences=4, length=64, batch_size=2)
+GetCalibration = Callable[[str], moetailor.Calibration]
+TEXT = moetailor.TextOptions(data=(str(REFERENCE / "calibration.jsonl"),), sequences=4, length=64)
+HELD_OUT = moetailor.TextOptions(data=(str(REFERENCE / "heldout.jsonl"),), sequences=4, length=64, batch_size=2)
 
 
 def run(out: Path, methods: str = "mone,conmoe:scope=2", remove: str = "25%,50%", **given: Any) -> dict:
     options = {"model": REFERENCE, "text": TEXT, "held_out": HELD_OUT} | given
-    return moefit.compare(out=out, methods=methods.split(","), remove=remove.split(","), **options)
+    return moetailor.compare(out=out, methods=methods.split(","), remove=remove.split(","), **options)
 
 
 @pytest.fixture(scope="module")
@@ -64,13 +64,13 @@ def test_a_cell_has_the_numbers_of_the_stages_done_by_hand(tmp_path: Path) -> No
     AutoModelForCausalLM.from_pretrained(REFERENCE, dtype=torch.float32).save_pretrained(original)
     load_tokenizer(REFERENCE).save_pretrained(original)
     results = run(out, "mone,linear:rank=2,reap", "50%", model=original)
-    calibration = moefit.Calibration.open(out / "calibration")
+    calibration = moetailor.Calibration.open(out / "calibration")
     for cell in results["cells"]:
         small = tmp_path / cell["method"]
-        budget = moefit.Budget.parse(remove="50%")
-        plan = moefit.make_plan(calibration, cell["method"], budget, parameters=cell["parameters"])
-        moefit.apply(plan, original, small, calibration=calibration)
-        scores = moefit.evaluate(small, original, text=HELD_OUT)
+        budget = moetailor.Budget.parse(remove="50%")
+        plan = moetailor.make_plan(calibration, cell["method"], budget, parameters=cell["parameters"])
+        moetailor.apply(plan, original, small, calibration=calibration)
+        scores = moetailor.evaluate(small, original, text=HELD_OUT)
         domains = {name: part.to_json() for name, part in scores.domains.items()}
         assert cell["fidelity"] == {"": scores.overall.to_json()} | domains
         assert (cell["nbytes"], cell["native"]) == (plan.nbytes, plan.native)
@@ -124,7 +124,7 @@ def test_a_finished_comparison_runs_nothing_and_takes_more_methods(
     monkeypatch.setattr(
         Bench, "measure", lambda self, cell, *rest: measured.append(cell.method) or whole(self, cell, *rest)
     )
-    monkeypatch.setattr("moefit.comparison.bench.load_model", lambda *a, **k: pytest.fail("loaded a model"))
+    monkeypatch.setattr("moetailor.comparison.bench.load_model", lambda *a, **k: pytest.fail("loaded a model"))
     assert timeless(run(out)) == timeless(done[1])
     assert measured == []
     monkeypatch.undo()
@@ -157,8 +157,8 @@ def test_the_original_stays_what_it_is(calibration: GetCalibration, checkpoint: 
     bench = Bench.__new__(Bench)
     bench.__dict__["model"] = model
     for method in ("mone", "linear", "mergemoe", "ream", "conmoe", "reap", "auto"):
-        plan = moefit.make_plan(made, method, moefit.Budget.parse(keep=5))
-        compressed = moefit.apply(plan, bench.copy(), calibration=made)
+        plan = moetailor.make_plan(made, method, moetailor.Budget.parse(keep=5))
+        compressed = moetailor.apply(plan, bench.copy(), calibration=made)
         assert compressed.config is not model.config
         shared = {tensor.data_ptr() for tensor in model.parameters()}
         assert any(tensor.data_ptr() in shared for tensor in compressed.parameters())
@@ -175,9 +175,9 @@ def test_layer_errors_equal_a_slow_reference(family: str, calibration: GetCalibr
     probe = Probe(model, anatomy.layers, made.batches(), held_out)
     nothing = probe.errors(tiny_model(family))
     assert all((error.expected, error.measured) == (0, 0) for error in nothing.values())
-    half = moefit.Budget.parse(remove="50%")
-    plan = moefit.make_plan(made, "conmoe", half, parameters={"scope": 2})
-    compressed = moefit.apply(plan, tiny_model(family), calibration=made)
+    half = moetailor.Budget.parse(remove="50%")
+    plan = moetailor.make_plan(made, "conmoe", half, parameters={"scope": 2})
+    compressed = moetailor.apply(plan, tiny_model(family), calibration=made)
     found = probe.errors(compressed)
     for index, layer in anatomy.layers.items():
         wanted, given, energy = 0.0, 0.0, 0.0
@@ -206,7 +206,7 @@ def test_layer_errors_equal_a_slow_reference(family: str, calibration: GetCalibr
     assert sum(error.expected for error in found.values()) > 0
 
 
-def calls(model: torch.nn.Module, path: str, batches: list[moefit.Batch]) -> list[tuple[torch.Tensor, ...]]:
+def calls(model: torch.nn.Module, path: str, batches: list[moetailor.Batch]) -> list[tuple[torch.Tensor, ...]]:
     """Return the arguments of the calls of an experts module that come from its own layer, one sequence at a time."""
     seen: list[tuple[torch.Tensor, ...]] = []
     for batch in batches:
@@ -226,10 +226,10 @@ def calls(model: torch.nn.Module, path: str, batches: list[moefit.Batch]) -> lis
 
 def test_usage_equals_a_loop_over_sampled_tokens(tmp_path: Path) -> None:
     text = replace(TEXT, sequences=16, batch_size=3)
-    calibration = moefit.calibrate(
-        REFERENCE, tmp_path / "c", text=text, sample=moefit.SampleOptions(tokens=100, seed=3)
+    calibration = moetailor.calibrate(
+        REFERENCE, tmp_path / "c", text=text, sample=moetailor.SampleOptions(tokens=100, seed=3)
     )
-    batches = moefit.read_batches(text, load_tokenizer(REFERENCE))
+    batches = moetailor.read_batches(text, load_tokenizer(REFERENCE))
     by_key = {}
     for batch in batches:
         keys = sample_keys(batch.document, batch.position, 3)
@@ -286,7 +286,7 @@ def test_ranking_and_correlation() -> None:
 
 def test_all_is_what_is_neither_trained_nor_slow() -> None:
     found = {cell.method for cell in cells_of(["all"], ["25%"])}
-    assert found == set(moefit.METHODS) - {"compressed_experts", "lightmoe", "naee", "refit"}
+    assert found == set(moetailor.METHODS) - {"compressed_experts", "lightmoe", "naee", "refit"}
     cells = cells_of(["mone", "all", "linear:rank=4:ranks=chosen", "mone:score=fusion", "naee"], ["50%", "0.5", "10%"])
     assert [cell.ratio for cell in cells] == sorted([cell.ratio for cell in cells])
     assert {cell.ratio for cell in cells} == {"10%", "50%"}
@@ -304,9 +304,9 @@ def test_all_is_what_is_neither_trained_nor_slow() -> None:
         ({"methods": "linear:rnak=2"}, "no parameter 'rnak'; did you mean 'rank'"),
         ({"remove": "25%,lots"}, "--remove lots: not a share"),
         ({"remove": "25%,110%"}, "--remove 110%: must be at least 0% and below 100%"),
-        ({"held_out": moefit.TextOptions(data=())}, "no held-out text"),
+        ({"held_out": moetailor.TextOptions(data=())}, "no held-out text"),
         ({"text": None}, "either calibration text"),
-        ({"held_out": moefit.TextOptions(data=("nowhere.jsonl",), length=64)}, "nowhere.jsonl: "),
+        ({"held_out": moetailor.TextOptions(data=("nowhere.jsonl",), length=64)}, "nowhere.jsonl: "),
         ({"calibration": "nowhere", "text": None}, "nowhere: no calibration folder"),
     ],
 )
@@ -314,7 +314,7 @@ def test_bad_input_is_refused_before_anything_long(
     given: dict, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compare_module, "calibrate", lambda *a, **k: pytest.fail("calibrated"))
-    with pytest.raises(moefit.MoefitError) as refused:
+    with pytest.raises(moetailor.MoetailorError) as refused:
         run(tmp_path / "out", **given)
     assert message in str(refused.value)
     assert not (tmp_path / "out").exists()
@@ -325,17 +325,17 @@ def test_a_folder_of_something_else_is_refused(
 ) -> None:
     monkeypatch.setattr(compare_module, "calibrate", lambda *a, **k: pytest.fail("calibrated"))
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(moefit.MoefitError, match="not empty and no comparison; choose another folder"):
+    with pytest.raises(moetailor.MoetailorError, match="not empty and no comparison; choose another folder"):
         run(tmp_path)
-    other = moefit.TextOptions(data=HELD_OUT.data, sequences=3, length=64)
-    with pytest.raises(moefit.MoefitError, match="holds a comparison with another held-out text; choose another"):
+    other = moetailor.TextOptions(data=HELD_OUT.data, sequences=3, length=64)
+    with pytest.raises(moetailor.MoetailorError, match="holds a comparison with another held-out text; choose another"):
         run(done[0], held_out=other)
 
 
 def test_another_calibration_is_refused_and_a_given_one_serves(done: tuple[Path, dict], tmp_path: Path) -> None:
-    made = moefit.calibrate(REFERENCE, tmp_path / "c", text=TEXT, sample=moefit.SampleOptions(tokens=50))
+    made = moetailor.calibrate(REFERENCE, tmp_path / "c", text=TEXT, sample=moetailor.SampleOptions(tokens=50))
     with pytest.raises(
-        moefit.MoefitError, match="holds a comparison with another calibration, effects; choose another"
+        moetailor.MoetailorError, match="holds a comparison with another calibration, effects; choose another"
     ):
         run(done[0], text=None, calibration=made.folder)
     results = run(tmp_path / "out", methods="reap", remove="25%", text=None, calibration=made.folder)
@@ -344,11 +344,11 @@ def test_another_calibration_is_refused_and_a_given_one_serves(done: tuple[Path,
 
 
 def test_a_calibration_of_other_weights_is_refused(calibration: GetCalibration, tmp_path: Path) -> None:
-    with pytest.raises(moefit.MoefitError, match="not the model that was calibrated"):
+    with pytest.raises(moetailor.MoetailorError, match="not the model that was calibrated"):
         run(tmp_path / "out", text=None, calibration=calibration("olmoe").folder)
 
 
 def test_held_out_text_that_was_calibrated_on_is_told(tmp_path: Path) -> None:
-    text = moefit.TextOptions(data=HELD_OUT.data, sequences=2, length=64)
-    with pytest.warns(moefit.MoefitWarning, match="held-out documents were calibrated on"):
+    text = moetailor.TextOptions(data=HELD_OUT.data, sequences=2, length=64)
+    with pytest.warns(moetailor.MoetailorWarning, match="held-out documents were calibrated on"):
         run(tmp_path / "out", methods="random", remove="25%", text=text)

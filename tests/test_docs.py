@@ -11,8 +11,8 @@ import transformers
 from packaging.version import Version
 from typer.main import get_command
 
-import moefit
-from moefit_cli.app import app
+import moetailor
+from moetailor_cli.app import app
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*/README.md"), *ROOT.glob("benchmarks/*.md")]
@@ -37,7 +37,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_in_the_docs_have_flags_that_exist(page: Path) -> None:
     verbs = get_command(app).commands
-    for line in re.findall(rf"^\s*(?:\$ )?(moefit (?:{'|'.join(verbs)}) .*)$", page.read_text(), re.MULTILINE):
+    for line in re.findall(rf"^\s*(?:\$ )?(moetailor (?:{'|'.join(verbs)}) .*)$", page.read_text(), re.MULTILINE):
         words = shlex.split(line.partition("#")[0])
         verb = verbs[words[1]]
         known = {option for parameter in verb.params for option in parameter.opts}
@@ -61,8 +61,8 @@ def test_python_in_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_help_is_quick_and_loads_nothing_heavy() -> None:
     code = (
-        "import sys; sys.argv = ['moefit', '--help']\n"
-        "from moefit_cli.app import main\n"
+        "import sys; sys.argv = ['moetailor', '--help']\n"
+        "from moetailor_cli.app import main\n"
         "try: main()\n"
         "except SystemExit: print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
     )
@@ -74,8 +74,8 @@ def test_help_is_quick_and_loads_nothing_heavy() -> None:
 
 
 PUBLIC = """
-METHODS Allocated Batch Budget Calibration CalibrationError CheckpointError ExampleOptions ExpertWeights MoefitConfig
-MoefitError MoefitWarning Plan PlanError RecoveryOptions RecoveryResult Redundancy SampleOptions Scores
+METHODS Allocated Batch Budget Calibration CalibrationError CheckpointError ExampleOptions ExpertWeights MoetailorConfig
+MoetailorError MoetailorWarning Plan PlanError RecoveryOptions RecoveryResult Redundancy SampleOptions Scores
 SearchOptions TaskOptions TextOptions __version__ allocate apply calibrate compare compress evaluate find_redundancy
 make_plan precheck read_batches recover
 """.split()
@@ -109,7 +109,7 @@ FLAGS = {
 
 def test_the_surface_is_frozen() -> None:
     """A new name, verb or flag is added to these lists on purpose."""
-    assert sorted(moefit.__all__) == sorted(PUBLIC)
+    assert sorted(moetailor.__all__) == sorted(PUBLIC)
     found = {
         name: " ".join(sorted(option for p in verb.params for option in p.opts if option.startswith("--")))
         for name, verb in get_command(app).commands.items()

@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
-import moefit
+import moetailor
 from conftest import token_batches
 from contract.test_families import anatomy_of, load, logits
 from families import tiny_model
-from moefit.calibration import effect
-from moefit.calibration.batch import spread
-from moefit.calibration.layers import ResidentModel
+from moetailor.calibration import effect
+from moetailor.calibration.batch import spread
+from moetailor.calibration.layers import ResidentModel
 
 Get = Callable[[str], Path]
-GetCalibration = Callable[[str], moefit.Calibration]
+GetCalibration = Callable[[str], moetailor.Calibration]
 
 
 @pytest.mark.parametrize("name", ["olmoe", "gpt_oss", "granitemoe"])
@@ -58,14 +58,14 @@ def test_sequences_are_taken_from_everywhere_in_the_text() -> None:
 
 
 def test_a_finished_folder_takes_the_effect_later(checkpoint: Get, tmp_path: Path) -> None:
-    plain = moefit.calibrate(checkpoint("olmoe"), tmp_path / "c", text=token_batches())
+    plain = moetailor.calibrate(checkpoint("olmoe"), tmp_path / "c", text=token_batches())
     assert plain.effects() is None
     with pytest.raises(
-        moefit.PlanError, match=r"auto reads effect, which .* does not hold; calibrate again with --effect"
+        moetailor.PlanError, match=r"auto reads effect, which .* does not hold; calibrate again with --effect"
     ):
-        moefit.make_plan(plain, "auto", moefit.Budget.parse(remove="25%"))
+        moetailor.make_plan(plain, "auto", moetailor.Budget.parse(remove="25%"))
     before = {file.name: file.stat().st_mtime_ns for file in plain.folder.iterdir()}
-    again = moefit.calibrate(checkpoint("olmoe"), tmp_path / "c", text=token_batches(), effect=True)
+    again = moetailor.calibrate(checkpoint("olmoe"), tmp_path / "c", text=token_batches(), effect=True)
     assert set(again.effects() or {}) == set(again.layers)
     after = {file.name: file.stat().st_mtime_ns for file in plain.folder.iterdir()}
     assert set(after) - set(before) == {"effect.json"}
@@ -76,18 +76,18 @@ def test_a_finished_folder_takes_the_effect_later(checkpoint: Get, tmp_path: Pat
 
 def test_states_on_disk_go_and_a_loss_that_balances_routers_is_not_asked_for(tmp_path: Path) -> None:
     model = tiny_model("mixtral")
-    plain = moefit.calibrate(model, tmp_path / "plain", text=token_batches(), effect=True)
+    plain = moetailor.calibrate(model, tmp_path / "plain", text=token_batches(), effect=True)
     model.config.output_router_logits = True
-    made = moefit.calibrate(model, tmp_path / "c", text=token_batches(), effect=True, states="disk")
+    made = moetailor.calibrate(model, tmp_path / "c", text=token_batches(), effect=True, states="disk")
     assert made.effects() == pytest.approx(plain.effects(), rel=1e-4)
     assert model.config.output_router_logits is True
     assert not (tmp_path / "c" / "states").exists()
 
 
 def test_logits_that_overflow_are_refused(tmp_path: Path) -> None:
-    made = moefit.calibrate(tiny_model("olmoe"), tmp_path / "c", text=token_batches())
+    made = moetailor.calibrate(tiny_model("olmoe"), tmp_path / "c", text=token_batches())
     model = tiny_model("olmoe")
     model.lm_head.weight.data[0] = torch.inf
-    with pytest.raises(moefit.CalibrationError, match=r"layer 0: .* not finite"):
+    with pytest.raises(moetailor.CalibrationError, match=r"layer 0: .* not finite"):
         effect.measure_effects(made, ResidentModel(model), anatomy_of(model))
     assert made.effects() is None

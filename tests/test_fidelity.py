@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import moefit
+import moetailor
 from conftest import token_batches
 from families import tiny_model
-from moefit.evaluation import fidelity as fidelity_module
-from moefit.evaluation.fidelity import Reference
-from moefit.evaluation.speed import measure_speed
+from moetailor.evaluation import fidelity as fidelity_module
+from moetailor.evaluation.fidelity import Reference
+from moetailor.evaluation.speed import measure_speed
 
 Get = Callable[[str], Path]
 
@@ -78,13 +78,13 @@ def test_padding_is_not_predicted(tmp_path: Path) -> None:
     ids = token_batches(1)[0].input_ids
     mask = torch.ones_like(ids)
     mask[1, 8:] = 0
-    found = Reference(tmp_path / "r", [moefit.Batch.of(ids, mask)]).record(one).compare(other)[""]
+    found = Reference(tmp_path / "r", [moetailor.Batch.of(ids, mask)]).record(one).compare(other)[""]
     assert found.tokens == 11 + 7
 
 
 def test_no_room_on_the_disk_is_said_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fidelity_module.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 100})())
-    with pytest.raises(moefit.MoefitError, match="evaluate on less text"):
+    with pytest.raises(moetailor.MoetailorError, match="evaluate on less text"):
         Reference(tmp_path / "r", token_batches()).record(tiny_model("olmoe"))
 
 
@@ -92,7 +92,7 @@ def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     one, other = tiny_model("olmoe", seed=0), tiny_model("olmoe", seed=1)
     reference = Reference(tmp_path / "r", token_batches()).record(one)
     other.lm_head.weight.data[0, 0] = float("nan")
-    with pytest.raises(moefit.MoefitError, match="not finite"):
+    with pytest.raises(moetailor.MoetailorError, match="not finite"):
         reference.compare(other)
 
 
@@ -104,8 +104,8 @@ def test_speed_is_positive() -> None:
 
 def test_scores_have_the_keys_that_people_read(checkpoint: Get, tmp_path: Path) -> None:
     root = Path(__file__).parent.parent / "examples" / "reference-moe"
-    text = moefit.TextOptions(data=(str(root / "heldout.jsonl"),), sequences=2, length=64, batch_size=1)
-    scores = moefit.evaluate(root, root, text=text).to_json()
+    text = moetailor.TextOptions(data=(str(root / "heldout.jsonl"),), sequences=2, length=64, batch_size=1)
+    scores = moetailor.evaluate(root, root, text=text).to_json()
     assert scores["kl"]["mean"] == 0
     assert scores["original"]["perplexity"] == scores["compressed"]["perplexity"] > 1
     assert scores["bytes"] == {"original": 16963968, "compressed": 16963968}

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moefit.checkpoint.files import (
+from moetailor.checkpoint.files import (
     INDEX,
     SINGLE,
     LazyTensor,
@@ -22,8 +22,8 @@ from moefit.checkpoint.files import (
     read_header,
     tensor_nbytes,
 )
-from moefit.checkpoint.writer import Piece, new_folder, rows, whole, write_shards
-from moefit.errors import CheckpointError, MoefitError
+from moetailor.checkpoint.writer import Piece, new_folder, rows, whole, write_shards
+from moetailor.errors import CheckpointError, MoetailorError
 
 # a: 1..6 as float32 [2, 3]; b: 1 and -2 as bfloat16 [2], whose bits are the upper halves of 3F800000 and C0000000.
 HEADER = (
@@ -410,7 +410,7 @@ def test_copying_outside_the_kernel_gives_the_same_bytes(
 def test_source_that_shrinks_while_it_is_copied_is_noticed(tmp_path: Path, blob: Path) -> None:
     info = read_header(blob)["a"]
     os.truncate(blob, info.offset + 10)
-    with pytest.raises(MoefitError, match="ends inside a tensor; was it changed while it was read"):
+    with pytest.raises(MoetailorError, match="ends inside a tensor; was it changed while it was read"):
         write_shards(tmp_path, [[whole(info)]])
 
 
@@ -440,7 +440,7 @@ def test_new_folder_appears_when_it_is_complete(tmp_path: Path) -> None:
 
 
 def test_existing_folder_is_refused_untouched(old: Path) -> None:
-    with pytest.raises(MoefitError) as refusal, new_folder(old, overwrite=False, nbytes=1):
+    with pytest.raises(MoetailorError) as refusal, new_folder(old, overwrite=False, nbytes=1):
         raise AssertionError("nothing may be written")
     assert str(refusal.value) == f"{old}: exists; choose another folder or pass --overwrite"
     assert contents(old.parent) == {"out/result": "old"}
@@ -461,7 +461,7 @@ def write_half(out: Path, error: BaseException, *, overwrite: bool = True) -> No
         raise error
 
 
-@pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), OSError(errno.EIO, "x"), MoefitError("x")])
+@pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), OSError(errno.EIO, "x"), MoetailorError("x")])
 def test_failure_in_the_middle_keeps_the_old_and_leaves_nothing(old: Path, error: BaseException) -> None:
     with pytest.raises(type(error)):
         write_half(old, error)
@@ -471,7 +471,7 @@ def test_failure_in_the_middle_keeps_the_old_and_leaves_nothing(old: Path, error
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_full_disk_in_the_middle_is_said_and_leaves_nothing(old: Path, overwrite: bool) -> None:
     out = old if overwrite else old.with_name("other")
-    with pytest.raises(MoefitError) as refusal:
+    with pytest.raises(MoetailorError) as refusal:
         write_half(out, OSError(errno.ENOSPC, "No space left on device"), overwrite=overwrite)
     assert str(refusal.value) == f"{out}: the disk is full; nothing was kept of this run"
     assert contents(old.parent) == {"out/result": "old"}
@@ -480,7 +480,7 @@ def test_full_disk_in_the_middle_is_said_and_leaves_nothing(old: Path, overwrite
 def test_too_small_a_disk_is_refused_before_writing(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(old)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1234))
-    with pytest.raises(MoefitError) as refusal, new_folder(old, overwrite=True, nbytes=1235):
+    with pytest.raises(MoetailorError) as refusal, new_folder(old, overwrite=True, nbytes=1235):
         raise AssertionError("nothing may be written")
     assert str(refusal.value) == f"{old}: the result has 1,235 bytes, the disk has 1,234 free"
     with new_folder(old, overwrite=True, nbytes=1234):
@@ -524,7 +524,7 @@ def test_file_in_the_place_of_the_result_is_never_replaced(tmp_path: Path) -> No
     out = tmp_path / "out"
     out.write_text("notes")
     with (
-        pytest.raises(MoefitError, match="is a file; choose another folder"),
+        pytest.raises(MoetailorError, match="is a file; choose another folder"),
         new_folder(out, overwrite=True, nbytes=1),
     ):
         raise AssertionError("nothing may be written")
@@ -543,7 +543,10 @@ def test_link_to_a_folder_is_replaced_and_what_it_points_to_stays(tmp_path: Path
 
 def test_present_folder_can_be_named_with_a_dot(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(old)
-    with pytest.raises(MoefitError, match=r"name of its own|exists"), new_folder(Path("."), overwrite=False, nbytes=1):
+    with (
+        pytest.raises(MoetailorError, match=r"name of its own|exists"),
+        new_folder(Path("."), overwrite=False, nbytes=1),
+    ):
         raise AssertionError("nothing may be written")
     with new_folder(Path("../out"), overwrite=True, nbytes=1) as folder:
         (folder / "result").write_text("new")

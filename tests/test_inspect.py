@@ -12,20 +12,20 @@ from test_linear import layer_of_tokens
 from test_merging import random_experts
 from transformers import AutoModelForCausalLM
 
-import moefit
+import moetailor
 from conftest import token_batches
 from families import tiny_model
-from moefit.checkpoint.anatomy import discover
-from moefit.inspection.redundancy import FEW, RANKS, REMOVE, RIDGE, STAND_INS, layer_redundancy
-from moefit.inspection.verdict import verdict, weighed
-from moefit.methods.run import view_of
-from moefit_cli import output, redundancy
+from moetailor.checkpoint.anatomy import discover
+from moetailor.inspection.redundancy import FEW, RANKS, REMOVE, RIDGE, STAND_INS, layer_redundancy
+from moetailor.inspection.verdict import verdict, weighed
+from moetailor.methods.run import view_of
+from moetailor_cli import output, redundancy
 from naive import expert_output
 from planted import PLANTED, Planted, planted_batches, planted_model
 from test_cli import REFERENCE, TEXT, run  # noqa: F401 (a fixture)
 
 GetFolder = Callable[[str], Path]
-GetCalibration = Callable[[str], moefit.Calibration]
+GetCalibration = Callable[[str], moetailor.Calibration]
 FAMILY = "qwen3_moe"
 
 
@@ -36,7 +36,7 @@ def layer(calibration: GetCalibration) -> int:
 
 @pytest.fixture(scope="module")
 def found(calibration: GetCalibration, layer: int):
-    weights = moefit.ExpertWeights(calibration(FAMILY).model.source)
+    weights = moetailor.ExpertWeights(calibration(FAMILY).model.source)
     return layer_redundancy(view_of(calibration(FAMILY), layer, weights))
 
 
@@ -144,13 +144,15 @@ def test_what_maps_leave_of_tokens_that_were_held_out(tokens: int) -> None:
 
 
 @pytest.fixture(scope="module", params=PLANTED)
-def planted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> moefit.Redundancy:
+def planted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> moetailor.Redundancy:
     folder = tmp_path_factory.mktemp(request.param)
     planted_model(request.param).save_pretrained(folder / "model")
-    return moefit.find_redundancy(moefit.calibrate(folder / "model", folder / "calibration", text=planted_batches()))
+    return moetailor.find_redundancy(
+        moetailor.calibrate(folder / "model", folder / "calibration", text=planted_batches())
+    )
 
 
-def test_what_was_planted_is_found_and_nothing_else(planted: moefit.Redundancy) -> None:
+def test_what_was_planted_is_found_and_nothing_else(planted: moetailor.Redundancy) -> None:
     what = Planted()
     assert (len(planted.layers), planted.kl) == (2, None)
     for layer in planted.layers:
@@ -172,7 +174,7 @@ def test_what_was_planted_is_found_and_nothing_else(planted: moefit.Redundancy) 
 
 @pytest.mark.parametrize("width", [80, 100])
 def test_what_is_printed_fits(
-    planted: moefit.Redundancy, width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    planted: moetailor.Redundancy, width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(output._out, "_width", width)
     redundancy.show(planted)
@@ -262,15 +264,15 @@ def test_the_verdict_says_how_far_it_is_safe() -> None:
 
 def test_a_model_that_was_in_memory_is_to_be_given_again(tmp_path: Path) -> None:
     model = tiny_model("olmoe")
-    calibration = moefit.calibrate(model, tmp_path / "calibration", text=token_batches())
-    with pytest.raises(moefit.PlanError, match="calibrated in memory; pass weights="):
-        moefit.find_redundancy(calibration)
-    assert len(moefit.find_redundancy(calibration, weights=moefit.ExpertWeights(model)).layers) == 2
+    calibration = moetailor.calibrate(model, tmp_path / "calibration", text=token_batches())
+    with pytest.raises(moetailor.PlanError, match="calibrated in memory; pass weights="):
+        moetailor.find_redundancy(calibration)
+    assert len(moetailor.find_redundancy(calibration, weights=moetailor.ExpertWeights(model)).layers) == 2
 
 
 def test_effects_say_what_losses_cost(calibration: GetCalibration) -> None:
     made = calibration(FAMILY)
-    found = moefit.find_redundancy(made)
+    found = moetailor.find_redundancy(made)
     effects = made.effects()
     cost = sum(effects[layer.layer] * layer.energy * layer.lost["50%"]["rank 4"] for layer in found.layers)
     assert found.kl["50%"]["rank 4"] == pytest.approx(cost)
@@ -285,7 +287,7 @@ def test_inspect_with_a_calibration(run, tmp_path: Path, monkeypatch: pytest.Mon
     told = json.loads(shown)
     assert code == 0
     assert told.pop("redundancy") == json.loads(
-        json.dumps(moefit.find_redundancy(moefit.Calibration.open(calib)).to_json())
+        json.dumps(moetailor.find_redundancy(moetailor.Calibration.open(calib)).to_json())
     )
     assert told == json.loads(before)
     code, shown, _ = run("inspect", REFERENCE, "--calibration", calib)

@@ -7,23 +7,23 @@ from pathlib import Path
 import pytest
 import torch
 
-import moefit
+import moetailor
 from conftest import TINY_PARAMETERS, token_batches
 from contract.test_families import anatomy_of, load, logits
 from contract.test_methods import REFUSED
-from moefit.checkpoint.files import open_checkpoint
-from moefit.planning.plan import Plan
+from moetailor.checkpoint.files import open_checkpoint
+from moetailor.planning.plan import Plan
 
 Get = Callable[[str], Path]
-GetCalibration = Callable[[str], moefit.Calibration]
-BUILDING = sorted(name for name, method in moefit.METHODS.items() if method.build is not None)
+GetCalibration = Callable[[str], moetailor.Calibration]
+BUILDING = sorted(name for name, method in moetailor.METHODS.items() if method.build is not None)
 FAMILIES = ["deepseek_v3", "gpt_oss", "olmoe", "qwen2_moe"]
 
 
-def planned(calibration: moefit.Calibration, method: str, layers: list[int] | None = None) -> Plan:
+def planned(calibration: moetailor.Calibration, method: str, layers: list[int] | None = None) -> Plan:
     keep = calibration.model.stacks[0].num_experts - calibration.model.groups.count
-    return moefit.make_plan(
-        calibration, method, moefit.Budget.parse(keep=keep), layers=layers, parameters=TINY_PARAMETERS.get(method)
+    return moetailor.make_plan(
+        calibration, method, moetailor.Budget.parse(keep=keep), layers=layers, parameters=TINY_PARAMETERS.get(method)
     )
 
 
@@ -45,7 +45,7 @@ def test_a_novice_is_the_mean_of_original_outputs_over_compressed_routing(
     original = load(checkpoint("olmoe"))
     path = anatomy_of(original).layers[second].experts
     half_plan = planned(calibration("olmoe"), "mone", layers=[first])
-    half = moefit.apply(half_plan, load(checkpoint("olmoe")), calibration=calibration("olmoe"))
+    half = moetailor.apply(half_plan, load(checkpoint("olmoe")), calibration=calibration("olmoe"))
     slots = plan.by_layer[second].stand_ins
     total, count = torch.zeros(len(slots), 32), torch.zeros(len(slots))
     for (true, *_), (_, index, _) in zip(experts_calls(original, path), experts_calls(half, path), strict=True):
@@ -58,31 +58,31 @@ def test_a_novice_is_the_mean_of_original_outputs_over_compressed_routing(
                 total[slots.index(slot)] += given[0]
                 count[slots.index(slot)] += 1
     assert count.min() > 0
-    done = moefit.apply(plan, load(checkpoint("olmoe")), calibration=calibration("olmoe"), propagate="compressed")
+    done = moetailor.apply(plan, load(checkpoint("olmoe")), calibration=calibration("olmoe"), propagate="compressed")
     torch.testing.assert_close(done.get_submodule(path).constant, total / count[:, None], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("method", "family"), [(m, f) for m in BUILDING for f in FAMILIES if f not in REFUSED.get(m, frozenset())]
 )
-@pytest.mark.filterwarnings("ignore::moefit.MoefitWarning")
+@pytest.mark.filterwarnings("ignore::moetailor.MoetailorWarning")
 def test_on_disk_as_in_memory(
     method: str, family: str, checkpoint: Get, calibration: GetCalibration, tmp_path: Path
 ) -> None:
     plan = planned(calibration(family), method)
     options = {"calibration": calibration(family), "propagate": "compressed"}
-    moefit.apply(plan, checkpoint(family), tmp_path / "out", verify=True, **options)
+    moetailor.apply(plan, checkpoint(family), tmp_path / "out", verify=True, **options)
     assert open_checkpoint(tmp_path / "out").nbytes == plan.nbytes
     assert not (tmp_path / "out" / "built").exists()
-    assert json.loads((tmp_path / "out" / "moefit_provenance.json").read_text())["fitted_on"] == "compressed"
-    expected = logits(moefit.apply(plan, load(checkpoint(family)), **options))
+    assert json.loads((tmp_path / "out" / "moetailor_provenance.json").read_text())["fitted_on"] == "compressed"
+    expected = logits(moetailor.apply(plan, load(checkpoint(family)), **options))
     torch.testing.assert_close(logits(load(tmp_path / "out")), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_the_first_layer_sees_what_it_always_saw(checkpoint: Get, calibration: GetCalibration) -> None:
     plan = planned(calibration("olmoe"), "linear")
     results = [
-        moefit.apply(plan, load(checkpoint("olmoe")), calibration=calibration("olmoe"), propagate=propagate)
+        moetailor.apply(plan, load(checkpoint("olmoe")), calibration=calibration("olmoe"), propagate=propagate)
         for propagate in ("original", "compressed")
     ]
     layers = anatomy_of(load(checkpoint("olmoe"))).layers
@@ -95,7 +95,7 @@ def test_the_first_layer_sees_what_it_always_saw(checkpoint: Get, calibration: G
 
 def test_a_plan_with_nothing_to_fit_is_refused(checkpoint: Get, calibration: GetCalibration, tmp_path: Path) -> None:
     plan = planned(calibration("olmoe"), "reap")
-    with pytest.raises(moefit.PlanError, match="a plan of 'reap' has nothing to fit; leave it out"):
-        moefit.apply(plan, checkpoint("olmoe"), tmp_path / "out", propagate="compressed")
-    with pytest.raises(moefit.PlanError, match="propagate 'compresed'; did you mean 'compressed'"):
-        moefit.apply(plan, load(checkpoint("olmoe")), propagate="compresed")
+    with pytest.raises(moetailor.PlanError, match="a plan of 'reap' has nothing to fit; leave it out"):
+        moetailor.apply(plan, checkpoint("olmoe"), tmp_path / "out", propagate="compressed")
+    with pytest.raises(moetailor.PlanError, match="propagate 'compresed'; did you mean 'compressed'"):
+        moetailor.apply(plan, load(checkpoint("olmoe")), propagate="compresed")

@@ -17,26 +17,26 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from transformers import TrainerCallback
 
-import moefit
+import moetailor
 from conftest import TINY_PARAMETERS
 from contract.test_families import load, logits
 from families import FAMILIES, tiny_model
-from moefit.checkpoint.anatomy import discover
-from moefit.checkpoint.files import Checkpoint, open_checkpoint
-from moefit.checkpoint.loader import quiet_transformers
-from moefit.errors import MoefitError
-from moefit.recovery.examples import IGNORED, Blocks
-from moefit.recovery.fsdp import check_shardable
-from moefit.recovery.loss import Objective, Student, divergence, layer_distance
-from moefit.recovery.recover import check_teacher
-from moefit.recovery.trainable import Adapters, select
-from moefit.runtime.experts import CompressedExperts
-from moefit.runtime.quantizer import original_config
+from moetailor.checkpoint.anatomy import discover
+from moetailor.checkpoint.files import Checkpoint, open_checkpoint
+from moetailor.checkpoint.loader import quiet_transformers
+from moetailor.errors import MoetailorError
+from moetailor.recovery.examples import IGNORED, Blocks
+from moetailor.recovery.fsdp import check_shardable
+from moetailor.recovery.loss import Objective, Student, divergence, layer_distance
+from moetailor.recovery.recover import check_teacher
+from moetailor.recovery.trainable import Adapters, select
+from moetailor.runtime.experts import CompressedExperts
+from moetailor.runtime.quantizer import original_config
 
 Get = Callable[[str], Path]
-GetCalibration = Callable[[str], moefit.Calibration]
+GetCalibration = Callable[[str], moetailor.Calibration]
 Compress = Callable[..., Path]
-FEW = moefit.RecoveryOptions(steps=4, batch_size=2, lr=1e-2, save_every=2, lora_rank=2)
+FEW = moetailor.RecoveryOptions(steps=4, batch_size=2, lr=1e-2, save_every=2, lora_rank=2)
 
 
 def blocks(count: int = 8, length: int = 10, seed: int = 3) -> Blocks:
@@ -53,9 +53,9 @@ def compress(checkpoint: Get, calibration: GetCalibration, tmp_path: Path) -> Co
     """Return a function that writes a tiny model, compressed."""
 
     def run(method: str, name: str = "olmoe", keep: int = 4, **parameters: Any) -> Path:
-        plan = moefit.make_plan(calibration(name), method, moefit.Budget.parse(keep=keep), parameters=parameters)
+        plan = moetailor.make_plan(calibration(name), method, moetailor.Budget.parse(keep=keep), parameters=parameters)
         out = tmp_path / f"{method}-{name}"
-        return moefit.apply(plan, checkpoint(name), out, calibration=calibration(name))  # type: ignore[return-value]
+        return moetailor.apply(plan, checkpoint(name), out, calibration=calibration(name))  # type: ignore[return-value]
 
     return run
 
@@ -149,7 +149,7 @@ def test_only_what_was_selected_changes(
 ) -> None:
     before, out = compress(method), tmp_path / "out"
     given = {"examples": blocks(), "teacher": checkpoint("olmoe"), "options": FEW}
-    moefit.recover(before, out, train=words, **given)
+    moetailor.recover(before, out, train=words, **given)
     wanted = {name for name in open_checkpoint(before).tensors if any(part in name for part in parts)}
     if words == ("experts",):
         wanted -= {name for name in wanted if name.endswith(".constant")}
@@ -163,7 +163,9 @@ def test_only_what_was_selected_changes(
 def test_an_original_takes_adapters_too(checkpoint: Get, tmp_path: Path) -> None:
     """Its shared experts and dense layers among the rest; peft alone would take their names for the routed ones."""
     for name, part in (("qwen3_next", "shared_expert."), ("qwen3_moe", "model.layers.0.mlp.")):
-        moefit.recover(checkpoint(name), tmp_path / name, examples=blocks(), train=["rest"], loss="task", options=FEW)
+        moetailor.recover(
+            checkpoint(name), tmp_path / name, examples=blocks(), train=["rest"], loss="task", options=FEW
+        )
         found = changed(checkpoint(name), tmp_path / name)
         assert not any(".experts." in key or key.endswith((".gate.weight", "lm_head.weight")) for key in found)
         assert {f"{which}_proj" for which in ("gate", "up", "down")} <= {
@@ -220,13 +222,13 @@ def test_the_result_is_what_was_trained(
 ) -> None:
     before, held = compress(method, **parameters), blocks(4, seed=9)
     given = {"examples": blocks(), "held_out": held, "teacher": checkpoint("olmoe"), "options": FEW}
-    result = moefit.recover(before, tmp_path / "out", train=words, loss="both", **given)
+    result = moetailor.recover(before, tmp_path / "out", train=words, loss="both", **given)
     assert (result.steps, result.tokens, len(result.losses)) == (4, 4 * 2 * 10, 4)
     assert {file.name for file in before.iterdir()} <= {file.name for file in result.out.iterdir()}
-    told = json.loads((result.out / "moefit_provenance.json").read_text())
+    told = json.loads((result.out / "moetailor_provenance.json").read_text())
     assert told["method"] == method
     assert told["recovery"]["train"] == (["router", "standins", "experts", "rest"] if words == ["all"] else words)
-    assert "Trained further by moefit" in (result.out / "README.md").read_text()
+    assert "Trained further by moetailor" in (result.out / "README.md").read_text()
     # The means before and after are those of the checkpoints, loaded anew.
     for folder, means in ((before, result.before), (result.out, result.after)):
         student = Student(load(folder), Objective(loss="both"), load(checkpoint("olmoe")))
@@ -241,9 +243,9 @@ def test_the_result_is_what_was_trained(
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_trains_whole(checkpoint: Get, tmp_path: Path, name: str) -> None:
     held = blocks(4, seed=9)
-    options = moefit.RecoveryOptions(steps=2, lr=1e-2, layer_weight=0.1, gradient_checkpointing=True)
+    options = moetailor.RecoveryOptions(steps=2, lr=1e-2, layer_weight=0.1, gradient_checkpointing=True)
     given = {"examples": blocks(), "held_out": held, "teacher": checkpoint(name), "options": options}
-    result = moefit.recover(checkpoint(name), tmp_path / "out", train=["all"], loss="both", **given)
+    result = moetailor.recover(checkpoint(name), tmp_path / "out", train=["all"], loss="both", **given)
     assert abs(result.before["kd"]) < 1e-6
     assert result.after["task"] != result.before["task"]
     student = Student(load(result.out), Objective(loss="task"))
@@ -254,9 +256,9 @@ def test_every_family_trains_whole(checkpoint: Get, tmp_path: Path, name: str) -
 
 def test_training_lowers_what_is_minimised(compress: Compress, checkpoint: Get, tmp_path: Path) -> None:
     data = blocks()
-    options = moefit.RecoveryOptions(epochs=30, batch_size=8, lr=1e-2, gradient_checkpointing=True)
+    options = moetailor.RecoveryOptions(epochs=30, batch_size=8, lr=1e-2, gradient_checkpointing=True)
     given = {"examples": data, "held_out": data, "teacher": checkpoint("olmoe"), "options": options}
-    result = moefit.recover(compress("mone"), tmp_path / "out", train=["router", "standins"], **given)
+    result = moetailor.recover(compress("mone"), tmp_path / "out", train=["router", "standins"], **given)
     assert result.steps == 30
     assert result.after["kd"] < 0.7 * result.before["kd"]
     assert result.losses[0] == pytest.approx(result.before["kd"], rel=1e-4)
@@ -272,7 +274,7 @@ def test_bfloat16_trains_in_float32_and_is_stored_as_it_was(
     with quiet_transformers():
         load(compress(method, **parameters)).to(torch.bfloat16).save_pretrained(narrow)
     given = {"examples": blocks(), "held_out": held, "teacher": checkpoint("olmoe"), "options": FEW}
-    result = moefit.recover(narrow, tmp_path / "out", train=["all"], loss="both", dtype="bfloat16", **given)
+    result = moetailor.recover(narrow, tmp_path / "out", train=["all"], loss="both", dtype="bfloat16", **given)
     assert changed(narrow, result.out)
     assert {info.dtype for info in open_checkpoint(result.out).tensors.values()} == {"BF16"}
     student = Student(load(result.out), Objective(loss="task"))
@@ -297,17 +299,17 @@ def test_an_interrupted_training_resumes_to_the_same_weights(
     compress: Compress, checkpoint: Get, tmp_path: Path, method: str, anneal: float
 ) -> None:
     before = compress(method, **TINY_PARAMETERS.get(method, {}))
-    options = moefit.RecoveryOptions(steps=6, batch_size=2, lr=1e-2, save_every=2, lora_rank=2, anneal=anneal)
+    options = moetailor.RecoveryOptions(steps=6, batch_size=2, lr=1e-2, save_every=2, lora_rank=2, anneal=anneal)
     given = {"examples": blocks(), "teacher": checkpoint("olmoe"), "train": ["all"], "options": options}
-    whole = moefit.recover(before, tmp_path / "whole", **given)
+    whole = moetailor.recover(before, tmp_path / "whole", **given)
     with pytest.raises(RuntimeError, match="crash"):
-        moefit.recover(before, tmp_path / "parts", callbacks=[Stop()], **given)
+        moetailor.recover(before, tmp_path / "parts", callbacks=[Stop()], **given)
     assert not (tmp_path / "parts").exists()
     # A checkpoint that was cut off while it was written counts for nothing.
     torn = tmp_path / "parts.training" / "checkpoint-3"
     torn.mkdir()
     (torn / "trainer_state.json").write_text('{"global_step": 3, "ma')
-    parts = moefit.recover(before, tmp_path / "parts", **given)
+    parts = moetailor.recover(before, tmp_path / "parts", **given)
     assert parts.losses == pytest.approx(whole.losses, rel=1e-5)
     assert (parts.steps, parts.tokens) == (whole.steps, whole.tokens)
     one, two = (tensors(open_checkpoint(result.out)) for result in (whole, parts))
@@ -321,12 +323,12 @@ def test_a_finished_training_is_not_trained_again(
     """The disk was full, say: training is done, the result is not written."""
     given = {"examples": blocks(), "teacher": checkpoint("olmoe"), "options": FEW}
     before = compress("reap")
-    whole = moefit.recover(before, tmp_path / "whole", **given)
+    whole = moetailor.recover(before, tmp_path / "whole", **given)
     with monkeypatch.context() as patch:
-        patch.setattr("moefit.recovery.recover.write_recovered", full)
-        with pytest.raises(MoefitError, match="full"):
-            moefit.recover(before, tmp_path / "out", **given)
-    again = moefit.recover(before, tmp_path / "out", **given)
+        patch.setattr("moetailor.recovery.recover.write_recovered", full)
+        with pytest.raises(MoetailorError, match="full"):
+            moetailor.recover(before, tmp_path / "out", **given)
+    again = moetailor.recover(before, tmp_path / "out", **given)
     assert again.steps == 4
     one, two = (tensors(open_checkpoint(result.out)) for result in (whole, again))
     for name in one:
@@ -334,15 +336,15 @@ def test_a_finished_training_is_not_trained_again(
 
 
 def full(*args: Any, **kwargs: Any) -> None:
-    raise MoefitError("the disk is full")
+    raise MoetailorError("the disk is full")
 
 
 def test_accumulated_batches_are_one_batch(compress: Compress, checkpoint: Get, tmp_path: Path) -> None:
     before, found = compress("linear"), []
     for batch_size, accumulate in ((4, 1), (1, 4)):
-        options = moefit.RecoveryOptions(steps=2, batch_size=batch_size, accumulate=accumulate, lr=1e-3)
+        options = moetailor.RecoveryOptions(steps=2, batch_size=batch_size, accumulate=accumulate, lr=1e-3)
         given = {"examples": blocks(), "teacher": checkpoint("olmoe"), "loss": "both", "options": options}
-        result = moefit.recover(before, tmp_path / f"b{batch_size}", train=["router", "standins"], **given)
+        result = moetailor.recover(before, tmp_path / f"b{batch_size}", train=["router", "standins"], **given)
         found.append((result, tensors(open_checkpoint(result.out))))
     (one, weights), (many, others) = found
     assert many.losses == pytest.approx(one.losses, rel=1e-5)
@@ -356,9 +358,9 @@ def test_layers_that_are_computed_again_change_no_number(
 ) -> None:
     before, found = compress(method, **parameters), []
     for again in (False, True):
-        options = moefit.RecoveryOptions(**{**vars(FEW), "gradient_checkpointing": again})
+        options = moetailor.RecoveryOptions(**{**vars(FEW), "gradient_checkpointing": again})
         given = {"examples": blocks(), "teacher": checkpoint("olmoe"), "options": options}
-        found.append(moefit.recover(before, tmp_path / f"out{again}", train=["all"], **given).losses)
+        found.append(moetailor.recover(before, tmp_path / f"out{again}", train=["all"], **given).losses)
     assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
@@ -367,13 +369,13 @@ import sys
 import torch
 torch.set_num_threads(1)
 sys.path.insert(0, {tests!r})
-import moefit
+import moetailor
 from test_recovery import Gradients, Slow, blocks, share_on_cpus
 {first}
 callbacks = {callbacks}
-options = moefit.RecoveryOptions(steps={steps}, batch_size={batch_size}, lr=1e-2, save_every=2, lora_rank=2,
+options = moetailor.RecoveryOptions(steps={steps}, batch_size={batch_size}, lr=1e-2, save_every=2, lora_rank=2,
                                  gradient_checkpointing={again}, fsdp={fsdp})
-moefit.recover({before!r}, {out!r}, examples=blocks(), teacher={teacher!r}, train=["all"], options=options,
+moetailor.recover({before!r}, {out!r}, examples=blocks(), teacher={teacher!r}, train=["all"], options=options,
                callbacks=callbacks, device="cpu")
 """
 
@@ -502,8 +504,8 @@ def test_processes_without_gpus_cannot_share_a_model(compress: Compress, checkpo
 
 
 def refused(message: str, *args: Any, **given: Any) -> None:
-    with pytest.raises(MoefitError, match=message):
-        moefit.recover(*args, **({"examples": blocks(), "loss": "task", "options": FEW} | given))
+    with pytest.raises(MoetailorError, match=message):
+        moetailor.recover(*args, **({"examples": blocks(), "loss": "task", "options": FEW} | given))
 
 
 def test_what_cannot_train_is_refused(compress: Compress, tmp_path: Path) -> None:
@@ -516,7 +518,7 @@ def test_what_cannot_train_is_refused(compress: Compress, tmp_path: Path) -> Non
     refused(r"--loss 'kl'\. Known: both, kd, task", before, out, loss="kl")
     refused("name the original with --teacher", before, out, loss="kd")
     refused("is the model itself", before, before)
-    too_wide = moefit.RecoveryOptions(lora_rank=33, steps=1)
+    too_wide = moetailor.RecoveryOptions(lora_rank=33, steps=1)
     refused("--lora-rank 33: the model is 32 wide; use 1 to 32", before, out, train=["rest"], options=too_wide)
     refused("not torch.float16", before, tmp_path / "half", dtype="float16")
     refused("training runs on cpu or cuda", before, out, device="meta")
@@ -530,12 +532,12 @@ def test_what_cannot_train_is_refused(compress: Compress, tmp_path: Path) -> Non
      ("layer_weight", -0.1), ("warmup", 1.0), ("save_every", 0), ("accumulate", 0), ("weight_decay", -1.0)],
 )  # fmt: skip
 def test_numbers_that_mean_nothing(checkpoint: Get, tmp_path: Path, option: str, value: float) -> None:
-    options = moefit.RecoveryOptions(**{option: value})
+    options = moetailor.RecoveryOptions(**{option: value})
     refused(f"--{option.replace('_', '-')} {value}: is not", checkpoint("olmoe"), tmp_path / "out", options=options)
 
 
 def test_annealing_that_cannot_be_leaves_nothing_behind(compress: Compress, checkpoint: Get, tmp_path: Path) -> None:
-    given = {"examples": blocks(), "train": ["standins"], "options": moefit.RecoveryOptions(steps=2, anneal=0.5)}
+    given = {"examples": blocks(), "train": ["standins"], "options": moetailor.RecoveryOptions(steps=2, anneal=0.5)}
     before = compress("mone")
     refused("--anneal fades the original's experts out", before, tmp_path / "out", loss="task", **given)
     refused("no low-rank experts", before, tmp_path / "out", teacher=checkpoint("olmoe"), **given)
@@ -543,15 +545,15 @@ def test_annealing_that_cannot_be_leaves_nothing_behind(compress: Compress, chec
 
 
 def test_models_that_cannot_be_shared_out(checkpoint: Get, calibration: GetCalibration, tmp_path: Path) -> None:
-    before, out, shared = checkpoint("olmoe"), tmp_path / "out", moefit.RecoveryOptions(steps=2, fsdp=True)
+    before, out, shared = checkpoint("olmoe"), tmp_path / "out", moetailor.RecoveryOptions(steps=2, fsdp=True)
     refused("this is the only one; start them with torchrun", before, out, options=shared)
     refused("no process with the whole model to measure", before, out, options=shared, held_out=blocks())
-    with pytest.raises(MoefitError, match="--fsdp shares out the tensors that --anneal fades"):
-        moefit.RecoveryOptions(steps=2, fsdp=True, anneal=0.5).check()
-    budget = moefit.Budget.parse(keep=4)
-    plan = moefit.make_plan(calibration("olmoe"), "conmoe", budget, parameters={"scope": 2})
-    remapped = moefit.apply(plan, before, tmp_path / "remapped", calibration=calibration("olmoe"))
-    with pytest.raises(MoefitError, match="layers of this model use experts of other layers"):
+    with pytest.raises(MoetailorError, match="--fsdp shares out the tensors that --anneal fades"):
+        moetailor.RecoveryOptions(steps=2, fsdp=True, anneal=0.5).check()
+    budget = moetailor.Budget.parse(keep=4)
+    plan = moetailor.make_plan(calibration("olmoe"), "conmoe", budget, parameters={"scope": 2})
+    remapped = moetailor.apply(plan, before, tmp_path / "remapped", calibration=calibration("olmoe"))
+    with pytest.raises(MoetailorError, match="layers of this model use experts of other layers"):
         check_shardable(load(remapped))
     check_shardable(load(before))
     assert not out.exists()
@@ -564,7 +566,7 @@ def test_teachers_of_another_kind_are_refused(compress: Compress, checkpoint: Ge
     config = tiny_model("olmoe").config
     for name, what in (("vocab_size", "words"), ("hidden_size", "width"), ("num_hidden_layers", "decoder layers")):
         other = type(config)(**{**config.to_dict(), name: 2 * getattr(config, name)})
-        with pytest.raises(MoefitError, match=f"the teacher's {what}: {getattr(other, name)}"):
+        with pytest.raises(MoetailorError, match=f"the teacher's {what}: {getattr(other, name)}"):
             check_teacher(config, other)
 
 
@@ -572,13 +574,13 @@ def test_another_training_is_left_alone(compress: Compress, tmp_path: Path) -> N
     before, out = compress("reap"), tmp_path / "out"
     given = {"examples": blocks(), "loss": "task", "options": FEW}
     with pytest.raises(RuntimeError, match="crash"):
-        moefit.recover(before, out, callbacks=[Stop()], **given)
-    other = moefit.RecoveryOptions(**{**vars(FEW), "lr": 0.5})
+        moetailor.recover(before, out, callbacks=[Stop()], **given)
+    other = moetailor.RecoveryOptions(**{**vars(FEW), "lr": 0.5})
     refused(r"out\.training: holds a training with another lr; give the same command", before, out, options=other)
     refused("holds a training with another examples", before, out, examples=blocks(seed=4))
     assert (tmp_path / "out.training" / "checkpoint-2").is_dir()
     (tmp_path / "mine.training").mkdir()
-    refused("mine.training: exists and was not made by moefit", before, tmp_path / "mine")
+    refused("mine.training: exists and was not made by moetailor", before, tmp_path / "mine")
 
 
 class Poison(TrainerCallback):
@@ -604,4 +606,4 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_last_checkpoint(compress:
 
 def test_peft_that_is_missing(checkpoint: Get, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
-    refused(r"pip install 'moefit\[recover\]'", checkpoint("olmoe"), tmp_path / "out", train=["experts"])
+    refused(r"pip install 'moetailor\[recover\]'", checkpoint("olmoe"), tmp_path / "out", train=["experts"])

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from moefit.errors import CalibrationError
-from moefit.recovery.examples import IGNORED, Blocks, ExampleOptions, read_blocks
+from moetailor.errors import CalibrationError
+from moetailor.recovery.examples import IGNORED, Blocks, ExampleOptions, read_blocks
 from test_text import BOS, EOS, TOKENIZER, Letters
 
 NO = IGNORED

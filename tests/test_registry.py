@@ -4,12 +4,12 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
-import moefit
-from moefit.methods.registry import METHODS, find_method, method
-from moefit.planning.slots import LayerPlan, Slot, keep_only
-from moefit.planning.view import LayerView
+import moetailor
+from moetailor.methods.registry import METHODS, find_method, method
+from moetailor.planning.slots import LayerPlan, Slot, keep_only
+from moetailor.planning.view import LayerView
 
-GetCalibration = Callable[[str], moefit.Calibration]
+GetCalibration = Callable[[str], moetailor.Calibration]
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def registered() -> Iterator[str]:
 
 def test_a_scoped_method_decides_for_all_layers_at_once(registered: str, calibration: GetCalibration) -> None:
     made = calibration("olmoe")
-    plan = moefit.make_plan(made, registered, moefit.Budget.parse(keep=6))
+    plan = moetailor.make_plan(made, registered, moetailor.Budget.parse(keep=6))
     counts = [len(layer.pool) for layer in plan.layers.values()]
     assert sum(counts) == 6 * len(made.layers)
     every = sorted(float(c) for layer in made.layers for c in made.sums(layer).count)
@@ -55,9 +55,9 @@ def test_a_scoped_method_decides_for_all_layers_at_once(registered: str, calibra
 def test_parameters_are_read_as_the_type_of_their_default(registered: str) -> None:
     found = find_method(registered)
     assert found.resolve({"bias": "2", "loud": "true"}) == {"bias": 2.0, "loud": True}
-    with pytest.raises(moefit.PlanError, match="bias=much is not of type float"):
+    with pytest.raises(moetailor.PlanError, match="bias=much is not of type float"):
         found.resolve({"bias": "much"})
-    with pytest.raises(moefit.PlanError, match="did you mean 'loud'"):
+    with pytest.raises(moetailor.PlanError, match="did you mean 'loud'"):
         found.resolve({"lod": "1"})
 
 

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from moefit.errors import MoefitError
-from moefit.report import read_results, write_report
-from moefit.report.drawing import Label, canvas, place
-from moefit.report.figures import front
-from moefit.report.maps import by_use
-from moefit.report.words import digits, named, nbytes, verdict
-from moefit_cli.app import main
+from moetailor.errors import MoetailorError
+from moetailor.report import read_results, write_report
+from moetailor.report.drawing import Label, canvas, place
+from moetailor.report.figures import front
+from moetailor.report.maps import by_use
+from moetailor.report.words import digits, named, nbytes, verdict
+from moetailor_cli.app import main
 
 VOID = {"meta", "link", "br", "img"}
 
@@ -56,7 +56,7 @@ FAILED = cell("naee", "25%", 1, 1, error="needs <script>alert(1)</script> & more
 )
 SHARES = {"": [0.1, 0.4, 0.3, 0.2], "wiki": [0.0, 0.5, 0.3, 0.2], "code": [0.2, 0.3, 0.3, 0.2]}
 RESULTS = {
-    "format": "moefit-comparison",
+    "format": "moetailor-comparison",
     "version": 1,
     "model": {
         "source": "a/<b>model",
@@ -66,7 +66,7 @@ RESULTS = {
         "layers": {"1": 4, "2": 4},
     },
     "about": {
-        "moefit": "1.2.3",
+        "moetailor": "1.2.3",
         "torch": "2.0",
         "transformers": "5.0",
         "threads": 1,
@@ -142,7 +142,14 @@ def test_the_page_holds_every_number(tmp_path: Path) -> None:
             said += [nbytes(row["resident"]), digits(row["speed"]["prefill"]), "6.00"]
             for number in said:
                 assert number in found.text, (row["method"], number)
-    for fact in ("100 MB", "4,096 tokens of a.jsonl", "wiki 600, code 400", "moefit 1.2.3", "0.97 over all", "4,321"):
+    for fact in (
+        "100 MB",
+        "4,096 tokens of a.jsonl",
+        "wiki 600, code 400",
+        "moetailor 1.2.3",
+        "0.97 over all",
+        "4,321",
+    ):
         assert fact in found.text
     assert (
         found.tags.count("svg") == 1 + 1 + 3 + 2 + 2
@@ -268,22 +275,22 @@ def test_a_browser_shows_it_on_a_phone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "cannot be read \\(No such file or directory\\); `moefit compare` writes it"),
+        (None, "cannot be read \\(No such file or directory\\); `moetailor compare` writes it"),
         ("{", "not JSON"),
-        ("[]", "not a comparison; make one with `moefit compare`"),
-        (json.dumps(RESULTS | {"version": 2}), "a comparison of version 2, this moefit reads version 1"),
+        ("[]", "not a comparison; make one with `moetailor compare`"),
+        (json.dumps(RESULTS | {"version": 2}), "a comparison of version 2, this moetailor reads version 1"),
     ],
 )
 def test_other_files_are_refused(content: str | None, message: str, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / "results.json").write_text(content)
-    with pytest.raises(MoefitError, match=message):
+    with pytest.raises(MoetailorError, match=message):
         read_results(tmp_path / "results.json")
 
 
-def test_moefit_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_moetailor_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "results.json").write_text(json.dumps(RESULTS))
-    monkeypatch.setattr(sys, "argv", ["moefit", "report", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["moetailor", "report", str(tmp_path)])
     with pytest.raises(SystemExit) as stop:
         main()
     assert stop.value.code == 0

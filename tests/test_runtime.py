@@ -9,19 +9,19 @@ import pytest
 import torch
 from torch import nn
 
-import moefit
+import moetailor
 from contract.test_families import IDS, eager, load, logits, mixed_plan
 from families import tiny_model
-from moefit.checkpoint.anatomy import discover
-from moefit.checkpoint.files import open_checkpoint
-from moefit.checkpoint.loader import quiet_transformers
-from moefit.planning.checks import check_plan
-from moefit.planning.slots import LayerPlan, Slot
-from moefit.planning.view import Experts
-from moefit.runtime.reshape import Change, reshape_model
+from moetailor.checkpoint.anatomy import discover
+from moetailor.checkpoint.files import open_checkpoint
+from moetailor.checkpoint.loader import quiet_transformers
+from moetailor.planning.checks import check_plan
+from moetailor.planning.slots import LayerPlan, Slot
+from moetailor.planning.view import Experts
+from moetailor.runtime.reshape import Change, reshape_model
 
 Get = Callable[[str], Path]
-GetCalibration = Callable[[str], moefit.Calibration]
+GetCalibration = Callable[[str], moetailor.Calibration]
 
 
 def compressed_experts(
@@ -117,7 +117,7 @@ def test_low_precision_is_no_worse_than_the_original_family(implementation: str)
 
 def test_generate_and_save_in_bfloat16(checkpoint: Get, calibration: GetCalibration, tmp_path: Path) -> None:
     plan = mixed_plan(calibration("qwen2_moe"), drop=False)
-    out = moefit.apply(plan, checkpoint("qwen2_moe"), tmp_path / "out", calibration=calibration("qwen2_moe"))
+    out = moetailor.apply(plan, checkpoint("qwen2_moe"), tmp_path / "out", calibration=calibration("qwen2_moe"))
     model = load(out)
     text = model.generate(IDS, max_new_tokens=4, min_new_tokens=4, do_sample=False)
     # with a cache or without, the same words
@@ -136,7 +136,7 @@ def test_generate_and_save_in_bfloat16(checkpoint: Get, calibration: GetCalibrat
 def test_adapters_attach_and_train(checkpoint: Get, calibration: GetCalibration, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     plan = mixed_plan(calibration("olmoe"), drop=True)
-    model = load(moefit.apply(plan, checkpoint("olmoe"), tmp_path / "out", calibration=calibration("olmoe")))
+    model = load(moetailor.apply(plan, checkpoint("olmoe"), tmp_path / "out", calibration=calibration("olmoe")))
     before = logits(model)
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2))
     torch.testing.assert_close(logits(adapted), before)
@@ -150,11 +150,11 @@ def test_a_newer_format_is_refused(checkpoint: Get, calibration: GetCalibration,
     import json
 
     plan = mixed_plan(calibration("olmoe"), drop=False)
-    out = moefit.apply(plan, checkpoint("olmoe"), tmp_path / "out", calibration=calibration("olmoe"))
+    out = moetailor.apply(plan, checkpoint("olmoe"), tmp_path / "out", calibration=calibration("olmoe"))
     config = json.loads((out / "config.json").read_text())
     config["quantization_config"]["version"] = 2
     (out / "config.json").write_text(json.dumps(config))
-    with pytest.raises(moefit.CheckpointError, match="moefit format 2, this moefit reads up to 1"):
+    with pytest.raises(moetailor.CheckpointError, match="moetailor format 2, this moetailor reads up to 1"):
         load(out)
 
 
@@ -216,9 +216,9 @@ def test_low_rank_experts_are_their_base_and_own_part(ranks: tuple[int, ...]) ->
             torch.testing.assert_close(module(x, chosen, gates), expected, rtol=1e-4, atol=1e-3)
 
 
-def remapped_abroad(calibration: moefit.Calibration) -> moefit.Plan:
+def remapped_abroad(calibration: moetailor.Calibration) -> moetailor.Plan:
     """Return a plan in which both layers keep half their experts and answer for each other."""
-    plan = moefit.make_plan(calibration, "conmoe", moefit.Budget.parse(keep=4), parameters={"scope": 2})
+    plan = moetailor.make_plan(calibration, "conmoe", moetailor.Budget.parse(keep=4), parameters={"scope": 2})
     return plan
 
 
@@ -226,7 +226,7 @@ def test_guests_answer_from_their_own_layer(calibration: GetCalibration, checkpo
     plan = remapped_abroad(calibration("olmoe"))
     guests = {layer: slot_map.guests for layer, slot_map in plan.slot_maps.items()}
     assert any(guests.values())
-    original, compressed = load(checkpoint("olmoe")), moefit.apply(plan, load(checkpoint("olmoe")))
+    original, compressed = load(checkpoint("olmoe")), moetailor.apply(plan, load(checkpoint("olmoe")))
     anatomy, layers = discover(original.config, original), calibration("olmoe").layers
     x, gates = torch.randn(6, 32), torch.rand(6, 2)
     for index in layers:
@@ -250,10 +250,10 @@ def test_a_shared_pool_is_stored_once_and_survives_saving(
     plan = remapped_abroad(calibration("olmoe"))
     counts = {layer: len(layer_plan.pool) for layer, layer_plan in plan.by_layer.items()}
     assert sum(counts.values()) == 8
-    moefit.apply(plan, checkpoint("olmoe"), tmp_path / "out", verify=True)
+    moetailor.apply(plan, checkpoint("olmoe"), tmp_path / "out", verify=True)
     assert open_checkpoint(tmp_path / "out").nbytes == plan.nbytes
     model = load(tmp_path / "out")
-    expected = logits(moefit.apply(plan, load(checkpoint("olmoe"))))
+    expected = logits(moetailor.apply(plan, load(checkpoint("olmoe"))))
     torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
     tensors = {tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}
     assert sum(tensors.values()) == plan.nbytes
@@ -279,9 +279,9 @@ def test_a_guest_that_its_layer_does_not_keep_is_refused(calibration: GetCalibra
         entry["remap"][slot] = answer | {"expert": wrong}
         file = calibration("olmoe").folder.with_name("edited.json")
         file.write_text(json.dumps(content))
-        with pytest.raises(moefit.PlanError, match=message):
-            check_plan(moefit.Plan.load(file), plan.model)
+        with pytest.raises(moetailor.PlanError, match=message):
+            check_plan(moetailor.Plan.load(file), plan.model)
     entry["remap"][slot] = answer | {"layer": 99}
     file.write_text(json.dumps(content))
-    with pytest.raises(moefit.PlanError, match="of layer 99: no such expert"):
-        check_plan(moefit.Plan.load(file), plan.model)
+    with pytest.raises(moetailor.PlanError, match="of layer 99: no such expert"):
+        check_plan(moetailor.Plan.load(file), plan.model)

@@ -1,4 +1,4 @@
-"""`moefit show` and `moefit diff`, on plans whose every slot is known."""
+"""`moetailor show` and `moetailor diff`, on plans whose every slot is known."""
 
 import dataclasses
 import json
@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-import moefit
-from moefit.calibration.folder import ModelFacts
-from moefit.checkpoint.family import Groups
-from moefit.checkpoint.layout import Stack
-from moefit.planning.slot_map import Auxiliary
-from moefit.planning.slots import LayerPlan, Slot
-from moefit_cli import output
-from moefit_cli.app import main
+import moetailor
+from moetailor.calibration.folder import ModelFacts
+from moetailor.checkpoint.family import Groups
+from moetailor.checkpoint.layout import Stack
+from moetailor.planning.slot_map import Auxiliary
+from moetailor.planning.slots import LayerPlan, Slot
+from moetailor_cli import output
+from moetailor_cli.app import main
 
 Show = Callable[..., list[str]]
 KEEP, DROP, CONSTANT = "keep", Slot("drop"), Slot("constant")
@@ -42,10 +42,10 @@ def layer(*slots: Slot | str, **fields: object) -> LayerPlan:
     return LayerPlan(slots=(*own, *(Slot("expert", n) for n in range(len(own), 12))), **fields)
 
 
-def plan(method: str, *layers: LayerPlan, **fields: object) -> moefit.Plan:
+def plan(method: str, *layers: LayerPlan, **fields: object) -> moetailor.Plan:
     named = {f"model.layers.{number}": found for number, found in enumerate(layers)}
     given = {"parameters": {"rank": 8}, "budget": "remove 25%", "model": FACTS, "calibration": "0"} | fields
-    return moefit.Plan(method=method, layers=named, **given)
+    return moetailor.Plan(method=method, layers=named, **given)
 
 
 # Layer 0 has each kind of stand-in, layer 1 merges, layer 2 shares and has low ranks, layer 3 stays whole.
@@ -68,14 +68,14 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     """Return a function that saves plans, runs a verb on them and gives the lines it prints."""
 
     def call(
-        verb: str, *plans: moefit.Plan, width: int = 80, options: tuple[str, ...] = (), code: int = 0
+        verb: str, *plans: moetailor.Plan, width: int = 80, options: tuple[str, ...] = (), code: int = 0
     ) -> list[str]:
         files = [tmp_path / name for name in ("a.json", "b.json")[: len(plans)]]
         for file, given in zip(files, plans, strict=True):
             given.save(file)
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(output._out, "_width", width)
-        monkeypatch.setattr(sys, "argv", ["moefit", verb, *[file.name for file in files], *options])
+        monkeypatch.setattr(sys, "argv", ["moetailor", verb, *[file.name for file in files], *options])
         ended = 0
         try:
             main()
@@ -89,7 +89,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
 
 
 def test_every_kind_of_answer_is_shown(run: Show) -> None:
-    after = f"{MIXED.nbytes / 1000:.2f} kB ({MIXED.nbytes / FACTS.nbytes:.1%}, moefit format)"
+    after = f"{MIXED.nbytes / 1000:.2f} kB ({MIXED.nbytes / FACTS.nbytes:.1%}, moetailor format)"
     assert run("show", MIXED) == [
         "a.json",
         f"         mixed, remove 25%: 100.00 kB becomes {after}",

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from moefit.calibration.folder import ModelFacts
-from moefit.checkpoint.family import Groups
-from moefit.checkpoint.layout import Stack
-from moefit.errors import PlanError
-from moefit.planning.checks import check_plan
-from moefit.planning.plan import Plan
-from moefit.planning.slot_map import SlotMap
-from moefit.planning.slots import LayerPlan, Slot, keep_only
+from moetailor.calibration.folder import ModelFacts
+from moetailor.checkpoint.family import Groups
+from moetailor.checkpoint.layout import Stack
+from moetailor.errors import PlanError
+from moetailor.planning.checks import check_plan
+from moetailor.planning.plan import Plan
+from moetailor.planning.slot_map import SlotMap
+from moetailor.planning.slots import LayerPlan, Slot, keep_only
 
 # 0 and 3 keep their experts, 1 is dropped, 2 is a constant, 4 is answered by 3, 5 by 0 at half its gate.
 MIXED = LayerPlan(
@@ -158,7 +158,7 @@ def test_slot_map_leaves_defaults_out_and_refuses_what_it_does_not_know() -> Non
     with pytest.raises(PlanError) as refusal:
         SlotMap.from_json(full | {"heads": [4], "bases": 1})
     assert str(refusal.value) == (
-        "slot map has unknown keys ['bases', 'heads']: written by a later version of moefit; update it"
+        "slot map has unknown keys ['bases', 'heads']: written by a later version of moetailor; update it"
     )
 
 
@@ -296,12 +296,12 @@ def test_error_in_a_layer_names_file_and_layer(tmp_path: Path) -> None:
     [
         ("{", "not JSON ("),
         ("", "not JSON ("),
-        ("[]", "not a plan; make one with `moefit plan`"),
-        ("7", "not a plan; make one with `moefit plan`"),
-        ('{"format": "moefit-calibration"}', "not a plan; make one with `moefit plan`"),
-        ('{"format": "moefit-plan"}', "a plan of version None, this moefit reads version 1"),
-        ('{"format": "moefit-plan", "version": 2}', "a plan of version 2, this moefit reads version 1"),
-        ('{"format": "moefit-plan", "version": 1}', "not a complete plan (KeyError('method'))"),
+        ("[]", "not a plan; make one with `moetailor plan`"),
+        ("7", "not a plan; make one with `moetailor plan`"),
+        ('{"format": "moetailor-calibration"}', "not a plan; make one with `moetailor plan`"),
+        ('{"format": "moetailor-plan"}', "a plan of version None, this moetailor reads version 1"),
+        ('{"format": "moetailor-plan", "version": 2}', "a plan of version 2, this moetailor reads version 1"),
+        ('{"format": "moetailor-plan", "version": 1}', "not a complete plan (KeyError('method'))"),
         (b"\xff\xfe", "not JSON ("),
     ],
 )
@@ -316,7 +316,7 @@ def test_file_that_is_no_plan_is_refused(tmp_path: Path, text: str | bytes, said
 def test_plan_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"none.json: cannot be read \(No such file or directory\)"):
         Plan.load(tmp_path / "none.json")
-    with pytest.raises(PlanError, match="a folder, not a plan; `moefit apply` takes MODEL, then PLAN"):
+    with pytest.raises(PlanError, match="a folder, not a plan; `moetailor apply` takes MODEL, then PLAN"):
         Plan.load(tmp_path)
 
 

@@ -16,8 +16,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 
-from moefit.errors import MoefitError
-from moefit.evaluation.tasks import run_tasks
+from moetailor.errors import MoetailorError
+from moetailor.evaluation.tasks import run_tasks
 
 TASK_DIR = Path(__file__).parents[1] / "examples" / "tasks"
 CHOICE_ROWS = [
@@ -205,7 +205,7 @@ def test_own_task_with_data_beside_it_and_one_document(model, tokenizer, tmp_pat
 
 def test_errors_name_the_cure(model, tokenizer, tmp_path, monkeypatch):
     def message(task: str, task_dir: Path = TASK_DIR) -> str:
-        with pytest.raises(MoefitError) as info:
+        with pytest.raises(MoetailorError) as info:
             run_tasks(model, tokenizer, [task], task_dir=task_dir, task_data=tmp_path)
         return str(info.value)
 
@@ -223,4 +223,4 @@ def test_errors_name_the_cure(model, tokenizer, tmp_path, monkeypatch):
     (tmp_path / "rte.validation.jsonl").write_text("not json\n")
     assert message("rte").startswith("task 'rte' does not fit its data: ")
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
-    assert message("copa").endswith("pip install moefit[tasks]")
+    assert message("copa").endswith("pip install moetailor[tasks]")

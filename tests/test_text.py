@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from moefit.calibration.batch import Batch, load_batches, save_batches, text_fingerprint
-from moefit.calibration.text import TextOptions, read_batches
-from moefit.errors import CalibrationError
+from moetailor.calibration.batch import Batch, load_batches, save_batches, text_fingerprint
+from moetailor.calibration.text import TextOptions, read_batches
+from moetailor.errors import CalibrationError
 
 TOKENIZER = Path(__file__).parents[1] / "examples" / "reference-moe"
 BOS, EOS = 1, 2
@@ -314,7 +314,7 @@ def test_missing_datasets_library_is_named_with_the_cure(monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert refusal_of("some/dataset") == (
         "--data some/dataset: no such file; if it names a dataset, "
-        "reading it needs the datasets library: pip install 'moefit[datasets]'"
+        "reading it needs the datasets library: pip install 'moetailor[datasets]'"
     )
 
 
@@ -323,7 +323,7 @@ def test_missing_parquet_library_is_named_with_the_cure(tmp_path: Path, monkeypa
     (tmp_path / "t.parquet").write_bytes(b"")
     said = refusal_of(str(tmp_path / "t.parquet"))
     assert said.startswith(f"{tmp_path / 't.parquet'}: ")
-    assert said.endswith("pip install 'moefit[datasets]'")
+    assert said.endswith("pip install 'moetailor[datasets]'")
 
 
 def test_second_source_is_read_before_anything_runs(tmp_path: Path) -> None:

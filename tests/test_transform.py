@@ -11,17 +11,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import moefit
+import moetailor
 from contract.test_families import load, logits
 from families import tiny_model
-from moefit.checkpoint.files import open_checkpoint
-from moefit.checkpoint.loader import quiet_transformers
-from moefit.planning.budget import Budget
-from moefit.planning.slots import LayerPlan, Slot
-from moefit.summary import summarise
+from moetailor.checkpoint.files import open_checkpoint
+from moetailor.checkpoint.loader import quiet_transformers
+from moetailor.planning.budget import Budget
+from moetailor.planning.slots import LayerPlan, Slot
+from moetailor.summary import summarise
 
 Get = Callable[[str], Path]
-GetCalibration = Callable[[str], moefit.Calibration]
+GetCalibration = Callable[[str], moetailor.Calibration]
 
 
 @pytest.fixture
@@ -35,9 +35,9 @@ def source(tmp_path: Path) -> Path:
 
 def compressed(source: Path, tmp_path: Path, method: str = "reap", keep: int = 9) -> Path:
     ids = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(0))
-    calibration = moefit.calibrate(source, tmp_path / "calibration", text=[moefit.Batch.of(ids)])
-    plan = moefit.make_plan(calibration, method, Budget.parse(keep=keep))
-    return moefit.apply(plan, source, tmp_path / "out", calibration=calibration, verify=True)
+    calibration = moetailor.calibrate(source, tmp_path / "calibration", text=[moetailor.Batch.of(ids)])
+    plan = moetailor.make_plan(calibration, method, Budget.parse(keep=keep))
+    return moetailor.apply(plan, source, tmp_path / "out", calibration=calibration, verify=True)
 
 
 def test_shards_index_and_other_files_are_written(source: Path, tmp_path: Path) -> None:
@@ -71,8 +71,8 @@ def test_untouched_tensors_are_copied_to_the_byte(source: Path, tmp_path: Path) 
 
 def test_plan_and_provenance_travel_with_the_weights(source: Path, tmp_path: Path) -> None:
     out = compressed(source, tmp_path, "mone")
-    assert moefit.Plan.load(out / "moefit_plan.json").method == "mone"
-    told = json.loads((out / "moefit_provenance.json").read_text())
+    assert moetailor.Plan.load(out / "moetailor_plan.json").method == "mone"
+    told = json.loads((out / "moetailor_provenance.json").read_text())
     assert told["original"]["fingerprint"] == open_checkpoint(source).fingerprint()
     assert told["calibration"]["text"]["counted"] == 24
     assert told["bytes"]["compressed"] == open_checkpoint(out).nbytes
@@ -102,7 +102,7 @@ def test_layers_for_multi_token_prediction_are_cut_by_weight(source: Path, tmp_p
     (source / "model.safetensors.index.json").write_text(json.dumps(index))
 
     out = open_checkpoint(compressed(source, tmp_path))
-    plan = moefit.Plan.load(out.folder / "moefit_plan.json")
+    plan = moetailor.Plan.load(out.folder / "moetailor_plan.json")
     assert plan.native
     assert plan.layers["model.layers.3"].pool == [1, 2, 3, 5, 6, 7, 9, 10, 11]
     kept = [1, 2, 3, 5, 6, 7, 9, 10, 11]
@@ -120,27 +120,27 @@ def test_layers_for_multi_token_prediction_are_cut_by_weight(source: Path, tmp_p
     whole = open_checkpoint(compressed_again(source, tmp_path))
     assert len([name for name in whole.tensors if name.startswith("model.layers.3.mlp.experts.")]) == 36
     # So do counts that differ by layer: the result is no native one.
-    calibration = moefit.Calibration.open(tmp_path / "calibration")
-    uneven = moefit.make_plan(calibration, "frequency", Budget.parse(keep=9), allocation={1: 6, 2: "100%"})
+    calibration = moetailor.Calibration.open(tmp_path / "calibration")
+    uneven = moetailor.make_plan(calibration, "frequency", Budget.parse(keep=9), allocation={1: 6, 2: "100%"})
     assert list(uneven.layers) == ["model.layers.1"]
 
 
 def compressed_again(source: Path, tmp_path: Path) -> Path:
-    calibration = moefit.Calibration.open(tmp_path / "calibration")
-    plan = moefit.make_plan(calibration, "mone", Budget.parse(keep=8))
-    return moefit.apply(plan, source, tmp_path / "again", calibration=calibration, verify=True)
+    calibration = moetailor.Calibration.open(tmp_path / "calibration")
+    plan = moetailor.make_plan(calibration, "mone", Budget.parse(keep=8))
+    return moetailor.apply(plan, source, tmp_path / "again", calibration=calibration, verify=True)
 
 
 def test_counts_that_differ_by_layer(source: Path, tmp_path: Path) -> None:
     ids = torch.randint(3, 128, (2, 12))
-    calibration = moefit.calibrate(source, tmp_path / "calibration", text=[moefit.Batch.of(ids)])
-    plan = moefit.make_plan(calibration, "reap", Budget.parse(keep=9), layers=[2])
+    calibration = moetailor.calibrate(source, tmp_path / "calibration", text=[moetailor.Batch.of(ids)])
+    plan = moetailor.make_plan(calibration, "reap", Budget.parse(keep=9), layers=[2])
     assert not plan.native
-    out = moefit.apply(plan, source, tmp_path / "out", verify=True)
+    out = moetailor.apply(plan, source, tmp_path / "out", verify=True)
     config = json.loads((out / "config.json").read_text())
     assert config["n_routed_experts"] == 12
     assert config["quantization_config"]["layers"] == {"2": {"slots": list(range(9)), "experts": 9}}
-    in_memory = moefit.apply(plan, load(source))
+    in_memory = moetailor.apply(plan, load(source))
     torch.testing.assert_close(logits(load(out)), logits(in_memory), rtol=1e-5, atol=1e-5)
     assert [(layer.slots, layer.experts) for layer in summarise(out).moe] == [(12, 12), (9, 9)]
 
@@ -174,23 +174,25 @@ def test_written_files_are_safetensors(source: Path, tmp_path: Path) -> None:
 
 def test_constants_load_no_experts(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Novices come from sums alone: carrying them out must not cost the memory of a layer's weights."""
-    calibration = moefit.calibrate(
-        source, tmp_path / "calibration", text=[moefit.Batch.of(torch.randint(3, 99, (2, 12)))]
+    calibration = moetailor.calibrate(
+        source, tmp_path / "calibration", text=[moetailor.Batch.of(torch.randint(3, 99, (2, 12)))]
     )
-    plan = moefit.make_plan(calibration, "mone", Budget.parse(keep=9))
-    monkeypatch.setattr("moefit.checkpoint.weights.ExpertWeights.open", lambda *_: pytest.fail("experts were opened"))
-    assert moefit.apply(plan, source, tmp_path / "out", calibration=calibration).is_dir()
+    plan = moetailor.make_plan(calibration, "mone", Budget.parse(keep=9))
+    monkeypatch.setattr(
+        "moetailor.checkpoint.weights.ExpertWeights.open", lambda *_: pytest.fail("experts were opened")
+    )
+    assert moetailor.apply(plan, source, tmp_path / "out", calibration=calibration).is_dir()
 
 
 def test_in_memory_a_layer_that_needs_no_experts_may_come_first(checkpoint: Get, calibration: GetCalibration) -> None:
     """Experts of the second layer are opened when the first has changed."""
     made = calibration("olmoe")
-    plan = moefit.make_plan(made, "linear", Budget.parse(keep=7), parameters={"rank": 2})
+    plan = moetailor.make_plan(made, "linear", Budget.parse(keep=7), parameters={"rank": 2})
     first, second = plan.layers
     alike = {slot: Slot("constant") for slot in plan.layers[first].stand_ins}
     constants = LayerPlan(slots=tuple(alike.get(n, slot) for n, slot in enumerate(plan.layers[first].slots)))
     plan = replace(plan, layers={first: constants, second: plan.layers[second]})
     model = AutoModelForCausalLM.from_pretrained(checkpoint("olmoe"), dtype="float32").eval()
-    changed = moefit.apply(plan, model, calibration=made)
+    changed = moetailor.apply(plan, model, calibration=made)
     assert [slots.ranks for _, slots in sorted(plan.slot_maps.items())] == [None, (2,)]
     assert torch.isfinite(logits(changed, torch.arange(3, 15)[None])).all()

@@ -8,12 +8,12 @@ import torch
 from test_families import IDS, Get, GetCalibration, anatomy_of, eager, every_family, load, logits
 from torch import nn
 
-import moefit
+import moetailor
 import naive
-from moefit.checkpoint.anatomy import MoELayer
-from moefit.checkpoint.files import open_checkpoint
-from moefit.checkpoint.loader import quiet_transformers
-from moefit.planning.view import Experts
+from moetailor.checkpoint.anatomy import MoELayer
+from moetailor.checkpoint.files import open_checkpoint
+from moetailor.checkpoint.loader import quiet_transformers
+from moetailor.planning.view import Experts
 
 LOW = {"rank": 2, "bases": 2, "start": "svd", "select": "count"}
 
@@ -31,14 +31,14 @@ def output_of(model: nn.Module, layer: MoELayer, matrices: dict[str, torch.Tenso
     return y
 
 
-def low_plan(calibration: moefit.Calibration) -> moefit.Plan:
+def low_plan(calibration: moetailor.Calibration) -> moetailor.Plan:
     keep = calibration.model.stacks[0].num_experts - 2
-    return moefit.make_plan(calibration, "lightmoe", moefit.Budget.parse(keep=keep), parameters=LOW)
+    return moetailor.make_plan(calibration, "lightmoe", moetailor.Budget.parse(keep=keep), parameters=LOW)
 
 
-def vector_plan(calibration: moefit.Calibration, keep: int, **parameters: object) -> moefit.Plan:
-    return moefit.make_plan(
-        calibration, "compressed_experts", moefit.Budget.parse(keep=keep), parameters={"main": 1} | parameters
+def vector_plan(calibration: moetailor.Calibration, keep: int, **parameters: object) -> moetailor.Plan:
+    return moetailor.make_plan(
+        calibration, "compressed_experts", moetailor.Budget.parse(keep=keep), parameters={"main": 1} | parameters
     )
 
 
@@ -48,7 +48,7 @@ def test_low_rank_experts_are_their_base_and_their_own_part(
 ) -> None:
     plan = low_plan(calibration(name))
     original = load(checkpoint(name))
-    compressed = eager(moefit.apply(plan, load(checkpoint(name)), calibration=calibration(name)))
+    compressed = eager(moetailor.apply(plan, load(checkpoint(name)), calibration=calibration(name)))
     layer = next(iter(anatomy_of(original).layers.values()))
     seen = naive.run_recorded(compressed, layer, IDS)
     layer_plan, module = plan.by_layer[layer.index], compressed.get_submodule(layer.experts)
@@ -87,9 +87,9 @@ def test_they_round_trip(name: str, answer: str, checkpoint: Get, calibration: G
     plan = low_plan(calibration(name))
     if answer == "vectors":
         plan = vector_plan(calibration(name), experts - 1, constants=True, renormalise=True)
-    moefit.apply(plan, checkpoint(name), tmp_path / "out", calibration=calibration(name), verify=True)
+    moetailor.apply(plan, checkpoint(name), tmp_path / "out", calibration=calibration(name), verify=True)
     assert open_checkpoint(tmp_path / "out").nbytes == plan.nbytes
-    expected = logits(eager(moefit.apply(plan, load(checkpoint(name)), calibration=calibration(name))))
+    expected = logits(eager(moetailor.apply(plan, load(checkpoint(name)), calibration=calibration(name))))
     from_disk = load(tmp_path / "out")
     torch.testing.assert_close(logits(from_disk), expected, rtol=1e-5, atol=1e-5)
     from_disk.set_experts_implementation("grouped_mm")
@@ -107,7 +107,7 @@ def test_auxiliary_slots_modulate_what_runs(name: str, checkpoint: Get, calibrat
     experts = calibration(name).model.stacks[0].num_experts
     plan = vector_plan(calibration(name), experts - 1, constants=True)
     original = load(checkpoint(name))
-    compressed = eager(moefit.apply(plan, load(checkpoint(name)), calibration=calibration(name)))
+    compressed = eager(moetailor.apply(plan, load(checkpoint(name)), calibration=calibration(name)))
     layer = next(iter(anatomy_of(original).layers.values()))
     module, own = compressed.get_submodule(layer.experts), Experts(original.get_submodule(layer.experts))
     parts = (*own.inputs, "down")

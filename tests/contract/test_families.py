@@ -10,26 +10,26 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-import moefit
+import moetailor
 import naive
 from conftest import token_batches
 from families import FAMILIES, REFUSED, tiny_config, tiny_model
-from moefit.calibration.layers import LayerRunner, ResidentModel
-from moefit.calibration.statistics import Sums
-from moefit.checkpoint.anatomy import Anatomy, discover, tensors_of
-from moefit.checkpoint.files import open_checkpoint
-from moefit.checkpoint.layout import find_stacks
-from moefit.checkpoint.loader import StreamedModel, load_config, memory_names, quiet_transformers
-from moefit.planning.plan import Plan
-from moefit.planning.slots import LayerPlan, Slot
-from moefit.planning.view import Experts
-from moefit.runtime.experts import CompressedExperts
-from moefit.runtime.reshape import Change, reshape_model
+from moetailor.calibration.layers import LayerRunner, ResidentModel
+from moetailor.calibration.statistics import Sums
+from moetailor.checkpoint.anatomy import Anatomy, discover, tensors_of
+from moetailor.checkpoint.files import open_checkpoint
+from moetailor.checkpoint.layout import find_stacks
+from moetailor.checkpoint.loader import StreamedModel, load_config, memory_names, quiet_transformers
+from moetailor.planning.plan import Plan
+from moetailor.planning.slots import LayerPlan, Slot
+from moetailor.planning.view import Experts
+from moetailor.runtime.experts import CompressedExperts
+from moetailor.runtime.reshape import Change, reshape_model
 
 every_family = pytest.mark.parametrize("name", sorted(FAMILIES))
 IDS = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(7))
 Get = Callable[[str], Path]
-GetCalibration = Callable[[str], moefit.Calibration]
+GetCalibration = Callable[[str], moetailor.Calibration]
 
 
 def load(folder: Path) -> nn.Module:
@@ -59,7 +59,7 @@ def anatomy_of(model: nn.Module) -> Anatomy:
     return discover(model.config, model)
 
 
-def mixed_plan(calibration: moefit.Calibration, drop: bool) -> Plan:
+def mixed_plan(calibration: moetailor.Calibration, drop: bool) -> Plan:
     """Return a plan with a remap, a constant, a linear map and perhaps a drop in each layer, the rest kept."""
     facts = calibration.model
     layers = {}
@@ -71,7 +71,7 @@ def mixed_plan(calibration: moefit.Calibration, drop: bool) -> Plan:
         if drop:
             slots[0] = Slot("drop")
         layers[stack.prefix] = LayerPlan(slots=tuple(slots))
-    plan = moefit.make_plan(calibration, "linear", moefit.Budget.parse(keep=facts.stacks[0].num_experts - 1))
+    plan = moetailor.make_plan(calibration, "linear", moetailor.Budget.parse(keep=facts.stacks[0].num_experts - 1))
     return Plan(
         method="linear",
         parameters=plan.parameters,
@@ -201,7 +201,7 @@ def test_streamed_calibration_is_that_in_memory(
     name: str, checkpoint: Get, calibration: GetCalibration, tmp_path: Path
 ) -> None:
     resident = calibration(name)
-    streamed = moefit.calibrate(
+    streamed = moetailor.calibrate(
         checkpoint(name), tmp_path / "streamed", text=token_batches(), residual=True, effect=True, stream=True
     )
     assert streamed.effects() == pytest.approx(resident.effects(), rel=1e-3)
@@ -218,16 +218,16 @@ def test_streamed_calibration_is_that_in_memory(
 
 @every_family
 @pytest.mark.parametrize("drop", [False, True], ids=["slots-kept", "slots-dropped"])
-def test_the_moefit_format_round_trips(
+def test_the_moetailor_format_round_trips(
     name: str, drop: bool, checkpoint: Get, calibration: GetCalibration, tmp_path: Path
 ) -> None:
     plan = mixed_plan(calibration(name), drop)
     if drop and plan.model.groups.count > 1:
         plan = mixed_plan(calibration(name), False)
-    moefit.apply(plan, checkpoint(name), tmp_path / "out", calibration=calibration(name), verify=True)
+    moetailor.apply(plan, checkpoint(name), tmp_path / "out", calibration=calibration(name), verify=True)
     assert open_checkpoint(tmp_path / "out").nbytes == plan.nbytes
     from_disk = load(tmp_path / "out")
-    in_memory = eager(moefit.apply(plan, load(checkpoint(name)), calibration=calibration(name)))
+    in_memory = eager(moetailor.apply(plan, load(checkpoint(name)), calibration=calibration(name)))
     expected = logits(in_memory)
     torch.testing.assert_close(logits(from_disk), expected, rtol=1e-5, atol=1e-5)
     for implementation in ("grouped_mm", "batched_mm"):
@@ -247,7 +247,7 @@ def test_stand_ins_and_remaps_are_what_they_say(name: str, checkpoint: Get, cali
     layer = next(iter(anatomy_of(original).layers.values()))
     sums = calibration(name).sums(layer.index)
     constant = (sums.gate_sq_output / sums.gate_sq.clamp_min(1e-300)[:, None]).float()
-    compressed = eager(moefit.apply(plan, load(checkpoint(name)), calibration=calibration(name)))
+    compressed = eager(moetailor.apply(plan, load(checkpoint(name)), calibration=calibration(name)))
     seen = naive.run_recorded(compressed, layer, IDS)
     slots, experts = plan.by_layer[layer.index].slots, compressed.get_submodule(layer.experts)
     expected = torch.zeros(len(seen["hidden"]), layer.width)
@@ -274,12 +274,12 @@ def test_merged_experts_round_trip(
 ) -> None:
     facts = calibration(name).model
     keep = facts.stacks[0].num_experts - facts.groups.count
-    plan = moefit.make_plan(calibration(name), method, moefit.Budget.parse(keep=keep))
+    plan = moetailor.make_plan(calibration(name), method, moetailor.Budget.parse(keep=keep))
     assert all(layer.merged for layer in plan.layers.values())
     assert plan.native == (method == "ream")
-    moefit.apply(plan, checkpoint(name), tmp_path / "out", calibration=calibration(name), verify=True)
+    moetailor.apply(plan, checkpoint(name), tmp_path / "out", calibration=calibration(name), verify=True)
     assert open_checkpoint(tmp_path / "out").nbytes == plan.nbytes
-    in_memory = eager(moefit.apply(plan, load(checkpoint(name)), calibration=calibration(name)))
+    in_memory = eager(moetailor.apply(plan, load(checkpoint(name)), calibration=calibration(name)))
     expected = logits(in_memory)
     torch.testing.assert_close(logits(load(tmp_path / "out")), expected, rtol=1e-5, atol=1e-5)
     # The merged expert is what it says: the average of its members, which the original's modules still hold.
@@ -298,7 +298,7 @@ def test_merged_experts_round_trip(
 
 @every_family
 def test_an_expert_is_its_matrices(name: str, checkpoint: Get) -> None:
-    """What moefit computes from an expert's matrices is what the family's own module gives."""
+    """What moetailor computes from an expert's matrices is what the family's own module gives."""
     model = load(checkpoint(name))
     layer = next(iter(anatomy_of(model).layers.values()))
     experts, module = Experts(model.get_submodule(layer.experts)), model.get_submodule(layer.experts)
@@ -319,19 +319,19 @@ def test_native_drops_load_in_stock_transformers(
 ) -> None:
     facts = calibration(name).model
     keep = facts.stacks[0].num_experts - facts.groups.count
-    plan = moefit.make_plan(calibration(name), "reap", moefit.Budget.parse(keep=keep))
+    plan = moetailor.make_plan(calibration(name), "reap", moetailor.Budget.parse(keep=keep))
     assert plan.native
-    moefit.apply(plan, checkpoint(name), tmp_path / "out", verify=True)
+    moetailor.apply(plan, checkpoint(name), tmp_path / "out", verify=True)
     assert "quantization_config" not in open_checkpoint(tmp_path / "out").config
     assert open_checkpoint(tmp_path / "out").nbytes == plan.nbytes
-    in_memory = eager(moefit.apply(plan, load(checkpoint(name))))
+    in_memory = eager(moetailor.apply(plan, load(checkpoint(name))))
     torch.testing.assert_close(logits(load(tmp_path / "out")), logits(in_memory), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_refused_families_are_named_with_the_reason(name: str) -> None:
     config = tiny_config(name)
-    with pytest.raises(moefit.CheckpointError, match=config.model_type):
+    with pytest.raises(moetailor.CheckpointError, match=config.model_type):
         discover(config)
 
 

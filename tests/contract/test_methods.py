@@ -8,38 +8,40 @@ import pytest
 import torch
 from test_families import load, logits
 
-import moefit
+import moetailor
 from conftest import TINY_PARAMETERS
 from families import FAMILIES
-from moefit.calibration.statistics import STATISTICS
-from moefit.checkpoint.weights import ExpertWeights
-from moefit.methods.registry import find_method
-from moefit.methods.run import view_of
-from moefit.planning.view import LayerView
+from moetailor.calibration.statistics import STATISTICS
+from moetailor.checkpoint.weights import ExpertWeights
+from moetailor.methods.registry import find_method
+from moetailor.methods.run import view_of
+from moetailor.planning.view import LayerView
 
 ARCHETYPES = ["deepseek_v3", "gpt_oss", "olmoe", "qwen2_moe"]
 # Families that a method refuses for what their router does.
 REFUSED = {"naee": {"phimoe"}, "refit": {"phimoe"}}
 PRODUCT = [
     pytest.param(method, family, marks=() if family in ARCHETYPES else pytest.mark.slow)
-    for method in sorted(moefit.METHODS)
+    for method in sorted(moetailor.METHODS)
     for family in sorted(FAMILIES.keys() - REFUSED.get(method, set()))
 ]
 every_pair = pytest.mark.parametrize(("method", "family"), PRODUCT)
 Get = Callable[[str], Path]
-GetCalibration = Callable[[str], moefit.Calibration]
+GetCalibration = Callable[[str], moetailor.Calibration]
 
 
-def make(calibration: moefit.Calibration, method: str, keep: int) -> moefit.Plan:
-    return moefit.make_plan(calibration, method, moefit.Budget.parse(keep=keep), parameters=TINY_PARAMETERS.get(method))
+def make(calibration: moetailor.Calibration, method: str, keep: int) -> moetailor.Plan:
+    return moetailor.make_plan(
+        calibration, method, moetailor.Budget.parse(keep=keep), parameters=TINY_PARAMETERS.get(method)
+    )
 
 
-def kept(calibration: moefit.Calibration) -> int:
+def kept(calibration: moetailor.Calibration) -> int:
     """Return a count that removes one expert of each group."""
     return calibration.model.stacks[0].num_experts - calibration.model.groups.count
 
 
-def views(calibration: moefit.Calibration) -> list[LayerView]:
+def views(calibration: moetailor.Calibration) -> list[LayerView]:
     weights = ExpertWeights(calibration.model.source)
     return [view_of(calibration, layer, weights) for layer in calibration.layers]
 
@@ -56,9 +58,9 @@ def test_a_plan_is_valid_deterministic_and_loads(
     else:
         assert set(counts) == {kept(calibration(family))}
     plan.save(tmp_path / "plan.json")
-    assert moefit.Plan.load(tmp_path / "plan.json") == plan
+    assert moetailor.Plan.load(tmp_path / "plan.json") == plan
     assert plan.nbytes < plan.model.nbytes
-    moefit.apply(plan, checkpoint(family), tmp_path / "out", calibration=calibration(family))
+    moetailor.apply(plan, checkpoint(family), tmp_path / "out", calibration=calibration(family))
     assert torch.isfinite(logits(load(tmp_path / "out"))).all()
 
 
@@ -67,7 +69,9 @@ def test_a_plan_is_valid_deterministic_and_loads(
     [(method, family) for method in REFUSED for family in sorted(REFUSED[method] & FAMILIES.keys())],
 )
 def test_routers_that_cannot_be_predicted_are_refused(method: str, family: str, calibration: GetCalibration) -> None:
-    with pytest.raises(moefit.PlanError, match=rf"{method}, layer \d+: what the router would do .* is not known here"):
+    with pytest.raises(
+        moetailor.PlanError, match=rf"{method}, layer \d+: what the router would do .* is not known here"
+    ):
         make(calibration(family), method, kept(calibration(family)))
 
 
@@ -82,7 +86,7 @@ def test_keeping_every_expert_plans_nothing(method: str, family: str, calibratio
         assert plan.nbytes == plan.model.nbytes
 
 
-@pytest.mark.parametrize("method", sorted(moefit.METHODS))
+@pytest.mark.parametrize("method", sorted(moetailor.METHODS))
 def test_declared_statistics_suffice(method: str, calibration: GetCalibration) -> None:
     chosen = find_method(method)
     whole = views(calibration("olmoe"))
@@ -108,26 +112,26 @@ def test_declared_statistics_suffice(method: str, calibration: GetCalibration) -
             )
 
 
-@pytest.mark.parametrize("method", sorted(moefit.METHODS))
+@pytest.mark.parametrize("method", sorted(moetailor.METHODS))
 def test_a_size_is_never_exceeded_and_wastes_no_whole_expert(method: str, calibration: GetCalibration) -> None:
     facts = calibration("olmoe").model
     for size in (facts.nbytes, facts.nbytes * 3 // 4, facts.nbytes * 3 // 4 + 1):
-        budget = moefit.Budget.parse(size=size)
+        budget = moetailor.Budget.parse(size=size)
         if find_method(method).whole and size == facts.nbytes:
             continue  # its vectors do not fit beside all experts
-        plan = moefit.make_plan(calibration("olmoe"), method, budget, parameters=TINY_PARAMETERS.get(method))
+        plan = moetailor.make_plan(calibration("olmoe"), method, budget, parameters=TINY_PARAMETERS.get(method))
         assert plan.nbytes <= size
         per_layer = sum(stack.expert_bytes for stack in facts.stacks)
         assert size - plan.nbytes < per_layer + len(facts.stacks) * facts.stacks[0].slot_bytes
 
 
-@pytest.mark.parametrize("method", sorted(moefit.METHODS))
+@pytest.mark.parametrize("method", sorted(moetailor.METHODS))
 def test_protected_experts_and_other_layers_stay(method: str, calibration: GetCalibration) -> None:
     keep = 4 if find_method(method).removed == "lowrank" else 3  # one of them is the base
-    plan = moefit.make_plan(
+    plan = moetailor.make_plan(
         calibration("olmoe"),
         method,
-        moefit.Budget.parse(keep=keep),
+        moetailor.Budget.parse(keep=keep),
         parameters=TINY_PARAMETERS.get(method),
         layers=[1],
         protect=[(1, 0), (1, 5), (1, 7)],
@@ -137,10 +141,10 @@ def test_protected_experts_and_other_layers_stay(method: str, calibration: GetCa
     assert layer.pool == [0, 5, 7]
 
 
-@pytest.mark.parametrize("method", sorted(moefit.METHODS))
+@pytest.mark.parametrize("method", sorted(moetailor.METHODS))
 def test_methods_say_what_they_are(method: str) -> None:
     found = find_method(method)
     assert found.summary.endswith(".")
     assert found.needs <= STATISTICS
-    with pytest.raises(moefit.PlanError, match="no parameter 'nonsense'"):
+    with pytest.raises(moetailor.PlanError, match="no parameter 'nonsense'"):
         found.resolve({"nonsense": "1"})

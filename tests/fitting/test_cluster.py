@@ -6,8 +6,8 @@ import warnings
 import pytest
 import torch
 
-from moefit.fitting.align import match, neuron_distance, neuron_weights, permuted
-from moefit.fitting.cluster import agglomerate, centres_of, k_means, medoids, nearest
+from moetailor.fitting.align import match, neuron_distance, neuron_weights, permuted
+from moetailor.fitting.cluster import agglomerate, centres_of, k_means, medoids, nearest
 
 POINTS = torch.tensor([[0.0], [1.0], [10.0], [11.5], [30.0]])
 

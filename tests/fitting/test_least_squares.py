@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moefit.fitting.least_squares import RIDGES, Normal, chosen_ridge, pseudo_inverse, ridge, ridge_errors
+from moetailor.fitting.least_squares import RIDGES, Normal, chosen_ridge, pseudo_inverse, ridge, ridge_errors
 
 
 def draw(tokens: int, neurons: int = 5, width: int = 3, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

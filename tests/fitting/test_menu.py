@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from moefit.fitting.menu import Menu, cheapest
+from moetailor.fitting.menu import Menu, cheapest
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from moefit.fitting import reduced_rank
-from moefit.fitting.reduced_rank import Regression, shared_inputs
+from moetailor.fitting import reduced_rank
+from moetailor.fitting.reduced_rank import Regression, shared_inputs
 
 
 def draw(tokens: int, width: int = 6, out: int = 5, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -5,8 +5,8 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 
-from moefit.calibration.statistics import Sample, Sums
-from moefit.planning.view import LayerView
+from moetailor.calibration.statistics import Sample, Sums
+from moetailor.planning.view import LayerView
 
 
 def sums_of(pairs: list[tuple[int, float, list[float]]], experts: int, tokens: int) -> Sums:

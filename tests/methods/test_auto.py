@@ -10,18 +10,18 @@ from test_linear import layer_of_tokens
 from test_merging import INNER, WIDTH, random_experts, with_copy
 from transformers import AutoModelForCausalLM
 
-import moefit
-from moefit.calibration.domains import balanced
-from moefit.fitting.held_out import choosing
-from moefit.methods.auto import COMPARED, _base, _choice, _errors, _menu, _nearest, auto
-from moefit.planning.plan import added_nbytes
-from moefit.planning.slots import LayerPlan, Slot
-from moefit.planning.view import LayerView
+import moetailor
+from moetailor.calibration.domains import balanced
+from moetailor.fitting.held_out import choosing
+from moetailor.methods.auto import COMPARED, _base, _choice, _errors, _menu, _nearest, auto
+from moetailor.planning.plan import added_nbytes
+from moetailor.planning.slots import LayerPlan, Slot
+from moetailor.planning.view import LayerView
 from planted import Planted, planted_batches, planted_model
 
 WHOLE = 4 * 3 * WIDTH * INNER
 Get = Callable[[str], Path]
-GetCalibration = Callable[[str], moefit.Calibration]
+GetCalibration = Callable[[str], moetailor.Calibration]
 
 
 def layer(experts: int = 5, seed: int = 0, tokens: int = 400) -> LayerView:
@@ -33,7 +33,7 @@ def layer(experts: int = 5, seed: int = 0, tokens: int = 400) -> LayerView:
 
 
 def spent(plan: LayerPlan) -> int:
-    stack = moefit.calibration.folder.Stack(
+    stack = moetailor.calibration.folder.Stack(
         prefix="", index=0, num_experts=len(plan.slots), expert_bytes=WHOLE, dtype="F32", inner=INNER
     )
     return plan.stored * WHOLE + added_nbytes(plan, stack, WIDTH)
@@ -156,17 +156,19 @@ def test_what_a_small_domain_needs_weighs_more() -> None:
 
 
 def test_remove_is_what_mone_writes(calibration: GetCalibration) -> None:
-    budget = moefit.Budget.parse(remove="50%")
-    novices = moefit.make_plan(calibration("olmoe"), "mone", budget)
-    found = moefit.make_plan(calibration("olmoe"), "auto", budget)
+    budget = moetailor.Budget.parse(remove="50%")
+    novices = moetailor.make_plan(calibration("olmoe"), "mone", budget)
+    found = moetailor.make_plan(calibration("olmoe"), "auto", budget)
     assert novices.nbytes - 2 * novices.model.width * 4 * 4 < found.nbytes <= novices.nbytes
 
 
 def test_a_budget_of_memory_holds_for_the_loaded_model(checkpoint: Get, calibration: GetCalibration) -> None:
     whole = AutoModelForCausalLM.from_pretrained(checkpoint("olmoe"), dtype=torch.bfloat16)
     memory = sum(tensor.nbytes for tensor in whole.state_dict().values()) * 7 // 10
-    plan = moefit.make_plan(calibration("olmoe"), "auto", moefit.Budget.parse(memory=memory, load_dtype="bfloat16"))
-    small = moefit.apply(plan, whole, calibration=calibration("olmoe"))
+    plan = moetailor.make_plan(
+        calibration("olmoe"), "auto", moetailor.Budget.parse(memory=memory, load_dtype="bfloat16")
+    )
+    small = moetailor.apply(plan, whole, calibration=calibration("olmoe"))
     held = sum(tensor.nbytes for tensor in small.state_dict().values() if tensor.is_floating_point())
     assert 0.97 * memory < held <= memory
 
@@ -174,15 +176,15 @@ def test_a_budget_of_memory_holds_for_the_loaded_model(checkpoint: Get, calibrat
 @pytest.mark.parametrize("name", ["olmoe", "gpt_oss"])
 def test_all_that_is_redundant_goes_at_no_loss_before_anything_else(name: str, tmp_path: Path) -> None:
     model, what = planted_model(name), Planted()
-    made = moefit.calibrate(model, tmp_path / "c", text=planted_batches(), effect=True)
+    made = moetailor.calibrate(model, tmp_path / "c", text=planted_batches(), effect=True)
     copies = {what.original, what.duplicate, what.permuted, what.scaled}
     stack, layers, number = made.model.stacks[0], len(made.layers), 4  # bytes of a number
     # copies and dead experts cost nothing, a constant its width, a map its width and two factors
     least = made.model.width * number * (1 + 1 + 2 * what.rank)
     gain = len(what.redundant) * stack.expert_bytes - least
     for share in (1.0, 0.5):
-        budget = moefit.Budget.parse(size=made.model.nbytes - int(layers * gain * share))
-        plan = moefit.make_plan(made, "auto", budget, weights=moefit.ExpertWeights(model))
+        budget = moetailor.Budget.parse(size=made.model.nbytes - int(layers * gain * share))
+        plan = moetailor.make_plan(made, "auto", budget, weights=moetailor.ExpertWeights(model))
         assert budget.size is not None
         assert plan.nbytes <= budget.size
         assert plan.expected == pytest.approx(0, abs=1e-6)
@@ -195,7 +197,7 @@ def test_all_that_is_redundant_goes_at_no_loss_before_anything_else(name: str, t
     ids = planted_batches(seed=2)[0].input_ids[:4]
     with torch.no_grad():
         before = model(ids).logits.log_softmax(-1)
-        small = moefit.apply(plan, model, calibration=made)
+        small = moetailor.apply(plan, model, calibration=made)
         after = small(ids).logits.log_softmax(-1)
     assert float((before.exp() * (before - after)).sum(-1).mean()) < 1e-5
 

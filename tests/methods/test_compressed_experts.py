@@ -9,18 +9,18 @@ from test_mergemoe import routed_layer
 from test_merging import WIDTH, random_experts
 from torch import nn
 
-import moefit
+import moetailor
 from contract.test_families import IDS, eager, load, logits
 from families import tiny_model
-from moefit.checkpoint.anatomy import discover
-from moefit.methods.compressed_experts import build, compressed_experts
-from moefit.planning.slot_map import Auxiliary
-from moefit.planning.slots import LayerPlan, Slot
-from moefit.planning.view import LayerView
-from moefit.runtime.reshape import Change, reshape_model
+from moetailor.checkpoint.anatomy import discover
+from moetailor.methods.compressed_experts import build, compressed_experts
+from moetailor.planning.slot_map import Auxiliary
+from moetailor.planning.slots import LayerPlan, Slot
+from moetailor.planning.view import LayerView
+from moetailor.runtime.reshape import Change, reshape_model
 
 Get = Callable[[str], Path]
-GetCalibration = Callable[[str], moefit.Calibration]
+GetCalibration = Callable[[str], moetailor.Calibration]
 SLOTS = tuple(Slot("expert", number) for number in range(8))
 CHOSEN = torch.tensor([[0, 1, 2, 3], [7, 6, 5, 4], [3, 0, 6, 1]])
 # not in order on purpose: the split goes by the gate
@@ -104,14 +104,17 @@ def test_at_the_start_and_after_loading_the_model_is_the_plain_half(
     name: str, checkpoint: Get, calibration: GetCalibration, tmp_path: Path
 ) -> None:
     whole, plain = (
-        moefit.make_plan(
-            calibration(name), "compressed_experts", moefit.Budget.parse(remove=0), parameters={"main": 1, "vectors": v}
+        moetailor.make_plan(
+            calibration(name),
+            "compressed_experts",
+            moetailor.Budget.parse(remove=0),
+            parameters={"main": 1, "vectors": v},
         )
         for v in ("expert", "none")
     )
     assert plain.nbytes == plain.model.nbytes
-    moefit.apply(whole, checkpoint(name), tmp_path / "out", calibration=calibration(name), verify=True)
-    half = eager(moefit.apply(plain, load(checkpoint(name)), calibration=calibration(name)))
+    moetailor.apply(whole, checkpoint(name), tmp_path / "out", calibration=calibration(name), verify=True)
+    half = eager(moetailor.apply(plain, load(checkpoint(name)), calibration=calibration(name)))
     torch.testing.assert_close(logits(load(tmp_path / "out"), IDS), logits(half, IDS), rtol=1e-5, atol=1e-5)
 
 
@@ -145,5 +148,7 @@ def test_experts_that_are_main_least_go_first() -> None:
 
 @pytest.mark.parametrize("spec", [{"main": "3"}, {"share": "0"}, {"share": "1.5"}])
 def test_splits_that_cannot_be_are_refused(spec: dict[str, str], calibration: GetCalibration) -> None:
-    with pytest.raises(moefit.PlanError, match="main slots of a token and a share"):
-        moefit.make_plan(calibration("olmoe"), "compressed_experts", moefit.Budget.parse(remove=0), parameters=spec)
+    with pytest.raises(moetailor.PlanError, match="main slots of a token and a share"):
+        moetailor.make_plan(
+            calibration("olmoe"), "compressed_experts", moetailor.Budget.parse(remove=0), parameters=spec
+        )

@@ -5,11 +5,11 @@ import torch
 from hand import TinyExperts, layer_of, sums_of
 from torch import nn
 
-import moefit
-from moefit.calibration.statistics import Sample
-from moefit.methods.conmoe import conmoe, functional_distances, weight_distances
-from moefit.planning.slots import Slot
-from moefit.planning.view import LayerView
+import moetailor
+from moetailor.calibration.statistics import Sample
+from moetailor.methods.conmoe import conmoe, functional_distances, weight_distances
+from moetailor.planning.slots import Slot
+from moetailor.planning.view import LayerView
 
 
 def random_experts(count: int = 4, width: int = 6, inner: int = 5) -> TinyExperts:
@@ -104,7 +104,7 @@ def test_equal_scores_divide_by_nothing() -> None:
 
 
 def test_unknown_distance_is_refused() -> None:
-    with pytest.raises(moefit.PlanError, match="distance=cosine"):
+    with pytest.raises(moetailor.PlanError, match="distance=cosine"):
         list(conmoe([layer_with(random_experts(), [1.0] * 4)], [2], distance="cosine"))
 
 
@@ -132,5 +132,5 @@ def test_a_scope_of_one_is_the_layer_alone() -> None:
 def test_layers_of_other_shapes_cannot_share() -> None:
     layers = [layer_with(random_experts(4, 6, 5), [1.0] * 4), layer_with(random_experts(4, 6, 7), [1.0] * 4)]
     for distance in ("weights", "functional"):
-        with pytest.raises(moefit.PlanError, match="only layers of one shape can share"):
+        with pytest.raises(moetailor.PlanError, match="only layers of one shape can share"):
             list(conmoe(layers, [2, 2], scope=2, distance=distance))

@@ -7,15 +7,15 @@ import pytest
 import torch
 from hand import TinyExperts, layer_of, sums_of
 
-import moefit
-from moefit.calibration.statistics import Sample
-from moefit.checkpoint.weights import ExpertWeights
-from moefit.methods import diep as module
-from moefit.methods.diep import diep
-from moefit.methods.run import view_of
-from moefit.planning.view import LayerView
+import moetailor
+from moetailor.calibration.statistics import Sample
+from moetailor.checkpoint.weights import ExpertWeights
+from moetailor.methods import diep as module
+from moetailor.methods.diep import diep
+from moetailor.methods.run import view_of
+from moetailor.planning.view import LayerView
 
-GetCalibration = Callable[[str], moefit.Calibration]
+GetCalibration = Callable[[str], moetailor.Calibration]
 
 
 def layer(outputs: torch.Tensor, gate: torch.Tensor) -> LayerView:
@@ -95,7 +95,7 @@ def test_protected_experts_and_groups() -> None:
 
 
 def test_a_caller_without_gradients_gets_the_same_plan(calibration: GetCalibration) -> None:
-    budget = moefit.Budget.parse(keep=5)
-    plan = moefit.make_plan(calibration("olmoe"), "diep", budget)
+    budget = moetailor.Budget.parse(keep=5)
+    plan = moetailor.make_plan(calibration("olmoe"), "diep", budget)
     with torch.no_grad():
-        assert moefit.make_plan(calibration("olmoe"), "diep", budget) == plan
+        assert moetailor.make_plan(calibration("olmoe"), "diep", budget) == plan

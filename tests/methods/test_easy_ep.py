@@ -11,16 +11,16 @@ from hand import layer_of, sums_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import moefit
+import moetailor
 import naive
 from conftest import token_batches
-from moefit.calibration.folder import layer_file
-from moefit.calibration.statistics import ON_REQUEST, Sums
-from moefit.checkpoint.anatomy import discover
-from moefit.methods.easy_ep import easy_ep
+from moetailor.calibration.folder import layer_file
+from moetailor.calibration.statistics import ON_REQUEST, Sums
+from moetailor.checkpoint.anatomy import discover
+from moetailor.methods.easy_ep import easy_ep
 
 Get = Callable[[str], Path]
-GetCalibration = Callable[[str], moefit.Calibration]
+GetCalibration = Callable[[str], moetailor.Calibration]
 REFERENCE = Path(__file__).parents[2] / "examples" / "reference-moe"
 
 
@@ -59,9 +59,9 @@ def test_a_plain_block_gives_the_papers_formula(checkpoint: Get, calibration: Ge
 def test_without_it_plans_name_the_flag_and_all_else_is_the_same(
     checkpoint: Get, calibration: GetCalibration, tmp_path: Path
 ) -> None:
-    plain = moefit.calibrate(checkpoint("olmoe"), tmp_path / "plain", text=token_batches())
-    with pytest.raises(moefit.PlanError, match=r"reads gated_norm_shift, which .*plain does not hold.* --residual$"):
-        moefit.make_plan(plain, "easy_ep", moefit.Budget.parse(keep=6))
+    plain = moetailor.calibrate(checkpoint("olmoe"), tmp_path / "plain", text=token_batches())
+    with pytest.raises(moetailor.PlanError, match=r"reads gated_norm_shift, which .*plain does not hold.* --residual$"):
+        moetailor.make_plan(plain, "easy_ep", moetailor.Budget.parse(keep=6))
     for layer in plain.layers:
         mine, other = plain.sums(layer), calibration("olmoe").sums(layer)
         assert mine.gated_norm_shift is None
@@ -77,20 +77,20 @@ def test_without_it_plans_name_the_flag_and_all_else_is_the_same(
 
 def test_a_folder_without_it_is_not_taken_for_one_with_it(checkpoint: Get, tmp_path: Path) -> None:
     folder = tmp_path / "plain"
-    moefit.calibrate(checkpoint("olmoe"), folder, text=token_batches())
-    with pytest.raises(moefit.CalibrationError, match=r"another calibration \(residual differ\)"):
-        moefit.calibrate(checkpoint("olmoe"), folder, text=token_batches(), residual=True)
+    moetailor.calibrate(checkpoint("olmoe"), folder, text=token_batches())
+    with pytest.raises(moetailor.CalibrationError, match=r"another calibration \(residual differ\)"):
+        moetailor.calibrate(checkpoint("olmoe"), folder, text=token_batches(), residual=True)
 
 
 def test_a_folder_with_it_serves_who_does_not_ask(checkpoint: Get, calibration: GetCalibration, tmp_path: Path) -> None:
     whole = calibration("olmoe")
-    assert moefit.calibrate(checkpoint("olmoe"), whole.folder, text=token_batches()) == whole
+    assert moetailor.calibrate(checkpoint("olmoe"), whole.folder, text=token_batches()) == whole
     # ... and one that was stopped goes on recording it.
     folder = tmp_path / "stopped"
     shutil.copytree(whole.folder, folder)
     (folder / "calibration.json").unlink()
     layer_file(folder, 1).unlink()
-    resumed = moefit.calibrate(checkpoint("olmoe"), folder, text=token_batches())
+    resumed = moetailor.calibrate(checkpoint("olmoe"), folder, text=token_batches())
     assert layer_file(folder, 1).read_bytes() == layer_file(whole.folder, 1).read_bytes()
     assert resumed.fingerprint == whole.fingerprint
 
@@ -101,8 +101,8 @@ def test_a_damaged_file_is_told_from_one_without_it(calibration: GetCalibration,
     tensors = load_file(file)
     del tensors["sum.count"]
     save_file(tensors, file)
-    with pytest.raises(moefit.CalibrationError, match="not readable"):
-        moefit.Calibration.open(tmp_path / "c").sums(0)
+    with pytest.raises(moetailor.CalibrationError, match="not readable"):
+        moetailor.Calibration.open(tmp_path / "c").sums(0)
 
 
 def test_tokens_that_do_not_count_do_not_count_here(checkpoint: Get, tmp_path: Path) -> None:
@@ -110,17 +110,19 @@ def test_tokens_that_do_not_count_do_not_count_here(checkpoint: Get, tmp_path: P
     padded = torch.cat([ids, torch.zeros(1, 5, dtype=torch.long)], 1)
     mask = torch.cat([torch.ones_like(ids), torch.zeros(1, 5, dtype=torch.long)], 1)
     plain, masked = (
-        moefit.calibrate(checkpoint("olmoe"), tmp_path / name, text=[batch], residual=True).sums(1).gated_norm_shift
-        for name, batch in (("plain", moefit.Batch.of(ids)), ("masked", moefit.Batch.of(padded, mask)))
+        moetailor.calibrate(checkpoint("olmoe"), tmp_path / name, text=[batch], residual=True).sums(1).gated_norm_shift
+        for name, batch in (("plain", moetailor.Batch.of(ids)), ("masked", moetailor.Batch.of(padded, mask)))
     )
     torch.testing.assert_close(plain, masked, rtol=1e-4, atol=1e-6)
 
 
 def test_compress_records_it_by_itself(tmp_path: Path) -> None:
-    text = moefit.TextOptions(data=(str(REFERENCE / "calibration.jsonl"),), sequences=2, length=32)
-    budget = moefit.Budget.parse(remove="25%")
-    measured, plan = moefit.compress(REFERENCE, tmp_path / "out", text=text, method="easy_ep", budget=budget)
+    text = moetailor.TextOptions(data=(str(REFERENCE / "calibration.jsonl"),), sequences=2, length=32)
+    budget = moetailor.Budget.parse(remove="25%")
+    measured, plan = moetailor.compress(REFERENCE, tmp_path / "out", text=text, method="easy_ep", budget=budget)
     scores = torch.tensor(plan.by_layer[0].scores, dtype=torch.float64)
     torch.testing.assert_close(scores, measured.sums(0).gated_norm_shift, rtol=1e-5, atol=1e-9)
     # the same calibration serves another method
-    moefit.compress(REFERENCE, tmp_path / "other", text=text, method="reap", budget=budget, calibration=measured.folder)
+    moetailor.compress(
+        REFERENCE, tmp_path / "other", text=text, method="reap", budget=budget, calibration=measured.folder
+    )

@@ -10,17 +10,17 @@ import torch
 from test_mergemoe import layer_with_biases, routed_layer
 from test_merging import INNER, WIDTH, random_experts, with_copy
 
-import moefit
-from moefit.calibration.folder import ModelFacts
-from moefit.checkpoint.family import Groups
-from moefit.checkpoint.layout import Stack
-from moefit.methods.lightmoe import _factors, build, lightmoe, outline
-from moefit.planning.plan import planned_nbytes
-from moefit.planning.slots import LayerPlan, Slot
-from moefit.planning.view import LayerView
+import moetailor
+from moetailor.calibration.folder import ModelFacts
+from moetailor.checkpoint.family import Groups
+from moetailor.checkpoint.layout import Stack
+from moetailor.methods.lightmoe import _factors, build, lightmoe, outline
+from moetailor.planning.plan import planned_nbytes
+from moetailor.planning.slots import LayerPlan, Slot
+from moetailor.planning.view import LayerView
 
 WHOLE = 4 * 3 * WIDTH * INNER
-GetCalibration = Callable[[str], moefit.Calibration]
+GetCalibration = Callable[[str], moetailor.Calibration]
 
 
 def layer_of_mass(mass: list[float], index: int = 0, loud: float = 1.0) -> LayerView:
@@ -34,7 +34,7 @@ def layer_of_mass(mass: list[float], index: int = 0, loud: float = 1.0) -> Layer
 
 def plans(layers: list[LayerView], stored: int, **parameters: object) -> list[LayerPlan]:
     """Return the plans in the bytes that so many experts and bases a layer take, with what belongs to them."""
-    resolved = moefit.METHODS["lightmoe"].resolve({"bases": 1, "rank": 1} | parameters)
+    resolved = moetailor.METHODS["lightmoe"].resolve({"bases": 1, "rank": 1} | parameters)
     for layer in layers:
         plan = outline(layer.num_experts, stored, **resolved)
         layer.nbytes = plan.stored * WHOLE + sum(plan.low_ranks.values()) * 3 * (WIDTH + INNER) * 4
@@ -142,8 +142,8 @@ def test_sizes_are_those_of_the_paper(replaced: int, billions: float) -> None:
 
 
 def test_remove_is_a_share_of_all_parameters(calibration: GetCalibration) -> None:
-    budget = moefit.Budget.parse(remove="30%")
-    plan = moefit.make_plan(calibration("olmoe"), "lightmoe", budget, parameters={"rank": 1, "bases": 1})
+    budget = moetailor.Budget.parse(remove="30%")
+    plan = moetailor.make_plan(calibration("olmoe"), "lightmoe", budget, parameters={"rank": 1, "bases": 1})
     expert = plan.model.stacks[0].expert_bytes * len(plan.layers)
     assert 0.7 * plan.model.nbytes - expert < plan.nbytes <= 0.7 * plan.model.nbytes
     assert plan.budget == "remove 30%"
@@ -278,21 +278,21 @@ def test_chosen_ranks_spend_the_same_rows_where_they_count() -> None:
 
 
 def test_what_cannot_work_is_refused() -> None:
-    with pytest.raises(moefit.PlanError, match="own part of it is no smaller than an expert"):
+    with pytest.raises(moetailor.PlanError, match="own part of it is no smaller than an expert"):
         plans([layer_of_mass([1] * 6)], 4, rank=INNER)
     layer = layer_of_mass([1] * 6)
     layer.protected = frozenset({0, 1, 2})
-    with pytest.raises(moefit.PlanError, match="leaves no room for a base"):
+    with pytest.raises(moetailor.PlanError, match="leaves no room for a base"):
         plans([layer], 3)
 
 
 def test_a_plan_that_names_a_base_after_a_stranger_is_refused(tmp_path: Path, calibration: GetCalibration) -> None:
-    plan = moefit.make_plan(
-        calibration("olmoe"), "lightmoe", moefit.Budget.parse(keep=6), parameters={"rank": 1, "bases": 1}
+    plan = moetailor.make_plan(
+        calibration("olmoe"), "lightmoe", moetailor.Budget.parse(keep=6), parameters={"rank": 1, "bases": 1}
     )
     plan.save(tmp_path / "plan.json")
     text = (tmp_path / "plan.json").read_text()
     base, kept = next((next(iter(layer.bases)), layer.pool[0]) for layer in plan.layers.values())
     (tmp_path / "plan.json").write_text(text.replace(f'"{base}": {{', f'"{kept}": {{', 1))
-    with pytest.raises(moefit.PlanError, match="a base is named after one of its members"):
-        moefit.Plan.load(tmp_path / "plan.json")
+    with pytest.raises(moetailor.PlanError, match="a base is named after one of its members"):
+        moetailor.Plan.load(tmp_path / "plan.json")

@@ -6,12 +6,12 @@ from hand import TinyExperts
 from test_mergemoe import routed_layer
 from test_merging import WIDTH, random_experts
 
-import moefit
-from moefit.methods.linear import build, linear
-from moefit.methods.mone import novices
-from moefit.planning.plan import stand_in_nbytes
-from moefit.planning.slots import LayerPlan, Slot
-from moefit.planning.view import LayerView
+import moetailor
+from moetailor.methods.linear import build, linear
+from moetailor.methods.mone import novices
+from moetailor.planning.plan import stand_in_nbytes
+from moetailor.planning.slots import LayerPlan, Slot
+from moetailor.planning.view import LayerView
 
 DEFAULT = {"ridge": 1e-6, "shrinkage": 0.0}
 
@@ -56,7 +56,7 @@ def test_rank_zero_is_the_optimal_novice() -> None:
     built = build(layer, plan, **DEFAULT)
     assert torch.equal(built["constant"], novices(layer, "optimal")[plan.stand_ins])
     assert set(built) == {"constant"}
-    mone = moefit.METHODS["mone"].function(layer, 2, score="exact", novice="optimal")
+    mone = moetailor.METHODS["mone"].function(layer, 2, score="exact", novice="optimal")
     assert plan.stand_ins == mone.stand_ins
 
 
@@ -128,12 +128,14 @@ def test_fewer_tokens_than_the_rank_work_and_are_named() -> None:
     layer.sample.index[:] = torch.tensor([0, 1])  # nobody asks for expert 2
     layer.sums.gate_sq_output[2] = layer.sums.gate_sq[2] = layer.sums.count[2] = 0
     for shared in (False, True):
-        with pytest.warns(moefit.MoefitWarning, match="layer 0: 2 linear stand-ins have fewer"):
+        with pytest.warns(moetailor.MoetailorWarning, match="layer 0: 2 linear stand-ins have fewer"):
             built = build(layer, LayerPlan(slots=plan.slots, shared_input=shared), **DEFAULT)
         assert all(torch.isfinite(tensor).all() for tensor in built.values())
         assert not given(built, LayerPlan(slots=plan.slots, shared_input=shared), 2, layer.sample.hidden).any()
 
 
 def test_a_map_larger_than_an_expert_is_refused() -> None:
-    with pytest.raises(moefit.PlanError, match="rank=900: such a map takes 43,224 bytes, an expert of layer 0 3,600"):
+    with pytest.raises(
+        moetailor.PlanError, match="rank=900: such a map takes 43,224 bytes, an expert of layer 0 3,600"
+    ):
         linear(layer_of_tokens(random_experts(3)), 1, rank=900)

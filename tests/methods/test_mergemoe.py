@@ -8,14 +8,14 @@ import torch
 from hand import TinyExperts
 from test_merging import INNER, WIDTH, layer_with, random_experts, with_copy
 
-import moefit
+import moetailor
 from families import tiny_model
-from moefit.calibration.statistics import Sample
-from moefit.checkpoint.anatomy import discover
-from moefit.methods.hc_smoe import build as build_average
-from moefit.methods.mergemoe import build, mergemoe
-from moefit.planning.slots import merge_into
-from moefit.planning.view import LayerView
+from moetailor.calibration.statistics import Sample
+from moetailor.checkpoint.anatomy import discover
+from moetailor.methods.hc_smoe import build as build_average
+from moetailor.methods.mergemoe import build, mergemoe
+from moetailor.planning.slots import merge_into
+from moetailor.planning.view import LayerView
 
 PAPER = {"fit": "pinv", "target": "mean", "features": "average"}
 BEST = {"fit": "ridge", "target": "gated", "features": "best"}
@@ -96,7 +96,7 @@ def test_never_worse_than_average_or_centre_on_fresh_tokens(spread: float, seed:
     assert mine <= 1.03 * min(average, centre)
 
 
-@pytest.mark.filterwarnings("ignore::moefit.MoefitWarning")
+@pytest.mark.filterwarnings("ignore::moetailor.MoetailorWarning")
 def test_the_cliff_is_gone() -> None:
     """At about as many tokens as neurons the pseudo-inverse explodes; the ridge falls with every token more."""
     module, plan = related(3, 0.7), merge_into([0, 0, 0])
@@ -116,7 +116,7 @@ def test_the_cliff_is_gone() -> None:
 
 def test_too_few_tokens_are_named() -> None:
     layer = layer_with(random_experts(3), [3, 2, 1], tokens=3)
-    with pytest.warns(moefit.MoefitWarning, match=r"layer 0: 1 of 1 merged experts .* \(3 at least\) .* \(5\)"):
+    with pytest.warns(moetailor.MoetailorWarning, match=r"layer 0: 1 of 1 merged experts .* \(3 at least\) .* \(5\)"):
         build(layer, merge_into([0, 0, 2]), **PAPER)
 
 
@@ -125,7 +125,7 @@ def test_a_cluster_that_no_token_reached_is_the_average() -> None:
     layer.sample.index[:] = 2
     plan = merge_into([0, 0, 2, 3])
     for options in (BEST, BEST | {"features": "average"}, PAPER | {"target": "gated"}):
-        with pytest.warns(moefit.MoefitWarning):
+        with pytest.warns(moetailor.MoetailorWarning):
             built = build(layer, plan, **options)
         assert all(torch.isfinite(matrix).all() for matrix in built.values())
 

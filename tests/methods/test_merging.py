@@ -4,12 +4,12 @@ import pytest
 import torch
 from hand import TinyExperts, layer_of, sums_of
 
-import moefit
-from moefit.calibration.statistics import Sample
-from moefit.fitting.align import permuted
-from moefit.methods import hc_smoe, m_smoe, ream, sub_moe
-from moefit.planning.slots import LayerPlan, Slot, merge_into
-from moefit.planning.view import LayerView
+import moetailor
+from moetailor.calibration.statistics import Sample
+from moetailor.fitting.align import permuted
+from moetailor.methods import hc_smoe, m_smoe, ream, sub_moe
+from moetailor.planning.slots import LayerPlan, Slot, merge_into
+from moetailor.planning.view import LayerView
 
 WIDTH, INNER = 6, 5
 
@@ -80,7 +80,7 @@ def test_unmatched_copies_in_another_order_do_not() -> None:
 
 @pytest.mark.parametrize("method", ["hc_smoe", "sub_moe"])
 def test_copies_are_found_whatever_the_order_of_their_neurons(method: str) -> None:
-    found = moefit.METHODS[method]
+    found = moetailor.METHODS[method]
     for order in ([0, 1, 2, 3, 4], [3, 1, 4, 0, 2]):
         layer = layer_with(with_copy(random_experts(3), order=order), [4, 3, 2, 1])
         plan = found.function(layer, 3)
@@ -145,9 +145,9 @@ def test_a_plan_of_merges_reads_back_and_refuses_what_cannot_be() -> None:
     assert LayerPlan.from_json(plan.to_json(), "here") == plan
     dropped = merge_into([0, 0, 2, 2, 4], drop=True)
     assert LayerPlan.from_json(dropped.to_json(), "here") == dropped
-    with pytest.raises(moefit.PlanError, match="slot 1 is merged into 0, whose own slot is not"):
+    with pytest.raises(moetailor.PlanError, match="slot 1 is merged into 0, whose own slot is not"):
         LayerPlan.from_json({"experts": 2, "keep": [0], "merged": {"0": [1]}}, "here")
-    with pytest.raises(moefit.PlanError, match="slot 2 asks for expert 0 unchanged, which is merged"):
+    with pytest.raises(moetailor.PlanError, match="slot 2 asks for expert 0 unchanged, which is merged"):
         LayerPlan.from_json({"experts": 3, "merged": {"0": [0, 1]}, "remap": {"2": 0}}, "here")
 
 

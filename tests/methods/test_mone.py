@@ -4,8 +4,8 @@ import pytest
 import torch
 from hand import layer_of, sums_of
 
-import moefit
-from moefit.methods.mone import build, mone, novices
+import moetailor
+from moetailor.methods.mone import build, mone, novices
 
 # Expert 0 sees y = 1 and 3 with gates 1 and .5; expert 1 sees y = 10 twice; expert 2 nothing. Four tokens.
 PAIRS = [(0, 1.0, [1.0, 0.0]), (0, 0.5, [3.0, 0.0]), (1, 0.2, [0.0, 10.0]), (1, 0.4, [0.0, 10.0])]
@@ -71,5 +71,5 @@ def test_one_token_has_no_variance() -> None:
 
 @pytest.mark.parametrize("parameter", ["score", "frequency", "novice"])
 def test_unknown_words_are_refused(parameter: str) -> None:
-    with pytest.raises(moefit.PlanError, match=rf"parameter {parameter}=nonsense"):
+    with pytest.raises(moetailor.PlanError, match=rf"parameter {parameter}=nonsense"):
         mone(LAYER, 1, **{parameter: "nonsense"})

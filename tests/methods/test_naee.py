@@ -10,23 +10,23 @@ import torch
 from hand import layer_of, sums_of
 from transformers import AutoModelForCausalLM
 
-import moefit
+import moetailor
 import naive
 from conftest import token_batches
-from moefit.calibration.statistics import Sample
-from moefit.checkpoint.anatomy import discover
-from moefit.checkpoint.family import Groups
-from moefit.checkpoint.weights import ExpertWeights
-from moefit.methods.naee import _all, _drawn, _errors, _exchanged, naee
-from moefit.methods.routing import own_gates, routing_of
-from moefit.methods.run import view_of
-from moefit.planning.view import LayerView
+from moetailor.calibration.statistics import Sample
+from moetailor.checkpoint.anatomy import discover
+from moetailor.checkpoint.family import Groups
+from moetailor.checkpoint.weights import ExpertWeights
+from moetailor.methods.naee import _all, _drawn, _errors, _exchanged, naee
+from moetailor.methods.routing import own_gates, routing_of
+from moetailor.methods.run import view_of
+from moetailor.planning.view import LayerView
 
 Get = Callable[[str], Path]
-GetCalibration = Callable[[str], moefit.Calibration]
+GetCalibration = Callable[[str], moetailor.Calibration]
 
 
-def view(calibration: moefit.Calibration, index: int = 1) -> LayerView:
+def view(calibration: moetailor.Calibration, index: int = 1) -> LayerView:
     return view_of(calibration, index, ExpertWeights(calibration.model.source))
 
 
@@ -142,11 +142,11 @@ def test_groups_bar_the_largest_logit() -> None:
 
 def test_what_no_rule_gives_is_refused_with_the_reason() -> None:
     with pytest.raises(
-        moefit.PlanError, match=r"^here: .*for 100% .* did not choose the largest logits; .*such as reap$"
+        moetailor.PlanError, match=r"^here: .*for 100% .* did not choose the largest logits; .*such as reap$"
     ):
         routing_of(sample([[3.0, 2.0, 1.0]], [[1, 2]], [[0.5, 0.5]]), Groups(), None, "here")
     logits = [[3.0, 2.0, 1.0], [1.0, 3.0, 2.0]]
-    with pytest.raises(moefit.PlanError, match="for 100% of the sampled tokens its gates are no softmax or sigmoid"):
+    with pytest.raises(moetailor.PlanError, match="for 100% of the sampled tokens its gates are no softmax or sigmoid"):
         routing_of(sample(logits, [[0, 1], [1, 2]], [[0.9, 0.2], [0.2, 0.9]]), Groups(), None, "here")
 
 

@@ -10,8 +10,8 @@ expert 3: no token
 import pytest
 from hand import layer_of, sums_of
 
-import moefit
-from moefit.planning.view import LayerView
+import moetailor
+from moetailor.planning.view import LayerView
 
 PAIRS = [
     (0, 0.5, [3.0, 4.0]),
@@ -39,7 +39,7 @@ def hand_layer(**fields: object) -> LayerView:
     ],
 )
 def test_scores_and_choice(method: str, scores: tuple, kept: list[int]) -> None:
-    plan = moefit.METHODS[method].function(hand_layer(), 2)
+    plan = moetailor.METHODS[method].function(hand_layer(), 2)
     assert plan.scores == pytest.approx(scores)
     assert plan.pool == kept
     assert plan.kept_slots == kept  # the other slots are dropped
@@ -47,26 +47,26 @@ def test_scores_and_choice(method: str, scores: tuple, kept: list[int]) -> None:
 
 def test_ties_keep_the_lower_number() -> None:
     pairs = [(expert, 1.0, [1.0, 0.0]) for expert in range(4)]
-    assert moefit.METHODS["ean"].function(layer_of(sums_of(pairs, 4, 4)), 2).pool == [0, 1]
+    assert moetailor.METHODS["ean"].function(layer_of(sums_of(pairs, 4, 4)), 2).pool == [0, 1]
 
 
 def test_groups_lose_the_same_number() -> None:
     # groups (0, 1) and (2, 3); by frequency alone 1 and 3 would go, and they are the lowest of their groups
-    assert moefit.METHODS["frequency"].function(hand_layer(groups=2), 2).pool == [0, 2]
+    assert moetailor.METHODS["frequency"].function(hand_layer(groups=2), 2).pool == [0, 2]
     # soft frequency would keep 0 and 1; each group keeps one
-    assert moefit.METHODS["soft_frequency"].function(hand_layer(groups=2), 2).pool == [0, 2]
+    assert moetailor.METHODS["soft_frequency"].function(hand_layer(groups=2), 2).pool == [0, 2]
     # three of four cannot be kept evenly: rounded towards keeping more
-    assert moefit.METHODS["frequency"].function(hand_layer(groups=2), 3).pool == [0, 1, 2, 3]
+    assert moetailor.METHODS["frequency"].function(hand_layer(groups=2), 3).pool == [0, 1, 2, 3]
 
 
 def test_protected_experts_stay() -> None:
-    assert moefit.METHODS["frequency"].function(hand_layer(protected=frozenset({3})), 2).pool == [2, 3]
-    with pytest.raises(moefit.PlanError, match="2 experts are protected, the budget keeps 1"):
-        moefit.METHODS["frequency"].function(hand_layer(protected=frozenset({0, 3})), 1)
+    assert moetailor.METHODS["frequency"].function(hand_layer(protected=frozenset({3})), 2).pool == [2, 3]
+    with pytest.raises(moetailor.PlanError, match="2 experts are protected, the budget keeps 1"):
+        moetailor.METHODS["frequency"].function(hand_layer(protected=frozenset({0, 3})), 1)
 
 
 def test_random_depends_on_the_seed_and_the_layer_only() -> None:
-    random = moefit.METHODS["random"].function
+    random = moetailor.METHODS["random"].function
     layer = layer_of(sums_of([(e, 1.0, [1.0]) for e in range(32)], 32, 32))
     other = layer_of(layer.sums, index=1)
     assert random(layer, 16, seed=3) == random(layer, 16, seed=3)

@@ -8,13 +8,13 @@ import torch
 from test_naee import masked_outputs, view
 from transformers import AutoModelForCausalLM
 
-import moefit
-from moefit.fitting.least_squares import RIDGES
-from moefit.methods.refit import _fitted, _left, build
-from moefit.planning.slots import LayerPlan, Slot, keep_only
+import moetailor
+from moetailor.fitting.least_squares import RIDGES
+from moetailor.methods.refit import _fitted, _left, build
+from moetailor.planning.slots import LayerPlan, Slot, keep_only
 
 Get = Callable[[str], Path]
-GetCalibration = Callable[[str], moefit.Calibration]
+GetCalibration = Callable[[str], moetailor.Calibration]
 
 
 def load(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
@@ -75,7 +75,7 @@ def test_rounds_never_lose_on_tokens_that_were_not_fitted(family: str, calibrati
     gates, left = _left(layer, plan)
     before = float(left[held].square().sum())
     for rounds in (1, 2, 4):
-        with pytest.warns(moefit.MoefitWarning, match=r"layer 1: \d of \d experts were fitted on fewer tokens"):
+        with pytest.warns(moetailor.MoetailorWarning, match=r"layer 1: \d of \d experts were fitted on fewer tokens"):
             fitted = build(layer, plan, rounds=rounds)
         now = left.clone()
         for at, expert in enumerate(plan.merged):
@@ -90,23 +90,23 @@ def test_rounds_never_lose_on_tokens_that_were_not_fitted(family: str, calibrati
 def test_a_plan_is_native_keeps_the_subset_and_spares_protected_experts(
     checkpoint: Get, calibration: GetCalibration, tmp_path: Path
 ) -> None:
-    budget, protect = moefit.Budget.parse(keep=6), [(0, 2)]
-    plan = moefit.make_plan(calibration("olmoe"), "refit", budget, protect=protect)
+    budget, protect = moetailor.Budget.parse(keep=6), [(0, 2)]
+    plan = moetailor.make_plan(calibration("olmoe"), "refit", budget, protect=protect)
     same = {"exhaustive": 0, "samples": 100, "swaps": 64, "tokens": 1024}
-    subsets = moefit.make_plan(calibration("olmoe"), "naee", budget, protect=protect, parameters=same)
+    subsets = moetailor.make_plan(calibration("olmoe"), "naee", budget, protect=protect, parameters=same)
     assert plan.native
     assert plan.nbytes == subsets.nbytes
     assert [layer.pool for layer in plan.layers.values()] == [layer.pool for layer in subsets.layers.values()]
     assert plan.by_layer[0].slots[2] == Slot("expert", 2)
-    whole = moefit.make_plan(calibration("olmoe"), "refit", moefit.Budget.parse(keep=8))
+    whole = moetailor.make_plan(calibration("olmoe"), "refit", moetailor.Budget.parse(keep=8))
     assert whole.layers == {}
     assert keep_only(8, plan.by_layer[0].pool, Slot("drop")).pool == plan.by_layer[0].pool
 
 
 def test_weights_of_half_width_are_fitted_in_full(checkpoint: Get, calibration: GetCalibration) -> None:
-    plan = moefit.make_plan(calibration("olmoe"), "refit", moefit.Budget.parse(keep=6))
+    plan = moetailor.make_plan(calibration("olmoe"), "refit", moetailor.Budget.parse(keep=6))
     wide, narrow = (
-        moefit.apply(plan, load(checkpoint("olmoe"), dtype), calibration=calibration("olmoe"))
+        moetailor.apply(plan, load(checkpoint("olmoe"), dtype), calibration=calibration("olmoe"))
         for dtype in (torch.float32, torch.bfloat16)
     )
     for name, parameter in narrow.named_parameters():

@@ -8,18 +8,18 @@ import pytest
 import torch
 from torch import nn
 
-import moefit
+import moetailor
 import naive
 from conftest import token_batches
 from families import FAMILIES, tiny_config, tiny_model
-from moefit.calibration.statistics import Sample
-from moefit.checkpoint.anatomy import MoELayer, discover, tensors_of
-from moefit.checkpoint.family import Groups
-from moefit.checkpoint.weights import ExpertWeights
-from moefit.methods.routing import own_gates, routing_of
+from moetailor.calibration.statistics import Sample
+from moetailor.checkpoint.anatomy import MoELayer, discover, tensors_of
+from moetailor.checkpoint.family import Groups
+from moetailor.checkpoint.weights import ExpertWeights
+from moetailor.methods.routing import own_gates, routing_of
 
 Get = Callable[[str], Path]
-GetCalibration = Callable[[str], moefit.Calibration]
+GetCalibration = Callable[[str], moetailor.Calibration]
 IDS = torch.randint(3, 128, (4, 12), generator=torch.Generator().manual_seed(7))
 
 
@@ -97,12 +97,12 @@ def test_routers_without_a_correction_have_none(name: str, checkpoint: Get) -> N
 
 def test_a_model_calibrated_in_memory_is_planned_with_its_weights(calibration: GetCalibration, tmp_path: Path) -> None:
     model = tiny_model("deepseek_v3")
-    measured = moefit.calibrate(model, tmp_path / "calibration", text=token_batches())
-    budget = moefit.Budget.parse(keep=9)
-    with pytest.raises(moefit.PlanError, match="was calibrated in memory; pass weights="):
-        moefit.make_plan(measured, "naee", budget)
-    mine = moefit.make_plan(measured, "naee", budget, weights=ExpertWeights(model))
-    theirs = moefit.make_plan(calibration("deepseek_v3"), "naee", budget)
+    measured = moetailor.calibrate(model, tmp_path / "calibration", text=token_batches())
+    budget = moetailor.Budget.parse(keep=9)
+    with pytest.raises(moetailor.PlanError, match="was calibrated in memory; pass weights="):
+        moetailor.make_plan(measured, "naee", budget)
+    mine = moetailor.make_plan(measured, "naee", budget, weights=ExpertWeights(model))
+    theirs = moetailor.make_plan(calibration("deepseek_v3"), "naee", budget)
     assert [layer.pool for layer in mine.layers.values()] == [layer.pool for layer in theirs.layers.values()]
 
 
@@ -123,7 +123,7 @@ def test_a_bias_worked_by_hand() -> None:
     expected = torch.tensor([0, 2 / 3, 3 / 4]) / (2 / 3 + 3 / 4) * 2.5
     torch.testing.assert_close(rule.gates(torch.tensor([[False, True, True]]))[0, 0], expected)
     with pytest.raises(
-        moefit.PlanError, match="did not choose the largest logits or probabilities, its correction bias added"
+        moetailor.PlanError, match="did not choose the largest logits or probabilities, its correction bias added"
     ):
         routing_of(given, Groups(), torch.tensor([-0.4, 0.0, 0.0]), "here")
 

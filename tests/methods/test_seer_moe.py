@@ -4,10 +4,10 @@ import pytest
 import torch
 from hand import layer_of
 
-import moefit
-from moefit.calibration.statistics import Sums
-from moefit.methods.seer_moe import seer_moe
-from moefit.planning.view import LayerView
+import moetailor
+from moetailor.calibration.statistics import Sums
+from moetailor.methods.seer_moe import seer_moe
+from moetailor.planning.view import LayerView
 
 
 def layer(count: list[float], probability: list[float] | None = None, **fields: object) -> LayerView:
@@ -45,5 +45,5 @@ def test_protected_experts_stay_in_the_global_ranking() -> None:
 
 
 def test_groups_refuse_the_global_ranking() -> None:
-    with pytest.raises(moefit.PlanError, match="layer 0 chooses among 2 groups, of which the same number must stay"):
+    with pytest.raises(moetailor.PlanError, match="layer 0 chooses among 2 groups, of which the same number must stay"):
         pools([layer([5, 3, 2, 0], groups=2)], [2], ranking="global")

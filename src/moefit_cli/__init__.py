@@ -1,1 +1,0 @@
-"""The command line. A package of its own: importing moefit loads torch and transformers, and help should not wait."""

@@ -1,0 +1,138 @@
+"""Token sequences as the model gets them, and their file in a calibration folder.
+
+Shapes: B sequences, L tokens of a sequence.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from moetailor.checkpoint.writer import save_tensors
+from moetailor.errors import CalibrationError
+
+FIELDS = ("input_ids", "counted", "attention_mask", "document", "position", "domain")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Token sequences of one length.
+
+    Attributes:
+        input_ids: token ids, [B, L].
+        counted: which tokens enter statistics, bool [B, L]; padding and masked tokens do not.
+        attention_mask: 1 for tokens, 0 for padding, [B, L]; None when nothing is padded.
+        document: a 64-bit hash of the document a token comes from, int64 [B, L].
+        position: place of the token in its document, int64 [B, L].
+        domain: index into `domains`, int64 [B, L].
+        domains: names of the domains.
+    """
+
+    input_ids: torch.Tensor
+    counted: torch.Tensor
+    attention_mask: torch.Tensor | None
+    document: torch.Tensor
+    position: torch.Tensor
+    domain: torch.Tensor
+    domains: tuple[str, ...] = ("",)
+
+    def sequence(self, row: int) -> Batch:
+        """Return one sequence as a batch."""
+        parts = {name: getattr(self, name) for name in FIELDS}
+        return replace(self, **{name: part[row : row + 1] for name, part in parts.items() if part is not None})
+
+    @classmethod
+    def of(cls, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> Batch:
+        """Make a batch of plain token ids, each sequence a document of its own, for callers with text of their own."""
+        if attention_mask is not None and bool(attention_mask.all()):
+            attention_mask = None
+        counted = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        keys = torch.tensor([document_key(str(row)) for row in input_ids.tolist()])
+        position = torch.arange(input_ids.shape[1]).expand_as(input_ids)
+        return cls(
+            input_ids=input_ids,
+            counted=counted,
+            attention_mask=attention_mask,
+            document=keys[:, None].expand_as(input_ids),
+            position=position,
+            domain=torch.zeros_like(input_ids),
+        )
+
+
+def spread(batches: Sequence[Batch], tokens: int) -> list[Batch]:
+    """Return single sequences, each a batch, from everywhere in the text: one, or about so many tokens together."""
+    rows = [(batch, row) for batch in batches for row in range(len(batch.input_ids))]
+    count = max(1, tokens // batches[0].input_ids.shape[1])
+    return [batch.sequence(row) for batch, row in rows[:: math.ceil(len(rows) / count)]]
+
+
+def text_fingerprint(batches: Sequence[Batch]) -> dict:
+    """Say what text this is: its tokens in order, how many there are and how many count."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        for part in (batch.input_ids, batch.counted.long(), batch.position):
+            digest.update(part.contiguous().numpy().tobytes())
+    return {
+        "hash": digest.hexdigest()[:32],
+        "tokens": sum(batch.input_ids.numel() for batch in batches),
+        "counted": sum(int(batch.counted.sum()) for batch in batches),
+    }
+
+
+def save_batches(batches: Sequence[Batch], file: Path) -> None:
+    """Write batches: beside first, then renamed."""
+    tensors = {
+        f"{number:05d}.{name}": getattr(batch, name).contiguous()
+        for number, batch in enumerate(batches)
+        for name in FIELDS
+        if getattr(batch, name) is not None
+    }
+    tensors |= {
+        f"{number:05d}.domains": torch.tensor(list(json.dumps(batch.domains).encode()), dtype=torch.uint8)
+        for number, batch in enumerate(batches)
+    }
+    beside = file.with_suffix(".partial")
+    save_tensors(tensors, beside)
+    beside.rename(file)
+
+
+def load_batches(file: Path) -> list[Batch]:
+    """Read what `save_batches` wrote.
+
+    Raises:
+        CalibrationError: the file is missing or damaged.
+    """
+    try:
+        tensors = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise CalibrationError(f"{file}: the calibration's text cannot be read ({error}); calibrate again") from None
+    batches: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        number, _, name = key.partition(".")
+        batches.setdefault(number, {})[name] = tensor
+    return [
+        Batch(
+            input_ids=parts["input_ids"],
+            counted=parts["counted"],
+            attention_mask=parts.get("attention_mask"),
+            document=parts["document"],
+            position=parts["position"],
+            # Folders of earlier releases hold no domains.
+            domain=parts.get("domain", torch.zeros_like(parts["input_ids"])),
+            domains=tuple(json.loads(bytes(parts["domains"].tolist()))) if "domains" in parts else ("",),
+        )
+        for _, parts in sorted(batches.items())
+    ]
+
+
+def document_key(text: str) -> int:
+    """Return the 64-bit hash of a document, as int64."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)

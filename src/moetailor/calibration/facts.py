@@ -1,0 +1,81 @@
+"""What planning must know of a model, read off a checkpoint's headers or off a model in memory."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable
+
+from torch import nn
+
+from moetailor.calibration.folder import ModelFacts
+from moetailor.checkpoint.anatomy import Anatomy, tensors_of
+from moetailor.checkpoint.files import DTYPE_NAMES, Checkpoint
+from moetailor.checkpoint.layout import Stack, find_stacks
+
+
+def facts_of_checkpoint(checkpoint: Checkpoint, anatomy: Anatomy, names: dict[str, str]) -> ModelFacts:
+    """Return the facts of a checkpoint.
+
+    Args:
+        checkpoint: the opened checkpoint.
+        anatomy: its MoE layers in memory.
+        names: disk name -> memory name.
+    """
+    stacks = find_stacks(checkpoint, anatomy, names)
+    return _facts(
+        anatomy,
+        checkpoint.source,
+        checkpoint.fingerprint(),
+        _by_dtype((info.dtype, info.nbytes) for info in checkpoint.tensors.values()),
+        [stack.sizes() for stack in stacks.values()],
+    )
+
+
+def facts_of_model(model: nn.Module, anatomy: Anatomy) -> ModelFacts:
+    """Return the facts of a model in memory; its weights are told apart by a few values of each tensor."""
+    tensors = {name: tensor for name, tensor in tensors_of(model).items() if not tensor.is_meta}
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        values = tensor.detach().flatten()[:: max(tensor.numel() // 64, 1)].float().cpu()
+        digest.update(name.encode() + values.numpy().tobytes())
+    stacks = []
+    for layer in anatomy.layers.values():
+        rows = [tensors[f"{layer.experts}.{name}"] for name in layer.expert_rows]
+        slots = [tensors[f"{layer.block}.{name}"] for name in layer.slot_rows]
+        stacks.append(
+            Stack(
+                prefix=layer.block.rpartition(".")[0] if layer.block.count(".") > 2 else layer.block,
+                index=layer.index,
+                num_experts=layer.num_experts,
+                expert_bytes=sum(tensor.nbytes for tensor in rows) // layer.num_experts,
+                slot_bytes=sum(tensor.nbytes for tensor in slots) // layer.num_experts,
+                dtype=DTYPE_NAMES[rows[0].dtype],
+                inner=layer.inner,
+                matrices=3 if layer.gated else 2,
+            )
+        )
+    every = model.state_dict().values()
+    dtypes = _by_dtype((DTYPE_NAMES[tensor.dtype], tensor.nbytes) for tensor in every)
+    return _facts(anatomy, "", {"memory": digest.hexdigest()[:32]}, dtypes, stacks)
+
+
+def _by_dtype(tensors: Iterable[tuple[str, int]]) -> dict[str, int]:
+    total = Counter()
+    for dtype, nbytes in tensors:
+        total[dtype] += nbytes
+    return dict(sorted(total.items()))
+
+
+def _facts(anatomy: Anatomy, source: str, fingerprint: dict, dtypes: dict[str, int], stacks: list[Stack]) -> ModelFacts:
+    return ModelFacts(
+        source=source,
+        fingerprint=fingerprint,
+        model_type=anatomy.model_type,
+        width=max(layer.width for layer in anatomy.layers.values()),
+        top_k=anatomy.top_k,
+        groups=anatomy.groups,
+        nbytes=sum(dtypes.values()),
+        stacks=tuple(stacks),
+        dtypes=dtypes,
+    )

@@ -1,0 +1,230 @@
+"""What is measured of one MoE layer: sums in float64 that add, and a sample of tokens that merges as exactly.
+
+Shapes: T tokens, K experts of a token, E experts, R = T x K routed pairs, D model width, N sampled tokens.
+Symbols: g is the gate of a routed pair as the model used it, y the raw output of its expert, |.| the Euclidean norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+
+from moetailor.checkpoint.writer import save_tensors
+from moetailor.errors import CalibrationError
+
+
+@dataclass(kw_only=True)
+class Sums:
+    """Sums over the counted tokens of one layer, float64; ``a + b`` is the sums of both texts.
+
+    Attributes:
+        tokens: T, [].
+        count: routed pairs of each expert, [E].
+        gate: sum of g, [E].
+        gate_sq: sum of g^2, [E].
+        output: sum of y, [E, D].
+        gated_output: sum of g y, [E, D].
+        gate_sq_output: sum of g^2 y, [E, D].
+        norm: sum of |y|, [E].
+        gated_norm: sum of g |y|, [E].
+        norm_sq: sum of |y|^2, [E].
+        gate_sq_norm_sq: sum of g^2 |y|^2, [E].
+        norm_max: the largest |y|, [E]; merged by maximum.
+        probability: sum over all tokens of the router's probability of each expert, [E].
+        together: tokens that chose both of two experts, [E, E].
+        gated_norm_shift: sum of g |y| max(0, 1 - cos(h, h~)), [E], with h the residual stream that leaves the decoder
+            layer when its routed experts give nothing, and h~ the one that does; None when it was not recorded.
+    """
+
+    tokens: torch.Tensor
+    count: torch.Tensor
+    gate: torch.Tensor
+    gate_sq: torch.Tensor
+    output: torch.Tensor
+    gated_output: torch.Tensor
+    gate_sq_output: torch.Tensor
+    norm: torch.Tensor
+    gated_norm: torch.Tensor
+    norm_sq: torch.Tensor
+    gate_sq_norm_sq: torch.Tensor
+    norm_max: torch.Tensor
+    probability: torch.Tensor
+    together: torch.Tensor
+    gated_norm_shift: torch.Tensor | None = None
+
+    @classmethod
+    def zeros(cls, experts: int, width: int, *, residual: bool = False) -> Sums:
+        """Return the sums over no tokens; with `residual`, `gated_norm_shift` too."""
+        wide, square = ("output", "gated_output", "gate_sq_output"), ("together",)
+        shape = (
+            {name: (experts, width) for name in wide} | {name: (experts, experts) for name in square} | {"tokens": ()}
+        )
+        found = {f.name: torch.zeros(shape.get(f.name, (experts,)), dtype=torch.float64) for f in fields(cls)}
+        return cls(**{name: total for name, total in found.items() if residual or name not in ON_REQUEST})
+
+    def __add__(self, other: Sums) -> Sums:
+        """Return the sums over the tokens of both; what only one recorded is known of neither."""
+        mine, theirs = self.recorded, other.recorded
+        merged = {name: mine[name] + theirs[name] for name in mine.keys() & theirs.keys()}
+        merged["norm_max"] = torch.maximum(self.norm_max, other.norm_max)
+        return Sums(**merged)
+
+    @property
+    def recorded(self) -> dict[str, torch.Tensor]:
+        """The sums that were recorded, by name."""
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: total for name, total in found.items() if total is not None}
+
+
+# What costs more than one run, and the option of `calibrate` that records it. The effect is no sum, see `effect.py`.
+ON_REQUEST = {"gated_norm_shift": "residual", "effect": "effect"}
+STATISTICS = frozenset({"effect", *(field.name for field in fields(Sums))})
+
+
+@dataclass(kw_only=True)
+class Sample:
+    """A sample of a layer's tokens: those with the smallest keys, so the sample of two texts is that of their union.
+
+    Attributes:
+        key: hash of (seed, document, position), uint64 kept as int64 of the same order, ascending, [N].
+        hidden: input of the experts, [N, D].
+        index: experts of each token, [N, K].
+        gate: their gates, float32, [N, K].
+        logits: router logits, float32, [N, E].
+    """
+
+    key: torch.Tensor
+    hidden: torch.Tensor
+    index: torch.Tensor
+    gate: torch.Tensor
+    logits: torch.Tensor
+
+    def merged(self, other: Sample, size: int) -> Sample:
+        """Return the `size` tokens with the smallest keys of both; equal keys keep this sample's first."""
+        parts = {f.name: torch.cat([getattr(self, f.name), getattr(other, f.name)]) for f in fields(self)}
+        order = torch.argsort(parts["key"], stable=True)[:size]
+        return Sample(**{name: part[order] for name, part in parts.items()})
+
+    @classmethod
+    def concatenated(cls, parts: Sequence[Sample]) -> Sample:
+        """Return the parts of one run as one sample, by key."""
+        joined = {f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)}
+        order = torch.argsort(joined["key"], stable=True)
+        return cls(**{name: part[order] for name, part in joined.items()})
+
+
+@dataclass(kw_only=True)
+class LayerStatistics:
+    """All that calibration knows of one MoE layer."""
+
+    sums: Sums
+    sample: Sample
+
+    def save(self, file: Path) -> None:
+        """Write the statistics as safetensors: beside first, then renamed, so the file is whole or absent."""
+        tensors = {f"sum.{name}": total for name, total in self.sums.recorded.items()}
+        tensors |= {f"sample.{f.name}": getattr(self.sample, f.name).contiguous() for f in fields(Sample)}
+        beside = file.with_suffix(".partial")
+        save_tensors(tensors, beside)
+        beside.rename(file)
+
+
+def load_sums(file: Path) -> Sums:
+    """Read the sums of one layer."""
+    return Sums(**_load(file, "sum.", [f.name for f in fields(Sums)], ON_REQUEST))
+
+
+def load_sample(file: Path) -> Sample:
+    """Read the sample of one layer."""
+    return Sample(**_load(file, "sample.", [f.name for f in fields(Sample)]))
+
+
+def _load(file: Path, prefix: str, names: Sequence[str], optional: Collection[str] = ()) -> dict[str, torch.Tensor]:
+    try:
+        with safe_open(file, "pt") as tensors:
+            there = [name for name in names if name not in optional or prefix + name in tensors.keys()]
+            return {name: tensors.get_tensor(prefix + name) for name in there}
+    except FileNotFoundError:
+        raise CalibrationError(f"{file}: missing; run calibrate again, it resumes with this layer") from None
+    except SafetensorError as error:
+        raise CalibrationError(f"{file}: not readable ({error}); delete it and run calibrate again") from None
+
+
+def sample_keys(document: torch.Tensor, position: torch.Tensor, seed: int) -> torch.Tensor:
+    """Return one well-mixed 64-bit key for each token, as int64 (splitmix64 of document, position and seed).
+
+    Args:
+        document: document hashes, int64, any shape.
+        position: places in the documents, int64, same shape.
+        seed: another seed gives another sample.
+    """
+    with np.errstate(over="ignore"):
+        mixed = _splitmix64(document.numpy().astype(np.uint64) ^ _splitmix64(np.array(seed % 2**64, np.uint64)))
+        mixed = _splitmix64(mixed + position.numpy().astype(np.uint64))
+    return torch.from_numpy(mixed.view(np.int64).copy())
+
+
+def _splitmix64(x: np.ndarray) -> np.ndarray:
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def add_tokens(sums: Sums, index_TK: torch.Tensor, probability_TE: torch.Tensor) -> None:
+    """Add how one batch of counted tokens was routed, in place.
+
+    Args:
+        sums: the sums so far.
+        index_TK: experts of each token.
+        probability_TE: the router's probabilities of all experts.
+    """
+    chosen = torch.zeros(len(index_TK), len(sums.count), dtype=torch.float32, device=index_TK.device)
+    chosen.scatter_(1, index_TK, 1.0)
+    # counts of a batch stay below 2^24, so float32 products are exact
+    sums.together.add_((chosen.T @ chosen).double().cpu())
+    sums.probability.add_(probability_TE.sum(0, dtype=torch.float64).cpu())
+    sums.tokens.add_(len(index_TK))
+
+
+def add_pairs(sums: Sums, output_RD: torch.Tensor, expert_R: torch.Tensor, gate_R: torch.Tensor) -> None:
+    """Add what some routed pairs of counted tokens gave, in place.
+
+    Args:
+        sums: the sums so far.
+        output_RD: raw expert outputs, sorted by expert.
+        expert_R: expert of each routed pair, ascending.
+        gate_R: gate of each routed pair.
+    """
+    # Only the experts from the first to the last one here are touched.
+    first, experts = int(expert_R[0]), int(expert_R[-1]) - int(expert_R[0]) + 1
+    here, expert_R = slice(first, first + experts), expert_R - first
+    gate = gate_R.double()
+    norm = torch.linalg.vector_norm(
+        output_RD, dim=1, dtype=torch.float64 if output_RD.device.type == "cpu" else torch.float32
+    )
+    norm = norm.double()
+    scalars = torch.stack([torch.ones_like(gate), gate, gate**2, norm, gate * norm, norm**2, (gate * norm) ** 2])
+    per_expert = torch.zeros(len(scalars), experts, dtype=torch.float64, device=gate.device)
+    per_expert.index_add_(1, expert_R, scalars)
+    names = ("count", "gate", "gate_sq", "norm", "gated_norm", "norm_sq", "gate_sq_norm_sq")
+    for name, values in zip(names, per_expert.cpu(), strict=True):
+        getattr(sums, name)[here].add_(values)
+    largest = torch.zeros(experts, dtype=torch.float64, device=gate.device)
+    largest.scatter_reduce_(0, expert_R, norm, reduce="amax")
+    sums.norm_max[here] = torch.maximum(sums.norm_max[here], largest.cpu())
+    # sum [1, g, g^2] y over the tokens of each expert: thin products in float64
+    products = torch.zeros(3, experts, output_RD.shape[1], dtype=torch.float64, device=gate.device)
+    start = 0
+    for expert, length in enumerate(per_expert[0].long().tolist()):
+        part = slice(start, start + length)
+        if length:
+            products[:, expert] = scalars[:3, part] @ output_RD[part].double()
+        start += length
+    for name, values in zip(("output", "gated_output", "gate_sq_output"), products.cpu(), strict=True):
+        getattr(sums, name)[here].add_(values)

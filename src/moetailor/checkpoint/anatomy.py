@@ -1,0 +1,213 @@
+"""Where the MoE layers of a model are, and which of its tensors have one row for each expert.
+
+Nothing of this is declared. The model is built twice without weights, once with twice the experts: every tensor and
+every integer attribute that differs between the two belongs to the experts or to the router's slots. That holds for
+correction biases, per-expert scales and router biases of any name, so a new family costs nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from moetailor.checkpoint import family
+from moetailor.errors import CheckpointError
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoELayer:
+    """One MoE layer of a model in memory; paths are those of ``model.named_modules()``.
+
+    Attributes:
+        index: number of the decoder layer.
+        block: the module around router and experts (the decoder layer itself in families without one).
+        experts: the module that holds the experts as stacked parameters.
+        router: the module that returns logits, weights and indices.
+        num_experts: experts, which is also the number of slots.
+        width: numbers of an expert's output, D.
+        inner: neurons of an expert, F.
+        gated: whether an expert has three matrices (gate, up, down) or two.
+        expert_rows: parameters of the experts module with a row for each expert, and their axis.
+        slot_rows: parameters and buffers elsewhere in the block with a row for each slot, and their axis.
+        counts: (module path, attribute) of the integers that hold the number of experts in the block.
+    """
+
+    index: int
+    block: str
+    experts: str
+    router: str
+    num_experts: int
+    width: int
+    inner: int
+    gated: bool
+    expert_rows: dict[str, int]
+    slot_rows: dict[str, int]
+    counts: tuple[tuple[str, str], ...]
+
+    @property
+    def correction(self) -> str | None:
+        """The one of `slot_rows` that corrects the router's choice, by path; a plain ``bias`` is part of its logits."""
+        found = (name for name in self.slot_rows if name.endswith("_bias"))
+        return next((f"{self.block}.{name}" for name in found), None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Anatomy:
+    """The MoE layers of a model by decoder layer, and what they have in common."""
+
+    model_type: str
+    top_k: int
+    groups: family.Groups
+    probabilities: str
+    layers: dict[int, MoELayer]
+    model_counts: tuple[tuple[str, str], ...]
+
+    @cached_property
+    def by_experts_path(self) -> dict[str, MoELayer]:
+        """The layers by the path of their experts module."""
+        return {layer.experts: layer for layer in self.layers.values()}
+
+
+def build_skeleton(config: Any, dtype: torch.dtype | None = None, *, trust_remote_code: bool = False) -> Any:
+    """Build the causal language model of a config on the meta device: all shapes, no memory."""
+    from transformers import AutoModelForCausalLM
+
+    family.check_family(config)
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        except ValueError as error:
+            reason = str(error).splitlines()[0]
+            raise CheckpointError(
+                f"model type {config.model_type!r} is no causal language model here: {reason}"
+            ) from None
+
+
+def discover(config: Any, skeleton: nn.Module | None = None, *, trust_remote_code: bool = False) -> Anatomy:
+    """Find the MoE layers of the model that a config describes.
+
+    Args:
+        config: transformers config of a causal language model.
+        skeleton: the model built from it (on any device), when there is one already.
+        trust_remote_code: passed on to transformers.
+
+    Raises:
+        CheckpointError: no MoE layers, or a family that is refused by name.
+    """
+    family.check_family(config)
+    family.check_unquantized(config)
+    names = family.expert_count_spellings(config)
+    if not names:
+        raise CheckpointError(
+            f"model type {config.model_type!r} has no MoE layers (its config names no expert count: "
+            f"{', '.join(family.EXPERT_COUNTS)})"
+        )
+    doubled = copy.deepcopy(config)
+    for name in names:
+        setattr(doubled, name, 2 * getattr(config, name))
+    small = skeleton if skeleton is not None else build_skeleton(config, trust_remote_code=trust_remote_code)
+    large = build_skeleton(doubled, trust_remote_code=trust_remote_code)
+    rows, counts = _row_axes(small, large), _count_attributes(small, large)
+    paths = sorted({name.rpartition(".")[0] for name in rows if name.endswith(".down_proj")}, key=_layer_number)
+    if not paths:
+        raise CheckpointError(
+            f"model type {config.model_type!r} has no MoE layers that transformers runs as stacked experts"
+        )
+    layers = [_layer(small, path, rows, counts) for path in paths]
+    _refuse_unplaced(config.model_type, rows, layers)
+    inside = {count for layer in layers for count in layer.counts}
+    return Anatomy(
+        model_type=config.model_type,
+        top_k=family.top_k(config),
+        groups=family.group_limits(config),
+        probabilities=family.router_probabilities(config.model_type),
+        layers={layer.index: layer for layer in layers},
+        model_counts=tuple(count for count in counts if count not in inside),
+    )
+
+
+def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return parameters and buffers by name."""
+    return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
+def output_width(experts: Any) -> int:
+    """Return the width D of what an experts module returns; in families with latent experts it is not the model's."""
+    down = experts.down_proj
+    return down.shape[2] if getattr(experts, "is_transposed", False) else down.shape[1]
+
+
+def _row_axes(small: nn.Module, large: nn.Module) -> dict[str, int]:
+    other = tensors_of(large)
+    axes = {}
+    for name, tensor in tensors_of(small).items():
+        grown = [axis for axis, size in enumerate(tensor.shape) if other[name].shape[axis] != size]
+        if grown:
+            axes[name] = grown[0]
+    return axes
+
+
+def _count_attributes(small: nn.Module, large: nn.Module) -> list[tuple[str, str]]:
+    other = dict(large.named_modules())
+    return [
+        (path, name)
+        for path, module in small.named_modules()
+        for name, value in vars(module).items()
+        if type(value) is int and vars(other[path]).get(name) == 2 * value != 0
+    ]
+
+
+def _layer(model: nn.Module, experts: str, rows: dict[str, int], counts: list[tuple[str, str]]) -> MoELayer:
+    block = experts.rpartition(".")[0]
+    inside = {name: axis for name, axis in rows.items() if name.startswith(block + ".")}
+    expert_rows = {
+        name.removeprefix(experts + "."): axis for name, axis in inside.items() if name.startswith(experts + ".")
+    }
+    slot_rows = {
+        name.removeprefix(block + "."): axis for name, axis in inside.items() if not name.startswith(experts + ".")
+    }
+    tensors = tensors_of(model)
+    # The router is the part of the block that holds the matrix [slots, hidden].
+    routers = [
+        name.split(".")[0] for name in slot_rows if tensors[f"{block}.{name}"].dim() == 2 and name.endswith("weight")
+    ]
+    if not routers:
+        raise CheckpointError(f"{block}: found no router weight with a row for each expert")
+    down, width = tensors[f"{experts}.down_proj"], output_width(model.get_submodule(experts))
+    return MoELayer(
+        index=_layer_number(experts),
+        block=block,
+        experts=experts,
+        router=f"{block}.{routers[0]}",
+        num_experts=down.shape[0],
+        width=width,
+        inner=down[0].numel() // width,
+        gated=f"{experts}.gate_up_proj" in tensors,
+        expert_rows=expert_rows,
+        slot_rows=slot_rows,
+        counts=tuple((path, name) for path, name in counts if path == block or path.startswith(block + ".")),
+    )
+
+
+def _layer_number(path: str) -> int:
+    match = re.search(r"\blayers\.(\d+)\b", path)
+    if not match:
+        raise CheckpointError(f"{path}: experts outside the decoder layers are not supported")
+    return int(match[1])
+
+
+def _refuse_unplaced(model_type: str, rows: dict[str, int], layers: list[MoELayer]) -> None:
+    blocks = tuple(layer.block + "." for layer in layers)
+    lost = [name for name in rows if not name.startswith(blocks)]
+    if lost:
+        raise CheckpointError(
+            f"model type {model_type!r}: {lost[0]} has a row for each expert outside the MoE blocks; not supported"
+        )

@@ -1,0 +1,172 @@
+"""Which tensors on disk belong to which expert and to which slot, in every MoE layer, MTP layers included.
+
+A `Stack` is one MoE layer as it lies on disk. Experts may lie one tensor each (``experts.7.up_proj.weight``) or fused
+(``experts.gate_up_proj`` with a row for each expert); both are cut by rows without being decoded.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, fields
+
+from moetailor.checkpoint.anatomy import Anatomy
+from moetailor.checkpoint.files import Checkpoint, TensorInfo
+from moetailor.errors import CheckpointError
+
+_LAYER = re.compile(r"^(.*?\blayers\.\d+)\.(.*)$")
+_EXPERT = re.compile(r"\bexperts\.(\d+)\.")
+
+
+@dataclass(kw_only=True)
+class Stack:
+    """One MoE layer on disk, as planning knows it: what is in it and what each part costs.
+
+    Attributes:
+        prefix: the decoder layer that its tensors lie in, such as ``model.layers.3``.
+        index: number of the decoder layer; None for a layer that the model does not run (multi-token prediction).
+        num_experts: experts, which is also the number of slots.
+        expert_bytes: bytes of one expert.
+        slot_bytes: bytes of one slot's rows in the router.
+        dtype: safetensors dtype of the experts.
+        inner: neurons of an expert, F; 0 where the model does not run the layer.
+        matrices: matrices of an expert: 3 with a gate, 2 without.
+    """
+
+    prefix: str
+    index: int | None
+    num_experts: int
+    expert_bytes: int = 0
+    slot_bytes: int = 0
+    dtype: str = ""
+    inner: int = 0
+    matrices: int = 3
+
+
+@dataclass(kw_only=True)
+class DiskStack(Stack):
+    """A stack with the names of its tensors.
+
+    Attributes:
+        experts: tensors that are part of one expert: name -> expert.
+        fused: tensors with a row for each expert: name -> axis.
+        slots: tensors of the router with a row for each slot: name -> axis.
+    """
+
+    experts: dict[str, int] = field(default_factory=dict)
+    fused: dict[str, int] = field(default_factory=dict)
+    slots: dict[str, int] = field(default_factory=dict)
+
+    def expert_number(self, name: str) -> int | None:
+        """Return the expert that a tensor's name gives; None when experts are fused."""
+        match = _EXPERT.search(name)
+        return int(match[1]) if match else None
+
+    def named(self, name: str) -> str:
+        """Return the name of one of its tensors, under the prefix that the layer has in this checkpoint."""
+        return f"{self.prefix}.{_split(name)[1]}"
+
+    def renamed(self, name: str, expert: int) -> str:
+        """Return the name of an expert's tensor after the expert got another number."""
+        return _EXPERT.sub(f"experts.{expert}.", name, count=1)
+
+    def sizes(self) -> Stack:
+        """Return the stack without names."""
+        return Stack(**{f.name: getattr(self, f.name) for f in fields(Stack)})
+
+
+def find_stacks(checkpoint: Checkpoint, anatomy: Anatomy, names: dict[str, str]) -> dict[str, DiskStack]:
+    """Find every MoE layer on disk, by prefix, in the order of the layers.
+
+    Args:
+        checkpoint: the opened checkpoint.
+        anatomy: the MoE layers of the model in memory.
+        names: disk name -> memory name, from `loader.memory_names`.
+
+    Raises:
+        CheckpointError: an expert is incomplete, or a tensor with expert rows has an unexpected shape.
+    """
+    expert_axes, slot_axes = {}, {}
+    for layer in anatomy.layers.values():
+        expert_axes |= {f"{layer.experts}.{name}": (layer, axis) for name, axis in layer.expert_rows.items()}
+        slot_axes |= {f"{layer.block}.{name}": (layer, axis) for name, axis in layer.slot_rows.items()}
+    stacks: dict[str, DiskStack] = {}
+    templates: dict[str, int | None] = {}
+    for key, name in names.items():
+        found = expert_axes.get(name) or slot_axes.get(name)
+        if found:
+            layer, axis = found
+            prefix, rest = _split(key)
+            empty = DiskStack(
+                prefix=prefix,
+                index=layer.index,
+                num_experts=layer.num_experts,
+                inner=layer.inner,
+                matrices=3 if layer.gated else 2,
+            )
+            stack = stacks.setdefault(prefix, empty)
+            kind = None if name in expert_axes else axis
+            templates[_EXPERT.sub("experts.*.", rest)] = kind
+            _place(stack, checkpoint.tensors[key], kind, axis)
+    lost = sorted(set(anatomy.layers) - {stack.index for stack in stacks.values()})
+    if lost:
+        raise CheckpointError(
+            f"{checkpoint.source}: has no experts for MoE layers {lost}; the checkpoint is incomplete"
+        )
+    for key in checkpoint.tensors.keys() - names.keys():
+        if match := _LAYER.match(key):
+            rest = _EXPERT.sub("experts.*.", match[2])
+            if rest in templates:
+                size = next(iter(stacks.values())).num_experts
+                stack = stacks.setdefault(match[1], DiskStack(prefix=match[1], index=None, num_experts=size))
+                _place(stack, checkpoint.tensors[key], templates[rest], templates[rest] or 0)
+    for stack in stacks.values():
+        _measure(stack, checkpoint)
+    return dict(sorted(stacks.items(), key=lambda item: (item[1].index is None, item[1].index or 0, item[0])))
+
+
+def rows_nbytes(info: TensorInfo, axis: int) -> int:
+    """Return the bytes of one row of a tensor along an axis."""
+    return info.nbytes // info.shape[axis]
+
+
+def _split(key: str) -> tuple[str, str]:
+    match = _LAYER.match(key)
+    if not match:
+        raise CheckpointError(f"tensor {key!r} has a row for each expert but lies in no decoder layer; not supported")
+    return match[1], match[2]
+
+
+def _place(stack: DiskStack, info: TensorInfo, slot_axis: int | None, axis: int) -> None:
+    if slot_axis is None and (match := _EXPERT.search(info.name)):
+        stack.experts[info.name] = int(match[1])
+        return
+    # On disk a vector of biases may have lost its leading axis of 1.
+    axis = min(axis, len(info.shape) - 1)
+    if info.shape[axis] != stack.num_experts:
+        raise CheckpointError(
+            f"tensor {info.name!r} has shape {list(info.shape)}: expected {stack.num_experts} rows, one for "
+            f"each expert, on axis {axis}"
+        )
+    (stack.fused if slot_axis is None else stack.slots)[info.name] = axis
+
+
+def _measure(stack: DiskStack, checkpoint: Checkpoint) -> None:
+    tensors = checkpoint.tensors
+    fused = sum(rows_nbytes(tensors[name], axis) for name, axis in stack.fused.items())
+    parts: list[list[str]] = [[] for _ in range(stack.num_experts)]
+    for name, expert in stack.experts.items():
+        if expert >= stack.num_experts:
+            raise CheckpointError(
+                f"tensor {name!r}: the config says {stack.num_experts} experts, this is number {expert}"
+            )
+        parts[expert].append(name)
+    sizes = [fused + sum(tensors[name].nbytes for name in part) for part in parts]
+    if min(sizes) != max(sizes) or not max(sizes):
+        short = sizes.index(min(sizes))
+        raise CheckpointError(
+            f"{stack.prefix}: expert {short} has {sizes[short]:,} bytes, others {max(sizes):,}; the checkpoint "
+            "is incomplete"
+        )
+    stack.expert_bytes = sizes[0]
+    stack.slot_bytes = sum(rows_nbytes(tensors[name], axis) for name, axis in stack.slots.items())
+    stack.dtype = tensors[next(iter([*stack.experts, *stack.fused]))].dtype

@@ -1,0 +1,117 @@
+"""Models in memory: from a checkpoint as transformers loads it, on the device and in the dtype the user means."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from moetailor.checkpoint.files import DTYPES, Checkpoint
+from moetailor.checkpoint.loader import quiet_transformers
+from moetailor.errors import CheckpointError, MoetailorError, did_you_mean
+
+DTYPE_CHOICES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_device(name: str | None) -> str:
+    """Return the device to run on: the one named, else ``cuda`` where there is one, else ``cpu``.
+
+    Raises:
+        MoetailorError: the device cannot be used here.
+    """
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise MoetailorError(f"device {name!r} cannot be used here ({reason}); use another one, such as cpu") from None
+    return name
+
+
+def resolve_dtype(name: str | None, device: str, checkpoint: Checkpoint) -> torch.dtype:
+    """Return the dtype to run in: the one named, else the checkpoint's on an accelerator and float32 on the CPU.
+
+    Raises:
+        MoetailorError: the name is not a dtype that models run in.
+    """
+    if name is not None:
+        if name not in DTYPE_CHOICES:
+            raise MoetailorError(f"unknown dtype {name!r}" + did_you_mean(name, DTYPE_CHOICES))
+        return DTYPE_CHOICES[name]
+    if torch.device(device).type == "cpu":
+        return torch.float32
+    stored = [DTYPES[info.dtype] for info in checkpoint.tensors.values()]
+    return max(set(stored), key=stored.count)
+
+
+def load_model(
+    folder: Path, *, dtype: torch.dtype, device: str, device_map: str | None = None, trust_remote_code: bool = False
+) -> nn.Module:
+    """Load a causal language model for inference.
+
+    Args:
+        folder: checkpoint folder, original or compressed.
+        dtype: dtype to run in.
+        device: where to put it when there is no device map.
+        device_map: as transformers takes it, such as ``auto``.
+        trust_remote_code: run code that comes with the checkpoint.
+
+    Raises:
+        CheckpointError: transformers cannot load it, or tensors are missing from it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with quiet_transformers():
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                device_map=device_map or device,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+            )
+        except (ValueError, RuntimeError, OSError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise CheckpointError(f"{folder}: transformers cannot load it: {reason}") from None
+    model, info = loaded
+    if info["missing_keys"]:
+        names = sorted(info["missing_keys"])
+        raise CheckpointError(f"{folder}: {len(names)} tensors are missing, first {names[0]}")
+    return model.eval()
+
+
+def copy_sharing_tensors(model: nn.Module) -> Any:
+    """Return a copy of a model's structure that holds the very same tensors.
+
+    What puts new tensors in place of those that it changes, and writes into none, leaves the original as it is.
+    """
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """Load the tokenizer that lies beside the weights.
+
+    Raises:
+        CheckpointError: there is none that transformers can load.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{folder}: transformers cannot load its tokenizer: {reason}") from None
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        # What transformers makes when there is no file.
+        raise CheckpointError(f"{folder}: holds no tokenizer; put the files of the original's beside the weights")
+    return tokenizer
+
+
+def longest_sequence(config: Any) -> int | None:
+    """Return the most positions a model takes, when its config says."""
+    value = getattr(config, "max_position_embeddings", None)
+    return value if isinstance(value, int) and value > 0 else None

@@ -1,0 +1,100 @@
+"""The weights that methods read, experts and correction biases: layer by layer, from disk or a model in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from moetailor.checkpoint.anatomy import Anatomy, discover, tensors_of
+from moetailor.checkpoint.files import Checkpoint, open_checkpoint
+from moetailor.checkpoint.layout import DiskStack, find_stacks
+from moetailor.checkpoint.loader import StreamedModel, load_config
+
+
+class ExpertWeights:
+    """Expert weights of a checkpoint (opened when first asked for) or of a model in memory.
+
+    Args:
+        source: folder, hub name, opened checkpoint, or a model: streamed from one or in memory.
+        anatomy: the MoE layers, of a model that is changed while its weights are read; else they are discovered.
+        trust_remote_code: run code that comes with the checkpoint.
+    """
+
+    def __init__(
+        self,
+        source: str | Path | Checkpoint | StreamedModel | nn.Module,
+        *,
+        anatomy: Anatomy | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self._source = source
+        self._trust = trust_remote_code
+        if anatomy is not None:
+            self.anatomy = anatomy
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the weights are those of a model in memory."""
+        return isinstance(self._source, nn.Module)
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The opened checkpoint."""
+        assert not isinstance(self._source, nn.Module)
+        if isinstance(self._source, StreamedModel):
+            return self._source.checkpoint
+        return self._source if isinstance(self._source, Checkpoint) else open_checkpoint(self._source)
+
+    @cached_property
+    def _streamed(self) -> StreamedModel:
+        if isinstance(self._source, StreamedModel):
+            return self._source
+        config = load_config(self.checkpoint, trust_remote_code=self._trust)
+        return StreamedModel(self.checkpoint, config, dtype=torch.float32)
+
+    @cached_property
+    def anatomy(self) -> Anatomy:
+        """The MoE layers."""
+        model = self._source if isinstance(self._source, nn.Module) else self._streamed.model
+        return discover(model.config, model, trust_remote_code=self._trust)
+
+    @cached_property
+    def stacks(self) -> dict[str, DiskStack]:
+        """The MoE layers on disk, by prefix."""
+        return find_stacks(self.checkpoint, self.anatomy, self._streamed.names)
+
+    @contextmanager
+    def open(self, layer: int) -> Iterator[nn.Module]:
+        """Give the experts module of a decoder layer with its weights (float32 when they come from disk)."""
+        path = self.anatomy.layers[layer].experts
+        if isinstance(self._source, nn.Module):
+            yield self._source.get_submodule(path)
+        else:
+            with self._streamed.loaded(path) as model:
+                yield model.get_submodule(path)
+
+    def correction(self, layer: int) -> torch.Tensor | None:
+        """Return the correction bias of a decoder layer's router, float32 [E] on the CPU; None where it has none."""
+        path = self.anatomy.layers[layer].correction
+        if path is None:
+            return None
+        if isinstance(self._source, nn.Module):
+            return tensors_of(self._source)[path].detach().flatten().float().cpu()
+        # A checkpoint may leave out a bias of zeros.
+        keys = [key for key, name in self._streamed.names.items() if name == path]
+        return self.checkpoint.tensors[keys[0]].read().flatten().float() if keys else None
+
+    def norms(self, prefix: str) -> torch.Tensor:
+        """Return the Frobenius norm of each expert of a layer on disk, float64 [E]: for layers that no text reaches."""
+        stack = self.stacks[prefix]
+        square = torch.zeros(stack.num_experts, dtype=torch.float64)
+        for name, expert in stack.experts.items():
+            square[expert] += self.checkpoint.tensors[name].read().float().square().sum(dtype=torch.float64)
+        for name in stack.fused:
+            square += self.checkpoint.tensors[name].read().float().square().flatten(1).sum(1, dtype=torch.float64)
+        return square.sqrt()

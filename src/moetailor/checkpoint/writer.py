@@ -1,0 +1,258 @@
+"""Writing a checkpoint: tensors as byte ranges of files; index and rename come last.
+
+What stays of a checkpoint, and what was computed into a file beside, is copied by byte range inside the kernel; nothing
+of it is decoded or held in memory.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from moetailor.checkpoint.files import INDEX, SINGLE, TensorInfo, tensor_nbytes
+from moetailor.errors import MoetailorError
+
+CHUNK = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One tensor to be written.
+
+    Attributes:
+        name: its name in the new checkpoint.
+        dtype: safetensors dtype.
+        shape: its shape.
+        ranges: (file, offset, bytes) parts of files that make it up, in order.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    ranges: tuple[tuple[Path, int, int], ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return tensor_nbytes(self.dtype, self.shape)
+
+
+def whole(info: TensorInfo, name: str | None = None) -> Piece:
+    """Return a tensor of the original as it is, perhaps under another name."""
+    return Piece(name or info.name, info.dtype, info.shape, ((info.file, info.offset, info.nbytes),))
+
+
+def rows(info: TensorInfo, axis: int, kept: Sequence[int], other: Mapping[int, tuple[TensorInfo, int]] = {}) -> Piece:
+    """Return some rows of a tensor of the original along an axis.
+
+    Args:
+        info: the tensor.
+        axis: which axis.
+        kept: the rows, in their new order.
+        other: rows that come from elsewhere: row -> (tensor that is as large along the other axes, its row).
+    """
+    shape = (*info.shape[:axis], len(kept), *info.shape[axis + 1 :])
+    outer = torch.Size(info.shape[:axis]).numel()
+    step = info.nbytes // outer // info.shape[axis]
+    ranges: list[tuple[Path, int, int]] = []
+    for block in range(outer):
+        for row in kept:
+            source, at = other.get(row, (info, row))
+            start = source.offset + (block * source.shape[axis] + at) * step
+            if ranges and ranges[-1][0] == source.file and ranges[-1][1] + ranges[-1][2] == start:
+                ranges[-1] = (source.file, ranges[-1][1], ranges[-1][2] + step)
+            else:
+                ranges.append((source.file, start, step))
+    return Piece(info.name, info.dtype, shape, tuple(ranges))
+
+
+def check_place(out: Path, *, overwrite: bool, inputs: Mapping[str, Path | None] | None = None) -> None:
+    """Refuse a place for the result where something would be lost.
+
+    Args:
+        out: where the result shall be.
+        overwrite: an existing folder may be replaced.
+        inputs: folders that must stay, by what they are.
+
+    Raises:
+        MoetailorError: see the message.
+    """
+    if out.name in ("", ".."):
+        raise MoetailorError(f"{out}: has no name of its own; name the folder of the result")
+    for what, path in (inputs or {}).items():
+        if path is not None and path.resolve() == out.resolve():
+            raise MoetailorError(f"{out}: is {what} itself; choose another folder")
+        if path is not None and path.resolve().is_relative_to(out.resolve()):
+            raise MoetailorError(f"{out}: holds {what}, {path}, which would be lost; choose another folder")
+    if out.is_file():
+        raise MoetailorError(f"{out}: is a file; choose another folder")
+    if out.exists() and not overwrite:
+        raise MoetailorError(f"{out}: exists; choose another folder or pass --overwrite")
+
+
+@contextmanager
+def new_folder(out: Path, *, overwrite: bool, nbytes: int) -> Iterator[Path]:
+    """Give a folder beside `out` to write into; it takes `out`'s place when all went well, else it is deleted.
+
+    Args:
+        out: where the result shall be.
+        overwrite: replace an existing folder, at the end.
+        nbytes: bytes that will be written, checked against the free space first.
+
+    Raises:
+        MoetailorError: `out` exists, or the disk has no room.
+    """
+    out = Path(out)
+    check_place(out, overwrite=overwrite)
+    place = Path(os.path.abspath(out))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(out.parent).free
+    if nbytes > free:
+        raise MoetailorError(f"{out}: the result has {nbytes:,} bytes, the disk has {free:,} free")
+    partial = place.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        _sync(partial)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if error.errno == errno.ENOSPC:
+            raise MoetailorError(f"{out}: the disk is full; nothing was kept of this run") from None
+        raise
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    # Absolute: the working directory may be the old folder, which moves.
+    _put(partial, place)
+    _sync(place.parent)
+
+
+def _put(partial: Path, out: Path) -> None:
+    """Rename a finished folder to its place; what is there goes last, and comes back if the renaming fails."""
+    if not os.path.lexists(out):
+        partial.rename(out)
+        return
+    # A folder of our own: a user may have an OUT.old.
+    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    out.rename(aside / "old")
+    try:
+        partial.rename(out)
+    except OSError:
+        (aside / "old").rename(out)
+        aside.rmdir()
+        shutil.rmtree(partial)
+        raise
+    shutil.rmtree(aside)
+
+
+def write_shards(
+    folder: Path, shards: Sequence[Sequence[Piece]], progress: Callable[[int, int], None] | None = None
+) -> int:
+    """Write tensors as safetensors shards with their index, and return the bytes of all tensors.
+
+    Args:
+        folder: where to write.
+        shards: the tensors of each shard; empty shards are left out.
+        progress: called with (bytes written, bytes in all).
+    """
+    shards = [shard for shard in shards if shard]
+    total, done = sum(piece.nbytes for shard in shards for piece in shard), 0
+
+    def count(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        if progress:
+            progress(done, total)
+
+    names = (
+        [SINGLE]
+        if len(shards) == 1
+        else [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
+    )
+    weight_map = {}
+    for name, shard in zip(names, shards, strict=True):
+        _write_shard(folder / name, shard, count)
+        weight_map |= {piece.name: name for piece in shard}
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    return total
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    """Write tensors as one safetensors file.
+
+    Raises:
+        MoetailorError: the file cannot be written, as on a full disk.
+    """
+    try:
+        save_file(tensors, file)
+    except (OSError, SafetensorError) as error:
+        raise MoetailorError(f"{file}: cannot be written ({error}); make room and run the same command again") from None
+
+
+def _write_shard(file: Path, pieces: Sequence[Piece], count: Callable[[int], None]) -> None:
+    header: dict = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for piece in pieces:
+        header[piece.name] = {
+            "dtype": piece.dtype,
+            "shape": list(piece.shape),
+            "data_offsets": [end, end + piece.nbytes],
+        }
+        end += piece.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(file, "wb", buffering=0) as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for piece in pieces:
+            for source, offset, nbytes in piece.ranges:
+                _copy(source, offset, nbytes, out.fileno(), count)
+        os.fsync(out.fileno())
+
+
+def _copy(source: Path, offset: int, nbytes: int, target: int, count: Callable[[int], None]) -> None:
+    handle = os.open(source, os.O_RDONLY)
+    try:
+        while nbytes:
+            done = _copy_some(handle, offset, min(nbytes, CHUNK), target)
+            if not done:
+                raise MoetailorError(f"{source}: ends inside a tensor; was it changed while it was read?")
+            offset, nbytes = offset + done, nbytes - done
+            count(done)
+    finally:
+        os.close(handle)
+
+
+def _copy_some(source: int, offset: int, nbytes: int, target: int) -> int:
+    try:
+        return os.copy_file_range(source, target, nbytes, offset)
+    except OSError as error:
+        # Not every pair of file systems can copy inside the kernel.
+        if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+    data = memoryview(os.pread(source, nbytes, offset))
+    done = len(data)
+    while data:
+        data = data[os.write(target, data) :]
+    return done
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,158 @@
+"""The original on the bench: loaded once, copied for each cell, and what is measured of it, when it is first needed."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moetailor.calibration.batch import Batch
+from moetailor.calibration.folder import Calibration, read_json, write_json
+from moetailor.checkpoint.anatomy import Anatomy, discover
+from moetailor.checkpoint.files import Checkpoint
+from moetailor.checkpoint.models import copy_sharing_tensors, load_model
+from moetailor.checkpoint.weights import ExpertWeights
+from moetailor.comparison.cells import Cell
+from moetailor.comparison.probe import Probe
+from moetailor.comparison.results import cell_result
+from moetailor.evaluation.fidelity import Progress, Reference
+from moetailor.evaluation.speed import Speed, measure_speed, resident_nbytes
+from moetailor.methods.run import make_plan
+from moetailor.transform.apply import apply
+
+# Tokens of the prompt that speed is measured on, and new ones: little against a pass over held-out text.
+PROMPT, NEW_TOKENS = 256, 16
+
+
+class Bench:
+    """Measures cells against the original, of which one copy is in memory at a time.
+
+    Args:
+        checkpoint: the original.
+        weights: its experts on disk, which methods read.
+        calibration: what plans are made from.
+        batches: held-out text.
+        folder: where the original's predictions and speed lie.
+        device: where models run.
+        dtype: dtype of the run.
+        trust_remote_code: run code that comes with the checkpoint.
+        progress: called with (batches done, batches in all) while the original's predictions are recorded.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        weights: ExpertWeights,
+        calibration: Calibration,
+        batches: Sequence[Batch],
+        folder: Path,
+        *,
+        device: str,
+        dtype: torch.dtype,
+        trust_remote_code: bool = False,
+        progress: Progress | None = None,
+    ) -> None:
+        self.checkpoint, self.weights, self.calibration = checkpoint, weights, calibration
+        self.batches, self.folder = batches, folder
+        self._load: Callable[[], Any] = lambda: load_model(
+            checkpoint.folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+        )
+        self._progress = progress
+
+    @cached_property
+    def model(self) -> Any:
+        """The original in memory."""
+        gc.collect()  # models have cycles: the one that calibrated, if any, goes first
+        return self._load()
+
+    @cached_property
+    def anatomy(self) -> Anatomy:
+        """Its MoE layers."""
+        return discover(self.model.config, self.model)
+
+    @cached_property
+    def probe(self) -> Probe:
+        """What its layers get and give."""
+        return Probe(self.model, self.anatomy.layers, self.calibration.batches(), self.batches)
+
+    @cached_property
+    def reference(self) -> Reference:
+        """Its predictions on the held-out text; a folder that is there is complete."""
+        place = self.folder / "reference"
+        if not place.exists():
+            began, partial = time.perf_counter(), self.folder / "reference.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            Reference(partial, self.batches).record(self.model, self._progress)
+            seconds = time.perf_counter() - began
+            measured = asdict(self._speed(self.model)) | {"resident": resident_nbytes(self.model)}
+            write_json(self.folder / "original.json", measured | {"seconds": seconds})
+            partial.rename(place)
+        return Reference(place, self.batches)
+
+    @property
+    def original(self) -> dict:
+        """Its speed, its bytes in memory, and the seconds that recording its predictions took."""
+        if not (self.folder / "original.json").exists():
+            _ = self.reference
+        return read_json(self.folder / "original.json") or {}
+
+    def copy(self) -> Any:
+        """Return a copy of the original that shares every tensor.
+
+        Applying a plan puts new tensors in place of those that it changes, so the original stays what it is and the
+        copy costs what the plan leaves of the experts.
+        """
+        gc.collect()  # the copy before this one goes first
+        return copy_sharing_tensors(self.model)
+
+    def measure(self, cell: Cell, progress: Progress | None = None) -> dict:
+        """Plan, apply and measure one cell; returns it as it stands in results.json.
+
+        Raises:
+            MoetailorError: whatever the stages refuse.
+            RuntimeError: whatever torch does.
+        """
+        began = time.perf_counter()
+        plan = make_plan(self.calibration, cell.method, cell.budget, parameters=cell.parameters, weights=self.weights)
+        planned = time.perf_counter() - began
+        reference, probe = self.reference, self.probe
+        began = time.perf_counter()
+        model = apply(plan, self.copy(), calibration=self.calibration)
+        applied = time.perf_counter() - began
+        began = time.perf_counter()
+        fidelity = reference.compare(model, progress)
+        seconds = {"plan": planned, "apply": applied, "evaluate": time.perf_counter() - began}
+        return cell_result(
+            cell,
+            plan,
+            seconds=seconds,
+            fidelity=fidelity,
+            speed=self._speed(model),
+            resident=resident_nbytes(model),
+            errors=probe.errors(model),
+            effects=effects_of(self.calibration),
+        )
+
+    def close(self) -> None:
+        """Delete the original's predictions; whoever needs them again records them again."""
+        place, partial = self.folder / "reference", self.folder / "reference.partial"
+        if place.exists():
+            shutil.rmtree(partial, ignore_errors=True)
+            place.rename(partial)
+        shutil.rmtree(partial, ignore_errors=True)
+
+    def _speed(self, model: Any) -> Speed:
+        return measure_speed(model, self.batches[0].input_ids[:1, :PROMPT], new_tokens=NEW_TOKENS)
+
+
+def effects_of(calibration: Calibration) -> dict[str, float] | None:
+    """Return what squared errors of each layer's routed output do to the predictions, where that was measured."""
+    effects = calibration.effects()
+    return None if effects is None else {str(layer): effect for layer, effect in effects.items()}

@@ -1,0 +1,261 @@
+"""The compare stage: a checkpoint, calibration text and held-out text in, every method at every ratio out."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from moetailor._version import __version__
+from moetailor.calibration.batch import Batch, text_fingerprint
+from moetailor.calibration.calibrate import calibrate
+from moetailor.calibration.folder import Calibration, read_json, write_json
+from moetailor.calibration.run import SampleOptions
+from moetailor.calibration.statistics import ON_REQUEST
+from moetailor.calibration.text import TextOptions, read_batches
+from moetailor.checkpoint.files import Checkpoint, open_checkpoint
+from moetailor.checkpoint.loader import load_config
+from moetailor.checkpoint.models import load_tokenizer, longest_sequence, resolve_device, resolve_dtype
+from moetailor.checkpoint.weights import ExpertWeights
+from moetailor.comparison.bench import Bench, effects_of
+from moetailor.comparison.cells import Cell, cells_of
+from moetailor.comparison.results import failed, ranked, spearman, usage
+from moetailor.errors import MoetailorError, MoetailorWarning
+from moetailor.evaluation.evaluate import check_predicts, is_moetailor
+from moetailor.methods.registry import METHODS
+from moetailor.methods.run import check_weights
+from moetailor.planning.plan import calibration_hash
+
+Stage = Callable[[str, int, int], None]
+RUN, RESULTS, REPORT = "comparison.json", "results.json", "report.html"
+CELLS, CALIBRATION = "cells", "calibration"
+
+
+def compare(
+    model: str | Path,
+    out: str | Path,
+    *,
+    held_out: TextOptions,
+    text: TextOptions | None = None,
+    calibration: str | Path | None = None,
+    methods: Sequence[str] = ("all",),
+    remove: Sequence[str | float] = ("10%", "25%", "50%"),
+    sample: SampleOptions = SampleOptions(),  # noqa: B008 (frozen)
+    device: str | None = None,
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Stage | None = None,
+) -> dict:
+    """Measure methods at several ratios from one calibration, without writing a checkpoint.
+
+    Each cell is planned, applied to a copy of the original in memory and measured on the held-out text. Finished cells
+    lie in ``OUT/cells``; the same call after a stop goes on behind the last of them. A cell that fails becomes a row
+    that says why, and is tried again by the next call. What was found is in ``OUT/results.json``, and to be looked
+    at in ``OUT/report.html``.
+
+    Args:
+        model: folder or hub name of the original.
+        out: folder of the comparison.
+        held_out: text to measure on; its documents may name a ``domain``.
+        text: calibration text, measured into ``OUT/calibration``.
+        calibration: a finished calibration folder of the model, instead of text.
+        methods: names, with parameters as in ``linear:rank=4``; ``all`` stands for those that are neither trained nor
+            slow.
+        remove: shares of each layer's experts to remove.
+        sample: which calibration tokens are kept whole.
+        device: where models run; CUDA when there is one.
+        dtype: ``float32``, ``bfloat16`` or ``float16``; the checkpoint's on CUDA, else float32.
+        trust_remote_code: run code that comes with the checkpoint.
+        progress: called with (what is running, done, in all).
+
+    Returns:
+        What is in results.json.
+
+    Raises:
+        PlanError: an unknown method, parameter or share.
+        CalibrationError: a text or the calibration cannot be used.
+        MoetailorError: the folder holds something else, or a model cannot be used.
+    """
+    out, cells = Path(out), cells_of(methods, remove)
+    if (text is None) == (calibration is None):
+        raise MoetailorError("give either calibration text (--data) or a finished calibration folder (--calibration)")
+    checkpoint = open_checkpoint(model)
+    weights = ExpertWeights(checkpoint, trust_remote_code=trust_remote_code)
+    given = None if calibration is None else Calibration.open(calibration)
+    if given is not None:
+        check_weights(weights, given.model)
+    device = resolve_device(device)
+    torch_dtype = resolve_dtype(dtype, device, checkpoint)
+    batches = _read(checkpoint, held_out, trust_remote_code)
+    settings = _settings(checkpoint, batches, device, torch_dtype)
+    _held(out, settings)
+    out.mkdir(parents=True, exist_ok=True)
+
+    began = time.perf_counter()
+    if given is None:
+        assert text is not None
+        asked = {ON_REQUEST[name] for cell in cells for name in METHODS[cell.method].needs & ON_REQUEST.keys()}
+        given = calibrate(
+            model,
+            out / CALIBRATION,
+            text=text,
+            sample=sample,
+            residual="residual" in asked,
+            effect=True,
+            device=device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            progress=None if progress is None else partial(progress, "calibrate"),
+        )
+    settings |= {"calibration": calibration_hash(given.fingerprint), "effects": effects_of(given)}
+    run = {"calibrate_seconds": time.perf_counter() - began} | _held(out, settings) | settings
+    write_json(out / RUN, run)
+    (out / CELLS).mkdir(exist_ok=True)
+    _warn_of_shared(given.batches(), batches)
+
+    bench = Bench(
+        checkpoint,
+        weights,
+        given,
+        batches,
+        out,
+        device=device,
+        dtype=torch_dtype,
+        trust_remote_code=trust_remote_code,
+        progress=None if progress is None else partial(progress, "original"),
+    )
+    found = ranked(_measured(bench, cells, out / CELLS, progress))
+    results = _results(bench, held_out, found, device, run["calibrate_seconds"])
+    write_json(out / RESULTS, results)
+    bench.close()
+    from moetailor.report import write_report  # draws: no other stage should wait for that
+
+    write_report(results, out / REPORT)
+    return results
+
+
+def _measured(bench: Bench, cells: Sequence[Cell], folder: Path, progress: Stage | None) -> list[dict]:
+    """Return all cells: read where they are finished, measured where they are not."""
+    found, steps = [], len(bench.batches)
+
+    def step(cell: int, done: int) -> None:
+        if progress is not None:
+            progress("compare", cell * steps + done, len(cells) * steps)
+
+    for number, cell in enumerate(cells):
+        result = read_json(folder / cell.file)
+        if result is None:
+            step(number, 0)
+            try:
+                result = bench.measure(cell, lambda done, _, number=number: step(number, done))
+            # One cell that is refused or runs out of memory must not lose the others.
+            except (MoetailorError, RuntimeError, MemoryError) as error:
+                result = failed(cell, error)
+            else:
+                write_json(folder / cell.file, result)
+        found.append(result)
+        step(number + 1, 0)
+    return found
+
+
+def _read(checkpoint: Checkpoint, held_out: TextOptions, trust_remote_code: bool) -> list[Batch]:
+    """Read the held-out text, once it is sure that the model is an original."""
+    if is_moetailor(checkpoint):
+        raise MoetailorError(f"{checkpoint.source}: was written by moetailor; compare starts from an original")
+    if not held_out.data:
+        raise MoetailorError("no held-out text; name some that was not calibrated on with --held-out")
+    check_predicts(held_out)
+    config = load_config(checkpoint, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code)
+    return read_batches(held_out, tokenizer, max_length=longest_sequence(config), words=config.vocab_size)
+
+
+def _settings(checkpoint: Checkpoint, batches: Sequence[Batch], device: str, dtype: torch.dtype) -> dict:
+    """Return what every cell of a folder has in common, beside the calibration."""
+    import transformers
+
+    shapes = [list(batch.input_ids.shape) for batch in batches]
+    return {
+        "model": checkpoint.fingerprint(),
+        "held-out text": text_fingerprint(batches) | {"shapes": shapes},
+        "device": device,
+        "dtype": str(dtype),
+        "versions": {"moetailor": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+    }
+
+
+def _held(out: Path, settings: dict) -> dict:
+    """Return what the folder notes of the comparison that it holds, if any.
+
+    Raises:
+        MoetailorError: it holds something else.
+    """
+    held = read_json(out / RUN)
+    # A run that was stopped while it calibrated has no notes yet.
+    if held is None and out.exists() and (out.is_file() or {path.name for path in out.iterdir()} - {CALIBRATION}):
+        raise MoetailorError(f"{out}: not empty and no comparison; choose another folder")
+    held = held or {}
+    if differs := [name for name, value in settings.items() if held.get(name, value) != value]:
+        raise MoetailorError(
+            f"{out}: holds a comparison with another {', '.join(differs)}; choose another folder or delete it"
+        )
+    return held
+
+
+def _warn_of_shared(calibrated: Sequence[Batch], held_out: Sequence[Batch]) -> None:
+    known, asked = (torch.cat([batch.document.flatten() for batch in text]).unique() for text in (calibrated, held_out))
+    if shared := int(torch.isin(asked, known).sum()):
+        warnings.warn(
+            f"{shared:,} of {len(asked):,} held-out documents were calibrated on; damage will look smaller than it is",
+            MoetailorWarning,
+            stacklevel=3,
+        )
+
+
+def _results(bench: Bench, held_out: TextOptions, cells: Sequence[dict], device: str, calibrated: float) -> dict:
+    import transformers
+
+    calibration, original = bench.calibration, bench.original
+    facts, text = calibration.model, calibration.fingerprint["text"]
+    fidelity = next((cell["fidelity"] for cell in cells if not cell["error"]), {})
+    return {
+        "format": "moetailor-comparison",
+        "version": 1,
+        "model": {
+            "source": bench.checkpoint.source,
+            "model_type": facts.model_type,
+            "nbytes": facts.nbytes,
+            "top_k": facts.top_k,
+            "layers": {str(stack.index): stack.num_experts for stack in facts.stacks if stack.index is not None},
+        },
+        "about": {
+            "moetailor": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "threads": torch.get_num_threads(),
+            "device": device,
+            "seconds": {"calibrate": calibrated, "reference": original["seconds"]},
+        },
+        "calibration": {
+            "data": list(calibration.fingerprint.get("options", {}).get("data", ())),
+            "tokens": text["tokens"],
+            "folder": str(calibration.folder),
+        },
+        "heldout": {
+            "data": list(held_out.data),
+            "tokens": sum(batch.input_ids.numel() for batch in bench.batches),
+            "domains": {name: part["tokens"] for name, part in fidelity.items() if name},
+        },
+        "original": {
+            "perplexity": {name: part["original"]["perplexity"] for name, part in fidelity.items()},
+            **{name: original[name] for name in ("prefill", "decode", "resident")},
+        },
+        "usage": usage(calibration),
+        "effects": effects_of(calibration),
+        "cells": list(cells),
+        "spearman": spearman(cells),
+    }

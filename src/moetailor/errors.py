@@ -1,0 +1,33 @@
+"""What a user can get wrong, said so that it can be put right: what is wrong, with the numbers, then what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class MoetailorError(Exception):
+    """A refused input. The command line prints it without a traceback and exits with 1."""
+
+
+class CheckpointError(MoetailorError):
+    """The folder is not a checkpoint that moetailor can read, or not one that it handles."""
+
+
+class CalibrationError(MoetailorError):
+    """The text or the calibration folder cannot be used, or the model gave numbers that are not finite."""
+
+
+class PlanError(MoetailorError):
+    """The plan cannot work: for this model, this budget or this calibration."""
+
+
+class MoetailorWarning(UserWarning):
+    """Something worked, but not as well as it could; the command line prints it and goes on."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return ``; did you mean 'x'? Known: ...`` for an unknown name, to be appended to a message."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    return (f"; did you mean {close[0]!r}?" if close else ".") + f" Known: {', '.join(known)}"

@@ -1,0 +1,188 @@
+"""The evaluate stage: a compressed model and its original in, scores out."""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from moetailor.calibration.text import TextOptions, read_batches
+from moetailor.checkpoint.files import Checkpoint, open_checkpoint
+from moetailor.checkpoint.loader import load_config
+from moetailor.checkpoint.models import load_model, load_tokenizer, longest_sequence, resolve_device, resolve_dtype
+from moetailor.errors import MoetailorError
+from moetailor.evaluation.fidelity import Fidelity, Reference
+from moetailor.evaluation.speed import Speed, measure_speed, resident_nbytes
+from moetailor.evaluation.tasks import run_tasks
+
+Stage = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskOptions:
+    """Tasks of lm-evaluation-harness to run on both models.
+
+    Attributes:
+        tasks: names of the YAML files, without ending.
+        task_dir: where they lie.
+        task_data: folder of the files they read.
+        limit: rows of each task; all when None.
+    """
+
+    tasks: tuple[str, ...] = ()
+    task_dir: Path = Path("examples/tasks")
+    task_data: Path | None = None
+    limit: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """What `evaluate` measured.
+
+    Attributes:
+        overall: on all tokens.
+        domains: on the tokens of each domain.
+        nbytes: bytes of all tensors on disk: original, compressed.
+        resident: bytes of weights in memory, in the dtype of the run: original, compressed.
+        speed: original, compressed.
+        tasks: task -> metric -> (original, compressed).
+    """
+
+    overall: Fidelity
+    domains: dict[str, Fidelity]
+    nbytes: tuple[int, int]
+    resident: tuple[int, int]
+    speed: tuple[Speed, Speed]
+    tasks: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
+
+    def to_json(self) -> dict:
+        """Return the scores as they stand in scores.json."""
+        pair = ("original", "compressed")
+        return {
+            "format": "moetailor-scores",
+            "version": 1,
+            **self.overall.to_json(),
+            "bytes": dict(zip(pair, self.nbytes, strict=True)),
+            "resident_bytes": dict(zip(pair, self.resident, strict=True)),
+            "tokens_per_second": dict(zip(pair, map(asdict, self.speed), strict=True)),
+            "domains": {name: fidelity.to_json() for name, fidelity in self.domains.items()},
+            "tasks": {
+                task: {metric: dict(zip(pair, values, strict=True)) for metric, values in metrics.items()}
+                for task, metrics in self.tasks.items()
+            },
+        }
+
+
+def evaluate(
+    model: str | Path,
+    against: str | Path,
+    *,
+    text: TextOptions,
+    tasks: TaskOptions | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    device_map: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Stage | None = None,
+) -> Scores:
+    """Compare a compressed checkpoint with its original, one model in memory at a time.
+
+    Args:
+        model: folder of the compressed checkpoint.
+        against: folder or hub name of the original.
+        text: held-out text; its documents may name a ``domain``.
+        tasks: tasks to run on both.
+        device: where the models run; CUDA when there is one.
+        dtype: ``float32``, ``bfloat16`` or ``float16``; the checkpoint's on CUDA, else float32.
+        device_map: as transformers takes it.
+        trust_remote_code: run code that comes with the checkpoints.
+        progress: called with (what is running, batches done, batches in all).
+
+    Raises:
+        CheckpointError: a model cannot be loaded.
+        CalibrationError: the text cannot be used.
+        MoetailorError: no room for the original's predictions, or a prediction is not finite.
+    """
+    original, compressed = open_checkpoint(against), open_checkpoint(model)
+    if is_moetailor(original):
+        raise MoetailorError(f"{against}: was written by moetailor; --against takes the original")
+    check_predicts(text)
+    config = load_config(original, trust_remote_code=trust_remote_code)
+    words = config.vocab_size, load_config(compressed, trust_remote_code=trust_remote_code).vocab_size
+    if words[0] != words[1]:
+        raise MoetailorError(f"the original has {words[0]} words, the compressed model {words[1]}")
+    tokenizer = load_tokenizer(original.folder, trust_remote_code=trust_remote_code)
+    batches = read_batches(text, tokenizer, max_length=longest_sequence(config), words=config.vocab_size)
+    device = resolve_device(device)
+    torch_dtype = resolve_dtype(dtype, device, original)
+
+    def load(checkpoint: Checkpoint) -> nn.Module:
+        return load_model(
+            checkpoint.folder,
+            dtype=torch_dtype,
+            device=device,
+            device_map=device_map,
+            trust_remote_code=trust_remote_code,
+        )
+
+    def watch(name: str) -> Callable[[int, int], None]:
+        def report(done: int, total: int) -> None:
+            if progress is not None:
+                progress(name, done, total)
+
+        return report
+
+    with tempfile.TemporaryDirectory(prefix="moetailor-") as folder:
+        reference = Reference(Path(folder), batches)
+        first = load(original)
+        reference.record(first, watch("original"))
+        measured = [_measure(first, batches[0].input_ids[:1], tokenizer, tasks)]
+        del first
+        gc.collect()
+        second = load(compressed)
+        fidelity = reference.compare(second, watch("compressed"))
+        measured.append(_measure(second, batches[0].input_ids[:1], tokenizer, tasks))
+    resident, speed, scores = zip(*measured, strict=True)
+    return Scores(
+        overall=fidelity.pop(""),
+        domains=fidelity,
+        nbytes=(original.nbytes, compressed.nbytes),
+        resident=resident,
+        speed=speed,
+        tasks={
+            task: {metric: (value, scores[1][task][metric]) for metric, value in metrics.items()}
+            for task, metrics in scores[0].items()
+        },
+    )
+
+
+def _measure(
+    model: nn.Module, prompt: torch.Tensor, tokenizer: object, tasks: TaskOptions | None
+) -> tuple[int, Speed, dict[str, dict[str, float]]]:
+    speed = measure_speed(model, prompt)
+    scores = {}
+    if tasks is not None and tasks.tasks:
+        scores = run_tasks(
+            model, tokenizer, tasks.tasks, task_dir=tasks.task_dir, task_data=tasks.task_data, limit=tasks.limit
+        )
+    return resident_nbytes(model), speed, scores
+
+
+def check_predicts(text: TextOptions) -> None:
+    """Refuse blocks in which no token follows another.
+
+    Raises:
+        MoetailorError: see the message.
+    """
+    if text.length < 2:
+        raise MoetailorError(f"--length {text.length} predicts nothing; use at least 2")
+
+
+def is_moetailor(checkpoint: Checkpoint) -> bool:
+    """Say whether moetailor wrote a checkpoint."""
+    return (checkpoint.config.get("quantization_config") or {}).get("quant_method") == "moetailor"

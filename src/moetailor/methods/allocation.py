@@ -1,0 +1,160 @@
+"""Allocation: how many experts each layer keeps, with any method that decides within a layer.
+
+Whatever the counts, they are the budget's in all: what one layer keeps more, another one keeps less.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+
+from moetailor.checkpoint.layout import Stack
+from moetailor.errors import PlanError, did_you_mean
+from moetailor.methods.choose import best_of_all
+from moetailor.methods.registry import Method
+from moetailor.planning.budget import read_fraction
+from moetailor.planning.slots import LayerPlan
+from moetailor.planning.view import LayerView
+
+Rule = Literal["uniform", "error", "global"]
+RULES = get_args(Rule)
+# A rule, or for each layer the experts that stay: a number, or a share of them (0.75, "75%").
+Allocation = Rule | Mapping[int, int | float | str]
+
+
+def read_allocation(text: str) -> Allocation:
+    """Return a rule by its name, or the counts that a file holds: ``{"0": 24, "1": "75%"}``.
+
+    Raises:
+        PlanError: neither a rule nor such a file.
+    """
+    if text in RULES:
+        return text  # type: ignore[return-value]
+    if not text.endswith(".json"):
+        raise PlanError(f"--allocation {text}" + did_you_mean(text, RULES) + "; or name a .json file")
+    try:
+        content = json.loads(Path(text).read_text())
+    except OSError as error:
+        raise PlanError(f"--allocation {text}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise PlanError(f"--allocation {text}: not JSON ({error})") from None
+    if not isinstance(content, dict) or not all(layer.isdecimal() for layer in content):
+        raise PlanError(
+            f'--allocation {text}: must be an object such as {{"0": 24, "1": "75%"}}, layers to experts kept'
+        )
+    return {int(layer): count for layer, count in content.items()}
+
+
+def counts_of(given: Mapping[int, int | float | str], stacks: Sequence[Stack], *, step: int = 1) -> dict[str, int]:
+    """Return the experts that each layer keeps, by the prefix of its tensors; shares are rounded up to a whole number.
+
+    Args:
+        given: what was asked for.
+        stacks: the layers to change.
+        step: counts must be multiples of it.
+
+    Raises:
+        PlanError: a layer that is not to be changed or is left out, or a count outside 1..E.
+    """
+    known = {stack.index: stack for stack in stacks if stack.index is not None}
+    if unknown := sorted(set(given) - set(known)):
+        raise PlanError(f"--allocation: {unknown} are no MoE layers to change; those are {_listed(known)}")
+    if missing := [index for index in known if index not in given]:
+        raise PlanError(f"--allocation: nothing is said of layers {_listed(missing)}; give each its number of experts")
+    return {stack.prefix: _count(layer, given[layer], stack.num_experts, step) for layer, stack in known.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Room:
+    """What an allocation may choose from.
+
+    Attributes:
+        keeps: experts that each layer keeps when all keep as many; as many stay in all.
+        least: experts that each layer keeps at least.
+        step: what counts are multiples of: the groups of a router, where slots are dropped.
+    """
+
+    keeps: tuple[int, ...]
+    least: tuple[int, ...]
+    step: int
+
+
+def spread(
+    rule: Allocation, method: Method, parameters: Mapping[str, Any], layers: Sequence[LayerView], room: Room
+) -> dict[int, int]:
+    """Return how many experts each decoder layer keeps by a rule.
+
+    Args:
+        rule: ``error`` or ``global``.
+        method: the method.
+        parameters: all its parameters.
+        layers: the layers.
+        room: what may be chosen.
+
+    Raises:
+        PlanError: the rule needs scores and the method has none.
+    """
+    if rule == "error":
+        worths = constant_errors(layers)
+    else:
+        worths = score_shares(method.name, method.plan(layers, room.keeps, parameters))
+    counts = best_of_all(layers, worths, sum(room.keeps), room.least, groups=room.step)
+    return {layer.index: count for layer, count in zip(layers, counts, strict=True)}
+
+
+def constant_errors(layers: Sequence[LayerView]) -> list[torch.Tensor]:
+    """Return what is lost when the best constant stands in for an expert, float64 [E] for each layer.
+
+    In nats a token where all layers know what their errors cost in the end; else as a share of what constants lose in
+    the whole layer.
+
+    Args:
+        layers: the layers.
+    """
+    found = []
+    for layer in layers:
+        sums = layer.sums
+        # L_e = (sum g^2 |y|^2 - |sum g^2 y|^2 / sum g^2) / T
+        error = sums.gate_sq_norm_sq - sums.gate_sq_output.square().sum(1) / sums.gate_sq.clamp_min(1e-300)
+        error = error.clamp_min(0) / sums.tokens
+        found.append(error * layer.effect if layer.effect is not None else error / error.sum().clamp_min(1e-300))
+        layer.close()
+    return found
+
+
+def score_shares(method: str, plans: Sequence[LayerPlan]) -> list[torch.Tensor]:
+    """Return the scores that a method ranked by as shares of their layer's sum, float64 [E] for each layer.
+
+    Raises:
+        PlanError: the method gave none.
+    """
+    if not all(plan.scores for plan in plans):
+        raise PlanError(f"--allocation global: {method} gives experts no scores of their own; use error or uniform")
+    scores = [torch.tensor(plan.scores, dtype=torch.float64) for plan in plans]
+    return [score / score.sum().clamp_min(1e-300) for score in scores]
+
+
+def _count(layer: int, given: int | float | str, experts: int, step: int) -> int:
+    try:
+        whole = type(given) is int or (isinstance(given, str) and given.isdecimal())
+        count = int(given) if whole else math.ceil(experts * read_fraction(given))
+    except ValueError:
+        raise PlanError(f"--allocation: layer {layer} keeps {given!r}; write a number of experts or a share") from None
+    if not 1 <= count <= experts:
+        raise PlanError(f"--allocation: layer {layer} keeps {given} of {experts} experts; keep 1 to {experts}")
+    if count % step:
+        raise PlanError(
+            f"--allocation: layer {layer} keeps {count}; its router chooses among {step} groups of equal size: keep a "
+            f"multiple of {step}"
+        )
+    return count
+
+
+def _listed(layers: Iterable[int]) -> str:
+    return ", ".join(map(str, layers))

@@ -1,0 +1,260 @@
+"""Auto: for every slot of every layer the answer that costs least, within one budget of bytes for the whole model.
+
+Not from a paper. The menu of a slot: its own expert, nothing where no token reached it, another expert with a scale, a
+constant, a linear map of some rank (`linear`), or the layer's base, alone or with an own part of some rank
+(`lightmoe`). Each answer is priced in bytes, and in what it adds to the squared error of its layer's output on tokens
+that it was not fitted on, times what such an error costs the predictions, as calibration measured it (`--effect`).
+Which answers to take is then one knapsack over all slots of all layers, so layers and experts get as much as they are
+worth. In it a domain of the calibration text that has few tokens counts for more than these, or what they alone need
+would go first. ``--remove`` stands for the bytes that MoNE writes at that ratio.
+
+Left out: experts made of several, which lose to a base with own parts at all bytes that were measured, and take as long
+to price as to build.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated
+
+import torch
+from torch.nn import functional as F
+
+from moetailor.calibration.domains import balanced
+from moetailor.errors import PlanError
+from moetailor.fitting.held_out import choosing
+from moetailor.fitting.menu import Menu, cheapest
+from moetailor.fitting.whitened import approximate
+from moetailor.methods import linear, low_rank
+from moetailor.methods.conmoe import functional_distances
+from moetailor.methods.merge import Matrices
+from moetailor.methods.registry import AtLeast, method
+from moetailor.planning.plan import stand_in_nbytes
+from moetailor.planning.slots import LayerPlan, Slot
+from moetailor.planning.view import LayerView
+
+LINEAR = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128)
+LOW = (*range(0, 33, 2), 36, 40, 44, 48, 56, 64, 96, 128, 192, 256)
+RIDGE = 0.01
+# Other experts that may answer a slot, the sampled tokens of each expert that they are compared on, and the fewest on
+# which the loss is measured then.
+NEAR, COMPARED, FEW = 2, 64, 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What the slots of a layer may become: entry `at` of an expert's answers has entry `at` of its errors in the menu;
+    its last answer is itself.
+
+    Attributes:
+        answers: of each expert.
+        menu: what they cost, in nats times `weight`.
+        weight: of each expert, [E].
+    """
+
+    answers: list[list[Slot]]
+    menu: Menu
+    weight: torch.Tensor
+
+    def plan(self, taken: Sequence[int]) -> LayerPlan:
+        """Return the plan in which each expert takes the answer of a number."""
+        low = [expert for expert, at in enumerate(taken) if self.answers[expert][at].kind == "lowrank"]
+        # A base that only one leans on is worth no more than its expert.
+        taken = [len(self.menu.price) if low == [expert] else at for expert, at in enumerate(taken)]
+        chosen = [answers[at] for answers, at in zip(self.answers, taken, strict=True)]
+        base = next((expert for expert, slot in enumerate(chosen) if slot.kind == "lowrank"), None)
+        slots = [replace(slot, expert=base) if slot.kind == "lowrank" else slot for slot in chosen]
+        errors = self.menu.errors / self.weight[:, None]
+        return LayerPlan(slots=tuple(slots), scores=tuple(errors[:, 0].tolist()), expected=_cost(errors, taken))
+
+    def cost(self, taken: Sequence[int]) -> float:
+        """Return what such a plan costs on the menu."""
+        return _cost(self.menu.errors, taken)
+
+    def without_base(self) -> Choice:
+        """Return the same without low-rank answers."""
+        low = torch.tensor([slot.kind == "lowrank" for slot in self.answers[0][:-1]])
+        return replace(self, menu=replace(self.menu, errors=self.menu.errors.masked_fill(low, torch.inf)))
+
+
+def _cost(errors: torch.Tensor, taken: Sequence[int]) -> float:
+    return sum(float(errors[expert, at]) for expert, at in enumerate(taken) if at < errors.shape[1])
+
+
+def build(layer: LayerView, plan: LayerPlan, **_: object) -> dict[str, torch.Tensor]:
+    """Return what `linear` and `lightmoe` build for their kinds of slots."""
+    found = linear.build(layer, plan, ridge=RIDGE, shrinkage=0.0) if plan.stand_ins else {}
+    return found | (low_rank.built_on(layer, plan, [_base(layer)], "fitted") if plan.bases else {})
+
+
+@method(
+    "auto",
+    removed="constant",
+    needs={"tokens", "count", "gate", "gate_sq", "gate_sq_output", "gate_sq_norm_sq", "effect"},
+    weights=True,
+    scoped=True,
+    spreads=lambda **_: True,
+    builds={"constant", "linear", "lowrank"},
+    build=build,
+)
+def auto(
+    layers: Sequence[LayerView], keeps: Sequence[int], *, balance: Annotated[float, AtLeast(0)] = 0.75
+) -> Iterator[LayerPlan]:
+    """Choose for every slot what costs the predictions least for its bytes, over all layers together.
+
+    Args:
+        layers: the layers.
+        keeps: experts that MoNE would keep in each; what they and its novices take is the budget.
+        balance: how domains of the calibration text share the budget: 0 by their tokens, 1 all alike.
+    """
+    if balance > 1:
+        raise PlanError(f"balance={balance}: at 1 all domains count alike; give a number from 0 to 1")
+    choices = []
+    for layer in layers:
+        choices.append(_choice(layer, balance))
+        layer.close()
+    nbytes = sum(layer.nbytes or _novices(layer, keep) for layer, keep in zip(layers, keeps, strict=True))
+    for choice, taken in zip(choices, _taken(nbytes, choices), strict=True):
+        yield choice.plan(taken)
+
+
+def _choice(layer: LayerView, balance: float) -> Choice:
+    """Return what the slots of a layer may become, errors in nats."""
+    slots, base, experts = _menu(layer), _base(layer), range(layer.num_experts)
+    errors = torch.stack([_errors(layer, expert, base, slots) for expert in experts])
+    others, scales, shares = _nearest(layer)
+    sums, dead = layer.sums, layer.sums.count == 0
+    lost = (sums.gate_sq_norm_sq / sums.tokens)[:, None] * shares
+    # A slot that no token reached is dropped: what another expert would do there is not known.
+    lost[dead] = torch.inf
+    drop = torch.where(dead & (layer.groups == 1), 0.0, torch.inf)[:, None].double()
+    assert layer.effect is not None
+    answers = [
+        [
+            *slots,
+            *map(_answered, others[expert].tolist(), scales[expert].tolist()),
+            Slot("drop"),
+            Slot("expert", expert),
+        ]
+        for expert in experts
+    ]
+    behind = F.pad(others, (len(slots), 1), value=-1)
+    weight = _weight(layer, balance)
+    menu = Menu(
+        errors=layer.effect * weight[:, None] * torch.cat([errors, lost, drop], 1),
+        price=[*(_nbytes(layer, slot) for slot in slots), *[0] * (others.shape[1] + 1)],
+        whole=layer.expert_bytes,
+        kept=layer.protected,
+        behind=behind,
+    )
+    return Choice(answers=answers, menu=menu, weight=weight)
+
+
+def _weight(layer: LayerView, balance: float) -> torch.Tensor:
+    """Return what errors of each expert weigh when domains are balanced: the mean of its tokens' weights by squared
+    gates, 1 where no token reached it, float64 [E].
+    """
+    gate_sq, index = layer.sample.gate.double().square(), layer.sample.index.long().flatten()
+    weighed = gate_sq * balanced(layer.domains, balance)[:, None]
+    total, mass = (torch.zeros(layer.num_experts).double().index_add(0, index, q.flatten()) for q in (weighed, gate_sq))
+    return torch.where(mass > 0, total / mass, 1.0)
+
+
+def _menu(layer: LayerView) -> list[Slot]:
+    """Return what a slot may become beside its own expert, as far as it is smaller; a constant first."""
+    slots = [Slot("linear", rank=rank) if rank else Slot("constant") for rank in LINEAR]
+    slots += [Slot("lowrank", rank=rank) for rank in LOW]
+    return [slot for slot in slots if _nbytes(layer, slot) < layer.expert_bytes]
+
+
+def _nbytes(layer: LayerView, slot: Slot) -> int:
+    """Return the bytes of an answer, without the base."""
+    if slot.kind == "lowrank":
+        return low_rank.own_bytes(layer, slot.rank)
+    return stand_in_nbytes([slot.rank], False, layer.sample.hidden.shape[1], layer.itemsize)
+
+
+def _answered(expert: int, scale: float) -> Slot:
+    return Slot("expert", expert, float(f"{scale:.6g}"))
+
+
+def _nearest(layer: LayerView) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return for each expert the others that answer its tokens best, their scales, and the share of the gated output
+    energy that is lost on tokens that chose neither, [E, NEAR] each.
+    """
+    distances, scales = functional_distances([layer], COMPARED, scaled=True, limits=(-torch.inf, torch.inf))
+    lost, others = distances.fill_diagonal_(torch.inf).sort(dim=1, stable=True)
+    near = min(NEAR, layer.num_experts - 1)  # the last one is itself
+    others, scales = others[:, :near], scales.gather(1, others[:, :near])
+    for expert in range(layer.num_experts):
+        for at, (other, scale) in enumerate(zip(others[expert].tolist(), scales[expert].tolist(), strict=True)):
+            lost[expert, at] = _missed(layer, expert, other, scale)
+    return others, scales, lost[:, :near]
+
+
+def _missed(layer: LayerView, expert: int, other: int, scale: float) -> float:
+    """Return the share of an expert's gated output energy that another one misses, on tokens not yet compared."""
+    token, gate = (part[COMPARED : 2 * COMPARED] for part in layer.routed(expert))
+    token, gate = (token, gate) if len(token) >= FEW else layer.routed(expert)
+    weight = gate.double().square()[:, None].to(layer.experts.device)
+    y = layer.outputs(expert, token).double()
+    apart = y - scale * layer.experts.outputs(other, layer.sample.hidden[token]).double()
+    energy = float((weight * y.square()).sum())
+    return float((weight * apart.square()).sum()) / energy if energy > 0 and len(token) >= FEW else 1.0
+
+
+def _novices(layer: LayerView, keep: int) -> int:
+    """Return the bytes of kept experts and novices for the others."""
+    return keep * layer.expert_bytes + (layer.num_experts - keep) * _nbytes(layer, Slot("constant"))
+
+
+def _taken(nbytes: int, choices: Sequence[Choice]) -> list[list[int]]:
+    """Return the best answers with a base in every layer, or without any where that costs less."""
+    if not choices:
+        return []
+    menus = [choice.menu for choice in choices]
+    bases = sum(menu.whole for menu in menus)
+    found = [cheapest([choice.without_base().menu for choice in choices], nbytes)]
+    whole = [max(1, len(menu.kept)) for menu in menus]
+    least = sum(
+        min(menu.price) * (len(menu.errors) - count) + menu.whole * count
+        for menu, count in zip(menus, whole, strict=True)
+    )
+    if least + bases <= nbytes:
+        found.append(cheapest(menus, nbytes - bases))
+    return min(found, key=lambda taken: sum(choice.cost(at) for choice, at in zip(choices, taken, strict=True)))
+
+
+def _base(layer: LayerView) -> Matrices:
+    """Return the base of a layer: the mean of all its experts, whichever of them it will serve."""
+    return low_rank.base_of(layer, 0, range(layer.num_experts), "mean")
+
+
+def _errors(layer: LayerView, expert: int, base: Matrices, slots: Sequence[Slot]) -> torch.Tensor:
+    """Return what each answer adds to the layer's error, on tokens that it was not fitted on, float64 [slots]."""
+    ranks = [slot.rank for slot in slots if slot.kind != "lowrank"]
+    low = [slot.rank for slot in slots if slot.kind == "lowrank"]
+    maps = linear.held_out_errors(layer, expert, ranks, RIDGE)
+    token, gate = layer.routed(expert)
+    one = layer.experts.one(expert)
+    total, constant = torch.zeros(len(low), dtype=torch.float64), 0.0
+    for held in choosing(token, linear.SCARCE * layer.sample.hidden.shape[1]):
+        if not bool(held.any()) or bool(held.all()):
+            continue
+        weight = gate.double().square()[:, None].to(layer.experts.device)
+        y = layer.outputs(expert, token).double()
+        mean = (weight * y)[~held].sum(0) / weight[~held].sum().clamp_min(1e-300)
+        constant += float((weight[held] * (y[held] - mean).square()).sum())
+        parts = {}
+        for part in low_rank.parts_of(layer):
+            moment = low_rank.moment_of(layer, expert, one, part, ~held)
+            parts[part] = approximate(low_rank.apart(one, base, part), moment)
+        x = layer.sample.hidden[token[held]].to(one["up"])
+        for at, rank in enumerate(low):
+            small = base | {part: (base[part] + found.matrix(rank)).to(base[part]) for part, found in parts.items()}
+            given = F.linear(layer.experts.hidden(small, x), small["down"], small.get("down_bias"))
+            total[at] += float((weight[held] * (y[held] - given.double()).square()).sum())
+    # As for maps: the constant's error over all tokens, times the share of it that is left on the held-out ones.
+    shares = total / constant if constant > 0 else torch.ones_like(total)
+    return torch.cat([maps, maps[0] * shares])

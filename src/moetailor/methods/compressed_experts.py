@@ -1,0 +1,110 @@
+"""Compressed Experts: of a token's experts only the main ones run, the others modulate them (arXiv:2503.00634).
+
+Published: of the top-k, the half with the larger gates run; each of the others has three vectors, and their
+gate-weighted mean scales the inputs of the three matrices of the experts that do run. Vectors start at one and are
+trained together with everything else. The released code stores rows as wide as the model, so that an expert must not be
+wider, and keeps the gates of the main experts as they are.
+
+Here: the same by default, with each vector as wide as what it scales, stored as the difference from one, so that the
+start is the plain half and stays so after loading. Nothing is removed unless asked for: the result has fewer active
+parameters, not fewer stored ones. Beyond it, by parameters: fewer main experts for tokens whose gates are uneven, main
+gates that sum to all, and constants that auxiliary experts give, which needs no training. Experts that are removed
+become novices that are always auxiliary.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+
+from moetailor.methods.choose import top
+from moetailor.methods.mone import novices
+from moetailor.methods.registry import AtLeast, method
+from moetailor.planning.slot_map import Auxiliary, Vectors
+from moetailor.planning.slots import LayerPlan, Slot, keep_only
+from moetailor.planning.view import LayerView
+
+
+def outline(
+    experts: int, keep: int, *, main: int, share: float, renormalise: bool, vectors: Vectors, constants: bool
+) -> LayerPlan:
+    """Return a plan of the bytes that the method's will have."""
+    spec = Auxiliary(main=main or 1, share=share, renormalise=renormalise, vectors=vectors, constants=constants)
+    return LayerPlan(slots=keep_only(experts, range(keep), Slot("constant")).slots, auxiliary=spec)
+
+
+def build(layer: LayerView, plan: LayerPlan, **_: object) -> dict[str, torch.Tensor]:
+    """Return ``vector_*`` at zero, ``vector_constant`` [slots, D] and the novices of removed experts, ``constant``."""
+    spec, found = plan.auxiliary, {}
+    assert spec is not None
+    slots = plan.kept_slots
+    if rows := spec.rows(len(slots)):
+        one = layer.experts.one(0)
+        parts = (*layer.experts.inputs, "down")
+        found = {f"vector_{part}": torch.zeros(rows, one[part].shape[1]) for part in parts}
+    if spec.constants:
+        found["vector_constant"] = _aside(layer, spec.main)[slots]
+    if plan.stand_ins:
+        found["constant"] = novices(layer)[plan.stand_ins]
+    return found
+
+
+@method(
+    "compressed_experts",
+    removed="constant",
+    paper="arXiv:2503.00634",
+    needs={"count", "gate_sq", "gate_sq_output"},
+    weights=True,
+    outline=outline,
+    whole=True,
+    trained=True,
+    builds={"constant", "vector"},
+    build=build,
+)
+def compressed_experts(
+    layer: LayerView,
+    keep: int,
+    *,
+    main: Annotated[int, AtLeast(0)] = 0,
+    share: Annotated[float, AtLeast(0)] = 1.0,
+    renormalise: bool = False,
+    vectors: Vectors = "expert",
+    constants: bool = False,
+) -> LayerPlan:
+    """Run only the main experts of each token, modulated by vectors of the others; made for recovery.
+
+    Args:
+        layer: the layer.
+        keep: experts that stay; those that are main least often become novices.
+        main: experts of a token that run; 0 for half of the router's (paper).
+        share: fewer run once their gates have this share of all the token's gates.
+        renormalise: scale the gates of the main experts to the sum of all.
+        vectors: one set for each ``expert`` (paper), one for the whole ``layer`` (a control) or ``none``.
+        constants: an auxiliary expert gives the mean of what it gave where it was auxiliary.
+    """
+    main = main or max(1, layer.top_k // 2)
+    plan = keep_only(layer.num_experts, top(layer, _main_gates(layer, main), keep), Slot("constant"))
+    spec = Auxiliary(main=main, share=share, renormalise=renormalise, vectors=vectors, constants=constants)
+    return LayerPlan(slots=plan.slots, auxiliary=spec)
+
+
+def _main_gates(layer: LayerView, main: int) -> torch.Tensor:
+    """Return the sum of gates of each expert over the sampled tokens where it is main, float64 [E]."""
+    gate, order = layer.sample.gate.sort(dim=1, descending=True, stable=True)
+    index = layer.sample.index.gather(1, order).long()
+    total = torch.zeros(layer.num_experts, dtype=torch.float64)
+    return total.index_add(0, index[:, :main].flatten(), gate[:, :main].flatten().double())
+
+
+def _aside(layer: LayerView, main: int) -> torch.Tensor:
+    """Return N_j = sum g^2 y / sum g^2 over the sampled tokens where an expert is auxiliary, float64 [E, D]."""
+    rank = layer.sample.gate.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    found = novices(layer)
+    for expert in range(layer.num_experts):
+        token, place = ((layer.sample.index == expert) & (rank >= main)).nonzero().unbind(1)
+        if len(token):
+            weight = layer.sample.gate[token, place].double().square()[:, None]
+            y = layer.outputs(expert, token).double().cpu()
+            found[expert] = (weight * y).sum(0) / weight.sum().clamp_min(1e-300)
+    return found

@@ -1,0 +1,219 @@
+"""What can be said of a plan without data: its counts, its bytes and most refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from moetailor.calibration.folder import ModelFacts
+from moetailor.checkpoint.layout import Stack
+from moetailor.errors import PlanError
+from moetailor.methods.allocation import Allocation, Room, counts_of
+from moetailor.methods.choose import kept_of_group, refuse_protected
+from moetailor.methods.registry import Method
+from moetailor.planning.budget import Budget
+from moetailor.planning.checks import check_layer, check_plan
+from moetailor.planning.plan import Plan, added_nbytes, planned_nbytes
+from moetailor.planning.slots import LayerPlan, Slot, keep_only, merge_into
+
+
+def outline_plan(
+    facts: ModelFacts,
+    method: Method,
+    parameters: Mapping[str, Any],
+    budget: Budget,
+    *,
+    layers: Iterable[int] | None = None,
+    protect: Iterable[tuple[int, int]] = (),
+    allocation: Allocation = "uniform",
+) -> Plan:
+    """Return a plan of the right counts and bytes in which the first experts stay: all that can be said without data.
+
+    Of an allocation by rule the counts are right in all, not in each layer.
+
+    Args:
+        facts: the model.
+        method: the method.
+        parameters: all its parameters.
+        budget: how much stays.
+        layers: decoder layers to change; all MoE layers when None.
+        protect: (layer, expert) pairs that must stay.
+        allocation: how many experts each layer keeps.
+
+    Raises:
+        PlanError: a layer or expert that does not exist, or a budget that cannot be met.
+    """
+    run = [stack for stack in facts.stacks if stack.index is not None]
+    known = {stack.index: stack.num_experts for stack in facts.stacks if stack.index is not None}
+    selected = set(known) if layers is None else set(layers)
+    if unknown := sorted(selected - set(known)):
+        raise PlanError(f"--layers: {unknown} are no MoE layers; those are {', '.join(map(str, known))}")
+    for layer, expert in protect:
+        if layer not in known or not 0 <= expert < known[layer]:
+            raise PlanError(f"--protect {layer}:{expert}: no such expert; MoE layers are {', '.join(map(str, known))}")
+    stacks = [stack for stack in run if stack.index in selected]
+    if allocation != "uniform" and method.spreads is not None and method.spreads(**parameters):
+        raise PlanError(f"--allocation: {method.name} here decides itself what each layer keeps; leave it uniform")
+    groups = facts.groups.count if method.removed == "drop" else 1
+    if method.removed == "drop" and len(stacks) == len(run) and allocation == "uniform":
+        # Layers that the model does not run (multi-token prediction) share its expert count, so they are cut as well.
+        stacks += [stack for stack in facts.stacks if stack.index is None]
+
+    def at(kept: Mapping[str, int]) -> dict[str, LayerPlan]:
+        return {
+            stack.prefix: _outline(method, parameters, stack, kept[stack.prefix], facts.groups.count)
+            for stack in stacks
+        }
+
+    limit = limit_of(budget, method, facts)
+    if limit.size is None:
+        _refuse_uneven(budget, method, facts.groups.count)
+        planned = at({stack.prefix: budget.kept(stack.num_experts) for stack in stacks})
+    else:
+        least = max(fewest(method, parameters, stack, facts) for stack in stacks)
+        uniform = method.removed == "drop" and allocation == "uniform"
+        planned = _within(limit.size, facts, stacks, at, least, uniform=uniform)
+    if isinstance(allocation, Mapping):
+        most = planned_nbytes(facts, planned) if limit.size is None else limit.size
+        planned = at(counts_of(allocation, stacks, step=groups))
+        if (nbytes := planned_nbytes(facts, planned)) > most:
+            raise PlanError(f"--allocation: takes {nbytes:,} bytes, {budget} allows {most:,}; keep fewer experts")
+    for stack in stacks:
+        inside = {expert for layer, expert in protect if layer == stack.index}
+        refuse_protected(stack.index or 0, inside, stack.num_experts, len(planned[stack.prefix].pool), groups)
+    plan = Plan(
+        method=method.name,
+        parameters=parameters,
+        budget=asked(budget, allocation),
+        model=facts,
+        calibration="",
+        layers={prefix: layer for prefix, layer in planned.items() if not layer.untouched},
+    )
+    check_plan(plan, facts)
+    return plan
+
+
+def layer_nbytes(facts: ModelFacts, outline: Plan, budget: Budget) -> dict[str, int]:
+    """Return the bytes that experts and stand-ins of each changed layer may take: those of the outline, and an equal
+    share of what the outline leaves of a budget in bytes.
+    """
+    stacks = {stack.prefix: stack for stack in facts.stacks if stack.prefix in outline.layers}
+    spare = 0 if budget.size is None or not stacks else (budget.size - outline.nbytes) // len(stacks)
+    return {
+        prefix: spare + plan.stored * stacks[prefix].expert_bytes + added_nbytes(plan, stacks[prefix], facts.width)
+        for prefix, plan in outline.layers.items()
+    }
+
+
+def room_of(outline: Plan, method: Method, layers: Sequence[int], protect: Iterable[tuple[int, int]] = ()) -> Room:
+    """Return what an allocation may choose from.
+
+    Args:
+        outline: what stays when all layers keep as many.
+        method: the method.
+        layers: the decoder layers to change.
+        protect: (layer, expert) pairs that must stay.
+
+    Raises:
+        PlanError: the experts of the layers have different sizes.
+    """
+    facts = outline.model
+    stacks = [next(stack for stack in facts.stacks if stack.index == layer) for layer in layers]
+    if len(sizes := sorted({stack.expert_bytes for stack in stacks})) > 1:
+        raise PlanError(
+            f"--allocation: experts of {sizes[0]:,} and of {sizes[-1]:,} bytes do not stand for each other; give the "
+            "counts in a file"
+        )
+    plans = [outline.layers.get(stack.prefix) for stack in stacks]
+    step = facts.groups.count if method.removed == "drop" else 1
+
+    def held(stack: Stack) -> int:
+        groups = [expert * step // stack.num_experts for layer, expert in protect if layer == stack.index]
+        return step * max(map(groups.count, groups), default=0)
+
+    return Room(
+        keeps=tuple(s.num_experts if plan is None else plan.stored for s, plan in zip(stacks, plans, strict=True)),
+        least=tuple(max(fewest(method, outline.parameters, stack, facts), held(stack)) for stack in stacks),
+        step=step,
+    )
+
+
+def limit_of(budget: Budget, method: Method, facts: ModelFacts) -> Budget:
+    """Return the budget as a method takes it."""
+    within = budget.on_disk(facts.dtypes, facts.stacks[0].dtype)
+    return within.of_total(facts.nbytes) if method.of_total else within
+
+
+def asked(budget: Budget, allocation: Allocation) -> str:
+    """Return what was asked for, as a plan records it."""
+    if allocation == "uniform":
+        return str(budget)
+    return f"{budget}, allocation {'given' if isinstance(allocation, Mapping) else allocation}"
+
+
+def _outline(method: Method, parameters: Mapping[str, Any], stack: Stack, keep: int, groups: int) -> LayerPlan:
+    """Return a plan with the counts and bytes that the method's will have; the first experts stay."""
+    experts = stack.num_experts
+    if method.outline is not None:
+        return method.outline(experts, keep, **parameters)
+    if method.removed == "constant":
+        return keep_only(experts, range(keep), Slot("constant"))
+    if method.removed == "expert":
+        return LayerPlan(slots=tuple(Slot("expert", min(number, keep - 1)) for number in range(experts)))
+    if method.removed == "merged":
+        return merge_into([min(number, keep - 1) for number in range(experts)])
+    size, each = experts // groups, kept_of_group(keep, groups)
+    kept = [group * size + number for group in range(groups) for number in range(each)]
+    return keep_only(experts, kept, Slot("drop"))
+
+
+def fewest(method: Method, parameters: Mapping[str, Any], stack: Stack, facts: ModelFacts) -> int:
+    """Return how many experts a layer must keep at least for its router to be able to choose.
+
+    Args:
+        method: the method.
+        parameters: all its parameters.
+        stack: the layer.
+        facts: the model.
+    """
+    for keep in range(1, stack.num_experts):
+        try:
+            outline = _outline(method, parameters, stack, keep, facts.groups.count)
+            check_layer(stack.prefix, outline, top_k=facts.top_k, groups=facts.groups)
+            return keep
+        except PlanError:
+            continue
+    return stack.num_experts
+
+
+def _within(
+    size: int, facts: ModelFacts, stacks: Sequence[Stack], at: Any, least: int, *, uniform: bool
+) -> dict[str, LayerPlan]:
+    """Return the outline with the most experts a layer, at least some, whose checkpoint has at most `size` bytes.
+
+    Unless counts must be uniform, the first layers keep one more, as far as the bytes reach: what goes wrong there goes
+    through all the others.
+    """
+
+    def planned(keep: int, more: int = 0) -> dict[str, LayerPlan]:
+        return at({s.prefix: min(keep + (number < more), s.num_experts) for number, s in enumerate(stacks)})
+
+    most = max(stack.num_experts for stack in stacks)
+    fitting = [keep for keep in range(least, most + 1) if planned_nbytes(facts, planned(keep)) <= size]
+    if not fitting:
+        nbytes = planned_nbytes(facts, planned(least))
+        raise PlanError(
+            f"a budget of {size:,} bytes: with {least} experts in each layer, the fewest that work, there are "
+            f"still {nbytes:,} bytes; ask for at least that"
+        )
+    more = range(1 if uniform else len(stacks))
+    return planned(max(fitting), max(n for n in more if planned_nbytes(facts, planned(max(fitting), n)) <= size))
+
+
+def _refuse_uneven(budget: Budget, method: Method, groups: int) -> None:
+    if method.removed == "drop" and budget.keep is not None and budget.keep % groups:
+        raise PlanError(
+            f"--keep {budget.keep}: the router chooses among {groups} groups of equal size and {method.name} "
+            "drops slots; "
+            f"keep a multiple of {groups}"
+        )

@@ -1,0 +1,109 @@
+"""REAM: merge what REAP would drop into the experts that stay (arXiv:2604.04356).
+
+Published: the most salient experts (by REAP) stay; going from the most salient one down, each takes its nearest free
+experts until its group is full, so most stay alone and the least salient are packed together. Nearness is the mean of
+the cosine of gated outputs and that of router logits. Neurons are matched (Hungarian, by hidden activations and
+weights reduced to 64 principal components), experts averaged by saliency, the router is cut to the rows that stay, and
+each layer is fitted on what the merged ones before it give.
+
+Here: the same; the last is `moetailor apply --propagate compressed`. The result is native where groups of the router do
+not stand against it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+from torch.nn import functional as F
+
+from moetailor.fitting.align import match, neuron_distance, neuron_weights
+from moetailor.methods.choose import drop_lowest
+from moetailor.methods.merge import Matrices, averages, output_gram
+from moetailor.methods.registry import AtLeast, method
+from moetailor.planning.slots import LayerPlan, Slot, merge_into
+from moetailor.planning.view import LayerView
+
+COMPONENTS = 64
+
+
+def build(layer: LayerView, plan: LayerPlan, *, tokens: int, **_: object) -> Matrices:
+    """Return the saliency-weighted average of each group, neurons matched to those of its centroid."""
+
+    def order(layer: LayerView, centre: int, member: int) -> torch.Tensor:
+        return match(_activations(layer, centre, member, tokens) + _weights(layer, centre, member))
+
+    return averages(layer, plan, layer.mean("gated_norm"), order)
+
+
+@method(
+    "ream",
+    removed="drop",
+    paper="arXiv:2604.04356",
+    needs={"count", "gated_norm"},
+    weights=True,
+    builds={"merged"},
+    build=build,
+)
+def ream(
+    layer: LayerView,
+    keep: int,
+    *,
+    group: Annotated[int, AtLeast(2)] = 16,
+    tokens: Annotated[int, AtLeast(1)] = 1024,
+) -> LayerPlan:
+    """Merge the least salient experts into the most salient ones that are like them, and drop their slots.
+
+    Args:
+        layer: the layer.
+        keep: experts that stay.
+        group: the most experts that become one.
+        tokens: sampled tokens that every expert is run on, for likeness and for matching neurons.
+    """
+    saliency = layer.mean("gated_norm")
+    kept = drop_lowest(layer, saliency, keep).pool
+    likeness = _likeness(layer, tokens)
+    centres, free = list(range(layer.num_experts)), set(range(layer.num_experts)) - set(kept)
+    for centroid in sorted(set(kept) - layer.protected, key=lambda expert: (-float(saliency[expert]), expert)):
+        nearest = sorted(free, key=lambda expert: (-float(likeness[centroid, expert]), expert))[: group - 1]
+        for expert in nearest:
+            centres[expert] = centroid
+        free -= set(nearest)
+    # What no group had room for is dropped.
+    return _with_dropped(merge_into(centres, saliency.tolist(), drop=True), free)
+
+
+def _with_dropped(plan: LayerPlan, dropped: set[int]) -> LayerPlan:
+    slots = tuple(Slot("drop") if number in dropped else slot for number, slot in enumerate(plan.slots))
+    return LayerPlan(slots=slots, scores=plan.scores)
+
+
+def _likeness(layer: LayerView, tokens: int) -> torch.Tensor:
+    """Return the mean of two cosines of each pair of experts, of gated outputs and of router logits, [E, E].
+
+    Gated outputs are those of all experts on the same tokens, each times the router's probability of the expert.
+    """
+    logits = layer.sample.logits[:tokens].double()
+    gated = output_gram(layer, tokens, logits.softmax(1))
+    norm = gated.diagonal().clamp_min(1e-300).sqrt()
+    columns = F.normalize(logits, dim=0)
+    return (gated / norm[:, None] / norm + columns.T @ columns) / 2
+
+
+def _activations(layer: LayerView, centre: int, member: int, tokens: int) -> torch.Tensor:
+    x_TD = layer.sample.hidden[:tokens]
+    rows = [layer.experts.hidden(layer.experts.one(expert), x_TD).T for expert in (centre, member)]
+    return _scaled(neuron_distance(*rows))
+
+
+def _weights(layer: LayerView, centre: int, member: int) -> torch.Tensor:
+    rows = torch.cat([neuron_weights(layer.experts.one(expert)).double() for expert in (centre, member)])
+    _, _, basis = torch.linalg.svd(rows - rows.mean(0), full_matrices=False)
+    reduced = rows @ basis[:COMPONENTS].T
+    return _scaled(neuron_distance(*reduced.chunk(2)))
+
+
+def _scaled(cost: torch.Tensor) -> torch.Tensor:
+    """Return distances with a mean of 1, so that two kinds of them weigh the same."""
+    distance = cost.sqrt()
+    return distance / distance.mean().clamp_min(1e-300)

@@ -1,0 +1,176 @@
+"""From calibration to plan: run a method by name over the layers, under a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+
+from moetailor.calibration.domains import sampled_domains
+from moetailor.calibration.folder import Calibration, ModelFacts
+from moetailor.calibration.statistics import ON_REQUEST
+from moetailor.checkpoint.files import DTYPES
+from moetailor.checkpoint.layout import Stack
+from moetailor.checkpoint.weights import ExpertWeights
+from moetailor.errors import CheckpointError, PlanError
+from moetailor.methods.allocation import Allocation, spread
+from moetailor.methods.outline import asked, layer_nbytes, limit_of, outline_plan, room_of
+from moetailor.methods.registry import Method, find_method
+from moetailor.planning.budget import Budget
+from moetailor.planning.checks import check_plan
+from moetailor.planning.plan import Plan, calibration_hash
+from moetailor.planning.slots import LayerPlan, Slot, keep_only
+from moetailor.planning.view import LayerView
+
+Experts = Iterable[tuple[int, int]]
+
+
+def make_plan(
+    calibration: Calibration,
+    method: str,
+    budget: Budget,
+    *,
+    parameters: Mapping[str, Any] | None = None,
+    layers: Iterable[int] | None = None,
+    protect: Experts = (),
+    guard_super_experts: bool = False,
+    allocation: Allocation = "uniform",
+    weights: ExpertWeights | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Plan:
+    """Decide what becomes of every slot.
+
+    Args:
+        calibration: a finished calibration.
+        method: name of a method.
+        budget: how much stays.
+        parameters: parameters of the method; defaults for the rest.
+        layers: decoder layers to change; all MoE layers when None.
+        protect: (layer, expert) pairs that must stay.
+        guard_super_experts: protect experts with extreme outputs, see `super_experts`.
+        allocation: how many experts each layer keeps, the budget's in all: ``uniform``, as many in each; ``error``,
+            more where constants would lose more, weighted by the layer's effect where calibration recorded it;
+            ``global``, those that the method scores highest of all layers together, as shares of their layer's sum; or
+            the number or share of experts that each layer keeps.
+        weights: where methods that read weights find them; the calibrated checkpoint when None.
+        progress: called with (layers done, layers in all).
+
+    Raises:
+        PlanError: an unknown method, parameter, layer or expert, or a plan that cannot work.
+    """
+    chosen, facts = find_method(method), calibration.model
+    resolved = chosen.resolve(parameters or {})
+    protected = set(protect) | (super_experts(calibration) if guard_super_experts else set())
+    if weights is None and chosen.weights and not facts.source:
+        raise PlanError(f"{method} reads expert weights, and the model was calibrated in memory; pass weights=")
+    _check_recorded(calibration, chosen)
+    weights = weights or ExpertWeights(facts.source)
+    given: dict[str, Any] = {"layers": layers, "protect": protected}
+    outline = outline_plan(facts, chosen, resolved, budget, allocation=allocation, **given)
+    if chosen.weights:
+        check_weights(weights, facts)
+    if allocation in ("error", "global"):
+        numbers = calibration.layers if layers is None else sorted(set(layers))
+        views = [view_of(calibration, number, weights, protected) for number in numbers]
+        counts = spread(allocation, chosen, resolved, views, room_of(outline, chosen, numbers))
+        outline = outline_plan(facts, chosen, resolved, budget, allocation=counts, **given)
+    stacks = [stack for stack in facts.stacks if stack.index is not None and stack.prefix in outline.layers]
+    shares = layer_nbytes(facts, outline, limit_of(budget, chosen, facts))
+    views = [view_of(calibration, s.index or 0, weights, protected, shares[s.prefix]) for s in stacks]
+    keeps = [outline.layers[stack.prefix].stored for stack in stacks]
+    plans = chosen.plan(views, keeps, resolved, progress)
+    decided = {stack.prefix: plan for stack, plan in zip(stacks, plans, strict=True)}
+    for stack in facts.stacks:
+        if stack.index is None and stack.prefix in outline.layers:
+            decided[stack.prefix] = _plan_unrun(
+                stack, len(outline.layers[stack.prefix].pool), facts.groups.count, weights
+            )
+    plan = Plan(
+        method=chosen.name,
+        parameters=resolved,
+        budget=asked(budget, allocation),
+        model=facts,
+        calibration=calibration_hash(calibration.fingerprint),
+        layers={prefix: layer for prefix, layer in decided.items() if not layer.untouched},
+    )
+    check_plan(plan, facts)
+    return plan
+
+
+def view_of(
+    calibration: Calibration, layer: int, weights: ExpertWeights, protected: Experts = (), nbytes: int = 0
+) -> LayerView:
+    """Return what a method or its `build` sees of one decoder layer."""
+    stack = next(stack for stack in calibration.model.stacks if stack.index == layer)
+    return LayerView(
+        index=layer,
+        num_experts=stack.num_experts,
+        top_k=calibration.model.top_k,
+        groups=calibration.model.groups.count,
+        limits=calibration.model.groups,
+        protected=frozenset(expert for at, expert in protected if at == layer),
+        nbytes=nbytes,
+        expert_bytes=stack.expert_bytes,
+        itemsize=DTYPES[stack.dtype].itemsize,
+        inner=stack.inner,
+        matrices=stack.matrices,
+        effect=(calibration.effects() or {}).get(layer),
+        read_sums=lambda: calibration.sums(layer),
+        read_sample=lambda: calibration.sample(layer),
+        read_correction=lambda: weights.correction(layer),
+        open_experts=lambda: weights.open(layer),
+        read_domains=lambda: sampled_domains(calibration)[1],
+    )
+
+
+def super_experts(calibration: Calibration) -> set[tuple[int, int]]:
+    """Return the (layer, expert) pairs whose largest output stands out over all layers.
+
+    Largest output above both the 99.5th percentile of all experts' and a tenth of the overall largest, in the first
+    three quarters of the layers (the rule of REAP's code, with the norm of the output instead of its signed maximum).
+    """
+    layers = calibration.layers
+    largest = {layer: calibration.sums(layer).norm_max for layer in layers}
+    every = torch.cat(list(largest.values()))
+    limit = max(float(torch.quantile(every, 0.995)), float(every.max()) / 10)
+    early = layers[: -(-3 * len(layers) // 4)]
+    return {(layer, expert) for layer in early for expert, peak in enumerate(largest[layer].tolist()) if peak > limit}
+
+
+def _check_recorded(calibration: Calibration, method: Method) -> None:
+    """Refuse a method that reads what was not recorded."""
+    for name in sorted(method.needs):
+        if not calibration.holds(name):
+            # The effect is measured after all else, so a finished folder takes it.
+            where = "again" if name == "effect" else "into another folder"
+            raise PlanError(
+                f"{method.name} reads {name}, which {calibration.folder} does not hold; calibrate {where} with "
+                f"--{ON_REQUEST[name]}"
+            )
+
+
+def check_weights(weights: ExpertWeights, facts: ModelFacts) -> None:
+    """Refuse to read experts of another model than the one that was calibrated.
+
+    Raises:
+        PlanError: see the message.
+    """
+    if weights.in_memory or "shards" not in facts.fingerprint:
+        return
+    try:
+        found = weights.checkpoint.fingerprint()
+    except CheckpointError as error:
+        raise PlanError(f"{error}; the method reads expert weights: say where they are with --model") from None
+    if found["shards"] != facts.fingerprint["shards"]:
+        raise PlanError(
+            f"{weights.checkpoint.source}: not the model that was calibrated ({facts.source}); name that with --model"
+        )
+
+
+def _plan_unrun(stack: Stack, keep: int, groups: int, weights: ExpertWeights) -> LayerPlan:
+    """Keep the experts with the largest weights, as many in each group: nothing else is known of such a layer."""
+    norms = weights.norms(stack.prefix).view(groups, -1)
+    order = norms.argsort(dim=1, descending=True, stable=True)[:, : keep // groups]
+    kept = (order + torch.arange(groups)[:, None] * norms.shape[1]).flatten().tolist()
+    return keep_only(stack.num_experts, kept, Slot("drop"), norms.flatten().tolist())

@@ -1,0 +1,58 @@
+"""SEER-MoE: heavy hitters counting, the first of its two stages.
+
+Published: experts are ranked by how often they are activated, hard (tokens routed to them) or soft (the sum of the
+router's probabilities), in each layer or over the whole model. In a second stage the model is tuned with a penalty on
+the entropy of the router, so that fewer experts a token are enough.
+
+Here: the counting, from the abstract: the full text was not at hand. Counts are shares of their layer, so that layers
+compare whatever their router's probabilities sum to. Over the whole model every layer keeps the top-k that its router
+needs, and the result is native only if all layers happen to keep as many. The second stage is left to
+`moetailor recover`, without the penalty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+from moetailor.errors import PlanError
+from moetailor.methods.choose import drop_lowest, global_keeps
+from moetailor.methods.registry import method
+from moetailor.planning.slots import LayerPlan
+from moetailor.planning.view import LayerView
+
+
+@method(
+    "seer_moe",
+    paper="arXiv:2404.05089",
+    needs={"count", "probability"},
+    scoped=True,
+    spreads=lambda *, ranking, **_: ranking == "global",
+)
+def seer_moe(
+    layers: Sequence[LayerView],
+    keeps: Sequence[int],
+    *,
+    count: Literal["soft", "hard"] = "soft",
+    ranking: Literal["layer", "global"] = "layer",
+) -> Iterator[LayerPlan]:
+    """Drop the experts that the router favours least.
+
+    Args:
+        layers: the layers.
+        keeps: experts that stay in each.
+        count: ``soft`` sums the router's probabilities over all tokens, ``hard`` counts the tokens routed to an expert.
+        ranking: ``layer`` keeps as many in each, ``global`` the best of all layers together, at least top-k in each.
+    """
+    if ranking == "global" and (limited := [layer for layer in layers if layer.groups > 1]):
+        raise PlanError(
+            f"ranking=global: layer {limited[0].index} chooses among {limited[0].groups} groups, of which the same "
+            "number must stay; use ranking=layer"
+        )
+    # S_e = N_e, or S_e = sum_t p_e(t)
+    scores = [layer.sums.probability if count == "soft" else layer.sums.count for layer in layers]
+    if ranking == "global":
+        keeps = global_keeps(layers, scores, keeps)
+    for layer, score, keep in zip(layers, scores, keeps, strict=True):
+        yield drop_lowest(layer, score, keep)
+        layer.close()

@@ -1,0 +1,76 @@
+"""Sub-MoE: clusters of experts by their outputs, merged in a shared subspace (arXiv:2506.23266).
+
+Published: k-means on the cosine of expert outputs; the matrices of a cluster side by side, [W_1 ... W_m] = U S
+[V_1 ... V_m], and the merged expert U S sum_i p_i V_i with p_i the share of usage.
+
+Here: the same. Since U S V_i is W_i itself, the merged expert is the usage-weighted average, projected on the first
+left singular vectors of the cluster: U_r U_r^T sum_i p_i W_i. With all of them (`subspace` 1) it is the average, to
+rounding; fewer keep what the members have in common.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+
+from moetailor.fitting.cluster import k_means
+from moetailor.methods.merge import Matrices, average, clustered, output_gram, stacked
+from moetailor.methods.registry import AtLeast, method
+from moetailor.planning.slots import LayerPlan
+from moetailor.planning.view import LayerView
+
+
+def build(layer: LayerView, plan: LayerPlan, *, subspace: float, **_: object) -> Matrices:
+    """Return the average of each cluster, each matrix in the subspace that its members share."""
+    merged = []
+    for centre, members in plan.merged.items():
+        mean = average(layer, centre, members, layer.sums.count)
+        for name, matrix in layer.experts.matrices(members).items():
+            if matrix.dim() == 3:
+                mean[name] = _projected(mean[name], matrix, subspace)
+        merged.append(mean)
+    return stacked(merged)
+
+
+@method(
+    "sub_moe",
+    removed="merged",
+    paper="arXiv:2506.23266",
+    needs={"count"},
+    weights=True,
+    builds={"merged"},
+    build=build,
+)
+def sub_moe(
+    layer: LayerView,
+    keep: int,
+    *,
+    subspace: Annotated[float, AtLeast(0.01)] = 1.0,
+    tokens: Annotated[int, AtLeast(1)] = 2048,
+    seed: int = 0,
+) -> LayerPlan:
+    """Merge experts whose outputs point the same way, in the subspace of their joint SVD.
+
+    Args:
+        layer: the layer.
+        keep: experts that stay.
+        subspace: share of the joint left singular vectors that the merged expert keeps, 1 for all.
+        tokens: sampled tokens that every expert is run on.
+        seed: for the first centres of k-means.
+    """
+    # Points with the distances that the outputs over all tokens have, in E dimensions: G = U S U^T, rows of U S^(1/2)
+    values, vectors = torch.linalg.eigh(output_gram(layer, tokens))
+    points = vectors * values.clamp_min(0).sqrt()
+    return clustered(layer, keep, points, lambda rows, count: k_means(rows, count, seed))
+
+
+def _projected(mean: torch.Tensor, members: torch.Tensor, share: float) -> torch.Tensor:
+    """Return U_r U_r^T W with U from the SVD of the members side by side."""
+    rank = min(round(share * mean.shape[0]), mean.shape[0])
+    if rank == mean.shape[0]:
+        return mean
+    # [W_1 ... W_m] [W_1 ... W_m]^T = sum_i W_i W_i^T = U S^2 U^T
+    gram = (members @ members.transpose(1, 2)).double().sum(0)
+    basis = torch.linalg.eigh(gram).eigenvectors.flip(1)[:, : max(rank, 1)].to(mean)
+    return basis @ (basis.T @ mean)

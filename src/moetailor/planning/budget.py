@@ -1,0 +1,174 @@
+"""What a user asks for, as whole numbers: ``25%``, ``keep 48``, ``12GB``. No float decides a count."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+
+from moetailor.errors import PlanError, did_you_mean
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+# Bytes of a number as it is loaded, and as safetensors stores it.
+WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
+STORED = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
+UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Exactly one of four limits.
+
+    Attributes:
+        remove: share of each layer's experts to remove, 0 <= share < 1.
+        keep: experts to keep in each layer.
+        size: bytes that the tensors of the written checkpoint may take.
+        memory: bytes that they may take once loaded.
+        load_dtype: dtype that they are loaded in, for `memory`; as they are stored when None.
+    """
+
+    remove: Fraction | None = None
+    keep: int | None = None
+    size: int | None = None
+    memory: int | None = None
+    load_dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        given = [value for value in (self.remove, self.keep, self.size, self.memory) if value is not None]
+        if len(given) != 1:
+            raise PlanError(f"{len(given)} budgets given; give exactly one of --remove, --keep, --size and --memory")
+        if self.load_dtype is not None and self.memory is None:
+            raise PlanError(f"--load-dtype {self.load_dtype}: says how --memory is counted; give that too")
+        if self.load_dtype not in (None, *WIDTHS):
+            raise PlanError(f"--load-dtype {self.load_dtype}" + did_you_mean(self.load_dtype or "", WIDTHS))
+
+    def __str__(self) -> str:
+        if self.remove is not None:
+            percent = self.remove * 100
+            return f"remove {percent if percent.denominator == 1 else float(percent)}%"
+        if self.keep is not None:
+            return f"keep {self.keep}"
+        if self.size is not None:
+            return f"size {self.size} bytes"
+        return f"memory {self.memory} bytes" + (f" in {self.load_dtype}" if self.load_dtype else "")
+
+    def kept(self, experts: int) -> int:
+        """Return how many of a layer's experts stay: experts - floor(experts x share), or the number asked for.
+
+        Raises:
+            PlanError: more experts are to be kept than there are, or none; or the budget is one of bytes.
+        """
+        if self.remove is not None:
+            return experts - experts * self.remove.numerator // self.remove.denominator
+        if self.keep is None:
+            raise PlanError("a budget in bytes says nothing about one layer")
+        if not 1 <= self.keep <= experts:
+            raise PlanError(f"--keep {self.keep}: the layers have {experts} experts; keep 1 to {experts}")
+        return self.keep
+
+    def of_total(self, nbytes: int) -> Budget:
+        """Return the budget with a share to remove taken of all bytes.
+
+        Args:
+            nbytes: bytes of all tensors.
+        """
+        return self if not self.remove else Budget(size=nbytes - int(nbytes * self.remove))
+
+    def on_disk(self, dtypes: Mapping[str, int], experts: str) -> Budget:
+        """Return the budget with bytes in memory turned into bytes on disk.
+
+        Args:
+            dtypes: bytes of the original's tensors by dtype, as safetensors names them.
+            experts: dtype of the experts, which that of all that is removed or added is taken for; dropped router rows
+                of a wider dtype save less.
+
+        Raises:
+            PlanError: the weights are not stored as floating-point numbers that could be loaded in another dtype.
+        """
+        if self.memory is None:
+            return self
+        if self.load_dtype is None:
+            return Budget(size=self.memory)
+        if not dtypes:
+            raise PlanError(f"--load-dtype {self.load_dtype}: an older calibration does not say how weights are stored")
+        if experts not in STORED:
+            raise PlanError(f"--load-dtype {self.load_dtype}: experts are stored as {experts}; leave it out")
+        wide = WIDTHS[self.load_dtype]
+        loaded = sum(nbytes * wide // STORED.get(dtype, wide) for dtype, nbytes in dtypes.items())
+        # what goes from the disk goes from memory in the ratio of the widths
+        return Budget(size=max(0, sum(dtypes.values()) - -(-(loaded - self.memory) * STORED[experts] // wide)))
+
+    @classmethod
+    def parse(
+        cls,
+        *,
+        remove: str | float | None = None,
+        keep: int | None = None,
+        size: str | int | None = None,
+        memory: str | int | None = None,
+        load_dtype: str | None = None,
+    ) -> Budget:
+        """Read the flags.
+
+        Args:
+            remove: ``25%``, ``0.25`` or ``1/4``.
+            keep: a number of experts.
+            size: bytes, or a number with a unit (``12GB`` is 12 x 10^9, ``12GiB`` is 12 x 2^30).
+            memory: the same.
+            load_dtype: ``float32``, ``bfloat16`` or ``float16``.
+
+        Raises:
+            PlanError: not exactly one is given, or one cannot be read.
+        """
+        return cls(
+            remove=None if remove is None else parse_share(remove),
+            keep=keep,
+            size=None if size is None else parse_bytes(size),
+            memory=None if memory is None else parse_bytes(memory, "--memory"),
+            load_dtype=load_dtype,
+        )
+
+
+def parse_share(text: str | float) -> Fraction:
+    """Read ``25%``, ``0.25`` or ``1/4`` exactly.
+
+    Raises:
+        PlanError: not a share, or not in [0, 1).
+    """
+    text = str(text).strip()
+    try:
+        share = read_fraction(text)
+    except ValueError:
+        raise PlanError(f"--remove {text}: not a share; write 25% or 0.25") from None
+    if not 0 <= share < 1:
+        guess = f"; did you mean {text}%?" if 1 <= share < 100 and not text.endswith("%") else ""
+        raise PlanError(f"--remove {text}: must be at least 0% and below 100%{guess}")
+    return share
+
+
+def read_fraction(text: str | float) -> Fraction:
+    """Read ``25%``, ``0.25`` or ``1/4`` exactly.
+
+    Raises:
+        ValueError: not a number.
+    """
+    text = str(text).strip()
+    try:
+        return Fraction(text.removesuffix("%").strip()) / (100 if text.endswith("%") else 1)
+    except ZeroDivisionError:
+        raise ValueError(text) from None
+
+
+def parse_bytes(text: str | int, flag: str = "--size") -> int:
+    """Read a number of bytes; with a unit, fractions are allowed and rounded down.
+
+    Raises:
+        PlanError: not a size.
+    """
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*", str(text))
+    if not match or match[2].upper() not in UNITS:
+        raise PlanError(
+            f"{flag} {text}: not a size; write bytes, or a number with KB, MB, GB, TB, KiB, MiB, GiB or TiB"
+        )
+    return int(Fraction(match[1]) * UNITS[match[2].upper()])

@@ -1,0 +1,112 @@
+"""The plug-in that lets ``AutoModelForCausalLM.from_pretrained`` load the moetailor format, for any family.
+
+transformers selects it by ``quantization_config.quant_method`` in config.json. It reshapes the empty model before the
+weights come, so weight conversion, device maps, PEFT and saving stay transformers' own.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from moetailor.checkpoint.anatomy import discover
+from moetailor.errors import CheckpointError
+from moetailor.planning.slot_map import SlotMap
+from moetailor.runtime.experts import CompressedExperts
+from moetailor.runtime.reshape import Change, reshape_model
+
+QUANT_METHOD = "moetailor"
+FORMAT_VERSION = 1
+
+
+class MoetailorConfig(QuantizationConfigMixin):
+    """The ``quantization_config`` entry: the slot map of each changed layer.
+
+    Args:
+        layers: decoder layer -> slot map, see `SlotMap.to_json`.
+        version: version of the format.
+    """
+
+    def __init__(self, layers: dict[str, dict] | None = None, version: int = FORMAT_VERSION, **kwargs: Any) -> None:
+        if version > FORMAT_VERSION:
+            raise CheckpointError(
+                f"the checkpoint is of moetailor format {version}, this one reads up to {FORMAT_VERSION}; update it"
+            )
+        self.quant_method: Any = QUANT_METHOD
+        self.version = version
+        self.layers = {str(layer): dict(entry) for layer, entry in (layers or {}).items()}
+
+    @classmethod
+    def of(cls, maps: dict[int, SlotMap]) -> MoetailorConfig:
+        """Return the entry for some slot maps."""
+        return cls(layers={str(layer): slot_map.to_json() for layer, slot_map in maps.items()})
+
+    def slot_maps(self) -> dict[int, SlotMap]:
+        """Return the slot maps by decoder layer."""
+        return {int(layer): SlotMap.from_json(entry) for layer, entry in self.layers.items()}
+
+
+class MoetailorQuantizer(HfQuantizer):
+    """Loads and saves models whose experts moetailor compressed."""
+
+    requires_calibration = True
+    quantization_config: MoetailorConfig  # type: ignore[assignment]
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        reshape_loaded(model, self.quantization_config.slot_maps())
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        fill_maps(model)
+        return model
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """Say that `save_pretrained` works."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Say that PEFT and Trainer may train it."""
+        return True
+
+
+register_quantization_config(QUANT_METHOD)(MoetailorConfig)
+register_quantizer(QUANT_METHOD)(MoetailorQuantizer)
+
+
+def original_config(config: Any) -> Any:
+    """Return the config of a compressed checkpoint without how it was compressed; any other is returned as it is."""
+    entry = getattr(config, "quantization_config", None)
+    method = entry.get("quant_method") if isinstance(entry, dict) else getattr(entry, "quant_method", None)
+    if method != QUANT_METHOD:
+        return config
+    config = copy.copy(config)
+    config.quantization_config = None
+    return config
+
+
+def reshape_loaded(model: Any, maps: dict[int, SlotMap]) -> None:
+    """Give an empty model of the original's shapes those of a compressed checkpoint."""
+    if not maps:
+        return
+    anatomy = discover(original_config(model.config), model)
+    unknown = sorted(set(maps) - set(anatomy.layers))
+    if unknown:
+        raise CheckpointError(f"quantization_config names layers {unknown}, which are no MoE layers of this model")
+    changes = {
+        layer: Change(experts=range(slot_map.experts), slots=range(len(slot_map.slots)), slot_map=slot_map)
+        for layer, slot_map in maps.items()
+    }
+    reshape_model(model, anatomy, changes)
+
+
+def fill_maps(module: nn.Module) -> None:
+    """Fill the slot maps of a model or a part of it, which transformers left empty because no file holds them."""
+    for part in module.modules():
+        if isinstance(part, CompressedExperts):
+            part.fill_map()

@@ -1,0 +1,208 @@
+"""What a checkpoint is, read off its headers: layers, experts, top-k, parameters, bytes."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from moetailor.checkpoint.anatomy import Anatomy, discover, tensors_of
+from moetailor.checkpoint.files import DTYPES, Checkpoint, open_checkpoint
+from moetailor.checkpoint.loader import StreamedModel, load_config
+from moetailor.errors import CheckpointError
+from moetailor.planning.slot_map import SlotMap
+from moetailor.runtime.experts import STAND_IN_TENSORS
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSummary:
+    """Decoder layers of one make.
+
+    Attributes:
+        layers: which, such as ``0-15``.
+        size: how many.
+        slots: outputs of the router.
+        experts: experts stored, shared bases included.
+        stand_ins: slots behind which a constant, a linear map or a base with an own part stands.
+        ranks: lowest and highest rank of the maps and own parts; empty when there are none.
+        runs: slots of a token that run an expert: the router's top-k, fewer where some are auxiliary.
+        expert_bytes: bytes of one expert.
+    """
+
+    layers: str
+    size: int
+    slots: int
+    experts: int
+    stand_ins: int
+    ranks: tuple[int, ...]
+    runs: int
+    expert_bytes: int
+
+
+@dataclass(frozen=True)
+class MoeSummary:
+    """One MoE layer that the model runs; see `LayerSummary`, and `guests`: experts of other layers that answer here."""
+
+    layer: int
+    slots: int
+    experts: int
+    stand_ins: int
+    ranks: tuple[int, ...]
+    runs: int
+    guests: int
+    expert_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """A checkpoint at a glance.
+
+    Attributes:
+        source: as the user named it.
+        model_type: transformers' name of the family.
+        decoder_layers: all decoder layers, dense ones included.
+        top_k: experts of a token.
+        moe: each MoE layer that the model runs.
+        parameters: all numbers in the checkpoint.
+        routed_parameters: those of routed experts.
+        shared_parameters: those of shared experts, which every token uses.
+        active_parameters: those that one token uses when each slot that runs has an expert; of what stands in for
+            experts or modulates them, the mean over slots.
+        nbytes: bytes of all tensors.
+    """
+
+    source: str
+    model_type: str
+    decoder_layers: int
+    top_k: int
+    moe: tuple[MoeSummary, ...]
+    parameters: int
+    routed_parameters: int
+    shared_parameters: int
+    active_parameters: int
+    nbytes: int
+
+    def groups(self) -> list[LayerSummary]:
+        """Return the MoE layers, those of one make together."""
+        kinds: dict[tuple, list[int]] = {}
+        for moe in self.moe:
+            ends = (min(moe.ranks), max(moe.ranks)) if moe.ranks else ()
+            made = dict(slots=moe.slots, experts=moe.experts, stand_ins=moe.stand_ins, ranks=ends, runs=moe.runs)
+            kinds.setdefault(tuple((made | {"expert_bytes": moe.expert_bytes}).items()), []).append(moe.layer)
+        return [LayerSummary(layers=_ranges(layers), size=len(layers), **dict(made)) for made, layers in kinds.items()]
+
+    def to_json(self) -> dict:
+        """Return the summary as JSON values."""
+        return asdict(self)
+
+
+def summarise(source: str | Path, *, trust_remote_code: bool = False) -> Summary:
+    """Look at a checkpoint, original or compressed, without reading weights.
+
+    Args:
+        source: folder or hub name.
+        trust_remote_code: run code that comes with the checkpoint.
+
+    Raises:
+        CheckpointError: not a checkpoint of a supported MoE family.
+    """
+    checkpoint = open_checkpoint(source)
+    maps = _slot_maps(checkpoint)
+    config = load_config(checkpoint, trust_remote_code=trust_remote_code)
+    if maps:
+        config = copy.copy(config)
+        config.quantization_config = None
+    skeleton = StreamedModel(checkpoint, config, dtype=torch.float32)
+    anatomy = discover(config, skeleton.model, trust_remote_code=trust_remote_code)
+    shared, slots = _shared_parameters(skeleton, anatomy), {i: layer.num_experts for i, layer in anatomy.layers.items()}
+    # An expert has the same shape in original and compressed layers; its size is that of the skeleton's rows.
+    tensors = tensors_of(skeleton.model)
+    numbers = {
+        index: sum(tensors[f"{layer.experts}.{name}"].numel() for name in layer.expert_rows) // layer.num_experts
+        for index, layer in anatomy.layers.items()
+    }
+    width = _stored_width(checkpoint, skeleton, anatomy)
+    moe = tuple(
+        _moe(index, slots[index], anatomy.top_k, maps.get(index), numbers[index] * width)
+        for index in sorted(anatomy.layers)
+    )
+    parameters = sum(info.nbytes // DTYPES[info.dtype].itemsize for info in checkpoint.tensors.values())
+    routed = sum(layer.experts * numbers[layer.layer] for layer in moe)
+    light = {layer.layer: _light_parameters(checkpoint, anatomy.layers[layer.layer].experts) for layer in moe}
+    active = parameters - routed - sum(light.values())
+    active += sum(layer.runs * numbers[layer.layer] for layer in moe)
+    active += sum(anatomy.top_k * light[layer.layer] // layer.slots for layer in moe)
+    return Summary(
+        source=str(source),
+        model_type=anatomy.model_type,
+        decoder_layers=config.num_hidden_layers,
+        top_k=anatomy.top_k,
+        moe=moe,
+        parameters=parameters,
+        routed_parameters=routed,
+        shared_parameters=shared,
+        active_parameters=active,
+        nbytes=checkpoint.nbytes,
+    )
+
+
+def _slot_maps(checkpoint: Checkpoint) -> dict[int, SlotMap]:
+    entry = checkpoint.config.get("quantization_config") or {}
+    layers = entry.get("layers", {}) if entry.get("quant_method") == "moetailor" else {}
+    return {int(layer): SlotMap.from_json(slots) for layer, slots in layers.items()}
+
+
+def _moe(layer: int, experts: int, top_k: int, slot_map: SlotMap | None, expert_bytes: int) -> MoeSummary:
+    if slot_map is None:
+        return MoeSummary(layer, experts, experts, 0, (), top_k, 0, expert_bytes)
+    ranks = tuple(rank for rank in (*(slot_map.ranks or ()), *(rank for _, rank in slot_map.low)) if rank)
+    stored = slot_map.experts + slot_map.bases, slot_map.constants + len(slot_map.low)
+    runs = slot_map.auxiliary.main if slot_map.auxiliary else top_k
+    return MoeSummary(layer, len(slot_map.slots), *stored, ranks, runs, len(slot_map.guests), expert_bytes)
+
+
+def _light_parameters(checkpoint: Checkpoint, experts: str) -> int:
+    """Return the numbers of what stands in for a layer's experts or modulates them, shared bases left out."""
+    names = [f"{experts}.{name}" for name in STAND_IN_TENSORS if not name.startswith("base_")]
+    found = (checkpoint.tensors[name] for name in names if name in checkpoint.tensors)
+    return sum(info.nbytes // DTYPES[info.dtype].itemsize for info in found)
+
+
+def _shared_parameters(skeleton: StreamedModel, anatomy: Anatomy) -> int:
+    total = 0
+    for layer in anatomy.layers.values():
+        # In families without a block around router and experts, the block is the decoder layer and has more in it.
+        if any(
+            child in ("self_attn", "linear_attn")
+            for child, _ in skeleton.model.get_submodule(layer.block).named_children()
+        ):
+            continue
+        routed = {f"{layer.experts}.{name}" for name in layer.expert_rows} | {
+            f"{layer.block}.{name}" for name in layer.slot_rows
+        }
+        block = skeleton.model.get_submodule(layer.block)
+        total += sum(p.numel() for name, p in block.named_parameters() if f"{layer.block}.{name}" not in routed)
+    return total
+
+
+def _stored_width(checkpoint: Checkpoint, skeleton: StreamedModel, anatomy: Anatomy) -> int:
+    """Return the bytes of one stored number of the experts."""
+    rows = {f"{layer.experts}.{name}" for layer in anatomy.layers.values() for name in layer.expert_rows}
+    key = next((key for key, name in skeleton.names.items() if name in rows), None)
+    if key is None:
+        raise CheckpointError(
+            f"{checkpoint.source}: has no experts for MoE layers {sorted(anatomy.layers)}; the checkpoint is incomplete"
+        )
+    return DTYPES[checkpoint.tensors[key].dtype].itemsize
+
+
+def _ranges(numbers: list[int]) -> str:
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][1] + 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in parts)

@@ -1,0 +1,73 @@
+"""The plan carried out on a model in memory, in place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from moetailor.calibration.facts import facts_of_model
+from moetailor.calibration.folder import Calibration
+from moetailor.calibration.layers import ResidentModel
+from moetailor.checkpoint import family
+from moetailor.checkpoint.anatomy import discover
+from moetailor.checkpoint.weights import ExpertWeights
+from moetailor.planning.checks import check_plan
+from moetailor.planning.plan import Plan
+from moetailor.runtime.quantizer import QUANT_METHOD, MoetailorConfig, MoetailorQuantizer
+from moetailor.transform.build import Propagate, build_layer, carry_out, check_calibration, opened
+from moetailor.transform.propagate import propagated
+
+
+def apply_to_model(
+    plan: Plan, model: nn.Module, calibration: Calibration | None = None, *, propagate: Propagate = "original"
+) -> nn.Module:
+    """Compress a model in memory, in place, and return it.
+
+    It can then run, be saved with ``save_pretrained`` and loaded again.
+
+    Args:
+        plan: what becomes of the slots.
+        model: the original model.
+        calibration: the calibration of the plan; needed when the plan has stand-ins or merged experts.
+        propagate: what these are fitted on: the inputs of their layer in the ``original`` model, or those that the
+            ``compressed`` layers before it give.
+
+    Raises:
+        PlanError: the plan does not fit, or needs a calibration.
+    """
+    anatomy = discover(model.config, model)
+    check_plan(plan, facts_of_model(model, anatomy), allow_other_weights=True)
+    check_calibration(plan, calibration, propagate)
+
+    if propagate == "compressed":
+        assert calibration is not None
+        for _ in propagated(plan, calibration, ResidentModel(model), anatomy):
+            pass  # each layer is changed on the way, once the next ones have no need of it
+    else:
+        for layer, view in opened(plan, calibration, ExpertWeights(model, anatomy=anatomy)):
+            carry_out(model, anatomy, plan, layer, build_layer(plan, view) if view else {})
+    if plan.native:
+        _shrink_counts(model, plan, anatomy.model_counts)
+    else:
+        _mark(model, plan)
+    return model
+
+
+def _shrink_counts(model: Any, plan: Plan, counts: tuple[tuple[str, str], ...]) -> None:
+    left = len(next(iter(plan.by_layer.values())).pool) if plan.by_layer else None
+    if left is None:
+        return
+    for name in family.expert_count_spellings(model.config):
+        setattr(model.config, name, left)
+    for path, attribute in counts:
+        setattr(model.get_submodule(path), attribute, left)
+
+
+def _mark(model: Any, plan: Plan) -> None:
+    """Make the model one of the moetailor format, as if it had been loaded from it."""
+    config = MoetailorConfig.of(plan.slot_maps)
+    model.config.quantization_config = config
+    model.hf_quantizer = MoetailorQuantizer(config, pre_quantized=True)
+    model.is_quantized = True
+    model.quantization_method = QUANT_METHOD

@@ -1,0 +1,58 @@
+"""Opening a result again: names, shapes, bytes, and one forward pass in which everything is finite.
+
+It runs layer by layer, so a result larger than memory is checked too.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+
+from moetailor.calibration.batch import Batch
+from moetailor.calibration.layers import LayerRunner
+from moetailor.checkpoint.files import open_checkpoint
+from moetailor.checkpoint.loader import StreamedModel, load_config
+from moetailor.errors import CheckpointError
+from moetailor.planning.plan import Plan
+from moetailor.runtime.experts import STAND_IN_TENSORS
+from moetailor.runtime.quantizer import MoetailorConfig, fill_maps, reshape_loaded
+
+STAND_INS = tuple(f".{name}" for name in STAND_IN_TENSORS)
+
+
+def verify_result(folder: str | Path, plan: Plan, *, trust_remote_code: bool = False) -> None:
+    """Check a written checkpoint.
+
+    Args:
+        folder: the result.
+        plan: what it was written from.
+        trust_remote_code: run code that comes with the checkpoint.
+
+    Raises:
+        CheckpointError: bytes, names or shapes are not as planned, or a value is not finite.
+    """
+    checkpoint = open_checkpoint(folder)
+    if checkpoint.nbytes != plan.nbytes:
+        raise CheckpointError(f"{folder}: {checkpoint.nbytes:,} bytes, the plan says {plan.nbytes:,}")
+    config = copy.copy(load_config(checkpoint, trust_remote_code=trust_remote_code))
+    entry = checkpoint.config.get("quantization_config")
+    maps = {} if entry is None else MoetailorConfig(layers=entry["layers"], version=entry["version"]).slot_maps()
+    config.quantization_config = None
+
+    source = StreamedModel(
+        checkpoint, config, dtype=torch.float32, prepare=lambda model: reshape_loaded(model, maps), complete=fill_maps
+    )
+    lost = [name for name in checkpoint.tensors if name.endswith(STAND_INS) and name not in source.names]
+    if lost:
+        raise CheckpointError(f"{folder}: {len(lost)} stand-ins have no place in the model, first {lost[0]}")
+    ids = torch.arange(16)[None] % config.vocab_size
+    runner = LayerRunner(source, [Batch.of(ids)])
+    (hidden,) = runner.embed()
+    for index in range(runner.count):
+        guests = maps[index].guests if index in maps else ()
+        with source.loaded(*{runner.path_of(host) for host, _ in guests}), runner.layer(index) as layer:
+            hidden = runner.run(layer, index, 0, hidden)
+        if not bool(torch.isfinite(hidden).all()):
+            raise CheckpointError(f"{folder}: decoder layer {index} gives values that are not finite")

@@ -1,0 +1,68 @@
+"""The command line: its verbs, and what becomes of errors and warnings."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from typing import Annotated, Any
+
+import typer
+
+from moetailor_cli import output
+from moetailor_cli.apply import apply, compress
+from moetailor_cli.compare import compare
+from moetailor_cli.measure import calibrate, evaluate, inspect
+from moetailor_cli.plan import allocate, diff, plan, show
+from moetailor_cli.recover import recover
+from moetailor_cli.report import report
+
+app = typer.Typer(
+    name="moetailor",
+    help="Make Mixture-of-Experts language models fit: one calibration, any method, any budget.",
+    epilog="Start with: moetailor compress MODEL -o OUT --data FILE --method mone --remove 25%",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+VERBS = (inspect, calibrate, plan, allocate, show, diff, apply, compress, evaluate, compare, report, recover)
+for verb in VERBS:
+    app.command()(verb)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        print(f"moetailor {installed('moetailor')}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line; a refused input is one message and exit code 1."""
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    warnings.showwarning = _show_warning
+    try:
+        app()
+    except SystemExit as stop:
+        if stop.code == 130:  # what typer makes of Ctrl-C
+            output.complain("stopped; run the same command again to go on")
+        raise
+    except OSError as error:
+        output.complain(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        sys.exit(1)
+    except Exception as error:
+        # Only an error that moetailor raised on purpose is a user's; its module is loaded by then.
+        errors = sys.modules.get("moetailor.errors")
+        if errors is None or not isinstance(error, errors.MoetailorError):
+            raise
+        output.complain(str(error))
+        sys.exit(1)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *args: Any, **kwargs: Any) -> None:
+    """Print what moetailor says to its user, and nothing of what libraries say to theirs."""
+    if category.__name__ == "MoetailorWarning":
+        output.warn(str(message))

@@ -1,0 +1,183 @@
+"""The verbs that write checkpoints: apply, and compress, which does all stages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moetailor_cli import output
+from moetailor_cli.options import (
+    Allocation,
+    Batch,
+    Data,
+    Device,
+    DeviceMap,
+    Dtype,
+    Format,
+    Guard,
+    Keep,
+    Layers,
+    Length,
+    LoadDtype,
+    MaskSpecial,
+    Memory,
+    Method,
+    Model,
+    Native,
+    Overwrite,
+    Parameter,
+    Propagate,
+    Protect,
+    Remove,
+    SampleTokens,
+    Seed,
+    Sequences,
+    Size,
+    States,
+    Stream,
+    Trust,
+)
+from moetailor_cli.reading import read_budget, read_format, read_menu, read_numbers, read_pairs, read_parameters
+
+
+def apply(
+    model: Model,
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="plan.json")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the result.")],
+    calibration: Annotated[
+        Path | None, typer.Option(help="The plan's calibration folder, for plans with stand-ins or merged experts.")
+    ] = None,
+    propagate: Propagate = "original",
+    format: Format = "auto",
+    overwrite: Overwrite = False,
+    allow_other_weights: Annotated[
+        bool, typer.Option("--allow-other-weights", help="Apply the plan to another model of the same shapes.")
+    ] = False,
+    device: Device = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Write the checkpoint that a plan describes.
+
+    [dim]moetailor apply MODEL plan.json -o OUT --calibration calib[/dim]
+    """
+    import moetailor
+
+    with output.stages() as progress:
+        moetailor.apply(
+            moetailor.Plan.load(plan),
+            model,
+            out,
+            calibration=None if calibration is None else moetailor.Calibration.open(calibration),
+            propagate=propagate,
+            format=format,
+            overwrite=overwrite,
+            allow_other_weights=allow_other_weights,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    carried = moetailor.Plan.load(out / "moetailor_plan.json")
+    output.say(f"{out}: {output.nbytes(carried.nbytes)}, the original has {output.nbytes(carried.model.nbytes)}")
+
+
+def compress(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the result.")],
+    data: Data,
+    method: Method,
+    native: Native = False,
+    remove: Remove = None,
+    keep: Keep = None,
+    size: Size = None,
+    memory: Memory = None,
+    load_dtype: LoadDtype = None,
+    param: Parameter = None,
+    layers: Layers = None,
+    protect: Protect = None,
+    guard_super_experts: Guard = False,
+    allocation: Allocation = "uniform",
+    sequences: Sequences = 128,
+    length: Length = 2048,
+    sample_tokens: SampleTokens = 16384,
+    seed: Seed = None,
+    batch_size: Batch = 4,
+    mask_special: MaskSpecial = False,
+    stream: Stream = False,
+    states: States = "auto",
+    calibration: Annotated[
+        Path | None, typer.Option(help="Calibration folder to use or to make. [dim]default: OUT.calibration[/dim]")
+    ] = None,
+    propagate: Propagate = "original",
+    format: Format = "auto",
+    overwrite: Overwrite = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything that needs no data, and stop.")] = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Calibrate, plan and apply in one go, then open the result and run it once.
+
+    [dim]moetailor compress MODEL -o OUT --data calibration.jsonl --method mone --remove 25%[/dim]
+    """
+    import moetailor
+    from moetailor.methods.allocation import read_allocation
+
+    method, format = read_menu(method, native), read_format(format, native)
+    budget, parameters = read_budget(method, remove, keep, size, memory, load_dtype), read_parameters(param)
+    selected, kept, spread = read_numbers(layers), read_pairs(protect), read_allocation(allocation)
+    checked = moetailor.precheck(
+        model,
+        out,
+        method=method,
+        budget=budget,
+        parameters=parameters,
+        layers=selected,
+        protect=kept,
+        allocation=spread,
+        calibration=calibration,
+        format=format,
+        overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
+    )
+    output.say(checked)
+    if dry_run:
+        return
+    with output.stages() as progress:
+        measured, plan = moetailor.compress(
+            model,
+            out,
+            text=moetailor.TextOptions(
+                data=tuple(data),
+                sequences=sequences,
+                length=length,
+                seed=seed,
+                mask_special=mask_special,
+                batch_size=batch_size,
+            ),
+            method=method,
+            budget=budget,
+            parameters=parameters,
+            layers=selected,
+            protect=kept,
+            guard_super_experts=guard_super_experts,
+            allocation=spread,
+            calibration=calibration,
+            sample=moetailor.SampleOptions(tokens=sample_tokens, seed=seed or 0),
+            stream=stream,
+            states=states,
+            propagate=propagate,
+            format=format,
+            overwrite=overwrite,
+            device=device,
+            dtype=dtype,
+            device_map=device_map,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    output.calibration(measured, sequences * length)
+    output.plan(plan)
+    output.say(f"{out}: {output.nbytes(plan.nbytes)}, the original has {output.nbytes(plan.model.nbytes)}")
+    output.say("opened again and run once: names, shapes and bytes are as planned, all values finite")

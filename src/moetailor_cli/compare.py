@@ -1,0 +1,78 @@
+"""The verb that measures many methods; apart from the others because its text is of two kinds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moetailor_cli import output
+from moetailor_cli.options import Batch, Device, Dtype, Length, MaskSpecial, Model, SampleTokens, Seed, Sequences, Trust
+
+
+def compare(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the comparison.")],
+    held_out: Annotated[
+        list[str], typer.Option(help="Text to measure on, as --data; its documents may name a domain. Repeatable.")
+    ],
+    data: Annotated[list[str] | None, typer.Option(help="Calibration text, as calibrate takes it. Repeatable.")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="A finished calibration folder, instead of --data.")] = None,
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Names with commas, with parameters as in linear:rank=8:ranks=chosen; all stands for those that are "
+            "neither trained nor slow. Repeatable. Default: all."
+        ),
+    ] = None,
+    remove: Annotated[str, typer.Option(help="Shares of each layer's experts to remove, with commas.")] = "10%,25%,50%",
+    sequences: Sequences = 128,
+    held_out_sequences: Annotated[int, typer.Option(min=1, help="Blocks of held-out text.")] = 64,
+    length: Length = 2048,
+    batch_size: Batch = 1,
+    sample_tokens: SampleTokens = 16384,
+    seed: Seed = None,
+    mask_special: MaskSpecial = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Measure methods at several ratios from one calibration; no checkpoint is written. A stopped run resumes.
+
+    [dim]moetailor compare MODEL -o DIR --data calibration.jsonl --held-out heldout.jsonl --remove 25%,50%[/dim]
+    """
+    import moetailor
+
+    text = moetailor.TextOptions(
+        data=tuple(data or ()),
+        sequences=sequences,
+        length=length,
+        seed=seed,
+        mask_special=mask_special,
+        batch_size=batch_size,
+    )
+    asked = moetailor.TextOptions(
+        data=tuple(held_out), sequences=held_out_sequences, length=length, batch_size=batch_size
+    )
+    with output.stages() as progress:
+        results = moetailor.compare(
+            model,
+            out,
+            held_out=asked,
+            text=text if data else None,
+            calibration=calibration,
+            methods=_words(methods or ["all"]),
+            remove=_words([remove]),
+            sample=moetailor.SampleOptions(tokens=sample_tokens, seed=seed or 0),
+            device=device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    output.comparison(results)
+    output.say(f"results are in {out / 'results.json'}, to be looked at in {out / 'report.html'}")
+
+
+def _words(entries: list[str]) -> list[str]:
+    return [word.strip() for entry in entries for word in entry.split(",") if word.strip()]

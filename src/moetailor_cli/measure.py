@@ -1,0 +1,164 @@
+"""The verbs that measure: inspect, calibrate, evaluate."""
+
+from __future__ import annotations
+
+import json as json_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moetailor_cli import output
+from moetailor_cli import redundancy as redundancy_module
+from moetailor_cli.options import (
+    Batch,
+    Data,
+    Device,
+    DeviceMap,
+    Dtype,
+    Length,
+    MaskSpecial,
+    Model,
+    SampleTokens,
+    Seed,
+    Sequences,
+    States,
+    Stream,
+    Trust,
+    check_file,
+)
+
+
+def inspect(
+    model: Model,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Its calibration folder: also say how redundant the experts are.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Show layers, experts, top-k, parameters and bytes of a checkpoint, and what of it is redundant.
+
+    [dim]moetailor inspect allenai/OLMoE-1B-7B-0125 --calibration calib[/dim]
+    """
+    from moetailor.summary import summarise
+
+    summary = summarise(model, trust_remote_code=trust_remote_code)
+    redundancy = None if calibration is None else _redundancy(model, calibration, trust_remote_code)
+    if json:
+        found = {} if redundancy is None else {"redundancy": redundancy.to_json()}
+        print(json_module.dumps(summary.to_json() | found, indent=2))
+        return
+    output.summary(summary)
+    if redundancy is not None:
+        redundancy_module.show(redundancy)
+
+
+def calibrate(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Calibration folder.")],
+    data: Data,
+    sequences: Sequences = 128,
+    length: Length = 2048,
+    sample_tokens: SampleTokens = 16384,
+    seed: Seed = None,
+    batch_size: Batch = 4,
+    mask_special: MaskSpecial = False,
+    residual: Annotated[
+        bool, typer.Option("--residual", help="Also measure how far the experts turn the residual stream: easy_ep.")
+    ] = False,
+    effect: Annotated[
+        bool, typer.Option("--effect", help="Also measure what errors of each layer do to the predictions: auto.")
+    ] = False,
+    stream: Stream = False,
+    states: States = "auto",
+    device: Device = None,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Measure on text what each expert does; every plan is made from that. A stopped run resumes.
+
+    [dim]moetailor calibrate MODEL -o calib --data calibration.jsonl --sequences 128 --length 2048[/dim]
+    """
+    import moetailor
+
+    with output.progress("calibrate") as progress:
+        calibration = moetailor.calibrate(
+            model,
+            out,
+            text=moetailor.TextOptions(
+                data=tuple(data),
+                sequences=sequences,
+                length=length,
+                seed=seed,
+                mask_special=mask_special,
+                batch_size=batch_size,
+            ),
+            sample=moetailor.SampleOptions(tokens=sample_tokens, seed=seed or 0),
+            residual=residual,
+            effect=effect,
+            stream=stream,
+            states=states,
+            device=device,
+            dtype=dtype,
+            device_map=device_map,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    output.calibration(calibration, sequences * length)
+
+
+def evaluate(
+    compressed: Annotated[str, typer.Argument(metavar="OUT", help="Folder of the compressed checkpoint.")],
+    against: Annotated[str, typer.Option(help="The original: folder or hub name.")],
+    data: Data,
+    sequences: Sequences = 64,
+    length: Length = 2048,
+    batch_size: Batch = 1,
+    tasks: Annotated[
+        list[str] | None, typer.Option(help="Tasks of lm-evaluation-harness to run on both. Repeatable.")
+    ] = None,
+    task_dir: Annotated[Path, typer.Option(help="Folder of the tasks' YAML files.")] = Path("examples/tasks"),
+    task_data: Annotated[Path | None, typer.Option(help="Folder of the files the tasks read.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Rows of each task.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the scores to this file.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Compare a compressed checkpoint with its original: perplexity, KL, agreement, speed, size, tasks.
+
+    [dim]moetailor evaluate OUT --against MODEL --data heldout.jsonl --json scores.json[/dim]
+    """
+    import moetailor
+
+    check_file(json)
+    text = moetailor.TextOptions(data=tuple(data), sequences=sequences, length=length, batch_size=batch_size)
+    with output.stages() as progress:
+        scores = moetailor.evaluate(
+            compressed,
+            against,
+            text=text,
+            tasks=moetailor.TaskOptions(tasks=tuple(tasks or ()), task_dir=task_dir, task_data=task_data, limit=limit),
+            device=device,
+            dtype=dtype,
+            device_map=device_map,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    output.scores(scores)
+    output.expected(compressed, scores)
+    if json is not None:
+        json.write_text(json_module.dumps(scores.to_json(), indent=2) + "\n")
+        output.say(f"scores are in {json}")
+
+
+def _redundancy(model: str, calibration: Path, trust_remote_code: bool) -> Any:
+    """Measure the redundancy of the calibrated model."""
+    import moetailor
+
+    weights = moetailor.ExpertWeights(model, trust_remote_code=trust_remote_code)
+    with output.progress("inspect") as progress:
+        return moetailor.find_redundancy(moetailor.Calibration.open(calibration), weights=weights, progress=progress)

@@ -1,0 +1,112 @@
+"""What more than one verb takes: options, and the check of a file to be written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder or hub name.")]
+Data = Annotated[
+    list[str],
+    typer.Option(
+        "--data",
+        help="FILE[:weight], .jsonl, .txt or .parquet, or NAME[,CONFIG][@SPLIT][:weight] for the datasets library. "
+        "Repeatable: sources are mixed by weight.",
+    ),
+]
+Sequences = Annotated[int, typer.Option(min=1, help="Blocks of text to run.")]
+Length = Annotated[int, typer.Option(min=1, help="Tokens of a block.")]
+Seed = Annotated[
+    int | None, typer.Option(help="Shuffle the documents, and draw another sample of tokens; file order when absent.")
+]
+Batch = Annotated[int, typer.Option("--batch-size", min=1, help="Blocks run at once.")]
+SampleTokens = Annotated[int, typer.Option(min=1, help="Tokens of which each layer's inputs are kept.")]
+MaskSpecial = Annotated[bool, typer.Option("--mask-special", help="Leave special tokens out of every statistic.")]
+Stream = Annotated[
+    bool,
+    typer.Option("--stream", help="Hold one decoder layer in memory at a time; for checkpoints larger than memory."),
+]
+States = Annotated[
+    Literal["auto", "memory", "disk"],
+    typer.Option(help="Where hidden states wait between layers; auto is the disk when streaming, else memory."),
+]
+Device = Annotated[
+    str | None, typer.Option(help="Where the model runs. [dim]default: cuda if there is one, else cpu[/dim]")
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="float32, bfloat16 or float16. [dim]default: the checkpoint's on cuda, float32 on cpu[/dim]"),
+]
+DeviceMap = Annotated[
+    str | None, typer.Option(help="Spread the model over devices, as transformers does: auto, balanced, ...")
+]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")]
+Method = Annotated[
+    str,
+    typer.Option(
+        "--method",
+        "-m",
+        help="Drops: random, frequency, soft_frequency, seer_moe, ean, man, msan, reap, easy_ep, naee, diep, refit. "
+        "Stand-ins: mone, linear, lightmoe. Remaps: conmoe. Merges: mergemoe, m_smoe, hc_smoe, sub_moe, ream. "
+        "A mix: auto. Fewer active ones: compressed_experts.",
+    ),
+]
+Native = Annotated[
+    bool, typer.Option("--native", help="With --method auto: only what stock engines load, which is --method refit.")
+]
+Remove = Annotated[str | None, typer.Option(help="Share of each layer's experts to remove, such as 25%.")]
+Keep = Annotated[int | None, typer.Option(help="Experts to keep in each layer.")]
+Size = Annotated[
+    str | None, typer.Option(help="Bytes the result's tensors may take, such as 12GB (10^9), 11GiB (2^30) or a number.")
+]
+Memory = Annotated[
+    str | None, typer.Option(help="The same, for the tensors once they are loaded: what must be free to hold them.")
+]
+LoadDtype = Annotated[
+    str | None,
+    typer.Option(help="What --memory loads them in: bfloat16, float16, float32. [dim]default: as stored[/dim]"),
+]
+Parameter = Annotated[
+    list[str] | None, typer.Option("--param", "-p", help="name=value, a parameter of the method. Repeatable.")
+]
+Layers = Annotated[
+    str | None, typer.Option(help="Decoder layers to change, such as 0-7,12; all MoE layers when absent.")
+]
+Protect = Annotated[list[str] | None, typer.Option(help="layer:expert that must stay. Repeatable.")]
+Guard = Annotated[bool, typer.Option("--guard-super-experts", help="Protect experts with extreme outputs.")]
+Allocation = Annotated[
+    str,
+    typer.Option(
+        "--allocation",
+        help="How many experts each layer keeps, the budget's in all: uniform, error (more where constants would lose "
+        'more), global (the best scores of all layers), or FILE.json with a number or share of each layer: {"0": 24, '
+        '"1": "75%"}.',
+    ),
+]
+Format = Annotated[
+    Literal["auto", "native", "moetailor"],
+    typer.Option(
+        help="native loads anywhere, moetailor after `import moetailor`; auto is native where the plan allows it."
+    ),
+]
+Propagate = Annotated[
+    Literal["original", "compressed"],
+    typer.Option(
+        help="What stand-ins and merged experts are fitted on: their layer's inputs in the original model, or those "
+        "that the compressed layers before it give."
+    ),
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an existing folder, once the new one is complete.")
+]
+
+
+def check_file(file: Path | None) -> None:
+    """Refuse a file that could not be written, before the work whose result it shall hold."""
+    from moetailor.errors import MoetailorError
+
+    if file is not None and (file.is_dir() or not file.parent.is_dir()):
+        what = "is a folder" if file.is_dir() else f"there is no folder {file.parent}"
+        raise MoetailorError(f"{file}: {what}; name a file that can be written")

@@ -1,0 +1,304 @@
+"""What a person sees: progress with the time left, tables and messages. Messages go to stderr, results to stdout."""
+
+from __future__ import annotations
+
+import textwrap
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from moetailor import Calibration, Plan, RecoveryResult, Scores
+    from moetailor.summary import Summary
+
+# No emoji: `:-1:` is a name of one, and may stand in a path.
+_out = Console(highlight=False, emoji=False)
+_err = Console(stderr=True, highlight=False, emoji=False)
+
+
+def say(text: str) -> None:
+    """Print one message."""
+    _err.print(text, markup=False, soft_wrap=True)
+
+
+def result(line: Text | str) -> None:
+    """Print one line of a result, as long as it is."""
+    _out.print(line, markup=False, soft_wrap=True)
+
+
+def width() -> int:
+    """Return how many characters a line of a result has room for."""
+    return _out.width
+
+
+def text(words: str, style: str = "") -> None:
+    """Print a text in lines that fit."""
+    for line in textwrap.wrap(words, max(width(), 20), break_on_hyphens=False):
+        result(Text(line, style))
+
+
+def table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table: labels in the first column, numbers in the others."""
+    shown = Table(box=None, pad_edge=False, header_style="dim")
+    for number, name in enumerate(names):
+        shown.add_column(name, justify="right" if number else "left")
+    for row in rows:
+        shown.add_row(*row)
+    _out.print(shown)
+
+
+def complain(text: str) -> None:
+    """Print why something was refused."""
+    _err.print("error: ", style="bold red", end="")
+    _err.print(text, markup=False, soft_wrap=True)
+
+
+def warn(text: str) -> None:
+    """Print what the user should know though it went on."""
+    _err.print("note: ", style="yellow", end="")
+    _err.print(text, markup=False, soft_wrap=True)
+
+
+def nbytes(number: int) -> str:
+    """Return a number of bytes in the unit that suits it (10^3 steps)."""
+    size = float(number)
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.2f} {unit}"
+        size /= 1000
+    return f"{size:.2f} TB"
+
+
+def count(number: float) -> str:
+    """Return a number of parameters as people say it."""
+    for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= limit:
+            return f"{number / limit:.2f} {unit}"
+    return f"{number:.0f}"
+
+
+@contextmanager
+def progress(name: str) -> Iterator[Callable[[int, int], None]]:
+    """Give a function to call with (done, in all); the bar goes away when it is done."""
+    with _bar(MofNCompleteColumn()) as bar:
+        task = bar.add_task(name, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def stages() -> Iterator[Callable[[str, int, int], None]]:
+    """Give a function to call with (what is running, done, in all): one bar for each stage."""
+    with _bar(TaskProgressColumn()) as bar:
+        tasks: dict[str, object] = {}
+
+        def update(name: str, done: int, total: int) -> None:
+            if name not in tasks:
+                tasks[name] = bar.add_task(name, total=total)
+            bar.update(tasks[name], completed=done, total=total)  # type: ignore[arg-type]
+
+        yield update
+
+
+def summary(found: Summary) -> None:
+    """Print what a checkpoint is."""
+    _out.print(found.source, style="bold", markup=False, end="", soft_wrap=True)
+    _out.print(f"  {found.model_type}, {found.decoder_layers} decoder layers")
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for name in ("MoE layers", "slots", "experts", "stand-ins", "rank", "top-k", "an expert", "all experts"):
+        table.add_column(name, justify="left" if name == "MoE layers" else "right")
+    for group in found.groups():
+        table.add_row(
+            group.layers,
+            str(group.slots),
+            str(group.experts),
+            str(group.stand_ins or "-"),
+            _span(group.ranks) if group.ranks else "-",
+            str(found.top_k) if group.runs == found.top_k else f"{found.top_k}, {group.runs} run",
+            nbytes(group.expert_bytes),
+            nbytes(group.expert_bytes * group.experts * group.size),
+        )
+    _out.print(table)
+    share = found.routed_parameters / found.parameters
+    _out.print(
+        f"parameters: {count(found.parameters)}, of which routed {count(found.routed_parameters)} ({share:.0%}), "
+        f"shared experts {count(found.shared_parameters)}; active for a token {count(found.active_parameters)}, "
+        "2 FLOPs each"
+    )
+    _out.print(f"on disk: {nbytes(found.nbytes)}")
+
+
+def calibration(made: Calibration, wanted: int) -> None:
+    """Print what was measured, and what a reader should know of it."""
+    text = made.fingerprint["text"]
+    say(f"{made.folder}: {text['counted']:,} tokens through {len(made.layers)} MoE layers")
+    if text["tokens"] < wanted:
+        warn(f"the text ended after {text['tokens']:,} of {wanted:,} tokens; plans rest on fewer tokens than asked for")
+    unreached = {layer: int((made.sums(layer).count == 0).sum()) for layer in made.layers}
+    unreached = {layer: number for layer, number in unreached.items() if number}
+    if unreached:
+        where = ", ".join(f"layer {layer}: {number}" for layer, number in list(unreached.items())[:8])
+        warn(
+            f"{sum(unreached.values())} experts were reached by no token ({where}); more or broader text would "
+            "tell what they do"
+        )
+
+
+def plan(made: Plan) -> None:
+    """Print what becomes of the slots, a line for each kind of layer."""
+    kinds: dict[str, list[str]] = {}
+    for prefix, layer in made.layers.items():
+        found = Counter(slot.kind for slot in layer.slots)
+        remapped = sum(
+            slot.kind == "expert" and (slot.expert != number or slot.layer is not None)
+            for number, slot in enumerate(layer.slots)
+        )
+        parts = [(found["drop"], "dropped"), (found["constant"], "constant"), (remapped, "remapped")]
+        ranks = sorted({rank for rank in layer.ranks if rank})
+        parts += [(found["linear"], f"linear of rank {_span(ranks)}")] if ranks else []
+        parts += [(len(layer.merged), "merged")]
+        if low := sorted(set(layer.low_ranks.values())):
+            bases = "a base" if len(layer.bases) == 1 else f"{len(layer.bases)} bases"
+            parts += [(len(layer.low_ranks), f"of rank {_span(low)} over {bases}")]
+        if layer.auxiliary is not None:
+            parts += [(layer.auxiliary.main, "main slots of a token")]
+        told = ", ".join(f"{number} {what}" for number, what in parts if number)
+        kinds.setdefault(f"{len(layer.pool)} of {len(layer.slots)} experts stay, {told}", []).append(prefix)
+    say(
+        f"{made.method}, {made.budget}: {nbytes(made.model.nbytes)} becomes {nbytes(made.nbytes)} "
+        f"({'native' if made.native else 'moetailor'} format)"
+    )
+    if made.expected is not None:
+        say(f"  expected KL: {made.expected:.2g} nats a token")
+    for kind, prefixes in kinds.items():
+        where = prefixes[0] if len(prefixes) == 1 else f"{len(prefixes)} layers, {prefixes[0]} .. {prefixes[-1]}"
+        say(f"  {where}: {kind}")
+
+
+def scores(measured: Scores) -> None:
+    """Print the comparison of a compressed model with its original."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for name in ("text", "tokens", "perplexity", "compressed", "KL, nats", "95% interval", "same top-1"):
+        table.add_column(name, justify="left" if name == "text" else "right")
+    for name, part in {"all": measured.overall, **measured.domains}.items():
+        table.add_row(
+            name,
+            f"{part.tokens:,}",
+            f"{part.original_perplexity.mean:.2f}",
+            f"{part.compressed_perplexity.mean:.2f}",
+            f"{part.kl.mean:.4f}",
+            f"{part.kl.low:.4f} to {part.kl.high:.4f}",
+            f"{part.top1_agreement.mean:.1%}",
+        )
+    _out.print(table)
+    sizes = Table(box=None, pad_edge=False, header_style="dim")
+    for name in ("", "original", "compressed", "ratio"):
+        sizes.add_column(name, justify="left" if name == "" else "right")
+    first, second = measured.speed
+    rows = [("bytes on disk", measured.nbytes, nbytes), ("bytes in memory", measured.resident, nbytes)]
+    for name, pair, shown in rows:
+        sizes.add_row(name, shown(pair[0]), shown(pair[1]), f"{pair[1] / pair[0]:.3f}")
+    for name in ("prefill", "decode"):
+        pair = getattr(first, name), getattr(second, name)
+        sizes.add_row(f"{name}, tokens/s", f"{pair[0]:,.0f}", f"{pair[1]:,.0f}", f"{pair[1] / pair[0]:.3f}")
+    for task, metrics in measured.tasks.items():
+        for metric, (before, after) in metrics.items():
+            if metric in ("acc", "acc_norm", "perplexity"):
+                sizes.add_row(
+                    f"{task}, {metric}", f"{before:.3f}", f"{after:.3f}", f"{after / before:.3f}" if before else "-"
+                )
+    _out.print()
+    _out.print(sizes)
+
+
+def expected(compressed: str, measured: Scores) -> None:
+    """Print what the plan of a result expected, if it did, beside what was measured."""
+    from moetailor.planning.plan import Plan
+    from moetailor.transform.disk import PLAN_FILE
+
+    if (file := Path(compressed) / PLAN_FILE).is_file() and (cost := Plan.load(file).expected) is not None:
+        say(f"KL: {cost:.2g} nats a token expected, {measured.overall.kl.mean:.2g} measured")
+
+
+def comparison(results: dict) -> None:
+    """Print the ranking of each ratio, what failed and why, and how well errors of layers foretold the KL."""
+    original, cells = results["original"], results["cells"]
+    for ratio in dict.fromkeys(cell["ratio"] for cell in cells):
+        _out.print(f"{ratio} removed", style="bold", markup=False)
+        table = Table(box=None, pad_edge=False, header_style="dim")
+        table.add_column("method", overflow="fold", min_width=14)
+        for name in ("KL, nats", "95%", "perplexity", "top-1", "size", "plan, s", "decode"):
+            table.add_column(name, justify="right", no_wrap=True)
+        here = [cell for cell in cells if cell["ratio"] == ratio]
+        for cell in here:
+            if cell["error"] is None:
+                table.add_row(*_comparison_row(cell, results["model"]["nbytes"], original["decode"]))
+        if table.row_count:
+            _out.print(table)
+        for cell in here:
+            if cell["error"] is not None:
+                result(f"{_candidate(cell)}: {cell['error']}")
+        _out.print()
+    perplexity = f"perplexity {original['perplexity']['']:.2f}, " if original["perplexity"] else ""
+    result(f"original: {perplexity}{nbytes(results['model']['nbytes'])}, decode {original['decode']:,.0f} tokens/s")
+    if found := results["spearman"]:
+        told = ", ".join(f"{name or 'all cells'} {rho:.2f}" for name, rho in found.items())
+        result(f"expected against measured KL, Spearman: {told}")
+
+
+def _comparison_row(cell: dict, whole: int, decode: float) -> list[str]:
+    found = cell["fidelity"][""]
+    kl = found["kl"]
+    return [
+        _candidate(cell),
+        f"{kl['mean']:.3g}",
+        f"± {(kl['high'] - kl['low']) / 2:.1g}",
+        f"{found['compressed']['perplexity']:.2f}",
+        f"{found['top1_agreement']['mean']:.1%}",
+        f"{cell['nbytes'] / whole:.1%}",
+        f"{cell['seconds']['plan'] + cell['seconds']['apply']:.1f}",
+        f"x {cell['speed']['decode'] / decode:.2f}",
+    ]
+
+
+def _candidate(cell: dict) -> str:
+    """Return a method with the parameters that are not its defaults."""
+    from moetailor import METHODS
+
+    defaults = METHODS[cell["method"]].parameters if cell["method"] in METHODS else {}
+    changed = [f"{key}={value}" for key, value in cell["parameters"].items() if defaults.get(key) != value]
+    return ":".join([cell["method"], *changed])
+
+
+def recovery(done: RecoveryResult) -> None:
+    """Print what training did to the losses."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for name in ("loss", "before", "after"):
+        table.add_column(name, justify="left" if name == "loss" else "right")
+    table.add_row("trained", f"{done.losses[0]:.4f}", f"{done.losses[-1]:.4f}")
+    for name, before in done.before.items():
+        table.add_row(f"held out, {name}", f"{before:.4f}", f"{done.after[name]:.4f}")
+    _out.print(table)
+    say(f"{done.out}: {done.steps:,} steps, {done.tokens:,} tokens, {done.seconds:,.0f} seconds")
+
+
+def _span(numbers: Sequence[int]) -> str:
+    return str(numbers[0]) if numbers[0] == numbers[-1] else f"{numbers[0]}-{numbers[-1]}"
+
+
+def _bar(amount: object) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), amount, TimeRemainingColumn())
+    return Progress(*columns, console=_err, transient=True, disable=not _err.is_terminal)  # type: ignore[arg-type]

@@ -1,0 +1,156 @@
+"""The verbs that make and show plans: plan, allocate, show, diff."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moetailor_cli import output
+from moetailor_cli import show as show_module
+from moetailor_cli.options import (
+    Allocation,
+    Device,
+    Dtype,
+    Guard,
+    Keep,
+    Layers,
+    LoadDtype,
+    Memory,
+    Method,
+    Native,
+    Parameter,
+    Protect,
+    Remove,
+    Size,
+    Trust,
+    check_file,
+)
+from moetailor_cli.reading import read_budget, read_menu, read_numbers, read_pairs, read_parameters, read_plan
+
+
+def plan(
+    calibration: Annotated[Path, typer.Argument(metavar="CALIB", help="Calibration folder.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where the plan goes (JSON).")],
+    method: Method,
+    native: Native = False,
+    remove: Remove = None,
+    keep: Keep = None,
+    size: Size = None,
+    memory: Memory = None,
+    load_dtype: LoadDtype = None,
+    param: Parameter = None,
+    layers: Layers = None,
+    protect: Protect = None,
+    guard_super_experts: Guard = False,
+    allocation: Allocation = "uniform",
+    model: Annotated[str | None, typer.Option(help="Where the weights are, if the checkpoint was moved.")] = None,
+) -> None:
+    """Decide what stands behind every slot. Exactly one of --remove, --keep, --size and --memory.
+
+    [dim]moetailor plan calib -o plan.json --method mone --remove 25% -p score=exact -p novice=optimal[/dim]
+    """
+    import moetailor
+    from moetailor.methods.allocation import read_allocation
+    from moetailor.transform.formats import resolve_format
+
+    method = read_menu(method, native)
+    budget, parameters = read_budget(method, remove, keep, size, memory, load_dtype), read_parameters(param)
+    selected, kept, spread = read_numbers(layers), read_pairs(protect), read_allocation(allocation)
+    check_file(out)
+    with output.progress("plan") as progress:
+        made = moetailor.make_plan(
+            moetailor.Calibration.open(calibration),
+            method,
+            budget,
+            parameters=parameters,
+            layers=selected,
+            protect=kept,
+            guard_super_experts=guard_super_experts,
+            allocation=spread,
+            weights=None if model is None else moetailor.ExpertWeights(model),
+            progress=progress,
+        )
+    if native:
+        resolve_format(made, "native")
+    made.save(out)
+    output.plan(made)
+    output.say(f"the plan is in {out}")
+
+
+def allocate(
+    calibration: Annotated[Path, typer.Argument(metavar="CALIB", help="Calibration folder.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where the counts go (JSON), for --allocation.")],
+    method: Method,
+    remove: Remove = None,
+    keep: Keep = None,
+    size: Size = None,
+    memory: Memory = None,
+    load_dtype: LoadDtype = None,
+    param: Parameter = None,
+    layers: Layers = None,
+    protect: Protect = None,
+    population: Annotated[int, typer.Option(min=2, help="Candidates of a generation.")] = 32,
+    generations: Annotated[int, typer.Option(min=1, help="Generations.")] = 50,
+    survivors: Annotated[int, typer.Option(min=1, help="Candidates that the next generation comes from.")] = 4,
+    samples: Annotated[int, typer.Option(min=1, help="Sequences of the calibration's text to run.")] = 64,
+    seed: Annotated[int, typer.Option(help="Another seed searches elsewhere.")] = 0,
+    model: Annotated[str | None, typer.Option(help="Where the weights are, if the checkpoint was moved.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Search by evolution for how many experts each layer keeps; slow: it runs the model. A stopped search resumes.
+
+    [dim]moetailor allocate calib -o alloc.json --method reap --remove 25%[/dim]
+    """
+    import moetailor
+
+    budget, parameters = read_budget(method, remove, keep, size, memory, load_dtype), read_parameters(param)
+    selected, kept = read_numbers(layers), read_pairs(protect)
+    check_file(out)
+    with output.progress("allocate") as progress:
+        found = moetailor.allocate(
+            moetailor.Calibration.open(calibration),
+            method,
+            budget,
+            out,
+            parameters=parameters,
+            layers=selected,
+            protect=kept,
+            options=moetailor.SearchOptions(
+                population=population, generations=generations, survivors=survivors, samples=samples, seed=seed
+            ),
+            model=model,
+            device=device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    counts = ", ".join(f"{layer}: {count}" for layer, count in found.counts.items())
+    output.say(f"experts kept by layer: {counts}")
+    output.say(f"overlap with the original's predictions: {found.overlap:.4f}, with uniform counts {found.uniform:.4f}")
+    output.say(f"the counts are in {out}; use them with --allocation {out}")
+
+
+def show(
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="plan.json")],
+    scores: Annotated[bool, typer.Option("--scores", help="Also print what the method ranked by.")] = False,
+) -> None:
+    """Show what a plan does with each slot; neither weights nor calibration are needed.
+
+    [dim]moetailor show plan.json[/dim]
+    """
+    show_module.show(str(plan), read_plan(plan), scores=scores)
+
+
+def diff(
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="plan.json")],
+    other: Annotated[Path, typer.Argument(metavar="PLAN", help="Another plan of the same model.")],
+) -> None:
+    """Show which slots two plans of one model treat differently.
+
+    [dim]moetailor diff plan.json other.json[/dim]
+    """
+    show_module.diff([str(plan), str(other)], [read_plan(plan), read_plan(other)])

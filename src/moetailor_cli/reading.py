@@ -1,0 +1,77 @@
+"""What flags say, as the library takes it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import typer
+
+
+def read_menu(method: str, native: bool) -> str:
+    """Return the method that is meant."""
+    if native and method != "auto":
+        raise typer.BadParameter(f"--native: narrows what auto may choose; leave it out for {method}")
+    return "refit" if native else method
+
+
+def read_format(format: str, native: bool) -> Any:
+    """Return the format that is meant."""
+    if native and format == "moetailor":
+        raise typer.BadParameter("--native: is a format too; leave --format moetailor out")
+    return "native" if native else format
+
+
+def read_budget(
+    method: str, remove: str | None, keep: int | None, size: str | None, memory: str | None, load_dtype: str | None
+) -> Any:
+    """Read the flags; a method that is of use without removing experts may go without."""
+    import moetailor
+
+    if remove is keep is size is memory is None and method in moetailor.METHODS and moetailor.METHODS[method].whole:
+        remove = "0%"
+    return moetailor.Budget.parse(remove=remove, keep=keep, size=size, memory=memory, load_dtype=load_dtype)
+
+
+def read_plan(file: Path) -> Any:
+    """Read a plan that works for the model that it is for."""
+    import moetailor
+    from moetailor.planning.checks import check_plan
+
+    plan = moetailor.Plan.load(file)
+    check_plan(plan, plan.model)
+    return plan
+
+
+def read_parameters(entries: list[str] | None) -> dict[str, str]:
+    """Read ``name=value``, repeated."""
+    pairs = [entry.partition("=") for entry in entries or ()]
+    for name, equals, value in pairs:
+        if not (name and equals and value):
+            raise typer.BadParameter(f"--param {name}{equals}{value}: write name=value")
+    return {name: value for name, _, value in pairs}
+
+
+def read_numbers(text: str | None) -> list[int] | None:
+    """Read numbers and ranges."""
+    if text is None:
+        return None
+    numbers: list[int] = []
+    for part in text.split(","):
+        low, dash, high = part.partition("-")
+        try:
+            span = range(int(low), int(high if dash else low) + 1)
+            if not 0 < len(span) < 10_000:
+                raise ValueError
+            numbers += span
+        except ValueError:
+            raise typer.BadParameter(f"--layers {text}: write numbers and ranges such as 0-7,12") from None
+    return numbers
+
+
+def read_pairs(entries: list[str] | None) -> list[tuple[int, int]]:
+    """Read ``layer:expert``, repeated."""
+    try:
+        return [(int(layer), int(expert)) for layer, expert in (entry.split(":") for entry in entries or ())]
+    except ValueError:
+        raise typer.BadParameter(f"--protect {' '.join(entries or ())}: write layer:expert, such as 3:17") from None

@@ -1,0 +1,123 @@
+"""The verb that trains; apart from the others because most of its options are its own."""
+
+from __future__ import annotations
+
+import json as json_module
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from moetailor_cli import output
+from moetailor_cli.options import Device, Dtype, Overwrite, Trust, check_file
+
+FILES = "JSONL with `messages`, with `prompt` and `completion`, or with `text`; or plain text, .txt. Repeatable."
+
+
+def recover(
+    model: Annotated[str, typer.Argument(metavar="OUT", help="The checkpoint to train: folder or hub name.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the result.")],
+    data: Annotated[list[str], typer.Option(help=FILES)],
+    teacher: Annotated[str | None, typer.Option(help="The original: folder or hub name.")] = None,
+    train: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="router, standins, experts, rest or all; a list with commas, or repeatable. Default: router."
+        ),
+    ] = None,
+    loss: Annotated[
+        Literal["task", "kd", "both"],
+        typer.Option(help="The words of the text, the predictions of the teacher, or the sum of both."),
+    ] = "kd",
+    loss_on: Annotated[
+        Literal["completion", "all"], typer.Option(help="What counts of instructions; plain text counts whole.")
+    ] = "completion",
+    held_out: Annotated[
+        list[str] | None, typer.Option(help="Examples to measure the loss on, before and after. As --data.")
+    ] = None,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of a block.")] = 1024,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Optimizer steps. Default: as many as --epochs takes.")
+    ] = None,
+    epochs: Annotated[float, typer.Option(help="Passes over the examples.")] = 1.0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Blocks that a process runs at once.")] = 4,
+    accumulate: Annotated[int, typer.Option(min=1, help="Batches of a step.")] = 1,
+    lr: Annotated[float, typer.Option(help="Learning rate of AdamW.")] = 1e-4,
+    warmup: Annotated[float, typer.Option(help="Share of the steps in which the learning rate rises.")] = 0.03,
+    weight_decay: Annotated[float, typer.Option(help="Weight decay of AdamW.")] = 0.0,
+    temperature: Annotated[float, typer.Option(help="Softens the predictions that kd compares.")] = 1.0,
+    layer_weight: Annotated[
+        float, typer.Option(help="Weight of the distance between the outputs of the decoder layers.")
+    ] = 0.0,
+    anneal: Annotated[
+        float, typer.Option(help="Share of the steps in which the originals of low-rank experts fade out (LightMoE).")
+    ] = 0.0,
+    anneal_gamma: Annotated[float, typer.Option(help="0 fades linearly, more faster at first.")] = 0.0,
+    lora_rank: Annotated[int, typer.Option(help="Rank of the adapters of experts and the rest.")] = 8,
+    lora_alpha: Annotated[int, typer.Option(help="Their scale is this / rank.")] = 16,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Compute layers again in the backward pass: less memory.")
+    ] = False,
+    fsdp: Annotated[
+        bool,
+        typer.Option("--fsdp", help="The processes of torchrun share one model, each GPU with a part of each layer."),
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Orders the blocks and starts the adapters.")] = 0,
+    save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
+    json: Annotated[Path | None, typer.Option(help="Write losses, tokens and seconds to this file.")] = None,
+    overwrite: Overwrite = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Train a part of a compressed checkpoint towards its original, or on a task. A stopped run resumes.
+
+    [dim]moetailor recover OUT --teacher MODEL --data text.jsonl -o RECOVERED --train router --loss kd[/dim]
+    """
+    import moetailor
+
+    check_file(json)
+    words = [word for entry in train or ["router"] for word in entry.split(",")]
+    cut = {"length": length, "loss_on": loss_on}
+    with output.stages() as progress:
+        result = moetailor.recover(
+            model,
+            out,
+            examples=moetailor.ExampleOptions(data=tuple(data), **cut),
+            teacher=teacher,
+            train=words,
+            loss=loss,
+            options=moetailor.RecoveryOptions(
+                steps=steps,
+                epochs=epochs,
+                batch_size=batch_size,
+                accumulate=accumulate,
+                lr=lr,
+                warmup=warmup,
+                weight_decay=weight_decay,
+                seed=seed,
+                save_every=save_every,
+                temperature=temperature,
+                layer_weight=layer_weight,
+                anneal=anneal,
+                anneal_gamma=anneal_gamma,
+                lora_rank=lora_rank,
+                lora_alpha=lora_alpha,
+                gradient_checkpointing=gradient_checkpointing,
+                fsdp=fsdp,
+            ),
+            held_out=moetailor.ExampleOptions(data=tuple(held_out), **cut) if held_out else None,
+            overwrite=overwrite,
+            device=device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    if os.environ.get("RANK", "0") != "0":
+        return  # under torchrun the first process speaks for all
+    output.recovery(result)
+    if json is not None:
+        json.write_text(json_module.dumps(asdict(result) | {"out": str(out)}, indent=2) + "\n")
+        output.say(f"losses are in {json}")
