@@ -1,9 +1,9 @@
 """SIGKILL at random moments: a rerun ends with the same bytes, and nothing half-written passes for finished.
 
-Each of `moetailor calibrate --stream` and `moetailor apply` is killed ten times, seven times between the end of its first
-and of its last layer or shard and three times anywhere in its run, and then run to its end. After each kill a calibration
-folder must be refused by `Calibration.open` and the folder of `apply` must not exist; after each rerun every file
-except log.jsonl must have the SHA-256 it has after a run that nobody stopped.
+Each of `moetailor calibrate --stream` and `moetailor apply` is killed ten times, seven times between the end of its
+first and of its last layer or shard and three times anywhere in its run, and then run to its end. After each kill a
+calibration folder must be refused by `Calibration.open` and the folder of `apply` must not exist; after each rerun
+every file except log.jsonl must have the SHA-256 it has after a run that nobody stopped.
 """
 
 from __future__ import annotations
