@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 import moetailor
 from families import tiny_model
 from moetailor.checkpoint.anatomy import MoELayer, discover, tensors_of
-from moetailor.planning.view import Experts
+from moetailor.checkpoint.experts import Experts
 
 PLANTED: dict[str, dict[str, int]] = {
     "olmoe": {"num_experts": 12},

@@ -13,11 +13,11 @@ import moetailor
 from contract.test_families import IDS, eager, load, logits, mixed_plan
 from families import tiny_model
 from moetailor.checkpoint.anatomy import discover
+from moetailor.checkpoint.experts import Experts
 from moetailor.checkpoint.files import open_checkpoint
 from moetailor.checkpoint.loader import quiet_transformers
 from moetailor.planning.checks import check_plan
 from moetailor.planning.slots import LayerPlan, Slot
-from moetailor.planning.view import Experts
 from moetailor.runtime.reshape import Change, reshape_model
 
 Get = Callable[[str], Path]

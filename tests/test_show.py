@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import moetailor
-from moetailor.calibration.folder import ModelFacts
+from moetailor.checkpoint.facts import ModelFacts
 from moetailor.checkpoint.family import Groups
 from moetailor.checkpoint.layout import Stack
 from moetailor.planning.slot_map import Auxiliary

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from moetailor.calibration.folder import ModelFacts
+from moetailor.checkpoint.facts import ModelFacts
 from moetailor.checkpoint.family import Groups
 from moetailor.checkpoint.layout import Stack
 from moetailor.errors import PlanError

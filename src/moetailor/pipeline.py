@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from moetailor.calibration.calibrate import States, calibrate
-from moetailor.calibration.facts import facts_of_checkpoint
 from moetailor.calibration.folder import Calibration
 from moetailor.calibration.run import SampleOptions
 from moetailor.calibration.statistics import ON_REQUEST
 from moetailor.calibration.text import TextOptions
 from moetailor.checkpoint.anatomy import discover
+from moetailor.checkpoint.facts import facts_of_checkpoint
 from moetailor.checkpoint.files import open_checkpoint
 from moetailor.checkpoint.loader import StreamedModel, load_config
 from moetailor.checkpoint.weights import ExpertWeights

@@ -11,9 +11,9 @@ from torch import nn
 import moetailor
 import naive
 from moetailor.checkpoint.anatomy import MoELayer
+from moetailor.checkpoint.experts import Experts
 from moetailor.checkpoint.files import open_checkpoint
 from moetailor.checkpoint.loader import quiet_transformers
-from moetailor.planning.view import Experts
 
 LOW = {"rank": 2, "bases": 2, "start": "svd", "select": "count"}
 

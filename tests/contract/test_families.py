@@ -17,12 +17,12 @@ from families import FAMILIES, REFUSED, tiny_config, tiny_model
 from moetailor.calibration.layers import LayerRunner, ResidentModel
 from moetailor.calibration.statistics import Sums
 from moetailor.checkpoint.anatomy import Anatomy, discover, tensors_of
+from moetailor.checkpoint.experts import Experts
 from moetailor.checkpoint.files import open_checkpoint
 from moetailor.checkpoint.layout import find_stacks
 from moetailor.checkpoint.loader import StreamedModel, load_config, memory_names, quiet_transformers
 from moetailor.planning.plan import Plan
 from moetailor.planning.slots import LayerPlan, Slot
-from moetailor.planning.view import Experts
 from moetailor.runtime.experts import CompressedExperts
 from moetailor.runtime.reshape import Change, reshape_model
 

@@ -11,7 +11,7 @@ from test_mergemoe import layer_with_biases, routed_layer
 from test_merging import INNER, WIDTH, random_experts, with_copy
 
 import moetailor
-from moetailor.calibration.folder import ModelFacts
+from moetailor.checkpoint.facts import ModelFacts
 from moetailor.checkpoint.family import Groups
 from moetailor.checkpoint.layout import Stack
 from moetailor.methods.lightmoe import _factors, build, lightmoe, outline

@@ -10,12 +10,12 @@ from torch import nn
 
 from moetailor.calibration.batch import Batch
 from moetailor.calibration.effect import measure_effects
-from moetailor.calibration.facts import facts_of_checkpoint, facts_of_model
 from moetailor.calibration.folder import Calibration
 from moetailor.calibration.layers import PartlyLoaded, ResidentModel
 from moetailor.calibration.run import Progress, SampleOptions, Subject, run_calibration, tokenizer_fingerprint
 from moetailor.calibration.text import TextOptions, read_batches
 from moetailor.checkpoint.anatomy import discover
+from moetailor.checkpoint.facts import facts_of_checkpoint, facts_of_model
 from moetailor.checkpoint.files import Checkpoint, open_checkpoint
 from moetailor.checkpoint.loader import StreamedModel, load_config
 from moetailor.checkpoint.models import load_model, load_tokenizer, longest_sequence, resolve_device, resolve_dtype

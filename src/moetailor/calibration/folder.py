@@ -3,68 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from moetailor.calibration.batch import Batch, load_batches
 from moetailor.calibration.statistics import ON_REQUEST, Sample, Sums, load_sample, load_sums
-from moetailor.checkpoint.family import Groups
-from moetailor.checkpoint.files import DTYPES
-from moetailor.checkpoint.layout import Stack
+from moetailor.checkpoint.facts import ModelFacts
 from moetailor.errors import CalibrationError
 
 MANIFEST, TEXT, EFFECT = "calibration.json", "text.safetensors", "effect.json"
 VERSION = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelFacts:
-    """What planning must know of a model, so that it needs no weights.
-
-    Attributes:
-        source: folder or hub name of the checkpoint; empty for a model that was given in memory.
-        fingerprint: which weights they are, from `Checkpoint.fingerprint`.
-        model_type: transformers' name of the family.
-        width: numbers of an expert's output, D.
-        top_k: experts of a token.
-        groups: how groups limit the router's choice.
-        nbytes: bytes of all tensors of the checkpoint.
-        stacks: every MoE layer on disk, sizes only.
-        dtypes: bytes of all tensors by their dtype.
-    """
-
-    source: str
-    fingerprint: dict
-    model_type: str
-    width: int
-    top_k: int
-    groups: Groups
-    nbytes: int
-    stacks: tuple[Stack, ...]
-    dtypes: Mapping[str, int] = field(default_factory=dict)
-
-    def shapes(self) -> dict:
-        """Return what two models must share for a plan of one to fit the other, whatever their dtypes."""
-        run = [stack for stack in self.stacks if stack.index is not None]
-        experts = {stack.index: stack.num_experts for stack in run}
-        numbers = {stack.index: stack.expert_bytes // DTYPES[stack.dtype].itemsize for stack in run}
-        shared = {"model type": self.model_type, "width": self.width, "top-k": self.top_k}
-        return shared | {"experts by layer": experts, "numbers of an expert by layer": numbers}
-
-    def to_json(self) -> dict:
-        """Return the facts as JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, facts: dict) -> ModelFacts:
-        """Read what `to_json` gave; whatever it raises, the facts are damaged."""
-        if not isinstance(facts["fingerprint"], dict):
-            raise TypeError("fingerprint is not an object")
-        if unknown := {stack["dtype"] for stack in facts["stacks"]} - set(DTYPES):
-            raise ValueError(f"unknown dtypes {sorted(unknown)}")
-        parsed = {"stacks": tuple(Stack(**stack) for stack in facts["stacks"]), "groups": Groups(**facts["groups"])}
-        return cls(**(facts | parsed))
 
 
 @dataclass(frozen=True, kw_only=True)

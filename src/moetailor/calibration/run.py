@@ -22,10 +22,11 @@ from torch import nn
 from moetailor._version import __version__
 from moetailor.calibration.batch import Batch, save_batches, text_fingerprint
 from moetailor.calibration.capture import Pairs, Routed, captured, silenced
-from moetailor.calibration.folder import MANIFEST, TEXT, Calibration, ModelFacts, layer_file, read_json, write_json
+from moetailor.calibration.folder import MANIFEST, TEXT, Calibration, layer_file, read_json, write_json
 from moetailor.calibration.layers import HiddenStates, LayerRunner, PartlyLoaded
 from moetailor.calibration.statistics import LayerStatistics, Sample, Sums, add_pairs, add_tokens, sample_keys
 from moetailor.checkpoint.anatomy import Anatomy, MoELayer
+from moetailor.checkpoint.facts import ModelFacts
 from moetailor.errors import CalibrationError
 
 Progress = Callable[[int, int], None]

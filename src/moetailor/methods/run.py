@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from moetailor.calibration.domains import sampled_domains
-from moetailor.calibration.folder import Calibration, ModelFacts
+from moetailor.calibration.folder import Calibration
 from moetailor.calibration.statistics import ON_REQUEST
+from moetailor.checkpoint.facts import ModelFacts
 from moetailor.checkpoint.files import DTYPES
 from moetailor.checkpoint.layout import Stack
 from moetailor.checkpoint.weights import ExpertWeights

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from moetailor.calibration.folder import ModelFacts
+from moetailor.checkpoint.facts import ModelFacts
 from moetailor.checkpoint.files import DTYPES
 from moetailor.checkpoint.layout import Stack
 from moetailor.errors import PlanError

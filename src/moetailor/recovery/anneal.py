@@ -16,8 +16,8 @@ from torch.func import functional_call
 from transformers import TrainerCallback
 
 from moetailor.checkpoint.anatomy import Anatomy
+from moetailor.checkpoint.experts import Experts
 from moetailor.errors import MoetailorError
-from moetailor.planning.view import Experts
 from moetailor.runtime.experts import CompressedExperts
 
 

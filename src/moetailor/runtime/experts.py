@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from moetailor.checkpoint.experts import Experts
 from moetailor.planning.slot_map import SlotMap
-from moetailor.planning.view import Experts
 from moetailor.runtime.pairs import low_rank, modulated, row_table
 
 MATRICES = ("gate", "up", "down")

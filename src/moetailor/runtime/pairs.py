@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers.integrations.moe import _grouped_linear
 
-from moetailor.planning.view import Experts
+from moetailor.checkpoint.experts import Experts
 
 # The grouped kernels of CUDA want rows of 16 bytes.
 ALIGNMENT = 8

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from moetailor.checkpoint.anatomy import Anatomy, MoELayer
+from moetailor.checkpoint.experts import Experts
 from moetailor.planning.slot_map import SlotMap
-from moetailor.planning.view import Experts
 from moetailor.runtime.experts import MATRICES, STAND_IN_TENSORS, CompressedExperts
 
 # Buffers that follow from the map: it lives in config.json, so they are neither expected among weights nor saved.

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from moetailor._version import __version__
-from moetailor.calibration.facts import facts_of_checkpoint
 from moetailor.calibration.folder import Calibration
 from moetailor.checkpoint.anatomy import Anatomy, discover
+from moetailor.checkpoint.facts import facts_of_checkpoint
 from moetailor.checkpoint.files import DTYPES, INDEX, Checkpoint, TensorInfo, open_checkpoint, read_header
 from moetailor.checkpoint.layout import DiskStack, find_stacks
 from moetailor.checkpoint.loader import StreamedModel, disk_tensors, load_config

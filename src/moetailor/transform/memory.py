@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import nn
 
-from moetailor.calibration.facts import facts_of_model
 from moetailor.calibration.folder import Calibration
 from moetailor.calibration.layers import ResidentModel
 from moetailor.checkpoint import family
 from moetailor.checkpoint.anatomy import discover
+from moetailor.checkpoint.facts import facts_of_model
 from moetailor.checkpoint.weights import ExpertWeights
 from moetailor.planning.checks import check_plan
 from moetailor.planning.plan import Plan

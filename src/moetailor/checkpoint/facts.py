@@ -4,14 +4,64 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 
 from torch import nn
 
-from moetailor.calibration.folder import ModelFacts
 from moetailor.checkpoint.anatomy import Anatomy, tensors_of
-from moetailor.checkpoint.files import DTYPE_NAMES, Checkpoint
+from moetailor.checkpoint.family import Groups
+from moetailor.checkpoint.files import DTYPE_NAMES, DTYPES, Checkpoint
 from moetailor.checkpoint.layout import Stack, find_stacks
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFacts:
+    """What planning must know of a model, so that it needs no weights.
+
+    Attributes:
+        source: folder or hub name of the checkpoint; empty for a model that was given in memory.
+        fingerprint: which weights they are, from `Checkpoint.fingerprint`.
+        model_type: transformers' name of the family.
+        width: numbers of an expert's output, D.
+        top_k: experts of a token.
+        groups: how groups limit the router's choice.
+        nbytes: bytes of all tensors of the checkpoint.
+        stacks: every MoE layer on disk, sizes only.
+        dtypes: bytes of all tensors by their dtype.
+    """
+
+    source: str
+    fingerprint: dict
+    model_type: str
+    width: int
+    top_k: int
+    groups: Groups
+    nbytes: int
+    stacks: tuple[Stack, ...]
+    dtypes: Mapping[str, int] = field(default_factory=dict)
+
+    def shapes(self) -> dict:
+        """Return what two models must share for a plan of one to fit the other, whatever their dtypes."""
+        run = [stack for stack in self.stacks if stack.index is not None]
+        experts = {stack.index: stack.num_experts for stack in run}
+        numbers = {stack.index: stack.expert_bytes // DTYPES[stack.dtype].itemsize for stack in run}
+        shared = {"model type": self.model_type, "width": self.width, "top-k": self.top_k}
+        return shared | {"experts by layer": experts, "numbers of an expert by layer": numbers}
+
+    def to_json(self) -> dict:
+        """Return the facts as JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, facts: dict) -> ModelFacts:
+        """Read what `to_json` gave; whatever it raises, the facts are damaged."""
+        if not isinstance(facts["fingerprint"], dict):
+            raise TypeError("fingerprint is not an object")
+        if unknown := {stack["dtype"] for stack in facts["stacks"]} - set(DTYPES):
+            raise ValueError(f"unknown dtypes {sorted(unknown)}")
+        parsed = {"stacks": tuple(Stack(**stack) for stack in facts["stacks"]), "groups": Groups(**facts["groups"])}
+        return cls(**(facts | parsed))
 
 
 def facts_of_checkpoint(checkpoint: Checkpoint, anatomy: Anatomy, names: dict[str, str]) -> ModelFacts:
