@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from moetailor.checkpoint import family
+from moetailor.checkpoint.experts import Experts, ExpertShape
 from moetailor.errors import CheckpointError
 
 
@@ -31,9 +32,7 @@ class MoELayer:
         experts: the module that holds the experts as stacked parameters.
         router: the module that returns logits, weights and indices.
         num_experts: experts, which is also the number of slots.
-        width: numbers of an expert's output, D.
-        inner: neurons of an expert, F.
-        gated: whether an expert has three matrices (gate, up, down) or two.
+        expert_shape: what an expert is made of.
         expert_rows: parameters of the experts module with a row for each expert, and their axis.
         slot_rows: parameters and buffers elsewhere in the block with a row for each slot, and their axis.
         counts: (module path, attribute) of the integers that hold the number of experts in the block.
@@ -44,12 +43,15 @@ class MoELayer:
     experts: str
     router: str
     num_experts: int
-    width: int
-    inner: int
-    gated: bool
+    expert_shape: ExpertShape
     expert_rows: dict[str, int]
     slot_rows: dict[str, int]
     counts: tuple[tuple[str, str], ...]
+
+    @property
+    def width(self) -> int:
+        """Numbers of an expert's output, D."""
+        return self.expert_shape.width
 
     @property
     def correction(self) -> str | None:
@@ -139,12 +141,6 @@ def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
     return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
-def output_width(experts: Any) -> int:
-    """Return the width D of what an experts module returns; in families with latent experts it is not the model's."""
-    down = experts.down_proj
-    return down.shape[2] if getattr(experts, "is_transposed", False) else down.shape[1]
-
-
 def _row_axes(small: nn.Module, large: nn.Module) -> dict[str, int]:
     other = tensors_of(large)
     axes = {}
@@ -181,16 +177,13 @@ def _layer(model: nn.Module, experts: str, rows: dict[str, int], counts: list[tu
     ]
     if not routers:
         raise CheckpointError(f"{block}: found no router weight with a row for each expert")
-    down, width = tensors[f"{experts}.down_proj"], output_width(model.get_submodule(experts))
     return MoELayer(
         index=_layer_number(experts),
         block=block,
         experts=experts,
         router=f"{block}.{routers[0]}",
-        num_experts=down.shape[0],
-        width=width,
-        inner=down[0].numel() // width,
-        gated=f"{experts}.gate_up_proj" in tensors,
+        num_experts=tensors[f"{experts}.down_proj"].shape[0],
+        expert_shape=Experts(model.get_submodule(experts)).shape,
         expert_rows=expert_rows,
         slot_rows=slot_rows,
         counts=tuple((path, name) for path, name in counts if path == block or path.startswith(block + ".")),

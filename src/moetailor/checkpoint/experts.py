@@ -6,10 +6,44 @@ Shapes: T tokens, D model width, F expert width.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn import functional as F
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertShape:
+    """What an expert is made of, whatever its family's layout; names as in `Experts`.
+
+    Attributes:
+        width: numbers of its input and output, D.
+        inner: its neurons, F.
+        gated: whether it has three matrices (gate, up, down) or two.
+        biased: whether each of them has a bias.
+    """
+
+    width: int
+    inner: int
+    gated: bool = True
+    biased: bool = False
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The matrices that are applied to an expert's input."""
+        return ("gate", "up") if self.gated else ("up",)
+
+    @property
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """Shape of each matrix."""
+        return dict.fromkeys(self.inputs, (self.inner, self.width)) | {"down": (self.width, self.inner)}
+
+    @property
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each matrix and bias."""
+        biases = {f"{name}_bias": (rows,) for name, (rows, _) in self.matrices.items()}
+        return self.matrices | (biases if self.biased else {})
 
 
 class Experts:
@@ -40,9 +74,16 @@ class Experts:
         return self.module.down_proj.device
 
     @property
-    def inputs(self) -> list[str]:
+    def inputs(self) -> tuple[str, ...]:
         """The matrices that are applied to an expert's input."""
-        return ["gate", "up"] if self.gated else ["up"]
+        return ("gate", "up") if self.gated else ("up",)
+
+    @property
+    def shape(self) -> ExpertShape:
+        """What each of them is made of."""
+        width, inner = (self.module.down_proj.shape[axis] for axis in ((2, 1) if self.transposed else (1, 2)))
+        biased = getattr(self.module, "down_proj_bias", None) is not None
+        return ExpertShape(width=width, inner=inner, gated=self.gated, biased=biased)
 
     def matrices(self, experts: Sequence[int] | slice = slice(None), *, detach: bool = True) -> dict[str, torch.Tensor]:
         """Return the stacked matrices of some experts, views where the layout allows.

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from torch import nn
 
 from moetailor.checkpoint.anatomy import Anatomy, tensors_of
+from moetailor.checkpoint.experts import ExpertShape
 from moetailor.checkpoint.family import Groups
 from moetailor.checkpoint.files import DTYPE_NAMES, DTYPES, Checkpoint
 from moetailor.checkpoint.layout import Stack, find_stacks
@@ -60,7 +61,9 @@ class ModelFacts:
             raise TypeError("fingerprint is not an object")
         if unknown := {stack["dtype"] for stack in facts["stacks"]} - set(DTYPES):
             raise ValueError(f"unknown dtypes {sorted(unknown)}")
-        parsed = {"stacks": tuple(Stack(**stack) for stack in facts["stacks"]), "groups": Groups(**facts["groups"])}
+        shapes = [stack["shape"] and ExpertShape(**stack["shape"]) for stack in facts["stacks"]]
+        stacks = (Stack(**(stack | {"shape": shape})) for stack, shape in zip(facts["stacks"], shapes, strict=True))
+        parsed = {"stacks": tuple(stacks), "groups": Groups(**facts["groups"])}
         return cls(**(facts | parsed))
 
 
@@ -101,8 +104,7 @@ def facts_of_model(model: nn.Module, anatomy: Anatomy) -> ModelFacts:
                 expert_bytes=sum(tensor.nbytes for tensor in rows) // layer.num_experts,
                 slot_bytes=sum(tensor.nbytes for tensor in slots) // layer.num_experts,
                 dtype=DTYPE_NAMES[rows[0].dtype],
-                inner=layer.inner,
-                matrices=3 if layer.gated else 2,
+                shape=layer.expert_shape,
             )
         )
     every = model.state_dict().values()

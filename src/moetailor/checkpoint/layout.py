@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass, field, fields
 
 from moetailor.checkpoint.anatomy import Anatomy
+from moetailor.checkpoint.experts import ExpertShape
 from moetailor.checkpoint.files import Checkpoint, TensorInfo
 from moetailor.errors import CheckpointError
 
@@ -28,8 +29,7 @@ class Stack:
         expert_bytes: bytes of one expert.
         slot_bytes: bytes of one slot's rows in the router.
         dtype: safetensors dtype of the experts.
-        inner: neurons of an expert, F; 0 where the model does not run the layer.
-        matrices: matrices of an expert: 3 with a gate, 2 without.
+        shape: what an expert is made of; None where the model does not run the layer.
     """
 
     prefix: str
@@ -38,8 +38,7 @@ class Stack:
     expert_bytes: int = 0
     slot_bytes: int = 0
     dtype: str = ""
-    inner: int = 0
-    matrices: int = 3
+    shape: ExpertShape | None = None
 
 
 @dataclass(kw_only=True)
@@ -97,11 +96,7 @@ def find_stacks(checkpoint: Checkpoint, anatomy: Anatomy, names: dict[str, str])
             layer, axis = found
             prefix, rest = _split(key)
             empty = DiskStack(
-                prefix=prefix,
-                index=layer.index,
-                num_experts=layer.num_experts,
-                inner=layer.inner,
-                matrices=3 if layer.gated else 2,
+                prefix=prefix, index=layer.index, num_experts=layer.num_experts, shape=layer.expert_shape
             )
             stack = stacks.setdefault(prefix, empty)
             kind = None if name in expert_axes else axis

@@ -1,0 +1,32 @@
+"""What may stand behind one output of a router, a slot: one file for each kind, registered by being imported here."""
+
+from moetailor.answers.answer import ANSWERS, Answer, Call, Context
+from moetailor.answers.keep import Keep  # isort: skip (the order of the kinds in files and legends)
+from moetailor.answers.fitted import Fitted  # isort: skip
+from moetailor.answers.drop import Drop  # isort: skip
+from moetailor.answers.constant import Constant  # isort: skip
+from moetailor.answers.linear import Linear  # isort: skip
+from moetailor.answers.low_rank import LowRank  # isort: skip
+from moetailor.answers.merged import Merged  # isort: skip
+from moetailor.answers.remap import Remap  # isort: skip
+from moetailor.answers.borrowed import Borrowed  # isort: skip
+from moetailor.answers.auxiliary import Auxiliary  # isort: skip
+from moetailor.answers.slot_map import SlotMap  # isort: skip
+
+__all__ = [
+    "ANSWERS",
+    "Answer",
+    "Auxiliary",
+    "Borrowed",
+    "Call",
+    "Constant",
+    "Context",
+    "Drop",
+    "Fitted",
+    "Keep",
+    "Linear",
+    "LowRank",
+    "Merged",
+    "Remap",
+    "SlotMap",
+]

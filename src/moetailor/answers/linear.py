@@ -1,0 +1,121 @@
+"""Linear: a constant and a linear map of low rank of the layer's input in place of an expert.
+
+Shapes: n slots, T tokens, K slots of a token, R rows of all maps, r rank, D model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional as F
+
+from moetailor.answers.answer import Answer, Call, Context
+from moetailor.answers.products import weighted_rows
+from moetailor.checkpoint.experts import ExpertShape
+from moetailor.checkpoint.storage import TensorSpec
+from moetailor.errors import PlanError
+
+if TYPE_CHECKING:
+    from moetailor.answers.slot_map import SlotMap
+
+
+@dataclass(frozen=True)
+class Linear(Answer):
+    """An affine map of low rank. Map n of rank r gives constant[n] + (in[a:a+r] @ x) @ out[b:b+r], b the sum of the ranks
+    before it, a the same or 0 where the input factor is shared.
+
+    Tensors: ``linear_constant`` [n, D], ``linear_out`` [R, D], and ``linear_in`` of as many rows, or of the largest rank
+    where it is shared.
+
+    Attributes:
+        rank: r.
+        shared: whether the maps of the layer share their input factor: each takes its first rows.
+    """
+
+    rank: int
+    shared: bool = False
+
+    kind = "linear"
+    letter = "l"
+    label = "linear map"
+    color = "#009e73"
+
+    @classmethod
+    def standing_for(cls, other: int) -> Linear:
+        """Return a map of the least rank."""
+        return cls(1)
+
+    def describe(self) -> str:
+        """Name the rank."""
+        return f"linear of rank {self.rank}" + (", input shared" if self.shared else "")
+
+    def check(self, slot: int, context: Context) -> None:
+        """Refuse maps without a rank, and input factors of which only some are shared."""
+        if self.rank < 1:
+            raise PlanError(f"{context.where}: slot {slot} has a linear map of rank {self.rank}; give at least 1")
+        if any(isinstance(other, Linear) and other.shared != self.shared for other in context.slots):
+            raise PlanError(f"{context.where}: some linear maps share their input and some do not; make all alike")
+
+    @classmethod
+    def tensors(cls, slots: SlotMap, shape: ExpertShape) -> dict[str, TensorSpec]:
+        """Return the constants and both factors."""
+        maps = _maps(slots)
+        ranks = [map.rank for map in maps]
+        inputs = max(ranks) if maps[0].shared else sum(ranks)
+        rows = {"constant": len(ranks), "in": inputs, "out": sum(ranks)}
+        return {f"linear_{name}": TensorSpec(shape=(count, shape.width)) for name, count in rows.items()}
+
+    @classmethod
+    def buffers(cls, slots: SlotMap) -> dict[str, torch.Tensor]:
+        """Return, beside the number of each slot's map (-1 for none): rank and first row in ``linear_out`` of each map
+        [n], and the map and the row in ``linear_in`` of each row [R].
+        """
+        maps = _maps(slots)
+        rank_n = torch.tensor([map.rank for map in maps])
+        start_n = rank_n.cumsum(0) - rank_n
+        owner_R = torch.arange(len(maps)).repeat_interleave(rank_n)
+        row_R = torch.arange(len(owner_R))
+        return {
+            "linear_slot": slots.numbered(slots.of(cls)),
+            "linear_rank": rank_n,
+            "linear_start": start_n,
+            "linear_owner": owner_R,
+            "linear_input": row_R - start_n[owner_R] if maps[0].shared else row_R,
+        }
+
+    @classmethod
+    def run(cls, module: Any, call: Call, out_TD: torch.Tensor) -> torch.Tensor:
+        """Add g S(x) for each slot."""
+        number_TK = call.of_slots(module.linear_slot)
+        constant = module.tensor("linear_constant")
+        weight_TK = call.gate_TK.masked_fill(number_TK < 0, 0).to(constant.dtype)
+        given_TD = weighted_rows(constant, number_TK, weight_TK)
+        given_TD = given_TD + _products(module, call.hidden_TD, number_TK.clamp_min(0), weight_TK)
+        return out_TD + given_TD.to(out_TD)
+
+
+def _maps(slots: SlotMap) -> Sequence[Linear]:
+    return [slots.answers[slot] for slot in slots.of(Linear)]  # type: ignore[misc]
+
+
+def _products(
+    module: Any, hidden_TD: torch.Tensor, number_TK: torch.Tensor, weight_TK: torch.Tensor
+) -> torch.Tensor:
+    """Return the gated sum of the linear maps of each token, [T, D]."""
+    inputs, outputs = module.tensor("linear_in"), module.tensor("linear_out")
+    count = len(module.linear_rank)
+    if number_TK.numel() > count:
+        # y_t = sum_R g_(t, owner of R) <x_t, in_R> out_R: two thin products over all maps of the layer.
+        gate_Tn = weight_TK.new_zeros(len(hidden_TD), count).scatter_add(1, number_TK, weight_TK)
+        inner_TR = F.linear(hidden_TD, inputs)[:, module.linear_input]
+        return (inner_TR * gate_Tn[:, module.linear_owner]) @ outputs
+    # Few tokens, as in decoding: only the rows of the maps that they chose are read.
+    step_r = torch.arange(max(map.rank for map in _maps(module.slots)), device=number_TK.device)
+    live_TKr = step_r < module.linear_rank[number_TK][..., None]
+    row_TKr = (module.linear_start[number_TK][..., None] + step_r).where(live_TKr, 0)
+    inner_TKr = (inputs[module.linear_input[row_TKr]] @ hidden_TD[:, None, :, None])[..., 0]
+    weight_TKr = inner_TKr * live_TKr * weight_TK[..., None]
+    return F.embedding_bag(row_TKr.flatten(1), outputs, per_sample_weights=weight_TKr.flatten(1), mode="sum")

@@ -1,0 +1,6 @@
+"""How a tensor may lie in a checkpoint and in a module: one file for each way, registered by being imported here."""
+
+from moetailor.checkpoint.storage import plain as plain
+from moetailor.checkpoint.storage.storage import STORAGES, Storage, TensorSpec, find_storage
+
+__all__ = ["STORAGES", "Storage", "TensorSpec", "find_storage"]

@@ -1,0 +1,113 @@
+"""What a way to store tensors declares, and the tensors that answers ask to be stored."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from moetailor.checkpoint.files import tensor_nbytes
+from moetailor.errors import CheckpointError, did_you_mean
+
+STORAGES: dict[str, Storage] = {}
+
+
+class Storage(ABC):
+    """One way to store the numbers of a tensor: as one stored tensor or as several, such as codes and scales.
+
+    A stored tensor is named after the tensor, with a suffix (``""`` for the tensor's own name).
+
+    Attributes:
+        name: as `TensorSpec` names it.
+        trains: whether the stored tensors are numbers that an optimizer can move.
+    """
+
+    name: str
+    trains: bool = False
+
+    @abstractmethod
+    def parts(self, shape: tuple[int, ...], dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Return safetensors dtype and shape of each stored tensor by its suffix.
+
+        Args:
+            shape: of the tensor.
+            dtype: safetensors dtype of the numbers.
+        """
+
+    @abstractmethod
+    def encode(self, tensor: torch.Tensor, dtype: str) -> dict[str, torch.Tensor]:
+        """Return the stored tensors by their suffixes, in the dtypes and shapes of `parts`.
+
+        Args:
+            tensor: the numbers.
+            dtype: safetensors dtype of the numbers.
+        """
+
+    @abstractmethod
+    def decode(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return the numbers of stored tensors, differentiable where the storage trains."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """A tensor that is stored for an answer.
+
+    Attributes:
+        shape: its shape.
+        dtype: safetensors dtype of its numbers; that of the layer's experts when None.
+        storage: how it lies, by name.
+        trainable: whether `recover --train standins` trains it.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str | None = None
+    storage: str = "plain"
+    trainable: bool = True
+
+    def parts(self, name: str, dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Return safetensors dtype and shape of each stored tensor by its whole name.
+
+        Args:
+            name: of the tensor.
+            dtype: safetensors dtype of the layer's experts.
+        """
+        parts = find_storage(self.storage).parts(self.shape, self.dtype or dtype)
+        return {name + suffix: part for suffix, part in parts.items()}
+
+    def nbytes(self, dtype: str) -> int:
+        """Return the bytes of all that is stored.
+
+        Args:
+            dtype: safetensors dtype of the layer's experts.
+        """
+        return sum(tensor_nbytes(*part) for part in self.parts("", dtype).values())
+
+    def encode(self, name: str, tensor: torch.Tensor, dtype: str) -> dict[str, torch.Tensor]:
+        """Return the stored tensors of some numbers by their whole names.
+
+        Args:
+            name: of the tensor.
+            tensor: its numbers.
+            dtype: safetensors dtype of the layer's experts.
+        """
+        stored = find_storage(self.storage).encode(tensor, self.dtype or dtype)
+        return {name + suffix: part.contiguous() for suffix, part in stored.items()}
+
+
+def register_storage(storage: Storage) -> None:
+    """Make a way to store tensors known by its name."""
+    assert storage.name not in STORAGES, f"storage {storage.name} is registered twice"
+    STORAGES[storage.name] = storage
+
+
+def find_storage(name: str) -> Storage:
+    """Return a way to store tensors by name.
+
+    Raises:
+        CheckpointError: there is none of that name.
+    """
+    if name not in STORAGES:
+        raise CheckpointError(f"no storage {name!r}" + did_you_mean(name, STORAGES))
+    return STORAGES[name]
