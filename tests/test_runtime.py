@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from moetailor.planning.slots import LayerPlan, Slot
 from torch import nn
 
 import moetailor
@@ -17,7 +18,6 @@ from moetailor.checkpoint.experts import Experts
 from moetailor.checkpoint.files import open_checkpoint
 from moetailor.checkpoint.loader import quiet_transformers
 from moetailor.planning.checks import check_plan
-from moetailor.planning.slots import LayerPlan, Slot
 from moetailor.runtime.reshape import Change, reshape_model
 
 Get = Callable[[str], Path]

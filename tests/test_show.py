@@ -7,13 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from moetailor.planning.slot_map import Auxiliary
+from moetailor.planning.slots import LayerPlan, Slot
 
 import moetailor
 from moetailor.checkpoint.facts import ModelFacts
 from moetailor.checkpoint.family import Groups
 from moetailor.checkpoint.layout import Stack
-from moetailor.planning.slot_map import Auxiliary
-from moetailor.planning.slots import LayerPlan, Slot
 from moetailor_cli import output
 from moetailor_cli.app import main
 

@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from moetailor.planning.slot_map import SlotMap
+from moetailor.planning.slots import LayerPlan, Slot, keep_only
 
 from moetailor.checkpoint.facts import ModelFacts
 from moetailor.checkpoint.family import Groups
@@ -14,8 +16,6 @@ from moetailor.checkpoint.layout import Stack
 from moetailor.errors import PlanError
 from moetailor.planning.checks import check_plan
 from moetailor.planning.plan import Plan
-from moetailor.planning.slot_map import SlotMap
-from moetailor.planning.slots import LayerPlan, Slot, keep_only
 
 # 0 and 3 keep their experts, 1 is dropped, 2 is a constant, 4 is answered by 3, 5 by 0 at half its gate.
 MIXED = LayerPlan(

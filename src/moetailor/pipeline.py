@@ -28,7 +28,7 @@ from moetailor.planning.budget import Budget
 from moetailor.planning.plan import Plan
 from moetailor.transform.apply import apply
 from moetailor.transform.build import Propagate
-from moetailor.transform.formats import Format, resolve_format
+from moetailor.transform.formats import resolve_format
 
 Stage = Callable[[str, int, int], None]
 
@@ -44,7 +44,7 @@ def precheck(
     protect: Iterable[tuple[int, int]] = (),
     allocation: Allocation = "uniform",
     calibration: str | Path | None = None,
-    format: Format = "auto",
+    format: str = "auto",
     overwrite: bool = False,
     trust_remote_code: bool = False,
 ) -> str:
@@ -80,7 +80,7 @@ def precheck(
     ruled = allocation in ("error", "global")
     if ruled and format == "native":
         raise PlanError(f"--allocation {allocation}: layers keep different numbers of experts; use --format moetailor")
-    written = "moetailor" if ruled else resolve_format(plan, format)
+    written = "moetailor" if ruled else resolve_format(plan, format).name
     kept = sorted({len(layer.pool) for layer in plan.layers.values()}) or ["all"]
     return (
         f"{anatomy.model_type}: {len(anatomy.layers)} MoE layers, top-{anatomy.top_k}; {method} keeps "
@@ -106,7 +106,7 @@ def compress(
     stream: bool = False,
     states: States = "auto",
     propagate: Propagate = "original",
-    format: Format = "auto",
+    format: str = "auto",
     overwrite: bool = False,
     device: str | None = None,
     dtype: str | None = None,

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import copy
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
-from moetailor.checkpoint.anatomy import Anatomy, discover, tensors_of
+from moetailor.answers import SlotMap
+from moetailor.checkpoint.anatomy import Anatomy, MoELayer, discover, tensors_of
 from moetailor.checkpoint.files import DTYPES, Checkpoint, open_checkpoint
 from moetailor.checkpoint.loader import StreamedModel, load_config
 from moetailor.errors import CheckpointError
-from moetailor.planning.slot_map import SlotMap
-from moetailor.runtime.experts import STAND_IN_TENSORS
+from moetailor.runtime.quantizer import MoetailorConfig, original_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class LayerSummary:
 
 @dataclass(frozen=True)
 class MoeSummary:
-    """One MoE layer that the model runs; see `LayerSummary`, and `guests`: experts of other layers that answer here."""
+    """One MoE layer that the model runs; see `LayerSummary`, and `borrowed`: slots that other layers answer."""
 
     layer: int
     slots: int
@@ -51,7 +51,7 @@ class MoeSummary:
     stand_ins: int
     ranks: tuple[int, ...]
     runs: int
-    guests: int
+    borrowed: int
     expert_bytes: int
 
 
@@ -111,9 +111,7 @@ def summarise(source: str | Path, *, trust_remote_code: bool = False) -> Summary
     checkpoint = open_checkpoint(source)
     maps = _slot_maps(checkpoint)
     config = load_config(checkpoint, trust_remote_code=trust_remote_code)
-    if maps:
-        config = copy.copy(config)
-        config.quantization_config = None
+    config = original_config(config)
     skeleton = StreamedModel(checkpoint, config, dtype=torch.float32)
     anatomy = discover(config, skeleton.model, trust_remote_code=trust_remote_code)
     shared, slots = _shared_parameters(skeleton, anatomy), {i: layer.num_experts for i, layer in anatomy.layers.items()}
@@ -130,10 +128,10 @@ def summarise(source: str | Path, *, trust_remote_code: bool = False) -> Summary
     )
     parameters = sum(info.nbytes // DTYPES[info.dtype].itemsize for info in checkpoint.tensors.values())
     routed = sum(layer.experts * numbers[layer.layer] for layer in moe)
-    light = {layer.layer: _light_parameters(checkpoint, anatomy.layers[layer.layer].experts) for layer in moe}
+    light = {index: _light_parameters(checkpoint, anatomy.layers[index], slots) for index, slots in maps.items()}
     active = parameters - routed - sum(light.values())
     active += sum(layer.runs * numbers[layer.layer] for layer in moe)
-    active += sum(anatomy.top_k * light[layer.layer] // layer.slots for layer in moe)
+    active += sum(anatomy.top_k * light.get(layer.layer, 0) // layer.slots for layer in moe)
     return Summary(
         source=str(source),
         model_type=anatomy.model_type,
@@ -150,24 +148,33 @@ def summarise(source: str | Path, *, trust_remote_code: bool = False) -> Summary
 
 def _slot_maps(checkpoint: Checkpoint) -> dict[int, SlotMap]:
     entry = checkpoint.config.get("quantization_config") or {}
-    layers = entry.get("layers", {}) if entry.get("quant_method") == "moetailor" else {}
-    return {int(layer): SlotMap.from_json(slots) for layer, slots in layers.items()}
+    return MoetailorConfig(**entry).slot_maps() if entry.get("quant_method") == "moetailor" else {}
 
 
 def _moe(layer: int, experts: int, top_k: int, slot_map: SlotMap | None, expert_bytes: int) -> MoeSummary:
     if slot_map is None:
         return MoeSummary(layer, experts, experts, 0, (), top_k, 0, expert_bytes)
-    ranks = tuple(rank for rank in (*(slot_map.ranks or ()), *(rank for _, rank in slot_map.low)) if rank)
-    stored = slot_map.experts + slot_map.bases, slot_map.constants + len(slot_map.low)
-    runs = slot_map.auxiliary.main if slot_map.auxiliary else top_k
-    return MoeSummary(layer, len(slot_map.slots), *stored, ranks, runs, len(slot_map.guests), expert_bytes)
+    others = [answer for answer in slot_map.answers if answer is not None]
+    light = [answer for answer, row in zip(slot_map.answers, slot_map.rows, strict=True) if answer and row < 0]
+    return MoeSummary(
+        layer=layer,
+        slots=len(slot_map.rows),
+        experts=slot_map.whole_experts,
+        stand_ins=sum(answer.lender() is None for answer in light),
+        ranks=tuple(rank for answer in light if (rank := getattr(answer, "rank", 0))),
+        runs=min((answer.running(top_k) for answer in others), default=top_k),
+        borrowed=sum(answer.lender() is not None for answer in light),
+        expert_bytes=expert_bytes,
+    )
 
 
-def _light_parameters(checkpoint: Checkpoint, experts: str) -> int:
-    """Return the numbers of what stands in for a layer's experts or modulates them, shared bases left out."""
-    names = [f"{experts}.{name}" for name in STAND_IN_TENSORS if not name.startswith("base_")]
-    found = (checkpoint.tensors[name] for name in names if name in checkpoint.tensors)
-    return sum(info.nbytes // DTYPES[info.dtype].itemsize for info in found)
+def _light_parameters(checkpoint: Checkpoint, layer: MoELayer, slots: SlotMap) -> int:
+    """Return the numbers that answers store beside the pool, those of whole experts left out."""
+    shape = layer.expert_shape
+    stored = (spec.parts(f"{layer.experts}.{name}", "F32") for name, spec in slots.tensors(shape).items())
+    found = (checkpoint.tensors[name] for parts in stored for name in parts if name in checkpoint.tensors)
+    numbers = sum(info.nbytes // DTYPES[info.dtype].itemsize for info in found)
+    return numbers - (slots.whole_experts - slots.experts) * sum(map(math.prod, shape.tensors.values()))
 
 
 def _shared_parameters(skeleton: StreamedModel, anatomy: Anatomy) -> int:

@@ -161,21 +161,15 @@ def plan(made: Plan) -> None:
     """Print what becomes of the slots, a line for each kind of layer."""
     kinds: dict[str, list[str]] = {}
     for prefix, layer in made.layers.items():
-        found = Counter(slot.kind for slot in layer.slots)
-        remapped = sum(
-            slot.kind == "expert" and (slot.expert != number or slot.layer is not None)
-            for number, slot in enumerate(layer.slots)
+        found = Counter(answer.label for answer in layer.slots)
+        ranks = {answer.label: set() for answer in layer.slots}
+        for answer in layer.slots:
+            ranks[answer.label] |= {getattr(answer, "rank", 0)} - {0}
+        told = ", ".join(
+            f"{number} {label}" + (f" of rank {_span(sorted(ranks[label]))}" if ranks[label] else "")
+            for label, number in found.items()
+            if label != "kept"
         )
-        parts = [(found["drop"], "dropped"), (found["constant"], "constant"), (remapped, "remapped")]
-        ranks = sorted({rank for rank in layer.ranks if rank})
-        parts += [(found["linear"], f"linear of rank {_span(ranks)}")] if ranks else []
-        parts += [(len(layer.merged), "merged")]
-        if low := sorted(set(layer.low_ranks.values())):
-            bases = "a base" if len(layer.bases) == 1 else f"{len(layer.bases)} bases"
-            parts += [(len(layer.low_ranks), f"of rank {_span(low)} over {bases}")]
-        if layer.auxiliary is not None:
-            parts += [(layer.auxiliary.main, "main slots of a token")]
-        told = ", ".join(f"{number} {what}" for number, what in parts if number)
         kinds.setdefault(f"{len(layer.pool)} of {len(layer.slots)} experts stay, {told}", []).append(prefix)
     say(
         f"{made.method}, {made.budget}: {nbytes(made.model.nbytes)} becomes {nbytes(made.nbytes)} "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from rich.text import Text
@@ -14,20 +13,8 @@ from moetailor_cli import output
 
 if TYPE_CHECKING:
     from moetailor import Plan
-    from moetailor.planning.slots import LayerPlan
+    from moetailor.planning.layer_plan import LayerPlan
 
-# One character for each slot, with its name and colour; plain characters, so that pipes and NO_COLOR lose nothing.
-MARKS = {
-    "#": ("kept", "green"),
-    "f": ("fitted", "bright_green"),
-    ".": ("dropped", "red"),
-    "c": ("constant", "yellow"),
-    "l": ("linear", "cyan"),
-    "m": ("merged", "magenta"),
-    ">": ("remapped", "blue"),
-    "b": ("low rank over a base", "bright_blue"),
-}
-KINDS = {"drop": ".", "constant": "c", "linear": "l", "merged": "m", "lowrank": "b"}
 # Slots in a block, and the columns before them.
 BLOCK, LABEL = 8, 9
 
@@ -40,11 +27,15 @@ def show(name: str, plan: Plan, *, scores: bool = False) -> None:
         plan: the plan.
         scores: also print what the method ranked the experts by.
     """
+    from moetailor.answers import ANSWERS
+
     _header(name, plan)
     layers = _layers(plan)
-    found = Counter(_mark(layer, number) for layer in layers.values() for number in range(len(layer.slots)))
+    found = Counter(type(answer) for layer in layers.values() for answer in layer.slots)
     legend = [
-        Text.assemble((mark, MARKS[mark][1]), f" {MARKS[mark][0]} {found[mark]:,}") for mark in MARKS if found[mark]
+        Text.assemble((kind.letter, kind.color), f" {kind.label} {found[kind]:,}")
+        for kind in ANSWERS.values()
+        if found[kind]
     ]
     output.result(Text("   ").join(legend))
     output.result(Text("layer, experts that stay, slots:", "dim"))
@@ -55,7 +46,7 @@ def show(name: str, plan: Plan, *, scores: bool = False) -> None:
         paragraph("", _answers(layer))
         if scores:
             ranked = sorted(enumerate(layer.scores), key=lambda at: (-at[1], at[0]))
-            listed = [f"{number}{_mark(layer, number)} {score:.4g}" for number, score in ranked]
+            listed = [f"{number}{layer.slots[number].letter} {score:.4g}" for number, score in ranked]
             paragraph("", listed or ["the method gave no scores"], ", ")
     if whole := [label for label, layer in layers.items() if layer.untouched]:
         paragraph("whole", [f"layers {', '.join(whole)}"])
@@ -99,13 +90,11 @@ def _changes(before: LayerPlan, after: LayerPlan) -> tuple[int, list[str]]:
     """Return how many slots of a layer agree, and what changes of the others and of the layer as a whole."""
     changed: dict[str, list[int]] = {}
     for number in range(len(before.slots)):
-        was, becomes = (_answer(layer, number) for layer in (before, after))
+        was, becomes = (layer.slots[number].describe() for layer in (before, after))
         if was != becomes:
             changed.setdefault(f"{was} -> {becomes}", []).append(number)
     told = [f"{what}: {spans(numbers)}" for what, numbers in changed.items()]
-    was, becomes = (", ".join(_whole(layer)) or "none" for layer in (before, after))
-    agree = len(before.slots) - sum(map(len, changed.values()))
-    return agree, told + ([f"{was} -> {becomes}"] if was != becomes else [])
+    return len(before.slots) - sum(map(len, changed.values())), told
 
 
 def _header(name: str, plan: Plan) -> None:
@@ -118,11 +107,11 @@ def _header(name: str, plan: Plan) -> None:
 
 def _layers(plan: Plan) -> dict[str, LayerPlan]:
     """Return every MoE layer's plan by its number, untouched ones too; multi-token prediction as ``mtp``."""
-    from moetailor.planning.slots import Slot, keep_only
+    from moetailor.planning.layer_plan import untouched
 
     return {
         f"mtp{stack.prefix.rpartition('.')[2]}" if stack.index is None else str(stack.index): plan.layers.get(
-            stack.prefix, keep_only(stack.num_experts, range(stack.num_experts), Slot("drop"))
+            stack.prefix, untouched(stack.num_experts)
         )
         for stack in plan.model.stacks
     }
@@ -130,10 +119,10 @@ def _layers(plan: Plan) -> dict[str, LayerPlan]:
 
 def _grid(label: str, layer: LayerPlan) -> None:
     """Print a character for each slot, in blocks of eight and as many lines as the terminal needs."""
-    marks = [_mark(layer, number) for number in range(len(layer.slots))]
+    slots = layer.slots
     blocks = [
-        Text.assemble(*((mark, MARKS[mark][1]) for mark in marks[start : start + BLOCK]))
-        for start in range(0, len(marks), BLOCK)
+        Text.assemble(*((answer.letter, answer.color) for answer in slots[start : start + BLOCK]))
+        for start in range(0, len(slots), BLOCK)
     ]
     row = max(1, (output.width() - LABEL + 1) // (BLOCK + 1))
     for start in range(0, len(blocks), row):
@@ -141,48 +130,12 @@ def _grid(label: str, layer: LayerPlan) -> None:
 
 
 def _answers(layer: LayerPlan) -> list[str]:
-    """Return what must be said beyond the marks: who answers, at which rank, merged with whom."""
+    """Return what must be said beyond the letters: which answers have fields, and in which slots."""
     found: dict[str, list[int]] = {}
-    for number, slot in sorted(enumerate(layer.slots), key=lambda at: (at[1].expert or 0, at[1].rank, at[0])):
-        if slot.kind in ("linear", "lowrank") or _mark(layer, number) == ">":
-            found.setdefault(_answer(layer, number), []).append(number)
-    merged = {f"merged into {centre}": members for centre, members in layer.merged.items()}
-    found |= {what: members for what, members in merged.items() if len(members) > 1}
-    return [f"{answer}: {spans(numbers)}" for answer, numbers in found.items()] + _whole(layer)
-
-
-def _whole(layer: LayerPlan) -> list[str]:
-    """Return what a plan says of a layer as a whole."""
-    split = asdict(layer.auxiliary) if layer.auxiliary else {}
-    told = ["linear maps share their input"] if layer.shared_input else []
-    return told + (["auxiliary slots: " + ", ".join(f"{key}={value}" for key, value in split.items())] if split else [])
-
-
-def _mark(layer: LayerPlan, number: int) -> str:
-    slot, answer = layer.slots[number], _answer(layer, number)
-    if answer == "fitted":
-        return "f"
-    if slot.kind != "expert":
-        return KINDS[slot.kind]
-    return "#" if answer == "kept" else ">"
-
-
-def _answer(layer: LayerPlan, number: int) -> str:
-    """Return what stands behind a slot, in words."""
-    slot = layer.slots[number]
-    if layer.is_fitted(number):
-        return "fitted"
-    if slot.kind == "expert":
-        where = "" if slot.layer is None else f" of layer {slot.layer}"
-        scale = "" if slot.scale == 1.0 else f" x {slot.scale:.3g}"
-        return f"expert {slot.expert}{where}{scale}" if slot.expert != number or where or scale else "kept"
-    return {
-        "drop": "dropped" if slot.expert is None else f"dropped, merged into {slot.expert}",
-        "constant": "constant",
-        "linear": f"linear of rank {slot.rank}",
-        "merged": f"merged into {slot.expert}",
-        "lowrank": f"rank {slot.rank} over base {slot.expert}",
-    }[slot.kind]
+    for number, answer in enumerate(layer.slots):
+        if answer.describe() != answer.label:
+            found.setdefault(answer.describe(), []).append(number)
+    return [f"{said}: {spans(numbers)}" for said, numbers in sorted(found.items(), key=lambda item: item[1][0])]
 
 
 def spans(numbers: Iterable[int]) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from moetailor.planning.slots import LayerPlan, Slot
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -22,7 +23,6 @@ from moetailor.checkpoint.files import open_checkpoint
 from moetailor.checkpoint.layout import find_stacks
 from moetailor.checkpoint.loader import StreamedModel, load_config, memory_names, quiet_transformers
 from moetailor.planning.plan import Plan
-from moetailor.planning.slots import LayerPlan, Slot
 from moetailor.runtime.experts import CompressedExperts
 from moetailor.runtime.reshape import Change, reshape_model
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from moetailor.planning.slots import LayerPlan, Slot
 from test_mergemoe import layer_with_biases, routed_layer
 from test_merging import INNER, WIDTH, random_experts, with_copy
 
@@ -16,7 +17,6 @@ from moetailor.checkpoint.family import Groups
 from moetailor.checkpoint.layout import Stack
 from moetailor.methods.lightmoe import _factors, build, lightmoe, outline
 from moetailor.planning.plan import planned_nbytes
-from moetailor.planning.slots import LayerPlan, Slot
 from moetailor.planning.view import LayerView
 
 WHOLE = 4 * 3 * WIDTH * INNER

@@ -1,6 +1,7 @@
 """What may stand behind one output of a router, a slot: one file for each kind, registered by being imported here."""
 
 from moetailor.answers.answer import ANSWERS, Answer, Call, Context
+
 from moetailor.answers.keep import Keep  # isort: skip (the order of the kinds in files and legends)
 from moetailor.answers.fitted import Fitted  # isort: skip
 from moetailor.answers.drop import Drop  # isort: skip

@@ -65,6 +65,18 @@ class Answer:
         """
         return None
 
+    def lender(self) -> int | None:
+        """Return the decoder layer whose experts module it asks, if any."""
+        return None
+
+    def running(self, top_k: int) -> int:
+        """Return how many slots of a token run where it stands.
+
+        Args:
+            top_k: slots that the router chooses.
+        """
+        return top_k
+
     def is_native(self, slot: int) -> bool:
         """Say whether an ordinary checkpoint with fewer experts can hold it behind a slot."""
         return False

@@ -30,8 +30,8 @@ Vectors = Literal["expert", "layer", "none"]
 class Auxiliary(Answer):
     """The slot's own expert where its gate is among a token's largest, its vectors where it is not.
 
-    Tensors: ``auxiliary_gate`` and ``auxiliary_up`` [slots, D], ``auxiliary_down`` [slots, F] (one row when they are the
-    layer's): what is added to 1 in the factor on a matrix's input, so that zeros are the identity; and
+    Tensors: ``auxiliary_gate`` and ``auxiliary_up`` [slots, D], ``auxiliary_down`` [slots, F] (one row when they are
+    the layer's): what is added to 1 in the factor on a matrix's input, so that zeros are the identity; and
     ``auxiliary_constant`` [slots, D].
 
     Attributes:
@@ -62,6 +62,10 @@ class Auxiliary(Answer):
         """Return the slot's own expert."""
         return slot
 
+    def running(self, top_k: int) -> int:
+        """Return the main slots."""
+        return self.main
+
     def describe(self) -> str:
         """Name the split."""
         said = {"share": self.share != 1.0, "renormalise": self.renormalise, "constants": self.constants}
@@ -73,8 +77,8 @@ class Auxiliary(Answer):
         where, top_k = context.where, context.top_k
         if not 1 <= self.main <= top_k or not 0 < self.share <= 1:
             raise PlanError(
-                f"{where}: {self.main} main slots of a token and a share of {self.share}; the router picks {top_k}: run "
-                f"1 to {top_k} of them, and a share above 0 and at most 1"
+                f"{where}: {self.main} main slots of a token and a share of {self.share}; the router picks {top_k}: "
+                f"run 1 to {top_k} of them, and a share above 0 and at most 1"
             )
         if any(other != self and not other.drops and not isinstance(other, Constant) for other in context.slots):
             raise PlanError(
@@ -124,12 +128,10 @@ class Auxiliary(Answer):
 
 
 def _split(slots: SlotMap) -> Auxiliary:
-    return slots.answers[slots.of(Auxiliary)[0]]  # type: ignore[return-value]
+    return next(iter(slots.of(Auxiliary).values()))
 
 
-def _vectors(
-    module: Any, split: Auxiliary, slot_TK: torch.Tensor, aside_TK: torch.Tensor
-) -> dict[str, torch.Tensor]:
+def _vectors(module: Any, split: Auxiliary, slot_TK: torch.Tensor, aside_TK: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return theta = 1 + sum_j alpha'_j delta_j over a token's auxiliary slots, once for each matrix's input."""
     # alpha'_j = alpha_j / sum of the auxiliary ones; a token without any is not modulated
     share_TK = aside_TK / aside_TK.sum(1, keepdim=True).clamp_min(1e-20)

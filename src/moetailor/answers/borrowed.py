@@ -44,6 +44,10 @@ class Borrowed(Answer):
         """Return an expert of the first layer."""
         return cls(0, other)
 
+    def lender(self) -> int:
+        """Return the layer that stores the expert."""
+        return self.layer
+
     def describe(self) -> str:
         """Name the layer, the expert and the scale."""
         return f"expert {self.source} of layer {self.layer}" + ("" if self.scale == 1.0 else f" x {self.scale:.3g}")
@@ -52,15 +56,13 @@ class Borrowed(Answer):
         """Refuse an expert that its layer does not keep, or of another shape."""
         where, lender = context.where, context.other(self.layer)
         if lender is None or not 0 <= self.source < lender[0].num_experts:
-            raise PlanError(
-                f"{where}: slot {slot} asks for expert {self.source} of layer {self.layer}: no such expert"
-            )
+            raise PlanError(f"{where}: slot {slot} asks for expert {self.source} of layer {self.layer}: no such expert")
         stack, slots = lender
         mine = context.stack
         if mine is not None and (stack.expert_bytes, stack.dtype) != (mine.expert_bytes, mine.dtype):
             raise PlanError(
-                f"{where}: slot {slot} asks for an expert of {stack.expert_bytes:,} bytes of layer {self.layer}, its own "
-                f"have {mine.expert_bytes:,}; only layers of one shape can share"
+                f"{where}: slot {slot} asks for an expert of {stack.expert_bytes:,} bytes of layer {self.layer}, its "
+                f"own have {mine.expert_bytes:,}; only layers of one shape can share"
             )
         if slots is not None and slots[self.source] != Keep():
             raise PlanError(
@@ -76,8 +78,8 @@ class Borrowed(Answer):
         """Return ``borrowed_slot``: the number of each slot's lender and source, -1 for none."""
         every = sources(slots)
         number = torch.full((len(slots.answers),), -1, dtype=torch.int32)
-        for slot in slots.of(cls):
-            number[slot] = every.index(slots.answers[slot])  # type: ignore[arg-type]
+        for slot, answer in slots.of(cls).items():
+            number[slot] = every.index(answer)
         return {"borrowed_slot": number}
 
     @classmethod
@@ -95,8 +97,7 @@ class Borrowed(Answer):
 
 def sources(slots: SlotMap) -> list[Borrowed]:
     """Return the experts of other layers that a layer asks for, each once."""
-    found = {slots.answers[slot] for slot in slots.of(Borrowed)}
-    return sorted(found, key=lambda answer: (answer.layer, answer.source))  # type: ignore[union-attr, arg-type, return-value]
+    return sorted(set(slots.of(Borrowed).values()), key=lambda answer: (answer.layer, answer.source))
 
 
 def _asked(lender: Any, hidden_PD: torch.Tensor, slot: int, gate_P1: torch.Tensor) -> torch.Tensor:

@@ -5,9 +5,8 @@ Shapes: n slots, T tokens, K slots of a token, R rows of all maps, r rank, D mod
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from torch.nn import functional as F
@@ -17,6 +16,7 @@ from moetailor.answers.products import weighted_rows
 from moetailor.checkpoint.experts import ExpertShape
 from moetailor.checkpoint.storage import TensorSpec
 from moetailor.errors import PlanError
+from moetailor.schema import Within
 
 if TYPE_CHECKING:
     from moetailor.answers.slot_map import SlotMap
@@ -24,18 +24,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Linear(Answer):
-    """An affine map of low rank. Map n of rank r gives constant[n] + (in[a:a+r] @ x) @ out[b:b+r], b the sum of the ranks
-    before it, a the same or 0 where the input factor is shared.
+    """An affine map of low rank: map n of rank r gives constant[n] + (in[a:a+r] @ x) @ out[b:b+r].
 
-    Tensors: ``linear_constant`` [n, D], ``linear_out`` [R, D], and ``linear_in`` of as many rows, or of the largest rank
-    where it is shared.
+    b is the sum of the ranks before it, and a the same, or 0 where the input factor is shared.
+
+    Tensors: ``linear_constant`` [n, D], ``linear_out`` [R, D], and ``linear_in`` of as many rows, or of the largest
+    rank where it is shared.
 
     Attributes:
         rank: r.
         shared: whether the maps of the layer share their input factor: each takes its first rows.
     """
 
-    rank: int
+    rank: Annotated[int, Within(1)]
     shared: bool = False
 
     kind = "linear"
@@ -53,16 +54,14 @@ class Linear(Answer):
         return f"linear of rank {self.rank}" + (", input shared" if self.shared else "")
 
     def check(self, slot: int, context: Context) -> None:
-        """Refuse maps without a rank, and input factors of which only some are shared."""
-        if self.rank < 1:
-            raise PlanError(f"{context.where}: slot {slot} has a linear map of rank {self.rank}; give at least 1")
+        """Refuse input factors of which only some are shared."""
         if any(isinstance(other, Linear) and other.shared != self.shared for other in context.slots):
             raise PlanError(f"{context.where}: some linear maps share their input and some do not; make all alike")
 
     @classmethod
     def tensors(cls, slots: SlotMap, shape: ExpertShape) -> dict[str, TensorSpec]:
         """Return the constants and both factors."""
-        maps = _maps(slots)
+        maps = list(slots.of(cls).values())
         ranks = [map.rank for map in maps]
         inputs = max(ranks) if maps[0].shared else sum(ranks)
         rows = {"constant": len(ranks), "in": inputs, "out": sum(ranks)}
@@ -73,7 +72,7 @@ class Linear(Answer):
         """Return, beside the number of each slot's map (-1 for none): rank and first row in ``linear_out`` of each map
         [n], and the map and the row in ``linear_in`` of each row [R].
         """
-        maps = _maps(slots)
+        maps = list(slots.of(cls).values())
         rank_n = torch.tensor([map.rank for map in maps])
         start_n = rank_n.cumsum(0) - rank_n
         owner_R = torch.arange(len(maps)).repeat_interleave(rank_n)
@@ -97,13 +96,7 @@ class Linear(Answer):
         return out_TD + given_TD.to(out_TD)
 
 
-def _maps(slots: SlotMap) -> Sequence[Linear]:
-    return [slots.answers[slot] for slot in slots.of(Linear)]  # type: ignore[misc]
-
-
-def _products(
-    module: Any, hidden_TD: torch.Tensor, number_TK: torch.Tensor, weight_TK: torch.Tensor
-) -> torch.Tensor:
+def _products(module: Any, hidden_TD: torch.Tensor, number_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
     """Return the gated sum of the linear maps of each token, [T, D]."""
     inputs, outputs = module.tensor("linear_in"), module.tensor("linear_out")
     count = len(module.linear_rank)
@@ -113,7 +106,7 @@ def _products(
         inner_TR = F.linear(hidden_TD, inputs)[:, module.linear_input]
         return (inner_TR * gate_Tn[:, module.linear_owner]) @ outputs
     # Few tokens, as in decoding: only the rows of the maps that they chose are read.
-    step_r = torch.arange(max(map.rank for map in _maps(module.slots)), device=number_TK.device)
+    step_r = torch.arange(max(map.rank for map in module.slots.of(Linear).values()), device=number_TK.device)
     live_TKr = step_r < module.linear_rank[number_TK][..., None]
     row_TKr = (module.linear_start[number_TK][..., None] + step_r).where(live_TKr, 0)
     inner_TKr = (inputs[module.linear_input[row_TKr]] @ hidden_TD[:, None, :, None])[..., 0]

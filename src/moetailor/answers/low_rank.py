@@ -6,7 +6,7 @@ Shapes: M bases, N low-rank experts, R rows of all own parts, T tokens, P pairs,
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 
@@ -15,6 +15,7 @@ from moetailor.answers.products import grouped, sorted_pairs
 from moetailor.checkpoint.experts import Experts, ExpertShape
 from moetailor.checkpoint.storage import TensorSpec
 from moetailor.errors import PlanError
+from moetailor.schema import Within
 
 if TYPE_CHECKING:
     from moetailor.answers.slot_map import SlotMap
@@ -36,7 +37,7 @@ class LowRank(Answer):
     """
 
     base: int
-    rank: int = 0
+    rank: Annotated[int, Within(0)] = 0
 
     kind = "low_rank"
     letter = "b"
@@ -49,9 +50,7 @@ class LowRank(Answer):
         return f"rank {self.rank} over base {self.base}"
 
     def check(self, slot: int, context: Context) -> None:
-        """Refuse a base that is named after none of its members, and a negative rank."""
-        if self.rank < 0:
-            raise PlanError(f"{context.where}: slot {slot} has a part of rank {self.rank}; give at least 0")
+        """Refuse a base that is named after none of its members."""
         named = context.slots[self.base]
         if not isinstance(named, LowRank) or named.base != self.base:
             raise PlanError(
@@ -102,8 +101,7 @@ class LowRank(Answer):
 
 def members(slots: SlotMap) -> dict[int, LowRank]:
     """Return the low-rank experts of a layer by slot, base by base: the order of their rows."""
-    found = {slot: slots.answers[slot] for slot in slots.of(LowRank)}
-    return dict(sorted(found.items(), key=lambda item: (item[1].base, item[0])))  # type: ignore[union-attr, arg-type]
+    return dict(sorted(slots.of(LowRank).items(), key=lambda item: (item[1].base, item[0])))
 
 
 def outputs(module: Any, x_TD: torch.Tensor, token_P: torch.Tensor, number_P: torch.Tensor) -> torch.Tensor:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 import torch
 
 from moetailor.answers.answer import ANSWERS, Answer
-from moetailor.answers.fields import group, grouped_answers, ungrouped
+from moetailor.answers.groups import MOST_SLOTS, read_groups, write_groups
 from moetailor.checkpoint.experts import ExpertShape
 from moetailor.checkpoint.storage import TensorSpec
 from moetailor.errors import CheckpointError
+from moetailor.schema import Within, read
+
+A = TypeVar("A", bound=Answer)
+CURE = "the checkpoint is damaged: write it again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +64,15 @@ class SlotMap:
         """Whether each slot has a row of its own and nothing else."""
         return not self.shared and not self.kinds
 
-    def of(self, kind: type[Answer]) -> list[int]:
-        """Return the slots behind which answers of a kind stand."""
-        return [slot for slot, answer in enumerate(self.answers) if isinstance(answer, kind)]
+    @cached_property
+    def lenders(self) -> set[int]:
+        """Decoder layers whose experts modules answer here."""
+        found = (answer.lender() for answer in self.answers if answer is not None)
+        return {layer for layer in found if layer is not None}
+
+    def of(self, kind: type[A]) -> dict[int, A]:
+        """Return the answers of a kind by slot."""
+        return {slot: answer for slot, answer in enumerate(self.answers) if isinstance(answer, kind)}
 
     def numbered(self, slots: Iterable[int]) -> torch.Tensor:
         """Return a number for each slot: its place among some of them, -1 for the others, int32."""
@@ -107,38 +117,35 @@ class SlotMap:
         """Return the map as JSON values."""
         entry: dict[str, Any] = {"experts": self.experts, "rows": list(self.rows)}
         entry |= {} if self.scales is None else {"scales": list(self.scales)}
-        return entry | grouped_answers({slot: answer for slot, answer in enumerate(self.answers) if answer})
+        return entry | write_groups({slot: answer for slot, answer in enumerate(self.answers) if answer})
 
     @classmethod
     def from_json(cls, entry: Any, where: str) -> SlotMap:
         """Read what `to_json` gave.
 
+        Args:
+            entry: JSON values.
+            where: what they were read from.
+
         Raises:
             CheckpointError: the entry is no slot map: unknown keys, numbers out of range, slots without an answer.
         """
 
-        def refuse(what: str) -> CheckpointError:
-            return CheckpointError(f"{where}: {what}; the checkpoint is damaged or of a later moetailor")
+        def checked(kind: Any, name: str) -> Any:
+            return read(kind, entry.get(name), f"{where}, {name}", error=CheckpointError, cure=CURE)
 
-        if not isinstance(entry, Mapping):
-            raise refuse("not a JSON object")
-        experts, rows, scales = (entry.get(name) for name in ("experts", "rows", "scales"))
+        read(dict[str, Any], entry, where, error=CheckpointError, cure=CURE)
         if unknown := set(entry) - {"experts", "rows", "scales", *ANSWERS}:
-            raise refuse(f"unknown keys {sorted(unknown)}")
-        if type(experts) is not int or experts < 1:
-            raise refuse(f"experts is {experts!r}, not a positive whole number")
-        if not isinstance(rows, list) or not rows or not all(type(row) is int and -1 <= row < experts for row in rows):
-            raise refuse(f"rows are not whole numbers from -1 to {experts - 1}")
-        if scales is not None and not group.are_numbers(scales, len(rows)):
-            raise refuse(f"scales are not {len(rows)} finite numbers")
-        try:
-            found = ungrouped(entry, len(rows), where)
-        except ValueError as error:
-            raise refuse(str(error)) from None
-        if lost := [slot for slot, row in enumerate(rows) if row < 0 and slot not in found]:
-            raise refuse(f"slots {lost[:8]} have neither a row nor another answer")
-        answers = tuple(found.get(slot) for slot in range(len(rows)))
-        for slot, answer in found.items():
-            if (answer.expert(slot) is None) != (rows[slot] < 0):
-                raise refuse(f"slot {slot} has row {rows[slot]} and the answer {answer.label!r}")
-        return cls(experts=experts, rows=tuple(rows), answers=answers, scales=None if scales is None else tuple(scales))
+            raise CheckpointError(f"{where}: unknown keys {sorted(unknown)}, perhaps of a later moetailor; {CURE}")
+        experts = checked(Annotated[int, Within(1, MOST_SLOTS)], "experts")
+        rows = checked(tuple[Annotated[int, Within(-1, experts - 1)], ...], "rows")
+        scales = checked(tuple[float, ...] | None, "scales")
+        if not rows or (scales is not None and len(scales) != len(rows)):
+            raise CheckpointError(f"{where}: {len(rows)} rows and {len(scales or ())} scales; {CURE}")
+        found = read_groups(entry, len(rows), where, error=CheckpointError, cure=CURE)
+        for slot, row in enumerate(rows):
+            needs_row = slot not in found or found[slot].expert(slot) is not None
+            if needs_row != (row >= 0):
+                said = found[slot].label if slot in found else "nothing else"
+                raise CheckpointError(f"{where}: slot {slot} has row {row} of the pool and {said}; {CURE}")
+        return cls(experts=experts, rows=rows, answers=tuple(map(found.get, range(len(rows)))), scales=scales)

@@ -95,9 +95,7 @@ def find_stacks(checkpoint: Checkpoint, anatomy: Anatomy, names: dict[str, str])
         if found:
             layer, axis = found
             prefix, rest = _split(key)
-            empty = DiskStack(
-                prefix=prefix, index=layer.index, num_experts=layer.num_experts, shape=layer.expert_shape
-            )
+            empty = DiskStack(prefix=prefix, index=layer.index, num_experts=layer.num_experts, shape=layer.expert_shape)
             stack = stacks.setdefault(prefix, empty)
             kind = None if name in expert_axes else axis
             templates[_EXPERT.sub("experts.*.", rest)] = kind

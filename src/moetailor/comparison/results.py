@@ -15,10 +15,9 @@ from moetailor.comparison.cells import Cell
 from moetailor.comparison.probe import LayerError
 from moetailor.evaluation.fidelity import Fidelity
 from moetailor.evaluation.speed import Speed
+from moetailor.planning.layer_plan import LayerPlan, untouched
 from moetailor.planning.plan import Plan
-from moetailor.planning.slots import LayerPlan, Slot
 
-LETTERS = {"expert": ">", "drop": "d", "merged": "m", "constant": "c", "linear": "l", "lowrank": "b"}
 MEASURED = "nbytes seconds native fidelity speed resident expected_kl layers".split()
 
 
@@ -50,7 +49,7 @@ def cell_result(
         str(index): {
             "expected": error.expected / max(error.energy[0], 1e-300),
             "measured": error.measured / max(error.energy[1], 1e-300),
-            "slots": letters(plan.by_layer[index]) if index in plan.by_layer else "K" * experts[index],
+            "slots": letters(plan.by_layer[index] if index in plan.by_layer else untouched(experts[index])),
         }
         for index, error in errors.items()
     }
@@ -75,14 +74,8 @@ def failed(cell: Cell, error: Exception) -> dict:
 
 
 def letters(plan: LayerPlan) -> str:
-    """Return one letter a slot: K kept, f fitted, d dropped, > answered by another expert, m merged, c constant,
-    l linear, b a base with a part of low rank, v kept and modulated by vectors.
-    """
-    own = "K" if plan.auxiliary is None else "v"
-    return "".join(
-        own if slot == Slot("expert", number) else "f" if plan.is_fitted(number) else LETTERS[slot.kind]
-        for number, slot in enumerate(plan.slots)
-    )
+    """Return one letter a slot, see `Answer.letter`."""
+    return "".join(answer.letter for answer in plan.slots)
 
 
 def usage(calibration: Calibration) -> dict[str, dict[str, list[float]]]:

@@ -20,6 +20,7 @@ from typing import Any
 
 from torch import nn
 
+from moetailor.answers import SlotMap
 from moetailor.calibration.batch import Batch, text_fingerprint
 from moetailor.calibration.folder import Calibration, read_json, write_json
 from moetailor.checkpoint.anatomy import Anatomy, discover
@@ -33,8 +34,7 @@ from moetailor.methods.registry import find_method
 from moetailor.methods.run import check_weights, view_of
 from moetailor.planning.budget import Budget
 from moetailor.planning.plan import calibration_hash
-from moetailor.planning.slot_map import SlotMap
-from moetailor.runtime.reshape import Change, reshape_model
+from moetailor.runtime.reshape import LayerChange, reshape_model
 
 Counts = tuple[int, ...]
 # A mutation makes up to so many moves, each of up to so many experts.
@@ -125,7 +125,7 @@ def allocate(
     chosen, facts, out = find_method(method), calibration.model, Path(out)
     resolved, protected = chosen.resolve(parameters or {}), set(protect)
     numbers = calibration.layers if layers is None else sorted(set(layers))
-    if chosen.removed != "drop":
+    if not chosen.removed.drops:
         raise PlanError(f"{method} drops no slots, which the search needs; use --allocation error or global")
     if len(numbers) < 2:
         raise PlanError(f"layers {numbers}: no other layer to give experts to; search over at least 2")
@@ -235,8 +235,8 @@ def with_slots(model: nn.Module, anatomy: Anatomy, slots: Mapping[int, Sequence[
     changes = {}
     for index, left in slots.items():
         everything = range(anatomy.layers[index].num_experts)
-        slot_map = SlotMap(slots=tuple(left), experts=len(everything))
-        changes[index] = Change(experts=everything, slots=left, slot_map=slot_map)
+        slot_map = SlotMap.of_rows(left, len(everything))
+        changes[index] = LayerChange(experts=everything, slots=left, slot_map=slot_map)
     reshape_model(masked, anatomy, changes)
     return masked
 

@@ -19,7 +19,7 @@ from moetailor.errors import PlanError, did_you_mean
 from moetailor.methods.choose import best_of_all
 from moetailor.methods.registry import Method
 from moetailor.planning.budget import read_fraction
-from moetailor.planning.slots import LayerPlan
+from moetailor.planning.layer_plan import LayerPlan
 from moetailor.planning.view import LayerView
 
 Rule = Literal["uniform", "error", "global"]

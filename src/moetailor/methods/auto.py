@@ -21,6 +21,7 @@ from typing import Annotated
 import torch
 from torch.nn import functional as F
 
+from moetailor.answers import Answer, Constant, Drop, Keep, Linear, LowRank, Remap
 from moetailor.calibration.domains import balanced
 from moetailor.errors import PlanError
 from moetailor.fitting.held_out import choosing
@@ -30,8 +31,8 @@ from moetailor.methods import linear, low_rank
 from moetailor.methods.conmoe import functional_distances
 from moetailor.methods.merge import Matrices
 from moetailor.methods.registry import AtLeast, method
-from moetailor.planning.plan import stand_in_nbytes
-from moetailor.planning.slots import LayerPlan, Slot
+from moetailor.planning.layer_plan import LayerPlan
+from moetailor.planning.plan import answers_nbytes
 from moetailor.planning.view import LayerView
 
 LINEAR = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128)
@@ -53,18 +54,18 @@ class Choice:
         weight: of each expert, [E].
     """
 
-    answers: list[list[Slot]]
+    answers: list[list[Answer]]
     menu: Menu
     weight: torch.Tensor
 
     def plan(self, taken: Sequence[int]) -> LayerPlan:
         """Return the plan in which each expert takes the answer of a number."""
-        low = [expert for expert, at in enumerate(taken) if self.answers[expert][at].kind == "lowrank"]
+        low = [expert for expert, at in enumerate(taken) if isinstance(self.answers[expert][at], LowRank)]
         # A base that only one leans on is worth no more than its expert.
         taken = [len(self.menu.price) if low == [expert] else at for expert, at in enumerate(taken)]
         chosen = [answers[at] for answers, at in zip(self.answers, taken, strict=True)]
-        base = next((expert for expert, slot in enumerate(chosen) if slot.kind == "lowrank"), None)
-        slots = [replace(slot, expert=base) if slot.kind == "lowrank" else slot for slot in chosen]
+        base = next((expert for expert, answer in enumerate(chosen) if isinstance(answer, LowRank)), 0)
+        slots = [replace(answer, base=base) if isinstance(answer, LowRank) else answer for answer in chosen]
         errors = self.menu.errors / self.weight[:, None]
         return LayerPlan(slots=tuple(slots), scores=tuple(errors[:, 0].tolist()), expected=_cost(errors, taken))
 
@@ -74,7 +75,7 @@ class Choice:
 
     def without_base(self) -> Choice:
         """Return the same without low-rank answers."""
-        low = torch.tensor([slot.kind == "lowrank" for slot in self.answers[0][:-1]])
+        low = torch.tensor([isinstance(answer, LowRank) for answer in self.answers[0][:-1]])
         return replace(self, menu=replace(self.menu, errors=self.menu.errors.masked_fill(low, torch.inf)))
 
 
@@ -84,18 +85,18 @@ def _cost(errors: torch.Tensor, taken: Sequence[int]) -> float:
 
 def build(layer: LayerView, plan: LayerPlan, **_: object) -> dict[str, torch.Tensor]:
     """Return what `linear` and `lightmoe` build for their kinds of slots."""
-    found = linear.build(layer, plan, ridge=RIDGE, shrinkage=0.0) if plan.stand_ins else {}
-    return found | (low_rank.built_on(layer, plan, [_base(layer)], "fitted") if plan.bases else {})
+    found = linear.build(layer, plan, ridge=RIDGE, shrinkage=0.0) if plan.of(Constant) or plan.of(Linear) else {}
+    return found | (low_rank.built_on(layer, plan, [_base(layer)], "fitted") if plan.of(LowRank) else {})
 
 
 @method(
     "auto",
-    removed="constant",
+    removed=Constant,
     needs={"tokens", "count", "gate", "gate_sq", "gate_sq_output", "gate_sq_norm_sq", "effect"},
     weights=True,
     scoped=True,
     spreads=lambda **_: True,
-    builds={"constant", "linear", "lowrank"},
+    builds={"constant", "linear", "low_rank"},
     build=build,
 )
 def auto(
@@ -134,8 +135,8 @@ def _choice(layer: LayerView, balance: float) -> Choice:
         [
             *slots,
             *map(_answered, others[expert].tolist(), scales[expert].tolist()),
-            Slot("drop"),
-            Slot("expert", expert),
+            Drop(),
+            Keep(),
         ]
         for expert in experts
     ]
@@ -161,22 +162,22 @@ def _weight(layer: LayerView, balance: float) -> torch.Tensor:
     return torch.where(mass > 0, total / mass, 1.0)
 
 
-def _menu(layer: LayerView) -> list[Slot]:
+def _menu(layer: LayerView) -> list[Answer]:
     """Return what a slot may become beside its own expert, as far as it is smaller; a constant first."""
-    slots = [Slot("linear", rank=rank) if rank else Slot("constant") for rank in LINEAR]
-    slots += [Slot("lowrank", rank=rank) for rank in LOW]
-    return [slot for slot in slots if _nbytes(layer, slot) < layer.expert_bytes]
+    answers: list[Answer] = [Linear(rank) if rank else Constant() for rank in LINEAR]
+    answers += [LowRank(0, rank) for rank in LOW]
+    return [answer for answer in answers if _nbytes(layer, answer) < layer.expert_bytes]
 
 
-def _nbytes(layer: LayerView, slot: Slot) -> int:
+def _nbytes(layer: LayerView, answer: Answer) -> int:
     """Return the bytes of an answer, without the base."""
-    if slot.kind == "lowrank":
-        return low_rank.own_bytes(layer, slot.rank)
-    return stand_in_nbytes([slot.rank], False, layer.sample.hidden.shape[1], layer.itemsize)
+    if isinstance(answer, LowRank):
+        return low_rank.own_bytes(layer, answer.rank)
+    return answers_nbytes([answer], layer.shape, layer.dtype)
 
 
-def _answered(expert: int, scale: float) -> Slot:
-    return Slot("expert", expert, float(f"{scale:.6g}"))
+def _answered(expert: int, scale: float) -> Remap:
+    return Remap(expert, float(f"{scale:.6g}"))
 
 
 def _nearest(layer: LayerView) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -206,7 +207,7 @@ def _missed(layer: LayerView, expert: int, other: int, scale: float) -> float:
 
 def _novices(layer: LayerView, keep: int) -> int:
     """Return the bytes of kept experts and novices for the others."""
-    return keep * layer.expert_bytes + (layer.num_experts - keep) * _nbytes(layer, Slot("constant"))
+    return keep * layer.expert_bytes + (layer.num_experts - keep) * _nbytes(layer, Constant())
 
 
 def _taken(nbytes: int, choices: Sequence[Choice]) -> list[list[int]]:
@@ -231,10 +232,10 @@ def _base(layer: LayerView) -> Matrices:
     return low_rank.base_of(layer, 0, range(layer.num_experts), "mean")
 
 
-def _errors(layer: LayerView, expert: int, base: Matrices, slots: Sequence[Slot]) -> torch.Tensor:
+def _errors(layer: LayerView, expert: int, base: Matrices, slots: Sequence[Answer]) -> torch.Tensor:
     """Return what each answer adds to the layer's error, on tokens that it was not fitted on, float64 [slots]."""
-    ranks = [slot.rank for slot in slots if slot.kind != "lowrank"]
-    low = [slot.rank for slot in slots if slot.kind == "lowrank"]
+    ranks = [getattr(answer, "rank", 0) for answer in slots if not isinstance(answer, LowRank)]
+    low = [answer.rank for answer in slots if isinstance(answer, LowRank)]
     maps = linear.held_out_errors(layer, expert, ranks, RIDGE)
     token, gate = layer.routed(expert)
     one = layer.experts.one(expert)

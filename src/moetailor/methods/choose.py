@@ -6,8 +6,9 @@ from collections.abc import Collection, Sequence
 
 import torch
 
+from moetailor.answers import Drop
 from moetailor.errors import PlanError
-from moetailor.planning.slots import LayerPlan, Slot, keep_only
+from moetailor.planning.layer_plan import LayerPlan, keep_only
 from moetailor.planning.view import LayerView
 
 
@@ -62,14 +63,14 @@ def drop_lowest(layer: LayerView, scores: torch.Tensor, keep: int) -> LayerPlan:
     """
     groups, size = layer.groups, layer.num_experts // layer.groups
     if groups == 1:
-        return keep_only(layer.num_experts, top(layer, scores, keep), Slot("drop"), scores.tolist())
+        return keep_only(layer.num_experts, top(layer, scores, keep), Drop(), scores.tolist())
     refuse_protected(layer.index, layer.protected, layer.num_experts, keep, groups)
     keep_each = kept_of_group(keep, groups)
     kept: list[int] = []
     for group in range(groups):
         members = list(range(group * size, (group + 1) * size))
         kept += sorted(members, key=lambda e: (e not in layer.protected, -float(scores[e]), e))[:keep_each]
-    return keep_only(layer.num_experts, kept, Slot("drop"), scores.tolist())
+    return keep_only(layer.num_experts, kept, Drop(), scores.tolist())
 
 
 def global_keeps(

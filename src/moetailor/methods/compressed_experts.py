@@ -18,11 +18,12 @@ from typing import Annotated
 
 import torch
 
+from moetailor.answers import Auxiliary, Constant
+from moetailor.answers.auxiliary import Vectors
 from moetailor.methods.choose import top
 from moetailor.methods.mone import novices
 from moetailor.methods.registry import AtLeast, method
-from moetailor.planning.slot_map import Auxiliary, Vectors
-from moetailor.planning.slots import LayerPlan, Slot, keep_only
+from moetailor.planning.layer_plan import LayerPlan
 from moetailor.planning.view import LayerView
 
 
@@ -30,36 +31,31 @@ def outline(
     experts: int, keep: int, *, main: int, share: float, renormalise: bool, vectors: Vectors, constants: bool
 ) -> LayerPlan:
     """Return a plan of the bytes that the method's will have."""
-    spec = Auxiliary(main=main or 1, share=share, renormalise=renormalise, vectors=vectors, constants=constants)
-    return LayerPlan(slots=keep_only(experts, range(keep), Slot("constant")).slots, auxiliary=spec)
+    split = Auxiliary(main or 1, share, renormalise, vectors, constants)
+    return LayerPlan(slots=(*(split,) * keep, *(Constant(),) * (experts - keep)))
 
 
 def build(layer: LayerView, plan: LayerPlan, **_: object) -> dict[str, torch.Tensor]:
-    """Return ``vector_*`` at zero, ``vector_constant`` [slots, D] and the novices of removed experts, ``constant``."""
-    spec, found = plan.auxiliary, {}
-    assert spec is not None
-    slots = plan.kept_slots
-    if rows := spec.rows(len(slots)):
-        one = layer.experts.one(0)
-        parts = (*layer.experts.inputs, "down")
-        found = {f"vector_{part}": torch.zeros(rows, one[part].shape[1]) for part in parts}
-    if spec.constants:
-        found["vector_constant"] = _aside(layer, spec.main)[slots]
-    if plan.stand_ins:
-        found["constant"] = novices(layer)[plan.stand_ins]
+    """Return the vectors at zero, the constants of auxiliary experts, and the novices of removed ones."""
+    declared = plan.slot_map().tensors(layer.shape)
+    found = {name: torch.zeros(spec.shape) for name, spec in declared.items()}
+    if "auxiliary_constant" in declared:
+        found["auxiliary_constant"] = _aside(layer, next(iter(plan.of(Auxiliary).values())).main)[plan.kept_slots]
+    if "constant" in declared:
+        found["constant"] = novices(layer)[list(plan.of(Constant))]
     return found
 
 
 @method(
     "compressed_experts",
-    removed="constant",
+    removed=Constant,
     paper="arXiv:2503.00634",
     needs={"count", "gate_sq", "gate_sq_output"},
     weights=True,
     outline=outline,
     whole=True,
     trained=True,
-    builds={"constant", "vector"},
+    builds={"constant", "auxiliary"},
     build=build,
 )
 def compressed_experts(
@@ -84,9 +80,8 @@ def compressed_experts(
         constants: an auxiliary expert gives the mean of what it gave where it was auxiliary.
     """
     main = main or max(1, layer.top_k // 2)
-    plan = keep_only(layer.num_experts, top(layer, _main_gates(layer, main), keep), Slot("constant"))
-    spec = Auxiliary(main=main, share=share, renormalise=renormalise, vectors=vectors, constants=constants)
-    return LayerPlan(slots=plan.slots, auxiliary=spec)
+    split, kept = Auxiliary(main, share, renormalise, vectors, constants), top(layer, _main_gates(layer, main), keep)
+    return LayerPlan(slots=tuple(split if slot in kept else Constant() for slot in range(layer.num_experts)))
 
 
 def _main_gates(layer: LayerView, main: int) -> torch.Tensor:

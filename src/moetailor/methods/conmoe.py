@@ -16,10 +16,11 @@ from typing import Annotated, Literal
 
 import torch
 
+from moetailor.answers import Borrowed, Keep, Remap
 from moetailor.errors import PlanError
 from moetailor.methods.choose import refuse_protected
 from moetailor.methods.registry import AtLeast, choice, method
-from moetailor.planning.slots import LayerPlan, Slot
+from moetailor.planning.layer_plan import LayerPlan
 from moetailor.planning.view import LayerView
 
 EPSILON = 1e-12
@@ -27,7 +28,7 @@ EPSILON = 1e-12
 
 @method(
     "conmoe",
-    removed="expert",
+    removed=Remap,
     paper="arXiv:2605.29350",
     needs={"count", "gated_norm"},
     weights=True,
@@ -80,7 +81,12 @@ def _remapped(
             answer = number if number in prototypes else prototypes[int(distances[number, prototypes].argmin())]
             factor = float(f"{float(scales[number, answer]):.6g}") if answer != number else 1.0
             home, expert = owner[answer]
-            slots.append(Slot("expert", expert, factor, layer=None if home == at else layers[home].index))
+            if answer == number:
+                slots.append(Keep())
+            elif home == at:
+                slots.append(Remap(expert, factor))
+            else:
+                slots.append(Borrowed(layers[home].index, expert, factor))
         yield LayerPlan(slots=tuple(slots), scores=tuple(score[start : start + layer.num_experts].tolist()))
         start += layer.num_experts
 

@@ -21,7 +21,7 @@ from moetailor.methods.choose import drop_lowest
 from moetailor.methods.merge import output_gram
 from moetailor.methods.registry import AtLeast, method
 from moetailor.methods.routing import own_gates
-from moetailor.planning.slots import LayerPlan
+from moetailor.planning.layer_plan import LayerPlan
 from moetailor.planning.view import LayerView
 
 # Step of Adam, on the logits of the mask.

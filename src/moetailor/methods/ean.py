@@ -7,7 +7,7 @@ Here: the same, on the routing that the model really did.
 
 from moetailor.methods.choose import drop_lowest
 from moetailor.methods.registry import method
-from moetailor.planning.slots import LayerPlan
+from moetailor.planning.layer_plan import LayerPlan
 from moetailor.planning.view import LayerView
 
 

@@ -12,7 +12,7 @@ itself. For several domains at once the paper averages normalised scores; here t
 
 from moetailor.methods.choose import drop_lowest
 from moetailor.methods.registry import method
-from moetailor.planning.slots import LayerPlan
+from moetailor.planning.layer_plan import LayerPlan
 from moetailor.planning.view import LayerView
 
 

@@ -8,7 +8,7 @@ routers with biases, groups or sigmoids count as they choose.
 
 from moetailor.methods.choose import drop_lowest
 from moetailor.methods.registry import method
-from moetailor.planning.slots import LayerPlan
+from moetailor.planning.layer_plan import LayerPlan
 from moetailor.planning.view import LayerView
 
 

@@ -13,10 +13,11 @@ from typing import Annotated
 
 import torch
 
+from moetailor.answers import Merged
 from moetailor.fitting.cluster import Linkage, agglomerate
 from moetailor.methods.merge import Matrices, averages, clustered
 from moetailor.methods.registry import AtLeast, method
-from moetailor.planning.slots import LayerPlan
+from moetailor.planning.layer_plan import LayerPlan
 from moetailor.planning.view import LayerView
 
 
@@ -27,7 +28,7 @@ def build(layer: LayerView, plan: LayerPlan, **_: object) -> Matrices:
 
 @method(
     "hc_smoe",
-    removed="merged",
+    removed=Merged,
     paper="arXiv:2410.08589",
     needs={"count"},
     weights=True,

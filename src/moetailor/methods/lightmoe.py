@@ -15,41 +15,42 @@ matrices then leave, and ranks by how much each takes away. `keep` counts what i
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import torch
 from torch.nn import functional as F
 
+from moetailor.answers import Keep, LowRank
 from moetailor.errors import PlanError
 from moetailor.fitting.cluster import nearest
 from moetailor.fitting.whitened import approximate, energy
 from moetailor.methods.choose import refuse_protected, top
-from moetailor.methods.low_rank import apart, base_of, built_on, moment_of, own_bytes, parts_of
+from moetailor.methods.low_rank import apart, base_of, bases_of, built_on, moment_of, own_bytes, parts_of
 from moetailor.methods.registry import AtLeast, method
-from moetailor.planning.slots import LayerPlan, Slot
+from moetailor.planning.layer_plan import LayerPlan
 from moetailor.planning.view import LayerView
 
 
 def outline(experts: int, keep: int, *, bases: int, rank: int, **_: object) -> LayerPlan:
     """Return a plan in which the first experts stay and the others share as many bases as the count leaves room for."""
     if keep >= experts:
-        return LayerPlan(slots=tuple(Slot("expert", number) for number in range(experts)))
+        return LayerPlan(slots=(Keep(),) * experts)
     bases = max(1, min(bases, keep - 1))
     own = keep - bases
     named = [min(number, own + bases - 1) for number in range(own, experts)]
-    slots = [Slot("expert", number) for number in range(own)]
-    return LayerPlan(slots=(*slots, *(Slot("lowrank", base, rank=rank) for base in named)))
+    return LayerPlan(slots=(*(Keep(),) * own, *(LowRank(base, rank) for base in named)))
 
 
 def build(layer: LayerView, plan: LayerPlan, *, base: str, start: str, **_: object) -> dict[str, torch.Tensor]:
-    """Return ``base_*`` [M, ...] and ``low_*`` [R, ...] of the low-rank experts of a plan, base by base."""
-    bases = [base_of(layer, named, members, base) for named, members in plan.bases.items()]
+    """Return the tensors of the low-rank experts of a plan, see `LowRank`."""
+    bases = [base_of(layer, named, list(members), base) for named, members in bases_of(plan).items()]
     return built_on(layer, plan, bases, start)
 
 
 @method(
     "lightmoe",
-    removed="lowrank",
+    removed=LowRank,
     paper="arXiv:2603.12645",
     needs={"gate", "gate_sq_norm_sq"},
     weights=True,
@@ -58,7 +59,7 @@ def build(layer: LayerView, plan: LayerPlan, *, base: str, start: str, **_: obje
     spreads=lambda *, select, **_: select != "count",
     of_total=True,
     trained=True,
-    builds={"lowrank"},
+    builds={"low_rank"},
     build=build,
 )
 def lightmoe(
@@ -179,14 +180,11 @@ def _grouped(layer: LayerView, count: int, held: int, rank: int) -> LayerPlan:
     kept = set(top(layer, mass, layer.num_experts - count))
     replaced = [expert for expert in range(layer.num_experts) if expert not in kept]
     if not replaced:
-        return LayerPlan(slots=tuple(Slot("expert", number) for number in range(layer.num_experts)))
+        return LayerPlan(slots=(Keep(),) * layer.num_experts)
     dominant = sorted(sorted(replaced, key=lambda expert: (-float(mass[expert]), expert))[:held])
     columns = F.normalize(layer.sample.logits.double(), dim=0)
     base = nearest(1 - columns.T @ columns, dominant)
-    slots = [
-        Slot("expert", number) if number in kept else Slot("lowrank", base[number], rank=rank)
-        for number in range(layer.num_experts)
-    ]
+    slots = [Keep() if number in kept else LowRank(base[number], rank) for number in range(layer.num_experts)]
     return LayerPlan(slots=tuple(slots), scores=tuple(layer.sums.gate.tolist()))
 
 
@@ -197,8 +195,8 @@ def _spent(layer: LayerView, plan: LayerPlan, rank: int, base: str) -> LayerPlan
     s_r^2 / tr W C W^T, with s_r the singular values of (W_n - W_base) L.
     """
     gains = []
-    for named, members in plan.bases.items():
-        matrices = base_of(layer, named, members, base)
+    for named, members in bases_of(plan).items():
+        matrices = base_of(layer, named, list(members), base)
         for member in members:
             one, gain = layer.experts.one(member), torch.zeros(1, dtype=torch.float64)
             for part in parts_of(layer):
@@ -209,8 +207,8 @@ def _spent(layer: LayerView, plan: LayerPlan, rank: int, base: str) -> LayerPlan
                 gain = F.pad(gain, (0, size - len(gain))) + F.pad(share, (0, size - len(share)))
             weight = float(layer.sums.gate_sq_norm_sq[member])
             gains += [(float(value) * weight, -at, member) for at, value in enumerate(gain)]
-    spent = dict.fromkeys(plan.low_ranks, 0)
+    spent = dict.fromkeys(plan.of(LowRank), 0)
     for _, _, member in sorted(gains, reverse=True)[: rank * len(spent)]:
         spent[member] += 1
-    slots = [Slot("lowrank", s.expert, rank=spent[n]) if s.kind == "lowrank" else s for n, s in enumerate(plan.slots)]
-    return LayerPlan(slots=tuple(slots), scores=plan.scores)
+    slots = tuple(replace(s, rank=spent[n]) if isinstance(s, LowRank) else s for n, s in enumerate(plan.slots))
+    return LayerPlan(slots=slots, scores=plan.scores)

@@ -16,6 +16,7 @@ from typing import Annotated, Literal
 
 import torch
 
+from moetailor.answers import Answer, Constant, Keep, Linear
 from moetailor.errors import MoetailorWarning, PlanError
 from moetailor.fitting.held_out import choosing
 from moetailor.fitting.menu import Menu, cheapest
@@ -23,8 +24,8 @@ from moetailor.fitting.reduced_rank import Regression, shared_inputs
 from moetailor.methods.choose import refuse_protected, top
 from moetailor.methods.mone import novices
 from moetailor.methods.registry import AtLeast, method
-from moetailor.planning.plan import stand_in_nbytes
-from moetailor.planning.slots import LayerPlan, Slot, keep_only
+from moetailor.planning.layer_plan import LayerPlan, keep_only
+from moetailor.planning.plan import answers_nbytes
 from moetailor.planning.view import LayerView
 
 # With fewer tokens than so many times the width, an eighth of them is too few to choose by.
@@ -34,25 +35,24 @@ RANKS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 def outline(experts: int, keep: int, *, rank: int, shared: bool, **_: object) -> LayerPlan:
     """Return a plan of the bytes that `keep` experts and maps of the given rank take."""
-    plan = keep_only(experts, range(keep), _stand_in(rank))
-    return LayerPlan(slots=plan.slots, shared_input=shared and rank > 0)
+    return keep_only(experts, range(keep), _stand_in(rank, shared))
 
 
 def build(layer: LayerView, plan: LayerPlan, *, ridge: float, shrinkage: float, **_: object) -> dict[str, torch.Tensor]:
-    """Return ``constant`` [n, D], ``linear_in`` and ``linear_out`` [rows, D] of the slots that a plan replaces."""
-    numbers, ranks = plan.stand_ins, plan.ranks
-    constant = novices(layer, "optimal", shrinkage)[numbers]
-    if not any(ranks):
-        return {"constant": constant}
-    width, common = layer.sample.hidden.shape[1], None
-    if plan.shared_input:
-        every = (_regression(layer, number) for number, rank in zip(numbers, ranks, strict=True) if rank)
-        common = shared_inputs((found for found in every if found), width, max(ranks), ridge)
+    """Return ``constant`` and ``linear_constant`` [n, D], ``linear_in`` and ``linear_out`` [rows, D] of a plan."""
+    every = novices(layer, "optimal", shrinkage)
+    maps = plan.of(Linear)
+    found = {"constant": every[list(constants)]} if (constants := plan.of(Constant)) else {}
+    if not maps:
+        return found
+    constant, common = every[list(maps)], None
+    if any(map.shared for map in maps.values()):
+        problems = (_regression(layer, slot) for slot in maps)
+        rank = max(map.rank for map in maps.values())
+        common = shared_inputs((one for one in problems if one), layer.shape.width, rank, ridge)
     inputs, outputs, scarce = [], [], []
-    for at, (number, rank) in enumerate(zip(numbers, ranks, strict=True)):
-        if not rank:
-            continue
-        problem = _regression(layer, number)
+    for at, (number, map) in enumerate(maps.items()):
+        rank, problem = map.rank, _regression(layer, number)
         inner, outer, mean = _factors(problem, rank, ridge, common, layer)
         if problem is None or len(problem.x_TD) < rank:
             scarce.append(number)
@@ -71,12 +71,12 @@ def build(layer: LayerView, plan: LayerPlan, *, ridge: float, shrinkage: float, 
             stacklevel=2,
         )
     linear_in = common.T.cpu() if common is not None else torch.cat(inputs)
-    return {"constant": constant, "linear_in": linear_in, "linear_out": torch.cat(outputs)}
+    return found | {"linear_constant": constant, "linear_in": linear_in, "linear_out": torch.cat(outputs)}
 
 
 @method(
     "linear",
-    removed="linear",
+    removed=Linear,
     needs={"tokens", "count", "gate_sq", "gate_sq_output", "gate_sq_norm_sq"},
     weights=True,
     outline=outline,
@@ -106,7 +106,7 @@ def linear(
         shared: store one input factor for all maps of the layer.
     """
     del shrinkage
-    nbytes = stand_in_nbytes([rank], False, layer.sample.hidden.shape[1], layer.itemsize)
+    nbytes = answers_nbytes([_stand_in(rank)], layer.shape, layer.dtype)
     if nbytes >= layer.expert_bytes:
         raise PlanError(
             f"rank={rank}: such a map takes {nbytes:,} bytes, an expert of layer {layer.index} {layer.expert_bytes:,}; "
@@ -115,12 +115,11 @@ def linear(
     if ranks == "chosen":
         return _chosen(layer, keep, rank, ridge, shared)
     scores = torch.tensor([_error(layer, expert, rank, ridge) for expert in range(layer.num_experts)])
-    plan = keep_only(layer.num_experts, top(layer, scores, keep), _stand_in(rank), scores.tolist())
-    return LayerPlan(slots=plan.slots, scores=plan.scores, shared_input=shared and rank > 0)
+    return keep_only(layer.num_experts, top(layer, scores, keep), _stand_in(rank, shared), scores.tolist())
 
 
-def _stand_in(rank: int) -> Slot:
-    return Slot("linear", rank=rank) if rank else Slot("constant")
+def _stand_in(rank: int, shared: bool = False) -> Answer:
+    return Linear(rank, shared) if rank else Constant()
 
 
 def _inputs(layer: LayerView, token: torch.Tensor) -> torch.Tensor:
@@ -172,18 +171,19 @@ def _factors(
 def _chosen(layer: LayerView, keep: int, rank: int, ridge: float, shared: bool) -> LayerPlan:
     """Return the plan with the least held-out error in the bytes of `keep` experts and maps of a rank."""
     refuse_protected(layer.index, layer.protected, layer.num_experts, keep)
-    width = layer.sample.hidden.shape[1]
-    menu = [choice for choice in RANKS if stand_in_nbytes([choice], False, width, layer.itemsize) < layer.expert_bytes]
+    prices = {rank: answers_nbytes([_stand_in(rank)], layer.shape, layer.dtype) for rank in RANKS}
+    menu = [choice for choice in RANKS if prices[choice] < layer.expert_bytes]
     if shared:
         # The shared factor is paid for once, whatever is chosen: as wide as the given rank.
         menu = [choice for choice in menu if choice <= rank]
-    spare = layer.nbytes - (rank * width * layer.itemsize if shared else 0)
-    price = [width * layer.itemsize * (1 + (1 if shared else 2) * choice) for choice in menu]
+    # A row of one factor: the two of a rank, without the constant.
+    row = (prices[1] - prices[0]) // 2
+    spare = layer.nbytes - (rank * row if shared else 0)
+    price = [prices[choice] - (choice * row if shared else 0) for choice in menu]
     errors = torch.stack([held_out_errors(layer, expert, menu, ridge) for expert in range(layer.num_experts)])
     (taken,) = cheapest([Menu(errors=errors, price=price, whole=layer.expert_bytes, kept=layer.protected)], spare)
-    slots = tuple(Slot("expert", n) if at == len(menu) else _stand_in(menu[at]) for n, at in enumerate(taken))
-    plan = LayerPlan(slots=slots, scores=tuple(errors[:, 0].tolist()))
-    return LayerPlan(slots=plan.slots, scores=plan.scores, shared_input=shared and any(plan.ranks))
+    slots = tuple(Keep() if at == len(menu) else _stand_in(menu[at], shared) for at in taken)
+    return LayerPlan(slots=slots, scores=tuple(errors[:, 0].tolist()))
 
 
 def held_out_errors(layer: LayerView, expert: int, menu: Sequence[int], ridge: float) -> torch.Tensor:

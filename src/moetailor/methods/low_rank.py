@@ -6,11 +6,13 @@ from collections.abc import Sequence
 
 import torch
 
+from moetailor.answers import LowRank
 from moetailor.fitting.held_out import choosing
 from moetailor.fitting.least_squares import Normal, chosen_ridge
 from moetailor.fitting.whitened import approximate, second_moment
 from moetailor.methods.merge import Matrices, average, shares, stacked
-from moetailor.planning.slots import LayerPlan
+from moetailor.planning.layer_plan import LayerPlan
+from moetailor.planning.plan import answers_nbytes
 from moetailor.planning.view import LayerView
 
 # With fewer tokens than so many times the neurons, an eighth of them is too few to choose by.
@@ -19,27 +21,37 @@ SCARCE = 4
 
 def own_bytes(layer: LayerView, rank: int) -> int:
     """Return the bytes of one own part: rows and columns of each matrix for each rank."""
-    return layer.itemsize * layer.matrices * rank * (layer.sample.hidden.shape[1] + layer.inner)
+    with_part, alone = (answers_nbytes([LowRank(0, rank)], layer.shape, layer.dtype) for rank in (rank, 0))
+    return with_part - alone
 
 
 def built_on(layer: LayerView, plan: LayerPlan, bases: Sequence[Matrices], start: str) -> dict[str, torch.Tensor]:
-    """Return ``base_*`` [M, ...] and ``low_*`` [R, ...] of the low-rank experts of a plan, for its bases.
+    """Return the tensors of the low-rank experts of a plan, see `LowRank`, for its bases.
 
     Args:
         layer: the layer.
         plan: of it.
-        bases: the matrices of each base, in the order of `LayerPlan.bases`.
+        bases: the matrices of each base, in the order of `bases_of`.
         start: of the own parts, see `lightmoe`.
     """
     generator = torch.Generator().manual_seed(layer.index)
     own = [
-        _own_part(layer, member, matrices, plan.slots[member].rank, start, generator)
-        for matrices, members in zip(bases, plan.bases.values(), strict=True)
-        for member in members
-        if plan.slots[member].rank
+        _own_part(layer, member, matrices, rank, start, generator)
+        for matrices, members in zip(bases, bases_of(plan).values(), strict=True)
+        for member, rank in members.items()
+        if rank
     ]
-    found = {f"base_{name}": stack for name, stack in stacked(bases).items()}
+    found = {f"low_rank_base_{name}": stack for name, stack in stacked(bases).items()}
     return found | {name: torch.cat([part[name] for part in own]) for name in (own[0] if own else ())}
+
+
+def bases_of(plan: LayerPlan) -> dict[int, dict[int, int]]:
+    """Return the members of each base by the one that it is named after, and the rank of each member's own part."""
+    found: dict[int, dict[int, int]] = {}
+    for slot, answer in enumerate(plan.slots):
+        if isinstance(answer, LowRank):
+            found.setdefault(answer.base, {})[slot] = answer.rank
+    return dict(sorted(found.items()))
 
 
 def base_of(layer: LayerView, named: int, members: Sequence[int], base: str) -> Matrices:
@@ -100,7 +112,7 @@ def _own_part(
         if start == "zero":
             rows, columns = one[part].shape
             inner, outer = torch.randn(rank, columns, generator=generator) / columns**0.5, torch.zeros(rank, rows)
-            found |= {f"low_{part}_in": inner, f"low_{part}_out": outer}
+            found |= {f"low_rank_{part}_in": inner, f"low_rank_{part}_out": outer}
             continue
         if start == "fitted" and part == "down":  # the last one: the other matrices are reduced by now
             one = small | {"down": _fitted_down(layer, member, one, small)}
@@ -108,7 +120,7 @@ def _own_part(
         if start == "fitted":
             small[part] = (base[part] + near.matrix(rank)).to(base[part])
         inner, outer = near.factors(rank)
-        found |= {f"low_{part}_in": inner.cpu(), f"low_{part}_out": outer.cpu()}
+        found |= {f"low_rank_{part}_in": inner.cpu(), f"low_rank_{part}_out": outer.cpu()}
     return found
 
 

@@ -16,12 +16,13 @@ from typing import Literal
 import torch
 from torch.nn import functional as F
 
+from moetailor.answers import Merged
 from moetailor.fitting.align import match, neuron_distance, neuron_weights
 from moetailor.fitting.cluster import nearest
 from moetailor.methods.choose import global_keeps, top
 from moetailor.methods.merge import Matrices, averages
 from moetailor.methods.registry import method
-from moetailor.planning.slots import LayerPlan, merge_into
+from moetailor.planning.layer_plan import LayerPlan, merge_into
 from moetailor.planning.view import LayerView
 
 
@@ -32,7 +33,7 @@ def build(layer: LayerView, plan: LayerPlan, *, align: bool, **_: object) -> Mat
 
 @method(
     "m_smoe",
-    removed="merged",
+    removed=Merged,
     paper="arXiv:2310.01334",
     needs={"count"},
     weights=True,

@@ -8,7 +8,7 @@ Here: the same, from the abstract: the full text was not at hand.
 
 from moetailor.methods.choose import drop_lowest
 from moetailor.methods.registry import method
-from moetailor.planning.slots import LayerPlan
+from moetailor.planning.layer_plan import LayerPlan
 from moetailor.planning.view import LayerView
 
 

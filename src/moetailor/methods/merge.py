@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
+from moetailor.answers.merged import clusters
 from moetailor.fitting.align import permuted
 from moetailor.fitting.cluster import centres_of, nearest
 from moetailor.methods.choose import refuse_protected
-from moetailor.planning.slots import LayerPlan, merge_into
+from moetailor.planning.layer_plan import LayerPlan, merge_into
 from moetailor.planning.view import LayerView
 
 Matrices = dict[str, torch.Tensor]
@@ -58,7 +59,7 @@ def stacked(experts: Iterable[Matrices]) -> Matrices:
 
 def averages(layer: LayerView, plan: LayerPlan, weight: torch.Tensor, order: Order | None = None) -> Matrices:
     """Return the average of every cluster of a plan, stacked in the order of the centres."""
-    return stacked(average(layer, centre, members, weight, order) for centre, members in plan.merged.items())
+    return stacked(average(layer, centre, members, weight, order) for centre, members in clusters(plan.slots).items())
 
 
 def clustered(

@@ -22,6 +22,8 @@ from typing import Annotated, Literal
 import torch
 from torch.nn import functional as F
 
+from moetailor.answers import Merged
+from moetailor.answers.merged import clusters
 from moetailor.errors import MoetailorWarning
 from moetailor.fitting.align import match, neuron_distance
 from moetailor.fitting.cluster import medoids, nearest
@@ -31,7 +33,7 @@ from moetailor.methods.choose import top
 from moetailor.methods.conmoe import functional_distances
 from moetailor.methods.merge import Matrices, average, shares, stacked
 from moetailor.methods.registry import AtLeast, method
-from moetailor.planning.slots import LayerPlan, merge_into
+from moetailor.planning.layer_plan import LayerPlan, merge_into
 from moetailor.planning.view import LayerView
 
 # Tokens that go through the features at once, and tokens that neurons are matched on.
@@ -65,7 +67,7 @@ class Problem:
 def build(layer: LayerView, plan: LayerPlan, *, fit: str, target: str, features: str, **_: object) -> Matrices:
     """Return the merged experts of a plan, down projections fitted."""
     merged, scarce = [], []
-    for centre, members in plan.merged.items():
+    for centre, members in clusters(plan.slots).items():
         problem = _gated(layer, centre, members) if target == "gated" else _mean(layer, centre, members)
         neurons = layer.experts.one(centre)["down"].shape[1]
         if len(problem.token) < neurons:
@@ -85,7 +87,7 @@ def build(layer: LayerView, plan: LayerPlan, *, fit: str, target: str, features:
 
 @method(
     "mergemoe",
-    removed="merged",
+    removed=Merged,
     paper="arXiv:2510.14436",
     needs={"count", "gate_sq_norm_sq"},
     weights=True,

@@ -13,9 +13,10 @@ from typing import Annotated, Literal
 
 import torch
 
+from moetailor.answers import Constant
 from moetailor.methods.choose import top
 from moetailor.methods.registry import AtLeast, choice, method
-from moetailor.planning.slots import LayerPlan, Slot, keep_only
+from moetailor.planning.layer_plan import LayerPlan, keep_only
 from moetailor.planning.view import LayerView
 
 SCORES = ("fusion", "frequency", "variance", "exact")
@@ -26,10 +27,10 @@ NEEDS = {"tokens", "count", "gate", "gate_sq", "output", "gated_output", "gate_s
 
 def build(layer: LayerView, plan: LayerPlan, *, novice: str, shrinkage: float, **_: object) -> dict[str, torch.Tensor]:
     """Return the novices of the slots that a plan replaces, ``constant`` [n, D] in float64."""
-    return {"constant": novices(layer, novice, shrinkage)[plan.stand_ins]}
+    return {"constant": novices(layer, novice, shrinkage)[list(plan.of(Constant))]}
 
 
-@method("mone", removed="constant", paper="arXiv:2507.00390", needs=NEEDS, builds={"constant"}, build=build)
+@method("mone", removed=Constant, paper="arXiv:2507.00390", needs=NEEDS, builds={"constant"}, build=build)
 def mone(
     layer: LayerView,
     keep: int,
@@ -55,7 +56,7 @@ def mone(
     """
     choice("novice", novice, NOVICES)
     scores = _scores(layer, score, frequency)
-    return keep_only(layer.num_experts, top(layer, scores, keep), Slot("constant"), scores.tolist())
+    return keep_only(layer.num_experts, top(layer, scores, keep), Constant(), scores.tolist())
 
 
 def _scores(layer: LayerView, score: str, frequency: str) -> torch.Tensor:

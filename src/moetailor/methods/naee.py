@@ -22,11 +22,12 @@ from typing import Annotated
 
 import torch
 
+from moetailor.answers import Drop
 from moetailor.calibration.statistics import Sample
 from moetailor.methods.choose import kept_of_group, refuse_protected
 from moetailor.methods.registry import AtLeast, method
 from moetailor.methods.routing import own_gates, routing_of
-from moetailor.planning.slots import LayerPlan, Slot, keep_only
+from moetailor.planning.layer_plan import LayerPlan, keep_only
 from moetailor.planning.view import LayerView
 
 # Gates held at once while subsets are tried.
@@ -56,7 +57,7 @@ def naee(
         seed: another seed draws other subsets.
     """
     options = {"exhaustive": exhaustive, "samples": samples, "swaps": swaps, "tokens": tokens, "seed": seed}
-    return keep_only(layer.num_experts, best_subset(layer, keep, "naee", **options), Slot("drop"))
+    return keep_only(layer.num_experts, best_subset(layer, keep, "naee", **options), Drop())
 
 
 def best_subset(

@@ -13,8 +13,8 @@ from moetailor.methods.choose import kept_of_group, refuse_protected
 from moetailor.methods.registry import Method
 from moetailor.planning.budget import Budget
 from moetailor.planning.checks import check_layer, check_plan
-from moetailor.planning.plan import Plan, added_nbytes, planned_nbytes
-from moetailor.planning.slots import LayerPlan, Slot, keep_only, merge_into
+from moetailor.planning.layer_plan import LayerPlan, keep_first
+from moetailor.planning.plan import Plan, planned_nbytes, stored_nbytes
 
 
 def outline_plan(
@@ -54,8 +54,8 @@ def outline_plan(
     stacks = [stack for stack in run if stack.index in selected]
     if allocation != "uniform" and method.spreads is not None and method.spreads(**parameters):
         raise PlanError(f"--allocation: {method.name} here decides itself what each layer keeps; leave it uniform")
-    groups = facts.groups.count if method.removed == "drop" else 1
-    if method.removed == "drop" and len(stacks) == len(run) and allocation == "uniform":
+    groups = facts.groups.count if method.removed.drops else 1
+    if method.removed.drops and len(stacks) == len(run) and allocation == "uniform":
         # Layers that the model does not run (multi-token prediction) share its expert count, so they are cut as well.
         stacks += [stack for stack in facts.stacks if stack.index is None]
 
@@ -71,7 +71,7 @@ def outline_plan(
         planned = at({stack.prefix: budget.kept(stack.num_experts) for stack in stacks})
     else:
         least = max(fewest(method, parameters, stack, facts) for stack in stacks)
-        uniform = method.removed == "drop" and allocation == "uniform"
+        uniform = method.removed.drops and allocation == "uniform"
         planned = _within(limit.size, facts, stacks, at, least, uniform=uniform)
     if isinstance(allocation, Mapping):
         most = planned_nbytes(facts, planned) if limit.size is None else limit.size
@@ -99,10 +99,7 @@ def layer_nbytes(facts: ModelFacts, outline: Plan, budget: Budget) -> dict[str, 
     """
     stacks = {stack.prefix: stack for stack in facts.stacks if stack.prefix in outline.layers}
     spare = 0 if budget.size is None or not stacks else (budget.size - outline.nbytes) // len(stacks)
-    return {
-        prefix: spare + plan.stored * stacks[prefix].expert_bytes + added_nbytes(plan, stacks[prefix], facts.width)
-        for prefix, plan in outline.layers.items()
-    }
+    return {prefix: spare + stored_nbytes(plan, stacks[prefix]) for prefix, plan in outline.layers.items()}
 
 
 def room_of(outline: Plan, method: Method, layers: Sequence[int], protect: Iterable[tuple[int, int]] = ()) -> Room:
@@ -125,7 +122,7 @@ def room_of(outline: Plan, method: Method, layers: Sequence[int], protect: Itera
             "counts in a file"
         )
     plans = [outline.layers.get(stack.prefix) for stack in stacks]
-    step = facts.groups.count if method.removed == "drop" else 1
+    step = facts.groups.count if method.removed.drops else 1
 
     def held(stack: Stack) -> int:
         groups = [expert * step // stack.num_experts for layer, expert in protect if layer == stack.index]
@@ -156,15 +153,9 @@ def _outline(method: Method, parameters: Mapping[str, Any], stack: Stack, keep: 
     experts = stack.num_experts
     if method.outline is not None:
         return method.outline(experts, keep, **parameters)
-    if method.removed == "constant":
-        return keep_only(experts, range(keep), Slot("constant"))
-    if method.removed == "expert":
-        return LayerPlan(slots=tuple(Slot("expert", min(number, keep - 1)) for number in range(experts)))
-    if method.removed == "merged":
-        return merge_into([min(number, keep - 1) for number in range(experts)])
     size, each = experts // groups, kept_of_group(keep, groups)
     kept = [group * size + number for group in range(groups) for number in range(each)]
-    return keep_only(experts, kept, Slot("drop"))
+    return keep_first(experts, kept if method.removed.drops else range(keep), method.removed)
 
 
 def fewest(method: Method, parameters: Mapping[str, Any], stack: Stack, facts: ModelFacts) -> int:
@@ -211,7 +202,7 @@ def _within(
 
 
 def _refuse_uneven(budget: Budget, method: Method, groups: int) -> None:
-    if method.removed == "drop" and budget.keep is not None and budget.keep % groups:
+    if method.removed.drops and budget.keep is not None and budget.keep % groups:
         raise PlanError(
             f"--keep {budget.keep}: the router chooses among {groups} groups of equal size and {method.name} "
             "drops slots; "

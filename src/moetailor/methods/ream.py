@@ -17,11 +17,12 @@ from typing import Annotated
 import torch
 from torch.nn import functional as F
 
+from moetailor.answers import Drop
 from moetailor.fitting.align import match, neuron_distance, neuron_weights
 from moetailor.methods.choose import drop_lowest
 from moetailor.methods.merge import Matrices, averages, output_gram
 from moetailor.methods.registry import AtLeast, method
-from moetailor.planning.slots import LayerPlan, Slot, merge_into
+from moetailor.planning.layer_plan import LayerPlan, merge_into
 from moetailor.planning.view import LayerView
 
 COMPONENTS = 64
@@ -38,7 +39,7 @@ def build(layer: LayerView, plan: LayerPlan, *, tokens: int, **_: object) -> Mat
 
 @method(
     "ream",
-    removed="drop",
+    removed=Drop,
     paper="arXiv:2604.04356",
     needs={"count", "gated_norm"},
     weights=True,
@@ -74,7 +75,7 @@ def ream(
 
 
 def _with_dropped(plan: LayerPlan, dropped: set[int]) -> LayerPlan:
-    slots = tuple(Slot("drop") if number in dropped else slot for number, slot in enumerate(plan.slots))
+    slots = tuple(Drop() if number in dropped else answer for number, answer in enumerate(plan.slots))
     return LayerPlan(slots=slots, scores=plan.scores)
 
 

@@ -8,7 +8,7 @@ not what sigmoid, biased or group-limited routers do.
 
 from moetailor.methods.choose import drop_lowest
 from moetailor.methods.registry import method
-from moetailor.planning.slots import LayerPlan
+from moetailor.planning.layer_plan import LayerPlan
 from moetailor.planning.view import LayerView
 
 

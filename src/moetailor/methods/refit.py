@@ -19,6 +19,7 @@ from typing import Annotated
 
 import torch
 
+from moetailor.answers import Answer, Drop, Fitted, Keep
 from moetailor.errors import MoetailorWarning
 from moetailor.fitting.held_out import EVERY
 from moetailor.fitting.least_squares import RIDGES, Normal, ridge, ridge_errors
@@ -26,14 +27,14 @@ from moetailor.methods.merge import Matrices, stacked
 from moetailor.methods.naee import best_subset
 from moetailor.methods.registry import AtLeast, method
 from moetailor.methods.routing import own_gates, routing_of
-from moetailor.planning.slots import LayerPlan, Slot
+from moetailor.planning.layer_plan import LayerPlan
 from moetailor.planning.view import LayerView
 
 
 def build(layer: LayerView, plan: LayerPlan, *, rounds: int, **_: object) -> Matrices:
     """Return the experts that stay with their down projections fitted."""
     gates_TE, left_TD = _left(layer, plan)
-    ones = {expert: layer.experts.one(expert) for expert in plan.merged}
+    ones = {expert: layer.experts.one(expert) for expert in plan.rebuilt}
     downs = {expert: one["down"].to(left_TD) for expert, one in ones.items()}
     for _round in range(rounds):
         for expert, one in ones.items():
@@ -56,7 +57,7 @@ def build(layer: LayerView, plan: LayerPlan, *, rounds: int, **_: object) -> Mat
     return stacked([one | {"down": downs[expert].to(one["down"])} for expert, one in ones.items()])
 
 
-@method("refit", weights=True, slow=True, builds={"merged"}, build=build)
+@method("refit", weights=True, slow=True, builds={"fitted"}, build=build)
 def refit(
     layer: LayerView,
     keep: int,
@@ -79,12 +80,12 @@ def refit(
     del rounds  # says how `build` fits
     kept = best_subset(layer, keep, "refit", exhaustive=0, samples=100, swaps=swaps, tokens=tokens, seed=seed)
     if len(kept) == layer.num_experts:
-        return LayerPlan(slots=tuple(Slot("expert", number) for number in range(layer.num_experts)))
+        return LayerPlan(slots=(Keep(),) * layer.num_experts)
 
-    def slot(number: int) -> Slot:
+    def slot(number: int) -> Answer:
         if number not in kept:
-            return Slot("drop")
-        return Slot("expert" if number in layer.protected else "merged", number)
+            return Drop()
+        return Keep() if number in layer.protected else Fitted()
 
     return LayerPlan(slots=tuple(slot(number) for number in range(layer.num_experts)))
 

@@ -9,9 +9,10 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 
+from moetailor.answers import Answer, Drop
 from moetailor.calibration.statistics import STATISTICS
 from moetailor.errors import PlanError, did_you_mean
-from moetailor.planning.slots import Kind, LayerPlan
+from moetailor.planning.layer_plan import LayerPlan
 from moetailor.planning.view import LayerView
 
 Build = Callable[..., dict[str, torch.Tensor]]
@@ -27,8 +28,7 @@ class Method:
         function: ``(layer, keep, **parameters) -> LayerPlan``, or, when `scoped`, ``(layers, keeps, **parameters) ->
             Iterable[LayerPlan]`` for several layers that are decided together.
         paper: where it comes from.
-        removed: what stands behind a slot whose expert goes: ``drop``, ``constant``, ``linear``, ``expert`` (another
-            one), ``merged`` (one made of several) or ``lowrank`` (a base and an own part).
+        removed: the kind of answer behind a slot whose expert goes.
         needs: the statistics it reads, a promise that the contract suite enforces.
         weights: whether it reads expert weights or sampled tokens.
         scoped: which of the two forms `function` has.
@@ -39,17 +39,15 @@ class Method:
         whole: whether it does something of use without removing an expert.
         trained: whether it is made for recovery, so that before training it says little.
         slow: whether it searches: planning takes longer than running the model over held-out text.
-        builds: the kinds of answers that `build` computes, see `LayerPlan.built`.
-        build: ``(layer, plan, **parameters) -> tensors``: what a plan of this method adds. ``constant`` [n, D] for the
-            stand-ins in the order of their slots, ``linear_in`` and ``linear_out`` [rows, D] for linear ones; for
-            merged experts the matrices of `Experts`, stacked in the order of their centres; what else has a name of its
-            own is listed at `CompressedExperts`.
+        builds: the kinds of answers that `build` computes, see `LayerPlan.computed`.
+        build: ``(layer, plan, **parameters) -> tensors``: what a plan of this method adds. The tensors that the answers
+            declare, by name; and for `LayerPlan.rebuilt` the matrices of `Experts`, stacked in that order.
     """
 
     name: str
     function: Callable[..., Any]
     paper: str
-    removed: Kind
+    removed: type[Answer]
     needs: frozenset[str]
     weights: bool
     scoped: bool
@@ -129,7 +127,7 @@ class Method:
 def method(
     name: str,
     *,
-    removed: Kind = "drop",
+    removed: type[Answer] = Drop,
     paper: str = "",
     needs: Iterable[str] = (),
     weights: bool = False,

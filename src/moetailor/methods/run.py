@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
+from moetailor.answers import Drop
 from moetailor.calibration.domains import sampled_domains
 from moetailor.calibration.folder import Calibration
 from moetailor.calibration.statistics import ON_REQUEST
 from moetailor.checkpoint.facts import ModelFacts
-from moetailor.checkpoint.files import DTYPES
 from moetailor.checkpoint.layout import Stack
 from moetailor.checkpoint.weights import ExpertWeights
 from moetailor.errors import CheckpointError, PlanError
@@ -20,8 +20,8 @@ from moetailor.methods.outline import asked, layer_nbytes, limit_of, outline_pla
 from moetailor.methods.registry import Method, find_method
 from moetailor.planning.budget import Budget
 from moetailor.planning.checks import check_plan
+from moetailor.planning.layer_plan import LayerPlan, keep_only
 from moetailor.planning.plan import Plan, calibration_hash
-from moetailor.planning.slots import LayerPlan, Slot, keep_only
 from moetailor.planning.view import LayerView
 
 Experts = Iterable[tuple[int, int]]
@@ -104,6 +104,7 @@ def view_of(
 ) -> LayerView:
     """Return what a method or its `build` sees of one decoder layer."""
     stack = next(stack for stack in calibration.model.stacks if stack.index == layer)
+    assert stack.shape is not None
     return LayerView(
         index=layer,
         num_experts=stack.num_experts,
@@ -113,9 +114,8 @@ def view_of(
         protected=frozenset(expert for at, expert in protected if at == layer),
         nbytes=nbytes,
         expert_bytes=stack.expert_bytes,
-        itemsize=DTYPES[stack.dtype].itemsize,
-        inner=stack.inner,
-        matrices=stack.matrices,
+        shape=stack.shape,
+        dtype=stack.dtype,
         effect=(calibration.effects() or {}).get(layer),
         read_sums=lambda: calibration.sums(layer),
         read_sample=lambda: calibration.sample(layer),
@@ -174,4 +174,4 @@ def _plan_unrun(stack: Stack, keep: int, groups: int, weights: ExpertWeights) ->
     norms = weights.norms(stack.prefix).view(groups, -1)
     order = norms.argsort(dim=1, descending=True, stable=True)[:, : keep // groups]
     kept = (order + torch.arange(groups)[:, None] * norms.shape[1]).flatten().tolist()
-    return keep_only(stack.num_experts, kept, Slot("drop"), norms.flatten().tolist())
+    return keep_only(stack.num_experts, kept, Drop(), norms.flatten().tolist())

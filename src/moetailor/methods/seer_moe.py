@@ -18,7 +18,7 @@ from typing import Literal
 from moetailor.errors import PlanError
 from moetailor.methods.choose import drop_lowest, global_keeps
 from moetailor.methods.registry import method
-from moetailor.planning.slots import LayerPlan
+from moetailor.planning.layer_plan import LayerPlan
 from moetailor.planning.view import LayerView
 
 

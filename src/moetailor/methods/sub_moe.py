@@ -14,17 +14,19 @@ from typing import Annotated
 
 import torch
 
+from moetailor.answers import Merged
+from moetailor.answers.merged import clusters
 from moetailor.fitting.cluster import k_means
 from moetailor.methods.merge import Matrices, average, clustered, output_gram, stacked
 from moetailor.methods.registry import AtLeast, method
-from moetailor.planning.slots import LayerPlan
+from moetailor.planning.layer_plan import LayerPlan
 from moetailor.planning.view import LayerView
 
 
 def build(layer: LayerView, plan: LayerPlan, *, subspace: float, **_: object) -> Matrices:
     """Return the average of each cluster, each matrix in the subspace that its members share."""
     merged = []
-    for centre, members in plan.merged.items():
+    for centre, members in clusters(plan.slots).items():
         mean = average(layer, centre, members, layer.sums.count)
         for name, matrix in layer.experts.matrices(members).items():
             if matrix.dim() == 3:
@@ -35,7 +37,7 @@ def build(layer: LayerView, plan: LayerPlan, *, subspace: float, **_: object) ->
 
 @method(
     "sub_moe",
-    removed="merged",
+    removed=Merged,
     paper="arXiv:2506.23266",
     needs={"count"},
     weights=True,

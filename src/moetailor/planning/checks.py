@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 
+from moetailor.answers import Answer, Context
 from moetailor.checkpoint.facts import ModelFacts
 from moetailor.checkpoint.family import Groups
 from moetailor.checkpoint.layout import Stack
 from moetailor.errors import PlanError
+from moetailor.planning.layer_plan import LayerPlan
 from moetailor.planning.plan import Plan
-from moetailor.planning.slots import LayerPlan, Slot
 
 
 def check_plan(plan: Plan, model: ModelFacts, *, allow_other_weights: bool = False) -> None:
@@ -40,8 +42,16 @@ def check_plan(plan: Plan, model: ModelFacts, *, allow_other_weights: bool = Fal
             raise PlanError(f"the plan names layer {prefix!r}, which is no MoE layer; those are {', '.join(stacks)}")
         if len(layer.slots) != stacks[prefix].num_experts:
             raise PlanError(f"{prefix}: the plan has {len(layer.slots)} slots, the layer {stacks[prefix].num_experts}")
-        _check_guests(prefix, layer, plan, stacks)
         check_layer(prefix, layer, top_k=model.top_k, groups=model.groups)
+        context = Context(
+            where=prefix,
+            slots=layer.slots,
+            top_k=model.top_k,
+            stack=stacks[prefix],
+            other=partial(_layer_and_answers, plan, stacks),
+        )
+        for slot, answer in enumerate(layer.slots):
+            answer.check(slot, context)
 
 
 def check_layer(where: str, layer: LayerPlan, *, top_k: int, groups: Groups) -> None:
@@ -63,9 +73,8 @@ def check_layer(where: str, layer: LayerPlan, *, top_k: int, groups: Groups) -> 
         )
     if not layer.pool:
         raise PlanError(f"{where}: plan keeps no expert; keep at least 1")
-    if layer.auxiliary is not None:
-        _check_auxiliary(where, layer, top_k)
-    elif layer.stored == len(layer.slots) and not layer.untouched:
+    pool_alone = not layer.slot_map().kinds
+    if pool_alone and len(layer.pool) == len(layer.slots) and not layer.native:
         raise PlanError(f"{where}: plan changes slots but removes no expert; keep every slot as it is, or remove some")
     if groups.count == 1 or len(left) == len(layer.slots):
         return
@@ -88,44 +97,14 @@ def check_layer(where: str, layer: LayerPlan, *, top_k: int, groups: Groups) -> 
         )
 
 
-def _check_auxiliary(where: str, layer: LayerPlan, top_k: int) -> None:
-    """Refuse a split of slots that runs none or all of them, or that the other answers of the layer do not know."""
-    assert layer.auxiliary is not None
-    main, share = layer.auxiliary.main, layer.auxiliary.share
-    if not 1 <= main <= top_k or not 0 < share <= 1:
-        raise PlanError(
-            f"{where}: {main} main slots of a token and a share of {share}; the router picks {top_k}: run 1 to {top_k} "
-            "of them, and a share above 0 and at most 1"
-        )
-    if any(
-        slot != Slot("expert", number) and slot.kind not in ("constant", "drop")
-        for number, slot in enumerate(layer.slots)
-    ):
-        raise PlanError(f"{where}: beside auxiliary slots only kept experts, constants and dropped slots are known")
-
-
-def _check_guests(where: str, layer: LayerPlan, plan: Plan, stacks: Mapping[str, Stack]) -> None:
-    """Refuse answers from other layers that those layers do not keep, or whose experts have other shapes."""
-    by_index = {stack.index: stack for stack in stacks.values() if stack.index is not None}
-    for number, slot in enumerate(layer.slots):
-        if slot.layer is None:
-            continue
-        host = by_index.get(slot.layer)
-        if host is None or not 0 <= (slot.expert or 0) < host.num_experts:
-            raise PlanError(
-                f"{where}: slot {number} asks for expert {slot.expert} of layer {slot.layer}: no such expert"
-            )
-        mine = stacks[where]
-        if (host.expert_bytes, host.dtype) != (mine.expert_bytes, mine.dtype):
-            raise PlanError(
-                f"{where}: slot {number} asks for an expert of {host.expert_bytes:,} bytes of layer {slot.layer}, its "
-                f"own have {mine.expert_bytes:,}; only layers of one shape can share"
-            )
-        kept = plan.layers.get(host.prefix)
-        if kept is not None and kept.slots[slot.expert or 0] != Slot("expert", slot.expert):
-            raise PlanError(
-                f"{where}: slot {number} asks for expert {slot.expert} of layer {slot.layer}, which does not keep it"
-            )
+def _layer_and_answers(
+    plan: Plan, stacks: Mapping[str, Stack], layer: int
+) -> tuple[Stack, Sequence[Answer] | None] | None:
+    """Return a decoder layer on disk and its answers, see `Context.other`."""
+    stack = next((stack for stack in stacks.values() if stack.index == layer), None)
+    if stack is None:
+        return None
+    return stack, plan.layers[stack.prefix].slots if stack.prefix in plan.layers else None
 
 
 def _weights(model: ModelFacts) -> dict:

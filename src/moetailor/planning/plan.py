@@ -5,18 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from moetailor.answers import Answer, SlotMap
+from moetailor.checkpoint.experts import ExpertShape
 from moetailor.checkpoint.facts import ModelFacts
-from moetailor.checkpoint.files import DTYPES
 from moetailor.checkpoint.layout import Stack
 from moetailor.errors import PlanError
-from moetailor.planning.slot_map import SlotMap
-from moetailor.planning.slots import LayerPlan
+from moetailor.planning.layer_plan import LayerPlan
 
 VERSION = 1
 
@@ -52,16 +52,16 @@ class Plan:
     def slot_maps(self) -> dict[int, SlotMap]:
         """The slot maps of the layers that are changed and that the model runs, by decoder layer."""
 
-        def guest_slot(layer: int, expert: int) -> int:
-            host = self.by_layer.get(layer)
-            return expert if host is None else host.kept_slots.index(expert)
+        def slot_of(layer: int, expert: int) -> int:
+            lender = self.by_layer.get(layer)
+            return expert if lender is None else lender.kept_slots.index(expert)
 
-        return {layer: plan.slot_map(guest_slot) for layer, plan in sorted(self.by_layer.items())}
+        return {layer: plan.slot_map(slot_of) for layer, plan in sorted(self.by_layer.items())}
 
     @property
-    def built(self) -> set[str]:
-        """The answers whose tensors are computed, see `LayerPlan.built`."""
-        return {kind for plan in self.layers.values() for kind in plan.built}
+    def computed(self) -> set[str]:
+        """The kinds of answers for which a method must compute tensors, see `LayerPlan.computed`."""
+        return {kind for plan in self.layers.values() for kind in plan.computed}
 
     @property
     def nbytes(self) -> int:
@@ -148,41 +148,33 @@ def planned_nbytes(model: ModelFacts, layers: Mapping[str, LayerPlan]) -> int:
     total = model.nbytes
     for stack in model.stacks:
         if plan := layers.get(stack.prefix):
-            total -= (stack.num_experts - plan.stored) * stack.expert_bytes
+            total += stored_nbytes(plan, stack) - stack.num_experts * stack.expert_bytes
             total -= (stack.num_experts - len(plan.kept_slots)) * stack.slot_bytes
-            total += added_nbytes(plan, stack, model.width)
     return total
 
 
-def added_nbytes(plan: LayerPlan, stack: Stack, width: int) -> int:
-    """Return the bytes that a plan adds to a layer beside whole experts: stand-ins, own parts, vectors.
+def stored_nbytes(plan: LayerPlan, stack: Stack) -> int:
+    """Return the bytes that a layer's plan stores: the pool, and the tensors of its other answers.
 
     Args:
         plan: the plan.
         stack: the layer.
-        width: D.
     """
-    itemsize = DTYPES[stack.dtype].itemsize
-    own = sum(plan.low_ranks.values()) * stack.matrices * (width + stack.inner)
-    vectors = 0
-    if plan.auxiliary is not None:
-        slots = len(plan.kept_slots)
-        vectors = plan.auxiliary.rows(slots) * ((stack.matrices - 1) * width + stack.inner)
-        vectors += slots * width * plan.auxiliary.constants
-    return stand_in_nbytes(plan.ranks, plan.shared_input, width, itemsize) + (own + vectors) * itemsize
+    # Layers that the model does not run only lose slots.
+    added = 0 if stack.shape is None else plan.slot_map().nbytes(stack.shape, stack.dtype)
+    return len(plan.pool) * stack.expert_bytes + added
 
 
-def stand_in_nbytes(ranks: Sequence[int], shared_input: bool, width: int, itemsize: int) -> int:
-    """Return the bytes of a layer's stand-ins: a constant each, and two factors for each rank of a linear map.
+def answers_nbytes(answers: Iterable[Answer], shape: ExpertShape, dtype: str) -> int:
+    """Return the bytes of the tensors that some answers together have in a layer.
 
     Args:
-        ranks: rank of each stand-in.
-        shared_input: the input factor is stored once, as wide as the largest rank.
-        width: D.
-        itemsize: bytes of a number.
+        answers: none of them a row of the pool.
+        shape: the layer's experts.
+        dtype: their safetensors dtype.
     """
-    inputs = max(ranks, default=0) if shared_input else sum(ranks)
-    return (len(ranks) + inputs + sum(ranks)) * width * itemsize
+    slots = tuple(answers)
+    return SlotMap(experts=1, rows=(-1,) * len(slots), answers=slots).nbytes(shape, dtype)
 
 
 def calibration_hash(fingerprint: dict) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from moetailor.calibration.statistics import Sample, Sums
-from moetailor.checkpoint.experts import Experts
+from moetailor.checkpoint.experts import Experts, ExpertShape
 from moetailor.checkpoint.family import Groups
 
 
@@ -31,9 +31,8 @@ class LayerView:
         protected: experts that must stay.
         nbytes: bytes that the layer's experts and stand-ins may take; 0 when nobody said.
         expert_bytes: bytes of one expert.
-        itemsize: bytes of a number.
-        inner: neurons of an expert, F.
-        matrices: matrices of an expert: 3 with a gate, 2 without.
+        shape: what an expert is made of.
+        dtype: safetensors dtype of the experts.
         effect: nats a token that a squared error of 1 a token costs in the end; None where it was not recorded.
         original: the sampled tokens as they are in the original model, [N, D], where `sample` has what the already
             compressed layers before this one make of them.
@@ -52,9 +51,8 @@ class LayerView:
     protected: frozenset[int] = frozenset()
     nbytes: int = 0
     expert_bytes: int = 0
-    itemsize: int = 0
-    inner: int = 0
-    matrices: int = 3
+    shape: ExpertShape = ExpertShape(width=0, inner=0)  # noqa: RUF009 (frozen)
+    dtype: str = "F32"
     effect: float | None = None
     original: torch.Tensor | None = None
     read_sums: Callable[[], Sums]

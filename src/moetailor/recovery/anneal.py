@@ -15,6 +15,7 @@ from torch import nn
 from torch.func import functional_call
 from transformers import TrainerCallback
 
+from moetailor.answers import LowRank, low_rank
 from moetailor.checkpoint.anatomy import Anatomy
 from moetailor.checkpoint.experts import Experts
 from moetailor.errors import MoetailorError
@@ -61,7 +62,7 @@ class Annealing(TrainerCallback):
         teacher.requires_grad_(False)
         for layer in self._anatomy.layers.values():
             module = _compressed(student.get_submodule(layer.experts))
-            if module is not None and module.slots.low:
+            if module is not None and module.slots.of(LowRank):
                 self._mixtures.append(Mixture(module, teacher.get_submodule(layer.experts)))
         if not self._mixtures:
             raise MoetailorError("--anneal: the model has no low-rank experts to fade in; --method lightmoe makes them")
@@ -97,24 +98,23 @@ class Mixture:
         MoetailorError: the layer has other answers than kept and low-rank experts.
     """
 
-    def __init__(self, module: CompressedExperts, original: Any) -> None:
+    def __init__(self, module: Any, original: Any) -> None:
         self.module, self.original, self.beta = module, original, 1.0
-        first = module.slots.experts + len(module.slots.guests)
-        pairs = enumerate(module.slots.slots)
-        self._low = {slot: row - first for slot, row in pairs if row >= first}
-        self._kept = {slot: row for slot, row in enumerate(module.slots.slots) if slot not in self._low}
-        others = sum(not 0 <= row < module.slots.experts for row in self._kept.values())
-        dropped = len(original.down_proj) - len(module.slots.slots)
+        slots = module.slots
+        self._low = {slot: number for number, slot in enumerate(low_rank.members(slots))}
+        self._kept = {slot: row for slot, row in enumerate(slots.pool_rows) if row >= 0}
+        others = len(slots.rows) - len(self._low) - len(self._kept)
+        dropped = len(original.down_proj) - len(slots.rows)
         if others or dropped:
             raise MoetailorError(
                 f"--anneal mixes kept and low-rank experts with their originals; a layer has {others} slots with other "
                 f"answers and {dropped} dropped ones; leave --anneal out"
             )
-        self._whole = any(bool(getattr(module, f"low_{part}_out").any()) for part in self._parts)
+        self._whole = any(bool(module.tensor(f"low_rank_{part}_out").any()) for part in self._parts)
 
     @property
     def _parts(self) -> list[str]:
-        return [*Experts(self.module).inputs, "down"] if self.module.slots.low_rows else []
+        return [part for part in Experts(self.module).shape.matrices if f"low_rank_{part}_out" in self.module.added]
 
     def __call__(self, hidden_TD: torch.Tensor, slot_TK: torch.Tensor, gate_TK: torch.Tensor) -> torch.Tensor:
         """Return the layer's routed output, [T, D], by the family's own forward on the mixed weights."""
@@ -137,11 +137,11 @@ class Mixture:
     def _faded(self, part: str, original: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
         """Return one matrix of each replaced expert, faded in."""
         module = self.module
-        base = getattr(module, f"base_{part}")[module.low_base[number]]
+        base = module.tensor(f"low_rank_base_{part}")[module.low_rank_base[number]]
         if part not in self._parts:  # biases
             return self.beta * original + (1 - self.beta) * base
-        inner = module.stacked(f"low_{part}_in", number).to(base)
-        outer = module.stacked(f"low_{part}_out", number).to(base)
+        inner = low_rank.factor(module, f"{part}_in", number).to(base)
+        outer = low_rank.factor(module, f"{part}_out", number).to(base)
         own = outer.transpose(1, 2) @ inner
         base = base + own if self._whole else base
         return self.beta * original + (1 - self.beta) * base + (0 if self._whole else own)

@@ -33,7 +33,7 @@ def check_shardable(model: Any) -> None:
     Raises:
         MoetailorError: see the message.
     """
-    if any(isinstance(module, CompressedExperts) and module.hosts for module in model.modules()):
+    if any(isinstance(module, CompressedExperts) and module.lenders for module in model.modules()):
         raise MoetailorError(
             "--fsdp: layers of this model use experts of other layers, which are not whole while these run; "
             "train it without --fsdp"

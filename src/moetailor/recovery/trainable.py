@@ -9,8 +9,9 @@ from typing import Any
 from torch import nn
 
 from moetailor.checkpoint.anatomy import Anatomy, tensors_of
+from moetailor.checkpoint.storage import find_storage
 from moetailor.errors import MoetailorError, did_you_mean
-from moetailor.runtime.experts import STAND_IN_TENSORS, CompressedExperts
+from moetailor.runtime.experts import CompressedExperts
 
 WORDS = ("router", "standins", "experts", "rest")
 PEFT_HINT = "training experts or the rest needs the peft library: pip install 'moetailor[recover]'"
@@ -111,7 +112,7 @@ class Adapters:
         whole = [model.get_parameter(name) for name in selection.whole]
         model.requires_grad_(False)
         self._tuner = _inject(model, selection, rank, alpha) if selection.adapted else None
-        self._bind_hosts()
+        self._bind_lenders()
         for parameter in whole:
             parameter.requires_grad_(True)
         for parameter in model.parameters():
@@ -123,15 +124,16 @@ class Adapters:
         if self._tuner is not None:
             self._tuner.merge_and_unload()
             self._tuner = None
-            self._bind_hosts()
+            self._bind_lenders()
         self._model.requires_grad_(False)
 
-    def _bind_hosts(self) -> None:
-        """Let guests visit what now stands at the place of the experts module that they were bound to."""
+    def _bind_lenders(self) -> None:
+        """Let layers ask what now stands at the place of the experts module that they were bound to."""
         for part in self._model.modules():
             if isinstance(part, CompressedExperts):
-                for host in part.hosts:
-                    part.__dict__["hosts"][host] = self._model.get_submodule(self._anatomy.layers[host].experts)
+                for lender in part.lenders:
+                    path = self._anatomy.layers[lender].experts
+                    part.__dict__["lenders"][lender] = self._model.get_submodule(path)
 
 
 def _inject(model: nn.Module, selection: Selection, rank: int, alpha: float) -> Any:
@@ -157,9 +159,13 @@ def _routers(model: nn.Module, anatomy: Anatomy) -> list[str]:
 
 
 def _stand_ins(model: nn.Module, anatomy: Anatomy) -> list[str]:
-    parameters = dict(model.named_parameters())
-    names = [f"{layer.experts}.{name}" for layer in anatomy.layers.values() for name in STAND_IN_TENSORS]
-    return [name for name in names if name in parameters]
+    found = []
+    for layer in anatomy.layers.values():
+        module = model.get_submodule(layer.experts)
+        for name, spec in module.added.items() if isinstance(module, CompressedExperts) else ():
+            if spec.trainable and find_storage(spec.storage).trains:
+                found += [f"{layer.experts}.{part}" for part in spec.parts(name, "F32")]
+    return found
 
 
 def _experts(model: nn.Module, anatomy: Anatomy) -> list[str]:

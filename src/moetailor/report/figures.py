@@ -8,6 +8,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 
+from moetailor.answers import Keep
 from moetailor.report.drawing import (
     BLUE,
     GREEN,
@@ -86,7 +87,7 @@ def layer_errors(cells: Sequence[Cell]) -> Markup | None:
         (max(found["expected"], NOTHING), max(found["measured"], NOTHING), layers.index(int(layer)))
         for cell in cells
         for layer, found in cell["layers"].items()
-        if set(found["slots"]) != {"K"}
+        if set(found["slots"]) != {Keep.letter}
     ]
     if not points:
         return None

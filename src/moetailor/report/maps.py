@@ -16,22 +16,11 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.image import AxesImage
 
-from moetailor.report.drawing import BLUE, GREEN, ORANGE, PINK, SKY, YELLOW, canvas, svg
+from moetailor.answers import ANSWERS
+from moetailor.report.drawing import canvas, svg
 from moetailor.report.words import Cell
 
 Usage = Mapping[str, Mapping[str, Sequence[float]]]
-# What stands behind a slot: its letter in a comparison, in words, and its colour.
-ANSWERS = {
-    "K": ("kept", "#c3c9d1"),
-    "f": ("kept, weights fitted", "#b9a3d9"),
-    "d": ("dropped", "#3d4148"),
-    ">": ("another expert", SKY),
-    "m": ("merged", PINK),
-    "c": ("constant", ORANGE),
-    "l": ("linear map", GREEN),
-    "b": ("low rank over a base", BLUE),
-    "v": ("vectors", YELLOW),
-}
 # Shares are drawn up to this many doublings around an even split.
 DOUBLINGS = 3
 
@@ -76,8 +65,8 @@ def slots(cells: Sequence[Cell], shares: Usage, title: str) -> Markup:
         title: of the picture, for screen readers.
     """
     order = by_use(shares)
-    letters = list(ANSWERS)
-    colors = ListedColormap([color for _, color in ANSWERS.values()])
+    letters = [kind.letter for kind in ANSWERS.values()]
+    colors = ListedColormap([kind.color for kind in ANSWERS.values()])
     layers = len(cells[0]["layers"])
     figure, grid = canvas(len(cells) * (_height(layers, cell=0.11) + 0.3), len(cells), squeeze=False)
     for axes, cell in zip(grid.flat, cells, strict=True):

@@ -9,6 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from moetailor.answers import ANSWERS
 from moetailor.errors import MoetailorError
 from moetailor.report import figures, maps
 from moetailor.report.drawing import style
@@ -90,7 +91,7 @@ def _shown(results: Mapping[str, Any]) -> dict[str, Any]:
         "measured": measured,
         "failed": [cell for cell in cells if cell["error"] is not None],
         "ratios": ratios,
-        "answers": [answer for letter, answer in maps.ANSWERS.items() if letter in found],
+        "answers": [(kind.label, kind.color) for kind in ANSWERS.values() if kind.letter in found],
         "quality": measured and figures.quality(measured, original),
         "maps": results["usage"] and maps.usage(results["usage"]),
         "layer_errors": figures.layer_errors(measured),

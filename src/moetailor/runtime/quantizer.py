@@ -14,11 +14,13 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from moetailor.checkpoint.anatomy import discover
+from moetailor.answers import SlotMap
+from moetailor.answers.slot_map import CURE
+from moetailor.checkpoint.anatomy import Anatomy, discover
 from moetailor.errors import CheckpointError
-from moetailor.planning.slot_map import SlotMap
 from moetailor.runtime.experts import CompressedExperts
-from moetailor.runtime.reshape import Change, reshape_model
+from moetailor.runtime.reshape import LayerChange, reshape_model
+from moetailor.schema import read
 
 QUANT_METHOD = "moetailor"
 FORMAT_VERSION = 1
@@ -33,13 +35,14 @@ class MoetailorConfig(QuantizationConfigMixin):
     """
 
     def __init__(self, layers: dict[str, dict] | None = None, version: int = FORMAT_VERSION, **kwargs: Any) -> None:
-        if version > FORMAT_VERSION:
+        if type(version) is not int or version > FORMAT_VERSION:
             raise CheckpointError(
-                f"the checkpoint is of moetailor format {version}, this one reads up to {FORMAT_VERSION}; update it"
+                f"the checkpoint is of moetailor format {version}, this moetailor reads up to {FORMAT_VERSION}; "
+                "update it"
             )
         self.quant_method: Any = QUANT_METHOD
         self.version = version
-        self.layers = {str(layer): dict(entry) for layer, entry in (layers or {}).items()}
+        self.layers = layers or {}
 
     @classmethod
     def of(cls, maps: dict[int, SlotMap]) -> MoetailorConfig:
@@ -48,7 +51,9 @@ class MoetailorConfig(QuantizationConfigMixin):
 
     def slot_maps(self) -> dict[int, SlotMap]:
         """Return the slot maps by decoder layer."""
-        return {int(layer): SlotMap.from_json(entry) for layer, entry in self.layers.items()}
+        where = "config.json, quantization_config, layers"
+        layers = read(dict[int, Any], self.layers, where, error=CheckpointError, cure=CURE)
+        return {layer: SlotMap.from_json(entry, f"{where}, {layer}") for layer, entry in layers.items()}
 
 
 class MoetailorQuantizer(HfQuantizer):
@@ -95,14 +100,29 @@ def reshape_loaded(model: Any, maps: dict[int, SlotMap]) -> None:
     if not maps:
         return
     anatomy = discover(original_config(model.config), model)
-    unknown = sorted(set(maps) - set(anatomy.layers))
-    if unknown:
-        raise CheckpointError(f"quantization_config names layers {unknown}, which are no MoE layers of this model")
+    _check_maps(maps, anatomy)
     changes = {
-        layer: Change(experts=range(slot_map.experts), slots=range(len(slot_map.slots)), slot_map=slot_map)
+        layer: LayerChange(experts=range(slot_map.experts), slots=range(len(slot_map.rows)), slot_map=slot_map)
         for layer, slot_map in maps.items()
     }
     reshape_model(model, anatomy, changes)
+
+
+def _check_maps(maps: dict[int, SlotMap], anatomy: Anatomy) -> None:
+    """Refuse slot maps that are not of this model."""
+    where = "config.json, quantization_config"
+    if unknown := sorted(set(maps) - set(anatomy.layers)):
+        raise CheckpointError(f"{where}: names layers {unknown}, which are no MoE layers of this model; {CURE}")
+    for index, slots in maps.items():
+        most, mine = anatomy.layers[index].num_experts, anatomy.layers[index].expert_shape
+        if max(slots.experts, len(slots.rows)) > most:
+            raise CheckpointError(
+                f"{where}, layer {index}: {len(slots.rows)} slots and {slots.experts} experts, the original has "
+                f"{most}; {CURE}"
+            )
+        for lender in slots.lenders:
+            if lender not in anatomy.layers or anatomy.layers[lender].expert_shape != mine:
+                raise CheckpointError(f"{where}, layer {index}: layer {lender} cannot lend it experts; {CURE}")
 
 
 def fill_maps(module: nn.Module) -> None:

@@ -1,8 +1,9 @@
-"""The tensors that a plan adds to a layer, stand-ins and merged experts: computed, and put in place."""
+"""The tensors that a plan needs and the original does not have: computed by the plan's method, and put in place."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -10,17 +11,31 @@ from torch import nn
 
 from moetailor.calibration.folder import Calibration
 from moetailor.checkpoint.anatomy import Anatomy
+from moetailor.checkpoint.experts import Experts, ExpertShape
+from moetailor.checkpoint.files import DTYPE_NAMES, DTYPES
 from moetailor.checkpoint.weights import ExpertWeights
 from moetailor.errors import PlanError, did_you_mean
 from moetailor.methods.registry import METHODS, find_method
 from moetailor.methods.run import view_of
 from moetailor.planning.plan import Plan, calibration_hash
 from moetailor.planning.view import LayerView
-from moetailor.runtime.experts import STAND_IN_TENSORS
-from moetailor.runtime.reshape import Change, reshape_model
+from moetailor.runtime.reshape import LayerChange, reshape_model
 
 Tensors = dict[str, torch.Tensor]
 Propagate = Literal["original", "compressed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerTensors:
+    """What was computed for one layer.
+
+    Attributes:
+        added: the numbers of the answers' tensors, by the names that they declare.
+        rebuilt: experts whose weights are computed anew, as the family's parameters with a row for each of them.
+    """
+
+    added: Tensors
+    rebuilt: Tensors
 
 
 def check_calibration(plan: Plan, calibration: Calibration | None, propagate: Propagate = "original") -> None:
@@ -36,12 +51,12 @@ def check_calibration(plan: Plan, calibration: Calibration | None, propagate: Pr
     """
     if propagate not in get_args(Propagate):
         raise PlanError(f"propagate {propagate!r}" + did_you_mean(propagate, get_args(Propagate)))
-    if not plan.built:
+    if not plan.computed:
         if propagate == "compressed":
             raise PlanError(f"--propagate compressed: a plan of {plan.method!r} has nothing to fit; leave it out")
         return
     method = find_method(plan.method)
-    if lost := sorted(plan.built - method.builds):
+    if lost := sorted(plan.computed - method.builds):
         able = ", ".join(name for name, other in sorted(METHODS.items()) if lost[0] in other.builds)
         raise PlanError(
             f"the plan has {lost[0]} slots, which method {plan.method!r} does not compute; set its method to one that "
@@ -50,7 +65,7 @@ def check_calibration(plan: Plan, calibration: Calibration | None, propagate: Pr
     method.resolve(plan.parameters)
     if calibration is None:
         raise PlanError(
-            f"the plan has {sorted(plan.built)[0]} slots, which are computed from the calibration; name it with "
+            f"the plan has {sorted(plan.computed)[0]} slots, which are computed from the calibration; name it with "
             "--calibration"
         )
     if calibration_hash(calibration.fingerprint) != plan.calibration:
@@ -59,12 +74,12 @@ def check_calibration(plan: Plan, calibration: Calibration | None, propagate: Pr
         )
 
 
-def opened(
+def layer_views(
     plan: Plan, calibration: Calibration | None, weights: ExpertWeights
 ) -> Iterator[tuple[int, LayerView | None]]:
     """Yield the decoder layers that change, in order, and what their new tensors, if any, are computed from."""
     for layer in sorted(plan.by_layer):
-        if not plan.by_layer[layer].built:
+        if not plan.by_layer[layer].computed:
             yield layer, None
             continue
         assert calibration is not None
@@ -73,11 +88,8 @@ def opened(
         view.close()
 
 
-def build_layer(plan: Plan, view: LayerView) -> Tensors:
-    """Return the tensors that a plan adds to one layer, in the dtype that they were computed in.
-
-    Those of stand-ins have their own names (see `CompressedExperts`); those of merged experts have the names of the
-    family's parameters, with a row for each merged expert in the order of the centres.
+def compute_layer(plan: Plan, view: LayerView) -> LayerTensors:
+    """Return what a plan needs computed for one layer, in the dtype that it was computed in.
 
     Raises:
         PlanError: a value is not finite.
@@ -88,14 +100,44 @@ def build_layer(plan: Plan, view: LayerView) -> Tensors:
     for name, tensor in given.items():
         if not bool(torch.isfinite(tensor).all()):
             raise PlanError(f"layer {view.index}: the new {name} is not finite; calibrate again in a wider --dtype")
-    stand_ins = {name: tensor for name, tensor in given.items() if name in STAND_IN_TENSORS}
-    merged = {name: tensor for name, tensor in given.items() if name not in STAND_IN_TENSORS}
-    assert bool(merged) == bool(layer.merged), f"{plan.method} planned {len(layer.merged)} merged experts"
-    # Without merged experts the weights need not be loaded.
-    return stand_ins | (view.experts.packed(merged) if merged else {})
+    declared = plan.slot_maps[view.index].tensors(view.shape)
+    matrices = {name: tensor for name, tensor in given.items() if name not in declared}
+    shapes = {name: tuple(tensor.shape) for name, tensor in given.items() if name in declared}
+    assert shapes == {name: spec.shape for name, spec in declared.items()}, f"{plan.method} gave {shapes}"
+    assert bool(matrices) == bool(layer.rebuilt), f"{plan.method} planned {len(layer.rebuilt)} experts with new weights"
+    # Without new experts the weights need not be loaded.
+    rebuilt = view.experts.packed(matrices) if matrices else {}
+    return LayerTensors(added={name: given[name] for name in declared}, rebuilt=rebuilt)
 
 
-def carry_out(model: nn.Module, anatomy: Anatomy, plan: Plan, layer: int, tensors: Mapping[str, torch.Tensor]) -> None:
+def stored_tensors(plan: Plan, layer: int, shape: ExpertShape, tensors: LayerTensors, dtype: str) -> LayerTensors:
+    """Return what was computed as it is stored: rounded, or turned into codes.
+
+    Args:
+        plan: the plan.
+        layer: decoder layer.
+        shape: what the layer's experts are made of.
+        tensors: the numbers.
+        dtype: safetensors dtype of the layer's experts.
+
+    Raises:
+        PlanError: a number is larger than the dtype holds.
+    """
+    declared, added = plan.slot_maps[layer].tensors(shape), {}
+    for name, numbers in tensors.added.items():
+        added |= declared[name].encode(name, numbers, dtype)
+    stored = LayerTensors(added=added, rebuilt={n: t.to(DTYPES[dtype]) for n, t in tensors.rebuilt.items()})
+    for name, tensor in (stored.added | stored.rebuilt).items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            most = torch.finfo(tensor.dtype).max
+            raise PlanError(
+                f"layer {layer}: {name} has numbers beyond {most:,.0f}, the most that {dtype} holds; store the "
+                "original in BF16 or F32 first, then calibrate and apply that"
+            )
+    return stored
+
+
+def change_layer(model: nn.Module, anatomy: Anatomy, plan: Plan, layer: int, tensors: LayerTensors | None) -> None:
     """Change one layer of a model in memory, in place.
 
     Args:
@@ -103,21 +145,21 @@ def carry_out(model: nn.Module, anatomy: Anatomy, plan: Plan, layer: int, tensor
         anatomy: its MoE layers.
         plan: what becomes of the layer.
         layer: which decoder layer.
-        tensors: what `build_layer` gave for it.
+        tensors: what `compute_layer` gave for it; None where nothing is computed.
     """
-    layer_plan = plan.by_layer[layer]
+    layer_plan, moe = plan.by_layer[layer], anatomy.layers[layer]
     slot_map = None if plan.native else plan.slot_maps[layer]
-    reshape_model(
-        model,
-        anatomy,
-        {layer: Change(experts=layer_plan.pool, slots=layer_plan.kept_slots, slot_map=slot_map)},
-    )
-    module = model.get_submodule(anatomy.layers[layer].experts)
-    rows = [layer_plan.pool.index(centre) for centre in layer_plan.merged]
+    change = LayerChange(experts=layer_plan.pool, slots=layer_plan.kept_slots, slot_map=slot_map)
+    reshape_model(model, anatomy, {layer: change})
+    if tensors is None:
+        return
+    module: nn.Module = model.get_submodule(moe.experts)
+    dtype = DTYPE_NAMES[Experts(module).dtype]
+    stored = stored_tensors(plan, layer, moe.expert_shape, tensors, dtype)
+    rows = [layer_plan.pool.index(expert) for expert in layer_plan.rebuilt]
     with torch.no_grad():
-        for name, tensor in tensors.items():
+        for name, tensor in stored.added.items():
+            getattr(module, name).copy_(tensor)
+        for name, tensor in stored.rebuilt.items():
             parameter = getattr(module, name)
-            if name in STAND_IN_TENSORS:
-                parameter.copy_(tensor)
-            else:
-                parameter[rows] = tensor.to(parameter)
+            parameter[rows] = tensor.to(parameter)

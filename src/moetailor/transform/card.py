@@ -8,28 +8,16 @@ import yaml
 
 from moetailor._version import __version__
 from moetailor.planning.plan import Plan
-
-LOADING = {
-    "native": "An ordinary checkpoint: it loads wherever the original does.",
-    "moetailor": "Loads in transformers after `import moetailor` (`pip install moetailor`):",
-}
-EXAMPLE = """
-```python
-import moetailor
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
-```
-"""
+from moetailor.transform.formats import Format
 
 
-def model_card(plan: Plan, source: Path, written: str) -> str:
+def model_card(plan: Plan, source: Path, form: Format) -> str:
     """Return README.md of a compressed checkpoint.
 
     Args:
         plan: what was done.
         source: folder of the original, whose card names the licence.
-        written: the format.
+        form: the form that it is written in.
     """
     base = plan.model.source if plan.model.source.count("/") == 1 and not Path(plan.model.source).exists() else ""
     front = [f"base_model: {base}", "base_model_relation: quantized"] if base else []
@@ -47,13 +35,13 @@ def model_card(plan: Plan, source: Path, written: str) -> str:
         f"- Method: {plan.method} (parameters: {parameters})",
         f"- Budget: {plan.budget}",
         f"- Tensors: {plan.nbytes:,} bytes, the original has {plan.model.nbytes:,}",
-        f"- Format: {written}. {LOADING[written]}",
+        f"- Format: {form.name}. {form.loading}",
         f"- Made by moetailor {__version__}; the plan is in moetailor_plan.json, what it was made from in "
         "moetailor_provenance.json.",
     ]
     if not licence:
         lines.append("- Licence: the original names none here; its terms hold for this model too.")
-    return "\n".join(lines) + "\n" + (EXAMPLE if written == "moetailor" else "")
+    return "\n".join(lines) + "\n" + form.example
 
 
 def original_licence(folder: Path) -> dict[str, str]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
-from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,24 +14,30 @@ import torch
 
 from moetailor._version import __version__
 from moetailor.calibration.folder import Calibration
-from moetailor.checkpoint.anatomy import Anatomy, discover
+from moetailor.checkpoint.anatomy import discover
 from moetailor.checkpoint.facts import facts_of_checkpoint
-from moetailor.checkpoint.files import DTYPES, INDEX, Checkpoint, TensorInfo, open_checkpoint, read_header
+from moetailor.checkpoint.files import INDEX, Checkpoint, TensorInfo, open_checkpoint, read_header
 from moetailor.checkpoint.layout import DiskStack, find_stacks
 from moetailor.checkpoint.loader import StreamedModel, disk_tensors, load_config
 from moetailor.checkpoint.models import resolve_device
 from moetailor.checkpoint.weights import ExpertWeights
-from moetailor.checkpoint.writer import Piece, check_place, new_folder, rows, save_tensors, whole, write_shards
+from moetailor.checkpoint.writer import check_place, new_folder, save_tensors, write_shards
 from moetailor.errors import CheckpointError, PlanError
 from moetailor.planning.checks import check_plan
 from moetailor.planning.plan import Plan
-from moetailor.planning.slots import LayerPlan
-from moetailor.runtime.experts import STAND_IN_TENSORS
-from moetailor.transform.build import Propagate, Tensors, build_layer, check_calibration, opened
+from moetailor.transform.build import (
+    LayerTensors,
+    Propagate,
+    Tensors,
+    check_calibration,
+    compute_layer,
+    layer_views,
+    stored_tensors,
+)
 from moetailor.transform.card import model_card
-from moetailor.transform.formats import Format, patched_config, resolve_format
+from moetailor.transform.formats import resolve_format
+from moetailor.transform.pieces import Parts
 from moetailor.transform.propagate import propagated
-from moetailor.transform.verify import verify_result
 
 PLAN_FILE, PROVENANCE_FILE = "moetailor_plan.json", "moetailor_provenance.json"
 # Tokenizer, generation config, chat template, licence and code.
@@ -46,7 +52,7 @@ def apply_to_checkpoint(
     out: str | Path,
     *,
     calibration: Calibration | None = None,
-    format: Format = "auto",
+    format: str = "auto",
     overwrite: bool = False,
     allow_other_weights: bool = False,
     trust_remote_code: bool = False,
@@ -62,7 +68,7 @@ def apply_to_checkpoint(
         model: folder or hub name of the original.
         out: folder of the result; it appears when it is complete.
         calibration: the calibration of the plan; needed when the plan has stand-ins or merged experts.
-        format: ``native``, ``moetailor``, or ``auto`` for native where the plan allows it.
+        format: one of `FORMATS`, or ``auto`` for the first that can hold the plan: native, else moetailor.
         overwrite: replace an existing folder, at the end.
         allow_other_weights: apply the plan to another model of the same shapes.
         trust_remote_code: run code that comes with the checkpoint.
@@ -91,67 +97,23 @@ def apply_to_checkpoint(
     # Other weights of the same shapes may have another dtype, hence other bytes; of the same ones the name is kept.
     if plan.model.stacks != facts.stacks or plan.model.nbytes != facts.nbytes:
         plan = replace(plan, model=facts)
-    written = resolve_format(plan, format)
+    form = resolve_format(plan, format)
     stacks = find_stacks(checkpoint, anatomy, source.names)
+    parts = Parts(plan=plan, checkpoint=checkpoint, anatomy=anatomy, stacks=stacks, rebuilt={}, added={})
     with new_folder(out, overwrite=overwrite, nbytes=plan.nbytes) as folder:
         scratch = folder / "built"
-        built = _build(plan, calibration, source, anatomy, stacks, scratch, propagate, progress)
-        shards = plan_shards(plan, checkpoint, anatomy, stacks, built)
-        nbytes = write_shards(folder, shards, progress and partial(progress, "write"))
+        parts = _compute(parts, calibration, source, scratch, propagate, progress)
+        nbytes = write_shards(folder, form.shards(parts), progress and partial(progress, "write"))
         shutil.rmtree(scratch, ignore_errors=True)
         assert nbytes == plan.nbytes, f"{nbytes} bytes written, {plan.nbytes} planned"
         copy_others(checkpoint.folder, folder, left_out=WRITTEN_ANEW)
-        write_json(folder / "config.json", patched_config(checkpoint.config, config, plan, written))
+        write_json(folder / "config.json", form.config(copy.deepcopy(checkpoint.config), config, plan))
         plan.save(folder / PLAN_FILE)
-        write_json(folder / PROVENANCE_FILE, provenance(plan, checkpoint, calibration, written, propagate))
-        (folder / "README.md").write_text(model_card(plan, checkpoint.folder, written))
+        write_json(folder / PROVENANCE_FILE, provenance(plan, checkpoint, calibration, form.name, propagate))
+        (folder / "README.md").write_text(model_card(plan, checkpoint.folder, form))
         if verify:
-            verify_result(folder, plan, trust_remote_code=trust_remote_code)
+            form.verify(folder, plan, trust_remote_code=trust_remote_code)
     return out
-
-
-def plan_shards(
-    plan: Plan,
-    checkpoint: Checkpoint,
-    anatomy: Anatomy,
-    stacks: dict[str, DiskStack],
-    built: Mapping[str, TensorInfo],
-) -> list[list[Piece]]:
-    """Return what each shard of the result holds, in the order of the original's shards.
-
-    Args:
-        plan: the plan.
-        checkpoint: the original.
-        anatomy: its MoE layers in memory.
-        stacks: its MoE layers on disk.
-        built: the tensors that the plan adds, by their name in the result; where experts are fused, with a row for
-            each merged one.
-    """
-    owner = {name: stack for stack in stacks.values() for name in [*stack.experts, *stack.fused, *stack.slots]}
-    shards: dict[Path, list[Piece]] = defaultdict(list)
-    for info in sorted(checkpoint.tensors.values(), key=lambda info: (info.file, info.offset)):
-        stack = owner.get(info.name)
-        layer = plan.layers.get(stack.prefix) if stack else None
-        if stack is None or layer is None:
-            shards[info.file].append(whole(info))
-        elif info.name in stack.experts:
-            expert = stack.experts[info.name]
-            if expert in layer.pool:
-                name = stack.renamed(info.name, layer.pool.index(expert))
-                shards[info.file].append(whole(built[name] if expert in layer.merged else info, name))
-        elif info.name in stack.fused:
-            other = {centre: (built[info.name], row) for row, centre in enumerate(layer.merged)}
-            shards[info.file].append(rows(info, stack.fused[info.name], layer.pool, other))
-        else:
-            shards[info.file].append(rows(info, stack.slots[info.name], layer.kept_slots))
-    for prefix in plan.layers:
-        stack = stacks[prefix]
-        if stack.index is not None:
-            # Stand-ins lie with the router of their layer.
-            home = checkpoint.tensors[next(iter(stack.slots))].file
-            names = [f"{anatomy.layers[stack.index].experts}.{name}" for name in STAND_IN_TENSORS]
-            shards[home] += [whole(built[name]) for name in names if name in built]
-    return [shards[file] for file in sorted(shards)]
 
 
 def provenance(
@@ -165,80 +127,82 @@ def provenance(
         "calibration": None if calibration is None else calibration.fingerprint,
         "method": plan.method,
         "parameters": dict(plan.parameters),
-        "fitted_on": propagate if plan.built else None,
+        "fitted_on": propagate if plan.computed else None,
         "budget": plan.budget,
         "bytes": {"original": checkpoint.nbytes, "compressed": plan.nbytes},
     }
 
 
-def _build(
-    plan: Plan,
+def _compute(
+    parts: Parts,
     calibration: Calibration | None,
     source: StreamedModel,
-    anatomy: Anatomy,
-    stacks: dict[str, DiskStack],
     scratch: Path,
     propagate: Propagate,
     progress: Progress | None,
-) -> dict[str, TensorInfo]:
-    """Compute what the plan adds, layer by layer, into files beside the result; return where each tensor lies."""
-    if not plan.built:
-        return {}
+) -> Parts:
+    """Compute what the plan adds, layer by layer, into files beside the result; return the parts with it."""
+    plan, stacks = parts.plan, {stack.index: stack for stack in parts.stacks.values()}
+    if not plan.computed:
+        return parts
     scratch.mkdir()
-    found: dict[str, TensorInfo] = {}
-    by_index = {stack.index: stack for stack in stacks.values()}
-    total = sum(bool(layer_plan.built) for layer_plan in plan.by_layer.values())
-    built = _built_layers(plan, calibration, source, anatomy, scratch, propagate)
-    for done, (layer, tensors) in enumerate(built, start=1):
-        named = _on_disk(plan.by_layer[layer], by_index[layer], source, anatomy.layers[layer].experts, tensors)
+    rebuilt: dict[str, TensorInfo] = {}
+    added: dict[int, dict[str, TensorInfo]] = {}
+    total = sum(bool(layer_plan.computed) for layer_plan in plan.by_layer.values())
+    for done, (layer, tensors) in enumerate(_computed_layers(parts, calibration, source, scratch, propagate), start=1):
+        stack, shape = stacks[layer], parts.anatomy.layers[layer].expert_shape
+        stored = stored_tensors(plan, layer, shape, tensors, stack.dtype)
         file = scratch / f"{layer:04d}.safetensors"
-        save_tensors({n: t.cpu().to(DTYPES[by_index[layer].dtype]).contiguous() for n, t in named.items()}, file)
-        found |= read_header(file)
+        on_disk = _as_on_disk(parts, stack, source, stored.rebuilt)
+        save_tensors({name: tensor.cpu().contiguous() for name, tensor in (stored.added | on_disk).items()}, file)
+        header = read_header(file)
+        added[layer] = {name: header[name] for name in stored.added}
+        rebuilt |= {name: header[name] for name in on_disk}
         if progress:
             progress("fit", done, total)
-    return found
+    return replace(parts, rebuilt=rebuilt, added=added)
 
 
-def _built_layers(
-    plan: Plan,
-    calibration: Calibration | None,
-    source: StreamedModel,
-    anatomy: Anatomy,
-    scratch: Path,
-    propagate: Propagate,
-) -> Iterator[tuple[int, Tensors]]:
+def _computed_layers(
+    parts: Parts, calibration: Calibration | None, source: StreamedModel, scratch: Path, propagate: Propagate
+) -> Iterator[tuple[int, LayerTensors]]:
     if propagate == "compressed":
         assert calibration is not None
-        yield from propagated(plan, calibration, source, anatomy, scratch / "states")
+        yield from propagated(parts.plan, calibration, source, parts.anatomy, scratch / "states")
         return
-    for layer, view in opened(plan, calibration, ExpertWeights(source)):
+    for layer, view in layer_views(parts.plan, calibration, ExpertWeights(source)):
         if view is not None:
-            yield layer, build_layer(plan, view)
+            yield layer, compute_layer(parts.plan, view)
 
 
-def _on_disk(layer: LayerPlan, stack: DiskStack, source: StreamedModel, experts: str, tensors: Tensors) -> Tensors:
-    """Return a layer's new tensors by their names on disk, merged experts by the rows that they will have.
+def _as_on_disk(parts: Parts, stack: DiskStack, source: StreamedModel, rebuilt: Tensors) -> Tensors:
+    """Return a layer's new experts by the names on disk that they will have.
+
+    Args:
+        parts: plan and original.
+        stack: the layer on disk.
+        source: the original in memory, which knows the rules of its family.
+        rebuilt: the family's parameters, with a row for each new expert.
 
     Raises:
         CheckpointError: the experts lie on disk in a way that transformers' rules do not give back.
     """
-    named = {f"{experts}.{name}": tensor for name, tensor in tensors.items() if name in STAND_IN_TENSORS}
-    merged = {f"{experts}.{name}": tensor for name, tensor in tensors.items() if name not in STAND_IN_TENSORS}
-    rows = [layer.pool.index(centre) for centre in layer.merged]
-    wanted = {name for name, expert in stack.experts.items() if expert in layer.merged} | set(stack.fused)
+    if not rebuilt:
+        return {}
+    layer, path = parts.plan.layers[stack.prefix], parts.anatomy.layers[stack.index or 0].experts
+    places = [layer.pool.index(expert) for expert in layer.rebuilt]
     found = {}
-    for name, tensor in (disk_tensors(source.model, merged) if merged else {}).items():
+    for name, tensor in disk_tensors(source.model, {f"{path}.{name}": t for name, t in rebuilt.items()}).items():
         name, number = stack.named(name), stack.expert_number(name)
-        found[name if number is None else stack.renamed(name, rows[number])] = tensor
-    expected = {
-        stack.renamed(name, layer.pool.index(stack.experts[name])) if name in stack.experts else name for name in wanted
-    }
-    if merged and (lost := sorted(expected - set(found))):
+        found[name if number is None else stack.renamed(name, places[number])] = tensor
+    wanted = [name for name, expert in stack.experts.items() if expert in layer.rebuilt]
+    expected = {stack.renamed(name, layer.pool.index(stack.experts[name])) for name in wanted} | set(stack.fused)
+    if lost := sorted(expected - set(found)):
         raise CheckpointError(
             f"{source.checkpoint.source}: its experts lie as {lost[0]!r}, transformers would write them as "
             f"{sorted(found)[0]!r}; save the checkpoint again with this transformers, then merge"
         )
-    return named | found
+    return found
 
 
 def copy_others(source: Path, folder: Path, *, left_out: Collection[str]) -> None:

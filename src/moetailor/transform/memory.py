@@ -15,7 +15,7 @@ from moetailor.checkpoint.weights import ExpertWeights
 from moetailor.planning.checks import check_plan
 from moetailor.planning.plan import Plan
 from moetailor.runtime.quantizer import QUANT_METHOD, MoetailorConfig, MoetailorQuantizer
-from moetailor.transform.build import Propagate, build_layer, carry_out, check_calibration, opened
+from moetailor.transform.build import Propagate, change_layer, check_calibration, compute_layer, layer_views
 from moetailor.transform.propagate import propagated
 
 
@@ -45,8 +45,8 @@ def apply_to_model(
         for _ in propagated(plan, calibration, ResidentModel(model), anatomy):
             pass  # each layer is changed on the way, once the next ones have no need of it
     else:
-        for layer, view in opened(plan, calibration, ExpertWeights(model, anatomy=anatomy)):
-            carry_out(model, anatomy, plan, layer, build_layer(plan, view) if view else {})
+        for layer, view in layer_views(plan, calibration, ExpertWeights(model, anatomy=anatomy)):
+            change_layer(model, anatomy, plan, layer, compute_layer(plan, view) if view else None)
     if plan.native:
         _shrink_counts(model, plan, anatomy.model_counts)
     else:

@@ -25,13 +25,13 @@ from moetailor.checkpoint.weights import ExpertWeights
 from moetailor.methods.run import view_of
 from moetailor.planning.plan import Plan
 from moetailor.planning.view import LayerView
-from moetailor.transform.build import Tensors, build_layer, carry_out
+from moetailor.transform.build import LayerTensors, change_layer, compute_layer
 
 
 def propagated(
     plan: Plan, calibration: Calibration, source: PartlyLoaded, anatomy: Anatomy, states: Path | None = None
-) -> Iterator[tuple[int, Tensors]]:
-    """Yield decoder layer and added tensors of each layer that changes, front to back; the model changes on the way.
+) -> Iterator[tuple[int, LayerTensors]]:
+    """Yield decoder layer and computed tensors of each layer that has any, front to back; the model changes too.
 
     Args:
         plan: what becomes of the slots.
@@ -50,16 +50,17 @@ def propagated(
     for index in range(max(plan.by_layer, default=-1) + 1):
         inputs = original.read(index, len(batches)), compressed.read(index, len(batches))
         with runner.layer(index) as layer:
-            if index in plan.by_layer and plan.by_layer[index].built:
+            if index in plan.by_layer and plan.by_layer[index].computed:
                 fit = _Fit(runner, layer, batches, anatomy, index, sampled)
                 original.write(index + 1, fit.run(*inputs))
-                tensors = build_layer(plan, fit.view(calibration))
+                tensors = compute_layer(plan, fit.view(calibration))
             else:
                 original.write(index + 1, runner.through(layer, index, inputs[0]))
-                tensors = {}
+                tensors = None
             if index in plan.by_layer:
-                carry_out(source.model, anatomy, plan, index, tensors)
-                yield index, tensors
+                change_layer(source.model, anatomy, plan, index, tensors)
+                if tensors is not None:
+                    yield index, tensors
             compressed.write(index + 1, runner.through(layer, index, compressed.read(index, len(batches))))
         original.forget(index)
         compressed.forget(index)

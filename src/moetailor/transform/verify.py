@@ -16,10 +16,8 @@ from moetailor.checkpoint.files import open_checkpoint
 from moetailor.checkpoint.loader import StreamedModel, load_config
 from moetailor.errors import CheckpointError
 from moetailor.planning.plan import Plan
-from moetailor.runtime.experts import STAND_IN_TENSORS
+from moetailor.runtime.experts import CompressedExperts
 from moetailor.runtime.quantizer import MoetailorConfig, fill_maps, reshape_loaded
-
-STAND_INS = tuple(f".{name}" for name in STAND_IN_TENSORS)
 
 
 def verify_result(folder: str | Path, plan: Plan, *, trust_remote_code: bool = False) -> None:
@@ -44,15 +42,17 @@ def verify_result(folder: str | Path, plan: Plan, *, trust_remote_code: bool = F
     source = StreamedModel(
         checkpoint, config, dtype=torch.float32, prepare=lambda model: reshape_loaded(model, maps), complete=fill_maps
     )
-    lost = [name for name in checkpoint.tensors if name.endswith(STAND_INS) and name not in source.names]
+    named = (name for name, module in source.model.named_modules() if isinstance(module, CompressedExperts))
+    paths = tuple(f"{name}." for name in named)
+    lost = [name for name in checkpoint.tensors if name.startswith(paths) and name not in source.names]
     if lost:
-        raise CheckpointError(f"{folder}: {len(lost)} stand-ins have no place in the model, first {lost[0]}")
+        raise CheckpointError(f"{folder}: {len(lost)} tensors have no place in the model, first {lost[0]}")
     ids = torch.arange(16)[None] % config.vocab_size
     runner = LayerRunner(source, [Batch.of(ids)])
     (hidden,) = runner.embed()
     for index in range(runner.count):
-        guests = maps[index].guests if index in maps else ()
-        with source.loaded(*{runner.path_of(host) for host, _ in guests}), runner.layer(index) as layer:
+        lenders = maps[index].lenders if index in maps else ()
+        with source.loaded(*map(runner.path_of, lenders)), runner.layer(index) as layer:
             hidden = runner.run(layer, index, 0, hidden)
         if not bool(torch.isfinite(hidden).all()):
             raise CheckpointError(f"{folder}: decoder layer {index} gives values that are not finite")

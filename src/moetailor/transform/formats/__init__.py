@@ -1,0 +1,8 @@
+"""The forms in which a result is written: one file for each, registered by being imported here."""
+
+from moetailor.transform.formats.format import FORMATS, Format, find_format, resolve_format
+
+from moetailor.transform.formats.native import Native  # isort: skip (the order in which `auto` tries them)
+from moetailor.transform.formats.moetailor import Moetailor  # isort: skip
+
+__all__ = ["FORMATS", "Format", "Moetailor", "Native", "find_format", "resolve_format"]

@@ -1,0 +1,92 @@
+"""What a form of result declares: what it cannot hold, its config, its tensors, how it is checked, how it loads."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+from moetailor.checkpoint.writer import Piece
+from moetailor.errors import PlanError, did_you_mean
+from moetailor.planning.plan import Plan
+from moetailor.transform.pieces import Parts, shards_of
+from moetailor.transform.verify import verify_result
+
+FORMATS: dict[str, Format] = {}
+
+
+class Format(ABC):
+    """One form in which a result is written.
+
+    Attributes:
+        name: as ``--format`` knows it.
+        automatic: whether ``--format auto`` may choose it, in the order in which formats are registered.
+        loading: how it loads, a sentence for the model card.
+        example: how it loads, as code for the model card; empty when the sentence is enough.
+    """
+
+    name: str
+    automatic: bool = False
+    loading: str
+    example: str = ""
+
+    @abstractmethod
+    def refusal(self, plan: Plan) -> str | None:
+        """Return why a plan cannot be written in this form, with the numbers; None when it can."""
+
+    @abstractmethod
+    def config(self, original: dict, config: Any, plan: Plan) -> dict:
+        """Return config.json of the result: the original's, patched.
+
+        Args:
+            original: config.json of the original, a copy.
+            config: the same as transformers reads it, for spellings that the file leaves to defaults.
+            plan: what was done.
+        """
+
+    def shards(self, parts: Parts) -> list[list[Piece]]:
+        """Return the tensors of each shard: what stays under the original's names, and what was computed.
+
+        Args:
+            parts: the plan, the original and what was computed.
+        """
+        return shards_of(parts)
+
+    def verify(self, folder: Path, plan: Plan, *, trust_remote_code: bool = False) -> None:
+        """Check a written result.
+
+        Raises:
+            CheckpointError: it is not what was planned.
+        """
+        verify_result(folder, plan, trust_remote_code=trust_remote_code)
+
+
+def register_format(form: Format) -> None:
+    """Make a form known by its name."""
+    assert form.name not in FORMATS, f"format {form.name} is registered twice"
+    FORMATS[form.name] = form
+
+
+def find_format(name: str) -> Format:
+    """Return a form by name.
+
+    Raises:
+        PlanError: there is none of that name.
+    """
+    if name not in FORMATS:
+        raise PlanError(f"unknown format {name!r}" + did_you_mean(name, ["auto", *FORMATS]))
+    return FORMATS[name]
+
+
+def resolve_format(plan: Plan, wanted: str) -> Format:
+    """Return the form to write: the one asked for, or with ``auto`` the first one that can hold the plan.
+
+    Raises:
+        PlanError: the form that is asked for cannot hold it.
+    """
+    if wanted == "auto":
+        return next(form for form in FORMATS.values() if form.automatic and form.refusal(plan) is None)
+    if reason := (form := find_format(wanted)).refusal(plan):
+        fits = next((other.name for other in FORMATS.values() if other.refusal(plan) is None), None)
+        raise PlanError(f"format {wanted} {reason}" + (f"; use --format {fits}" if fits else ""))
+    return form

@@ -1,0 +1,72 @@
+"""What the shards of a result hold: pieces of the original's tensors, and tensors that were computed."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from moetailor.checkpoint.anatomy import Anatomy
+from moetailor.checkpoint.files import Checkpoint, TensorInfo
+from moetailor.checkpoint.layout import DiskStack
+from moetailor.checkpoint.writer import Piece, rows, whole
+from moetailor.planning.plan import Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What a result is put together from.
+
+    Attributes:
+        plan: what becomes of the slots.
+        checkpoint: the original.
+        anatomy: its MoE layers in memory.
+        stacks: its MoE layers on disk, by prefix.
+        rebuilt: experts whose weights were computed anew, by the names that they have in the result; where experts are
+            fused, with a row for each of them.
+        added: what the answers of each decoder layer store beside the pool, by name and in the order of declaration.
+    """
+
+    plan: Plan
+    checkpoint: Checkpoint
+    anatomy: Anatomy
+    stacks: Mapping[str, DiskStack]
+    rebuilt: Mapping[str, TensorInfo]
+    added: Mapping[int, Mapping[str, TensorInfo]]
+
+
+def shards_of(parts: Parts) -> list[list[Piece]]:
+    """Return the tensors of each shard of the result, in the order of the original's shards and under its names.
+
+    What answers store lies with the router of its layer, under the path of the experts module.
+    """
+    owner = {name: stack for stack in parts.stacks.values() for name in [*stack.experts, *stack.fused, *stack.slots]}
+    shards: dict[Path, list[Piece]] = defaultdict(list)
+    for info in sorted(parts.checkpoint.tensors.values(), key=lambda info: (info.file, info.offset)):
+        piece = _piece(parts, info, owner.get(info.name))
+        if piece is not None:
+            shards[info.file].append(piece)
+    for stack in parts.stacks.values():
+        if stack.index is not None and stack.index in parts.added:
+            home = parts.checkpoint.tensors[next(iter(stack.slots))].file
+            path = parts.anatomy.layers[stack.index].experts
+            shards[home] += [whole(info, f"{path}.{name}") for name, info in parts.added[stack.index].items()]
+    return [shards[file] for file in sorted(shards)]
+
+
+def _piece(parts: Parts, info: TensorInfo, stack: DiskStack | None) -> Piece | None:
+    """Return what stays of a tensor of the original; None where nothing does."""
+    layer = parts.plan.layers.get(stack.prefix) if stack else None
+    if stack is None or layer is None:
+        return whole(info)
+    if info.name in stack.slots:
+        return rows(info, stack.slots[info.name], layer.kept_slots)
+    if info.name in stack.fused:
+        other = {expert: (parts.rebuilt[info.name], row) for row, expert in enumerate(layer.rebuilt)}
+        return rows(info, stack.fused[info.name], layer.pool, other)
+    expert = stack.experts[info.name]
+    if expert not in layer.pool:
+        return None
+    name = stack.renamed(info.name, layer.pool.index(expert))
+    return whole(parts.rebuilt[name] if expert in layer.rebuilt else info, name)
