@@ -10,8 +10,6 @@ import torch
 from torch import nn
 
 import moetailor
-from contract.test_families import IDS, eager, load, logits, mixed_plan
-from families import tiny_model
 from moetailor.checkpoint.anatomy import discover
 from moetailor.checkpoint.files import open_checkpoint
 from moetailor.checkpoint.loader import quiet_transformers
@@ -19,6 +17,8 @@ from moetailor.planning.checks import check_plan
 from moetailor.planning.slots import LayerPlan, Slot
 from moetailor.planning.view import Experts
 from moetailor.runtime.reshape import Change, reshape_model
+from support.families import tiny_model
+from support.tiny import IDS, eager, load, logits, mixed_plan
 
 Get = Callable[[str], Path]
 GetCalibration = Callable[[str], moetailor.Calibration]
