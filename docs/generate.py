@@ -10,10 +10,11 @@ from pathlib import Path
 DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS.parent / "tests"))
 
-import families  # noqa: E402
+
 import moetailor  # noqa: E402
 from moetailor.checkpoint.anatomy import discover  # noqa: E402
 from moetailor.errors import MoetailorError  # noqa: E402
+from support import families  # noqa: E402
 
 ANSWERS = {
     "drop": "nothing: the slot is dropped",

@@ -1,6 +1,7 @@
-"""What every test stands on: one thread, no network, tiny checkpoints made once."""
+"""What every test stands on: one thread, no network, tiny checkpoints made once, the command line."""
 
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -13,13 +14,12 @@ import pytest
 import torch
 
 import moetailor
-from families import tiny_model
 from moetailor.checkpoint.loader import quiet_transformers
+from moetailor_cli.app import main
+from support.families import tiny_model
+from support.tiny import token_batches
 
 torch.set_num_threads(1)
-
-# What a method needs to save anything on tiny experts.
-TINY_PARAMETERS = {"lightmoe": {"rank": 1, "bases": 1}, "compressed_experts": {"main": 1, "vectors": "layer"}}
 
 
 @pytest.fixture(scope="session")
@@ -37,13 +37,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
     return get
 
 
-def token_batches(count: int = 2, length: int = 12, vocabulary: int = 128) -> list[moetailor.Batch]:
-    """Return batches of random token ids: one of two sequences, the others of one, so that shapes differ."""
-    generator = torch.Generator().manual_seed(1)
-    sizes = [2] + [1] * (count - 1)
-    return [moetailor.Batch.of(torch.randint(3, vocabulary, (size, length), generator=generator)) for size in sizes]
-
-
 @pytest.fixture(scope="session")
 def calibration(checkpoint: Callable[[str], Path]) -> Callable[[str], moetailor.Calibration]:
     """Return a family's calibration on `token_batches`, with every token sampled and every statistic recorded."""
@@ -58,3 +51,20 @@ def calibration(checkpoint: Callable[[str], Path]) -> Callable[[str], moetailor.
         return made[name]
 
     return get
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Return a function that runs a command and gives exit code, stdout and stderr."""
+
+    def call(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["moetailor", *map(str, words)])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        shown = capsys.readouterr()
+        return code, shown.out, shown.err
+
+    return call

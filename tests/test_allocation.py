@@ -12,11 +12,6 @@ import torch
 from torch import nn
 
 import moetailor
-import naive
-from conftest import TINY_PARAMETERS
-from contract.test_methods import REFUSED
-from families import tiny_model
-from methods.hand import layer_of, sums_of
 from moetailor.calibration.statistics import Sums
 from moetailor.checkpoint.anatomy import discover
 from moetailor.checkpoint.layout import Stack
@@ -31,6 +26,10 @@ from moetailor.methods.run import view_of
 from moetailor.planning.budget import Budget
 from moetailor.planning.view import LayerView
 from moetailor_cli.app import main
+from support import naive
+from support.families import tiny_model
+from support.hand import layer_of, sums_of
+from support.methods import REFUSED_BY, TINY_PARAMETERS
 
 Get = Callable[[str], Path]
 GetCalibration = Callable[[str], moetailor.Calibration]
@@ -97,7 +96,7 @@ def test_the_error_of_a_constant_by_hand() -> None:
         (method, family)
         for method in sorted(moetailor.METHODS.keys() - {"auto"})
         for family in ("olmoe", "deepseek_v3")
-        if family not in REFUSED.get(method, frozenset())
+        if family not in REFUSED_BY.get(method, frozenset())
     ],
 )
 def test_every_rule_keeps_the_total_and_the_bytes(

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import moetailor
-from contract.test_families import anatomy_of, eager, load, logits
 from moetailor.recovery.anneal import Annealing, beta
 from moetailor.runtime.experts import CompressedExperts
+from support.tiny import anatomy_of, eager, load, logits
 
 Get = Callable[[str], Path]
 GetCalibration = Callable[[str], moetailor.Calibration]

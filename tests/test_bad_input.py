@@ -23,11 +23,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import moetailor
-from families import REFUSED, tiny_config, tiny_model
 from moetailor.checkpoint.files import INDEX, SINGLE, open_checkpoint
 from moetailor.checkpoint.loader import quiet_transformers
 from moetailor.errors import CheckpointError
 from moetailor_cli import app
+from support.families import REFUSED, tiny_config, tiny_model
 
 REFERENCE = Path(__file__).parents[1] / "examples" / "reference-moe"
 VOCABULARY = 4096

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import moetailor
-from conftest import token_batches
-from families import tiny_model
 from moetailor.calibration.statistics import Sample, Sums, _splitmix64, sample_keys
+from support.families import tiny_model
+from support.tiny import token_batches
 
 Get = Callable[[str], Path]
 GetCalibration = Callable[[str], moetailor.Calibration]

@@ -1,33 +1,10 @@
 """The command line from end to end, as a person uses it."""
 
 import json
-import sys
 from pathlib import Path
 
-import pytest
-
 import moetailor
-from moetailor_cli.app import main
-
-REFERENCE = Path(__file__).parent.parent / "examples" / "reference-moe"
-TEXT = ["--data", str(REFERENCE / "calibration.jsonl"), "--sequences", "4", "--length", "64"]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Return a function that runs a command and gives exit code, stdout and stderr."""
-
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["moetailor", *map(str, words)])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        shown = capsys.readouterr()
-        return code, shown.out, shown.err
-
-    return call
+from support.reference import REFERENCE, TEXT
 
 
 def test_stage_by_stage(run, tmp_path: Path) -> None:

@@ -13,8 +13,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import moetailor
-from conftest import token_batches
-from families import tiny_model
 from moetailor.calibration.domains import sampled_domains
 from moetailor.calibration.statistics import sample_keys
 from moetailor.checkpoint.anatomy import discover
@@ -28,6 +26,8 @@ from moetailor.comparison.results import letters, ranked, spearman, usage
 from moetailor.methods.run import view_of
 from moetailor.planning.slot_map import Auxiliary
 from moetailor.planning.slots import LayerPlan, Slot
+from support.families import tiny_model
+from support.tiny import token_batches
 
 REFERENCE = Path(__file__).parent.parent / "examples" / "reference-moe"
 Get = Callable[[str], Path]

@@ -8,12 +8,11 @@ import pytest
 import torch
 
 import moetailor
-from conftest import token_batches
-from contract.test_families import anatomy_of, load, logits
-from families import tiny_model
 from moetailor.calibration import effect
 from moetailor.calibration.batch import spread
 from moetailor.calibration.layers import ResidentModel
+from support.families import tiny_model
+from support.tiny import anatomy_of, load, logits, token_batches
 
 Get = Callable[[str], Path]
 GetCalibration = Callable[[str], moetailor.Calibration]

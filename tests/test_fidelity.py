@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import moetailor
-from conftest import token_batches
-from families import tiny_model
 from moetailor.evaluation import fidelity as fidelity_module
 from moetailor.evaluation.fidelity import Reference
 from moetailor.evaluation.speed import measure_speed
+from support.families import tiny_model
+from support.tiny import token_batches
 
 Get = Callable[[str], Path]
 

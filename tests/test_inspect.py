@@ -7,22 +7,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hand import layer_of
-from test_linear import layer_of_tokens
-from test_merging import random_experts
 from transformers import AutoModelForCausalLM
 
 import moetailor
-from conftest import token_batches
-from families import tiny_model
 from moetailor.checkpoint.anatomy import discover
 from moetailor.inspection.redundancy import FEW, RANKS, REMOVE, RIDGE, STAND_INS, layer_redundancy
 from moetailor.inspection.verdict import verdict, weighed
 from moetailor.methods.run import view_of
 from moetailor_cli import output, redundancy
-from naive import expert_output
-from planted import PLANTED, Planted, planted_batches, planted_model
-from test_cli import REFERENCE, TEXT, run  # noqa: F401 (a fixture)
+from support.families import tiny_model
+from support.hand import layer_of
+from support.layers import layer_of_tokens, random_experts
+from support.naive import expert_output
+from support.planted import PLANTED, Planted, planted_batches, planted_model
+from support.reference import REFERENCE, TEXT
+from support.tiny import token_batches
 
 GetFolder = Callable[[str], Path]
 GetCalibration = Callable[[str], moetailor.Calibration]
@@ -279,7 +278,7 @@ def test_effects_say_what_losses_cost(calibration: GetCalibration) -> None:
     assert "nats a token" in found.verdict
 
 
-def test_inspect_with_a_calibration(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_inspect_with_a_calibration(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calib = tmp_path / "calib"
     assert run("calibrate", REFERENCE, "-o", calib, *TEXT)[0] == 0
     _, before, _ = run("inspect", REFERENCE, "--json")
@@ -296,7 +295,7 @@ def test_inspect_with_a_calibration(run, tmp_path: Path, monkeypatch: pytest.Mon
         assert fact in shown
 
 
-def test_inspect_refuses_what_does_not_belong_together(run, checkpoint, calibration, tmp_path: Path) -> None:  # noqa: F811
+def test_inspect_refuses_what_does_not_belong_together(run, checkpoint, calibration, tmp_path: Path) -> None:
     code, shown, err = run("inspect", checkpoint("olmoe"), "--calibration", calibration(FAMILY).folder)
     assert (code, shown) == (1, "")
     assert f"not the model that was calibrated ({checkpoint(FAMILY)})" in err

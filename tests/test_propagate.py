@@ -8,11 +8,10 @@ import pytest
 import torch
 
 import moetailor
-from conftest import TINY_PARAMETERS, token_batches
-from contract.test_families import anatomy_of, load, logits
-from contract.test_methods import REFUSED
 from moetailor.checkpoint.files import open_checkpoint
 from moetailor.planning.plan import Plan
+from support.methods import REFUSED_BY, TINY_PARAMETERS
+from support.tiny import anatomy_of, load, logits, token_batches
 
 Get = Callable[[str], Path]
 GetCalibration = Callable[[str], moetailor.Calibration]
@@ -63,7 +62,7 @@ def test_a_novice_is_the_mean_of_original_outputs_over_compressed_routing(
 
 
 @pytest.mark.parametrize(
-    ("method", "family"), [(m, f) for m in BUILDING for f in FAMILIES if f not in REFUSED.get(m, frozenset())]
+    ("method", "family"), [(m, f) for m in BUILDING for f in FAMILIES if f not in REFUSED_BY.get(m, frozenset())]
 )
 @pytest.mark.filterwarnings("ignore::moetailor.MoetailorWarning")
 def test_on_disk_as_in_memory(

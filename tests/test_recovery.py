@@ -13,39 +13,29 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType
 from transformers import TrainerCallback
 
 import moetailor
-from conftest import TINY_PARAMETERS
-from contract.test_families import load, logits
-from families import FAMILIES, tiny_model
 from moetailor.checkpoint.anatomy import discover
 from moetailor.checkpoint.files import Checkpoint, open_checkpoint
 from moetailor.checkpoint.loader import quiet_transformers
 from moetailor.errors import MoetailorError
-from moetailor.recovery.examples import IGNORED, Blocks
+from moetailor.recovery.examples import IGNORED
 from moetailor.recovery.fsdp import check_shardable
 from moetailor.recovery.loss import Objective, Student, divergence, layer_distance
 from moetailor.recovery.recover import check_teacher
 from moetailor.recovery.trainable import Adapters, select
 from moetailor.runtime.experts import CompressedExperts
 from moetailor.runtime.quantizer import original_config
+from support.families import FAMILIES, tiny_model
+from support.methods import TINY_PARAMETERS
+from support.tiny import load, logits
+from support.training import blocks
 
 Get = Callable[[str], Path]
 GetCalibration = Callable[[str], moetailor.Calibration]
 Compress = Callable[..., Path]
 FEW = moetailor.RecoveryOptions(steps=4, batch_size=2, lr=1e-2, save_every=2, lora_rank=2)
-
-
-def blocks(count: int = 8, length: int = 10, seed: int = 3) -> Blocks:
-    """Return random tokens, of which about a third count."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, 128, (count, length), generator=generator)
-    counts = torch.rand(ids.shape, generator=generator) < 0.3
-    counts[:, -1] = True
-    return Blocks(ids, ids.masked_fill(~counts, IGNORED))
 
 
 @pytest.fixture
@@ -370,7 +360,7 @@ import torch
 torch.set_num_threads(1)
 sys.path.insert(0, {tests!r})
 import moetailor
-from test_recovery import Gradients, Slow, blocks, share_on_cpus
+from support.training import Gradients, Slow, blocks, share_on_cpus
 {first}
 callbacks = {callbacks}
 options = moetailor.RecoveryOptions(steps={steps}, batch_size={batch_size}, lr=1e-2, save_every=2, lora_rank=2,
@@ -380,38 +370,6 @@ moetailor.recover({before!r}, {out!r}, examples=blocks(), teacher={teacher!r}, t
 """
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-
-
-class Gradients(TrainerCallback):
-    """Keeps the gradients of the first step."""
-
-    def __init__(self, file: str) -> None:
-        self.file = file
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if state.global_step == 0 and state.is_world_process_zero:
-            torch.save({name: p.grad for name, p in model.named_parameters() if p.requires_grad}, self.file)
-
-
-def share_on_cpus() -> None:
-    """Let accelerate share models out to processes on CPUs, as it does to GPUs: everything else is the real thing."""
-    start = AcceleratorState.__init__
-
-    def begin(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
-        start(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
-        if fsdp_plugin is not None:
-            self.fsdp_plugin = fsdp_plugin
-            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-
-    AcceleratorState.__init__ = begin  # type: ignore[method-assign]
-
-
-class Slow(TrainerCallback):
-    """Leaves time to be killed between two steps, after the third."""
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 3:
-            time.sleep(60)
 
 
 def script(file: Path, **values: Any) -> Path:

@@ -9,7 +9,8 @@ from transformers import AutoTokenizer
 
 from moetailor.errors import CalibrationError
 from moetailor.recovery.examples import IGNORED, Blocks, ExampleOptions, read_blocks
-from test_text import BOS, EOS, TOKENIZER, Letters
+from support.letters import BOS, EOS, Letters
+from support.reference import REFERENCE
 
 NO = IGNORED
 TURNS = (
@@ -80,7 +81,7 @@ def written(blocks: Blocks, tokenizer) -> tuple[str, str]:
 
 @pytest.fixture
 def tokenizer():
-    return AutoTokenizer.from_pretrained(TOKENIZER)
+    return AutoTokenizer.from_pretrained(REFERENCE)
 
 
 def length_of(tokenizer, *parts: str) -> int:

@@ -11,14 +11,14 @@ from moetailor.planning.slots import LayerPlan, Slot
 from torch import nn
 
 import moetailor
-from contract.test_families import IDS, eager, load, logits, mixed_plan
-from families import tiny_model
 from moetailor.checkpoint.anatomy import discover
 from moetailor.checkpoint.experts import Experts
 from moetailor.checkpoint.files import open_checkpoint
 from moetailor.checkpoint.loader import quiet_transformers
 from moetailor.planning.checks import check_plan
 from moetailor.runtime.reshape import Change, reshape_model
+from support.families import tiny_model
+from support.tiny import IDS, eager, load, logits, mixed_plan
 
 Get = Callable[[str], Path]
 GetCalibration = Callable[[str], moetailor.Calibration]

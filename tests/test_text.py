@@ -13,21 +13,8 @@ from transformers import AutoTokenizer
 from moetailor.calibration.batch import Batch, load_batches, save_batches, text_fingerprint
 from moetailor.calibration.text import TextOptions, read_batches
 from moetailor.errors import CalibrationError
-
-TOKENIZER = Path(__file__).parents[1] / "examples" / "reference-moe"
-BOS, EOS = 1, 2
-
-
-class Letters:
-    """A tokenizer with one token a character: a is 10, b is 11, and so on; a blank is 9."""
-
-    def __init__(self, bos: int | None = BOS, eos: int | None = EOS) -> None:
-        self.bos_token_id, self.eos_token_id = bos, eos
-        self.all_special_ids = [token for token in (bos, eos) if token is not None]
-
-    def __call__(self, text: str, *, add_special_tokens: bool, verbose: bool) -> dict[str, list[int]]:
-        assert not add_special_tokens
-        return {"input_ids": [9 if letter == " " else 10 + ord(letter) - ord("a") for letter in text]}
+from support.letters import Letters
+from support.reference import REFERENCE
 
 
 def jsonl(file: Path, rows: Sequence[object]) -> str:
@@ -148,7 +135,7 @@ def test_same_document_has_the_same_key_wherever_it_lies(tmp_path: Path) -> None
 
 
 def test_real_tokenizer_gives_its_text_back(tmp_path: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    tokenizer = AutoTokenizer.from_pretrained(REFERENCE)
     text = "Alice was beginning to get very tired of sitting by her sister on the bank."
     (batch, *rest) = read(documents(tmp_path / "t.jsonl", text), tokenizer=tokenizer, length=8)
     ids = stream([batch, *rest])

@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import moetailor
-from contract.test_families import load, logits
-from families import tiny_model
 from moetailor.checkpoint.files import open_checkpoint
 from moetailor.checkpoint.loader import quiet_transformers
 from moetailor.planning.budget import Budget
 from moetailor.planning.slots import LayerPlan, Slot
 from moetailor.summary import summarise
+from support.families import tiny_model
+from support.tiny import load, logits
 
 Get = Callable[[str], Path]
 GetCalibration = Callable[[str], moetailor.Calibration]

@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_families import IDS, Get, GetCalibration, anatomy_of, eager, every_family, load, logits
 from torch import nn
 
 import moetailor
-import naive
 from moetailor.checkpoint.anatomy import MoELayer
-from moetailor.checkpoint.experts import Experts
 from moetailor.checkpoint.files import open_checkpoint
 from moetailor.checkpoint.loader import quiet_transformers
+from moetailor.checkpoint.experts import Experts
+from support import naive
+from support.tiny import IDS, Get, GetCalibration, anatomy_of, eager, every_family, load, logits
 
 LOW = {"rank": 2, "bases": 2, "start": "svd", "select": "count"}
 

@@ -1,85 +1,38 @@
 """Every family: what design.md says holds by construction does hold."""
 
 import warnings
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
-from moetailor.planning.slots import LayerPlan, Slot
-from torch import nn
 from transformers import AutoModelForCausalLM
 
 import moetailor
-import naive
-from conftest import token_batches
-from families import FAMILIES, REFUSED, tiny_config, tiny_model
 from moetailor.calibration.layers import LayerRunner, ResidentModel
 from moetailor.calibration.statistics import Sums
 from moetailor.checkpoint.anatomy import Anatomy, discover, tensors_of
-from moetailor.checkpoint.experts import Experts
 from moetailor.checkpoint.files import open_checkpoint
 from moetailor.checkpoint.layout import find_stacks
 from moetailor.checkpoint.loader import StreamedModel, load_config, memory_names, quiet_transformers
-from moetailor.planning.plan import Plan
+from moetailor.planning.slots import LayerPlan, Slot
+from moetailor.checkpoint.experts import Experts
 from moetailor.runtime.experts import CompressedExperts
 from moetailor.runtime.reshape import Change, reshape_model
-
-every_family = pytest.mark.parametrize("name", sorted(FAMILIES))
-IDS = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(7))
-Get = Callable[[str], Path]
-GetCalibration = Callable[[str], moetailor.Calibration]
-
-
-def load(folder: Path) -> nn.Module:
-    with quiet_transformers(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    assert not info["missing_keys"], info
-    assert not info["unexpected_keys"], info
-    assert not info["mismatched_keys"], info
-    # Mapped weights may lie at odd addresses, where a product can round another way.
-    for tensor in tensors_of(model).values():
-        tensor.data = tensor.data.clone()
-    return eager(model.eval())
-
-
-def eager(model: nn.Module) -> nn.Module:
-    model.set_experts_implementation("eager")
-    return model
-
-
-def logits(model: nn.Module, ids: torch.Tensor = IDS) -> torch.Tensor:
-    with torch.no_grad():
-        return model(ids, use_cache=False).logits
-
-
-def anatomy_of(model: nn.Module) -> Anatomy:
-    return discover(model.config, model)
-
-
-def mixed_plan(calibration: moetailor.Calibration, drop: bool) -> Plan:
-    """Return a plan with a remap, a constant, a linear map and perhaps a drop in each layer, the rest kept."""
-    facts = calibration.model
-    layers = {}
-    for stack in facts.stacks:
-        slots = [Slot("expert", number) for number in range(stack.num_experts)]
-        slots[1] = Slot("expert", 3, 0.5)
-        slots[2] = Slot("constant")
-        slots[5] = Slot("linear", rank=2)
-        if drop:
-            slots[0] = Slot("drop")
-        layers[stack.prefix] = LayerPlan(slots=tuple(slots))
-    plan = moetailor.make_plan(calibration, "linear", moetailor.Budget.parse(keep=facts.stacks[0].num_experts - 1))
-    return Plan(
-        method="linear",
-        parameters=plan.parameters,
-        budget="by hand",
-        model=facts,
-        calibration=plan.calibration,
-        layers=layers,
-    )
+from support import naive
+from support.families import REFUSED, tiny_config, tiny_model
+from support.tiny import (
+    IDS,
+    Get,
+    GetCalibration,
+    anatomy_of,
+    eager,
+    every_family,
+    load,
+    logits,
+    mixed_plan,
+    token_batches,
+)
 
 
 def dropped_one(anatomy: Anatomy) -> dict[int, list[int]]:

@@ -6,24 +6,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_families import load, logits
 
 import moetailor
-from conftest import TINY_PARAMETERS
-from families import FAMILIES
 from moetailor.calibration.statistics import STATISTICS
 from moetailor.checkpoint.weights import ExpertWeights
 from moetailor.methods.registry import find_method
 from moetailor.methods.run import view_of
 from moetailor.planning.view import LayerView
+from support.families import FAMILIES
+from support.methods import REFUSED_BY, TINY_PARAMETERS
+from support.tiny import load, logits
 
 ARCHETYPES = ["deepseek_v3", "gpt_oss", "olmoe", "qwen2_moe"]
-# Families that a method refuses for what their router does.
-REFUSED = {"naee": {"phimoe"}, "refit": {"phimoe"}}
 PRODUCT = [
     pytest.param(method, family, marks=() if family in ARCHETYPES else pytest.mark.slow)
     for method in sorted(moetailor.METHODS)
-    for family in sorted(FAMILIES.keys() - REFUSED.get(method, set()))
+    for family in sorted(FAMILIES.keys() - REFUSED_BY.get(method, set()))
 ]
 every_pair = pytest.mark.parametrize(("method", "family"), PRODUCT)
 Get = Callable[[str], Path]
@@ -66,7 +64,7 @@ def test_a_plan_is_valid_deterministic_and_loads(
 
 @pytest.mark.parametrize(
     ("method", "family"),
-    [(method, family) for method in REFUSED for family in sorted(REFUSED[method] & FAMILIES.keys())],
+    [(method, family) for method in REFUSED_BY for family in sorted(REFUSED_BY[method] & FAMILIES.keys())],
 )
 def test_routers_that_cannot_be_predicted_are_refused(method: str, family: str, calibration: GetCalibration) -> None:
     with pytest.raises(

@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_linear import layer_of_tokens
-from test_merging import INNER, WIDTH, random_experts, with_copy
 from transformers import AutoModelForCausalLM
 
 import moetailor
@@ -17,7 +15,8 @@ from moetailor.methods.auto import COMPARED, _base, _choice, _errors, _menu, _ne
 from moetailor.planning.plan import added_nbytes
 from moetailor.planning.slots import LayerPlan, Slot
 from moetailor.planning.view import LayerView
-from planted import Planted, planted_batches, planted_model
+from support.layers import INNER, WIDTH, layer_of_tokens, random_experts, with_copy
+from support.planted import Planted, planted_batches, planted_model
 
 WHOLE = 4 * 3 * WIDTH * INNER
 Get = Callable[[str], Path]

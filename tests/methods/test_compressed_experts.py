@@ -5,19 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_mergemoe import routed_layer
-from test_merging import WIDTH, random_experts
 from torch import nn
 
 import moetailor
-from contract.test_families import IDS, eager, load, logits
-from families import tiny_model
 from moetailor.checkpoint.anatomy import discover
 from moetailor.methods.compressed_experts import build, compressed_experts
 from moetailor.planning.slot_map import Auxiliary
 from moetailor.planning.slots import LayerPlan, Slot
 from moetailor.planning.view import LayerView
 from moetailor.runtime.reshape import Change, reshape_model
+from support.families import tiny_model
+from support.layers import WIDTH, random_experts, routed_layer
+from support.tiny import IDS, eager, load, logits
 
 Get = Callable[[str], Path]
 GetCalibration = Callable[[str], moetailor.Calibration]

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from hand import TinyExperts, layer_of, sums_of
 from torch import nn
 
 import moetailor
@@ -10,6 +9,7 @@ from moetailor.calibration.statistics import Sample
 from moetailor.methods.conmoe import conmoe, functional_distances, weight_distances
 from moetailor.planning.slots import Slot
 from moetailor.planning.view import LayerView
+from support.hand import TinyExperts, layer_of, sums_of
 
 
 def random_experts(count: int = 4, width: int = 6, inner: int = 5) -> TinyExperts:

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hand import TinyExperts, layer_of, sums_of
 
 import moetailor
 from moetailor.calibration.statistics import Sample
@@ -14,6 +13,7 @@ from moetailor.methods import diep as module
 from moetailor.methods.diep import diep
 from moetailor.methods.run import view_of
 from moetailor.planning.view import LayerView
+from support.hand import TinyExperts, layer_of, sums_of
 
 GetCalibration = Callable[[str], moetailor.Calibration]
 

@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from hand import layer_of, sums_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import moetailor
-import naive
-from conftest import token_batches
 from moetailor.calibration.folder import layer_file
 from moetailor.calibration.statistics import ON_REQUEST, Sums
 from moetailor.checkpoint.anatomy import discover
 from moetailor.methods.easy_ep import easy_ep
+from support import naive
+from support.hand import layer_of, sums_of
+from support.tiny import token_batches
 
 Get = Callable[[str], Path]
 GetCalibration = Callable[[str], moetailor.Calibration]

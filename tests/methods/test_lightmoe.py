@@ -7,17 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from moetailor.planning.slots import LayerPlan, Slot
-from test_mergemoe import layer_with_biases, routed_layer
-from test_merging import INNER, WIDTH, random_experts, with_copy
 
 import moetailor
-from moetailor.checkpoint.facts import ModelFacts
+from moetailor.calibration.folder import ModelFacts
 from moetailor.checkpoint.family import Groups
 from moetailor.checkpoint.layout import Stack
 from moetailor.methods.lightmoe import _factors, build, lightmoe, outline
 from moetailor.planning.plan import planned_nbytes
+from moetailor.planning.slots import LayerPlan, Slot
 from moetailor.planning.view import LayerView
+from support.layers import INNER, WIDTH, layer_with_biases, random_experts, routed_layer, with_copy
 
 WHOLE = 4 * 3 * WIDTH * INNER
 GetCalibration = Callable[[str], moetailor.Calibration]

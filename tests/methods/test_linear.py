@@ -2,9 +2,6 @@
 
 import pytest
 import torch
-from hand import TinyExperts
-from test_mergemoe import routed_layer
-from test_merging import WIDTH, random_experts
 
 import moetailor
 from moetailor.methods.linear import build, linear
@@ -12,26 +9,9 @@ from moetailor.methods.mone import novices
 from moetailor.planning.plan import stand_in_nbytes
 from moetailor.planning.slots import LayerPlan, Slot
 from moetailor.planning.view import LayerView
+from support.layers import WIDTH, layer_of_tokens, random_experts
 
 DEFAULT = {"ridge": 1e-6, "shrinkage": 0.0}
-
-
-def layer_of_tokens(module: TinyExperts, tokens: int = 300, seed: int = 0) -> LayerView:
-    """Return a routed layer whose sums are those of its sample."""
-    layer = routed_layer(module, tokens, seed)
-    sums, sample = layer.sums, layer.sample
-    for name in ("count", "gate", "gate_sq", "gate_sq_output", "gate_sq_norm_sq"):
-        getattr(sums, name).zero_()
-    sums.tokens.fill_(tokens)
-    for expert in range(layer.num_experts):
-        token, gate = layer.routed(expert)
-        y, g = layer.experts.outputs(expert, sample.hidden[token]).double(), gate.double()
-        sums.count[expert] = len(token)
-        sums.gate_sq[expert] = g.square().sum()
-        sums.gate_sq_output[expert] = (g.square()[:, None] * y).sum(0)
-        sums.gate_sq_norm_sq[expert] = (g.square() * y.square().sum(1)).sum()
-    layer.expert_bytes, layer.itemsize = 4 * 3 * WIDTH * 50, 4
-    return layer
 
 
 def given(tensors: dict[str, torch.Tensor], plan: LayerPlan, slot: int, x_TD: torch.Tensor) -> torch.Tensor:

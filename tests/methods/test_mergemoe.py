@@ -1,21 +1,17 @@
 """MergeMoE: what is lossless, what is never worse, and the cliff that a ridge takes away."""
 
 import itertools
-from contextlib import nullcontext
 
 import pytest
 import torch
-from hand import TinyExperts
-from test_merging import INNER, WIDTH, layer_with, random_experts, with_copy
 
 import moetailor
-from families import tiny_model
-from moetailor.calibration.statistics import Sample
-from moetailor.checkpoint.anatomy import discover
 from moetailor.methods.hc_smoe import build as build_average
 from moetailor.methods.mergemoe import build, mergemoe
 from moetailor.planning.slots import merge_into
 from moetailor.planning.view import LayerView
+from support.hand import TinyExperts
+from support.layers import INNER, WIDTH, layer_with, layer_with_biases, random_experts, routed_layer, with_copy
 
 PAPER = {"fit": "pinv", "target": "mean", "features": "average"}
 BEST = {"fit": "ridge", "target": "gated", "features": "best"}
@@ -26,22 +22,6 @@ def related(count: int, spread: float, seed: int = 0) -> TinyExperts:
     base, noise = random_experts(1, seed), random_experts(count, seed + 1)
     parts = [base.gate_up_proj + spread * noise.gate_up_proj, base.down_proj + spread * noise.down_proj]
     return TinyExperts(*parts[0].detach().chunk(2, 1), parts[1].detach())
-
-
-def routed_layer(module: TinyExperts, tokens: int, seed: int, top_k: int = 2) -> LayerView:
-    """Return a layer with a sample of tokens that each chose two experts at random."""
-    count = len(module.down_proj)
-    layer = layer_with(module, [count - expert for expert in range(count)])
-    generator = torch.Generator().manual_seed(seed)
-    sample = Sample(
-        key=torch.arange(tokens),
-        hidden=torch.randn(tokens, WIDTH, generator=generator),
-        index=torch.rand(tokens, count, generator=generator).topk(top_k, 1).indices.int(),
-        gate=torch.rand(tokens, top_k, generator=generator),
-        logits=torch.randn(tokens, count, generator=generator),
-    )
-    layer.read_sample = lambda: sample
-    return layer
 
 
 def loss(layer: LayerView, expert: dict[str, torch.Tensor], members: list[int]) -> float:
@@ -128,20 +108,6 @@ def test_a_cluster_that_no_token_reached_is_the_average() -> None:
         with pytest.warns(moetailor.MoetailorWarning):
             built = build(layer, plan, **options)
         assert all(torch.isfinite(matrix).all() for matrix in built.values())
-
-
-def layer_with_biases() -> tuple[LayerView, torch.nn.Module]:
-    """Return a layer of a family with biases, clamped activations and interleaved projections, and its experts."""
-    model = tiny_model("gpt_oss")
-    layer = next(iter(discover(model.config, model).layers.values()))
-    module = model.get_submodule(layer.experts)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.normal_(std=0.5, generator=torch.Generator().manual_seed(parameter.dim()))
-    view = routed_layer(random_experts(layer.num_experts), 400, 0)
-    view.open_experts = lambda: nullcontext(module)
-    view.read_sample().hidden = torch.randn(400, layer.width, generator=torch.Generator().manual_seed(0))
-    return view, module
 
 
 @pytest.mark.parametrize("options", [PAPER, BEST], ids=["paper", "best"])

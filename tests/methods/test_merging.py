@@ -2,48 +2,12 @@
 
 import pytest
 import torch
-from hand import TinyExperts, layer_of, sums_of
 
 import moetailor
-from moetailor.calibration.statistics import Sample
 from moetailor.fitting.align import permuted
 from moetailor.methods import hc_smoe, m_smoe, ream, sub_moe
 from moetailor.planning.slots import LayerPlan, Slot, merge_into
-from moetailor.planning.view import LayerView
-
-WIDTH, INNER = 6, 5
-
-
-def random_experts(count: int, seed: int = 0) -> TinyExperts:
-    generator = torch.Generator().manual_seed(seed)
-    shapes = [(count, INNER, WIDTH), (count, INNER, WIDTH), (count, WIDTH, INNER)]
-    return TinyExperts(*(torch.randn(shape, generator=generator) for shape in shapes))
-
-
-def with_copy(module: TinyExperts, of: int = 0, order: list[int] | None = None) -> TinyExperts:
-    """Append a copy of an expert, its neurons perhaps in another order."""
-    order = list(range(INNER)) if order is None else order
-    gate, up = module.gate_up_proj.detach().chunk(2, 1)
-    down = module.down_proj.detach()
-    return TinyExperts(
-        torch.cat([gate, gate[of : of + 1, order]]),
-        torch.cat([up, up[of : of + 1, order]]),
-        torch.cat([down, down[of : of + 1, :, order]]),
-    )
-
-
-def layer_with(module: TinyExperts, counts: list[int], tokens: int = 60, **fields: object) -> LayerView:
-    """Return a layer whose experts were used so often, with a sample routed to all of them in turn."""
-    pairs = [(expert, 1.0, [1.0] + [0.0] * (WIDTH - 1)) for expert, count in enumerate(counts) for _ in range(count)]
-    generator = torch.Generator().manual_seed(1)
-    sample = Sample(
-        key=torch.arange(tokens),
-        hidden=torch.randn(tokens, WIDTH, generator=generator),
-        index=(torch.arange(tokens)[:, None] % len(counts)).int(),
-        gate=torch.rand(tokens, 1, generator=generator),
-        logits=torch.randn(tokens, len(counts), generator=generator),
-    )
-    return layer_of(sums_of(pairs, len(counts), tokens), sample=sample, module=module, **fields)
+from support.layers import layer_with, random_experts, with_copy
 
 
 def test_the_average_is_weighted_by_use() -> None:

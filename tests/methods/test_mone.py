@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from hand import layer_of, sums_of
 
 import moetailor
 from moetailor.methods.mone import build, mone, novices
+from support.hand import layer_of, sums_of
 
 # Expert 0 sees y = 1 and 3 with gates 1 and .5; expert 1 sees y = 10 twice; expert 2 nothing. Four tokens.
 PAIRS = [(0, 1.0, [1.0, 0.0]), (0, 0.5, [3.0, 0.0]), (1, 0.2, [0.0, 10.0]), (1, 0.4, [0.0, 10.0])]

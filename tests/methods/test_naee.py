@@ -2,52 +2,26 @@
 
 import itertools
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
-from hand import layer_of, sums_of
-from transformers import AutoModelForCausalLM
 
 import moetailor
-import naive
-from conftest import token_batches
 from moetailor.calibration.statistics import Sample
-from moetailor.checkpoint.anatomy import discover
 from moetailor.checkpoint.family import Groups
-from moetailor.checkpoint.weights import ExpertWeights
 from moetailor.methods.naee import _all, _drawn, _errors, _exchanged, naee
 from moetailor.methods.routing import own_gates, routing_of
-from moetailor.methods.run import view_of
-from moetailor.planning.view import LayerView
+from support.hand import layer_of, sums_of
+from support.naive import masked_outputs
+from support.tiny import view
 
 Get = Callable[[str], Path]
 GetCalibration = Callable[[str], moetailor.Calibration]
 
 
-def view(calibration: moetailor.Calibration, index: int = 1) -> LayerView:
-    return view_of(calibration, index, ExpertWeights(calibration.model.source))
-
-
 def subset(experts: int, kept: set[int]) -> torch.Tensor:
     return torch.tensor([[expert in kept for expert in range(experts)]])
-
-
-def masked_outputs(checkpoint: Path, dropped: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what the experts of layer 1 give for every token with some of them masked in the router, and the gates."""
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    layer = discover(model.config, model).layers[1]
-    outputs: list[torch.Tensor] = []
-    gates: list[torch.Tensor] = []
-    watch = model.get_submodule(layer.experts).register_forward_hook(lambda m, args, out: outputs.append(out))
-    with naive.masked(model, [layer], {1: dropped}) if dropped else nullcontext():
-        for batch in token_batches():
-            seen = naive.run_recorded(model, layer, batch.input_ids)
-            dense = torch.zeros(len(seen["index"]), layer.num_experts)
-            gates.append(dense.scatter_(1, seen["index"].long(), seen["gate"].float()))
-    watch.remove()
-    return torch.cat(outputs), torch.cat(gates)
 
 
 # softmax without and with normalised gates, top-k before softmax, groups with a factor, shared experts, a correction

@@ -8,10 +8,10 @@ expert 3: no token
 """
 
 import pytest
-from hand import layer_of, sums_of
 
 import moetailor
 from moetailor.planning.view import LayerView
+from support.hand import layer_of, sums_of
 
 PAIRS = [
     (0, 0.5, [3.0, 4.0]),

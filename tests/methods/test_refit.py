@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_naee import masked_outputs, view
 from transformers import AutoModelForCausalLM
 
 import moetailor
 from moetailor.fitting.least_squares import RIDGES
 from moetailor.methods.refit import _fitted, _left, build
 from moetailor.planning.slots import LayerPlan, Slot, keep_only
+from support.naive import masked_outputs
+from support.tiny import view
 
 Get = Callable[[str], Path]
 GetCalibration = Callable[[str], moetailor.Calibration]

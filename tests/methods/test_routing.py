@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 import moetailor
-import naive
-from conftest import token_batches
-from families import FAMILIES, tiny_config, tiny_model
 from moetailor.calibration.statistics import Sample
 from moetailor.checkpoint.anatomy import MoELayer, discover, tensors_of
 from moetailor.checkpoint.family import Groups
 from moetailor.checkpoint.weights import ExpertWeights
 from moetailor.methods.routing import own_gates, routing_of
+from support import naive
+from support.families import FAMILIES, tiny_config, tiny_model
+from support.tiny import token_batches
 
 Get = Callable[[str], Path]
 GetCalibration = Callable[[str], moetailor.Calibration]

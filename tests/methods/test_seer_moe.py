@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from hand import layer_of
 
 import moetailor
 from moetailor.calibration.statistics import Sums
 from moetailor.methods.seer_moe import seer_moe
 from moetailor.planning.view import LayerView
+from support.hand import layer_of
 
 
 def layer(count: list[float], probability: list[float] | None = None, **fields: object) -> LayerView:

@@ -14,9 +14,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import moetailor
-from families import tiny_model
 from moetailor.checkpoint.anatomy import MoELayer, discover, tensors_of
 from moetailor.checkpoint.experts import Experts
+from support.families import tiny_model
 
 PLANTED: dict[str, dict[str, int]] = {
     "olmoe": {"num_experts": 12},

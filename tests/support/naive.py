@@ -2,13 +2,16 @@
 
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
-from moetailor.checkpoint.anatomy import MoELayer, tensors_of
+from moetailor.checkpoint.anatomy import MoELayer, discover, tensors_of
+from support.tiny import token_batches
 
 NEVER = -1e4  # exp and sigmoid of it are exactly 0 in float32
 
@@ -144,3 +147,19 @@ def masked(model: nn.Module, layers: Iterable[MoELayer], dropped: dict[int, list
         nn.functional.linear = original
         for hook in hooks:
             hook.remove()
+
+
+def masked_outputs(checkpoint: Path, dropped: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what the experts of layer 1 give for every token with some of them masked in the router, and the gates."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    layer = discover(model.config, model).layers[1]
+    outputs: list[torch.Tensor] = []
+    gates: list[torch.Tensor] = []
+    watch = model.get_submodule(layer.experts).register_forward_hook(lambda m, args, out: outputs.append(out))
+    with masked(model, [layer], {1: dropped}) if dropped else nullcontext():
+        for batch in token_batches():
+            seen = run_recorded(model, layer, batch.input_ids)
+            dense = torch.zeros(len(seen["index"]), layer.num_experts)
+            gates.append(dense.scatter_(1, seen["index"].long(), seen["gate"].float()))
+    watch.remove()
+    return torch.cat(outputs), torch.cat(gates)

@@ -1,0 +1,86 @@
+"""The tiny checkpoints: text for them, how to load them, a plan with one of everything."""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import moetailor
+from moetailor.checkpoint.anatomy import Anatomy, discover, tensors_of
+from moetailor.checkpoint.loader import quiet_transformers
+from moetailor.checkpoint.weights import ExpertWeights
+from moetailor.methods.run import view_of
+from moetailor.planning.plan import Plan
+from moetailor.planning.slots import LayerPlan, Slot
+from moetailor.planning.view import LayerView
+from support.families import FAMILIES
+
+every_family = pytest.mark.parametrize("name", sorted(FAMILIES))
+IDS = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(7))
+Get = Callable[[str], Path]
+GetCalibration = Callable[[str], moetailor.Calibration]
+
+
+def token_batches(count: int = 2, length: int = 12, vocabulary: int = 128) -> list[moetailor.Batch]:
+    """Return batches of random token ids: one of two sequences, the others of one, so that shapes differ."""
+    generator = torch.Generator().manual_seed(1)
+    sizes = [2] + [1] * (count - 1)
+    return [moetailor.Batch.of(torch.randint(3, vocabulary, (size, length), generator=generator)) for size in sizes]
+
+
+def load(folder: Path) -> nn.Module:
+    with quiet_transformers(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not info["missing_keys"], info
+    assert not info["unexpected_keys"], info
+    assert not info["mismatched_keys"], info
+    # Mapped weights may lie at odd addresses, where a product can round another way.
+    for tensor in tensors_of(model).values():
+        tensor.data = tensor.data.clone()
+    return eager(model.eval())
+
+
+def eager(model: nn.Module) -> nn.Module:
+    model.set_experts_implementation("eager")
+    return model
+
+
+def logits(model: nn.Module, ids: torch.Tensor = IDS) -> torch.Tensor:
+    with torch.no_grad():
+        return model(ids, use_cache=False).logits
+
+
+def anatomy_of(model: nn.Module) -> Anatomy:
+    return discover(model.config, model)
+
+
+def view(calibration: moetailor.Calibration, index: int = 1) -> LayerView:
+    return view_of(calibration, index, ExpertWeights(calibration.model.source))
+
+
+def mixed_plan(calibration: moetailor.Calibration, drop: bool) -> Plan:
+    """Return a plan with a remap, a constant, a linear map and perhaps a drop in each layer, the rest kept."""
+    facts = calibration.model
+    layers = {}
+    for stack in facts.stacks:
+        slots = [Slot("expert", number) for number in range(stack.num_experts)]
+        slots[1] = Slot("expert", 3, 0.5)
+        slots[2] = Slot("constant")
+        slots[5] = Slot("linear", rank=2)
+        if drop:
+            slots[0] = Slot("drop")
+        layers[stack.prefix] = LayerPlan(slots=tuple(slots))
+    plan = moetailor.make_plan(calibration, "linear", moetailor.Budget.parse(keep=facts.stacks[0].num_experts - 1))
+    return Plan(
+        method="linear",
+        parameters=plan.parameters,
+        budget="by hand",
+        model=facts,
+        calibration=plan.calibration,
+        layers=layers,
+    )
