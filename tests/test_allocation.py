@@ -14,6 +14,7 @@ from torch import nn
 import moetailor
 from moetailor.calibration.statistics import Sums
 from moetailor.checkpoint.anatomy import discover
+from moetailor.checkpoint.experts import ExpertShape
 from moetailor.checkpoint.layout import Stack
 from moetailor.checkpoint.weights import ExpertWeights
 from moetailor.errors import MoetailorError, PlanError
@@ -36,8 +37,17 @@ GetCalibration = Callable[[str], moetailor.Calibration]
 REFERENCE = Path(__file__).parent.parent / "examples" / "reference-moe"
 RULES = ("error", "global")
 SPREADING = {"seer_moe": {"ranking": "global"}, "m_smoe": {"budget": "global"}, "conmoe": {"scope": 2}, "auto": {}}
+SHAPE = ExpertShape(width=8, inner=3)
 STACKS = [
-    Stack(prefix=f"l.{n}", index=n, num_experts=30, expert_bytes=100, slot_bytes=4, dtype="F32", inner=3)
+    Stack(
+        prefix=f"l.{n}",
+        index=n,
+        num_experts=30,
+        expert_bytes=100,
+        slot_bytes=4,
+        dtype="F32",
+        shape=ExpertShape(width=8, inner=3),
+    )
     for n in (1, 2)
 ]
 

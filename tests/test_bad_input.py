@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import moetailor
+from moetailor.answers import Constant
 from moetailor.checkpoint.files import INDEX, SINGLE, open_checkpoint
 from moetailor.checkpoint.loader import quiet_transformers
 from moetailor.errors import CheckpointError
@@ -599,12 +600,13 @@ def test_expert_that_no_token_reached_is_noted_and_every_method_goes_on(cli: Cli
         moetailor.Calibration.open(tmp_path / "calibration"), "mone", moetailor.Budget(keep=4), protect=[(1, 0)]
     ).save(tmp_path / "plan.json")
     plan = moetailor.Plan.load(tmp_path / "plan.json").by_layer[1]
-    assert 3 in plan.stand_ins
+    constants = list(plan.of(Constant))
+    assert 3 in constants
     arguments = ("apply", model, tmp_path / "plan.json", "-o", tmp_path / "out", "--calibration")
     assert cli(*arguments, tmp_path / "calibration").code == 0
     stored = open_checkpoint(tmp_path / "out").tensors
     constant = stored["model.layers.1.mlp.experts.constant"].read()
-    assert constant[plan.stand_ins.index(3)].count_nonzero() == 0
+    assert constant[constants.index(3)].count_nonzero() == 0
     assert constant.isfinite().all()
 
 

@@ -13,6 +13,19 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import moetailor
+from moetailor.answers import (
+    ANSWERS,
+    Auxiliary,
+    Borrowed,
+    Constant,
+    Drop,
+    Fitted,
+    Keep,
+    Linear,
+    LowRank,
+    Merged,
+    Remap,
+)
 from moetailor.calibration.domains import sampled_domains
 from moetailor.calibration.statistics import sample_keys
 from moetailor.checkpoint.anatomy import discover
@@ -24,8 +37,7 @@ from moetailor.comparison.cells import cells_of
 from moetailor.comparison.probe import Probe
 from moetailor.comparison.results import letters, ranked, spearman, usage
 from moetailor.methods.run import view_of
-from moetailor.planning.slot_map import Auxiliary
-from moetailor.planning.slots import LayerPlan, Slot
+from moetailor.planning.layer_plan import LayerPlan
 from support.families import tiny_model
 from support.tiny import token_batches
 
@@ -254,15 +266,9 @@ def test_usage_equals_a_loop_over_sampled_tokens(tmp_path: Path) -> None:
 
 
 def test_letters() -> None:
-    slots = ["expert", "drop", "constant", "linear", "merged", "merged", "drop"]
-    numbers = [0, None, None, None, 4, 4, 4]
-    plan = LayerPlan(slots=tuple(Slot(kind, number) for kind, number in zip(slots, numbers, strict=True)))
-    assert letters(plan) == "Kdclmmd"
-    assert letters(LayerPlan(slots=(Slot("merged", 0), Slot("merged", 1), Slot("drop", 1)))) == "fmd"
-    low = (Slot("expert", 2), Slot("expert", 1, 0.5), Slot("expert", 2), Slot("expert", 3, layer=1), Slot("lowrank", 4))
-    assert letters(LayerPlan(slots=low)) == ">>K>b"
-    vectors = LayerPlan(slots=(Slot("expert", 0), Slot("constant")), auxiliary=Auxiliary(main=1))
-    assert letters(vectors) == "vc"
+    every = (Keep(), Drop(), Constant(), Linear(2), Merged(4), Fitted(), Drop(4), Remap(0, 0.5), Borrowed(3, 1))
+    assert letters(LayerPlan(slots=(*every, LowRank(9), Auxiliary(main=1)))) == "#.clmf.><bv"
+    assert len({kind.letter for kind in ANSWERS.values()}) == len({kind.kind for kind in ANSWERS.values()})
 
 
 def row(ratio: str, kl: float | None, expected: float | None = None) -> dict:

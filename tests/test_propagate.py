@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import moetailor
+from moetailor.answers import Constant
 from moetailor.checkpoint.files import open_checkpoint
 from moetailor.planning.plan import Plan
 from support.methods import REFUSED_BY, TINY_PARAMETERS
@@ -45,7 +46,7 @@ def test_a_novice_is_the_mean_of_original_outputs_over_compressed_routing(
     path = anatomy_of(original).layers[second].experts
     half_plan = planned(calibration("olmoe"), "mone", layers=[first])
     half = moetailor.apply(half_plan, load(checkpoint("olmoe")), calibration=calibration("olmoe"))
-    slots = plan.by_layer[second].stand_ins
+    slots = list(plan.by_layer[second].of(Constant))
     total, count = torch.zeros(len(slots), 32), torch.zeros(len(slots))
     for (true, *_), (_, index, _) in zip(experts_calls(original, path), experts_calls(half, path), strict=True):
         for token, chosen in enumerate(index.tolist()):
@@ -86,7 +87,7 @@ def test_the_first_layer_sees_what_it_always_saw(checkpoint: Get, calibration: G
     ]
     layers = anatomy_of(load(checkpoint("olmoe"))).layers
     first, last = min(layers), max(layers)
-    one, other = (result.get_submodule(layers[first].experts).constant for result in results)
+    one, other = (result.get_submodule(layers[first].experts).linear_constant for result in results)
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
     one, other = (result.get_submodule(layers[last].experts).linear_in for result in results)
     assert not torch.allclose(one, other, rtol=1e-3)

@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterator, Sequence
 import pytest
 
 import moetailor
+from moetailor.answers import Drop
 from moetailor.methods.registry import METHODS, find_method, method
-from moetailor.planning.slots import LayerPlan, Slot, keep_only
+from moetailor.planning.layer_plan import LayerPlan, keep_only
 from moetailor.planning.view import LayerView
 
 GetCalibration = Callable[[str], moetailor.Calibration]
@@ -31,7 +32,7 @@ def registered() -> Iterator[str]:
         plans: list[LayerPlan] = []
         for number, layer in enumerate(layers):
             kept = [expert for _, at, expert in chosen if at == number]
-            plans.append(keep_only(layer.num_experts, kept, Slot("drop")))
+            plans.append(keep_only(layer.num_experts, kept, Drop()))
         return plans
 
     yield "together"

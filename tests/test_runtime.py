@@ -7,16 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from moetailor.planning.slots import LayerPlan, Slot
 from torch import nn
 
 import moetailor
+from moetailor.answers import Answer, Borrowed, Constant, Keep, Linear, LowRank, Remap
 from moetailor.checkpoint.anatomy import discover
 from moetailor.checkpoint.experts import Experts
 from moetailor.checkpoint.files import open_checkpoint
 from moetailor.checkpoint.loader import quiet_transformers
 from moetailor.planning.checks import check_plan
-from moetailor.runtime.reshape import Change, reshape_model
+from moetailor.planning.layer_plan import LayerPlan
+from moetailor.runtime.reshape import LayerChange, reshape_model
 from support.families import tiny_model
 from support.tiny import IDS, eager, load, logits, mixed_plan
 
@@ -24,19 +25,16 @@ Get = Callable[[str], Path]
 GetCalibration = Callable[[str], moetailor.Calibration]
 
 
-def compressed_experts(
-    slots: list[Slot], name: str = "olmoe", shared_input: bool = False
-) -> tuple[nn.Module, nn.Module]:
+def compressed_experts(slots: list[Answer], name: str = "olmoe") -> tuple[nn.Module, nn.Module]:
     """Return the first experts module of a tiny model, original and with these slots."""
     model, original = eager(tiny_model(name)), eager(tiny_model(name))
     anatomy = discover(model.config, model)
-    plan, layer = LayerPlan(slots=tuple(slots), shared_input=shared_input), next(iter(anatomy.layers.values()))
-    change = Change(experts=plan.pool, slots=plan.kept_slots, slot_map=plan.slot_map())
+    plan, layer = LayerPlan(slots=tuple(slots)), next(iter(anatomy.layers.values()))
+    change = LayerChange(experts=plan.pool, slots=plan.kept_slots, slot_map=plan.slot_map())
     reshape_model(model, anatomy, {layer.index: change})
     module = model.get_submodule(layer.experts)
-    for tensor in (module.constant, module.linear_in, module.linear_out):
-        if tensor is not None:
-            nn.init.normal_(tensor)
+    for tensor in module.added:
+        nn.init.normal_(getattr(module, tensor))
     return original.get_submodule(layer.experts), module
 
 
@@ -57,11 +55,11 @@ def count_rows(module: nn.Module, *inputs: torch.Tensor) -> tuple[torch.Tensor, 
         nn.functional.linear = original
 
 
-OWN = [Slot("expert", number) for number in range(8)]
+OWN = [Keep()] * 8
 
 
 def test_slots_that_share_an_expert_run_it_once_for_a_token() -> None:
-    original, module = compressed_experts([*OWN[:6], Slot("expert", 0), Slot("expert", 0)])
+    original, module = compressed_experts([*OWN[:6], Remap(0), Remap(0)])
     x = torch.randn(5, 32)
     shared = torch.tensor([[0, 6], [6, 7], [0, 7], [1, 2], [7, 3]])
     gates = torch.rand(5, 2)
@@ -72,7 +70,7 @@ def test_slots_that_share_an_expert_run_it_once_for_a_token() -> None:
 
 
 def test_constants_cost_no_matrix_product() -> None:
-    _, module = compressed_experts([*OWN[:6], Slot("constant"), Slot("constant")])
+    _, module = compressed_experts([*OWN[:6], Constant(), Constant()])
     x, gates = torch.randn(3, 32), torch.rand(3, 2)
     out, rows = count_rows(module, x, torch.tensor([[6, 7], [7, 6], [6, 6]]), gates)
     assert rows == 0
@@ -81,7 +79,7 @@ def test_constants_cost_no_matrix_product() -> None:
 
 
 def test_scales_multiply_gates() -> None:
-    original, module = compressed_experts([*OWN[:7], Slot("expert", 2, 0.25)])
+    original, module = compressed_experts([*OWN[:7], Remap(2, 0.25)])
     x, gates = torch.randn(2, 32), torch.rand(2, 2)
     out, _ = count_rows(module, x, torch.tensor([[7, 1], [2, 7]]), gates)
     scaled = gates * torch.tensor([[0.25, 1], [1, 0.25]])
@@ -90,7 +88,7 @@ def test_scales_multiply_gates() -> None:
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
 def test_gradients_reach_experts_constants_and_gates(implementation: str) -> None:
-    _, module = compressed_experts([*OWN[:6], Slot("constant"), Slot("expert", 0)])
+    _, module = compressed_experts([*OWN[:6], Constant(), Remap(0)])
     module.config._experts_implementation = implementation
     gates = torch.rand(4, 2, requires_grad=True)
     index = torch.tensor([[0, 6], [6, 7], [1, 0], [7, 0]])
@@ -104,11 +102,11 @@ def test_gradients_reach_experts_constants_and_gates(implementation: str) -> Non
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
 def test_low_precision_is_no_worse_than_the_original_family(implementation: str) -> None:
     """Error budget: ours in bfloat16 against float32 truth is at most that of the family's own code plus a little."""
-    slots = [*OWN[:6], Slot("expert", 1), Slot("expert", 2)]
+    slots = [*OWN[:6], Remap(1), Remap(2)]
     original, module = compressed_experts(slots)
     original.config._experts_implementation = module.config._experts_implementation = implementation
     x, index, gates = torch.randn(64, 32), torch.randint(0, 8, (64, 2)), torch.rand(64, 2)
-    answers = torch.tensor([slot.expert for slot in slots])[index]
+    answers = torch.tensor([slot.expert(number) for number, slot in enumerate(slots)])[index]
     truth = original(x, answers, gates)
     naive = (original.bfloat16()(x.bfloat16(), answers, gates.bfloat16()).float() - truth).norm()
     ours = (module.bfloat16()(x.bfloat16(), index, gates.bfloat16()).float() - truth).norm()
@@ -161,8 +159,8 @@ def test_a_newer_format_is_refused(checkpoint: Get, calibration: GetCalibration,
 @pytest.mark.parametrize("shared", [False, True], ids=["own-inputs", "shared-input"])
 def test_linear_maps_of_any_rank_cost_thin_products_alone(shared: bool) -> None:
     ranks = [3, 0, 2]
-    slots = [*OWN[:5], Slot("linear", rank=3), Slot("constant"), Slot("linear", rank=2)]
-    original, module = compressed_experts(slots, shared_input=shared)
+    slots = [*OWN[:5], Linear(3, shared), Constant(), Linear(2, shared)]
+    original, module = compressed_experts(slots)
     assert module.linear_in.shape == (3 if shared else 5, 32)
     assert module.linear_out.shape == (5, 32)
     starts = {0: 0, 2: 0 if shared else 3}
@@ -180,7 +178,7 @@ def test_linear_maps_of_any_rank_cost_thin_products_alone(shared: bool) -> None:
                     expected[token] += original(x[token : token + 1], torch.tensor([[slot]]), torch.tensor([[gate]]))[0]
                     continue
                 number, rank = slot - 5, ranks[slot - 5]
-                given, first = module.constant[number], sum(ranks[:number])
+                given, first = module.linear_constant[number // 2] if rank else module.constant[0], sum(ranks[:number])
                 if rank:
                     inner = module.linear_in[starts[number] : starts[number] + rank] @ x[token]
                     given = given + inner @ module.linear_out[first : first + rank]
@@ -190,20 +188,20 @@ def test_linear_maps_of_any_rank_cost_thin_products_alone(shared: bool) -> None:
 
 @pytest.mark.parametrize("ranks", [(3, 0, 2), (2, 2, 2)], ids=["uneven", "even"])
 def test_low_rank_experts_are_their_base_and_own_part(ranks: tuple[int, ...]) -> None:
-    slots = [*OWN[:5], *(Slot("lowrank", base, rank=rank) for base, rank in zip((5, 5, 7), ranks, strict=True))]
+    slots = [*OWN[:5], *(LowRank(base, rank) for base, rank in zip((5, 5, 7), ranks, strict=True))]
     original, module = compressed_experts(slots)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, tensor in module.named_parameters():
-            if name.startswith(("base_", "low_")):
+            if name.startswith("low_rank_"):
                 tensor.normal_(generator=generator)
     whole, bases = Experts(original).matrices(), (0, 0, 1)
     for number, rank in enumerate(ranks):
         rows = slice(sum(ranks[:number]), sum(ranks[:number]) + rank)
         for part in ("gate", "up", "down"):
-            inner, outer = getattr(module, f"low_{part}_in")[rows], getattr(module, f"low_{part}_out")[rows]
+            inner, outer = getattr(module, f"low_rank_{part}_in")[rows], getattr(module, f"low_rank_{part}_out")[rows]
             whole[part][5 + number] = (
-                getattr(module, f"base_{part}")[bases[number]].detach() + (outer.T @ inner).detach()
+                getattr(module, f"low_rank_base_{part}")[bases[number]].detach() + (outer.T @ inner).detach()
             )
     with torch.no_grad():
         for name, tensor in Experts(original).packed(whole).items():
@@ -216,16 +214,15 @@ def test_low_rank_experts_are_their_base_and_own_part(ranks: tuple[int, ...]) ->
             torch.testing.assert_close(module(x, chosen, gates), expected, rtol=1e-4, atol=1e-3)
 
 
-def remapped_abroad(calibration: moetailor.Calibration) -> moetailor.Plan:
+def remapped_over_layers(calibration: moetailor.Calibration) -> moetailor.Plan:
     """Return a plan in which both layers keep half their experts and answer for each other."""
     plan = moetailor.make_plan(calibration, "conmoe", moetailor.Budget.parse(keep=4), parameters={"scope": 2})
     return plan
 
 
-def test_guests_answer_from_their_own_layer(calibration: GetCalibration, checkpoint: Get) -> None:
-    plan = remapped_abroad(calibration("olmoe"))
-    guests = {layer: slot_map.guests for layer, slot_map in plan.slot_maps.items()}
-    assert any(guests.values())
+def test_borrowed_experts_answer_from_their_own_layer(calibration: GetCalibration, checkpoint: Get) -> None:
+    plan = remapped_over_layers(calibration("olmoe"))
+    assert any(slot_map.lenders for slot_map in plan.slot_maps.values())
     original, compressed = load(checkpoint("olmoe")), moetailor.apply(plan, load(checkpoint("olmoe")))
     anatomy, layers = discover(original.config, original), calibration("olmoe").layers
     x, gates = torch.randn(6, 32), torch.rand(6, 2)
@@ -235,10 +232,10 @@ def test_guests_answer_from_their_own_layer(calibration: GetCalibration, checkpo
         for token in range(6):
             for slot, gate in zip(chosen[token].tolist(), gates[token].tolist(), strict=True):
                 answer = plan.by_layer[index].slots[slot]
-                module = original.get_submodule(anatomy.layers[index if answer.layer is None else answer.layer].experts)
-                expected[token] += module(
-                    x[token : token + 1], torch.tensor([[answer.expert]]), torch.tensor([[gate]])
-                )[0]
+                borrowed = isinstance(answer, Borrowed)
+                expert = answer.source if borrowed else answer.expert(slot)
+                module = original.get_submodule(anatomy.layers[answer.layer if borrowed else index].experts)
+                expected[token] += module(x[token : token + 1], torch.tensor([[expert]]), torch.tensor([[gate]]))[0]
         with torch.no_grad():
             given = compressed.get_submodule(anatomy.layers[index].experts)(x, chosen, gates)
         torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-5)
@@ -247,7 +244,7 @@ def test_guests_answer_from_their_own_layer(calibration: GetCalibration, checkpo
 def test_a_shared_pool_is_stored_once_and_survives_saving(
     calibration: GetCalibration, checkpoint: Get, tmp_path: Path
 ) -> None:
-    plan = remapped_abroad(calibration("olmoe"))
+    plan = remapped_over_layers(calibration("olmoe"))
     counts = {layer: len(layer_plan.pool) for layer, layer_plan in plan.by_layer.items()}
     assert sum(counts.values()) == 8
     moetailor.apply(plan, checkpoint("olmoe"), tmp_path / "out", verify=True)
@@ -263,25 +260,23 @@ def test_a_shared_pool_is_stored_once_and_survives_saving(
     torch.testing.assert_close(logits(load(tmp_path / "again")), expected, rtol=1e-5, atol=1e-5)
     copied = copy.deepcopy(model)
     torch.testing.assert_close(logits(copied), expected, rtol=1e-5, atol=1e-5)
-    module = next(module for module in copied.modules() if getattr(module, "hosts", None))
-    assert all(host in list(copied.modules()) for host in module.hosts.values())
+    module = next(module for module in copied.modules() if getattr(module, "lenders", None))
+    assert all(lender in list(copied.modules()) for lender in module.lenders.values())
 
 
-def test_a_guest_that_its_layer_does_not_keep_is_refused(calibration: GetCalibration) -> None:
-    plan = remapped_abroad(calibration("olmoe"))
+def test_a_borrowed_expert_that_its_layer_does_not_keep_is_refused(calibration: GetCalibration) -> None:
+    plan = remapped_over_layers(calibration("olmoe"))
     content = json.loads(json.dumps(plan.to_json()))
-    entry = next(entry for entry in content["layers"].values() if "remap" in entry)
-    slot, answer = next((slot, answer) for slot, answer in entry["remap"].items() if isinstance(answer, dict))
-    host = plan.by_layer[answer["layer"]]
-    gone = next(number for number in range(8) if number not in host.pool)
-    entry["remap"][slot] = answer | {"expert": gone}
-    for wrong, message in ((gone, "which does not keep it"), (99, "outside 0..7")):
-        entry["remap"][slot] = answer | {"expert": wrong}
+    entry = next(entry for entry in content["layers"].values() if "borrowed" in entry)
+    answer = entry["borrowed"][0]
+    gone = next(number for number in range(8) if number not in plan.by_layer[answer["layer"]].pool)
+    for wrong, message in ((gone, "which does not keep it"), (99, "no such expert"), (-1, "no such expert")):
+        entry["borrowed"][0] = answer | {"source": wrong}
         file = calibration("olmoe").folder.with_name("edited.json")
         file.write_text(json.dumps(content))
         with pytest.raises(moetailor.PlanError, match=message):
             check_plan(moetailor.Plan.load(file), plan.model)
-    entry["remap"][slot] = answer | {"layer": 99}
+    entry["borrowed"][0] = answer | {"layer": 99}
     file.write_text(json.dumps(content))
     with pytest.raises(moetailor.PlanError, match="of layer 99: no such expert"):
         check_plan(moetailor.Plan.load(file), plan.model)

@@ -7,18 +7,31 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from moetailor.planning.slot_map import Auxiliary
-from moetailor.planning.slots import LayerPlan, Slot
 
 import moetailor
+from moetailor.answers import (
+    Answer,
+    Auxiliary,
+    Borrowed,
+    Constant,
+    Drop,
+    Fitted,
+    Keep,
+    Linear,
+    LowRank,
+    Merged,
+    Remap,
+)
+from moetailor.checkpoint.experts import ExpertShape
 from moetailor.checkpoint.facts import ModelFacts
 from moetailor.checkpoint.family import Groups
 from moetailor.checkpoint.layout import Stack
+from moetailor.planning.layer_plan import LayerPlan
 from moetailor_cli import output
 from moetailor_cli.app import main
 
 Show = Callable[..., list[str]]
-KEEP, DROP, CONSTANT = "keep", Slot("drop"), Slot("constant")
+KEEP, DROP, CONSTANT = Keep(), Drop(), Constant()
 # Experts of 1000 bytes, two of them of the router: slots of 100.
 FACTS = ModelFacts(
     source="a/model",
@@ -30,16 +43,21 @@ FACTS = ModelFacts(
     nbytes=100_000,
     stacks=tuple(
         Stack(
-            prefix=f"model.layers.{n}", index=n, num_experts=12, expert_bytes=1000, slot_bytes=100, dtype="F32", inner=8
+            prefix=f"model.layers.{n}",
+            index=n,
+            num_experts=12,
+            expert_bytes=1000,
+            slot_bytes=100,
+            dtype="F32",
+            shape=ExpertShape(width=10, inner=8),
         )
         for n in range(4)
     ),
 )
 
 
-def layer(*slots: Slot | str, **fields: object) -> LayerPlan:
-    own = [Slot("expert", number) if slot == KEEP else slot for number, slot in enumerate(slots)]
-    return LayerPlan(slots=(*own, *(Slot("expert", n) for n in range(len(own), 12))), **fields)
+def layer(*slots: Answer, **fields: object) -> LayerPlan:
+    return LayerPlan(slots=(*slots, *(KEEP,) * (12 - len(slots))), **fields)
 
 
 def plan(method: str, *layers: LayerPlan, **fields: object) -> moetailor.Plan:
@@ -51,14 +69,14 @@ def plan(method: str, *layers: LayerPlan, **fields: object) -> moetailor.Plan:
 # Layer 0 has each kind of stand-in, layer 1 merges, layer 2 shares and has low ranks, layer 3 stays whole.
 MIXED = plan(
     "mixed",
-    layer(CONSTANT, Slot("linear", rank=4), Slot("linear", rank=8), KEEP, Slot("linear", rank=8), scores=range(12)),
-    layer(Slot("merged", 1), Slot("merged", 1), KEEP, Slot("drop", 1), DROP),
+    layer(CONSTANT, Linear(4), Linear(8), KEEP, Linear(8), scores=range(12)),
+    layer(Merged(1), Merged(1), KEEP, Drop(1), DROP),
     layer(
-        Slot("expert", 3),
-        Slot("expert", 3, scale=0.5),
-        Slot("expert", 3, layer=3),
+        Remap(3),
+        Remap(3, 0.5),
+        Borrowed(3, 3),
         KEEP,
-        *[Slot("lowrank", 4, rank=16)] * 3,
+        *[LowRank(4, 16)] * 3,
     ),
 )
 
@@ -89,32 +107,33 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
 
 
 def test_every_kind_of_answer_is_shown(run: Show) -> None:
-    after = f"{MIXED.nbytes / 1000:.2f} kB ({MIXED.nbytes / FACTS.nbytes:.1%}, moetailor format)"
+    after = f"{MIXED.nbytes / 1000:.2f} kB ({MIXED.nbytes / FACTS.nbytes:.1%}, moetailor)"
     assert run("show", MIXED) == [
         "a.json",
         f"         mixed, remove 25%: 100.00 kB becomes {after}",
         "         rank=8",
         # 8 + 8 + 6 and the whole layer's 12
-        "# kept 34   . dropped 2   c constant 1   l linear 3   m merged 2   > remapped 3   b low rank over a base 3",
+        "# kept 34   . dropped 2   c constant 1   l linear map 3   b low rank over a base 3   m merged 2   "
+        "> another expert 2   < another layer's expert 1",
         "layer, experts that stay, slots:",
         "   0   8 cll#l### ####",
         "         linear of rank 4: 1; linear of rank 8: 2 4",
         "   1   9 mm#..### ####",
-        "         merged into 1: 0-1 3",
-        "   2   7 >>>#bbb# ####",
+        "         merged into 1: 0-1; dropped, merged into 1: 3",
+        "   2   7 >><#bbb# ####",
         "         expert 3: 0; expert 3 x 0.5: 1; expert 3 of layer 3: 2; rank 16 over",
         "         base 4: 4-6",
         "whole    layers 3",
     ]
 
 
-def test_an_expert_merged_of_itself_alone_is_fitted(run: Show) -> None:
-    refit = plan("refit", layer(Slot("merged", 0), DROP, Slot("merged", 2), Slot("merged", 3), Slot("drop", 3)))
+def test_fitted_experts_are_shown_apart_from_merged_ones(run: Show) -> None:
+    refit = plan("refit", layer(Fitted(), DROP, Fitted(), Merged(3), Drop(3)))
     lines = run("show", refit)
-    assert "f fitted 2" in lines[3]
+    assert "f kept, weights fitted 2" in lines[3]
     assert "m merged 1" in lines[3]
-    assert lines[5:7] == ["   0  10 f.fm.### ####", "         merged into 3: 3-4"]
-    assert "kept -> fitted: 0 2" in " ".join(run("diff", plan("mone", layer(KEEP, DROP)), refit))
+    assert lines[5:7] == ["   0  10 f.fm.### ####", "         merged into 3: 3; dropped, merged into 3: 4"]
+    assert "kept -> kept, weights fitted: 0 2" in " ".join(run("diff", plan("mone", layer(KEEP, DROP)), refit))
 
 
 def test_scores_are_listed_from_the_highest(run: Show) -> None:
@@ -135,7 +154,7 @@ def test_lines_fit_the_terminal(run: Show, width: int) -> None:
         model=dataclasses.replace(
             FACTS, stacks=tuple(dataclasses.replace(stack, num_experts=128) for stack in FACTS.stacks)
         ),
-        layers={"model.layers.0": LayerPlan(slots=(DROP, DROP, *(Slot("expert", n) for n in range(2, 128))))},
+        layers={"model.layers.0": LayerPlan(slots=(DROP, DROP, *(Keep() for n in range(2, 128))))},
     )
     lines = run("show", wide, width=width)
     grid = lines[lines.index("layer, experts that stay, slots:") + 1 : -1]
@@ -147,7 +166,7 @@ def test_lines_fit_the_terminal(run: Show, width: int) -> None:
 
 def test_a_difference_names_the_slots_and_what_they_were(run: Show) -> None:
     one = plan("mone", layer(CONSTANT, CONSTANT, CONSTANT), layer(KEEP, CONSTANT))
-    other = plan("linear", layer(CONSTANT, Slot("linear", rank=8), KEEP, CONSTANT), layer(KEEP, CONSTANT))
+    other = plan("linear", layer(CONSTANT, Linear(8), KEEP, CONSTANT), layer(KEEP, CONSTANT))
     other = dataclasses.replace(other, parameters={"rank": 8, "ranks": "given"})
     lines = run("diff", one, other)
     assert lines[0] == "a.json"
@@ -163,35 +182,35 @@ def test_a_difference_names_the_slots_and_what_they_were(run: Show) -> None:
     ]
 
 
-def test_a_plan_is_like_itself_and_what_concerns_a_layer_as_a_whole_counts(run: Show) -> None:
+def test_a_plan_is_like_itself_and_every_field_of_an_answer_counts(run: Show) -> None:
     assert run("diff", MIXED, MIXED)[-2:] == [
         "alike    layers 0, 1, 2, 3",
         "48 of 48 slots have the same answer in both (100.0%)",
     ]
-    shared = LayerPlan(slots=MIXED.layers["model.layers.0"].slots, shared_input=True)
-    other = dataclasses.replace(MIXED, layers={**MIXED.layers, "model.layers.0": shared})
-    assert run("diff", MIXED, other)[-3] == "   0     12 of 12 alike; none -> linear maps share their input"
-    split = plan("compressed_experts", layer(CONSTANT, auxiliary=Auxiliary(main=1)))
+    one, other = plan("linear", layer(Linear(4))), plan("linear", layer(Linear(4, shared=True)))
+    said = "   0     11 of 12 alike; linear of rank 4 -> linear of rank 4, input shared: 0"
+    assert run("diff", one, other)[-3] == said
+    split = plan("compressed_experts", layer(CONSTANT, *(Auxiliary(1, constants=True),) * 11))
     assert run("diff", plan("mone", layer(CONSTANT)), split)[-4:-2] == [
-        "   0     12 of 12 alike; none -> auxiliary slots: main=1, share=1.0,",
-        "         renormalise=False, vectors=expert, constants=False",
+        "   0     1 of 12 alike; kept -> auxiliary unless among 1 main, vectors=expert,",
+        "         constants=True: 1-11",
     ]
 
 
 def test_layers_that_the_model_does_not_run_have_a_name_of_their_own(run: Show) -> None:
-    stacks = (*FACTS.stacks, dataclasses.replace(FACTS.stacks[0], prefix="model.layers.4", index=None))
+    stacks = (*FACTS.stacks, dataclasses.replace(FACTS.stacks[0], prefix="model.layers.4", index=None, shape=None))
     facts = dataclasses.replace(FACTS, stacks=stacks)
     dropped = dict.fromkeys([stack.prefix for stack in stacks], layer(DROP))
     lines = run("show", dataclasses.replace(MIXED, model=facts, layers=dropped))
     assert lines[-1] == "mtp4  11 .####### ####"
-    assert "native format" in lines[1]
+    assert ", native)" in lines[1]
 
 
 def test_other_models_and_broken_plans_are_refused(run: Show) -> None:
     wide = dataclasses.replace(MIXED, model=dataclasses.replace(FACTS, width=11))
     said = "error: a.json and b.json are for different models: their width is not the same"
     assert run("diff", MIXED, wide, code=1) == [said]
-    short = dataclasses.replace(MIXED, layers={"model.layers.0": LayerPlan(slots=(Slot("expert", 0), DROP))})
+    short = dataclasses.replace(MIXED, layers={"model.layers.0": LayerPlan(slots=(KEEP, DROP))})
     assert run("show", short, code=1) == ["error: model.layers.0: the plan has 2 slots, the layer 12"]
 
 

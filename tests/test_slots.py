@@ -7,25 +7,39 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from moetailor.planning.slot_map import SlotMap
-from moetailor.planning.slots import LayerPlan, Slot, keep_only
 
+from moetailor.answers import (
+    Answer,
+    Auxiliary,
+    Borrowed,
+    Constant,
+    Drop,
+    Fitted,
+    Keep,
+    Linear,
+    LowRank,
+    Merged,
+    Remap,
+    SlotMap,
+)
+from moetailor.checkpoint.experts import ExpertShape
 from moetailor.checkpoint.facts import ModelFacts
 from moetailor.checkpoint.family import Groups
 from moetailor.checkpoint.layout import Stack
-from moetailor.errors import PlanError
+from moetailor.errors import CheckpointError, PlanError
 from moetailor.planning.checks import check_plan
+from moetailor.planning.layer_plan import LayerPlan, keep_only
 from moetailor.planning.plan import Plan
 
 # 0 and 3 keep their experts, 1 is dropped, 2 is a constant, 4 is answered by 3, 5 by 0 at half its gate.
 MIXED = LayerPlan(
     slots=(
-        Slot("expert", 0),
-        Slot("drop"),
-        Slot("constant"),
-        Slot("expert", 3),
-        Slot("expert", 3),
-        Slot("expert", 0, 0.5),
+        Keep(),
+        Drop(),
+        Constant(),
+        Keep(),
+        Remap(3),
+        Remap(0, 0.5),
     ),
     scores=(1, 0.25, 0.125, 3, 1e-9, 123456.78),
 )
@@ -34,9 +48,11 @@ MIXED_JSON = {
     "keep": [0, 3],
     "drop": [1],
     "constant": [2],
-    "remap": {"4": 3, "5": {"expert": 0, "scale": 0.5}},
+    "remap": [{"to": 3, "slots": [4]}, {"to": 0, "scale": 0.5, "slots": [5]}],
     "scores": [1.0, 0.25, 0.125, 3.0, 1e-09, 123457.0],
 }
+KINDS = "keep, fitted, drop, constant, linear, low_rank, merged, remap, borrowed, auxiliary"
+SHAPE = ExpertShape(width=8, inner=2)
 # 10,000 bytes, in them two layers of 6 experts of 96 bytes, whose routers have 16 bytes a slot.
 FACTS = ModelFacts(
     source="original",
@@ -47,7 +63,15 @@ FACTS = ModelFacts(
     groups=Groups(),
     nbytes=10_000,
     stacks=tuple(
-        Stack(prefix=f"model.layers.{n}", index=n, num_experts=6, expert_bytes=96, slot_bytes=16, dtype="BF16")
+        Stack(
+            prefix=f"model.layers.{n}",
+            index=n,
+            num_experts=6,
+            expert_bytes=96,
+            slot_bytes=16,
+            dtype="BF16",
+            shape=SHAPE,
+        )
         for n in (0, 1)
     ),
 )
@@ -60,7 +84,7 @@ def plan_of(*layers: LayerPlan, facts: ModelFacts = FACTS, **fields: object) -> 
 
 
 def drop(*slots: int, of: int = 6) -> LayerPlan:
-    return keep_only(of, set(range(of)) - set(slots), Slot("drop"))
+    return keep_only(of, set(range(of)) - set(slots), Drop())
 
 
 # One layer
@@ -69,51 +93,54 @@ def drop(*slots: int, of: int = 6) -> LayerPlan:
 def test_pool_kept_slots_and_stand_ins() -> None:
     assert MIXED.pool == [0, 3]
     assert MIXED.kept_slots == [0, 2, 3, 4, 5]
-    assert MIXED.stand_ins == [2]
+    assert list(MIXED.of(Constant)) == [2]
     assert not MIXED.native
     assert not MIXED.untouched
 
 
 def test_slot_map_of_every_kind_of_answer() -> None:
-    # Slots 0, 2, 3, 4, 5 are left; expert 0 is row 0, expert 3 is row 1, the constant is stand-in 0.
+    # Slots 0, 2, 3, 4, 5 are left; expert 0 is row 0, expert 3 is row 1, the constant has no row.
     found = MIXED.slot_map()
-    assert found == SlotMap(slots=(0, -1, 1, 1, 0), experts=2, constants=1, scales=(1.0, 1.0, 1.0, 1.0, 0.5))
+    answers = (None, Constant(), None, None, None)
+    assert found == SlotMap(rows=(0, -1, 1, 1, 0), experts=2, answers=answers, scales=(1.0, 1.0, 1.0, 1.0, 0.5))
     assert found.shared
     assert not found.plain
 
 
 def test_slot_map_of_dropped_slots_is_the_plain_one() -> None:
     found = drop(1, 4).slot_map()
-    assert found == SlotMap(slots=(0, 1, 2, 3), experts=4)
+    assert found == SlotMap.of_rows((0, 1, 2, 3), 4)
     assert found.plain
     assert not found.shared
     assert drop(1, 4).native
 
 
 def test_constants_are_numbered_by_slot() -> None:
-    found = keep_only(5, [1, 3], Slot("constant")).slot_map()
-    assert found == SlotMap(slots=(-1, 0, -2, 1, -3), experts=2, constants=3)
+    found = keep_only(5, [1, 3], Constant()).slot_map()
+    assert found.rows == (-1, 0, -1, 1, -1)
+    assert found.experts == 2
+    assert found.buffers()["constant_slot"].tolist() == [0, -1, 1, -1, 2]
     assert not found.plain
     assert not found.shared
 
 
 def test_expert_that_only_answers_for_another_slot_stays_in_the_pool() -> None:
-    layer = LayerPlan(slots=(Slot("expert", 2), Slot("drop"), Slot("drop"), Slot("expert", 3)))
+    layer = LayerPlan(slots=(Remap(2), Drop(), Drop(), Remap(3)))
     assert layer.pool == [2, 3]
-    assert layer.slot_map() == SlotMap(slots=(0, 1), experts=2)
+    assert layer.slot_map() == SlotMap.of_rows((0, 1), 2)
     assert not layer.native
 
 
 def test_layer_in_which_all_stay_is_untouched() -> None:
-    layer = keep_only(4, range(4), Slot("drop"), [1, 2, 3, 4])
+    layer = keep_only(4, range(4), Drop(), [1, 2, 3, 4])
     assert layer.untouched
     assert layer.native
-    assert layer.slot_map() == SlotMap(slots=(0, 1, 2, 3), experts=4)
-    assert not LayerPlan(slots=(Slot("expert", 0, 0.5), Slot("expert", 1))).untouched
+    assert layer.slot_map() == SlotMap.of_rows((0, 1, 2, 3), 4)
+    assert not LayerPlan(slots=(Remap(0, 0.5), Keep())).untouched
 
 
 def test_scores_keep_six_digits_as_the_file_does() -> None:
-    layer = LayerPlan(slots=(Slot("drop"),) * 3, scores=(1 / 3, 1234567.0, 0.0))
+    layer = LayerPlan(slots=(Drop(),) * 3, scores=(1 / 3, 1234567.0, 0.0))
     assert layer.scores == (0.333333, 1234570.0, 0.0)
 
 
@@ -127,39 +154,74 @@ def test_layer_is_written_by_kind_and_read_back() -> None:
 
 def test_empty_kinds_are_left_out() -> None:
     assert drop(0, 1, 2, 3, 4, 5).to_json() == {"experts": 6, "drop": [0, 1, 2, 3, 4, 5]}
-    assert keep_only(2, [0, 1], Slot("drop")).to_json() == {"experts": 2, "keep": [0, 1]}
+    assert keep_only(2, [0, 1], Drop()).to_json() == {"experts": 2, "keep": [0, 1]}
 
 
 def test_random_layers_survive_the_round_trip() -> None:
     generator = random.Random(0)
     for _ in range(200):
         size = generator.randint(1, 12)
-        kinds: list[Callable[[int], Slot]] = [
-            lambda number: Slot("expert", number),
-            lambda number: Slot("drop"),
-            lambda number: Slot("constant"),
-            lambda number: Slot("expert", generator.randrange(size)),  # noqa: B023 (called below)
-            lambda number: Slot("expert", generator.randrange(size), generator.random()),  # noqa: B023
+        kinds: list[Callable[[], Answer]] = [
+            Keep,
+            Fitted,
+            Drop,
+            Constant,
+            lambda: Drop(generator.randrange(size)),  # noqa: B023 (called below)
+            lambda: Linear(generator.randint(1, 9), shared=generator.random() < 0.5),
+            lambda: LowRank(generator.randrange(size), generator.randrange(9)),  # noqa: B023
+            lambda: Merged(generator.randrange(size)),  # noqa: B023
+            lambda: Remap(generator.randrange(size)),  # noqa: B023
+            lambda: Remap(generator.randrange(size), generator.random()),  # noqa: B023
+            lambda: Borrowed(generator.randrange(9), generator.randrange(99), generator.random()),
+            lambda: Auxiliary(2, vectors=generator.choice(["expert", "layer", "none"])),
         ]
-        slots = tuple(generator.choice(kinds)(number) for number in range(size))
+        slots = (Keep(), *(generator.choice(kinds)() for _ in range(size - 1)))
         layer = LayerPlan(slots=slots, scores=tuple(generator.gauss(0, 100) for _ in range(size)))
         text = json.dumps(layer.to_json())
         assert LayerPlan.from_json(json.loads(text), "here") == layer
         slot_map = layer.slot_map()
-        assert SlotMap.from_json(json.loads(json.dumps(slot_map.to_json()))) == slot_map
+        assert SlotMap.from_json(json.loads(json.dumps(slot_map.to_json())), "here") == slot_map
 
 
-def test_slot_map_leaves_defaults_out_and_refuses_what_it_does_not_know() -> None:
-    assert SlotMap(slots=(0, 1), experts=2).to_json() == {"slots": [0, 1], "experts": 2}
-    full = {"slots": [0, -1], "experts": 1, "constants": 1, "scales": [1.0, 0.5]}
-    assert SlotMap.from_json(full).to_json() == full
-    full |= {"ranks": [4], "shared_input": True, "guests": [[7, 1]]}
-    assert SlotMap.from_json(full).to_json() == full
-    with pytest.raises(PlanError) as refusal:
-        SlotMap.from_json(full | {"heads": [4], "bases": 1})
-    assert str(refusal.value) == (
-        "slot map has unknown keys ['bases', 'heads']: written by a later version of moetailor; update it"
-    )
+def test_slot_map_is_written_without_defaults() -> None:
+    assert SlotMap.of_rows((0, 1), 2).to_json() == {"experts": 2, "rows": [0, 1]}
+    full = {"experts": 1, "rows": [0, -1, -1], "scales": [1.0, 0.5, 1.0], "constant": [1]}
+    full |= {"linear": [{"rank": 4, "shared": True, "slots": [2]}]}
+    assert SlotMap.from_json(full, "here").to_json() == full
+
+
+MAP = {"experts": 2, "rows": [0, 1, -1, -1], "constant": [2], "linear": [{"rank": 4, "slots": [3]}]}
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        ({"heads": [4]}, "unknown keys ['heads']"),
+        ({"experts": 0}, "experts: it is 0, it must be 1 to 65536"),
+        ({"experts": "2"}, "experts: it is '2', not a whole number"),
+        ({"experts": 10**9}, "experts: it is 1000000000, it must be 1 to 65536"),
+        ({"rows": [0, 2, -1, -1]}, "rows: [1] is 2, it must be -1 to 1"),
+        ({"rows": [0, -2, -1, -1]}, "rows: [1] is -2, it must be -1 to 1"),
+        ({"rows": []}, "0 rows and 0 scales"),
+        ({"rows": None}, "rows: it is None, not a list"),
+        ({"scales": [1.0]}, "4 rows and 1 scales"),
+        ({"scales": [1.0, 1.0, float("nan"), 1.0]}, "scales: [2] is nan, not a finite number"),
+        ({"constant": []}, "slot 2 has row -1 of the pool and nothing else"),
+        ({"constant": [2, 1]}, "slot 1 has row 1 of the pool and constant"),
+        ({"constant": [2, 3]}, "slot 3 is named twice"),
+        ({"constant": [4]}, "slot 4 or its expert None is outside 0..3"),
+        ({"linear": [{"slots": [3]}]}, "it lacks rank"),
+        ({"linear": [{"rank": 0, "slots": [3]}]}, "rank is 0, it must be 1 or more"),
+        ({"linear": [{"rank": 4.5, "slots": [3]}]}, "rank is 4.5, not a whole number"),
+        ({"linear": [{"rank": 4}]}, "slots: it is None, not a list"),
+        ({"linear": {"3": 4}}, "not a list"),
+    ],
+)
+def test_slot_map_that_does_not_add_up_is_refused(edit: dict, said: str) -> None:
+    with pytest.raises(CheckpointError) as refusal:
+        SlotMap.from_json(MAP | edit, "config.json, layer 3")
+    assert str(refusal.value).startswith("config.json, layer 3")
+    assert said in str(refusal.value)
 
 
 @pytest.mark.parametrize(
@@ -168,45 +230,38 @@ def test_slot_map_leaves_defaults_out_and_refuses_what_it_does_not_know() -> Non
         ({"drop": [1, 3]}, "slot 3 is named twice"),
         ({"keep": [0, 0, 3]}, "slot 0 is named twice"),
         ({"constant": [2, 5]}, "slot 5 is named twice"),
-        (
-            {"drop": []},
-            "slots [1] are not named; each of 6 needs one of keep, drop, constant, linear, lowrank, merged, remap",
-        ),
-        (
-            {"keep": [], "remap": {}},
-            "slots [0, 3, 4, 5] are not named; each of 6 needs one of keep, drop, constant, linear, lowrank, merged, "
-            "remap",
-        ),
-        (
-            {"experts": 7},
-            "slots [6] are not named; each of 7 needs one of keep, drop, constant, linear, lowrank, merged, remap",
-        ),
+        ({"drop": []}, f"slots [1] are not named; each of 6 needs one of {KINDS}"),
+        ({"keep": [], "remap": []}, f"slots [0, 3, 4, 5] are not named; each of 6 needs one of {KINDS}"),
+        ({"experts": 7}, f"slots [6] are not named; each of 7 needs one of {KINDS}"),
         ({"drop": [6]}, "slot 6 or its expert None is outside 0..5"),
         ({"drop": [-1]}, "slot -1 or its expert None is outside 0..5"),
-        ({"remap": {"4": 6, "5": 0}}, "slot 4 or its expert 6 is outside 0..5"),
-        ({"remap": {"4": -1, "5": 0}}, "slot 4 or its expert -1 is outside 0..5"),
+        ({"remap": [{"to": 6, "slots": [4]}, {"to": 0, "slots": [5]}]}, "slot 4 or its expert 6 is outside 0..5"),
+        ({"remap": [{"to": -1, "slots": [4]}, {"to": 0, "slots": [5]}]}, "slot 4 or its expert -1 is outside 0..5"),
         ({"dorp": [1]}, "unknown keys ['dorp']"),
     ],
 )
 def test_hand_edit_that_does_not_add_up_is_named(edit: dict, said: str) -> None:
     with pytest.raises(PlanError) as refusal:
         LayerPlan.from_json(MIXED_JSON | edit, "plan.json, model.layers.0")
-    assert str(refusal.value) == f"plan.json, model.layers.0: {said}"
+    assert str(refusal.value).removesuffix("; mend the plan, or make it again") == f"plan.json, model.layers.0: {said}"
 
 
 @pytest.mark.parametrize(
     ("edit", "said"),
     [
         ({"keep": [0.5, 3]}, "0.5"),
-        ({"remap": {"4": 3, "5": {"expert": 0, "scale": float("nan")}}}, "scale"),
-        ({"remap": {"4": 3, "5": {"expert": 0, "scale": float("inf")}}}, "scale"),
-        ({"remap": {"4": 3, "5": {"expert": 0, "sacle": 0.5}}}, "sacle"),
+        ({"experts": 10**9}, "experts: it is 1000000000, it must be 1 to 65536"),
+        ({"remap": [{"to": 3, "slots": [4]}, {"to": 0, "scale": float("nan"), "slots": [5]}]}, "scale is nan"),
+        ({"remap": [{"to": 3, "slots": [4]}, {"to": 0, "scale": float("inf"), "slots": [5]}]}, "scale is inf"),
+        ({"remap": [{"to": 3, "slots": [4]}, {"to": 0, "sacle": 0.5, "slots": [5]}]}, "sacle"),
+        ({"scores": [float("nan")]}, "scores: [0] is nan, not a finite number"),
+        ({"expected": "low"}, "expected: it is 'low', not a finite number"),
     ],
 )
 def test_hand_edit_that_means_nothing_is_refused(edit: dict, said: str) -> None:
     with pytest.raises(PlanError) as refusal:
         LayerPlan.from_json(MIXED_JSON | edit, "plan.json, model.layers.0")
-    assert str(refusal.value).startswith("plan.json, model.layers.0: ")
+    assert str(refusal.value).startswith("plan.json, model.layers.0")
     assert said in str(refusal.value)
 
 
@@ -226,11 +281,11 @@ def test_plan_is_native_when_an_ordinary_checkpoint_can_say_it() -> None:
     assert plan_of().native
     assert not plan_of(drop(1, 4), drop(0)).native  # counts differ
     assert not plan_of(drop(1, 4)).native  # the other layer keeps all
-    assert not plan_of(keep_only(6, range(4), Slot("constant")), keep_only(6, range(4), Slot("constant"))).native
+    assert not plan_of(keep_only(6, range(4), Constant()), keep_only(6, range(4), Constant())).native
 
 
 def test_untouched_layers_are_left_out_of_what_the_model_runs() -> None:
-    plan = plan_of(drop(1), keep_only(6, range(6), Slot("drop")))
+    plan = plan_of(drop(1), keep_only(6, range(6), Drop()))
     assert list(plan.by_layer) == [0]
 
 
@@ -273,10 +328,14 @@ def edited(tmp_path: Path, edit: Callable[[dict], object]) -> Path:
 
 def test_hand_edit_that_adds_up_is_the_plan(tmp_path: Path) -> None:
     def edit(content: dict) -> None:
-        content["layers"]["model.layers.1"] = {"experts": 6, "keep": [0, 1, 2, 3], "remap": {"4": 0, "5": 0}}
+        content["layers"]["model.layers.1"] = {
+            "experts": 6,
+            "keep": [0, 1, 2, 3],
+            "remap": [{"to": 0, "slots": [4, 5]}],
+        }
 
     plan = Plan.load(edited(tmp_path, edit))
-    assert plan.by_layer[1].slot_map() == SlotMap(slots=(0, 1, 2, 3, 0, 0), experts=4)
+    assert plan.by_layer[1].slot_map() == SlotMap.of_rows((0, 1, 2, 3, 0, 0), 4)
     assert plan.nbytes == 10_000 - 224 - 2 * 96
     check_plan(plan, FACTS)
 
@@ -285,10 +344,7 @@ def test_error_in_a_layer_names_file_and_layer(tmp_path: Path) -> None:
     file = edited(tmp_path, lambda content: content["layers"]["model.layers.1"].update(drop=[0]))
     with pytest.raises(PlanError) as refusal:
         Plan.load(file)
-    assert str(refusal.value) == (
-        f"{file}, model.layers.1: slots [2] are not named; "
-        "each of 6 needs one of keep, drop, constant, linear, lowrank, merged, remap"
-    )
+    assert str(refusal.value) == (f"{file}, model.layers.1: slots [2] are not named; each of 6 needs one of {KINDS}")
 
 
 @pytest.mark.parametrize(
@@ -337,7 +393,7 @@ DAMAGES: dict[str, Callable[[dict], object]] = {
     "experts a word": lambda content: content["layers"][LAYER].update(experts="six"),
     "keep a number": lambda content: content["layers"][LAYER].update(keep=5),
     "remap a list": lambda content: content["layers"][LAYER].update(remap=[1]),
-    "remap of a word": lambda content: content["layers"][LAYER].update(remap={"one": 1}),
+    "remap of a word": lambda content: content["layers"][LAYER].update(remap=[{"to": "one", "slots": [1]}]),
     "scores words": lambda content: content["layers"][LAYER].update(scores=["high"]),
 }
 
@@ -407,10 +463,10 @@ def test_same_model_in_another_dtype_has_the_same_shapes() -> None:
     ("layer", "said"),
     [
         (drop(1, 2, 3, 4, 5), "plan leaves 1 slots but the router picks 2 per token; keep at least 2"),
-        (keep_only(6, [], Slot("constant")), "plan keeps no expert; keep at least 1"),
+        (keep_only(6, [], Constant()), "plan keeps no expert; keep at least 1"),
         (drop(0, of=5), "the plan has 5 slots, the layer 6"),
         (
-            LayerPlan(slots=tuple(Slot("expert", 5 - number) for number in range(6))),
+            LayerPlan(slots=tuple(Remap(5 - number) for number in range(6))),
             "plan changes slots but removes no expert; keep every slot as it is, or remove some",
         ),
     ],
@@ -453,4 +509,4 @@ def test_groups_left_unequal_or_too_small_are_refused(layer: LayerPlan, groups: 
 
 def test_equal_groups_and_constants_fit_a_grouped_router() -> None:
     facts = replace(FACTS, groups=Groups(2, 1, 2))
-    check_plan(plan_of(drop(0, 3), keep_only(6, [0, 1, 2], Slot("constant")), facts=facts), facts)
+    check_plan(plan_of(drop(0, 3), keep_only(6, [0, 1, 2], Constant()), facts=facts), facts)

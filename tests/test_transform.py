@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import moetailor
+from moetailor.answers import Constant, Linear
 from moetailor.checkpoint.files import open_checkpoint
 from moetailor.checkpoint.loader import quiet_transformers
 from moetailor.planning.budget import Budget
-from moetailor.planning.slots import LayerPlan, Slot
+from moetailor.planning.layer_plan import LayerPlan
 from moetailor.summary import summarise
 from support.families import tiny_model
 from support.tiny import load, logits
@@ -139,7 +140,7 @@ def test_counts_that_differ_by_layer(source: Path, tmp_path: Path) -> None:
     out = moetailor.apply(plan, source, tmp_path / "out", verify=True)
     config = json.loads((out / "config.json").read_text())
     assert config["n_routed_experts"] == 12
-    assert config["quantization_config"]["layers"] == {"2": {"slots": list(range(9)), "experts": 9}}
+    assert config["quantization_config"]["layers"] == {"2": {"rows": list(range(9)), "experts": 9}}
     in_memory = moetailor.apply(plan, load(source))
     torch.testing.assert_close(logits(load(out)), logits(in_memory), rtol=1e-5, atol=1e-5)
     assert [(layer.slots, layer.experts) for layer in summarise(out).moe] == [(12, 12), (9, 9)]
@@ -189,10 +190,13 @@ def test_in_memory_a_layer_that_needs_no_experts_may_come_first(checkpoint: Get,
     made = calibration("olmoe")
     plan = moetailor.make_plan(made, "linear", Budget.parse(keep=7), parameters={"rank": 2})
     first, second = plan.layers
-    alike = {slot: Slot("constant") for slot in plan.layers[first].stand_ins}
+    alike = {slot: Constant() for slot in plan.layers[first].of(Linear)}
     constants = LayerPlan(slots=tuple(alike.get(n, slot) for n, slot in enumerate(plan.layers[first].slots)))
     plan = replace(plan, layers={first: constants, second: plan.layers[second]})
     model = AutoModelForCausalLM.from_pretrained(checkpoint("olmoe"), dtype="float32").eval()
     changed = moetailor.apply(plan, model, calibration=made)
-    assert [slots.ranks for _, slots in sorted(plan.slot_maps.items())] == [None, (2,)]
+    assert [[kind.kind for kind in slots.kinds] for _, slots in sorted(plan.slot_maps.items())] == [
+        ["constant"],
+        ["linear"],
+    ]
     assert torch.isfinite(logits(changed, torch.arange(3, 15)[None])).all()

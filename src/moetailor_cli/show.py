@@ -100,7 +100,7 @@ def _changes(before: LayerPlan, after: LayerPlan) -> tuple[int, list[str]]:
 def _header(name: str, plan: Plan) -> None:
     before, after, where = plan.model.nbytes, plan.nbytes, "native" if plan.native else "moetailor"
     output.result(Text(name, "bold"))
-    sizes = f"{output.nbytes(before)} becomes {output.nbytes(after)} ({after / before:.1%}, {where} format)"
+    sizes = f"{output.nbytes(before)} becomes {output.nbytes(after)} ({after / before:.1%}, {where})"
     paragraph("", [f"{plan.method}, {plan.budget}: {sizes}"])
     paragraph("", [f"{key}={value}" for key, value in plan.parameters.items()], ", ")
 

@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 import moetailor
+from moetailor.answers import Constant, low_rank
 from moetailor.checkpoint.anatomy import MoELayer
+from moetailor.checkpoint.experts import Experts
 from moetailor.checkpoint.files import open_checkpoint
 from moetailor.checkpoint.loader import quiet_transformers
-from moetailor.checkpoint.experts import Experts
 from support import naive
 from support.tiny import IDS, Get, GetCalibration, anatomy_of, eager, every_family, load, logits
 
@@ -52,22 +53,19 @@ def test_low_rank_experts_are_their_base_and_their_own_part(
     layer = next(iter(anatomy_of(original).layers.values()))
     seen = naive.run_recorded(compressed, layer, IDS)
     layer_plan, module = plan.by_layer[layer.index], compressed.get_submodule(layer.experts)
-    own, numbers, named = (
-        Experts(original.get_submodule(layer.experts)),
-        list(layer_plan.low_ranks),
-        [*layer_plan.bases],
-    )
+    own, low = Experts(original.get_submodule(layer.experts)), low_rank.members(layer_plan.slot_map())
+    numbers, named = list(low), sorted({answer.base for answer in low.values()})
     assert len(named) == 2
     assert len(numbers) == 4
 
     def matrices(slot: int) -> dict[str, torch.Tensor]:
         if slot not in numbers:
             return own.one(slot)
-        at, base = numbers.index(slot), named.index(layer_plan.slots[slot].expert)
-        found = {part: getattr(module, f"base_{part}")[base].detach() for part in own.one(0)}
+        at, base = numbers.index(slot), named.index(low[slot].base)
+        found = {part: getattr(module, f"low_rank_base_{part}")[base].detach() for part in own.one(0)}
         for part in (*own.inputs, "down"):
             rows = slice(2 * at, 2 * at + 2)
-            low_in, low_out = getattr(module, f"low_{part}_in")[rows], getattr(module, f"low_{part}_out")[rows]
+            low_in, low_out = (getattr(module, f"low_rank_{part}_{side}")[rows] for side in ("in", "out"))
             found[part] = found[part] + (low_out.T @ low_in).detach()
         return found
 
@@ -81,7 +79,7 @@ def test_low_rank_experts_are_their_base_and_their_own_part(
 
 
 @every_family
-@pytest.mark.parametrize("answer", ["lowrank", "vectors"])
+@pytest.mark.parametrize("answer", ["low_rank", "vectors"])
 def test_they_round_trip(name: str, answer: str, checkpoint: Get, calibration: GetCalibration, tmp_path: Path) -> None:
     experts = calibration(name).model.stacks[0].num_experts
     plan = low_plan(calibration(name))
@@ -112,10 +110,10 @@ def test_auxiliary_slots_modulate_what_runs(name: str, checkpoint: Get, calibrat
     module, own = compressed.get_submodule(layer.experts), Experts(original.get_submodule(layer.experts))
     parts = (*own.inputs, "down")
     for part in parts:
-        assert torch.count_nonzero(getattr(module, f"vector_{part}")) == 0
-        nn.init.normal_(getattr(module, f"vector_{part}"), std=0.3)
+        assert torch.count_nonzero(getattr(module, f"auxiliary_{part}")) == 0
+        nn.init.normal_(getattr(module, f"auxiliary_{part}"), std=0.3)
     seen = naive.run_recorded(compressed, layer, IDS)
-    (novice,) = plan.by_layer[layer.index].stand_ins
+    (novice,) = plan.by_layer[layer.index].of(Constant)
     expected = torch.zeros(len(seen["hidden"]), layer.width)
     for token, (chosen, gates) in enumerate(zip(seen["index"].tolist(), seen["gate"].tolist(), strict=True)):
         ranked = sorted(zip(gates, chosen, strict=True), key=lambda pair: -pair[0])
@@ -123,13 +121,13 @@ def test_auxiliary_slots_modulate_what_runs(name: str, checkpoint: Get, calibrat
         aside = [(gate, slot) for gate, slot in ranked if (gate, slot) != main]
         total = sum(gate for gate, _ in aside)
         for gate, slot in aside:
-            constant = module.constant[0] if slot == novice else module.vector_constant[slot]
+            constant = module.constant[0] if slot == novice else module.auxiliary_constant[slot]
             expected[token] += gate * constant.detach()
         if main is None:
             continue
         matrices = own.one(main[1])
         for part in parts:
-            delta = sum(gate / total * getattr(module, f"vector_{part}")[slot].detach() for gate, slot in aside)
+            delta = sum(gate / total * getattr(module, f"auxiliary_{part}")[slot].detach() for gate, slot in aside)
             matrices[part] = matrices[part] * (1 + delta)
         expected[token] += main[0] * output_of(original, layer, matrices, seen["hidden"][token])
     with torch.no_grad():

@@ -9,16 +9,18 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import moetailor
+from moetailor.answers import Constant, Keep, Linear
+from moetailor.answers.merged import clusters
 from moetailor.calibration.layers import LayerRunner, ResidentModel
 from moetailor.calibration.statistics import Sums
 from moetailor.checkpoint.anatomy import Anatomy, discover, tensors_of
+from moetailor.checkpoint.experts import Experts
 from moetailor.checkpoint.files import open_checkpoint
 from moetailor.checkpoint.layout import find_stacks
 from moetailor.checkpoint.loader import StreamedModel, load_config, memory_names, quiet_transformers
-from moetailor.planning.slots import LayerPlan, Slot
-from moetailor.checkpoint.experts import Experts
+from moetailor.planning.layer_plan import LayerPlan
 from moetailor.runtime.experts import CompressedExperts
-from moetailor.runtime.reshape import Change, reshape_model
+from moetailor.runtime.reshape import LayerChange, reshape_model
 from support import naive
 from support.families import REFUSED, tiny_config, tiny_model
 from support.tiny import (
@@ -76,8 +78,8 @@ def test_an_identity_map_changes_no_bit(name: str) -> None:
     changes = {}
     for index, layer in anatomy.layers.items():
         everything = range(layer.num_experts)
-        kept = LayerPlan(slots=tuple(Slot("expert", number) for number in everything))
-        changes[index] = Change(experts=everything, slots=everything, slot_map=kept.slot_map())
+        kept = LayerPlan(slots=tuple(Keep() for number in everything))
+        changes[index] = LayerChange(experts=everything, slots=everything, slot_map=kept.slot_map())
     reshape_model(model, anatomy, changes)
     assert sum(isinstance(module, CompressedExperts) for module in model.modules()) == len(changes)
     assert torch.equal(logits(model), before)
@@ -141,7 +143,7 @@ def test_dropping_is_masking(name: str) -> None:
     changes = {}
     for index, layer in anatomy.layers.items():
         left = [slot for slot in range(layer.num_experts) if slot not in dropped[index]]
-        changes[index] = Change(experts=left, slots=left)
+        changes[index] = LayerChange(experts=left, slots=left)
     reshape_model(dropped_model, anatomy, changes)
     after = logits(dropped_model)
     with naive.masked(model, anatomy.layers.values(), dropped):
@@ -206,15 +208,15 @@ def test_stand_ins_and_remaps_are_what_they_say(name: str, checkpoint: Get, cali
     expected = torch.zeros(len(seen["hidden"]), layer.width)
     for token, (chosen, gates) in enumerate(zip(seen["index"].tolist(), seen["gate"].tolist(), strict=True)):
         for number, gate in zip(chosen, gates, strict=True):
-            slot = slots[number]
-            if slot.kind == "constant":
+            answer = slots[number]
+            if isinstance(answer, Constant):
                 expected[token] += gate * constant[number]
-            elif slot.kind == "linear":
+            elif isinstance(answer, Linear):
                 inner, outer = experts.linear_in @ seen["hidden"][token], experts.linear_out
-                expected[token] += gate * (experts.constant[1] + inner @ outer)
+                expected[token] += gate * (experts.linear_constant[0] + inner @ outer)
             else:
-                y = naive.expert_output(original, layer, slot.expert, seen["hidden"][token])
-                expected[token] += gate * slot.scale * y
+                y = naive.expert_output(original, layer, answer.expert(number), seen["hidden"][token])
+                expected[token] += gate * answer.scale * y
     with torch.no_grad():
         got = compressed.get_submodule(layer.experts)(seen["hidden"], seen["index"], seen["gate"])
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
@@ -228,7 +230,7 @@ def test_merged_experts_round_trip(
     facts = calibration(name).model
     keep = facts.stacks[0].num_experts - facts.groups.count
     plan = moetailor.make_plan(calibration(name), method, moetailor.Budget.parse(keep=keep))
-    assert all(layer.merged for layer in plan.layers.values())
+    assert all(layer.rebuilt for layer in plan.layers.values())
     assert plan.native == (method == "ream")
     moetailor.apply(plan, checkpoint(name), tmp_path / "out", calibration=calibration(name), verify=True)
     assert open_checkpoint(tmp_path / "out").nbytes == plan.nbytes
@@ -239,7 +241,7 @@ def test_merged_experts_round_trip(
     original = load(checkpoint(name))
     layer = next(iter(anatomy_of(original).layers.values()))
     layer_plan = plan.by_layer[layer.index]
-    centre, members = next(iter(layer_plan.merged.items()))
+    centre, members = next(iter(clusters(layer_plan.slots).items()))
     before, after = (Experts(model.get_submodule(layer.experts)) for model in (original, in_memory))
     if method == "hc_smoe":
         count = calibration(name).sums(layer.index).count[members].float()

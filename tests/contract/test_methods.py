@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import moetailor
+from moetailor.answers import Constant, LowRank
 from moetailor.calibration.statistics import STATISTICS
 from moetailor.checkpoint.weights import ExpertWeights
 from moetailor.methods.registry import find_method
@@ -101,7 +102,7 @@ def test_declared_statistics_suffice(method: str, calibration: GetCalibration) -
         view.read_sums = lambda sums=view.sums: sums
     assert chosen.plan(spoiled, keeps, parameters) == plans
     for index, plan in zip(calibration("olmoe").layers, plans, strict=True):
-        if plan.stand_ins:
+        if plan.of(Constant):
             assert chosen.build is not None
             fresh, blind = views(calibration("olmoe")), [v for v in spoiled if v.index == index]
             built = chosen.build(next(v for v in fresh if v.index == index), plan, **parameters)
@@ -125,7 +126,7 @@ def test_a_size_is_never_exceeded_and_wastes_no_whole_expert(method: str, calibr
 
 @pytest.mark.parametrize("method", sorted(moetailor.METHODS))
 def test_protected_experts_and_other_layers_stay(method: str, calibration: GetCalibration) -> None:
-    keep = 4 if find_method(method).removed == "lowrank" else 3  # one of them is the base
+    keep = 4 if find_method(method).removed is LowRank else 3  # one of them is the base
     plan = moetailor.make_plan(
         calibration("olmoe"),
         method,

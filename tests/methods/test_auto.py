@@ -9,11 +9,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import moetailor
+from moetailor.answers import Constant, Drop, Keep, LowRank
 from moetailor.calibration.domains import balanced
+from moetailor.checkpoint.experts import ExpertShape
+from moetailor.checkpoint.layout import Stack
 from moetailor.fitting.held_out import choosing
 from moetailor.methods.auto import COMPARED, _base, _choice, _errors, _menu, _nearest, auto
-from moetailor.planning.plan import added_nbytes
-from moetailor.planning.slots import LayerPlan, Slot
+from moetailor.planning.layer_plan import LayerPlan
+from moetailor.planning.plan import stored_nbytes
 from moetailor.planning.view import LayerView
 from support.layers import INNER, WIDTH, layer_of_tokens, random_experts, with_copy
 from support.planted import Planted, planted_batches, planted_model
@@ -25,26 +28,25 @@ GetCalibration = Callable[[str], moetailor.Calibration]
 
 def layer(experts: int = 5, seed: int = 0, tokens: int = 400) -> LayerView:
     made = layer_of_tokens(random_experts(experts, seed), tokens, seed)
-    made.index, made.expert_bytes, made.itemsize, made.inner = seed, WHOLE, 4, INNER
+    made.index, made.expert_bytes = seed, WHOLE
     made.sums.gate.copy_(made.sums.gate_sq)
     made.effect = 1.0
     return made
 
 
 def spent(plan: LayerPlan) -> int:
-    stack = moetailor.calibration.folder.Stack(
-        prefix="", index=0, num_experts=len(plan.slots), expert_bytes=WHOLE, dtype="F32", inner=INNER
-    )
-    return plan.stored * WHOLE + added_nbytes(plan, stack, WIDTH)
+    shape = ExpertShape(width=WIDTH, inner=INNER)
+    stack = Stack(prefix="", index=0, num_experts=len(plan.slots), expert_bytes=WHOLE, dtype="F32", shape=shape)
+    return stored_nbytes(plan, stack)
 
 
 def predicted(made: LayerView, plan: LayerPlan) -> float:
     """Return what a plan's answers cost by their prices, slot by slot."""
     choice, cost = _choice(made, 0.0), 0.0
-    for expert, slot in enumerate(plan.slots):
-        own = replace(slot, expert=None) if slot.kind == "lowrank" else slot
+    for expert, answer in enumerate(plan.slots):
+        own = replace(answer, base=0) if isinstance(answer, LowRank) else answer
         at = choice.answers[expert].index(own)
-        if own != Slot("expert", expert):
+        if own != Keep():
             cost += float(choice.menu.errors[expert, at])
     return cost
 
@@ -65,15 +67,15 @@ def test_prices_are_plain_sums_over_tokens_that_were_held_out() -> None:
             given = (made.experts.hidden(base, x) @ base["down"].T)[0].double()
             left += float(weight[at] * (y[at] - given).square().sum())
             constant += float(weight[at] * (y[at] - mean).square().sum())
-    assert errors[Slot("lowrank", rank=0)] == pytest.approx(errors[Slot("constant")] * left / constant, rel=1e-4)
+    assert errors[LowRank(0)] == pytest.approx(errors[Constant()] * left / constant, rel=1e-4)
     assert torch.equal(one["up"], made.experts.one(2)["up"])
 
 
 def test_errors_fall_with_the_rank_to_nothing() -> None:
     made = layer()
     made.expert_bytes *= 100  # so that every rank is on the menu
-    slots = [slot for slot in _menu(made) if slot.kind == "lowrank"]
-    errors = _errors(made, 0, _base(made), [Slot("constant"), *slots])
+    slots = [slot for slot in _menu(made) if isinstance(slot, LowRank)]
+    errors = _errors(made, 0, _base(made), [Constant(), *slots])
     assert errors[-1] < 1e-6 * errors[0]
 
 
@@ -103,7 +105,7 @@ def test_a_slot_that_no_token_reached_is_dropped_before_anything_else() -> None:
     made.nbytes = 4 * WHOLE
     (plan,) = auto([made], [4])
     assert plan.pool == [0, 1, 2, 4]
-    assert plan.slots[dead] == Slot("drop")
+    assert plan.slots[dead] == Drop()
     assert plan.expected == 0
 
 
@@ -111,12 +113,12 @@ def test_of_copies_one_stays_and_answers_for_the_others_in_their_scale() -> None
     module = with_copy(with_copy(random_experts(2)), 0)
     module.down_proj.data[3] *= 0.5
     made = layer_of_tokens(module, 400, 0)
-    made.expert_bytes, made.itemsize, made.inner, made.effect = WHOLE, 4, INNER, 1.0
+    made.expert_bytes, made.effect = WHOLE, 1.0
     made.sums.gate.copy_(made.sums.gate_sq)
     made.nbytes = 2 * WHOLE
     (plan,) = auto([made], [2])
     (stays,) = set(plan.pool) - {1}
-    assert {slot.expert for slot in plan.slots} == {1, stays}
+    assert {answer.expert(slot) for slot, answer in enumerate(plan.slots)} == {1, stays}
     size = {0: 1.0, 2: 1.0, 3: 0.5}
     for expert, factor in size.items():
         assert plan.slots[expert].scale == pytest.approx(factor / size[stays], rel=1e-3)
@@ -203,12 +205,12 @@ def test_all_that_is_redundant_goes_at_no_loss_before_anything_else(name: str, t
 
 def test_a_base_that_only_one_leans_on_is_its_expert() -> None:
     choice = _choice(layer(5), 0.0)
-    low = choice.answers[0].index(Slot("lowrank", rank=2))
+    low = choice.answers[0].index(LowRank(0, 2))
     whole = len(choice.menu.price)
     plan = choice.plan([low, *[whole] * 4])
-    assert plan.slots == tuple(Slot("expert", expert) for expert in range(5))
+    assert plan.slots == (Keep(),) * 5
     assert plan.expected == 0
-    assert len(choice.plan([low, low, *[whole] * 3]).bases) == 1
+    assert choice.plan([low, low, *[whole] * 3]).of(LowRank) == {0: LowRank(0, 2), 1: LowRank(0, 2)}
 
 
 def test_what_another_expert_misses_is_measured_on_other_tokens() -> None:

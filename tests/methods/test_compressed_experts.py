@@ -8,19 +8,18 @@ import torch
 from torch import nn
 
 import moetailor
+from moetailor.answers import Auxiliary, Constant
 from moetailor.checkpoint.anatomy import discover
 from moetailor.methods.compressed_experts import build, compressed_experts
-from moetailor.planning.slot_map import Auxiliary
-from moetailor.planning.slots import LayerPlan, Slot
+from moetailor.planning.layer_plan import LayerPlan
 from moetailor.planning.view import LayerView
-from moetailor.runtime.reshape import Change, reshape_model
+from moetailor.runtime.reshape import LayerChange, reshape_model
 from support.families import tiny_model
 from support.layers import WIDTH, random_experts, routed_layer
 from support.tiny import IDS, eager, load, logits
 
 Get = Callable[[str], Path]
 GetCalibration = Callable[[str], moetailor.Calibration]
-SLOTS = tuple(Slot("expert", number) for number in range(8))
 CHOSEN = torch.tensor([[0, 1, 2, 3], [7, 6, 5, 4], [3, 0, 6, 1]])
 # not in order on purpose: the split goes by the gate
 GATES = torch.tensor([[0.1, 0.4, 0.2, 0.3], [0.7, 0.1, 0.1, 0.1], [0.25, 0.25, 0.25, 0.25]])
@@ -30,14 +29,12 @@ def experts_with(spec: Auxiliary, fill: float = 0.0, name: str = "olmoe") -> tup
     """Return the first experts module of a tiny model, original and with auxiliary slots."""
     model, original = eager(tiny_model(name)), eager(tiny_model(name))
     layer = next(iter(discover(model.config, model).layers.values()))
-    change = Change(experts=range(8), slots=range(8), slot_map=LayerPlan(slots=SLOTS, auxiliary=spec).slot_map())
+    change = LayerChange(experts=range(8), slots=range(8), slot_map=LayerPlan(slots=(spec,) * 8).slot_map())
     reshape_model(model, discover(original.config, original), {layer.index: change})
     module = model.get_submodule(layer.experts)
     for part in ("gate", "up", "down"):
-        if getattr(module, f"vector_{part}") is not None:
-            nn.init.normal_(getattr(module, f"vector_{part}"), std=fill) if fill else nn.init.zeros_(
-                getattr(module, f"vector_{part}")
-            )
+        if f"auxiliary_{part}" in module.added:
+            getattr(module, f"auxiliary_{part}").data.normal_(std=fill)
     return original.get_submodule(layer.experts), module
 
 
@@ -73,7 +70,7 @@ def test_equal_vectors_mix_to_themselves_whatever_the_gates() -> None:
     _, one = experts_with(Auxiliary(main=2))
     _, layer = experts_with(Auxiliary(main=2, vectors="layer"), fill=0.5)
     for part in ("gate", "up", "down"):
-        getattr(one, f"vector_{part}").data.copy_(getattr(layer, f"vector_{part}").data.expand(8, -1))
+        getattr(one, f"auxiliary_{part}").data.copy_(getattr(layer, f"auxiliary_{part}").data.expand(8, -1))
     x = tokens(one)
     with torch.no_grad():
         torch.testing.assert_close(one(x, CHOSEN, GATES), layer(x, CHOSEN, GATES))
@@ -86,7 +83,7 @@ def test_gradients_reach_a_vector_only_through_tokens_that_have_it_aside() -> No
         module.zero_grad()
         module(x[token, None], CHOSEN[token, None], GATES[token, None]).square().sum().backward()
         for part in ("gate", "up", "down"):
-            reached = getattr(module, f"vector_{part}").grad.abs().sum(1).nonzero().flatten().tolist()
+            reached = getattr(module, f"auxiliary_{part}").grad.abs().sum(1).nonzero().flatten().tolist()
             assert set(reached) == aside
 
 
@@ -129,9 +126,9 @@ def test_a_constant_expert_is_replaced_without_loss_when_it_is_auxiliary() -> No
     layer = constant_expert_layer()
     plan = compressed_experts(layer, 4, main=1, constants=True)
     built = build(layer, plan)
-    torch.testing.assert_close(built["vector_constant"][1], torch.full((WIDTH,), 3.0, dtype=torch.float64))
-    assert torch.count_nonzero(built["vector_gate"]) == 0
-    assert built["vector_down"].shape == (4, 5)
+    torch.testing.assert_close(built["auxiliary_constant"][1], torch.full((WIDTH,), 3.0, dtype=torch.float64))
+    assert torch.count_nonzero(built["auxiliary_gate"]) == 0
+    assert built["auxiliary_down"].shape == (4, 5)
 
 
 def test_experts_that_are_main_least_go_first() -> None:
@@ -142,7 +139,7 @@ def test_experts_that_are_main_least_go_first() -> None:
         total[slot] += gate
     plan = compressed_experts(layer, 2, main=1)
     assert plan.pool == sorted(sorted(range(4), key=lambda n: -total[n])[:2])
-    assert {plan.slots[n].kind for n in range(4) if n not in plan.pool} == {"constant"}
+    assert sorted([*plan.pool, *plan.of(Constant)]) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("spec", [{"main": "3"}, {"share": "0"}, {"share": "1.5"}])

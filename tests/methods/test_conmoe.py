@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 import moetailor
+from moetailor.answers import Borrowed, Keep, Remap
 from moetailor.calibration.statistics import Sample
 from moetailor.methods.conmoe import conmoe, functional_distances, weight_distances
-from moetailor.planning.slots import Slot
 from moetailor.planning.view import LayerView
 from support.hand import TinyExperts, layer_of, sums_of
 
@@ -50,7 +50,7 @@ def test_the_map_by_hand() -> None:
     layer = layer_with(TinyExperts(values, values, values), [3.0, 1.0, 1.0, 2.0])
     (plan,) = conmoe([layer], [2])
     # a = 3 1 1 2 -> minmax 1 0 0 .5; b -> 0 0 1 1; the products are 0 0 0 .5: 3 stays, and of the tied the lowest, 0
-    assert plan.slots == (Slot("expert", 0), Slot("expert", 0), Slot("expert", 3), Slot("expert", 3))
+    assert plan.slots == (Keep(), Remap(0), Remap(3), Keep())
     assert plan.kept_slots == [0, 1, 2, 3]
 
 
@@ -93,7 +93,7 @@ def test_an_unreached_expert_maps_somewhere_and_is_finite() -> None:
     layer.sums.count[3] = layer.sums.gated_norm[3] = 0
     for options in ({}, {"distance": "functional", "scale": True}):
         (plan,) = conmoe([layer], [2], **options)
-        assert plan.slots[3].expert in plan.pool
+        assert plan.slots[3].expert(3) in plan.pool
         assert all(0 <= slot.scale <= 1.5 for slot in plan.slots)
 
 
@@ -119,8 +119,8 @@ def test_a_scope_shares_its_prototypes_across_layers() -> None:
     first, second = layer(3, [1.0, 5.0], [4.0, 1.0]), layer(7, [1.1, 6.0], [1.0, 2.0])
     plans = list(conmoe([first, second], [1, 1], scope=2))
     # a = 4 1 1 2 -> 1 0 0 .33; b: .095 .182 .095 .182 -> 0 1 0 1; products 0 0 0 .33; the best of layer 3 is its first
-    assert plans[0].slots == (Slot("expert", 0), Slot("expert", 1, layer=7))
-    assert plans[1].slots == (Slot("expert", 0, layer=3), Slot("expert", 1))
+    assert plans[0].slots == (Keep(), Borrowed(7, 1))
+    assert plans[1].slots == (Borrowed(3, 0), Keep())
 
 
 def test_a_scope_of_one_is_the_layer_alone() -> None:

@@ -9,12 +9,16 @@ import pytest
 import torch
 
 import moetailor
-from moetailor.calibration.folder import ModelFacts
+from moetailor.answers import Keep, LowRank
+from moetailor.checkpoint.experts import ExpertShape
+from moetailor.checkpoint.facts import ModelFacts
 from moetailor.checkpoint.family import Groups
 from moetailor.checkpoint.layout import Stack
 from moetailor.methods.lightmoe import _factors, build, lightmoe, outline
+from moetailor.methods.low_rank import bases_of
+from moetailor.planning.checks import check_plan
+from moetailor.planning.layer_plan import LayerPlan
 from moetailor.planning.plan import planned_nbytes
-from moetailor.planning.slots import LayerPlan, Slot
 from moetailor.planning.view import LayerView
 from support.layers import INNER, WIDTH, layer_with_biases, random_experts, routed_layer, with_copy
 
@@ -25,7 +29,7 @@ GetCalibration = Callable[[str], moetailor.Calibration]
 def layer_of_mass(mass: list[float], index: int = 0, loud: float = 1.0) -> LayerView:
     """Return a layer whose experts have these shares of all gates, and router logits of some size."""
     layer = routed_layer(random_experts(len(mass), seed=index), 80, seed=index)
-    layer.index, layer.expert_bytes, layer.itemsize, layer.inner = index, WHOLE, 4, INNER
+    layer.index, layer.expert_bytes = index, WHOLE
     layer.sums.gate.copy_(torch.tensor(mass))
     layer.sample.logits.mul_(loud / layer.sample.logits.norm(dim=1, keepdim=True))
     return layer
@@ -36,46 +40,56 @@ def plans(layers: list[LayerView], stored: int, **parameters: object) -> list[La
     resolved = moetailor.METHODS["lightmoe"].resolve({"bases": 1, "rank": 1} | parameters)
     for layer in layers:
         plan = outline(layer.num_experts, stored, **resolved)
-        layer.nbytes = plan.stored * WHOLE + sum(plan.low_ranks.values()) * 3 * (WIDTH + INNER) * 4
+        layer.nbytes = plan.stored * WHOLE + sum(ranks(plan).values()) * 3 * (WIDTH + INNER) * 4
     return list(lightmoe(layers, [stored] * len(layers), **resolved))
 
 
+def ranks(plan: LayerPlan) -> dict[int, int]:
+    """Return the rank of each replaced expert, base by base."""
+    return {slot: rank for members in bases_of(plan).values() for slot, rank in members.items()}
+
+
+def members(plan: LayerPlan) -> dict[int, list[int]]:
+    return {base: list(found) for base, found in bases_of(plan).items()}
+
+
 def replaced(plan: LayerPlan) -> list[int]:
-    return sorted(plan.low_ranks)
+    return list(plan.of(LowRank))
 
 
 def residual(layer: LayerView, plan: LayerPlan, built: dict[str, torch.Tensor], slot: int) -> float:
     """Return sum_t g^2 |(W_n - W) u_t|^2 over the matrices of an expert and the tokens that chose it, one by one."""
-    at, base = list(plan.low_ranks).index(slot), list(plan.bases).index(plan.slots[slot].expert)
-    start = sum(list(plan.low_ranks.values())[:at])
+    at, base = list(ranks(plan)).index(slot), list(bases_of(plan)).index(plan.slots[slot].base)
+    start = sum(list(ranks(plan).values())[:at])
     rows, one, total = slice(start, start + plan.slots[slot].rank), layer.experts.one(slot), 0.0
     for token, gate in zip(*map(torch.Tensor.tolist, layer.routed(slot)), strict=True):
         x = layer.sample.hidden[token]
         seen = {"gate": x, "up": x, "down": layer.experts.hidden(one, x[None])[0]}
         for part, u in seen.items():
-            stored = built[f"base_{part}"][base].double()
-            if f"low_{part}_in" in built:
-                stored = stored + built[f"low_{part}_out"][rows].double().T @ built[f"low_{part}_in"][rows].double()
+            stored = built[f"low_rank_base_{part}"][base].double()
+            if f"low_rank_{part}_in" in built:
+                inner, outer = (built[f"low_rank_{part}_{side}"][rows].double() for side in ("in", "out"))
+                stored = stored + outer.T @ inner
             total += gate**2 * float(((one[part] - stored) @ u.double()).square().sum())
     return total
 
 
 def total_residual(layer: LayerView, plan: LayerPlan, **options: str) -> float:
     built = build(layer, plan, **({"base": "average", "start": "svd"} | options))
-    return sum(residual(layer, plan, built, slot) for slot in plan.low_ranks)
+    return sum(residual(layer, plan, built, slot) for slot in ranks(plan))
 
 
 def output_residual(layer: LayerView, plan: LayerPlan, built: dict[str, torch.Tensor]) -> float:
     """Return sum_t g^2 |y - y'|^2 over all replaced experts, with y' what they give with their matrices replaced."""
     total, at = 0.0, 0
-    for slot, rank in plan.low_ranks.items():
-        rows, base, at = slice(at, at + rank), list(plan.bases).index(plan.slots[slot].expert), at + rank
-        small = {
-            part: built[f"base_{part}"][base] + built[f"low_{part}_out"][rows].T @ built[f"low_{part}_in"][rows]
-            for part in ("gate", "up", "down")
-        }
-        small = {part: matrix.to(built["base_down"]) for part, matrix in small.items()}
-        small |= {name.removeprefix("base_"): built[name][base] for name in built if name.endswith("_bias")}
+    for slot, rank in ranks(plan).items():
+        rows, base, at = slice(at, at + rank), list(bases_of(plan)).index(plan.slots[slot].base), at + rank
+        small = {}
+        for part in ("gate", "up", "down"):
+            inner, outer = (built[f"low_rank_{part}_{side}"][rows] for side in ("in", "out"))
+            small[part] = built[f"low_rank_base_{part}"][base] + outer.T @ inner
+        small = {part: matrix.to(built["low_rank_base_down"]) for part, matrix in small.items()}
+        small |= {name.removeprefix("low_rank_base_"): built[name][base] for name in built if name.endswith("_bias")}
         token, gate = layer.routed(slot)
         given = layer.experts.hidden(small, layer.sample.hidden[token]) @ small["down"].T + small.get("down_bias", 0)
         total += float(
@@ -105,7 +119,7 @@ def test_bytes_are_met_within_an_expert_a_layer_and_more_room_replaces_less(sele
     before = 0
     for stored in range(4, 12):
         found = plans(layers, stored, select=select)
-        spent = sum(plan.stored * WHOLE + len(plan.low_ranks) * own for plan in found)
+        spent = sum(plan.stored * WHOLE + len(ranks(plan)) * own for plan in found)
         allowed = sum(layer.nbytes for layer in layers)
         assert allowed - 3 * WHOLE < spent <= allowed
         assert sum(len(plan.pool) for plan in found) >= before
@@ -115,9 +129,9 @@ def test_bytes_are_met_within_an_expert_a_layer_and_more_room_replaces_less(sele
 @pytest.mark.parametrize(("replaced", "billions"), [(24, 4.86), (31, 4.17), (38, 3.49)])
 def test_sizes_are_those_of_the_paper(replaced: int, billions: float) -> None:
     """OLMoE-1B-7B with 16 layers of 64 experts, 3 bases and rank 16: its table of sizes, in parameters."""
-    expert = 3 * 2048 * 1024
+    expert, shape = 3 * 2048 * 1024, ExpertShape(width=2048, inner=1024)
     stacks = [
-        Stack(prefix=f"model.layers.{n}", index=n, num_experts=64, expert_bytes=2 * expert, dtype="BF16", inner=1024)
+        Stack(prefix=f"model.layers.{n}", index=n, num_experts=64, expert_bytes=2 * expert, dtype="BF16", shape=shape)
         for n in range(16)
     ]
     facts = ModelFacts(
@@ -131,7 +145,7 @@ def test_sizes_are_those_of_the_paper(replaced: int, billions: float) -> None:
         stacks=tuple(stacks),
     )
     plan = outline(64, 64 - replaced + 3, bases=3, rank=16)
-    assert len(plan.low_ranks) == replaced
+    assert len(ranks(plan)) == replaced
     nbytes = planned_nbytes(facts, {stack.prefix: plan for stack in stacks})
     assert nbytes / 2e9 == pytest.approx(billions, abs=0.01)
     # rho = 1 - [(N - N' + M) n m + N' r (n + m)] / (N n m)
@@ -154,28 +168,28 @@ def test_bases_are_named_after_the_members_with_most_mass_and_gather_their_likes
     logits[:, 3], logits[:, 5] = logits[:, 4] * 2, logits[:, 2] * 3
     (plan,) = plans([layer], 4, bases=2, select="count")
     assert plan.pool == [0, 1]
-    assert plan.bases == {2: [2, 5], 4: [3, 4]}
+    assert members(plan) == {2: [2, 5], 4: [3, 4]}
 
 
 def test_a_base_is_the_average_by_gate_mass_and_the_paper_starts_there() -> None:
     layer = layer_of_mass([9, 9, 1, 3])
     (plan,) = plans([layer], 3, select="count")
-    assert plan.bases == {3: [2, 3]}
+    assert members(plan) == {3: [2, 3]}
     built, every = build(layer, plan, base="average", start="zero"), layer.experts.matrices()
     for part in ("gate", "up", "down"):
-        torch.testing.assert_close(built[f"base_{part}"][0], 0.25 * every[part][2] + 0.75 * every[part][3])
-        assert torch.count_nonzero(built[f"low_{part}_out"]) == 0
-        assert torch.count_nonzero(built[f"low_{part}_in"]) > 0
+        torch.testing.assert_close(built[f"low_rank_base_{part}"][0], 0.25 * every[part][2] + 0.75 * every[part][3])
+        assert torch.count_nonzero(built[f"low_rank_{part}_out"]) == 0
+        assert torch.count_nonzero(built[f"low_rank_{part}_in"]) > 0
 
 
 @pytest.mark.parametrize("base", ["average", "mean", "least_squares", "dominant"])
 def test_copies_share_a_base_without_loss(base: str) -> None:
     module = with_copy(random_experts(3), of=2)
     layer = routed_layer(module, 200, seed=0)
-    layer.index, layer.expert_bytes, layer.itemsize, layer.inner = 0, WHOLE, 4, INNER
+    layer.index, layer.expert_bytes = 0, WHOLE
     layer.sums.gate.copy_(torch.tensor([9.0, 8.0, 1.0, 2.0]))
     (plan,) = plans([layer], 3, select="count", base=base)
-    assert plan.bases == {3: [2, 3]}
+    assert members(plan) == {3: [2, 3]}
     assert total_residual(layer, plan, base=base) < 1e-6
 
 
@@ -212,7 +226,7 @@ def test_a_down_projection_is_fitted_beside_the_bias_of_its_base() -> None:
     layer, module = layer_with_biases()
     with torch.no_grad():
         module.down_proj_bias += 30
-    plan = LayerPlan(slots=(Slot("expert", 0), *(Slot("lowrank", 1, rank=8) for _ in range(1, layer.num_experts))))
+    plan = LayerPlan(slots=(Keep(), *(LowRank(1, 8) for _ in range(1, layer.num_experts))))
     losses = [output_residual(layer, plan, build(layer, plan, base="mean", start=start)) for start in ("svd", "fitted")]
     assert losses[1] < 0.9 * losses[0]
 
@@ -241,9 +255,9 @@ def test_the_down_projection_of_an_expert_without_tokens_is_its_own() -> None:
         layer = layer_of_six()
         layer.sample.index.masked_fill_(layer.sample.index == 2, 3)
         (plan,) = plans([layer], 3, select="count", rank=2)
-        assert min(plan.low_ranks) == 2
+        assert min(ranks(plan)) == 2
         built[start] = build(layer, plan, base="mean", start=start)
-    torch.testing.assert_close(built["svd"]["low_down_out"][:2], built["fitted"]["low_down_out"][:2])
+    torch.testing.assert_close(built["svd"]["low_rank_down_out"][:2], built["fitted"]["low_rank_down_out"][:2])
 
 
 def test_the_mean_base_is_the_mean() -> None:
@@ -251,7 +265,7 @@ def test_the_mean_base_is_the_mean() -> None:
     (plan,) = plans([layer], 3, select="count")
     built, every = build(layer, plan, base="mean", start="zero"), layer.experts.matrices()
     for part in ("gate", "up", "down"):
-        torch.testing.assert_close(built[f"base_{part}"][0], every[part][plan.bases[3]].mean(0))
+        torch.testing.assert_close(built[f"low_rank_base_{part}"][0], every[part][members(plan)[3]].mean(0))
 
 
 def test_the_least_squares_base_loses_no_more_than_the_average() -> None:
@@ -261,8 +275,8 @@ def test_the_least_squares_base_loses_no_more_than_the_average() -> None:
         layer = layer_of_six()
         (plan,) = plans([layer], 3, select="count", rank=0)
         built = build(layer, plan, base=base, start="svd")
-        weight = [float(layer.sums.gate[n] / layer.routed(n)[1].square().sum()) for n in plan.low_ranks]
-        losses[base] = sum(w * residual(layer, plan, built, n) for w, n in zip(weight, plan.low_ranks, strict=True))
+        weight = [float(layer.sums.gate[n] / layer.routed(n)[1].square().sum()) for n in ranks(plan)]
+        losses[base] = sum(w * residual(layer, plan, built, n) for w, n in zip(weight, ranks(plan), strict=True))
     assert losses["least_squares"] < losses["average"]
 
 
@@ -270,10 +284,10 @@ def test_chosen_ranks_spend_the_same_rows_where_they_count() -> None:
     layer = layer_of_six()
     (given,) = plans([layer], 3, select="count", rank=2)
     (chosen,) = plans([layer_of_six()], 3, select="count", rank=2, ranks="chosen")
-    assert sum(chosen.low_ranks.values()) == sum(given.low_ranks.values())
-    assert chosen.low_ranks[5] > chosen.low_ranks[2]
+    assert sum(ranks(chosen).values()) == sum(ranks(given).values())
+    assert ranks(chosen)[5] > ranks(chosen)[2]
     built = build(layer, chosen, base="average", start="svd")
-    assert len(built["low_up_in"]) == sum(chosen.low_ranks.values())
+    assert len(built["low_rank_up_in"]) == sum(ranks(chosen).values())
 
 
 def test_what_cannot_work_is_refused() -> None:
@@ -291,7 +305,7 @@ def test_a_plan_that_names_a_base_after_a_stranger_is_refused(tmp_path: Path, ca
     )
     plan.save(tmp_path / "plan.json")
     text = (tmp_path / "plan.json").read_text()
-    base, kept = next((next(iter(layer.bases)), layer.pool[0]) for layer in plan.layers.values())
-    (tmp_path / "plan.json").write_text(text.replace(f'"{base}": {{', f'"{kept}": {{', 1))
+    base, kept = next((next(iter(bases_of(layer))), layer.pool[0]) for layer in plan.layers.values())
+    (tmp_path / "plan.json").write_text(text.replace(f'"base": {base}', f'"base": {kept}', 1))
     with pytest.raises(moetailor.PlanError, match="a base is named after one of its members"):
-        moetailor.Plan.load(tmp_path / "plan.json")
+        check_plan(moetailor.Plan.load(tmp_path / "plan.json"), plan.model)

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 import moetailor
+from moetailor.answers import Constant, Keep, Linear
 from moetailor.methods.linear import build, linear
 from moetailor.methods.mone import novices
-from moetailor.planning.plan import stand_in_nbytes
-from moetailor.planning.slots import LayerPlan, Slot
+from moetailor.planning.layer_plan import LayerPlan
 from moetailor.planning.view import LayerView
 from support.layers import WIDTH, layer_of_tokens, random_experts
 
@@ -16,10 +16,17 @@ DEFAULT = {"ridge": 1e-6, "shrinkage": 0.0}
 
 def given(tensors: dict[str, torch.Tensor], plan: LayerPlan, slot: int, x_TD: torch.Tensor) -> torch.Tensor:
     """Return what a slot's stand-in gives, read off the stored tensors."""
-    at = plan.stand_ins.index(slot)
-    start, rank = sum(plan.ranks[:at]), plan.ranks[at]
-    inner = tensors["linear_in"][:rank] if plan.shared_input else tensors["linear_in"][start : start + rank]
-    return tensors["constant"][at] + x_TD.double() @ inner.T @ tensors["linear_out"][start : start + rank]
+    maps = plan.of(Linear)
+    if slot not in maps:
+        return tensors["constant"][list(plan.of(Constant)).index(slot)].expand(len(x_TD), -1)
+    at, rank = list(maps).index(slot), maps[slot].rank
+    start = sum(map.rank for map in list(maps.values())[:at])
+    inner = tensors["linear_in"][:rank] if maps[slot].shared else tensors["linear_in"][start : start + rank]
+    return tensors["linear_constant"][at] + x_TD.double() @ inner.T @ tensors["linear_out"][start : start + rank]
+
+
+def replaced(plan: LayerPlan) -> list[int]:
+    return sorted([*plan.of(Constant), *plan.of(Linear)])
 
 
 def loss(layer: LayerView, tensors: dict[str, torch.Tensor], plan: LayerPlan, expert: int) -> float:
@@ -32,12 +39,12 @@ def loss(layer: LayerView, tensors: dict[str, torch.Tensor], plan: LayerPlan, ex
 def test_rank_zero_is_the_optimal_novice() -> None:
     layer = layer_of_tokens(random_experts(4))
     plan = linear(layer, 2, rank=0)
-    assert {plan.slots[number].kind for number in plan.stand_ins} == {"constant"}
+    assert replaced(plan) == list(plan.of(Constant))
     built = build(layer, plan, **DEFAULT)
-    assert torch.equal(built["constant"], novices(layer, "optimal")[plan.stand_ins])
+    assert torch.equal(built["constant"], novices(layer, "optimal")[replaced(plan)])
     assert set(built) == {"constant"}
     mone = moetailor.METHODS["mone"].function(layer, 2, score="exact", novice="optimal")
-    assert plan.stand_ins == mone.stand_ins
+    assert replaced(plan) == replaced(mone)
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -45,7 +52,7 @@ def test_the_score_is_the_loss_of_the_stored_map(shared: bool) -> None:
     layer = layer_of_tokens(random_experts(4))
     plan = linear(layer, 1, rank=3, ridge=1e-6, shared=shared)
     built = build(layer, plan, **DEFAULT)
-    for expert in plan.stand_ins:
+    for expert in replaced(plan):
         measured = loss(layer, built, plan, expert)
         if shared:  # the shared factor is not the best one of each
             assert measured >= plan.scores[expert] * (1 - 1e-4)
@@ -71,7 +78,7 @@ def test_an_expert_that_is_linear_goes_without_loss(shared: bool) -> None:
         up[:, 0] = 1.0
     layer = layer_of_tokens(module)
     layer.sample.hidden[:, 0] = 1.0
-    plan = LayerPlan(slots=(Slot("linear", rank=WIDTH), Slot("expert", 1), Slot("expert", 2)), shared_input=shared)
+    plan = LayerPlan(slots=(Linear(WIDTH, shared), Keep(), Keep()))
     token, gate_of = layer.routed(0)
     weight, y = gate_of.double().square(), layer.experts.outputs(0, layer.sample.hidden[token]).double()
     layer.sums.gate_sq[0], layer.sums.gate_sq_output[0] = weight.sum(), (weight[:, None] * y).sum(0)
@@ -81,7 +88,7 @@ def test_an_expert_that_is_linear_goes_without_loss(shared: bool) -> None:
 
 def test_shrinkage_pulls_to_the_layers_mean() -> None:
     layer = layer_of_tokens(random_experts(3))
-    plan = LayerPlan(slots=(Slot("linear", rank=2), Slot("expert", 1), Slot("expert", 2)))
+    plan = LayerPlan(slots=(Linear(2), Keep(), Keep()))
     built = build(layer, plan, ridge=1e-6, shrinkage=1e12)
     everyone = layer.sums.gate_sq_output.sum(0) / layer.sums.gate_sq.sum()
     torch.testing.assert_close(given(built, plan, 0, layer.sample.hidden[:1])[0], everyone, rtol=1e-4, atol=1e-5)
@@ -90,28 +97,30 @@ def test_shrinkage_pulls_to_the_layers_mean() -> None:
 def test_chosen_ranks_keep_the_budget_and_beat_the_given_one() -> None:
     layer = layer_of_tokens(random_experts(8), tokens=30000)
     given_plan = linear(layer, 4, rank=2)
-    layer.nbytes = 4 * layer.expert_bytes + stand_in_nbytes([2] * 4, False, WIDTH, 4)
+    layer.nbytes = 4 * layer.expert_bytes + 4 * (1 + 2 * 2) * WIDTH * 4
     plan = linear(layer, 4, rank=2, ranks="chosen")
-    spent = len(plan.pool) * layer.expert_bytes + stand_in_nbytes(plan.ranks, False, WIDTH, 4)
+    ranks = [map.rank for map in plan.of(Linear).values()]
+    vectors = len(plan.of(Constant)) + len(ranks) + 2 * sum(ranks)
+    spent = len(plan.pool) * layer.expert_bytes + vectors * WIDTH * 4
     assert spent <= layer.nbytes
     fresh = layer_of_tokens(layer.experts.module, tokens=10000, seed=7)
     totals = []
     for chosen in (plan, given_plan):
         built = build(layer, chosen, **DEFAULT)
-        totals.append(sum(loss(fresh, built, chosen, expert) for expert in chosen.stand_ins))
+        totals.append(sum(loss(fresh, built, chosen, expert) for expert in replaced(chosen)))
     assert totals[0] <= 1.02 * totals[1]
 
 
 def test_fewer_tokens_than_the_rank_work_and_are_named() -> None:
     layer = layer_of_tokens(random_experts(3), tokens=4)
-    plan = LayerPlan(slots=(Slot("linear", rank=5), Slot("expert", 1), Slot("linear", rank=5)))
     layer.sample.index[:] = torch.tensor([0, 1])  # nobody asks for expert 2
     layer.sums.gate_sq_output[2] = layer.sums.gate_sq[2] = layer.sums.count[2] = 0
     for shared in (False, True):
+        plan = LayerPlan(slots=(Linear(5, shared), Keep(), Linear(5, shared)))
         with pytest.warns(moetailor.MoetailorWarning, match="layer 0: 2 linear stand-ins have fewer"):
-            built = build(layer, LayerPlan(slots=plan.slots, shared_input=shared), **DEFAULT)
+            built = build(layer, plan, **DEFAULT)
         assert all(torch.isfinite(tensor).all() for tensor in built.values())
-        assert not given(built, LayerPlan(slots=plan.slots, shared_input=shared), 2, layer.sample.hidden).any()
+        assert not given(built, plan, 2, layer.sample.hidden).any()
 
 
 def test_a_map_larger_than_an_expert_is_refused() -> None:

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import moetailor
+from moetailor.answers.merged import clusters
 from moetailor.methods.hc_smoe import build as build_average
 from moetailor.methods.mergemoe import build, mergemoe
-from moetailor.planning.slots import merge_into
+from moetailor.planning.layer_plan import merge_into
 from moetailor.planning.view import LayerView
 from support.hand import TinyExperts
 from support.layers import INNER, WIDTH, layer_with, layer_with_biases, random_experts, routed_layer, with_copy
@@ -53,14 +54,14 @@ def test_the_papers_clusters() -> None:
     with torch.no_grad():  # expert 3 points where 1 does, expert 2 where 0 does
         module.gate_up_proj[3] = 2 * module.gate_up_proj[1]
         module.gate_up_proj[2] = 0.5 * module.gate_up_proj[0]
-    assert mergemoe(layer_with(module, [9, 8, 2, 1]), 2).merged == {0: [0, 2], 1: [1, 3]}
+    assert clusters(mergemoe(layer_with(module, [9, 8, 2, 1]), 2).slots) == {0: [0, 2], 1: [1, 3]}
 
 
 def test_clusters_by_outputs_ignore_the_order_of_neurons() -> None:
     for order in ([0, 1, 2, 3, 4], [3, 1, 4, 0, 2]):
         layer = layer_with(with_copy(random_experts(3), order=order), [4, 3, 2, 1], tokens=200)
         layer.sums.gate_sq_norm_sq.fill_(1.0)
-        assert set(map(tuple, mergemoe(layer, 3, cluster="outputs").merged.values())) == {(0, 3)}
+        assert set(map(tuple, clusters(mergemoe(layer, 3, cluster="outputs").slots).values())) == {(0, 3)}
 
 
 @pytest.mark.parametrize("spread", [0.1, 1.0, 10.0])

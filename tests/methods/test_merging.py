@@ -4,9 +4,11 @@ import pytest
 import torch
 
 import moetailor
+from moetailor.answers import Context, Drop, Keep, Merged, Remap
+from moetailor.answers.merged import clusters
 from moetailor.fitting.align import permuted
 from moetailor.methods import hc_smoe, m_smoe, ream, sub_moe
-from moetailor.planning.slots import LayerPlan, Slot, merge_into
+from moetailor.planning.layer_plan import LayerPlan, merge_into
 from support.layers import layer_with, random_experts, with_copy
 
 
@@ -48,8 +50,8 @@ def test_copies_are_found_whatever_the_order_of_their_neurons(method: str) -> No
     for order in ([0, 1, 2, 3, 4], [3, 1, 4, 0, 2]):
         layer = layer_with(with_copy(random_experts(3), order=order), [4, 3, 2, 1])
         plan = found.function(layer, 3)
-        assert plan.merged == {0: [0, 3]}
-        assert plan.slots[1] == Slot("expert", 1)
+        assert clusters(plan.slots) == {0: [0, 3]}
+        assert plan.slots[1] == Keep()
 
 
 def test_m_smoe_joins_by_the_routers_logits() -> None:
@@ -57,7 +59,7 @@ def test_m_smoe_joins_by_the_routers_logits() -> None:
     layer.sample.logits[:, 2] = 3 * layer.sample.logits[:, 1]
     layer.sample.logits[:, 3] = layer.sample.logits[:, 0] + 0.01
     (plan,) = m_smoe.m_smoe([layer], [2])
-    assert plan.merged == {0: [0, 3], 1: [1, 2]}
+    assert clusters(plan.slots) == {0: [0, 3], 1: [1, 2]}
 
 
 def test_a_global_budget_gives_layers_what_they_use() -> None:
@@ -71,20 +73,20 @@ def test_ream_packs_what_goes_into_the_most_salient_centroid() -> None:
     layer = layer_with(random_experts(5), [1, 1, 1, 1, 1])
     layer.sums.gated_norm.copy_(torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0]))
     plan = ream.ream(layer, 3, tokens=60)
-    assert plan.merged == {0: [0, 3, 4]}
-    assert plan.slots[3] == Slot("drop", 0)
+    assert clusters(plan.slots) == {0: [0, 3, 4]}
+    assert plan.slots[3] == Drop(0)
     assert plan.native
     assert plan.kept_slots == [0, 1, 2]
     # a group of two has room for one more; the next goes to the next centroid
-    assert sorted(map(len, ream.ream(layer, 3, tokens=60, group=2).merged.values())) == [2, 2]
+    assert sorted(map(len, clusters(ream.ream(layer, 3, tokens=60, group=2).slots).values())) == [2, 2]
 
 
 def test_a_protected_centre_answers_unmerged() -> None:
     layer = layer_with(random_experts(4), [5, 4, 2, 1], protected=frozenset({3}))
     (plan,) = m_smoe.m_smoe([layer], [1])
     assert plan.pool == [3]
-    assert not plan.merged
-    assert set(plan.slots) == {Slot("expert", 3)}
+    assert not plan.rebuilt
+    assert plan.slots == (Remap(3), Remap(3), Remap(3), Keep())
 
 
 def test_the_joint_svd_with_all_vectors_is_the_average() -> None:
@@ -105,14 +107,18 @@ def test_the_joint_svd_with_all_vectors_is_the_average() -> None:
 
 def test_a_plan_of_merges_reads_back_and_refuses_what_cannot_be() -> None:
     plan = merge_into([0, 0, 2, 2, 4])
-    assert plan.to_json()["merged"] == {"0": [0, 1], "2": [2, 3]}
+    assert plan.to_json()["merged"] == [{"into": 0, "slots": [0, 1]}, {"into": 2, "slots": [2, 3]}]
     assert LayerPlan.from_json(plan.to_json(), "here") == plan
     dropped = merge_into([0, 0, 2, 2, 4], drop=True)
     assert LayerPlan.from_json(dropped.to_json(), "here") == dropped
-    with pytest.raises(moetailor.PlanError, match="slot 1 is merged into 0, whose own slot is not"):
-        LayerPlan.from_json({"experts": 2, "keep": [0], "merged": {"0": [1]}}, "here")
-    with pytest.raises(moetailor.PlanError, match="slot 2 asks for expert 0 unchanged, which is merged"):
-        LayerPlan.from_json({"experts": 3, "merged": {"0": [0, 1]}, "remap": {"2": 0}}, "here")
+    for slots, said in (
+        ((Keep(), Merged(0)), "slot 1 is merged into 0, whose own slot is not"),
+        ((Keep(), Drop(0)), "slot 1 is merged into 0, whose own slot is not"),
+        ((Merged(0), Merged(0), Remap(0)), "slot 2 asks for expert 0 unchanged, which is merged"),
+    ):
+        context = Context(where="here", slots=slots, top_k=1)
+        with pytest.raises(moetailor.PlanError, match=said):
+            [answer.check(slot, context) for slot, answer in enumerate(slots)]
 
 
 def test_permuting_is_no_change_of_function() -> None:

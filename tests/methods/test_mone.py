@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import moetailor
+from moetailor.answers import Constant
 from moetailor.methods.mone import build, mone, novices
 from support.hand import layer_of, sums_of
 
@@ -23,7 +24,7 @@ def test_scores_of_the_paper() -> None:
 def test_low_scores_become_constants_and_keep_their_slots() -> None:
     plan = mone(LAYER, 1)
     assert plan.pool == [0]
-    assert plan.stand_ins == [1, 2]
+    assert list(plan.of(Constant)) == [1, 2]
     assert plan.kept_slots == [0, 1, 2]
 
 

@@ -8,9 +8,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import moetailor
+from moetailor.answers import Drop, Merged
 from moetailor.fitting.least_squares import RIDGES
 from moetailor.methods.refit import _fitted, _left, build
-from moetailor.planning.slots import LayerPlan, Slot, keep_only
+from moetailor.planning.layer_plan import LayerPlan, keep_only
 from support.naive import masked_outputs
 from support.tiny import view
 
@@ -23,7 +24,7 @@ def load(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
 
 
 def fitting(experts: int, dropped: list[int]) -> LayerPlan:
-    slots = [Slot("drop") if number in dropped else Slot("merged", number) for number in range(experts)]
+    slots = [Drop() if number in dropped else Merged(number) for number in range(experts)]
     return LayerPlan(slots=tuple(slots))
 
 
@@ -79,7 +80,7 @@ def test_rounds_never_lose_on_tokens_that_were_not_fitted(family: str, calibrati
         with pytest.warns(moetailor.MoetailorWarning, match=r"layer 1: \d of \d experts were fitted on fewer tokens"):
             fitted = build(layer, plan, rounds=rounds)
         now = left.clone()
-        for at, expert in enumerate(plan.merged):
+        for at, expert in enumerate(plan.rebuilt):
             one = layer.experts.one(expert)
             features = gates[:, expert, None] * layer.experts.hidden(one, layer.sample.hidden)
             now -= features @ (fitted["down"][at] - one["down"]).T
@@ -98,10 +99,10 @@ def test_a_plan_is_native_keeps_the_subset_and_spares_protected_experts(
     assert plan.native
     assert plan.nbytes == subsets.nbytes
     assert [layer.pool for layer in plan.layers.values()] == [layer.pool for layer in subsets.layers.values()]
-    assert plan.by_layer[0].slots[2] == Slot("expert", 2)
+    assert plan.by_layer[0].slots[2] == Keep()
     whole = moetailor.make_plan(calibration("olmoe"), "refit", moetailor.Budget.parse(keep=8))
     assert whole.layers == {}
-    assert keep_only(8, plan.by_layer[0].pool, Slot("drop")).pool == plan.by_layer[0].pool
+    assert keep_only(8, plan.by_layer[0].pool, Drop()).pool == plan.by_layer[0].pool
 
 
 def test_weights_of_half_width_are_fitted_in_full(checkpoint: Get, calibration: GetCalibration) -> None:

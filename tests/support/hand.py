@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from moetailor.calibration.statistics import Sample, Sums
+from moetailor.checkpoint.experts import Experts, ExpertShape
 from moetailor.planning.view import LayerView
 
 
@@ -42,7 +43,8 @@ def layer_of(
     def missing() -> None:
         raise AssertionError("this method should not need that")
 
-    options = {"index": 0, "num_experts": len(sums.count), "top_k": 1, "groups": 1} | fields
+    shape = ExpertShape(width=sums.output.shape[1], inner=1) if module is None else Experts(module).shape
+    options = {"index": 0, "num_experts": len(sums.count), "top_k": 1, "groups": 1, "shape": shape} | fields
     return LayerView(
         **options,
         read_sums=lambda: sums,

@@ -70,7 +70,7 @@ def layer_with_biases() -> tuple[LayerView, torch.nn.Module]:
         for parameter in module.parameters():
             parameter.normal_(std=0.5, generator=torch.Generator().manual_seed(parameter.dim()))
     view = routed_layer(random_experts(layer.num_experts), 400, 0)
-    view.open_experts = lambda: nullcontext(module)
+    view.open_experts, view.shape = lambda: nullcontext(module), layer.expert_shape
     view.read_sample().hidden = torch.randn(400, layer.width, generator=torch.Generator().manual_seed(0))
     return view, module
 

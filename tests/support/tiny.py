@@ -10,12 +10,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import moetailor
+from moetailor.answers import Constant, Drop, Keep, Linear, Remap
 from moetailor.checkpoint.anatomy import Anatomy, discover, tensors_of
 from moetailor.checkpoint.loader import quiet_transformers
 from moetailor.checkpoint.weights import ExpertWeights
 from moetailor.methods.run import view_of
+from moetailor.planning.layer_plan import LayerPlan
 from moetailor.planning.plan import Plan
-from moetailor.planning.slots import LayerPlan, Slot
 from moetailor.planning.view import LayerView
 from support.families import FAMILIES
 
@@ -68,12 +69,12 @@ def mixed_plan(calibration: moetailor.Calibration, drop: bool) -> Plan:
     facts = calibration.model
     layers = {}
     for stack in facts.stacks:
-        slots = [Slot("expert", number) for number in range(stack.num_experts)]
-        slots[1] = Slot("expert", 3, 0.5)
-        slots[2] = Slot("constant")
-        slots[5] = Slot("linear", rank=2)
+        slots = [Keep() for number in range(stack.num_experts)]
+        slots[1] = Remap(3, 0.5)
+        slots[2] = Constant()
+        slots[5] = Linear(2)
         if drop:
-            slots[0] = Slot("drop")
+            slots[0] = Drop()
         layers[stack.prefix] = LayerPlan(slots=tuple(slots))
     plan = moetailor.make_plan(calibration, "linear", moetailor.Budget.parse(keep=facts.stacks[0].num_experts - 1))
     return Plan(

@@ -1,4 +1,4 @@
-"""Answers as JSON, grouped by what they are: ``"drop": [1, 4], "linear": [{"rank": 8, "slots": [2, 3]}]``."""
+"""Answers as JSON, by kind: slots alone, or with fields that say more: ``"drop": [1, {"into": 4, "slots": [2]}]``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MOST_SLOTS = 2**16
 
 
 def write_groups(answers: Mapping[int, Answer]) -> dict[str, list]:
-    """Return some answers as JSON values: of each kind the slots, with the fields that are not at their defaults.
+    """Return some answers as JSON values: for each kind its slots, with the fields that are not at their defaults.
 
     Args:
         answers: by slot.
@@ -26,22 +26,29 @@ def write_groups(answers: Mapping[int, Answer]) -> dict[str, list]:
         for slot, answer in sorted(answers.items()):
             if type(answer) is kind:
                 alike.setdefault(answer, []).append(slot)
-        if alike and not fields(kind):
-            groups[kind.kind] = alike.popitem()[1]
-        elif alike:
-            groups[kind.kind] = [{**_given(answer), "slots": slots} for answer, slots in alike.items()]
+        found = [(_given(answer), slots) for answer, slots in alike.items()]
+        plain = [slot for given, slots in found if not given for slot in slots]
+        if group := plain + [{**given, "slots": slots} for given, slots in found if given]:
+            groups[kind.kind] = group
     return groups
 
 
 def read_groups(
-    entry: Mapping[str, Any], size: int, where: str, *, error: type[MoetailorError], cure: str
+    entry: Mapping[str, Any],
+    slots: int,
+    where: str,
+    *,
+    experts: int = MOST_SLOTS,
+    error: type[MoetailorError],
+    cure: str,
 ) -> dict[int, Answer]:
     """Read what `write_groups` gave, perhaps edited by hand; keys that name no kind are left alone.
 
     Args:
         entry: the JSON values.
-        size: slots of the layer.
+        slots: how many the layer has.
         where: what they were read from.
+        experts: how many the layer has, which answers may refer to.
         error: what is raised.
         cure: what to do: the end of the message.
 
@@ -52,15 +59,15 @@ def read_groups(
     for name, kind in ANSWERS.items():
         if name not in entry:
             continue
-        groups = entry[name] if fields(kind) else [{"slots": entry[name]}]
-        for group in read(list[dict[str, Any]], groups, f"{where}, {name}", error=error, cure=cure):
-            slots = read(list[int], group.get("slots"), f"{where}, {name}, slots", error=error, cure=cure)
-            given = {field: value for field, value in group.items() if field != "slots"}
-            answer = read(kind, given, f"{where}, {name} of slots {slots[:8]}", error=error, cure=cure)
+        for group in read(list[int | dict[str, Any]], entry[name], f"{where}, {name}", error=error, cure=cure):
+            given = {"slots": [group]} if isinstance(group, int) else group
+            named = read(list[int], given.get("slots"), f"{where}, {name}, slots", error=error, cure=cure)
+            stated = {field: value for field, value in given.items() if field != "slots"}
+            answer = read(kind, stated, f"{where}, {name} of slots {named[:8]}", error=error, cure=cure)
             other = getattr(answer, kind.refers) if kind.refers else None
-            for slot in slots:
-                if not 0 <= slot < size or not 0 <= (other or 0) < size:
-                    raise error(f"{where}: slot {slot} or its expert {other} is outside 0..{size - 1}; {cure}")
+            for slot in named:
+                if not 0 <= slot < slots or not 0 <= (other or 0) < experts:
+                    raise error(f"{where}: slot {slot} or its expert {other} is outside 0..{slots - 1}; {cure}")
                 if slot in found:
                     raise error(f"{where}: slot {slot} is named twice; {cure}")
                 found[slot] = answer

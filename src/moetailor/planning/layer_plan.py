@@ -125,7 +125,7 @@ class LayerPlan:
         if unknown := set(entry) - {"experts", "scores", "expected", *ANSWERS}:
             raise PlanError(f"{where}: unknown keys {sorted(unknown)}; {CURE}")
         size = checked(Annotated[int, Within(1, MOST_SLOTS)], "experts")
-        found = read_groups(entry, size, where, error=PlanError, cure=CURE)
+        found = read_groups(entry, size, where, experts=size, error=PlanError, cure=CURE)
         if lost := [slot for slot in range(size) if slot not in found]:
             raise PlanError(f"{where}: slots {lost} are not named; each of {size} needs one of {', '.join(ANSWERS)}")
         return cls(
