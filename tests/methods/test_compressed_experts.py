@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_mergemoe import routed_layer
-from test_merging import WIDTH, random_experts
+from test_merging import WIDTH, layer_with, random_experts
 from torch import nn
 
 import moetailor
@@ -144,6 +144,14 @@ def test_experts_that_are_main_least_go_first() -> None:
     plan = compressed_experts(layer, 2, main=1)
     assert plan.pool == sorted(sorted(range(4), key=lambda n: -total[n])[:2])
     assert {plan.slots[n].kind for n in range(4) if n not in plan.pool} == {"constant"}
+
+
+def test_of_experts_that_are_never_main_the_unreached_go_first() -> None:
+    layer = layer_with(random_experts(4), [0, 3, 9, 0])
+    sample = layer.sample
+    sample.index, sample.gate = torch.tensor([[2, 1]] * 60), torch.tensor([[0.6, 0.4]] * 60)
+    assert compressed_experts(layer, 2, main=1).pool == [1, 2]
+    assert compressed_experts(layer, 3, main=1).pool == [0, 1, 2]
 
 
 @pytest.mark.parametrize("spec", [{"main": "3"}, {"share": "0"}, {"share": "1.5"}])

@@ -84,7 +84,9 @@ def compressed_experts(
         constants: an auxiliary expert gives the mean of what it gave where it was auxiliary.
     """
     main = main or max(1, layer.top_k // 2)
-    plan = keep_only(layer.num_experts, top(layer, _main_gates(layer, main), keep), Slot("constant"))
+    # Of those that are never main, the ones that no token reached go first.
+    worth = torch.maximum(_main_gates(layer, main), layer.sums.count * 1e-300)
+    plan = keep_only(layer.num_experts, top(layer, worth, keep), Slot("constant"))
     spec = Auxiliary(main=main, share=share, renormalise=renormalise, vectors=vectors, constants=constants)
     return LayerPlan(slots=plan.slots, auxiliary=spec)
 
