@@ -28,7 +28,7 @@ SHORT += [("refit", "refit", {}), ("mergemoe, best parameters", "mergemoe", FITT
 SHORT += [("linear", "linear", {}), ("auto", "auto", {})]
 EVERYTHING = [
     *((name, name, {}) for name in ("random", "frequency", "soft_frequency", "ean", "man", "msan", "reap", "mone")),
-    *((name, name, {}) for name in ("seer_moe", "easy_ep", "diep", "refit")),
+    *((name, name, {}) for name in ("seer_moe", "easy_ep", "diep", "aimer", "refit")),
     ("mone, zero vectors", "mone", {"novice": "zero"}),
     ("mone, optimal constants", "mone", {"novice": "optimal"}),
     ("mone, exact error, optimal constants", "mone", OPTIMAL),

@@ -1,5 +1,6 @@
 """The docs say what the code does: generated pages, links, flags, and code that runs."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -7,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from packaging.version import Version
+from safetensors.torch import load_file
 from typer.main import get_command
 
 import moetailor
@@ -115,3 +118,18 @@ def test_the_surface_is_frozen() -> None:
         for name, verb in get_command(app).commands.items()
     }
     assert found == FLAGS
+
+
+def test_the_reference_model_is_what_its_card_says() -> None:
+    folder = ROOT / "examples" / "reference-moe"
+    tensors = load_file(folder / "model.safetensors")
+    card = (folder / "README.md").read_text()
+    experts = sum(tensor.numel() for name, tensor in tensors.items() if ".experts." in name)
+    told = re.search(r"\| parameters \| ([\d.]+) M, of which ([\d.]+) M in experts", card)
+    assert told is not None
+    counted = (sum(tensor.numel() for tensor in tensors.values()), experts)
+    assert told.groups() == tuple(f"{count / 1e6:.2f}" for count in counted)
+    assert f"file of {(folder / 'model.safetensors').stat().st_size / 1e6:.1f} MB" in card
+    # Stored, so that engines load it which know no tied head; the numbers of the embedding, so that nothing changed.
+    assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is False
+    assert torch.equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"])

@@ -291,7 +291,7 @@ def test_inspect_with_a_calibration(run, tmp_path: Path, monkeypatch: pytest.Mon
     assert told == json.loads(before)
     code, shown, _ = run("inspect", REFERENCE, "--calibration", calib)
     assert code == 0
-    for fact in ("8.48 M", "together", "lost in layer", "Remove 50%:"):
+    for fact in ("9.27 M", "together", "lost in layer", "Remove 50%:"):
         assert fact in shown
 
 

@@ -48,7 +48,8 @@ Method = Annotated[
     typer.Option(
         "--method",
         "-m",
-        help="Drops: random, frequency, soft_frequency, seer_moe, ean, man, msan, reap, easy_ep, naee, diep, refit. "
+        help="Drops: random, frequency, soft_frequency, seer_moe, ean, man, msan, reap, easy_ep, naee, diep, aimer, "
+        "refit. "
         "Stand-ins: mone, linear, lightmoe. Remaps: conmoe. Merges: mergemoe, m_smoe, hc_smoe, sub_moe, ream. "
         "A mix: auto. Fewer active ones: compressed_experts.",
     ),

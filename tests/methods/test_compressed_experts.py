@@ -15,7 +15,7 @@ from moetailor.planning.layer_plan import LayerPlan
 from moetailor.planning.view import LayerView
 from moetailor.runtime.reshape import LayerChange, reshape_model
 from support.families import tiny_model
-from support.layers import WIDTH, random_experts, routed_layer
+from support.layers import WIDTH, layer_with, random_experts, routed_layer
 from support.tiny import IDS, eager, load, logits
 
 Get = Callable[[str], Path]
@@ -140,6 +140,14 @@ def test_experts_that_are_main_least_go_first() -> None:
     plan = compressed_experts(layer, 2, main=1)
     assert plan.pool == sorted(sorted(range(4), key=lambda n: -total[n])[:2])
     assert sorted([*plan.pool, *plan.of(Constant)]) == [0, 1, 2, 3]
+
+
+def test_of_experts_that_are_never_main_the_unreached_go_first() -> None:
+    layer = layer_with(random_experts(4), [0, 3, 9, 0])
+    sample = layer.sample
+    sample.index, sample.gate = torch.tensor([[2, 1]] * 60), torch.tensor([[0.6, 0.4]] * 60)
+    assert compressed_experts(layer, 2, main=1).pool == [1, 2]
+    assert compressed_experts(layer, 3, main=1).pool == [0, 1, 2]
 
 
 @pytest.mark.parametrize("spec", [{"main": "3"}, {"share": "0"}, {"share": "1.5"}])

@@ -9,7 +9,8 @@ from moetailor.answers.merged import clusters
 from moetailor.fitting.align import permuted
 from moetailor.methods import hc_smoe, m_smoe, ream, sub_moe
 from moetailor.planning.layer_plan import LayerPlan, merge_into
-from support.layers import layer_with, random_experts, with_copy
+from support.hand import layer_of, sums_of
+from support.layers import INNER, layer_with, random_experts, with_copy
 
 
 def test_the_average_is_weighted_by_use() -> None:
@@ -33,7 +34,7 @@ def test_experts_that_nobody_used_weigh_the_same() -> None:
 def test_matched_copies_merge_without_loss(method: object, order: list[int]) -> None:
     module = with_copy(random_experts(3), order=order)
     layer = layer_with(module, [4, 3, 2, 1])
-    built = method.build(layer, merge_into([0, 1, 2, 0]), align=True, tokens=60)
+    built = method.build(layer, merge_into([0, 1, 2, 0]), align=True, saliency="gate_squared", tokens=60)
     for name in ("gate", "up", "down"):
         torch.testing.assert_close(built[name][0], layer.experts.one(0)[name])
 
@@ -71,7 +72,7 @@ def test_a_global_budget_gives_layers_what_they_use() -> None:
 
 def test_ream_packs_what_goes_into_the_most_salient_centroid() -> None:
     layer = layer_with(random_experts(5), [1, 1, 1, 1, 1])
-    layer.sums.gated_norm.copy_(torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0]))
+    layer.sums.gate_sq_norm.copy_(torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0]))
     plan = ream.ream(layer, 3, tokens=60)
     assert clusters(plan.slots) == {0: [0, 3, 4]}
     assert plan.slots[3] == Drop(0)
@@ -79,6 +80,30 @@ def test_ream_packs_what_goes_into_the_most_salient_centroid() -> None:
     assert plan.kept_slots == [0, 1, 2]
     # a group of two has room for one more; the next goes to the next centroid
     assert sorted(map(len, clusters(ream.ream(layer, 3, tokens=60, group=2).slots).values())) == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("saliency", "scores", "share"),
+    [("gate_squared", (0.25, 0.2, 0.064), 0.064 / 0.314), ("gate", (0.5, 1.0, 0.16), 0.16 / 1.16)],
+)
+def test_ream_ranks_and_weighs_by_one_saliency(
+    saliency: str, scores: tuple[float, ...], share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gate squared: .5^2 x 1 = .25, (.2^2 x 5 + .2^2 x 5) / 2 = .2, .4^2 x .4 = .064. Gate: .5, 1, .16."""
+    pairs = [(0, 0.5, [1.0, 0.0]), (1, 0.2, [3.0, 4.0]), (1, 0.2, [-4.0, 3.0]), (2, 0.4, [0.0, 0.4])]
+    module = random_experts(3)
+    sample = layer_with(module, [1, 1, 1]).sample
+    layer = layer_of(sums_of(pairs, 3, 4), sample=sample, module=module)
+    plan = ream.ream(layer, 2, saliency=saliency, tokens=60)
+    assert plan.scores == pytest.approx(scores)
+    ((centre, members),) = plan.merged.items()
+    # the more salient of the two that stay takes the third
+    assert (centre, members) == ((0, [0, 2]) if saliency == "gate_squared" else (1, [1, 2]))
+    monkeypatch.setattr(ream, "match", lambda cost: torch.arange(INNER))
+    built = ream.build(layer, plan, saliency=saliency, tokens=60)
+    every = layer.experts.matrices()
+    for name in ("gate", "up", "down"):
+        torch.testing.assert_close(built[name][0], (1 - share) * every[name][centre] + share * every[name][2])
 
 
 def test_a_protected_centre_answers_unmerged() -> None:

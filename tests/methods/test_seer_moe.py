@@ -22,9 +22,18 @@ def pools(layers: list[LayerView], keeps: list[int], **parameters: str) -> list[
 
 
 def test_soft_and_hard_counts_rank_differently() -> None:
-    view = layer([9, 8, 1, 0], [1.0, 5.0, 3.0, 4.0])
+    view = layer([9, 8, 2, 1], [1.0, 5.0, 3.0, 4.0])
     assert pools([view], [2], count="hard") == [[0, 1]]
     assert pools([view], [2], count="soft") == [[1, 3]]
+
+
+def test_an_expert_that_no_token_reached_goes_first_however_likely_it_was() -> None:
+    view = layer([0, 8, 1, 3], [9.0, 5.0, 3.0, 4.0])
+    assert pools([view], [3], count="soft") == [[1, 2, 3]]
+    assert pools([view], [2], count="soft") == [[1, 3]]
+    # Shares without it: .42 .25 .33, and .8 .1 .1: of six that are reached five stay, and no dead one.
+    layers = [view, layer([8, 0, 1, 1], [8.0, 90.0, 1.0, 1.0])]
+    assert pools(layers, [3, 2], ranking="global", count="soft") == [[1, 2, 3], [0, 2]]
 
 
 def test_the_global_ranking_compares_shares_and_leaves_every_layer_its_top_k() -> None:

@@ -24,6 +24,7 @@ def sums_of(pairs: list[tuple[int, float, list[float]]], experts: int, tokens: i
             "gate_sq": g * g,
             "norm": norm,
             "gated_norm": g * norm,
+            "gate_sq_norm": g * g * norm,
             "norm_sq": norm**2,
             "gate_sq_norm_sq": (g * norm) ** 2,
         }.items():

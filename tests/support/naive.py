@@ -67,7 +67,7 @@ def sums(model: nn.Module, layer: MoELayer, batches: Iterable[Any], probabilitie
                 norm = float(y.square().sum().sqrt())
                 for name, value in zip(
                     SCALARS,
-                    (1, gate, gate**2, norm, gate * norm, norm**2, (gate * norm) ** 2),
+                    (1, gate, gate**2, norm, gate * norm, gate**2 * norm, norm**2, (gate * norm) ** 2),
                     strict=False,
                 ):
                     total[name][expert] += value
@@ -109,7 +109,10 @@ def shifted(model: nn.Module, layer: MoELayer, batches: Iterable[Any]) -> torch.
     return total
 
 
-SCALARS = ("count", "gate", "gate_sq", "norm", "gated_norm", "norm_sq", "gate_sq_norm_sq", "norm_max", "probability")
+SCALARS = (
+    *("count", "gate", "gate_sq", "norm", "gated_norm", "gate_sq_norm", "norm_sq", "gate_sq_norm_sq"),
+    *("norm_max", "probability"),
+)
 
 
 def set_slot_vectors(model: nn.Module, layer: MoELayer, dropped: list[int], value: float) -> None:

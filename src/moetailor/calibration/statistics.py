@@ -32,6 +32,7 @@ class Sums:
         gate_sq_output: sum of g^2 y, [E, D].
         norm: sum of |y|, [E].
         gated_norm: sum of g |y|, [E].
+        gate_sq_norm: sum of g^2 |y|, [E].
         norm_sq: sum of |y|^2, [E].
         gate_sq_norm_sq: sum of g^2 |y|^2, [E].
         norm_max: the largest |y|, [E]; merged by maximum.
@@ -50,6 +51,7 @@ class Sums:
     gate_sq_output: torch.Tensor
     norm: torch.Tensor
     gated_norm: torch.Tensor
+    gate_sq_norm: torch.Tensor
     norm_sq: torch.Tensor
     gate_sq_norm_sq: torch.Tensor
     norm_max: torch.Tensor
@@ -147,7 +149,12 @@ def load_sample(file: Path) -> Sample:
 def _load(file: Path, prefix: str, names: Sequence[str], optional: Collection[str] = ()) -> dict[str, torch.Tensor]:
     try:
         with safe_open(file, "pt") as tensors:
-            there = [name for name in names if name not in optional or prefix + name in tensors.keys()]
+            there = [name for name in names if prefix + name in tensors.keys()]
+            if lacking := [prefix + name for name in names if name not in there and name not in optional]:
+                raise CalibrationError(
+                    f"{file}: lacks {', '.join(lacking)}: it is damaged, or an older moetailor measured it; "
+                    "calibrate into a new folder"
+                )
             return {name: tensors.get_tensor(prefix + name) for name in there}
     except FileNotFoundError:
         raise CalibrationError(f"{file}: missing; run calibrate again, it resumes with this layer") from None
@@ -209,10 +216,11 @@ def add_pairs(sums: Sums, output_RD: torch.Tensor, expert_R: torch.Tensor, gate_
         output_RD, dim=1, dtype=torch.float64 if output_RD.device.type == "cpu" else torch.float32
     )
     norm = norm.double()
-    scalars = torch.stack([torch.ones_like(gate), gate, gate**2, norm, gate * norm, norm**2, (gate * norm) ** 2])
+    gated = gate * norm
+    scalars = torch.stack([torch.ones_like(gate), gate, gate**2, norm, gated, gate * gated, norm**2, gated**2])
     per_expert = torch.zeros(len(scalars), experts, dtype=torch.float64, device=gate.device)
     per_expert.index_add_(1, expert_R, scalars)
-    names = ("count", "gate", "gate_sq", "norm", "gated_norm", "norm_sq", "gate_sq_norm_sq")
+    names = ("count", "gate", "gate_sq", "norm", "gated_norm", "gate_sq_norm", "norm_sq", "gate_sq_norm_sq")
     for name, values in zip(names, per_expert.cpu(), strict=True):
         getattr(sums, name)[here].add_(values)
     largest = torch.zeros(experts, dtype=torch.float64, device=gate.device)

@@ -1,5 +1,6 @@
 """One file for each method of the literature; importing this package registers them all."""
 
+from moetailor.methods import aimer as aimer
 from moetailor.methods import auto as auto
 from moetailor.methods import compressed_experts as compressed_experts
 from moetailor.methods import conmoe as conmoe

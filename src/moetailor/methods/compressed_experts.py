@@ -80,7 +80,9 @@ def compressed_experts(
         constants: an auxiliary expert gives the mean of what it gave where it was auxiliary.
     """
     main = main or max(1, layer.top_k // 2)
-    split, kept = Auxiliary(main, share, renormalise, vectors, constants), top(layer, _main_gates(layer, main), keep)
+    # Of those that are never main, the ones that no token reached go first.
+    worth = torch.maximum(_main_gates(layer, main), layer.sums.count * 1e-300)
+    split, kept = Auxiliary(main, share, renormalise, vectors, constants), top(layer, worth, keep)
     return LayerPlan(slots=tuple(split if slot in kept else Constant() for slot in range(layer.num_experts)))
 
 

@@ -97,7 +97,9 @@ def _prototypes(
     """Return the prototypes of a scope: protected experts, the best of each layer, then the highest scores."""
     for layer in layers:
         refuse_protected(layer.index, layer.protected, layer.num_experts, keep)
-    ranked = sorted(range(len(owner)), key=lambda number: (-score[number], number))
+    # Of equal scores, often several of 0, those that no token reached go first.
+    unused = [float(layers[at].sums.count[expert]) == 0 for at, expert in owner]
+    ranked = sorted(range(len(owner)), key=lambda number: (-score[number], unused[number], number))
     first = {number for number, (at, expert) in enumerate(owner) if expert in layers[at].protected}
     for at in range(len(layers)):
         if not any(owner[number][0] == at for number in first):

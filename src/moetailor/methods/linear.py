@@ -1,6 +1,7 @@
 """Linear stand-ins: a removed expert becomes an affine map of low rank of the layer's input.
 
-Not from a paper. A novice (MoNE) is the map of rank 0. An expert e is replaced by S_e(x) = c_e + (x - m_e) A_e B_e with
+Not from a paper; a twin that was found independently is published as arXiv:2610.41366, whose text was not at hand when
+this was written. A novice (MoNE) is the map of rank 0. An expert e is replaced by S_e(x) = c_e + (x - m_e) A_e B_e with
 A_e [D, r] and B_e [r, D], the best in the layer's own loss sum_t g_e(t)^2 |E_e(x_t) - S_e(x_t)|^2: weighted
 reduced-rank regression on the sampled tokens that are routed to e. Stored are 2 r D + D numbers.
 

@@ -6,13 +6,19 @@ the cosine of gated outputs and that of router logits. Neurons are matched (Hung
 weights reduced to 64 principal components), experts averaged by saliency, the router is cut to the rows that stay, and
 each layer is fitted on what the merged ones before it give.
 
-Here: the same; the last is `moetailor apply --propagate compressed`. The result is native where groups of the router do
-not stand against it.
+The released code (SamsungSAILMontreal/ream, commit 84a3030) gates twice: it takes REAP's mean of outputs that are
+already multiplied by their gates, so saliency, which ranks the experts and weighs them in the average, is the mean of
+g^2 |f|. Its gates are the softmax over all experts whatever the router does with them, an expert that no token reached
+has the least saliency of the others, and likeness is that of mean gated outputs.
+
+Here: as published, with the saliency of the released code, which merges better, and the gates that the model used; an
+expert that no token reached weighs nothing. The last step is `moetailor apply --propagate compressed`. The result is
+native where groups of the router do not stand against it.
 """
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from torch.nn import functional as F
@@ -26,22 +32,24 @@ from moetailor.planning.layer_plan import LayerPlan, merge_into
 from moetailor.planning.view import LayerView
 
 COMPONENTS = 64
+# The sum over routed tokens whose mean is the saliency.
+SALIENCIES = {"gate_squared": "gate_sq_norm", "gate": "gated_norm"}
 
 
-def build(layer: LayerView, plan: LayerPlan, *, tokens: int, **_: object) -> Matrices:
+def build(layer: LayerView, plan: LayerPlan, *, saliency: str, tokens: int, **_: object) -> Matrices:
     """Return the saliency-weighted average of each group, neurons matched to those of its centroid."""
 
     def order(layer: LayerView, centre: int, member: int) -> torch.Tensor:
         return match(_activations(layer, centre, member, tokens) + _weights(layer, centre, member))
 
-    return averages(layer, plan, layer.mean("gated_norm"), order)
+    return averages(layer, plan, layer.mean(SALIENCIES[saliency]), order)
 
 
 @method(
     "ream",
     removed=Drop,
     paper="arXiv:2604.04356",
-    needs={"count", "gated_norm"},
+    needs={"count", "gate_sq_norm", "gated_norm"},
     weights=True,
     builds={"merged"},
     build=build,
@@ -50,6 +58,7 @@ def ream(
     layer: LayerView,
     keep: int,
     *,
+    saliency: Literal["gate_squared", "gate"] = "gate_squared",
     group: Annotated[int, AtLeast(2)] = 16,
     tokens: Annotated[int, AtLeast(1)] = 1024,
 ) -> LayerPlan:
@@ -58,20 +67,22 @@ def ream(
     Args:
         layer: the layer.
         keep: experts that stay.
+        saliency: ``gate_squared`` is the mean of g^2 |f| (released code), ``gate`` the mean of g |f| (paper, as REAP).
         group: the most experts that become one.
         tokens: sampled tokens that every expert is run on, for likeness and for matching neurons.
     """
-    saliency = layer.mean("gated_norm")
-    kept = drop_lowest(layer, saliency, keep).pool
+    # S_e = sum_t g_te^2 |f_e(x_t)| / N_e, or REAP's sum_t g_te |f_e(x_t)| / N_e
+    salience = layer.mean(SALIENCIES[saliency])
+    kept = drop_lowest(layer, salience, keep).pool
     likeness = _likeness(layer, tokens)
     centres, free = list(range(layer.num_experts)), set(range(layer.num_experts)) - set(kept)
-    for centroid in sorted(set(kept) - layer.protected, key=lambda expert: (-float(saliency[expert]), expert)):
+    for centroid in sorted(set(kept) - layer.protected, key=lambda expert: (-float(salience[expert]), expert)):
         nearest = sorted(free, key=lambda expert: (-float(likeness[centroid, expert]), expert))[: group - 1]
         for expert in nearest:
             centres[expert] = centroid
         free -= set(nearest)
     # What no group had room for is dropped.
-    return _with_dropped(merge_into(centres, saliency.tolist(), drop=True), free)
+    return _with_dropped(merge_into(centres, salience.tolist(), drop=True), free)
 
 
 def _with_dropped(plan: LayerPlan, dropped: set[int]) -> LayerPlan:

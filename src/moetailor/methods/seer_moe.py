@@ -4,10 +4,11 @@ Published: experts are ranked by how often they are activated, hard (tokens rout
 router's probabilities), in each layer or over the whole model. In a second stage the model is tuned with a penalty on
 the entropy of the router, so that fewer experts a token are enough.
 
-Here: the counting, from the abstract: the full text was not at hand. Counts are shares of their layer, so that layers
-compare whatever their router's probabilities sum to. Over the whole model every layer keeps the top-k that its router
-needs, and the result is native only if all layers happen to keep as many. The second stage is left to
-`moetailor recover`, without the penalty.
+Here: the counting, from the abstract: the full text was not at hand. An expert that no token reached counts 0, whatever
+its probabilities sum to: a router can find it likely for every token and choose others each time. Counts are shares of
+their layer, so that layers compare. Over the whole model every layer keeps the top-k that its router needs, and the
+result is native only if all layers happen to keep as many. The second stage is left to `moetailor recover`, without the
+penalty.
 """
 
 from __future__ import annotations
@@ -49,8 +50,9 @@ def seer_moe(
             f"ranking=global: layer {limited[0].index} chooses among {limited[0].groups} groups, of which the same "
             "number must stay; use ranking=layer"
         )
-    # S_e = N_e, or S_e = sum_t p_e(t)
-    scores = [layer.sums.probability if count == "soft" else layer.sums.count for layer in layers]
+    # S_e = N_e, or S_e = sum_t p_e(t), 0 where N_e = 0
+    sums = [layer.sums for layer in layers]
+    scores = [one.count if count == "hard" else one.probability * (one.count > 0) for one in sums]
     if ranking == "global":
         keeps = global_keeps(layers, scores, keeps)
     for layer, score, keep in zip(layers, scores, keeps, strict=True):
