@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import moetailor
-from moetailor.answers import Drop, Merged
+from moetailor.answers import Drop, Fitted, Keep
 from moetailor.fitting.least_squares import RIDGES
 from moetailor.methods.refit import _fitted, _left, build
 from moetailor.planning.layer_plan import LayerPlan, keep_only
@@ -24,7 +24,7 @@ def load(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
 
 
 def fitting(experts: int, dropped: list[int]) -> LayerPlan:
-    slots = [Drop() if number in dropped else Merged(number) for number in range(experts)]
+    slots = [Drop() if number in dropped else Fitted() for number in range(experts)]
     return LayerPlan(slots=tuple(slots))
 
 
