@@ -105,14 +105,13 @@ class SlotMap:
         return self.experts + sum(kind.whole_experts(self) for kind in self.kinds)
 
     def buffers(self) -> dict[str, torch.Tensor]:
-        """Return what follows from the map and the running model needs as tensors, on the CPU."""
-        with torch.device("cpu"):  # transformers loads models under the meta device
-            found = {"slot_map": torch.tensor(self.pool_rows, dtype=torch.int32)}
-            if self.scales is not None:
-                found["slot_scale"] = torch.tensor(self.scales)
-            for kind in self.kinds:
-                found |= kind.buffers(self)
-            return found
+        """Return what follows from the map and the running model needs as tensors, on the default device."""
+        found = {"slot_map": torch.tensor(self.pool_rows, dtype=torch.int32)}
+        if self.scales is not None:
+            found["slot_scale"] = torch.tensor(self.scales)
+        for kind in self.kinds:
+            found |= kind.buffers(self)
+        return found
 
     def to_json(self) -> dict:
         """Return the map as JSON values."""

@@ -93,5 +93,7 @@ class CompressedExperts(nn.Module):
 
     def fill_map(self) -> None:
         """Compute the buffers that follow from the map, on the device of the weights: no file holds them."""
-        for name, buffer in self.slots.buffers().items():
+        with torch.device("cpu"):  # transformers loads models under the meta device, where nothing can be computed
+            buffers = self.slots.buffers()
+        for name, buffer in buffers.items():
             self.register_buffer(name, buffer.to(self.down_proj.device), persistent=False)
