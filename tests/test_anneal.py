@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import moetailor
+from moetailor.answers import Constant, LowRank
 from moetailor.recovery.anneal import Annealing, beta
 from moetailor.runtime.experts import CompressedExperts
 from support.tiny import anatomy_of, eager, load, logits
@@ -81,15 +82,16 @@ def test_between_the_ends_the_weights_are_the_formula(checkpoint: Get, calibrati
     for part in student.modules():
         if isinstance(part, CompressedExperts):
             for name in ("gate", "up", "down"):
-                torch.nn.init.normal_(getattr(part, f"low_{name}_out"))
+                torch.nn.init.normal_(getattr(part, f"low_rank_{name}_out"))
     annealing.attach(student, teacher)
     mixture = annealing._mixtures[0]
     mixture.beta = 0.25
     module, weights = mixture.module, mixture.weights()
-    slot = next(slot for slot, row in enumerate(module.slots.slots) if row >= module.slots.experts)
-    number = module.slots.slots[slot] - module.slots.experts
-    own = module.low_down_out[2 * number : 2 * number + 2].T @ module.low_down_in[2 * number : 2 * number + 2]
-    base = module.base_down[module.low_base[number]]
+    slot = next(iter(module.slots.of(LowRank)))
+    number = int(module.low_rank_slot[slot])
+    rows = slice(2 * number, 2 * number + 2)
+    own = module.low_rank_down_out[rows].T @ module.low_rank_down_in[rows]
+    base = module.low_rank_base_down[module.low_rank_base[number]]
     # Own parts that were not zero at the start are faded in with the base.
     expected = 0.25 * mixture.original.down_proj[slot] + 0.75 * (base + own)
     torch.testing.assert_close(weights["down_proj"][slot], expected)
@@ -103,7 +105,9 @@ def test_all_that_trains_gets_a_gradient_and_the_originals_go(checkpoint: Get, c
     teacher.requires_grad_(False)
     student(torch.randint(3, 128, (4, 12)), use_cache=False).logits.square().sum().backward()
     module = next(part for part in student.modules() if isinstance(part, CompressedExperts))
-    for name in ("base_gate", "base_up", "base_down", "low_gate_out", "low_up_out", "low_down_out", "down_proj"):
+    trained = [f"low_rank_base_{part}" for part in ("gate", "up", "down")]
+    trained += [f"low_rank_{part}_out" for part in ("gate", "up", "down")]
+    for name in (*trained, "down_proj"):
         assert float(getattr(module, name).grad.abs().sum()) > 0, name
     gone = weakref.ref(teacher)
     del teacher
@@ -131,6 +135,7 @@ def test_other_answers_cannot_be_annealed(checkpoint: Get, calibration: GetCalib
     student = eager(moetailor.apply(plan, load(checkpoint("olmoe")), calibration=calibration("olmoe")))
     for part in student.modules():
         if isinstance(part, CompressedExperts):
-            part.slots = replace(part.slots, slots=(-1, *part.slots.slots[1:]), constants=1)
+            rows, answers = (-1, *part.slots.rows[1:]), (Constant(), *part.slots.answers[1:])
+            part.slots = replace(part.slots, rows=rows, answers=answers)
     with pytest.raises(moetailor.MoetailorError, match="1 slots with other answers and 0 dropped ones"):
         Annealing(anatomy_of(teacher), 0.2).attach(student, teacher)

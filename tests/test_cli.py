@@ -100,7 +100,7 @@ def test_inspect_as_text_and_as_json(run) -> None:
         "stand_ins": 0,
         "ranks": [],
         "runs": 4,
-        "guests": 0,
+        "borrowed": 0,
         "expert_bytes": 110592,
     }
 

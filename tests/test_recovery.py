@@ -128,7 +128,7 @@ def test_the_teacher_is_no_part_of_the_student(checkpoint: Get) -> None:
     ("method", "words", "parts"),
     [
         ("reap", ("router",), (".gate.weight",)),
-        ("linear", ("router", "standins"), (".gate.weight", ".constant", ".linear_in", ".linear_out")),
+        ("linear", ("router", "standins"), (".gate.weight", ".linear_constant", ".linear_in", ".linear_out")),
         ("mone", ("standins",), (".constant",)),
         ("mone", ("experts",), (".experts.",)),
         ("reap", ("rest",), ("_proj.weight",)),
@@ -180,16 +180,16 @@ def test_merged_adapters_give_the_same_logits(compress: Compress, method: str, p
                 parameter.normal_(std=0.3)
     adapted = logits(model)
     assert (adapted - before).abs().max() > 0.1
-    visits = [(m, host) for m in model.modules() if isinstance(m, CompressedExperts) for host in m.hosts]
+    visits = [(m, host) for m in model.modules() if isinstance(m, CompressedExperts) for host in m.lenders]
     assert bool(visits) == (method == "conmoe")
     for module, host in visits:
-        assert module.hosts[host] is model.model.layers[host].mlp.experts
-        assert not isinstance(module.hosts[host], CompressedExperts)  # but what wraps it
+        assert module.lenders[host] is model.model.layers[host].mlp.experts
+        assert not isinstance(module.lenders[host], CompressedExperts)  # but what wraps it
     adapters.merge()
     torch.testing.assert_close(logits(model), adapted, rtol=1e-3, atol=1e-4)
     for module, host in visits:
-        assert module.hosts[host] is model.model.layers[host].mlp.experts
-        assert isinstance(module.hosts[host], CompressedExperts)
+        assert module.lenders[host] is model.model.layers[host].mlp.experts
+        assert isinstance(module.lenders[host], CompressedExperts)
     assert not any("lora" in name or "base_layer" in name for name, _ in model.named_parameters())
 
 

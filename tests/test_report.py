@@ -45,8 +45,8 @@ def cell(method: str, ratio: str, kl: float, size: int, **fields: object) -> dic
         "resident": 2 * size,
         "expected_kl": kl * 1.5,
         "layers": {
-            "1": {"expected": kl, "measured": kl * 2, "slots": "Kcd>"},
-            "2": {"expected": 0.0, "measured": kl, "slots": "KKKK"},
+            "1": {"expected": kl, "measured": kl * 2, "slots": "#c.>"},
+            "2": {"expected": 0.0, "measured": kl, "slots": "####"},
         },
     } | fields
 
