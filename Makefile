@@ -2,6 +2,8 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
+# Processes that share the tests, a file at a time.
+WORKERS ?= 2
 # Tests and the demo need no network once packages are there.
 export HF_HUB_OFFLINE := 1
 export HF_DATASETS_OFFLINE := 1
@@ -10,8 +12,8 @@ export TOKENIZERS_PARALLELISM := false
 .PHONY: help setup test check docs demo bench floor clean
 help:
 	@echo "make demo     compress the reference model with seven methods and print the table"
-	@echo "make test     the test suite"
-	@echo "make check    ruff and pyright"
+	@echo "make test     the test suite, in two processes; WORKERS=8 for more"
+	@echo "make check    formatting, lint and types"
 	@echo "make docs     write the generated pages"
 	@echo "make floor    the loading, streaming and round-trip tests under the oldest transformers supported"
 	@echo "make bench    the slow suite and the benchmarks"
@@ -27,7 +29,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 setup: $(VENV)/ready
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --durations 20
 
 docs: setup
 	$(BIN)/python docs/generate.py

@@ -98,19 +98,8 @@ def compare(
     began = time.perf_counter()
     if given is None:
         assert text is not None
-        asked = {ON_REQUEST[name] for cell in cells for name in METHODS[cell.method].needs & ON_REQUEST.keys()}
-        given = calibrate(
-            model,
-            out / CALIBRATION,
-            text=text,
-            sample=sample,
-            residual="residual" in asked,
-            effect=True,
-            device=device,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            progress=None if progress is None else partial(progress, "calibrate"),
-        )
+        options = {"sample": sample, "device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+        given = _calibrated(model, out / CALIBRATION, text, cells, progress, options)
     settings |= {"calibration": calibration_hash(given.fingerprint), "effects": effects_of(given)}
     run = {"calibrate_seconds": time.perf_counter() - began} | _held(out, settings) | settings
     write_json(out / RUN, run)
@@ -136,6 +125,22 @@ def compare(
 
     write_report(results, out / REPORT)
     return results
+
+
+def _calibrated(
+    model: str | Path, folder: Path, text: TextOptions, cells: Sequence[Cell], progress: Stage | None, options: dict
+) -> Calibration:
+    """Calibrate with all that the methods of the cells read, and with what errors of each layer cost."""
+    asked = {ON_REQUEST[name] for cell in cells for name in METHODS[cell.method].needs & ON_REQUEST.keys()}
+    return calibrate(
+        model,
+        folder,
+        text=text,
+        residual="residual" in asked,
+        effect=True,
+        progress=None if progress is None else partial(progress, "calibrate"),
+        **options,
+    )
 
 
 def _measured(bench: Bench, cells: Sequence[Cell], folder: Path, progress: Stage | None) -> list[dict]:

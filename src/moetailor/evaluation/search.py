@@ -30,7 +30,7 @@ from moetailor.checkpoint.weights import ExpertWeights
 from moetailor.errors import MoetailorError, PlanError
 from moetailor.evaluation.fidelity import Reference
 from moetailor.methods.outline import outline_plan, room_of
-from moetailor.methods.registry import find_method
+from moetailor.methods.registry import Method, find_method
 from moetailor.methods.run import check_weights, view_of
 from moetailor.planning.budget import Budget
 from moetailor.planning.plan import calibration_hash
@@ -125,12 +125,7 @@ def allocate(
     chosen, facts, out = find_method(method), calibration.model, Path(out)
     resolved, protected = chosen.resolve(parameters or {}), set(protect)
     numbers = calibration.layers if layers is None else sorted(set(layers))
-    if not chosen.removed.drops:
-        raise PlanError(f"{method} drops no slots, which the search needs; use --allocation error or global")
-    if len(numbers) < 2:
-        raise PlanError(f"layers {numbers}: no other layer to give experts to; search over at least 2")
-    if not (model or facts.source):
-        raise PlanError("the search runs the model, which was calibrated in memory; pass model=")
+    _check(chosen, numbers, model or facts.source)
     outline = outline_plan(facts, chosen, resolved, budget, layers=numbers, protect=protected, allocation="error")
     room = room_of(outline, chosen, numbers, protected)
     checkpoint = open_checkpoint(model or facts.source)
@@ -265,6 +260,16 @@ class Known:
             known[name] = measure(counts)
             write_json(self.file, self.content)
         return known[name]
+
+
+def _check(method: Method, layers: Sequence[int], model: str | Path | None) -> None:
+    """Refuse what cannot be searched for."""
+    if not method.removed.drops:
+        raise PlanError(f"{method.name} drops no slots, which the search needs; use --allocation error or global")
+    if len(layers) < 2:
+        raise PlanError(f"layers {layers}: no other layer to give experts to; search over at least 2")
+    if not model:
+        raise PlanError("the search runs the model, which was calibrated in memory; pass model=")
 
 
 def _some(batches: Sequence[Batch], samples: int) -> list[Batch]:

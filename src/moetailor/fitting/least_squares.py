@@ -33,7 +33,7 @@ class Normal:
     tokens: int = 0
 
     @classmethod
-    def zeros(cls, width: int, features: int, device: torch.device | str = "cpu") -> Normal:
+    def zeros(cls, width: int, features: int, device: torch.device | None = None) -> Normal:
         """Return the problem without tokens."""
         empty = torch.zeros(features + width, features, dtype=torch.float64, device=device)
         return cls(gram=empty[:features], cross=empty[features:], energy=empty.new_zeros(()))
