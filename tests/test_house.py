@@ -8,8 +8,10 @@ from support.source import Source, body_lines, sources
 ORDER = (
     "_version",
     "errors",
+    "schema",
     "checkpoint",
     "calibration",
+    "answers",
     "planning",
     "fitting",
     "methods",
@@ -25,17 +27,13 @@ ORDER = (
 )
 """What lies in src/moetailor, down the flow: each imports only from those before it."""
 
-PLACING = {"checkpoint", "calibration", "runtime", "evaluation", "recovery"}
+PLACING = {"checkpoint", "calibration", "answers", "runtime", "evaluation", "recovery"}
 """Packages that run models, and so may ask which device there is."""
 
 LONGEST, LONGEST_BODY = 300, 60
 
 # What breaks a rule for now, with the reason. An entry that nothing needs any more fails, too.
-LONG_FILES = {
-    "src/moetailor/calibration/run.py": "one walk over the layers is taken out of it",
-    "src/moetailor/planning/slots.py": "each kind of answer becomes a file of its own",
-    "src/moetailor_cli/output.py": "its tables move to their verbs",
-}
+LONG_FILES = {"src/moetailor/calibration/run.py": "one walk over the layers is taken out of it"}
 LONG_FUNCTIONS = {"src/moetailor/recovery/recover.py: recover": "its stages become functions"}
 BORROWED = {
     ("src/moetailor/inspection/redundancy.py", "conmoe"): "distances move to fitting/",
