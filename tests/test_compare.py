@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,14 @@ HELD_OUT = moetailor.TextOptions(data=(str(REFERENCE / "heldout.jsonl"),), seque
 def run(out: Path, methods: str = "mone,conmoe:scope=2", remove: str = "25%,50%", **given: Any) -> dict:
     options = {"model": REFERENCE, "text": TEXT, "held_out": HELD_OUT} | given
     return moetailor.compare(out=out, methods=methods.split(","), remove=remove.split(","), **options)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_tokens() -> Iterator[None]:
+    """Measure speeds for a moment only: what they are is no matter here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moetailor.comparison.bench.NEW_TOKENS", 2)
+        yield
 
 
 @pytest.fixture(scope="module")
