@@ -133,7 +133,7 @@ def test_lines_fit_the_terminal(run: Show, width: int) -> None:
     wide = dataclasses.replace(
         wide,
         model=dataclasses.replace(
-            FACTS, stacks=tuple(dataclasses.replace(stack, num_experts=128) for stack in FACTS.stacks)
+            FACTS, nbytes=10**6, stacks=tuple(dataclasses.replace(stack, num_experts=128) for stack in FACTS.stacks)
         ),
         layers={"model.layers.0": LayerPlan(slots=(DROP, DROP, *(Slot("expert", n) for n in range(2, 128))))},
     )

@@ -206,6 +206,6 @@ def _plain(kind: Any, value: Any, at: str) -> Any:
 
 
 def _key(name: str, at: str, kind: Any = str) -> Any:
-    if kind is int and (not name.isascii() or not name.isdecimal() or len(name) > 9):
+    if kind is int and not re.fullmatch("0|[1-9][0-9]{0,8}", name):
         raise _MisfitError(at, f"has the key {reprlib.repr(name)}, not a whole number")
     return kind(_plain(str, name, at))

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, fields
+from typing import Annotated
 
 from moetailor.checkpoint.anatomy import Anatomy
 from moetailor.checkpoint.files import Checkpoint, TensorInfo
 from moetailor.errors import CheckpointError
+from moetailor.schema import Count, Few, Within
 
 _LAYER = re.compile(r"^(.*?\blayers\.\d+)\.(.*)$")
 _EXPERT = re.compile(r"\bexperts\.(\d+)\.")
@@ -33,13 +35,13 @@ class Stack:
     """
 
     prefix: str
-    index: int | None
-    num_experts: int
-    expert_bytes: int = 0
-    slot_bytes: int = 0
+    index: Few | None
+    num_experts: Few
+    expert_bytes: Count = 0
+    slot_bytes: Count = 0
     dtype: str = ""
-    inner: int = 0
-    matrices: int = 3
+    inner: Count = 0
+    matrices: Annotated[int, Within(2, 3)] = 3
 
 
 @dataclass(kw_only=True)

@@ -17,6 +17,7 @@ from moetailor.checkpoint.layout import Stack
 from moetailor.errors import PlanError
 from moetailor.planning.slot_map import SlotMap
 from moetailor.planning.slots import LayerPlan
+from moetailor.schema import read
 
 VERSION = 1
 
@@ -128,7 +129,7 @@ class Plan:
                 method=content["method"],
                 parameters=dict(content["parameters"].items()),
                 budget=content["budget"],
-                model=ModelFacts.from_json(content["model"]),
+                model=read(ModelFacts, content["model"], f"{file}: model", error=PlanError, cure="plan again"),
                 calibration=content["calibration"],
                 layers={
                     name: LayerPlan.from_json(entry, f"{file}, {name}") for name, entry in content["layers"].items()
