@@ -199,7 +199,7 @@ def _plain(kind: Any, value: Any, at: str) -> Any:
     elif fits and kind is float:
         fits = math.isfinite(value)
     elif fits and kind is str:
-        fits = re.search("[\ud800-\udfff]", str(value)) is None  # halves of characters cannot be written again
+        fits = re.search("[\ud800-\udc7f\udd00-\udfff]", str(value)) is None  # halves of characters
     if not fits:
         raise _MisfitError(at, f"is {reprlib.repr(value)}, not {WORDS[kind]}")
     return value

@@ -143,7 +143,11 @@ class Calibration:
     def save(self) -> None:
         """Write the manifest; a folder with one is finished."""
         manifest = {"format": "moetailor-calibration", "version": VERSION}
-        manifest |= {"fingerprint": self.fingerprint, "model": self.model.to_json(), "hashes": dict(sorted(self.hashes.items()))}
+        manifest |= {
+            "fingerprint": self.fingerprint,
+            "model": self.model.to_json(),
+            "hashes": dict(sorted(self.hashes.items())),
+        }
         write_json(self.folder / MANIFEST, manifest)
 
     def with_effect(self, effect: Effect) -> Calibration:

@@ -33,7 +33,7 @@ def write_report(results: Mapping[str, Any], file: str | Path) -> None:
     environment.filters |= {"digits": digits, "nbytes": nbytes}
     with style():
         page = environment.get_template("page.html").render(_shown(results))
-    Path(file).write_text(page, encoding="utf-8")
+    Path(file).write_text(page, encoding="utf-8", errors="replace")
 
 
 def _shown(results: Mapping[str, Any]) -> dict[str, Any]:

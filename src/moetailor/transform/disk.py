@@ -104,7 +104,7 @@ def apply_to_checkpoint(
         write_json(folder / "config.json", patched_config(checkpoint.config, config, plan, written))
         plan.save(folder / PLAN_FILE)
         write_json(folder / PROVENANCE_FILE, provenance(plan, checkpoint, calibration, written, propagate))
-        (folder / "README.md").write_text(model_card(plan, checkpoint.folder, written))
+        (folder / "README.md").write_text(model_card(plan, checkpoint.folder, written), encoding="utf-8")
         if verify:
             verify_result(folder, plan, trust_remote_code=trust_remote_code)
     return out
