@@ -221,12 +221,21 @@ def test_files_are_read_and_bad_ones_refused(tmp_path: Path) -> None:
     file.write_text('{"0": 24, "1": "75%", "2": 0.5}')
     assert read_allocation(str(file)) == {0: 24, 1: "75%", 2: 0.5}
     assert [read_allocation(rule) for rule in ("uniform", *RULES)] == ["uniform", *RULES]
-    shape = 'must be an object such as {"0": 24, "1": "75%"}, layers to experts kept'
-    for text, said in (("[1]", shape), ('{"first": 1}', shape), ("{", "not JSON (")):
+    cure = 'write layers to experts kept, such as {"0": 24, "1": "75%"}'
+    many = "9" * 400
+    for text, said in (
+        ("[1]", "not a JSON object"),
+        ('{"first": 1}', "it has the key 'first', not a whole number"),
+        ('{"0": null}', "['0'] is None, not a whole number or a finite number or a text"),
+        (f'{{"0": {many}}}', "not a whole number or a finite number or a text"),
+        ("{", "not JSON that can be read ("),
+    ):
         file.write_text(text)
         with pytest.raises(PlanError) as refusal:
             read_allocation(str(file))
-        assert str(refusal.value).startswith(f"--allocation {file}: {said}")
+        assert f"{file}: " in str(refusal.value)
+        assert said in str(refusal.value)
+        assert str(refusal.value).endswith(cure)
     with pytest.raises(PlanError, match=r"cannot be read \(No such file"):
         read_allocation(str(tmp_path / "absent.json"))
     with pytest.raises(PlanError, match="did you mean 'error'"):

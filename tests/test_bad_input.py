@@ -900,9 +900,9 @@ def test_balance_above_one_is_refused(cli: Cli, world: World, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("edit", "said"),
     [
-        (lambda plan: plan.update(version=2), "{file}: a plan of version 2, this moetailor reads version 1"),
-        (lambda plan: plan.pop("layers"), "{file}: not a complete plan (KeyError('layers'))"),
-        (lambda plan: plan.update(layers=[]), "{file}: not a complete plan"),
+        (lambda plan: plan.update(version=2), "{file}: a plan of version 2, this moetailor reads 1"),
+        (lambda plan: plan.pop("layers"), "{file}: it lacks layers"),
+        (lambda plan: plan.update(layers=[]), "{file}: layers is [], not an object"),
         (
             lambda plan: plan["layers"].update({"model.layers.0": {"experts": 8, "keep": [0, 1, 2, 2], "drop": []}}),
             "{file}, model.layers.0: slot 2 is named twice",
@@ -1122,10 +1122,11 @@ def test_damaged_layer_file_is_named_and_the_cure_works(cli: Cli, world: World, 
     call = ("plan", calibration, "-o", calibration.with_name("plan.json"), "--method", "reap", "--keep", 6)
     os.truncate(file, 100)
     refusal = cli(*call).refusal
-    assert refusal.startswith(f"{file}: not readable (")
-    assert refusal.endswith("delete it and run calibrate again")
+    cure = "delete it and run the same calibrate command again: it measures what is missing"
+    assert refusal.startswith(f"{file}: cannot be read (")
+    assert refusal.endswith(cure)
     file.unlink()
-    assert cli(*call).refusal == f"{file}: missing; run calibrate again, it resumes with this layer"
+    assert cli(*call).refusal == f"{file}: missing; {cure}"
     assert cli(*world.calibrate(world.original, calibration)).code == 0
     assert file.read_bytes() == (world.calibration / file.name).read_bytes()
     assert cli(*call).code == 0
@@ -1138,9 +1139,7 @@ def test_layer_file_of_another_model_is_refused(
     shutil.copy(grouped[1] / "layer-0001.safetensors", file)
     call = ("plan", calibration, "-o", calibration.with_name("plan.json"), "--method", "frequency", "--keep", 6)
     refusal = cli(*call).refusal
-    assert refusal.startswith(f"{file}: ")
-    assert "12" in refusal
-    assert "8" in refusal
+    assert refusal.startswith(f"{file}: holds other values than were written, it is damaged or of another run; ")
 
 
 # The folder of the result

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from moetailor.comparison.stored import read_results
 from moetailor.errors import MoetailorError
-from moetailor.report import read_results, write_report
+from moetailor.report import write_report
 from moetailor.report.drawing import Label, canvas, place
 from moetailor.report.figures import front
 from moetailor.report.maps import by_use
@@ -275,10 +276,11 @@ def test_a_browser_shows_it_on_a_phone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "cannot be read \\(No such file or directory\\); `moetailor compare` writes it"),
+        (None, r"cannot be read \(No such file or directory\); make it with `moetailor compare`"),
         ("{", "not JSON"),
-        ("[]", "not a comparison; make one with `moetailor compare`"),
-        (json.dumps(RESULTS | {"version": 2}), "a comparison of version 2, this moetailor reads version 1"),
+        ("[]", "not a JSON object; make it with `moetailor compare`"),
+        ("{}", "not a moetailor comparison; make it with `moetailor compare`"),
+        (json.dumps(RESULTS | {"version": 2}), "a comparison of version 2, this moetailor reads 1; make it with"),
     ],
 )
 def test_other_files_are_refused(content: str | None, message: str, tmp_path: Path) -> None:

@@ -76,6 +76,7 @@ WRONG = [
     ({"parts": [{"kind": "a", "x": 1}]}, "parts[0] has the unknown keys ['x'], perhaps of a later version"),
     ({"layers": {"x": {"kind": "a"}}}, "layers has the key 'x', not a whole number"),
     ({"layers": {"-1": {"kind": "a"}}}, "layers has the key '-1', not a whole number"),
+    ({"layers": {"01": {"kind": "a"}}}, "layers has the key '01', not a whole number"),
     ({"layers": {"٣": {"kind": "a"}}}, "layers has the key '٣', not a whole number"),
     ({"layers": {"3": []}}, "layers['3'] is [], not an object"),
     ({"rows": [{"name": "x"}]}, "rows[0] lacks error"),

@@ -10,75 +10,19 @@ import pytest
 
 import moetailor
 from moetailor.answers import (
-    Answer,
     Auxiliary,
-    Borrowed,
-    Constant,
     Drop,
     Fitted,
     Keep,
     Linear,
-    LowRank,
     Merged,
-    Remap,
 )
-from moetailor.checkpoint.experts import ExpertShape
-from moetailor.checkpoint.facts import ModelFacts
-from moetailor.checkpoint.family import Groups
-from moetailor.checkpoint.layout import Stack
 from moetailor.planning.layer_plan import LayerPlan
 from moetailor_cli import output
 from moetailor_cli.app import main
+from support.plans import CONSTANT, DROP, FACTS, KEEP, MIXED, layer, plan
 
 Show = Callable[..., list[str]]
-KEEP, DROP, CONSTANT = Keep(), Drop(), Constant()
-# Experts of 1000 bytes, two of them of the router: slots of 100.
-FACTS = ModelFacts(
-    source="a/model",
-    fingerprint={},
-    model_type="olmoe",
-    width=10,
-    top_k=2,
-    groups=Groups(),
-    nbytes=100_000,
-    stacks=tuple(
-        Stack(
-            prefix=f"model.layers.{n}",
-            index=n,
-            num_experts=12,
-            expert_bytes=1000,
-            slot_bytes=100,
-            dtype="F32",
-            shape=ExpertShape(width=10, inner=8),
-        )
-        for n in range(4)
-    ),
-)
-
-
-def layer(*slots: Answer, **fields: object) -> LayerPlan:
-    return LayerPlan(slots=(*slots, *(KEEP,) * (12 - len(slots))), **fields)
-
-
-def plan(method: str, *layers: LayerPlan, **fields: object) -> moetailor.Plan:
-    named = {f"model.layers.{number}": found for number, found in enumerate(layers)}
-    given = {"parameters": {"rank": 8}, "budget": "remove 25%", "model": FACTS, "calibration": "0"} | fields
-    return moetailor.Plan(method=method, layers=named, **given)
-
-
-# Layer 0 has each kind of stand-in, layer 1 merges, layer 2 shares and has low ranks, layer 3 stays whole.
-MIXED = plan(
-    "mixed",
-    layer(CONSTANT, Linear(4), Linear(8), KEEP, Linear(8), scores=range(12)),
-    layer(Merged(1), Merged(1), KEEP, Drop(1), DROP),
-    layer(
-        Remap(3),
-        Remap(3, 0.5),
-        Borrowed(3, 3),
-        KEEP,
-        *[LowRank(4, 16)] * 3,
-    ),
-)
 
 
 @pytest.fixture
@@ -152,7 +96,7 @@ def test_lines_fit_the_terminal(run: Show, width: int) -> None:
     wide = dataclasses.replace(
         wide,
         model=dataclasses.replace(
-            FACTS, stacks=tuple(dataclasses.replace(stack, num_experts=128) for stack in FACTS.stacks)
+            FACTS, nbytes=10**6, stacks=tuple(dataclasses.replace(stack, num_experts=128) for stack in FACTS.stacks)
         ),
         layers={"model.layers.0": LayerPlan(slots=(DROP, DROP, *(Keep() for n in range(2, 128))))},
     )

@@ -350,15 +350,18 @@ def test_error_in_a_layer_names_file_and_layer(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("{", "not JSON ("),
-        ("", "not JSON ("),
-        ("[]", "not a plan; make one with `moetailor plan`"),
-        ("7", "not a plan; make one with `moetailor plan`"),
-        ('{"format": "moetailor-calibration"}', "not a plan; make one with `moetailor plan`"),
-        ('{"format": "moetailor-plan"}', "a plan of version None, this moetailor reads version 1"),
-        ('{"format": "moetailor-plan", "version": 2}', "a plan of version 2, this moetailor reads version 1"),
-        ('{"format": "moetailor-plan", "version": 1}', "not a complete plan (KeyError('method'))"),
-        (b"\xff\xfe", "not JSON ("),
+        ("{", "not JSON that can be read ("),
+        ("", "not JSON that can be read ("),
+        ("[]", "not a JSON object; make one with `moetailor plan`"),
+        ("7", "not a JSON object; make one with `moetailor plan`"),
+        ('{"format": "moetailor-calibration"}', "not a moetailor plan; make one with `moetailor plan`"),
+        ('{"format": "moetailor-plan"}', "a plan of version None, this moetailor reads 1; make one with"),
+        ('{"format": "moetailor-plan", "version": 2}', "a plan of version 2, this moetailor reads 1; make one with"),
+        (
+            '{"format": "moetailor-plan", "version": 1}',
+            "it lacks budget, bytes, calibration, layers, method, model, parameters",
+        ),
+        (b"\xff\xfe", "not JSON that can be read ("),
     ],
 )
 def test_file_that_is_no_plan_is_refused(tmp_path: Path, text: str | bytes, said: str) -> None:

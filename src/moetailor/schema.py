@@ -199,13 +199,13 @@ def _plain(kind: Any, value: Any, at: str) -> Any:
     elif fits and kind is float:
         fits = math.isfinite(value)
     elif fits and kind is str:
-        fits = re.search("[\ud800-\udfff]", str(value)) is None  # halves of characters cannot be written again
+        fits = re.search("[\ud800-\udc7f\udd00-\udfff]", str(value)) is None  # halves of characters
     if not fits:
         raise _MisfitError(at, f"is {reprlib.repr(value)}, not {WORDS[kind]}")
     return value
 
 
 def _key(name: str, at: str, kind: Any = str) -> Any:
-    if kind is int and (not name.isascii() or not name.isdecimal() or len(name) > 9):
+    if kind is int and not re.fullmatch("0|[1-9][0-9]{0,8}", name):
         raise _MisfitError(at, f"has the key {reprlib.repr(name)}, not a whole number")
     return kind(_plain(str, name, at))

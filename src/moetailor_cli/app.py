@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import warnings
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
+from typer.core import TyperCommand
 
 from moetailor_cli import output
 from moetailor_cli.apply import apply, compress
@@ -27,8 +30,25 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 VERBS = (inspect, calibrate, plan, allocate, show, diff, apply, compress, evaluate, compare, report, recover)
+
+
+class _Verb(TyperCommand):
+    """A verb whose help is shown as it is written: brackets are brackets, but for our own [dim]."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        for part in (self, *self.params):
+            part.help = _escaped(getattr(part, "help", None))  # type: ignore[union-attr]
+
+
+def _escaped(text: str | None) -> str | None:
+    """Return help with every bracket escaped that is no [dim]."""
+    parts = re.split(r"(\[/?dim\])", text or "")
+    return text and "".join(part if number % 2 else escape(part) for number, part in enumerate(parts))
+
+
 for verb in VERBS:
-    app.command()(verb)
+    app.command(cls=_Verb)(verb)
 
 
 @app.callback(invoke_without_command=True)

@@ -22,7 +22,7 @@ def compare(
     methods: Annotated[
         list[str] | None,
         typer.Option(
-            help="Names with commas, with parameters as in linear:rank=8:ranks=chosen; all stands for those that are "
+            help="Names with commas, with parameters as in mone:score=exact; all stands for those that are "
             "neither trained nor slow. Repeatable. Default: all."
         ),
     ] = None,

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import (
@@ -18,6 +18,7 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
@@ -25,19 +26,39 @@ if TYPE_CHECKING:
     from moetailor import Calibration, Plan, RecoveryResult, Scores
     from moetailor.summary import Summary
 
-# No emoji: `:-1:` is a name of one, and may stand in a path.
-_out = Console(highlight=False, emoji=False)
-_err = Console(stderr=True, highlight=False, emoji=False)
+# What steers a terminal or turns the order of letters round, and halves of characters, which no terminal takes.
+STEERING = {
+    **dict.fromkeys((*range(0x20), *range(0x7F, 0xA0), 0x61C, 0x200E, 0x200F, *range(0x202A, 0x202F)), None),
+    **dict.fromkeys(range(0x2066, 0x206A), None),
+    **dict.fromkeys(range(0xD800, 0xE000), "\ufffd"),
+    **{ord(letter): letter for letter in "\n\t"},
+}
+
+
+class _Console(Console):
+    """A console on which no text, whichever file it comes from, steers the terminal or is taken for markup."""
+
+    def __init__(self, **options: Any) -> None:
+        # No emoji: `:-1:` is a name of one, and may stand in a path.
+        super().__init__(highlight=False, emoji=False, markup=False, **options)
+
+    def render(self, *args: Any, **options: Any) -> Iterator[Segment]:
+        for segment in super().render(*args, **options):
+            yield segment if segment.control else Segment(segment.text.translate(STEERING), segment.style)
+
+
+_out = _Console()
+_err = _Console(stderr=True)
 
 
 def say(text: str) -> None:
     """Print one message."""
-    _err.print(text, markup=False, soft_wrap=True)
+    _err.print(text, soft_wrap=True)
 
 
 def result(line: Text | str) -> None:
     """Print one line of a result, as long as it is."""
-    _out.print(line, markup=False, soft_wrap=True)
+    _out.print(line, soft_wrap=True)
 
 
 def width() -> int:
@@ -64,13 +85,13 @@ def table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 def complain(text: str) -> None:
     """Print why something was refused."""
     _err.print("error: ", style="bold red", end="")
-    _err.print(text, markup=False, soft_wrap=True)
+    _err.print(text, soft_wrap=True)
 
 
 def warn(text: str) -> None:
     """Print what the user should know though it went on."""
     _err.print("note: ", style="yellow", end="")
-    _err.print(text, markup=False, soft_wrap=True)
+    _err.print(text, soft_wrap=True)
 
 
 def nbytes(number: int) -> str:
@@ -115,7 +136,7 @@ def stages() -> Iterator[Callable[[str, int, int], None]]:
 
 def summary(found: Summary) -> None:
     """Print what a checkpoint is."""
-    _out.print(found.source, style="bold", markup=False, end="", soft_wrap=True)
+    _out.print(found.source, style="bold", end="", soft_wrap=True)
     _out.print(f"  {found.model_type}, {found.decoder_layers} decoder layers")
     table = Table(box=None, pad_edge=False, header_style="dim")
     for name in ("MoE layers", "slots", "experts", "stand-ins", "rank", "top-k", "an expert", "all experts"):
@@ -231,7 +252,7 @@ def comparison(results: dict) -> None:
     """Print the ranking of each ratio, what failed and why, and how well errors of layers foretold the KL."""
     original, cells = results["original"], results["cells"]
     for ratio in dict.fromkeys(cell["ratio"] for cell in cells):
-        _out.print(f"{ratio} removed", style="bold", markup=False)
+        _out.print(f"{ratio} removed", style="bold")
         table = Table(box=None, pad_edge=False, header_style="dim")
         table.add_column("method", overflow="fold", min_width=14)
         for name in ("KL, nats", "95%", "perplexity", "top-1", "size", "plan, s", "decode"):
@@ -294,5 +315,5 @@ def _span(numbers: Sequence[int]) -> str:
 
 
 def _bar(amount: object) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), amount, TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), amount, TimeRemainingColumn())
     return Progress(*columns, console=_err, transient=True, disable=not _err.is_terminal)  # type: ignore[arg-type]

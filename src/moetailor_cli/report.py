@@ -17,7 +17,8 @@ def report(
 
     [dim]moetailor report comparison[/dim]
     """
-    from moetailor.report import read_results, write_report
+    from moetailor.comparison.stored import read_results
+    from moetailor.report import write_report
 
     page = folder / "report.html"
     write_report(read_results(folder / "results.json"), page)

@@ -101,7 +101,7 @@ def test_a_damaged_file_is_told_from_one_without_it(calibration: GetCalibration,
     tensors = load_file(file)
     del tensors["sum.count"]
     save_file(tensors, file)
-    with pytest.raises(moetailor.CalibrationError, match=r"lacks sum\.count: it is damaged, or an older moetailor"):
+    with pytest.raises(moetailor.CalibrationError, match="holds other values than were written"):
         moetailor.Calibration.open(tmp_path / "c").sums(0)
 
 

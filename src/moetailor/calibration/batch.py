@@ -13,11 +13,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
+from moetailor.checkpoint.tensors import digest, read_tensors
 from moetailor.checkpoint.writer import save_tensors
 from moetailor.errors import CalibrationError
+
+# What to do about a file of a calibration that cannot be used.
+AGAIN = "delete it and run the same calibrate command again: it measures what is missing"
 
 FIELDS = ("input_ids", "counted", "attention_mask", "document", "position", "domain")
 
@@ -87,8 +89,8 @@ def text_fingerprint(batches: Sequence[Batch]) -> dict:
     }
 
 
-def save_batches(batches: Sequence[Batch], file: Path) -> None:
-    """Write batches: beside first, then renamed."""
+def save_batches(batches: Sequence[Batch], file: Path) -> str:
+    """Write batches: beside first, then renamed; return the hash of what was written."""
     tensors = {
         f"{number:05d}.{name}": getattr(batch, name).contiguous()
         for number, batch in enumerate(batches)
@@ -102,32 +104,27 @@ def save_batches(batches: Sequence[Batch], file: Path) -> None:
     beside = file.with_suffix(".partial")
     save_tensors(tensors, beside)
     beside.rename(file)
+    return digest(tensors)
 
 
-def load_batches(file: Path) -> list[Batch]:
+def load_batches(file: Path, known: str) -> list[Batch]:
     """Read what `save_batches` wrote.
 
+    Args:
+        file: the file.
+        known: the hash that it gave.
+
     Raises:
-        CalibrationError: the file is missing or damaged.
+        CalibrationError: the file is missing, damaged or of another text.
     """
-    try:
-        tensors = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise CalibrationError(f"{file}: the calibration's text cannot be read ({error}); calibrate again") from None
     batches: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in tensors.items():
+    for key, tensor in read_tensors(file, known=known, error=CalibrationError, cure=AGAIN).items():
         number, _, name = key.partition(".")
         batches.setdefault(number, {})[name] = tensor
     return [
         Batch(
-            input_ids=parts["input_ids"],
-            counted=parts["counted"],
-            attention_mask=parts.get("attention_mask"),
-            document=parts["document"],
-            position=parts["position"],
-            # Folders of earlier releases hold no domains.
-            domain=parts.get("domain", torch.zeros_like(parts["input_ids"])),
-            domains=tuple(json.loads(bytes(parts["domains"].tolist()))) if "domains" in parts else ("",),
+            domains=tuple(json.loads(bytes(parts["domains"].tolist()))),
+            **{name: parts.get(name) for name in FIELDS},  # type: ignore[arg-type]
         )
         for _, parts in sorted(batches.items())
     ]

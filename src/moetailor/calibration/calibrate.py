@@ -97,7 +97,7 @@ def calibrate(
     )
     if effect and made.effects() is None:
         waiting = made.folder / "states" if on_disk else None
-        measure_effects(made, subject.open(), subject.anatomy, states=waiting, progress=progress)
+        made = measure_effects(made, subject.open(), subject.anatomy, states=waiting, progress=progress)
     return made
 
 

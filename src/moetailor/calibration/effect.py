@@ -21,7 +21,7 @@ from torch import nn
 
 from moetailor.calibration.batch import spread
 from moetailor.calibration.capture import replaced_forward
-from moetailor.calibration.folder import EFFECT, Calibration, write_json
+from moetailor.calibration.folder import Calibration, LayerEffect
 from moetailor.calibration.layers import HiddenStates, LayerRunner, PartlyLoaded
 from moetailor.checkpoint.anatomy import Anatomy, MoELayer
 from moetailor.errors import CalibrationError
@@ -38,8 +38,8 @@ def measure_effects(
     *,
     states: Path | None = None,
     progress: Progress | None = None,
-) -> None:
-    """Measure the effect of every MoE layer and write it into the calibration folder.
+) -> Calibration:
+    """Measure the effect of every MoE layer, write it into the folder, and return the calibration that holds it.
 
     The moved states of a layer run through all layers after it: with n MoE layers about n / 2 forward passes over a few
     tokens.
@@ -75,19 +75,18 @@ def measure_effects(
             progress(index + 1, runner.count)
     kl = _kl(runner, original, moved)
     counted = torch.cat([batch.counted.flatten() for batch in batches])
-    layers = {
-        str(index): {"kl": max(kl[index], 0.0), "squared_error": float(torch.cat(squared[index])[counted].sum())}
+    layers: dict[int, LayerEffect] = {
+        index: {"kl": max(kl[index], 0.0), "squared_error": float(torch.cat(squared[index])[counted].sum())}
         for index in moved
     }
     if states:
         shutil.rmtree(states, ignore_errors=True)
     for index in moved:
-        if not all(map(math.isfinite, layers[str(index)].values())):
+        if not math.isfinite(layers[index]["kl"] + layers[index]["squared_error"]):
             raise CalibrationError(
                 f"layer {index}: what its errors cost is not finite, the logits overflow; calibrate in a wider --dtype"
             )
-    about = {"tokens": int(counted.sum()), "layers": layers}
-    write_json(calibration.folder / EFFECT, about)
+    return calibration.with_effect({"tokens": int(counted.sum()), "layers": layers})
 
 
 def _stream(folder: Path | None, name: str) -> HiddenStates:

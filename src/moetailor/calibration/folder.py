@@ -2,60 +2,129 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated, Any, TypedDict
 
-from moetailor.calibration.batch import Batch, load_batches
-from moetailor.calibration.statistics import ON_REQUEST, Sample, Sums, load_sample, load_sums
+from moetailor.calibration.batch import AGAIN, Batch, load_batches
+from moetailor.calibration.statistics import ON_REQUEST, SAMPLE, SUMS, Sample, Sums, load_sample, load_sums
+from moetailor.calibration.text import TextOptions
 from moetailor.checkpoint.facts import ModelFacts
 from moetailor.errors import CalibrationError
+from moetailor.schema import Count, Few, Within, load, load_json, read
 
-MANIFEST, TEXT, EFFECT = "calibration.json", "text.safetensors", "effect.json"
+MANIFEST, RUN, TEXT, EFFECT = "calibration.json", "run.json", "text.safetensors", "effect.json"
 VERSION = 1
+ANEW = "delete the folder and calibrate again"
+
+
+class _Text(TypedDict):
+    hash: str
+    tokens: Count
+    counted: Count
+    shapes: list[list[int]]
+
+
+class _Sampled(TypedDict):
+    tokens: Count
+    seed: int
+
+
+class _Always(TypedDict):
+    model: dict
+    text: _Text
+    sample: _Sampled
+    versions: dict[str, str]
+    dtype: str
+
+
+class Fingerprint(_Always, total=False):
+    """All that the numbers depend on; the last three where they were asked for or known."""
+
+    tokenizer: str
+    options: dict[str, Any]
+    residual: bool
+
+
+class LayerEffect(TypedDict):
+    """What moving one layer did, in sums over tokens: nats, and the squared error of its routed output."""
+
+    kl: Annotated[float, Within(0)]
+    squared_error: Annotated[float, Within(0)]
+
+
+class Effect(TypedDict):
+    """What is in effect.json: how many tokens counted, and each layer by its number."""
+
+    tokens: Count
+    layers: Mapping[Few, LayerEffect]
+
+
+class _Manifest(TypedDict):
+    fingerprint: Fingerprint
+    model: ModelFacts
+    hashes: dict[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """A finished calibration: facts at hand, statistics read layer by layer."""
+    """A finished calibration: facts at hand, statistics read layer by layer.
+
+    Attributes:
+        folder: where it lies.
+        model: facts of the model.
+        fingerprint: all that the numbers depend on.
+        hashes: of each part of it when it was written, by file and, in a layer's file, prefix; what is read must agree.
+    """
 
     folder: Path
     model: ModelFacts
     fingerprint: dict
+    hashes: Mapping[str, str]
 
     @property
     def layers(self) -> list[int]:
         """Decoder layers with statistics."""
         return [stack.index for stack in self.model.stacks if stack.index is not None]
 
+    @property
+    def complete(self) -> bool:
+        """Whether no file is missing."""
+        return all((self.folder / name.split()[0]).exists() for name in self.hashes)
+
     def sums(self, layer: int) -> Sums:
         """Read the sums of one layer.
 
         Raises:
-            CalibrationError: the file is missing, damaged or of another model.
+            CalibrationError: the file is missing, damaged or of another calibration.
         """
-        file = layer_file(self.folder, layer)
-        sums = load_sums(file)
-        experts = next(stack.num_experts for stack in self.model.stacks if stack.index == layer)
-        if len(sums.count) != experts:
-            raise CalibrationError(
-                f"{file}: is about {len(sums.count)} experts, the layer has {experts}; "
-                "delete it and run calibrate again"
-            )
-        return sums
+        file, experts = layer_file(self.folder, layer), self._experts(layer)
+        return load_sums(file, experts, self.model.width, known=self._known(part_name(file, SUMS)))
 
     def sample(self, layer: int) -> Sample:
-        """Read the sampled tokens of one layer."""
-        return load_sample(layer_file(self.folder, layer))
+        """Read the sampled tokens of one layer; see `sums`."""
+        file, experts = layer_file(self.folder, layer), self._experts(layer)
+        known = self._known(part_name(file, SAMPLE))
+        return load_sample(file, experts, self.model.width, self.model.top_k, known=known)
 
     def effects(self) -> dict[int, float] | None:
         """Return what errors of each layer cost: nats a token for each unit of squared error a token of its routed
         output, [D] summed; None where it was not recorded.
+
+        Raises:
+            CalibrationError: its file is damaged or of another calibration.
         """
-        measured = read_json(self.folder / EFFECT)
-        if measured is None:
+        file = self.folder / EFFECT
+        if EFFECT not in self.hashes or not file.exists():
             return None
-        return {int(layer): one["kl"] / max(one["squared_error"], 1e-300) for layer, one in measured["layers"].items()}
+        content = load_json(file, error=CalibrationError, cure=AGAIN)
+        measured = read(Effect, content, str(file), error=CalibrationError, cure=AGAIN)
+        if _hash(measured) != self.hashes[EFFECT] or set(measured["layers"]) != set(self.layers):
+            raise CalibrationError(f"{file}: holds other values than were written; {AGAIN}")
+        return {layer: one["kl"] / max(one["squared_error"], 1e-300) for layer, one in measured["layers"].items()}
 
     def holds(self, statistic: str) -> bool:
         """Say whether a statistic was recorded, see `statistics.ON_REQUEST`."""
@@ -67,15 +136,26 @@ class Calibration:
         """Read the text that was calibrated on.
 
         Raises:
-            CalibrationError: its file is missing or damaged.
+            CalibrationError: its file is missing, damaged or of another calibration.
         """
-        return load_batches(self.folder / TEXT)
+        return load_batches(self.folder / TEXT, self._known(TEXT))
 
     def save(self) -> None:
         """Write the manifest; a folder with one is finished."""
         manifest = {"format": "moetailor-calibration", "version": VERSION}
-        manifest |= {"fingerprint": self.fingerprint, "model": self.model.to_json()}
+        manifest |= {
+            "fingerprint": self.fingerprint,
+            "model": self.model.to_json(),
+            "hashes": dict(sorted(self.hashes.items())),
+        }
         write_json(self.folder / MANIFEST, manifest)
+
+    def with_effect(self, effect: Effect) -> Calibration:
+        """Write what was measured beside the rest, and return the calibration that holds it."""
+        write_json(self.folder / EFFECT, dict(effect))
+        made = replace(self, hashes={**self.hashes, EFFECT: _hash(effect)})
+        made.save()
+        return made
 
     @classmethod
     def open(cls, folder: str | Path) -> Calibration:
@@ -85,23 +165,27 @@ class Calibration:
             CalibrationError: not such a folder, an unfinished one, or one of another version.
         """
         folder = Path(folder)
-        manifest = read_json(folder / MANIFEST)
-        if manifest is None:
+        if not (folder / MANIFEST).exists():
             state = (
                 "not finished; run the same calibrate command again to resume it"
-                if list(folder.glob("layer-*")) or (folder / "run.json").exists()
+                if list(folder.glob("layer-*")) or (folder / RUN).exists()
                 else "no calibration folder"
             )
             raise CalibrationError(f"{folder}: {state}")
-        if manifest.get("format") != "moetailor-calibration" or manifest.get("version") != VERSION:
-            raise CalibrationError(f"{folder / MANIFEST}: not a calibration of version {VERSION}; calibrate again")
-        try:
-            facts, fingerprint = ModelFacts.from_json(manifest["model"]), manifest["fingerprint"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise CalibrationError(
-                f"{folder / MANIFEST}: damaged ({error!r}); delete the folder and calibrate again"
-            ) from None
-        return cls(folder=folder, model=facts, fingerprint=fingerprint)
+        manifest = load(_Manifest, folder / MANIFEST, "calibration", VERSION, error=CalibrationError, cure=ANEW)
+        fingerprint, hashes = dict(manifest["fingerprint"]), manifest["hashes"]
+        if "options" in fingerprint:
+            where = f"{folder / MANIFEST}: fingerprint.options"
+            read(TextOptions, fingerprint["options"], where, error=CalibrationError, cure=ANEW)
+        return cls(folder=folder, model=manifest["model"], fingerprint=fingerprint, hashes=hashes)
+
+    def _experts(self, layer: int) -> int:
+        return next(stack.num_experts for stack in self.model.stacks if stack.index == layer)
+
+    def _known(self, name: str) -> str:
+        if name not in self.hashes:
+            raise CalibrationError(f"{self.folder / MANIFEST}: has no hash of {name}; {ANEW}")
+        return self.hashes[name]
 
 
 def layer_file(folder: Path, layer: int) -> Path:
@@ -109,25 +193,17 @@ def layer_file(folder: Path, layer: int) -> Path:
     return folder / f"layer-{layer:04d}.safetensors"
 
 
+def part_name(file: Path, prefix: str) -> str:
+    """Return the name of a part of a layer's file among the hashes."""
+    return f"{file.name} {prefix}"
+
+
+def _hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+
 def write_json(file: Path, content: dict) -> None:
     """Write JSON beside, then rename."""
     beside = file.with_suffix(".partial")
     beside.write_text(json.dumps(content, indent=2) + "\n")
     beside.rename(file)
-
-
-def read_json(file: Path) -> dict | None:
-    """Read JSON; None when the file does not exist.
-
-    Raises:
-        CalibrationError: the file is not JSON.
-    """
-    try:
-        content = json.loads(file.read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except ValueError as error:
-        raise CalibrationError(f"{file}: not JSON ({error}); delete the folder and calibrate again") from None
-    if not isinstance(content, dict):
-        raise CalibrationError(f"{file}: not a JSON object; delete the folder and calibrate again")
-    return content

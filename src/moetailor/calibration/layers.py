@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from moetailor.calibration.batch import Batch
+from moetailor.checkpoint.tensors import read_tensors
 from moetailor.checkpoint.writer import save_tensors
-from moetailor.errors import CheckpointError
+from moetailor.errors import CalibrationError, CheckpointError
 
 
 class PartlyLoaded(Protocol):
@@ -208,7 +208,11 @@ class HiddenStates:
             yield from self._memory
             return
         for number in range(count):
-            yield load_file(self.at(layer) / f"{number:05d}.safetensors")["hidden"].clone()
+            file, cure = (
+                self.at(layer) / f"{number:05d}.safetensors",
+                f"delete {self.folder} and run the same command again",
+            )
+            yield read_tensors(file, names=["hidden"], error=CalibrationError, cure=cure)["hidden"].clone()
 
     def write(self, layer: int, states: Iterator[torch.Tensor]) -> None:
         """Keep the inputs of a layer; on disk they appear all at once, in memory those of the layer before go."""

@@ -22,12 +22,25 @@ from torch import nn
 from moetailor._version import __version__
 from moetailor.calibration.batch import Batch, save_batches, text_fingerprint
 from moetailor.calibration.capture import Pairs, Routed, captured, silenced
-from moetailor.calibration.folder import MANIFEST, TEXT, Calibration, layer_file, read_json, write_json
+from moetailor.calibration.folder import ANEW, MANIFEST, RUN, TEXT, Calibration, layer_file, part_name, write_json
 from moetailor.calibration.layers import HiddenStates, LayerRunner, PartlyLoaded
-from moetailor.calibration.statistics import LayerStatistics, Sample, Sums, add_pairs, add_tokens, sample_keys
+from moetailor.calibration.statistics import (
+    SAMPLE,
+    SUMS,
+    LayerStatistics,
+    Sample,
+    Sums,
+    add_pairs,
+    add_tokens,
+    load_sample,
+    load_sums,
+    sample_keys,
+)
 from moetailor.checkpoint.anatomy import Anatomy, MoELayer
 from moetailor.checkpoint.facts import ModelFacts
+from moetailor.checkpoint.tensors import digest
 from moetailor.errors import CalibrationError
+from moetailor.schema import load_json
 
 Progress = Callable[[int, int], None]
 
@@ -82,12 +95,17 @@ def run_calibration(
         CalibrationError: the folder holds another calibration, or weights or activations are not finite.
     """
     anatomy, sampled = subject.anatomy, sampled_positions(batches, sample)
+    finished = Calibration.open(folder) if (folder / MANIFEST).exists() else None
+    notes = finished.fingerprint if finished else _noted(folder)
     # A folder that holds more than was asked for serves as well.
-    residual = residual or bool((_held(folder) or {}).get("residual"))
+    residual = residual or bool((notes or {}).get("residual"))
     fingerprint = _fingerprint(subject, batches, sample) | ({"residual": True} if residual else {})
-    if finished := _claim(folder, fingerprint):
+    _claim(folder, notes, fingerprint)
+    if finished and finished.complete:
         return finished
-    save_batches(batches, folder / TEXT)
+    write_json(folder / RUN, fingerprint)
+    hashes = dict(finished.hashes) if finished else _measured(folder, subject.facts)
+    hashes[TEXT] = save_batches(batches, folder / TEXT)
     runner = LayerRunner(subject.open(), batches)
     states = HiddenStates(folder / "states" if states_on_disk else None)
     first, last = _first_layer(folder, states, anatomy), max(anatomy.layers)
@@ -110,11 +128,12 @@ def run_calibration(
             else:
                 deque(outputs, maxlen=0)
         if collector is not None:
-            collector.finish().save(layer_file(folder, index))
+            file = layer_file(folder, index)
+            hashes |= {part_name(file, prefix): known for prefix, known in collector.finish().save(file).items()}
         states.forget(index)
         _log(folder, layer=index, seconds=round(time.time() - began, 3))
     shutil.rmtree(folder / "states", ignore_errors=True)
-    calibration = Calibration(folder=folder, model=subject.facts, fingerprint=fingerprint)
+    calibration = Calibration(folder=folder, model=subject.facts, fingerprint=fingerprint, hashes=hashes)
     calibration.save()
     return calibration
 
@@ -204,6 +223,9 @@ class Collector:
                 f"layer {self.layer.index}: the router gives values that are not finite; "
                 "its weights are damaged: download the checkpoint again"
             )
+        for name, total in self.sums.recorded.items():
+            if not bool(torch.isfinite(total).all()):
+                raise CalibrationError(f"layer {self.layer.index}: {name} is not finite; calibrate in a wider --dtype")
         return LayerStatistics(sums=self.sums, sample=Sample.concatenated(self.parts))
 
 
@@ -272,28 +294,33 @@ def _first_layer(folder: Path, states: HiddenStates, anatomy: Anatomy) -> int:
     return 0
 
 
-def _claim(folder: Path, fingerprint: dict) -> Calibration | None:
-    """Make the folder this run's, or return the calibration when it is finished already."""
+def _claim(folder: Path, notes: dict | None, fingerprint: dict) -> None:
+    """Make the folder this run's; `notes` are the fingerprint of the run that it holds, if any."""
     folder.mkdir(parents=True, exist_ok=True)
-    held = _held(folder)
-    if held is None and any(folder.iterdir()):
+    if notes is None and any(folder.iterdir()):
         raise CalibrationError(f"{folder}: not empty and no calibration; choose another folder")
-    if held is not None and held != fingerprint:
-        differs = [name for name in fingerprint | held if held.get(name) != fingerprint.get(name)]
+    if notes is not None and notes != fingerprint:
+        differs = [name for name in fingerprint | notes if notes.get(name) != fingerprint.get(name)]
         raise CalibrationError(
             f"{folder}: holds another calibration ({', '.join(differs)} differ); choose another folder or delete it"
         )
-    if (folder / MANIFEST).exists():
-        finished = Calibration.open(folder)
-        if all(layer_file(folder, layer).exists() for layer in finished.layers):
-            return finished
-    write_json(folder / "run.json", fingerprint)
-    return None
 
 
-def _held(folder: Path) -> dict | None:
-    """Return the fingerprint of the run that a folder holds, finished or not."""
-    return (read_json(folder / MANIFEST) or {}).get("fingerprint") or read_json(folder / "run.json")
+def _noted(folder: Path) -> dict | None:
+    """Return the fingerprint of the run that a folder holds, if it is not finished."""
+    file = folder / RUN
+    return load_json(file, error=CalibrationError, cure=ANEW) if file.exists() else None
+
+
+def _measured(folder: Path, facts: ModelFacts) -> dict[str, str]:
+    """Return the hashes of what a stopped run measured; a file of it that cannot be used is refused."""
+    hashes: dict[str, str] = {}
+    for stack in facts.stacks:
+        if stack.index is not None and (file := layer_file(folder, stack.index)).exists():
+            sums = load_sums(file, stack.num_experts, facts.width)
+            sample = load_sample(file, stack.num_experts, facts.width, facts.top_k)
+            hashes |= {part_name(file, SUMS): digest(sums.recorded), part_name(file, SAMPLE): digest(vars(sample))}
+    return hashes
 
 
 def _fingerprint(subject: Subject, batches: list[Batch], sample: SampleOptions) -> dict:

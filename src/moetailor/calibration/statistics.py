@@ -6,16 +6,19 @@ Symbols: g is the gate of a routed pair as the model used it, y the raw output o
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 
+from moetailor.calibration.batch import AGAIN
+from moetailor.checkpoint.tensors import digest, read_tensors
 from moetailor.checkpoint.writer import save_tensors
 from moetailor.errors import CalibrationError
+
+SUMS, SAMPLE = "sum.", "sample."
 
 
 @dataclass(kw_only=True)
@@ -60,14 +63,17 @@ class Sums:
     gated_norm_shift: torch.Tensor | None = None
 
     @classmethod
+    def shapes(cls, experts: int, width: int) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each sum."""
+        square, wide = (experts, experts), (experts, width)
+        others = {"tokens": (), "together": square, "output": wide, "gated_output": wide, "gate_sq_output": wide}
+        return {f.name: others.get(f.name, (experts,)) for f in fields(cls)}
+
+    @classmethod
     def zeros(cls, experts: int, width: int, *, residual: bool = False) -> Sums:
         """Return the sums over no tokens; with `residual`, `gated_norm_shift` too."""
-        wide, square = ("output", "gated_output", "gate_sq_output"), ("together",)
-        shape = (
-            {name: (experts, width) for name in wide} | {name: (experts, experts) for name in square} | {"tokens": ()}
-        )
-        found = {f.name: torch.zeros(shape.get(f.name, (experts,)), dtype=torch.float64) for f in fields(cls)}
-        return cls(**{name: total for name, total in found.items() if residual or name not in ON_REQUEST})
+        shapes = {name: s for name, s in cls.shapes(experts, width).items() if residual or name not in ON_REQUEST}
+        return cls(**{name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()})
 
     def __add__(self, other: Sums) -> Sums:
         """Return the sums over the tokens of both; what only one recorded is known of neither."""
@@ -127,39 +133,64 @@ class LayerStatistics:
     sums: Sums
     sample: Sample
 
-    def save(self, file: Path) -> None:
-        """Write the statistics as safetensors: beside first, then renamed, so the file is whole or absent."""
-        tensors = {f"sum.{name}": total for name, total in self.sums.recorded.items()}
-        tensors |= {f"sample.{f.name}": getattr(self.sample, f.name).contiguous() for f in fields(Sample)}
+    def save(self, file: Path) -> dict[str, str]:
+        """Write the statistics as safetensors: beside first, then renamed, so the file is whole or absent.
+
+        Returns:
+            The hash of the sums and of the sample, by prefix.
+        """
+        sample = {f.name: getattr(self.sample, f.name).contiguous() for f in fields(Sample)}
+        parts = {SUMS: self.sums.recorded, SAMPLE: sample}
         beside = file.with_suffix(".partial")
-        save_tensors(tensors, beside)
+        save_tensors({prefix + name: t for prefix, part in parts.items() for name, t in part.items()}, beside)
         beside.rename(file)
+        return {prefix: digest(part) for prefix, part in parts.items()}
 
 
-def load_sums(file: Path) -> Sums:
-    """Read the sums of one layer."""
-    return Sums(**_load(file, "sum.", [f.name for f in fields(Sums)], ON_REQUEST))
+def load_sums(file: Path, experts: int, width: int, *, known: str | None = None) -> Sums:
+    """Read the sums of one layer.
+
+    Args:
+        file: its file.
+        experts: experts of the layer.
+        width: D.
+        known: hash of the sums when they were written.
+
+    Raises:
+        CalibrationError: the file is missing, damaged or of another layer.
+    """
+    found = read_tensors(file, SUMS, known=known, error=CalibrationError, cure=AGAIN)
+    shapes = Sums.shapes(experts, width)
+    _check_kinds(file, found, {name: (torch.float64, *shape) for name, shape in shapes.items()}, ON_REQUEST)
+    return Sums(**found)
 
 
-def load_sample(file: Path) -> Sample:
-    """Read the sample of one layer."""
-    return Sample(**_load(file, "sample.", [f.name for f in fields(Sample)]))
+def load_sample(file: Path, experts: int, width: int, top_k: int, *, known: str | None = None) -> Sample:
+    """Read the sample of one layer; see `load_sums`, and `top_k`, K."""
+    found = read_tensors(file, SAMPLE, known=known, error=CalibrationError, cure=AGAIN)
+    tokens = found["key"].numel() if "key" in found else 0
+    kinds = {
+        "key": (torch.int64, tokens),
+        "hidden": (None, tokens, width),  # in the dtype of the run
+        "index": (torch.int32, tokens, top_k),
+        "gate": (torch.float32, tokens, top_k),
+        "logits": (torch.float32, tokens, experts),
+    }
+    _check_kinds(file, found, kinds)
+    return Sample(**found)
 
 
-def _load(file: Path, prefix: str, names: Sequence[str], optional: Collection[str] = ()) -> dict[str, torch.Tensor]:
-    try:
-        with safe_open(file, "pt") as tensors:
-            there = [name for name in names if prefix + name in tensors.keys()]
-            if lacking := [prefix + name for name in names if name not in there and name not in optional]:
-                raise CalibrationError(
-                    f"{file}: lacks {', '.join(lacking)}: it is damaged, or an older moetailor measured it; "
-                    "calibrate into a new folder"
-                )
-            return {name: tensors.get_tensor(prefix + name) for name in there}
-    except FileNotFoundError:
-        raise CalibrationError(f"{file}: missing; run calibrate again, it resumes with this layer") from None
-    except SafetensorError as error:
-        raise CalibrationError(f"{file}: not readable ({error}); delete it and run calibrate again") from None
+def _check_kinds(
+    file: Path, found: Mapping[str, torch.Tensor], kinds: Mapping[str, tuple], optional: Collection[str] = ()
+) -> None:
+    """Refuse tensors that are not all there, or of another dtype or shape than such a layer has."""
+    if odd := (kinds.keys() - found.keys() - set(optional)) | (found.keys() - kinds.keys()):
+        raise CalibrationError(f"{file}: lacks or does not know {', '.join(sorted(odd))}; {AGAIN}")
+    for name, tensor in found.items():
+        dtype, *shape = kinds[name]
+        if list(tensor.shape) != shape or tensor.dtype != (dtype or tensor.dtype):
+            what = f"{tensor.dtype} of shape {list(tensor.shape)}, this layer has {dtype or 'numbers'} of {shape}"
+            raise CalibrationError(f"{file}: {name} is {what}; {AGAIN}")
 
 
 def sample_keys(document: torch.Tensor, position: torch.Tensor, seed: int) -> torch.Tensor:

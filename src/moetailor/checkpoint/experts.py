@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from moetailor.schema import Count
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertShape:
@@ -24,8 +26,8 @@ class ExpertShape:
         biased: whether each of them has a bias.
     """
 
-    width: int
-    inner: int
+    width: Count
+    inner: Count
     gated: bool = True
     biased: bool = False
 

@@ -10,10 +10,11 @@ from dataclasses import asdict, dataclass, field
 from torch import nn
 
 from moetailor.checkpoint.anatomy import Anatomy, tensors_of
-from moetailor.checkpoint.experts import ExpertShape
 from moetailor.checkpoint.family import Groups
 from moetailor.checkpoint.files import DTYPE_NAMES, DTYPES, Checkpoint
 from moetailor.checkpoint.layout import Stack, find_stacks
+from moetailor.errors import CheckpointError
+from moetailor.schema import Count, Few
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,12 +36,27 @@ class ModelFacts:
     source: str
     fingerprint: dict
     model_type: str
-    width: int
-    top_k: int
+    width: Count
+    top_k: Few
     groups: Groups
-    nbytes: int
+    nbytes: Count
     stacks: tuple[Stack, ...]
-    dtypes: Mapping[str, int] = field(default_factory=dict)
+    dtypes: Mapping[str, Count] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if unknown := {*self.dtypes, *(stack.dtype for stack in self.stacks)} - set(DTYPES):
+            raise CheckpointError(f"unknown dtypes {sorted(unknown)}")
+        for name in ("prefix", "index"):
+            given = [value for stack in self.stacks if (value := getattr(stack, name)) is not None]
+            if len(set(given)) < len(given):
+                raise CheckpointError(f"two layers have one {name}")
+        if few := [s.num_experts for s in self.stacks if s.index is not None and not 1 <= self.top_k <= s.num_experts]:
+            raise CheckpointError(f"a layer has {few[0]} experts, the router picks {self.top_k}")
+        in_layers = sum(stack.num_experts * (stack.expert_bytes + stack.slot_bytes) for stack in self.stacks)
+        if in_layers > self.nbytes:
+            raise CheckpointError(f"{in_layers:,} bytes in MoE layers, {self.nbytes:,} in all")
+        if self.dtypes and sum(self.dtypes.values()) != self.nbytes:
+            raise CheckpointError(f"{self.nbytes:,} bytes in all, {sum(self.dtypes.values()):,} by dtype")
 
     def shapes(self) -> dict:
         """Return what two models must share for a plan of one to fit the other, whatever their dtypes."""
@@ -53,18 +69,6 @@ class ModelFacts:
     def to_json(self) -> dict:
         """Return the facts as JSON values."""
         return asdict(self)
-
-    @classmethod
-    def from_json(cls, facts: dict) -> ModelFacts:
-        """Read what `to_json` gave; whatever it raises, the facts are damaged."""
-        if not isinstance(facts["fingerprint"], dict):
-            raise TypeError("fingerprint is not an object")
-        if unknown := {stack["dtype"] for stack in facts["stacks"]} - set(DTYPES):
-            raise ValueError(f"unknown dtypes {sorted(unknown)}")
-        shapes = [stack["shape"] and ExpertShape(**stack["shape"]) for stack in facts["stacks"]]
-        stacks = (Stack(**(stack | {"shape": shape})) for stack, shape in zip(facts["stacks"], shapes, strict=True))
-        parsed = {"stacks": tuple(stacks), "groups": Groups(**facts["groups"])}
-        return cls(**(facts | parsed))
 
 
 def facts_of_checkpoint(checkpoint: Checkpoint, anatomy: Anatomy, names: dict[str, str]) -> ModelFacts:

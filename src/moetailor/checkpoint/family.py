@@ -6,9 +6,10 @@ Everything else (where the layers are, which tensors have a row for each expert)
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from moetailor.errors import CheckpointError
+from moetailor.schema import Few, Within
 
 # Spellings of the number of routed experts in config.json; every one that is present is rewritten.
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -55,9 +56,9 @@ class Groups:
         least: slots that a group must have to be scored.
     """
 
-    count: int = 1
-    used: int = 1
-    least: int = 1
+    count: Annotated[Few, Within(1)] = 1
+    used: Annotated[Few, Within(1)] = 1
+    least: Annotated[Few, Within(1)] = 1
 
 
 def check_family(config: Any) -> None:

@@ -13,6 +13,7 @@ from moetailor.checkpoint.anatomy import Anatomy
 from moetailor.checkpoint.experts import ExpertShape
 from moetailor.checkpoint.files import Checkpoint, TensorInfo
 from moetailor.errors import CheckpointError
+from moetailor.schema import Count, Few
 
 _LAYER = re.compile(r"^(.*?\blayers\.\d+)\.(.*)$")
 _EXPERT = re.compile(r"\bexperts\.(\d+)\.")
@@ -33,10 +34,10 @@ class Stack:
     """
 
     prefix: str
-    index: int | None
-    num_experts: int
-    expert_bytes: int = 0
-    slot_bytes: int = 0
+    index: Few | None
+    num_experts: Few
+    expert_bytes: Count = 0
+    slot_bytes: Count = 0
     dtype: str = ""
     shape: ExpertShape | None = None
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from moetailor.calibration.batch import Batch
-from moetailor.calibration.folder import Calibration, read_json, write_json
+from moetailor.calibration.folder import Calibration, write_json
 from moetailor.checkpoint.anatomy import Anatomy, discover
 from moetailor.checkpoint.files import Checkpoint
 from moetailor.checkpoint.models import copy_sharing_tensors, load_model
@@ -22,6 +22,7 @@ from moetailor.checkpoint.weights import ExpertWeights
 from moetailor.comparison.cells import Cell
 from moetailor.comparison.probe import Probe
 from moetailor.comparison.results import cell_result
+from moetailor.comparison.stored import read_original
 from moetailor.evaluation.fidelity import Progress, Reference
 from moetailor.evaluation.speed import Speed, measure_speed, resident_nbytes
 from moetailor.methods.run import make_plan
@@ -99,9 +100,10 @@ class Bench:
     @property
     def original(self) -> dict:
         """Its speed, its bytes in memory, and the seconds that recording its predictions took."""
-        if not (self.folder / "original.json").exists():
+        file = self.folder / "original.json"
+        if not file.exists():
             _ = self.reference
-        return read_json(self.folder / "original.json") or {}
+        return dict(read_original(file))
 
     def copy(self) -> Any:
         """Return a copy of the original that shares every tensor.

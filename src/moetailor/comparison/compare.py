@@ -13,7 +13,7 @@ import torch
 from moetailor._version import __version__
 from moetailor.calibration.batch import Batch, text_fingerprint
 from moetailor.calibration.calibrate import calibrate
-from moetailor.calibration.folder import Calibration, read_json, write_json
+from moetailor.calibration.folder import Calibration, write_json
 from moetailor.calibration.run import SampleOptions
 from moetailor.calibration.statistics import ON_REQUEST
 from moetailor.calibration.text import TextOptions, read_batches
@@ -23,12 +23,14 @@ from moetailor.checkpoint.models import load_tokenizer, longest_sequence, resolv
 from moetailor.checkpoint.weights import ExpertWeights
 from moetailor.comparison.bench import Bench, effects_of
 from moetailor.comparison.cells import Cell, cells_of
-from moetailor.comparison.results import failed, ranked, spearman, usage
+from moetailor.comparison.results import failed, layers_of, ranked, spearman, usage
+from moetailor.comparison.stored import VERSION, Notes, read_cell
 from moetailor.errors import MoetailorError, MoetailorWarning
 from moetailor.evaluation.evaluate import check_predicts, is_moetailor
 from moetailor.methods.registry import METHODS
 from moetailor.methods.run import check_weights
 from moetailor.planning.plan import calibration_hash
+from moetailor.schema import load_json, read
 
 Stage = Callable[[str, int, int], None]
 RUN, RESULTS, REPORT = "comparison.json", "results.json", "report.html"
@@ -152,7 +154,7 @@ def _measured(bench: Bench, cells: Sequence[Cell], folder: Path, progress: Stage
             progress("compare", cell * steps + done, len(cells) * steps)
 
     for number, cell in enumerate(cells):
-        result = read_json(folder / cell.file)
+        result = _finished(cell, folder / cell.file, bench.calibration)
         if result is None:
             step(number, 0)
             try:
@@ -165,6 +167,21 @@ def _measured(bench: Bench, cells: Sequence[Cell], folder: Path, progress: Stage
         found.append(result)
         step(number + 1, 0)
     return found
+
+
+def _finished(cell: Cell, file: Path, calibration: Calibration) -> dict | None:
+    """Return a cell that was measured before, if it was.
+
+    Raises:
+        MoetailorError: its file is damaged, or of another cell.
+    """
+    if not file.exists():
+        return None
+    cure = f"delete {file.name} and run the same command again"
+    result = read_cell(load_json(file, error=MoetailorError, cure=cure), str(file), layers_of(calibration), cure=cure)
+    if any(result[name] != value for name, value in cell.to_json().items()):
+        raise MoetailorError(f"{file}: is of another cell; {cure}")
+    return result
 
 
 def _read(checkpoint: Checkpoint, held_out: TextOptions, trust_remote_code: bool) -> list[Batch]:
@@ -199,11 +216,15 @@ def _held(out: Path, settings: dict) -> dict:
     Raises:
         MoetailorError: it holds something else.
     """
-    held = read_json(out / RUN)
+    file, held = out / RUN, {}
+    if file.exists():
+        cure = "delete the folder and compare again"
+        held = dict(
+            read(Notes, load_json(file, error=MoetailorError, cure=cure), str(file), error=MoetailorError, cure=cure)
+        )
     # A run that was stopped while it calibrated has no notes yet.
-    if held is None and out.exists() and (out.is_file() or {path.name for path in out.iterdir()} - {CALIBRATION}):
+    elif out.exists() and (out.is_file() or {path.name for path in out.iterdir()} - {CALIBRATION}):
         raise MoetailorError(f"{out}: not empty and no comparison; choose another folder")
-    held = held or {}
     if differs := [name for name, value in settings.items() if held.get(name, value) != value]:
         raise MoetailorError(
             f"{out}: holds a comparison with another {', '.join(differs)}; choose another folder or delete it"
@@ -229,13 +250,13 @@ def _results(bench: Bench, held_out: TextOptions, cells: Sequence[dict], device:
     fidelity = next((cell["fidelity"] for cell in cells if not cell["error"]), {})
     return {
         "format": "moetailor-comparison",
-        "version": 1,
+        "version": VERSION,
         "model": {
             "source": bench.checkpoint.source,
             "model_type": facts.model_type,
             "nbytes": facts.nbytes,
             "top_k": facts.top_k,
-            "layers": {str(stack.index): stack.num_experts for stack in facts.stacks if stack.index is not None},
+            "layers": layers_of(calibration),
         },
         "about": {
             "moetailor": __version__,
@@ -246,7 +267,7 @@ def _results(bench: Bench, held_out: TextOptions, cells: Sequence[dict], device:
             "seconds": {"calibrate": calibrated, "reference": original["seconds"]},
         },
         "calibration": {
-            "data": list(calibration.fingerprint.get("options", {}).get("data", ())),
+            "data": calibration.fingerprint.get("options", {}).get("data", []),
             "tokens": text["tokens"],
             "folder": str(calibration.folder),
         },

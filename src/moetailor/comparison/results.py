@@ -67,6 +67,11 @@ def cell_result(
     }
 
 
+def layers_of(calibration: Calibration) -> dict[str, int]:
+    """Return the experts of each calibrated layer, as results.json names layers."""
+    return {str(stack.index): stack.num_experts for stack in calibration.model.stacks if stack.index is not None}
+
+
 def failed(cell: Cell, error: Exception) -> dict:
     """Return a cell that could not be measured: why, and nothing else."""
     reason = str(error).strip().splitlines() or [type(error).__name__]

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 
 from moetailor.calibration.batch import Batch
+from moetailor.checkpoint.tensors import read_tensors
 from moetailor.checkpoint.writer import save_tensors
 from moetailor.errors import MoetailorError
 
@@ -135,7 +135,8 @@ class Reference:
     def _pairs(self, model: Any) -> Iterator[tuple[Batch, torch.Tensor, torch.Tensor]]:
         """Yield each batch with the log-probabilities of the original and of another model, [B, L - 1, V]."""
         for number, batch in enumerate(self.batches):
-            original = load_file(self._file(number))["logp"]
+            cure = f"delete {self.folder} and run the same command again"
+            original = read_tensors(self._file(number), names=["logp"], error=MoetailorError, cure=cure)["logp"]
             compressed = _log_probabilities(model, batch).cpu()
             if original.shape != compressed.shape:
                 raise MoetailorError(

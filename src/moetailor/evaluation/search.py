@@ -16,13 +16,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 from torch import nn
 
 from moetailor.answers import SlotMap
 from moetailor.calibration.batch import Batch, text_fingerprint
-from moetailor.calibration.folder import Calibration, read_json, write_json
+from moetailor.calibration.folder import Calibration, write_json
 from moetailor.checkpoint.anatomy import Anatomy, discover
 from moetailor.checkpoint.files import open_checkpoint
 from moetailor.checkpoint.models import copy_sharing_tensors, load_model, resolve_device, resolve_dtype
@@ -35,6 +35,7 @@ from moetailor.methods.run import check_weights, view_of
 from moetailor.planning.budget import Budget
 from moetailor.planning.plan import calibration_hash
 from moetailor.runtime.reshape import LayerChange, reshape_model
+from moetailor.schema import Within, load_json, read
 
 Counts = tuple[int, ...]
 # A mutation makes up to so many moves, each of up to so many experts.
@@ -236,6 +237,13 @@ def with_slots(model: nn.Module, anatomy: Anatomy, slots: Mapping[int, Sequence[
     return masked
 
 
+class Tried(TypedDict):
+    """What is in the file of a search: what its numbers depend on, and the overlap of each allocation."""
+
+    about: dict[str, Any]
+    overlap: dict[str, Annotated[float, Within(0, 1 + 1e-3)]]
+
+
 class Known:
     """The fitness of what was tried, in a file that is whole after every candidate.
 
@@ -246,11 +254,13 @@ class Known:
 
     def __init__(self, file: Path, about: Mapping[str, Any]) -> None:
         self.file = file
-        self.content: dict[str, Any] = {"about": dict(about), "overlap": {}}
-        found = read_json(file)
-        if found is not None:
-            if found.get("about") != self.content["about"]:
-                raise MoetailorError(f"{file}: belongs to another search; delete it, or name another --out")
+        self.content: Tried = {"about": dict(about), "overlap": {}}
+        if file.exists():
+            cure = "delete it, or name another --out"
+            content = load_json(file, error=MoetailorError, cure=cure)
+            found = read(Tried, content, str(file), error=MoetailorError, cure=cure)
+            if found["about"] != self.content["about"]:
+                raise MoetailorError(f"{file}: belongs to another search; {cure}")
             self.content = found
 
     def get(self, counts: Counts, measure: Callable[[Counts], float]) -> float:
@@ -258,7 +268,7 @@ class Known:
         name, known = ",".join(map(str, counts)), self.content["overlap"]
         if name not in known:
             known[name] = measure(counts)
-            write_json(self.file, self.content)
+            write_json(self.file, dict(self.content))
         return known[name]
 
 

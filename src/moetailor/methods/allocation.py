@@ -5,11 +5,9 @@ Whatever the counts, they are the budget's in all: what one layer keeps more, an
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -21,6 +19,7 @@ from moetailor.methods.registry import Method
 from moetailor.planning.budget import read_fraction
 from moetailor.planning.layer_plan import LayerPlan
 from moetailor.planning.view import LayerView
+from moetailor.schema import load_json, read
 
 Rule = Literal["uniform", "error", "global"]
 RULES = get_args(Rule)
@@ -38,17 +37,9 @@ def read_allocation(text: str) -> Allocation:
         return text  # type: ignore[return-value]
     if not text.endswith(".json"):
         raise PlanError(f"--allocation {text}" + did_you_mean(text, RULES) + "; or name a .json file")
-    try:
-        content = json.loads(Path(text).read_text())
-    except OSError as error:
-        raise PlanError(f"--allocation {text}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise PlanError(f"--allocation {text}: not JSON ({error})") from None
-    if not isinstance(content, dict) or not all(layer.isdecimal() for layer in content):
-        raise PlanError(
-            f'--allocation {text}: must be an object such as {{"0": 24, "1": "75%"}}, layers to experts kept'
-        )
-    return {int(layer): count for layer, count in content.items()}
+    cure = 'write layers to experts kept, such as {"0": 24, "1": "75%"}'
+    content = load_json(text, error=PlanError, cure=cure)
+    return read(dict[int, int | float | str], content, f"--allocation {text}", error=PlanError, cure=cure)
 
 
 def counts_of(given: Mapping[int, int | float | str], stacks: Sequence[Stack], *, step: int = 1) -> dict[str, int]:

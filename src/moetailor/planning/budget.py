@@ -154,6 +154,9 @@ def read_fraction(text: str | float) -> Fraction:
         ValueError: not a number.
     """
     text = str(text).strip()
+    # Fractions are exact: an exponent of many digits would be that many zeros.
+    if not re.fullmatch(r"[^eE]{1,99}([eE][-+]?[0-9]{1,2})?%?", text):
+        raise ValueError(text)
     try:
         return Fraction(text.removesuffix("%").strip()) / (100 if text.endswith("%") else 1)
     except ZeroDivisionError:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from moetailor.answers import Answer, SlotMap
 from moetailor.checkpoint.experts import ExpertShape
@@ -17,6 +17,7 @@ from moetailor.checkpoint.facts import ModelFacts
 from moetailor.checkpoint.layout import Stack
 from moetailor.errors import PlanError
 from moetailor.planning.layer_plan import LayerPlan
+from moetailor.schema import Count, load
 
 VERSION = 1
 
@@ -109,33 +110,27 @@ class Plan:
         Raises:
             PlanError: not a plan, one of another version, or one with slots that do not add up.
         """
-        try:
-            content = json.loads(Path(file).read_text())
-        except IsADirectoryError:
-            raise PlanError(f"{file}: a folder, not a plan; `moetailor apply` takes MODEL, then PLAN") from None
-        except OSError as error:
-            raise PlanError(f"{file}: cannot be read ({error.strerror})") from None
-        except ValueError as error:
-            raise PlanError(f"{file}: not JSON ({error})") from None
-        if not isinstance(content, dict) or content.get("format") != "moetailor-plan":
-            raise PlanError(f"{file}: not a plan; make one with `moetailor plan`")
-        if content.get("version") != VERSION:
-            raise PlanError(
-                f"{file}: a plan of version {content.get('version')}, this moetailor reads version {VERSION}"
-            )
-        try:
-            return cls(
-                method=content["method"],
-                parameters=dict(content["parameters"].items()),
-                budget=content["budget"],
-                model=ModelFacts.from_json(content["model"]),
-                calibration=content["calibration"],
-                layers={
-                    name: LayerPlan.from_json(entry, f"{file}, {name}") for name, entry in content["layers"].items()
-                },
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise PlanError(f"{file}: not a complete plan ({error!r})") from None
+        if Path(file).is_dir():
+            raise PlanError(f"{file}: a folder, not a plan; `moetailor apply` takes MODEL, then PLAN")
+        stored = load(_PlanFile, file, "plan", VERSION, error=PlanError, cure="make one with `moetailor plan`")
+        return cls(
+            method=stored["method"],
+            parameters=stored["parameters"],
+            budget=stored["budget"],
+            model=stored["model"],
+            calibration=stored["calibration"],
+            layers={name: LayerPlan.from_json(entry, f"{file}, {name}") for name, entry in stored["layers"].items()},
+        )
+
+
+class _PlanFile(TypedDict):
+    method: str
+    parameters: dict[str, str | int | float | bool]
+    budget: str
+    bytes: dict[str, Count]
+    calibration: str
+    model: ModelFacts
+    layers: dict[str, Any]
 
 
 def planned_nbytes(model: ModelFacts, layers: Mapping[str, LayerPlan]) -> int:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from accelerate import PartialState
 from transformers.trainer_callback import TrainerState
 
 from moetailor.errors import MoetailorError
+from moetailor.schema import Count, load_json, read
 from moetailor.transform.disk import write_json
 
 SETTINGS = "settings.json"
@@ -34,9 +34,10 @@ def check_training(folder: Path, settings: dict[str, Any]) -> None:
         return
     if not (folder / SETTINGS).is_file():
         raise MoetailorError(f"{folder}: exists and was not made by moetailor; choose another place for the result")
-    told = json.loads((folder / SETTINGS).read_text())
-    other = [name for name, value in settings.items() if told.get(name) != value]
-    if other and last_checkpoint(folder) is not None:
+    if last_checkpoint(folder) is None:
+        return
+    told = load_json(folder / SETTINGS, error=MoetailorError, cure=f"delete {folder} to train anew")
+    if other := [name for name, value in settings.items() if told.get(name) != value]:
         raise MoetailorError(
             f"{folder}: holds a training with another {', '.join(other)}; give the same command to go on with it, or "
             "delete the folder"
@@ -57,8 +58,17 @@ def last_checkpoint(folder: Path) -> tuple[Path, TrainerState] | None:
     found = []
     for file in folder.glob("checkpoint-*/trainer_state.json"):
         try:
+            told = load_json(file, error=MoetailorError, cure="")
+            read(_State, {name: told.get(name) for name in _State.__annotations__}, "", error=MoetailorError, cure="")
             state = TrainerState.load_from_json(str(file))
-        except (json.JSONDecodeError, TypeError):
+        except (MoetailorError, TypeError):
             continue  # cut off while it was written
         found.append((state.global_step, file.parent, state))
     return max(found, key=lambda entry: entry[0])[1:] if found else None
+
+
+class _State(TypedDict):
+    global_step: Count
+    max_steps: Count
+    num_input_tokens_seen: Count
+    log_history: list[dict]

@@ -27,7 +27,7 @@ from moetailor.recovery.examples import Blocks, ExampleOptions, read_blocks
 from moetailor.recovery.folder import begin_training, check_training, training_folder
 from moetailor.recovery.fsdp import check_shardable, shard
 from moetailor.recovery.loss import Loss, Objective, Student
-from moetailor.recovery.result import write_recovered
+from moetailor.recovery.result import provenance_of, write_recovered
 from moetailor.recovery.train import Progress, RecoveryOptions, mean_losses, training_arguments
 from moetailor.recovery.train import train as train_student
 from moetailor.recovery.trainable import Adapters, Selection, check_words, select
@@ -127,6 +127,7 @@ def recover(
     assert blocks is not None
     settings = _settings(source, original, blocks, words, loss, options, dtype)
     check_training(training_folder(out), settings)
+    provenance_of(source)  # refused before the training, not after it
 
     # The config says how it was compressed; what is looked for is the anatomy of the original.
     anatomy = discover(original_config(config), trust_remote_code=trust_remote_code)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -14,7 +13,8 @@ from moetailor.checkpoint.anatomy import tensors_of
 from moetailor.checkpoint.files import DTYPES, INDEX, Checkpoint, TensorInfo, read_header
 from moetailor.checkpoint.loader import disk_tensors, memory_names
 from moetailor.checkpoint.writer import Piece, new_folder, save_tensors, whole, write_shards
-from moetailor.errors import CheckpointError
+from moetailor.errors import CheckpointError, MoetailorError
+from moetailor.schema import load_json
 from moetailor.transform.disk import PROVENANCE_FILE, copy_others, write_json
 
 Progress = Callable[[int, int], None]
@@ -56,11 +56,22 @@ def write_recovered(
         write_shards(folder, [shards[file] for file in sorted(shards)], progress)
         shutil.rmtree(scratch)
         copy_others(checkpoint.folder, folder, left_out={INDEX, PROVENANCE_FILE})
-        card, provenance = (checkpoint.folder / name for name in ("README.md", PROVENANCE_FILE))
+        card = checkpoint.folder / "README.md"
         if card.is_file():
-            (folder / card.name).write_text(card.read_text(encoding="utf-8") + CARD, encoding="utf-8")
-        told = json.loads(provenance.read_text()) if provenance.is_file() else {"moetailor": __version__}
-        write_json(folder / PROVENANCE_FILE, told | {"recovery": dict(settings)})
+            (folder / card.name).write_bytes(card.read_bytes() + CARD.encode())
+        write_json(folder / PROVENANCE_FILE, provenance_of(checkpoint) | {"recovery": dict(settings)})
+
+
+def provenance_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return what a checkpoint was made from, as far as it says.
+
+    Raises:
+        MoetailorError: the file that says it cannot be read.
+    """
+    file = checkpoint.folder / PROVENANCE_FILE
+    if not file.exists():
+        return {"moetailor": __version__}
+    return load_json(file, error=MoetailorError, cure="delete it, and the result will say only how it was trained")
 
 
 def _save_changed(scratch: Path, checkpoint: Checkpoint, model: Any, changed: Iterable[str]) -> dict[str, TensorInfo]:

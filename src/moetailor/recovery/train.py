@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -164,21 +165,27 @@ def train(
     last = last_checkpoint(folder)
     if last is not None and last[1].global_step >= last[1].max_steps:
         # Trainer would take one more step.
-        student.load_state_dict(load_file(last[0] / "model.safetensors"))
+        with _going_on(last[0]):
+            student.load_state_dict(load_file(last[0] / "model.safetensors"))
         return last[1]
+    watch = _Watch(folder, progress)
     with quiet_transformers():
         trainer = Trainer(
             model=student,
             args=arguments,
             train_dataset=blocks,
-            callbacks=[*callbacks, _Watch(folder, progress)],
+            callbacks=[watch, *callbacks],
         )
         if arguments.fsdp and not trainer.is_fsdp_enabled:
             raise MoetailorError(f"--fsdp: accelerate shares models out to GPUs, and this runs on {arguments.device}")
         if trainer.is_fsdp_enabled and not arguments.fsdp:
             raise MoetailorError("accelerate was told to use FSDP; start the processes without that and give --fsdp")
         trainer.remove_callback(PrinterCallback)
-        trainer.train(resume_from_checkpoint=None if last is None else str(last[0]))
+        if last is None:
+            trainer.train()
+        else:
+            with _going_on(last[0], until=lambda: watch.began):
+                trainer.train(resume_from_checkpoint=str(last[0]))
     return trainer.state
 
 
@@ -218,12 +225,32 @@ def mean_losses(
     return means
 
 
+@contextmanager
+def _going_on(checkpoint: Path, until: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Say of a checkpoint that cannot be read that it is damaged; what is raised after `until` has other causes."""
+    try:
+        yield
+    except MoetailorError:
+        raise
+    except Exception as error:  # whatever damage makes torch, safetensors and Trainer raise
+        if until():
+            raise
+        raise MoetailorError(
+            f"{checkpoint}: cannot be gone on from ({type(error).__name__}: {error}); delete it, and the same command "
+            "goes on from the checkpoint before it, or trains anew"
+        ) from error
+
+
 class _Watch(TrainerCallback):
     """Stops at the first loss or gradient that is not finite, and tells how far the training is."""
 
     def __init__(self, folder: Path, progress: Progress | None) -> None:
         self.folder = folder
         self.progress = progress
+        self.began = False
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.began = True
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
         for name, what in (("loss", "loss"), ("grad_norm", "norm of the gradient")):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,38 +9,12 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from moetailor.answers import ANSWERS
-from moetailor.errors import MoetailorError
 from moetailor.report import figures, maps
 from moetailor.report.drawing import style
 from moetailor.report.words import digits, named, nbytes, verdict
 
-VERSION = 1
 # Cells of a ratio that are drawn where all would be too many.
 BEST = 3
-
-
-def read_results(file: str | Path) -> dict[str, Any]:
-    """Read what `moetailor compare` measured.
-
-    Args:
-        file: its results.json.
-
-    Raises:
-        MoetailorError: it cannot be read, or is something else.
-    """
-    try:
-        results = json.loads(Path(file).read_text())
-    except OSError as error:
-        raise MoetailorError(f"{file}: cannot be read ({error.strerror}); `moetailor compare` writes it") from None
-    except ValueError as error:
-        raise MoetailorError(f"{file}: not JSON ({error})") from None
-    if not isinstance(results, dict) or results.get("format") != "moetailor-comparison":
-        raise MoetailorError(f"{file}: not a comparison; make one with `moetailor compare`")
-    if results.get("version") != VERSION:
-        raise MoetailorError(
-            f"{file}: a comparison of version {results.get('version')}, this moetailor reads version {VERSION}"
-        )
-    return results
 
 
 def write_report(results: Mapping[str, Any], file: str | Path) -> None:
@@ -61,7 +34,7 @@ def write_report(results: Mapping[str, Any], file: str | Path) -> None:
     environment.filters |= {"digits": digits, "nbytes": nbytes}
     with style():
         page = environment.get_template("page.html").render(_shown(results))
-    Path(file).write_text(page, encoding="utf-8")
+    Path(file).write_text(page, encoding="utf-8", errors="replace")
 
 
 def _shown(results: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from moetailor._version import __version__
 from moetailor.planning.plan import Plan
 from moetailor.transform.formats import Format
+
+# Bytes of the original's card in which its front matter must end; parsing more would take minutes.
+LARGEST = 2**16
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}", re.ASCII)
 
 
 def model_card(plan: Plan, source: Path, form: Format) -> str:
@@ -19,21 +26,21 @@ def model_card(plan: Plan, source: Path, form: Format) -> str:
         source: folder of the original, whose card names the licence.
         form: the form that it is written in.
     """
-    base = plan.model.source if plan.model.source.count("/") == 1 and not Path(plan.model.source).exists() else ""
-    front = [f"base_model: {base}", "base_model_relation: quantized"] if base else []
+    named = plan.model.source
+    base = named if HUB_NAME.fullmatch(named) and not Path(named).exists() else ""
     licence = original_licence(source)
-    front += [f"{name}: {value}" for name, value in licence.items()]
-    front += ["library_name: transformers", "tags:", "- moetailor", "- mixture-of-experts"]
-    name = base or Path(plan.model.source).name or "the original"
-    parameters = ", ".join(f"{key}={value}" for key, value in plan.parameters.items()) or "none"
+    front: dict[str, Any] = {"base_model": base, "base_model_relation": "quantized"} if base else {}
+    front |= licence | {"library_name": "transformers", "tags": ["moetailor", "mixture-of-experts"]}
+    name = plain(base or Path(named).name) or "the original"
+    parameters = plain(", ".join(f"{key}={value}" for key, value in plan.parameters.items())) or "none"
     lines = [
         "---",
-        *front,
+        yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=10**6).rstrip(),
         "---",
         f"# {name}, compressed by moetailor",
         "",
-        f"- Method: {plan.method} (parameters: {parameters})",
-        f"- Budget: {plan.budget}",
+        f"- Method: {plain(plan.method)} (parameters: {parameters})",
+        f"- Budget: {plain(plan.budget)}",
         f"- Tensors: {plan.nbytes:,} bytes, the original has {plan.model.nbytes:,}",
         f"- Format: {form.name}. {form.loading}",
         f"- Made by moetailor {__version__}; the plan is in moetailor_plan.json, what it was made from in "
@@ -44,16 +51,33 @@ def model_card(plan: Plan, source: Path, form: Format) -> str:
     return "\n".join(lines) + "\n" + form.example
 
 
-def original_licence(folder: Path) -> dict[str, str]:
-    """Return the licence fields of a model's card, empty when it has none."""
-    card = folder / "README.md"
-    if not card.is_file():
+def plain(text: str) -> str:
+    """Return text that is not ours on one line, as Markdown shows it letter by letter."""
+    line = "".join(" " if unicodedata.category(letter)[0] in "CZ" else letter for letter in text)
+    return re.sub(r"([\\`*\[\]<>&~|$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))", r"\\\1", " ".join(line.split()))
+
+
+def original_licence(folder: Path) -> dict[str, str | list[str]]:
+    """Return the licence fields of a model's card, empty when it has none that can be read."""
+    if not (folder / "README.md").is_file():
         return {}
-    _, fence, rest = card.read_text(encoding="utf-8").partition("---\n")
-    front, closed, _ = rest.partition("\n---")
     try:
-        data = yaml.safe_load(front) if fence and closed else None
-    except yaml.YAMLError:
-        data = None
-    data = data if isinstance(data, dict) else {}
-    return {name: str(data[name]) for name in ("license", "license_name", "license_link") if data.get(name)}
+        with open(folder / "README.md", "rb") as card:
+            text = card.read(LARGEST).decode("utf-8-sig", errors="replace").replace("\r\n", "\n")
+        front = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+        # An alias may stand for many more of its kind, and no card needs one.
+        if front is None or any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(front[1], yaml.SafeLoader)):
+            return {}
+        data = yaml.safe_load(front[1])
+    except Exception:  # whatever a file that is not ours makes its readers raise: it names no licence then
+        return {}
+    given = data if isinstance(data, dict) else {}
+    named = {name: given.get(name) for name in ("license", "license_name", "license_link")}
+    return {name: words for name, value in named.items() if (words := _one_line(value))}
+
+
+def _one_line(value: Any) -> str | list[str]:
+    """Return a text, or a list of some, each on one line, so that none ends the front matter; else nothing."""
+    if isinstance(value, list):
+        return [line for word in value if isinstance(line := _one_line(word), str) and line]
+    return " ".join(value.split()) if isinstance(value, str) else ""

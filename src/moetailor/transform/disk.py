@@ -110,7 +110,7 @@ def apply_to_checkpoint(
         write_json(folder / "config.json", form.config(copy.deepcopy(checkpoint.config), config, plan))
         plan.save(folder / PLAN_FILE)
         write_json(folder / PROVENANCE_FILE, provenance(plan, checkpoint, calibration, form.name, propagate))
-        (folder / "README.md").write_text(model_card(plan, checkpoint.folder, form))
+        (folder / "README.md").write_text(model_card(plan, checkpoint.folder, form), encoding="utf-8")
         if verify:
             form.verify(folder, plan, trust_remote_code=trust_remote_code)
     return out

@@ -1,0 +1,108 @@
+"""What a terminal is sent: words from files neither steer it nor are taken for markup, and help is shown as written."""
+
+import dataclasses
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+import torch
+from rich.table import Table
+from rich.text import Text
+from safetensors.torch import save_file
+
+from moetailor.checkpoint.files import SINGLE
+from moetailor_cli import app, output
+from support.plans import MIXED
+
+Get = Callable[[str], Path]
+# Red, a bell, the title of the window, a C1 code, an order turned round, half a character, and rich's own markup.
+HOSTILE = "a\x1b[31mb\x07\x1b]0;owned\x07c\x9b2Jd\u202ee\u2066f\u200fg\ud800h\x7f\ri[red]j[/]k[/red]:smile:[@l]"
+SHOWN = "a[31mb]0;ownedc2Jdefg\ufffdhi[red]j[/]k[/red]:smile:[@l]"
+STEERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+@pytest.mark.parametrize(
+    "show",
+    [
+        output.say,
+        output.complain,
+        output.warn,
+        output.result,
+        output.text,
+        lambda text: output.result(Text(text, "dim")),
+        lambda text: output.table([text, text], [[text, text]]),
+        lambda text: output._out.print(f"{text} in a line"),
+    ],
+)
+def test_what_steers_a_terminal_is_left_out(
+    show: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(output._out, "_width", 400)
+    show(HOSTILE)
+    shown = "".join(capsys.readouterr())
+    assert STEERS.search(shown) is None
+    assert SHOWN in "".join(shown.split())
+
+
+def test_colours_and_bars_still_reach_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    console = output._Console(force_terminal=True, width=200, color_system="standard")
+    with console.capture() as taken:
+        console.print(Text(HOSTILE, "red"))
+        table = Table(HOSTILE)
+        table.add_row(HOSTILE)
+        console.print(table)
+    sent = taken.get()
+    assert "\x1b[31ma" in sent
+    assert STEERS.search(re.sub(r"\x1b\[[0-9;]*m", "", sent)) is None
+    monkeypatch.setattr(output, "_err", console)
+    with console.capture() as taken, output.stages() as stage:
+        stage(HOSTILE, 1, 2)
+    sent = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", taken.get())
+    assert "50%" in sent
+    assert STEERS.search(sent) is None
+
+
+def call(*arguments: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    monkeypatch.setattr(sys, "argv", ["moetailor", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        app.main()
+    return int(stop.value.code or 0), "".join(capsys.readouterr())
+
+
+def test_names_in_plans_and_checkpoints_are_harmless(
+    tmp_path: Path, checkpoint: Get, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = {"monkeypatch": monkeypatch, "capsys": capsys}
+    half = HOSTILE.replace("\ud800", "")
+    dataclasses.replace(MIXED, method=half, budget=half, parameters={half: half}).save(tmp_path / "plan.json")
+    code, shown = call("show", tmp_path / "plan.json", **given)
+    assert (code, STEERS.search(shown)) == (0, None)
+    folder = tmp_path / "m\x1b[31model"
+    folder.mkdir()
+    save_file({half: torch.zeros(1)}, folder / SINGLE)
+    config = json.loads((checkpoint("olmoe") / "config.json").read_text())
+    for content in (config, config | {"model_type": half}):
+        (folder / "config.json").write_text(json.dumps(content))
+        code, shown = call("inspect", folder, **given)
+        assert (code, STEERS.search(shown)) == (1, None)
+        assert "m[31model" in shown
+
+
+@pytest.mark.parametrize("verb", app.VERBS, ids=lambda verb: verb.__name__)
+def test_help_is_shown_as_it_is_written(
+    verb: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a narrow terminal, where a word that is too long would be cut."""
+    monkeypatch.setenv("COLUMNS", "80")
+    code, shown = call(verb.__name__, "--help", monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 0
+    letters = re.sub(r"[\s│…]", "", shown)
+    hints = get_type_hints(verb, include_extras=True)
+    written = [extra.help for hint in hints.values() for extra in getattr(hint, "__metadata__", ())]
+    for text in [*filter(None, written), *verb.__doc__.split("\n\n")]:
+        for word in re.sub(r"\[/?dim\]", "", text).split():
+            assert word in letters, word
