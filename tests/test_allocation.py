@@ -100,6 +100,39 @@ def test_the_error_of_a_constant_by_hand() -> None:
 
 
 @pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(("family", "keep"), [("olmoe", 6), ("deepseek_v3", 9)])
+def test_what_is_protected_stays_in_a_layer_that_would_keep_fewer(
+    family: str, keep: int, rule: str, calibration: GetCalibration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Errors of the first layer cost nearly nothing, and its scores are nearly all of one expert."""
+    calibrated = calibration(family)
+    first, *others = calibrated.layers
+    whole = moetailor.Calibration.sums
+
+    def sums(self: moetailor.Calibration, layer: int) -> Sums:
+        found = whole(self, layer)
+        if layer == first:
+            found.gated_norm[0] = 1e9
+        return found
+
+    monkeypatch.setattr(moetailor.Calibration, "effects", lambda self: {first: 1e-9} | dict.fromkeys(others, 1.0))
+    monkeypatch.setattr(moetailor.Calibration, "sums", sums)
+    groups, experts = calibrated.model.groups.count, calibrated.model.stacks[0].num_experts
+    budget = Budget.parse(keep=keep)
+    free = moetailor.make_plan(calibrated, "reap", budget, allocation=rule)
+    few = len(free.by_layer[first].pool)
+    assert few < keep
+    # In each group the last ones, one more than would stay.
+    size = experts // groups
+    held = {group * size + size - 1 - n for group in range(groups) for n in range(few // groups + 1)}
+    protect = [(first, expert) for expert in held]
+    plan = moetailor.make_plan(calibrated, "reap", budget, allocation=rule, protect=protect)
+    kept = plan.by_layer[first].pool if first in plan.by_layer else range(experts)
+    assert held <= set(kept)
+    assert plan.nbytes == free.nbytes
+
+
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(
     ("method", "family"),
     [

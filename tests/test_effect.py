@@ -73,6 +73,20 @@ def test_a_finished_folder_takes_the_effect_later(checkpoint: Get, tmp_path: Pat
     assert about["tokens"] == sum(int(batch.counted.sum()) for batch in token_batches())
 
 
+def test_tokens_that_do_not_count_are_in_neither_sum(checkpoint: Get, tmp_path: Path) -> None:
+    ids = token_batches(1)[0].input_ids
+    padded = torch.cat([ids, torch.full((len(ids), 5), 7)], 1)
+    mask = torch.cat([torch.ones_like(ids), torch.zeros(len(ids), 5, dtype=torch.long)], 1)
+    found = []
+    for name, batch in (("plain", moetailor.Batch.of(ids)), ("padded", moetailor.Batch.of(padded, mask))):
+        made = moetailor.calibrate(checkpoint("olmoe"), tmp_path / name, text=[batch], effect=True)
+        found.append(json.loads((made.folder / "effect.json").read_text()))
+    plain, padded = found
+    assert padded["tokens"] == plain["tokens"] == ids.numel()
+    for layer, sums in plain["layers"].items():
+        assert padded["layers"][layer] == pytest.approx(sums, rel=1e-3)
+
+
 def test_states_on_disk_go_and_a_loss_that_balances_routers_is_not_asked_for(tmp_path: Path) -> None:
     model = tiny_model("mixtral")
     plain = moetailor.calibrate(model, tmp_path / "plain", text=token_batches(), effect=True)

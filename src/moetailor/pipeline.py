@@ -21,7 +21,7 @@ from moetailor.checkpoint.weights import ExpertWeights
 from moetailor.checkpoint.writer import check_place
 from moetailor.errors import PlanError
 from moetailor.methods.allocation import Allocation
-from moetailor.methods.outline import outline_plan
+from moetailor.methods.outline import outline_plan, pairs_of
 from moetailor.methods.registry import find_method
 from moetailor.methods.run import make_plan
 from moetailor.planning.budget import Budget
@@ -143,7 +143,8 @@ def compress(
     Raises:
         MoetailorError: see `precheck`, `calibrate`, `make_plan` and `apply`.
     """
-    given: dict[str, Any] = {"parameters": parameters, "layers": layers, "protect": protect, "allocation": allocation}
+    given: dict[str, Any] = {"parameters": parameters, "allocation": allocation, "protect": pairs_of(protect)}
+    given |= {"layers": None if layers is None else list(layers)}
     written: dict[str, Any] = {"format": format, "overwrite": overwrite, "trust_remote_code": trust_remote_code}
     precheck(model, out, method=method, budget=budget, calibration=calibration, **given, **written)
     folder = Path(calibration) if calibration is not None else Path(out).with_name(Path(out).name + ".calibration")

@@ -7,9 +7,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -18,37 +17,17 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
-from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
+
+from moetailor_cli.console import PlainConsole
 
 if TYPE_CHECKING:
     from moetailor import Calibration, Plan, RecoveryResult, Scores
     from moetailor.summary import Summary
 
-# What steers a terminal or turns the order of letters round, and halves of characters, which no terminal takes.
-STEERING = {
-    **dict.fromkeys((*range(0x20), *range(0x7F, 0xA0), 0x61C, 0x200E, 0x200F, *range(0x202A, 0x202F)), None),
-    **dict.fromkeys(range(0x2066, 0x206A), None),
-    **dict.fromkeys(range(0xD800, 0xE000), "\ufffd"),
-    **{ord(letter): letter for letter in "\n\t"},
-}
-
-
-class _Console(Console):
-    """A console on which no text, whichever file it comes from, steers the terminal or is taken for markup."""
-
-    def __init__(self, **options: Any) -> None:
-        # No emoji: `:-1:` is a name of one, and may stand in a path.
-        super().__init__(highlight=False, emoji=False, markup=False, **options)
-
-    def render(self, *args: Any, **options: Any) -> Iterator[Segment]:
-        for segment in super().render(*args, **options):
-            yield segment if segment.control else Segment(segment.text.translate(STEERING), segment.style)
-
-
-_out = _Console()
-_err = _Console(stderr=True)
+_out = PlainConsole()
+_err = PlainConsole(stderr=True)
 
 
 def say(text: str) -> None:

@@ -94,14 +94,33 @@ def test_a_budget_is_met_and_more_of_it_loses_less() -> None:
         before = lost
 
 
-def test_a_slot_that_no_token_reached_is_dropped_before_anything_else() -> None:
+def silent(dead: int) -> LayerView:
+    """Return a layer with one expert that no token reached."""
     made = layer(5)
-    dead = 3
     alive = (made.sample.index != dead).all(1)
     for name in ("key", "hidden", "index", "gate", "logits"):
         setattr(made.sample, name, getattr(made.sample, name)[alive])
     for name in ("count", "gate", "gate_sq", "gate_sq_output", "gate_sq_norm_sq"):
         getattr(made.sums, name)[dead] = 0
+    return made
+
+
+@pytest.mark.parametrize("groups", [1, 5])
+def test_what_no_token_reached_is_answered_by_no_other_expert(groups: int) -> None:
+    """On no token it costs nothing, which says nothing; only to drop it is safe, where the router may lose a slot."""
+    dead, made = 3, silent(3)
+    made.groups = groups
+    choice = _choice(made, 0.0)
+    for expert, answers in enumerate(choice.answers):
+        costs = dict(zip(answers, choice.menu.errors[expert].tolist(), strict=False))
+        others = [cost for slot, cost in costs.items() if slot.kind == "expert"]
+        assert len(others) == 2
+        assert [cost == torch.inf for cost in others] == [expert == dead] * 2
+        assert costs[Slot("drop")] == (0 if expert == dead and groups == 1 else torch.inf)
+
+
+def test_a_slot_that_no_token_reached_is_dropped_before_anything_else() -> None:
+    dead, made = 3, silent(3)
     made.nbytes = 4 * WHOLE
     (plan,) = auto([made], [4])
     assert plan.pool == [0, 1, 2, 4]
@@ -154,6 +173,16 @@ def test_what_a_small_domain_needs_weighs_more() -> None:
     taken = [0, 1, 2, 3, len(plain.menu.price)]
     assert evened.cost(taken) != pytest.approx(plain.cost(taken), rel=1e-2)
     assert evened.plan(taken).expected == pytest.approx(plain.cost(taken), rel=1e-6)
+
+
+def test_a_domain_of_very_few_tokens_counts_as_one_percent() -> None:
+    """One token of a thousand: a stray label must not steer everything."""
+    domain = torch.tensor([0] * 999 + [1])
+    common, stray = 0.999**-0.75, 0.01**-0.75
+    mean = (999 * common + stray) / 1000
+    weight = balanced(domain, 0.75)
+    assert weight[0] == pytest.approx(common / mean)
+    assert weight[-1] == pytest.approx(stray / mean)
 
 
 def test_remove_is_what_mone_writes(calibration: GetCalibration) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -28,7 +29,7 @@ def calibrate(
     model: str | Path | nn.Module,
     out: str | Path,
     *,
-    text: TextOptions | list[Batch],
+    text: TextOptions | Iterable[Batch],
     tokenizer: Any = None,
     sample: SampleOptions = SampleOptions(),  # noqa: B008 (frozen)
     residual: bool = False,
@@ -84,7 +85,7 @@ def calibrate(
         read = {"tokenizer": tokenizer_fingerprint(tokenizer), "options": asdict(text)}
         subject = replace(subject, settings=subject.settings | read)
     else:
-        batches = text
+        batches = list(text)
     on_disk = states == "disk" or (states == "auto" and stream)
     made = run_calibration(
         subject,

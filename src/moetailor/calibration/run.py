@@ -52,6 +52,12 @@ class SampleOptions:
     tokens: int = 16384
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if self.tokens < 1 or not -(2**63) <= self.seed < 2**63:
+            raise CalibrationError(
+                f"{self.tokens} sampled tokens, seed {self.seed}: sample 1 or more, with 64 bits of seed"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:

@@ -50,6 +50,14 @@ class TextOptions:
     mask_special: bool = False
     batch_size: int = 4
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "data", words_of(self.data))
+
+
+def words_of(given: str | Iterable[str]) -> tuple[str, ...]:
+    """Return words that a caller gave in whatever holds them; a single one may stand for itself."""
+    return (given,) if isinstance(given, str) else tuple(given)
+
 
 def read_batches(
     options: TextOptions, tokenizer: Any, *, max_length: int | None = None, words: int | None = None

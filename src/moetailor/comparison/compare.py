@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from moetailor.calibration.calibrate import calibrate
 from moetailor.calibration.folder import Calibration, write_json
 from moetailor.calibration.run import SampleOptions
 from moetailor.calibration.statistics import ON_REQUEST
-from moetailor.calibration.text import TextOptions, read_batches
+from moetailor.calibration.text import TextOptions, read_batches, words_of
 from moetailor.checkpoint.files import Checkpoint, open_checkpoint
 from moetailor.checkpoint.loader import load_config
 from moetailor.checkpoint.models import load_tokenizer, longest_sequence, resolve_device, resolve_dtype
@@ -44,8 +44,8 @@ def compare(
     held_out: TextOptions,
     text: TextOptions | None = None,
     calibration: str | Path | None = None,
-    methods: Sequence[str] = ("all",),
-    remove: Sequence[str | float] = ("10%", "25%", "50%"),
+    methods: str | Iterable[str] = ("all",),
+    remove: str | float | Iterable[str | float] = ("10%", "25%", "50%"),
     sample: SampleOptions = SampleOptions(),  # noqa: B008 (frozen)
     device: str | None = None,
     dtype: str | None = None,
@@ -82,7 +82,8 @@ def compare(
         CalibrationError: a text or the calibration cannot be used.
         MoetailorError: the folder holds something else, or a model cannot be used.
     """
-    out, cells = Path(out), cells_of(methods, remove)
+    out = Path(out)
+    cells = cells_of(words_of(methods), [remove] if isinstance(remove, str | float | int) else remove)
     if (text is None) == (calibration is None):
         raise MoetailorError("give either calibration text (--data) or a finished calibration folder (--calibration)")
     checkpoint = open_checkpoint(model)

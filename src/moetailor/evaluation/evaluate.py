@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from moetailor.calibration.text import TextOptions, read_batches
+from moetailor.calibration.text import TextOptions, read_batches, words_of
 from moetailor.checkpoint.files import Checkpoint, open_checkpoint
 from moetailor.checkpoint.loader import load_config
 from moetailor.checkpoint.models import load_model, load_tokenizer, longest_sequence, resolve_device, resolve_dtype
@@ -38,6 +38,9 @@ class TaskOptions:
     task_dir: Path = Path("examples/tasks")
     task_data: Path | None = None
     limit: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tasks", words_of(self.tasks))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,7 +29,7 @@ from moetailor.checkpoint.models import copy_sharing_tensors, load_model, resolv
 from moetailor.checkpoint.weights import ExpertWeights
 from moetailor.errors import MoetailorError, PlanError
 from moetailor.evaluation.fidelity import Reference
-from moetailor.methods.outline import outline_plan, room_of
+from moetailor.methods.outline import outline_plan, pairs_of, room_of
 from moetailor.methods.registry import Method, find_method
 from moetailor.methods.run import check_weights, view_of
 from moetailor.planning.budget import Budget
@@ -124,8 +124,8 @@ def allocate(
         MoetailorError: the file of another search is in the way.
     """
     chosen, facts, out = find_method(method), calibration.model, Path(out)
-    resolved, protected = chosen.resolve(parameters or {}), set(protect)
-    numbers = calibration.layers if layers is None else sorted(set(layers))
+    resolved, protected = chosen.resolve(parameters or {}), pairs_of(protect)
+    numbers = calibration.layers if layers is None else sorted({int(layer) for layer in layers})
     _check(chosen, numbers, model or facts.source)
     outline = outline_plan(facts, chosen, resolved, budget, layers=numbers, protect=protected, allocation="error")
     room = room_of(outline, chosen, numbers, protected)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from moetailor.checkpoint.facts import ModelFacts
@@ -15,6 +15,11 @@ from moetailor.planning.budget import Budget
 from moetailor.planning.checks import check_layer, check_plan
 from moetailor.planning.layer_plan import LayerPlan, keep_first
 from moetailor.planning.plan import Plan, planned_nbytes, stored_nbytes
+
+
+def pairs_of(protect: Iterable[Iterable[int]]) -> set[tuple[int, int]]:
+    """Return (layer, expert) pairs that a caller gave in whatever holds them."""
+    return {(int(layer), int(expert)) for layer, expert in protect}
 
 
 def outline_plan(
@@ -45,7 +50,7 @@ def outline_plan(
     """
     run = [stack for stack in facts.stacks if stack.index is not None]
     known = {stack.index: stack.num_experts for stack in facts.stacks if stack.index is not None}
-    selected = set(known) if layers is None else set(layers)
+    selected, protect = set(known) if layers is None else set(layers), set(protect)
     if unknown := sorted(selected - set(known)):
         raise PlanError(f"--layers: {unknown} are no MoE layers; those are {', '.join(map(str, known))}")
     for layer, expert in protect:
@@ -102,7 +107,7 @@ def layer_nbytes(facts: ModelFacts, outline: Plan, budget: Budget) -> dict[str, 
     return {prefix: spare + stored_nbytes(plan, stacks[prefix]) for prefix, plan in outline.layers.items()}
 
 
-def room_of(outline: Plan, method: Method, layers: Sequence[int], protect: Iterable[tuple[int, int]] = ()) -> Room:
+def room_of(outline: Plan, method: Method, layers: Sequence[int], protect: Collection[tuple[int, int]] = ()) -> Room:
     """Return what an allocation may choose from.
 
     Args:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,15 +16,13 @@ from moetailor.checkpoint.layout import Stack
 from moetailor.checkpoint.weights import ExpertWeights
 from moetailor.errors import CheckpointError, PlanError
 from moetailor.methods.allocation import Allocation, spread
-from moetailor.methods.outline import asked, layer_nbytes, limit_of, outline_plan, room_of
+from moetailor.methods.outline import asked, layer_nbytes, limit_of, outline_plan, pairs_of, room_of
 from moetailor.methods.registry import Method, find_method
 from moetailor.planning.budget import Budget
 from moetailor.planning.checks import check_plan
 from moetailor.planning.layer_plan import LayerPlan, keep_only
 from moetailor.planning.plan import Plan, calibration_hash
 from moetailor.planning.view import LayerView
-
-Experts = Iterable[tuple[int, int]]
 
 
 def make_plan(
@@ -34,7 +32,7 @@ def make_plan(
     *,
     parameters: Mapping[str, Any] | None = None,
     layers: Iterable[int] | None = None,
-    protect: Experts = (),
+    protect: Iterable[tuple[int, int]] = (),
     guard_super_experts: bool = False,
     allocation: Allocation = "uniform",
     weights: ExpertWeights | None = None,
@@ -62,7 +60,8 @@ def make_plan(
     """
     chosen, facts = find_method(method), calibration.model
     resolved = chosen.resolve(parameters or {})
-    protected = set(protect) | (super_experts(calibration) if guard_super_experts else set())
+    layers = None if layers is None else sorted({int(layer) for layer in layers})  # once: it may be an iterator
+    protected = pairs_of(protect) | (super_experts(calibration) if guard_super_experts else set())
     if weights is None and chosen.weights and not facts.source:
         raise PlanError(f"{method} reads expert weights, and the model was calibrated in memory; pass weights=")
     _check_recorded(calibration, chosen)
@@ -72,7 +71,7 @@ def make_plan(
     if chosen.weights:
         check_weights(weights, facts)
     if allocation in ("error", "global"):
-        numbers = calibration.layers if layers is None else sorted(set(layers))
+        numbers = calibration.layers if layers is None else layers
         views = [view_of(calibration, number, weights, protected) for number in numbers]
         counts = spread(allocation, chosen, resolved, views, room_of(outline, chosen, numbers))
         outline = outline_plan(facts, chosen, resolved, budget, allocation=counts, **given)
@@ -100,7 +99,11 @@ def make_plan(
 
 
 def view_of(
-    calibration: Calibration, layer: int, weights: ExpertWeights, protected: Experts = (), nbytes: int = 0
+    calibration: Calibration,
+    layer: int,
+    weights: ExpertWeights,
+    protected: Collection[tuple[int, int]] = (),
+    nbytes: int = 0,
 ) -> LayerView:
     """Return what a method or its `build` sees of one decoder layer."""
     stack = next(stack for stack in calibration.model.stacks if stack.index == layer)

@@ -15,7 +15,7 @@ import torch
 from jinja2 import TemplateError
 from torch.utils.data import Dataset
 
-from moetailor.calibration.text import check_length, documents, read_lines
+from moetailor.calibration.text import check_length, documents, read_lines, words_of
 from moetailor.errors import CalibrationError, did_you_mean
 
 LossOn = Literal["completion", "all"]
@@ -39,6 +39,9 @@ class ExampleOptions:
     data: tuple[str, ...]
     length: int = 1024
     loss_on: LossOn = "completion"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "data", words_of(self.data))
 
 
 class Blocks(Dataset):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from torch import nn
 from transformers import TrainerCallback, set_seed
 
 from moetailor._version import __version__
+from moetailor.calibration.text import words_of
 from moetailor.checkpoint.anatomy import Anatomy, discover
 from moetailor.checkpoint.files import Checkpoint, open_checkpoint
 from moetailor.checkpoint.loader import load_config
@@ -65,7 +66,7 @@ def recover(
     *,
     examples: ExampleOptions | Blocks,
     teacher: str | Path | None = None,
-    train: Sequence[str] = ("router",),
+    train: str | Iterable[str] = ("router",),
     loss: Loss = "kd",
     options: RecoveryOptions = RecoveryOptions(),  # noqa: B008 (frozen)
     held_out: ExampleOptions | Blocks | None = None,
@@ -73,7 +74,7 @@ def recover(
     device: str | None = None,
     dtype: str | None = None,
     trust_remote_code: bool = False,
-    callbacks: Sequence[TrainerCallback] = (),
+    callbacks: Iterable[TrainerCallback] = (),
     progress: Stage | None = None,
 ) -> RecoveryResult:
     """Train a part of a checkpoint and write the result, in the format it had.
@@ -110,6 +111,7 @@ def recover(
         return partial(progress, name) if progress is not None and PartialState().is_main_process else None
 
     started, out = time.monotonic(), Path(out)
+    train, callbacks = words_of(train), list(callbacks)
     words, objective = _check(train, loss, options, teacher, held_out)
     source = open_checkpoint(model)
     wanted = objective.needs_teacher or callbacks or options.anneal
