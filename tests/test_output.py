@@ -49,7 +49,7 @@ def test_what_steers_a_terminal_is_left_out(
 
 
 def test_colours_and_bars_still_reach_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    console = output._Console(force_terminal=True, width=200, color_system="standard")
+    console = PlainConsole(force_terminal=True, width=200, color_system="standard")
     with console.capture() as taken:
         console.print(Text(HOSTILE, "red"))
         table = Table(HOSTILE)

@@ -25,5 +25,6 @@ class PlainConsole(Console):
         super().__init__(highlight=False, emoji=False, markup=False, **options)
 
     def render(self, *args: Any, **options: Any) -> Iterator[Segment]:
+        """Yield what rich draws, texts without letters that steer."""
         for segment in super().render(*args, **options):
             yield segment if segment.control else Segment(segment.text.translate(STEERING), segment.style)

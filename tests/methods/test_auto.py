@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import moetailor
-from moetailor.answers import Constant, Drop, Keep, LowRank
+from moetailor.answers import Constant, Drop, Keep, LowRank, Remap
 from moetailor.calibration.domains import balanced
 from moetailor.checkpoint.experts import ExpertShape
 from moetailor.checkpoint.layout import Stack
@@ -113,10 +113,10 @@ def test_what_no_token_reached_is_answered_by_no_other_expert(groups: int) -> No
     choice = _choice(made, 0.0)
     for expert, answers in enumerate(choice.answers):
         costs = dict(zip(answers, choice.menu.errors[expert].tolist(), strict=False))
-        others = [cost for slot, cost in costs.items() if slot.kind == "expert"]
+        others = [cost for slot, cost in costs.items() if isinstance(slot, Remap)]
         assert len(others) == 2
         assert [cost == torch.inf for cost in others] == [expert == dead] * 2
-        assert costs[Slot("drop")] == (0 if expert == dead and groups == 1 else torch.inf)
+        assert costs[Drop()] == (0 if expert == dead and groups == 1 else torch.inf)
 
 
 def test_a_slot_that_no_token_reached_is_dropped_before_anything_else() -> None:
