@@ -1,6 +1,12 @@
 """The rules of the house, read off the source: what CONTRIBUTING.md asks of every change holds of every file."""
 
+import random
 import re
+import zlib
+
+import numpy
+import pytest
+import torch
 
 from moetailor.answers import ANSWERS
 from support.families import FAMILIES, REFUSED
@@ -150,6 +156,15 @@ def test_tests_share_through_support_only() -> None:
             if re.search(r"(^|\.)(test_\w+|conftest)\b", module):
                 sharing.append(f"{source.name}:{line} imports {module}")
     assert not sharing
+
+
+def test_draws_begin_from_the_name_of_the_test(request: pytest.FixtureRequest) -> None:
+    def drawn() -> list[float]:
+        return [random.random(), numpy.random.random(), float(torch.rand(()))]
+
+    found, seed = drawn(), zlib.crc32(request.node.nodeid.encode())
+    random.seed(seed), numpy.random.seed(seed), torch.manual_seed(seed)
+    assert drawn() == found
 
 
 # The rulers themselves

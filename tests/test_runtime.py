@@ -105,7 +105,7 @@ def test_low_precision_is_no_worse_than_the_original_family(implementation: str)
     slots = [*OWN[:6], Remap(1), Remap(2)]
     original, module = compressed_experts(slots)
     original.config._experts_implementation = module.config._experts_implementation = implementation
-    x, index, gates = torch.randn(64, 32), torch.randint(0, 8, (64, 2)), torch.rand(64, 2)
+    x, index, gates = torch.randn(512, 32), torch.randint(0, 8, (512, 2)), torch.rand(512, 2)
     answers = torch.tensor([slot.expert(number) for number, slot in enumerate(slots)])[index]
     truth = original(x, answers, gates)
     naive = (original.bfloat16()(x.bfloat16(), answers, gates.bfloat16()).float() - truth).norm()
