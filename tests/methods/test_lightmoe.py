@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from moetailor.methods.low_rank import bases_of
 
 import moetailor
 from moetailor.answers import Keep, LowRank
@@ -15,7 +16,6 @@ from moetailor.checkpoint.facts import ModelFacts
 from moetailor.checkpoint.family import Groups
 from moetailor.checkpoint.layout import Stack
 from moetailor.methods.lightmoe import _factors, build, lightmoe, outline
-from moetailor.methods.low_rank import bases_of
 from moetailor.planning.checks import check_plan
 from moetailor.planning.layer_plan import LayerPlan
 from moetailor.planning.plan import planned_nbytes
