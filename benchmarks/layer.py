@@ -41,6 +41,7 @@ def layer_view(tokens: int) -> Any:
     from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
     from moetailor.calibration.statistics import Sample, Sums
+    from moetailor.checkpoint.experts import ExpertShape
     from moetailor.planning.view import LayerView
 
     generator = torch.Generator().manual_seed(0)
@@ -66,9 +67,10 @@ def layer_view(tokens: int) -> Any:
         groups=1,
         nbytes=KEEP * (expert_bytes + (1 + 2 * 32) * WIDTH * 4),
         expert_bytes=expert_bytes,
-        itemsize=4,
+        shape=ExpertShape(width=WIDTH, inner=INNER),
         read_sums=lambda: sums,
         read_sample=lambda: sample,
+        read_correction=lambda: None,
         open_experts=lambda: nullcontext(module),
     )
 
@@ -91,15 +93,14 @@ def measure(name: str, tokens: int) -> dict[str, float]:
     import moetailor
 
     warnings.simplefilter("ignore", moetailor.MoetailorWarning)
-    method, parameters = moetailor.METHODS[CASES[name][0]], CASES[name][1]
-    layer, resolved = layer_view(tokens), method.resolve(parameters)
+    method = moetailor.METHODS[CASES[name][0]].of(CASES[name][1])
+    layer = layer_view(tokens)
     rate = matrix_rate()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         began = time.perf_counter()
-        (plan,) = method.plan([layer], [KEEP], resolved)
+        plan = method.plan(layer, KEEP)
         planned = time.perf_counter()
-        assert method.build is not None
-        method.build(layer, plan, **resolved)
+        method.build(layer, plan)
         built = time.perf_counter()
     rate = max(rate, matrix_rate())
     return {

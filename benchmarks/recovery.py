@@ -216,7 +216,7 @@ def run(cell: Cell, work: Path, tokens: int, lr: float) -> dict[str, Any]:
     source, steps, losses = REFERENCE, tokens // (BATCH * LENGTH), ()
     if row.method is not None:
         calibration = moetailor.Calibration.open(work / f"{cell.task}.calibration")
-        whole = moetailor.METHODS[row.method].whole
+        whole = moetailor.METHODS[row.method].useful_whole
         budget = moetailor.Budget.parse(remove="0%" if whole else cell.ratio).of_total(calibration.model.nbytes)
         plan = moetailor.make_plan(calibration, row.method, budget, parameters=row.parameters)
         source = moetailor.apply(plan, REFERENCE, place.with_name(place.name + ".start"), calibration=calibration)

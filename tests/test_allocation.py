@@ -19,9 +19,10 @@ from moetailor.checkpoint.layout import Stack
 from moetailor.checkpoint.weights import ExpertWeights
 from moetailor.errors import MoetailorError, PlanError
 from moetailor.evaluation.fidelity import Reference
-from moetailor.evaluation.search import SearchOptions, evolve, mutated, with_slots
-from moetailor.methods.allocation import constant_errors, counts_of, read_allocation
+from moetailor.evaluation.search import with_slots
+from moetailor.methods.allocation import AllocationBounds, counts_of, read_allocation, weighted_errors
 from moetailor.methods.choose import best_of_all
+from moetailor.methods.evolution import SearchOptions, evolve, mutated
 from moetailor.methods.registry import find_method
 from moetailor.methods.run import view_of
 from moetailor.planning.budget import Budget
@@ -93,9 +94,9 @@ def test_the_error_of_a_constant_by_hand() -> None:
     # sum g^2 |y|^2 = 5, |sum g^2 y|^2 / sum g^2 = 9 / 5, so 3.2 over four tokens. Expert 2 is reached by none.
     pairs = [(0, 1.0, [3.0, 4.0]), (0, 2.0, [3.0, 4.0]), (1, 1.0, [1.0, 0.0]), (1, 2.0, [-1.0, 0.0])]
     sums = sums_of(pairs, experts=3, tokens=4)
-    (nats,) = constant_errors([layer_of(sums, effect=0.5)])
+    (nats,) = weighted_errors([layer_of(sums, effect=0.5)])
     torch.testing.assert_close(nats, torch.tensor([0, 0.4, 0], dtype=torch.float64))
-    (shares,) = constant_errors([layer_of(sums)])
+    (shares,) = weighted_errors([layer_of(sums)])
     torch.testing.assert_close(shares, torch.tensor([0, 1, 0], dtype=torch.float64))
 
 
@@ -160,7 +161,7 @@ def test_every_rule_keeps_the_total_and_the_bytes(
     assert plan.budget == f"{budget}, allocation {rule}"
     # LightMoE needs no base, and no parts on it, in a layer that stays whole.
     assert plan.nbytes <= uniform.nbytes if method == "lightmoe" else plan.nbytes == uniform.nbytes
-    if find_method(method).removed == "drop":
+    if find_method(method).replaces_with.drops:
         assert all(len(layer.pool) % groups == 0 for layer in plan.layers.values())
 
 
@@ -295,7 +296,7 @@ def test_compress_measures_what_errors_are_weighed_by(tmp_path: Path) -> None:
     assert sum(counts) == 96
     assert len(set(counts)) > 1
     assert plan.nbytes == moetailor.make_plan(measured, "frequency", Budget.parse(keep=24)).nbytes
-    weighed = constant_errors([view_of(measured, layer, ExpertWeights(REFERENCE)) for layer in measured.layers])
+    weighed = weighted_errors([view_of(measured, layer, ExpertWeights(REFERENCE)) for layer in measured.layers])
     gone = [sorted(worth.tolist())[: 32 - count] for worth, count in zip(weighed, counts, strict=True)]
     stay = [sorted(worth.tolist())[32 - count :] for worth, count in zip(weighed, counts, strict=True)]
     # nothing that went, in whatever layer, was worth more than what stays
@@ -375,11 +376,12 @@ def test_candidates_share_all_weights_but_the_routers() -> None:
 
 def test_mutation_keeps_the_total_and_the_bounds() -> None:
     draw, counts = random.Random(0), (9, 9, 9)
+    bounds = AllocationBounds(keeps=counts, least=(3, 6, 3), most=(12, 12, 15), step=3)
     seen = set()
     for _ in range(500):
-        counts = mutated(counts, [3, 6, 3], [12, 12, 15], 3, draw)
+        counts = mutated(counts, bounds, draw)
         assert sum(counts) == 27
-        assert all(low <= count <= high for count, low, high in zip(counts, (3, 6, 3), (12, 12, 15), strict=True))
+        assert all(low <= count <= high for count, low, high in zip(counts, bounds.least, bounds.most, strict=True))
         assert all(count % 3 == 0 for count in counts)
         seen.add(counts)
     every = [c for c in itertools.product((3, 6, 9, 12), (6, 9, 12), (3, 6, 9, 12, 15)) if sum(c) == 27]
@@ -392,9 +394,11 @@ def test_the_best_is_never_lost_and_found_in_the_end() -> None:
     def fitness(counts: tuple[int, ...]) -> float:
         return -float(sum(abs(count - best) for count, best in zip(counts, target, strict=True)))
 
+    bounds = AllocationBounds(keeps=(6,) * 4, least=(1,) * 4, most=(10,) * 4, step=1)
+
     def best(generations: int) -> tuple[int, ...]:
         options = SearchOptions(population=8, survivors=2, generations=generations)
-        return evolve((6, 6, 6, 6), [1] * 4, [10] * 4, 1, fitness, options)
+        return evolve(bounds, fitness, options)
 
     found = [fitness(best(generations)) for generations in (1, 2, 4, 8, 16, 32)]
     assert found == sorted(found)

@@ -105,6 +105,36 @@ def test_inspect_as_text_and_as_json(run) -> None:
     }
 
 
+def test_methods_are_listed_in_80_columns_and_shown_one_by_one(run) -> None:
+    code, shown, _ = run("methods")
+    assert code == 0
+    lines = shown.splitlines()
+    assert max(map(len, lines)) <= 80
+    starts = [line.split()[0] for line in lines[1:] if line and not line.startswith(" ")]
+    assert starts[: len(moetailor.METHODS)] == sorted(moetailor.METHODS)
+    (linear,) = (line for line in lines if line.startswith("linear "))
+    assert linear.split("  ")[0] == "linear"
+    assert "constant, linear" in linear
+    code, shown, _ = run("methods", "LightMoE")
+    assert code == 0
+    for told in ("-p base=average", "average, mean, least_squares or dominant", "paper: arXiv:2603.12645"):
+        assert told in shown
+    for told in ("-p rank=16  a whole number, at least 0", "--remove is a share of all bytes"):
+        assert told in shown
+    assert "`" not in shown
+    code, _, err = run("methods", "lihgtmoe")
+    assert code == 1
+    assert "no method 'lihgtmoe'; did you mean 'lightmoe'?" in err
+
+
+def test_a_method_is_found_however_it_is_capitalised(run, tmp_path: Path) -> None:
+    words = ["compress", REFERENCE, "-o", tmp_path / "out", "--data", tmp_path / "no", "--dry-run"]
+    code, _, err = run(*words, "--method", "Compressed_Experts")  # which may go without a budget
+    assert code == 0, err
+    assert "compressed_experts keeps" in err
+    assert run(*words, "--method", "AUTO", "--native", "--remove", "25%")[0] == 0
+
+
 def test_wrong_usage_exits_with_2_and_wrong_input_with_1(run, tmp_path: Path) -> None:
     assert run("plan")[0] == 2
     assert run("plan", tmp_path, "-o", tmp_path / "p", "-m", "mone", "--remove", "25%", "-p", "novice")[0] == 2

@@ -71,7 +71,7 @@ def test_help_is_quick_and_loads_nothing_heavy() -> None:
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert shown.strip().endswith("[]")
-    verbs = "inspect calibrate plan allocate show diff apply compress compare evaluate recover report"
+    verbs = "inspect calibrate methods plan allocate show diff apply compress compare evaluate recover report"
     for verb in verbs.split():
         assert verb in shown
 
@@ -87,6 +87,7 @@ FLAGS = {
     "calibrate": "--batch-size --data --device --device-map --dtype --effect --length --mask-special --out "
     "--residual --sample-tokens --seed "
     "--sequences --states --stream --trust-remote-code",
+    "methods": "",
     "plan": "--allocation --guard-super-experts --keep --layers --load-dtype --memory --method --model --native --out "
     "--param --protect --remove --size",
     "allocate": "--device --dtype --generations --keep --layers --load-dtype --memory --method --model --out "

@@ -44,16 +44,6 @@ LONG_FILES = {
     "src/moetailor/calibration/run.py": "one walk over the layers is taken out of it",
 }
 LONG_FUNCTIONS = {"src/moetailor/recovery/recover.py: recover": "its stages become functions"}
-BORROWED = {
-    ("src/moetailor/inspection/redundancy.py", "conmoe"): "distances move to fitting/",
-    ("src/moetailor/inspection/redundancy.py", "linear"): "held-out errors move to fitting/",
-    ("src/moetailor/methods/auto.py", "conmoe"): "distances move to fitting/",
-    ("src/moetailor/methods/auto.py", "linear"): "the algebra of linear maps moves to fitting/",
-    ("src/moetailor/methods/compressed_experts.py", "mone"): "constants move to fitting/",
-    ("src/moetailor/methods/linear.py", "mone"): "constants move to fitting/",
-    ("src/moetailor/methods/mergemoe.py", "conmoe"): "distances move to fitting/",
-    ("src/moetailor/methods/refit.py", "naee"): "the search over subsets moves to fitting/",
-}
 
 
 NAMING_KINDS = {
@@ -86,7 +76,7 @@ def test_imports_run_down_the_flow() -> None:
 def test_a_method_is_asked_for_by_its_name() -> None:
     """Nothing leans on the file of a method: what two share lies in fitting/ or in a file that is no method's."""
     files = {source.module: source for source in sources("src/moetailor/methods")}
-    methods = {name for name, source in files.items() if re.search(r"^@method\(", source.text, re.MULTILINE)}
+    methods = {name for name, source in files.items() if re.search(r"^@register$", source.text, re.MULTILINE)}
     assert len(methods) > 15
     borrowed = set()
     for source in sources("src"):
@@ -94,7 +84,7 @@ def test_a_method_is_asked_for_by_its_name() -> None:
             for _, module in source.imports():
                 found = methods & {module, module.rpartition(".")[0]}
                 borrowed |= {(source.name, name.rpartition(".")[2]) for name in found}
-    assert borrowed == BORROWED.keys()
+    assert not borrowed
 
 
 def test_kinds_of_answers_are_named_by_those_who_decide() -> None:

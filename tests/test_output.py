@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from moetailor.checkpoint.files import SINGLE
 from moetailor_cli import app, output
+from moetailor_cli.console import PlainConsole
 from support.plans import MIXED
 
 Get = Callable[[str], Path]

@@ -16,7 +16,7 @@ from support.tiny import anatomy_of, load, logits, token_batches
 
 Get = Callable[[str], Path]
 GetCalibration = Callable[[str], moetailor.Calibration]
-BUILDING = sorted(name for name, method in moetailor.METHODS.items() if method.build is not None)
+BUILDING = sorted(name for name, method in moetailor.METHODS.items() if method.builds)
 FAMILIES = ["deepseek_v3", "gpt_oss", "olmoe", "qwen2_moe"]
 
 

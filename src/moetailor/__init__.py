@@ -13,9 +13,10 @@ from moetailor.checkpoint.weights import ExpertWeights
 from moetailor.comparison.compare import compare
 from moetailor.errors import CalibrationError, CheckpointError, MoetailorError, MoetailorWarning, PlanError
 from moetailor.evaluation.evaluate import Scores, TaskOptions, evaluate
-from moetailor.evaluation.search import Allocated, SearchOptions, allocate
+from moetailor.evaluation.search import Allocated, allocate
 from moetailor.inspection.redundancy import Redundancy, find_redundancy
 from moetailor.methods import METHODS, make_plan
+from moetailor.methods.evolution import SearchOptions
 from moetailor.pipeline import compress, precheck
 from moetailor.planning.budget import Budget
 from moetailor.planning.plan import Plan

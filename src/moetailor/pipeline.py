@@ -21,7 +21,7 @@ from moetailor.checkpoint.weights import ExpertWeights
 from moetailor.checkpoint.writer import check_place
 from moetailor.errors import PlanError
 from moetailor.methods.allocation import Allocation
-from moetailor.methods.outline import outline_plan, pairs_of
+from moetailor.methods.estimate import estimate_plan, pairs_of
 from moetailor.methods.registry import find_method
 from moetailor.methods.run import make_plan
 from moetailor.planning.budget import Budget
@@ -67,8 +67,7 @@ def precheck(
     Raises:
         MoetailorError: whatever would be refused later, as far as it shows without data.
     """
-    chosen = find_method(method)
-    resolved = chosen.resolve(parameters or {})
+    chosen = find_method(method).of(parameters or {})
     checkpoint = open_checkpoint(model)
     inputs = {"the original": checkpoint.folder, "the calibration": Path(calibration) if calibration else None}
     check_place(Path(out), overwrite=overwrite, inputs=inputs)
@@ -76,14 +75,14 @@ def precheck(
     skeleton = StreamedModel(checkpoint, config, dtype=torch.float32)
     anatomy = discover(config, skeleton.model, trust_remote_code=trust_remote_code)
     facts = facts_of_checkpoint(checkpoint, anatomy, skeleton.names)
-    plan = outline_plan(facts, chosen, resolved, budget, layers=layers, protect=protect, allocation=allocation)
+    plan = estimate_plan(facts, chosen, budget, layers=layers, protect=protect, allocation=allocation)
     ruled = allocation in ("error", "global")
     if ruled and format == "native":
         raise PlanError(f"--allocation {allocation}: layers keep different numbers of experts; use --format moetailor")
     written = "moetailor" if ruled else resolve_format(plan, format).name
     kept = sorted({len(layer.pool) for layer in plan.layers.values()}) or ["all"]
     return (
-        f"{anatomy.model_type}: {len(anatomy.layers)} MoE layers, top-{anatomy.top_k}; {method} keeps "
+        f"{anatomy.model_type}: {len(anatomy.layers)} MoE layers, top-{anatomy.top_k}; {chosen.name} keeps "
         f"{', '.join(map(str, kept))} experts {'on average ' if ruled else ''}"
         f"in {len(plan.layers)} of them: {plan.nbytes:,} of {facts.nbytes:,} bytes, format {written}"
     )

@@ -16,6 +16,7 @@ from moetailor_cli import output
 from moetailor_cli.apply import apply, compress
 from moetailor_cli.compare import compare
 from moetailor_cli.measure import calibrate, evaluate, inspect
+from moetailor_cli.methods import methods
 from moetailor_cli.plan import allocate, diff, plan, show
 from moetailor_cli.recover import recover
 from moetailor_cli.report import report
@@ -29,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-VERBS = (inspect, calibrate, plan, allocate, show, diff, apply, compress, evaluate, compare, report, recover)
+VERBS = (inspect, calibrate, methods, plan, allocate, show, diff, apply, compress, evaluate, compare, report, recover)
 
 
 class _Verb(TyperCommand):

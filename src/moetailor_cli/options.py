@@ -48,10 +48,7 @@ Method = Annotated[
     typer.Option(
         "--method",
         "-m",
-        help="Drops: random, frequency, soft_frequency, seer_moe, ean, man, msan, reap, easy_ep, naee, diep, aimer, "
-        "refit. "
-        "Stand-ins: mone, linear, lightmoe. Remaps: conmoe. Merges: mergemoe, m_smoe, hc_smoe, sub_moe, ream. "
-        "A mix: auto. Fewer active ones: compressed_experts.",
+        help="Name of a method; see `moetailor methods`.",
     ),
 ]
 Native = Annotated[

@@ -272,7 +272,7 @@ def _candidate(cell: dict) -> str:
     """Return a method with the parameters that are not its defaults."""
     from moetailor import METHODS
 
-    defaults = METHODS[cell["method"]].parameters if cell["method"] in METHODS else {}
+    defaults = METHODS[cell["method"]]().parameters if cell["method"] in METHODS else {}
     changed = [f"{key}={value}" for key, value in cell["parameters"].items() if defaults.get(key) != value]
     return ":".join([cell["method"], *changed])
 

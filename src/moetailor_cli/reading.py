@@ -10,7 +10,7 @@ import typer
 
 def read_menu(method: str, native: bool) -> str:
     """Return the method that is meant."""
-    if native and method != "auto":
+    if native and method.lower() != "auto":
         raise typer.BadParameter(f"--native: narrows what auto may choose; leave it out for {method}")
     return "refit" if native else method
 
@@ -28,7 +28,8 @@ def read_budget(
     """Read the flags; a method that is of use without removing experts may go without."""
     import moetailor
 
-    if remove is keep is size is memory is None and method in moetailor.METHODS and moetailor.METHODS[method].whole:
+    found = moetailor.METHODS.get(method.lower())
+    if remove is keep is size is memory is None and found is not None and found.useful_whole:
         remove = "0%"
     return moetailor.Budget.parse(remove=remove, keep=keep, size=size, memory=memory, load_dtype=load_dtype)
 

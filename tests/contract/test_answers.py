@@ -60,9 +60,9 @@ def test_low_rank_experts_are_their_base_and_their_own_part(
 
     def matrices(slot: int) -> dict[str, torch.Tensor]:
         if slot not in numbers:
-            return own.one(slot)
+            return own.expert(slot)
         at, base = numbers.index(slot), named.index(low[slot].base)
-        found = {part: getattr(module, f"low_rank_base_{part}")[base].detach() for part in own.one(0)}
+        found = {part: getattr(module, f"low_rank_base_{part}")[base].detach() for part in own.expert(0)}
         for part in (*own.inputs, "down"):
             rows = slice(2 * at, 2 * at + 2)
             low_in, low_out = (getattr(module, f"low_rank_{part}_{side}")[rows] for side in ("in", "out"))
@@ -125,7 +125,7 @@ def test_auxiliary_slots_modulate_what_runs(name: str, checkpoint: Get, calibrat
             expected[token] += gate * constant.detach()
         if main is None:
             continue
-        matrices = own.one(main[1])
+        matrices = own.expert(main[1])
         for part in parts:
             delta = sum(gate / total * getattr(module, f"auxiliary_{part}")[slot].detach() for gate, slot in aside)
             matrices[part] = matrices[part] * (1 + delta)

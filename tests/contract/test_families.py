@@ -248,7 +248,7 @@ def test_merged_experts_round_trip(
         share = count / count.sum() if count.sum() else torch.full_like(count, 1 / len(members))
         for part, stack in before.matrices(members).items():
             mean = (share.view(-1, *[1] * (stack.dim() - 1)) * stack).sum(0)
-            torch.testing.assert_close(after.one(layer_plan.pool.index(centre))[part], mean, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(after.expert(layer_plan.pool.index(centre))[part], mean, rtol=1e-4, atol=1e-5)
 
 
 @every_family

@@ -11,6 +11,7 @@ import moetailor
 from moetailor.answers import Constant, LowRank
 from moetailor.calibration.statistics import STATISTICS
 from moetailor.checkpoint.weights import ExpertWeights
+from moetailor.methods.description import describe
 from moetailor.methods.registry import find_method
 from moetailor.methods.run import view_of
 from moetailor.planning.view import LayerView
@@ -77,7 +78,7 @@ def test_routers_that_cannot_be_predicted_are_refused(method: str, family: str, 
 @every_pair
 def test_keeping_every_expert_plans_nothing(method: str, family: str, calibration: GetCalibration) -> None:
     plan = make(calibration(family), method, calibration(family).model.stacks[0].num_experts)
-    if find_method(method).whole:  # nothing is removed, something is added
+    if find_method(method).useful_whole:  # nothing is removed, something is added
         assert all(len(layer.pool) == len(layer.slots) for layer in plan.layers.values())
         assert plan.nbytes > plan.model.nbytes
     else:
@@ -87,7 +88,7 @@ def test_keeping_every_expert_plans_nothing(method: str, family: str, calibratio
 
 @pytest.mark.parametrize("method", sorted(moetailor.METHODS))
 def test_declared_statistics_suffice(method: str, calibration: GetCalibration) -> None:
-    chosen = find_method(method)
+    chosen = find_method(method).of(TINY_PARAMETERS.get(method, {}))
     whole = views(calibration("olmoe"))
     spoiled = views(calibration("olmoe"))
     sums = STATISTICS - {"effect"}
@@ -95,20 +96,18 @@ def test_declared_statistics_suffice(method: str, calibration: GetCalibration) -
         view.effect = view.effect if "effect" in chosen.needs else torch.nan
         hidden = {name: torch.full_like(getattr(view.sums, name), torch.nan) for name in sums - chosen.needs}
         view.__dict__["sums"] = dataclasses.replace(view.sums, **hidden)
-    keeps, parameters = [5] * len(whole), chosen.resolve(TINY_PARAMETERS.get(method, {}))
-    plans = chosen.plan(whole, keeps, parameters)
+    keeps = [5] * len(whole)
+    plans = list(chosen.plan_layers(whole, keeps))
     # A view forgets what it read when its layer is decided, so the spoiled sums are kept by hand.
     for view in spoiled:
         view.read_sums = lambda sums=view.sums: sums
-    assert chosen.plan(spoiled, keeps, parameters) == plans
+    assert list(chosen.plan_layers(spoiled, keeps)) == plans
     for index, plan in zip(calibration("olmoe").layers, plans, strict=True):
         if plan.of(Constant):
-            assert chosen.build is not None
             fresh, blind = views(calibration("olmoe")), [v for v in spoiled if v.index == index]
-            built = chosen.build(next(v for v in fresh if v.index == index), plan, **parameters)
-            assert all(
-                torch.equal(built[name], tensor) for name, tensor in chosen.build(blind[0], plan, **parameters).items()
-            )
+            built = chosen.build(next(v for v in fresh if v.index == index), plan)
+            assert built
+            assert all(torch.equal(built[name], tensor) for name, tensor in chosen.build(blind[0], plan).items())
 
 
 @pytest.mark.parametrize("method", sorted(moetailor.METHODS))
@@ -116,7 +115,7 @@ def test_a_size_is_never_exceeded_and_wastes_no_whole_expert(method: str, calibr
     facts = calibration("olmoe").model
     for size in (facts.nbytes, facts.nbytes * 3 // 4, facts.nbytes * 3 // 4 + 1):
         budget = moetailor.Budget.parse(size=size)
-        if find_method(method).whole and size == facts.nbytes:
+        if find_method(method).useful_whole and size == facts.nbytes:
             continue  # its vectors do not fit beside all experts
         plan = moetailor.make_plan(calibration("olmoe"), method, budget, parameters=TINY_PARAMETERS.get(method))
         assert plan.nbytes <= size
@@ -126,7 +125,7 @@ def test_a_size_is_never_exceeded_and_wastes_no_whole_expert(method: str, calibr
 
 @pytest.mark.parametrize("method", sorted(moetailor.METHODS))
 def test_protected_experts_and_other_layers_stay(method: str, calibration: GetCalibration) -> None:
-    keep = 4 if find_method(method).removed is LowRank else 3  # one of them is the base
+    keep = 4 if find_method(method).replaces_with is LowRank else 3  # one of them is the base
     plan = moetailor.make_plan(
         calibration("olmoe"),
         method,
@@ -143,7 +142,10 @@ def test_protected_experts_and_other_layers_stay(method: str, calibration: GetCa
 @pytest.mark.parametrize("method", sorted(moetailor.METHODS))
 def test_methods_say_what_they_are(method: str) -> None:
     found = find_method(method)
-    assert found.summary.endswith(".")
+    said = describe(found)
+    assert said.summary.endswith(".")
     assert found.needs <= STATISTICS
+    assert {parameter.name: parameter.default for parameter in said.parameters} == found().parameters
+    assert all(parameter.meaning for parameter in said.parameters)
     with pytest.raises(moetailor.PlanError, match="no parameter 'nonsense'"):
-        found.resolve({"nonsense": "1"})
+        found.of({"nonsense": "1"})

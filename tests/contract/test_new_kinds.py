@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,8 @@ from moetailor.checkpoint.loader import quiet_transformers
 from moetailor.checkpoint.storage import STORAGES
 from moetailor.checkpoint.storage.storage import register_storage
 from moetailor.comparison.results import letters
-from moetailor.methods.registry import METHODS, method
+from moetailor.methods.method import Method
+from moetailor.methods.registry import METHODS, register
 from moetailor.planning.layer_plan import LayerPlan, keep_only
 from moetailor.planning.view import LayerView
 from moetailor.recovery.examples import Blocks
@@ -41,16 +42,25 @@ def toys() -> Iterator[None]:
     register_storage(rows8.Rows8())
     register_format(single.Single())
 
-    def build(layer: LayerView, plan: LayerPlan, **_: object) -> dict[str, torch.Tensor]:
-        where = list(plan.of(diagonal.Diagonal))
-        generator = torch.Generator().manual_seed(layer.index)
-        weight, bias = torch.randn(2, len(where), layer.shape.width, generator=generator)
-        return {"diagonal_weight": weight, "diagonal_bias": bias}
-
-    @method("toy", removed=diagonal.Diagonal, builds={"diagonal"}, build=build)
-    def toy(layer: LayerView, keep: int, *, storage: str = "plain") -> LayerPlan:
+    @register
+    @dataclass(frozen=True, kw_only=True)
+    class Toy(Method):
         """Replace the last experts by diagonal maps."""
-        return keep_only(layer.num_experts, range(keep), diagonal.Diagonal(storage))
+
+        storage: str = "plain"
+
+        name = "toy"
+        replaces_with = diagonal.Diagonal
+        builds = frozenset({"diagonal"})
+
+        def plan(self, layer: LayerView, keep: int) -> LayerPlan:
+            return keep_only(layer.num_experts, range(keep), diagonal.Diagonal(self.storage))
+
+        def build(self, layer: LayerView, plan: LayerPlan) -> dict[str, torch.Tensor]:
+            where = list(plan.of(diagonal.Diagonal))
+            generator = torch.Generator().manual_seed(layer.index)
+            weight, bias = torch.randn(2, len(where), layer.shape.width, generator=generator)
+            return {"diagonal_weight": weight, "diagonal_bias": bias}
 
     yield
     del ANSWERS["diagonal"], STORAGES["rows8"], FORMATS["single"], METHODS["toy"]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moetailor.fitting.least_squares import RIDGES, Normal, chosen_ridge, pseudo_inverse, ridge, ridge_errors
+from moetailor.fitting.least_squares import RIDGES, NormalEquations, chosen_ridge, pseudo_inverse, ridge, ridge_errors
 
 
 def draw(tokens: int, neurons: int = 5, width: int = 3, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -13,8 +13,8 @@ def draw(tokens: int, neurons: int = 5, width: int = 3, seed: int = 0) -> tuple[
     return features, features @ truth + 0.3 * torch.randn(tokens, width, generator=generator, dtype=torch.float64)
 
 
-def normal_of(features: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None = None) -> Normal:
-    normal = Normal.zeros(target.shape[1], features.shape[1])
+def normal_of(features: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None = None) -> NormalEquations:
+    normal = NormalEquations.zeros(target.shape[1], features.shape[1])
     normal.add(features, target, weight)
     return normal
 
@@ -66,7 +66,7 @@ def test_errors_of_many_ridges_are_those_of_each() -> None:
     found = ridge_errors(fit, choose, prior, RIDGES)
     expected = [choose.error(ridge(fit, prior, strength)) for strength in RIDGES]
     assert found == pytest.approx(expected, rel=1e-9)
-    assert ridge_errors(Normal.zeros(3, 5), choose, prior, [1.0]) == [choose.error(prior)]
+    assert ridge_errors(NormalEquations.zeros(3, 5), choose, prior, [1.0]) == [choose.error(prior)]
 
 
 def test_the_ridge_is_chosen_by_what_it_loses_on_held_out_tokens() -> None:
@@ -132,7 +132,7 @@ def test_dead_neurons_keep_the_prior() -> None:
 
 def test_without_tokens_the_prior_stays() -> None:
     prior = torch.randn(3, 5, dtype=torch.float64)
-    assert torch.equal(ridge(Normal.zeros(3, 5), prior, 0.1), prior)
+    assert torch.equal(ridge(NormalEquations.zeros(3, 5), prior, 0.1), prior)
 
 
 def test_a_singular_gram_is_solved() -> None:

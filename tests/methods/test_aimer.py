@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from moetailor.calibration.statistics import Sums
-from moetailor.methods.aimer import aimer
+from moetailor.methods.aimer import Aimer
 from moetailor.planning.view import LayerView
 from support.hand import TinyExperts, layer_of
 
@@ -37,11 +37,11 @@ def hand_layer(module: nn.Module | None = None, **fields: object) -> LayerView:
 
 
 def test_scores_and_choice() -> None:
-    plan = aimer(hand_layer(), 2)
+    plan = Aimer().plan(hand_layer(), 2)
     assert plan.scores == SCORES
     assert plan.pool == plan.kept_slots == [1, 2]
-    assert aimer(hand_layer(), 3).pool == [1, 2, 4]
-    assert aimer(hand_layer(protected=frozenset({3})), 2).pool == [1, 3]
+    assert Aimer().plan(hand_layer(), 3).pool == [1, 2, 4]
+    assert Aimer().plan(hand_layer(protected=frozenset({3})), 2).pool == [1, 3]
 
 
 def test_size_and_biases_do_not_count() -> None:
@@ -51,11 +51,13 @@ def test_size_and_biases_do_not_count() -> None:
         module.down_proj[2] *= 1024
         module.gate_up_proj[2] *= 1024
     module.down_proj_bias = nn.Parameter(torch.full((len(WEIGHTS), 2), 100.0))
-    assert aimer(hand_layer(module), 2).scores == SCORES
+    assert Aimer().plan(hand_layer(module), 2).scores == SCORES
 
 
 def test_half_width_is_added_up_in_full() -> None:
     ones = torch.ones(2, 50, 30)
     module = TinyExperts(ones, 3 * ones, 2 * ones.transpose(1, 2)).bfloat16()
     # |w| of 1, 2 and 3 as often: mean 2, rms sqrt(14/3)
-    assert aimer(layer_of(Sums.zeros(2, 30), module=module), 1).scores == pytest.approx([14**0.5 / 12**0.5] * 2, 1e-5)
+    assert Aimer().plan(layer_of(Sums.zeros(2, 30), module=module), 1).scores == pytest.approx(
+        [14**0.5 / 12**0.5] * 2, 1e-5
+    )

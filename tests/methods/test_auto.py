@@ -13,8 +13,8 @@ from moetailor.answers import Constant, Drop, Keep, LowRank, Remap
 from moetailor.calibration.domains import balanced
 from moetailor.checkpoint.experts import ExpertShape
 from moetailor.checkpoint.layout import Stack
-from moetailor.fitting.held_out import choosing
-from moetailor.methods.auto import COMPARED, _base, _choice, _errors, _menu, _nearest, auto
+from moetailor.fitting.held_out import held_out_masks
+from moetailor.methods.auto import COMPARED, Auto, _base, _choice, _errors, _menu, _nearest
 from moetailor.planning.layer_plan import LayerPlan
 from moetailor.planning.plan import stored_nbytes
 from moetailor.planning.view import LayerView
@@ -56,9 +56,9 @@ def test_prices_are_plain_sums_over_tokens_that_were_held_out() -> None:
     slots, base = _menu(made), _base(made)
     errors = dict(zip(slots, _errors(made, 2, base, slots).tolist(), strict=True))
     token, gate = made.routed(2)
-    one = made.experts.one(2)
+    matrices = made.experts.expert(2)
     left = constant = 0.0
-    for held in choosing(token, 8 * WIDTH):
+    for held in held_out_masks(token, 8 * WIDTH):
         weight = gate.double().square()
         y = made.experts.outputs(2, made.sample.hidden[token]).double()
         mean = (weight[~held, None] * y[~held]).sum(0) / weight[~held].sum()
@@ -68,7 +68,7 @@ def test_prices_are_plain_sums_over_tokens_that_were_held_out() -> None:
             left += float(weight[at] * (y[at] - given).square().sum())
             constant += float(weight[at] * (y[at] - mean).square().sum())
     assert errors[LowRank(0)] == pytest.approx(errors[Constant()] * left / constant, rel=1e-4)
-    assert torch.equal(one["up"], made.experts.one(2)["up"])
+    assert torch.equal(matrices["up"], made.experts.expert(2)["up"])
 
 
 def test_errors_fall_with_the_rank_to_nothing() -> None:
@@ -85,7 +85,7 @@ def test_a_budget_is_met_and_more_of_it_loses_less() -> None:
         layers = [layer(6, seed=seed) for seed in (1, 2)]
         for made in layers:
             made.nbytes = int(6 * WHOLE * share)
-        plans = list(auto(layers, [3, 3]))
+        plans = list(Auto().plan_layers(layers, [3, 3]))
         total = sum(spent(plan) for plan in plans)
         assert total <= sum(made.nbytes for made in layers)
         lost = sum(map(predicted, layers, plans))
@@ -122,7 +122,7 @@ def test_what_no_token_reached_is_answered_by_no_other_expert(groups: int) -> No
 def test_a_slot_that_no_token_reached_is_dropped_before_anything_else() -> None:
     dead, made = 3, silent(3)
     made.nbytes = 4 * WHOLE
-    (plan,) = auto([made], [4])
+    (plan,) = Auto().plan_layers([made], [4])
     assert plan.pool == [0, 1, 2, 4]
     assert plan.slots[dead] == Drop()
     assert plan.expected == 0
@@ -135,7 +135,7 @@ def test_of_copies_one_stays_and_answers_for_the_others_in_their_scale() -> None
     made.expert_bytes, made.effect = WHOLE, 1.0
     made.sums.gate.copy_(made.sums.gate_sq)
     made.nbytes = 2 * WHOLE
-    (plan,) = auto([made], [2])
+    (plan,) = Auto().plan_layers([made], [2])
     (stays,) = set(plan.pool) - {1}
     assert {answer.expert(slot) for slot, answer in enumerate(plan.slots)} == {1, stays}
     size = {0: 1.0, 2: 1.0, 3: 0.5}
@@ -149,7 +149,7 @@ def test_errors_count_by_what_they_do_to_the_predictions() -> None:
     layers = [layer(6, seed=1), layer(6, seed=1)]
     for made, effect in zip(layers, (1.0, 10.0), strict=True):
         made.effect, made.nbytes = effect, 3 * WHOLE
-    cheap, dear = auto(layers, [3, 3])
+    cheap, dear = Auto().plan_layers(layers, [3, 3])
     assert spent(cheap) < spent(dear)
     alone = layer(6, seed=1)
     assert dear.expected == pytest.approx(10 * predicted(alone, dear), rel=1e-5)

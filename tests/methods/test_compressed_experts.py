@@ -10,7 +10,7 @@ from torch import nn
 import moetailor
 from moetailor.answers import Auxiliary, Constant
 from moetailor.checkpoint.anatomy import discover
-from moetailor.methods.compressed_experts import build, compressed_experts
+from moetailor.methods.compressed_experts import CompressedExperts
 from moetailor.planning.layer_plan import LayerPlan
 from moetailor.planning.view import LayerView
 from moetailor.runtime.reshape import LayerChange, reshape_model
@@ -124,8 +124,9 @@ def constant_expert_layer() -> LayerView:
 
 def test_a_constant_expert_is_replaced_without_loss_when_it_is_auxiliary() -> None:
     layer = constant_expert_layer()
-    plan = compressed_experts(layer, 4, main=1, constants=True)
-    built = build(layer, plan)
+    method = CompressedExperts(main=1, constants=True)
+    plan = method.plan(layer, 4)
+    built = method.build(layer, plan)
     torch.testing.assert_close(built["auxiliary_constant"][1], torch.full((WIDTH,), 3.0, dtype=torch.float64))
     assert torch.count_nonzero(built["auxiliary_gate"]) == 0
     assert built["auxiliary_down"].shape == (4, 5)
@@ -137,7 +138,7 @@ def test_experts_that_are_main_least_go_first() -> None:
     for slots, gates in zip(layer.sample.index.tolist(), layer.sample.gate.tolist(), strict=True):
         gate, slot = max(zip(gates, slots, strict=True))
         total[slot] += gate
-    plan = compressed_experts(layer, 2, main=1)
+    plan = CompressedExperts(main=1).plan(layer, 2)
     assert plan.pool == sorted(sorted(range(4), key=lambda n: -total[n])[:2])
     assert sorted([*plan.pool, *plan.of(Constant)]) == [0, 1, 2, 3]
 
@@ -146,8 +147,8 @@ def test_of_experts_that_are_never_main_the_unreached_go_first() -> None:
     layer = layer_with(random_experts(4), [0, 3, 9, 0])
     sample = layer.sample
     sample.index, sample.gate = torch.tensor([[2, 1]] * 60), torch.tensor([[0.6, 0.4]] * 60)
-    assert compressed_experts(layer, 2, main=1).pool == [1, 2]
-    assert compressed_experts(layer, 3, main=1).pool == [0, 1, 2]
+    assert CompressedExperts(main=1).plan(layer, 2).pool == [1, 2]
+    assert CompressedExperts(main=1).plan(layer, 3).pool == [0, 1, 2]
 
 
 @pytest.mark.parametrize("spec", [{"main": "3"}, {"share": "0"}, {"share": "1.5"}])

@@ -7,7 +7,8 @@ from torch import nn
 import moetailor
 from moetailor.answers import Borrowed, Keep, Remap
 from moetailor.calibration.statistics import Sample
-from moetailor.methods.conmoe import conmoe, functional_distances, weight_distances
+from moetailor.fitting.distances import functional_distances, weight_distances
+from moetailor.methods.conmoe import ConMoE
 from moetailor.planning.view import LayerView
 from support.hand import TinyExperts, layer_of, sums_of
 
@@ -48,7 +49,7 @@ def test_the_map_by_hand() -> None:
     # Scalar experts 1, 1.1, 5, 6 in every matrix: 2|a-b|/(a+b) pairs 0 with 1 (.095) and 2 with 3 (.182).
     values = torch.tensor([1.0, 1.1, 5.0, 6.0])[:, None, None]
     layer = layer_with(TinyExperts(values, values, values), [3.0, 1.0, 1.0, 2.0])
-    (plan,) = conmoe([layer], [2])
+    (plan,) = ConMoE().plan_layers([layer], [2])
     # a = 3 1 1 2 -> minmax 1 0 0 .5; b -> 0 0 1 1; the products are 0 0 0 .5: 3 stays, and of the tied the lowest, 0
     assert plan.slots == (Keep(), Remap(0), Remap(3), Keep())
     assert plan.kept_slots == [0, 1, 2, 3]
@@ -92,20 +93,20 @@ def test_an_unreached_expert_maps_somewhere_and_is_finite() -> None:
     layer = layer_with(random_experts(), [1.0, 2.0, 3.0, 0.0])
     layer.sums.count[3] = layer.sums.gated_norm[3] = 0
     for options in ({}, {"distance": "functional", "scale": True}):
-        (plan,) = conmoe([layer], [2], **options)
+        (plan,) = ConMoE(**options).plan_layers([layer], [2])
         assert plan.slots[3].expert(3) in plan.pool
         assert all(0 <= slot.scale <= 1.5 for slot in plan.slots)
 
 
 def test_equal_scores_divide_by_nothing() -> None:
     values = torch.ones(3, 1, 1)
-    (plan,) = conmoe([layer_with(TinyExperts(values, values, values), [1.0, 1.0, 1.0])], [1])
+    (plan,) = ConMoE().plan_layers([layer_with(TinyExperts(values, values, values), [1.0, 1.0, 1.0])], [1])
     assert plan.pool == [0]
 
 
 def test_unknown_distance_is_refused() -> None:
     with pytest.raises(moetailor.PlanError, match="distance=cosine"):
-        list(conmoe([layer_with(random_experts(), [1.0] * 4)], [2], distance="cosine"))
+        list(ConMoE(distance="cosine").plan_layers([layer_with(random_experts(), [1.0] * 4)], [2]))
 
 
 def test_a_scope_shares_its_prototypes_across_layers() -> None:
@@ -117,7 +118,7 @@ def test_a_scope_shares_its_prototypes_across_layers() -> None:
         return view
 
     first, second = layer(3, [1.0, 5.0], [4.0, 1.0]), layer(7, [1.1, 6.0], [1.0, 2.0])
-    plans = list(conmoe([first, second], [1, 1], scope=2))
+    plans = list(ConMoE(scope=2).plan_layers([first, second], [1, 1]))
     # a = 4 1 1 2 -> 1 0 0 .33; b: .095 .182 .095 .182 -> 0 1 0 1; products 0 0 0 .33; the best of layer 3 is its first
     assert plans[0].slots == (Keep(), Borrowed(7, 1))
     assert plans[1].slots == (Borrowed(3, 0), Keep())
@@ -125,12 +126,12 @@ def test_a_scope_shares_its_prototypes_across_layers() -> None:
 
 def test_a_scope_of_one_is_the_layer_alone() -> None:
     layers = [layer_with(random_experts(), [1.0, 2.0, 3.0, 4.0]) for _ in range(2)]
-    alone = [plan for layer in layers for plan in conmoe([layer], [2])]
-    assert list(conmoe(layers, [2, 2], scope=1)) == alone
+    alone = [plan for layer in layers for plan in ConMoE().plan_layers([layer], [2])]
+    assert list(ConMoE(scope=1).plan_layers(layers, [2, 2])) == alone
 
 
 def test_layers_of_other_shapes_cannot_share() -> None:
     layers = [layer_with(random_experts(4, 6, 5), [1.0] * 4), layer_with(random_experts(4, 6, 7), [1.0] * 4)]
     for distance in ("weights", "functional"):
         with pytest.raises(moetailor.PlanError, match="only layers of one shape can share"):
-            list(conmoe(layers, [2, 2], scope=2, distance=distance))
+            list(ConMoE(scope=2, distance=distance).plan_layers(layers, [2, 2]))

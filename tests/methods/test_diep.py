@@ -9,8 +9,7 @@ import torch
 import moetailor
 from moetailor.calibration.statistics import Sample
 from moetailor.checkpoint.weights import ExpertWeights
-from moetailor.methods import diep as module
-from moetailor.methods.diep import diep
+from moetailor.methods.diep import RATE, Diep
 from moetailor.methods.run import view_of
 from moetailor.planning.view import LayerView
 from support.hand import TinyExperts, layer_of, sums_of
@@ -42,7 +41,7 @@ def test_experts_that_cancel_go_together() -> None:
     # Experts 0 and 1 are large and opposite, so without both nothing is lost; 2 and 3 are what the layer gives.
     outputs = torch.tensor([[9.0, 0.0], [-9.0, 0.0], [0.0, 1.0], [0.0, 1.2]])
     view = layer(outputs, torch.full((3, 4), 0.25))
-    assert diep(view, 2, tokens=3).pool == [2, 3]
+    assert Diep(tokens=3).plan(view, 2).pool == [2, 3]
     # A score for each expert alone keeps the large ones.
     norm = outputs.norm(dim=1)
     assert sorted(norm.argsort(descending=True)[:2].tolist()) == [0, 1]
@@ -50,7 +49,7 @@ def test_experts_that_cancel_go_together() -> None:
 
 def test_independent_experts_rank_by_their_energy() -> None:
     outputs = torch.diag(torch.tensor([3.0, 1.0, 4.0, 2.0]))
-    plan = diep(layer(outputs, torch.full((2, 4), 0.25)), 2, tokens=2)
+    plan = Diep(tokens=2).plan(layer(outputs, torch.full((2, 4), 0.25)), 2)
     assert plan.pool == [0, 2]
     order = sorted(range(4), key=lambda expert: -plan.scores[expert])
     assert order == [2, 0, 3, 1]
@@ -59,7 +58,7 @@ def test_independent_experts_rank_by_their_energy() -> None:
 
 def test_gates_count_too() -> None:
     gate = torch.tensor([[0.7, 0.1, 0.1, 0.1]] * 2)
-    plan = diep(layer(torch.diag(torch.tensor([1.0, 4.0, 3.0, 2.0])), gate), 1, tokens=2)
+    plan = Diep(tokens=2).plan(layer(torch.diag(torch.tensor([1.0, 4.0, 3.0, 2.0])), gate), 1)
     assert plan.pool == [0]
 
 
@@ -75,7 +74,7 @@ def test_the_steps_follow_the_loss_of_the_sampled_tokens(
         for expert, gate in zip(sample.index[token].tolist(), sample.gate[token].tolist(), strict=True):
             parts[token, expert] = gate * view.experts.outputs(expert, sample.hidden[token][None])[0].double()
     relaxed = torch.full((8,), keep / 8, dtype=torch.float64).logit().requires_grad_()
-    optimiser = torch.optim.Adam([relaxed], lr=module.RATE)
+    optimiser = torch.optim.Adam([relaxed], lr=RATE)
     for _ in range(steps):
         alpha = relaxed.sigmoid()
         lost = sum((token - (alpha[:, None] * token)).sum(0).square().sum() for token in parts)
@@ -84,14 +83,14 @@ def test_the_steps_follow_the_loss_of_the_sampled_tokens(
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-    found = diep(view, keep, steps=steps, pull=pull)
+    found = Diep(steps=steps, pull=pull).plan(view, keep)
     assert found.scores == pytest.approx(relaxed.sigmoid().tolist(), rel=1e-4)
 
 
 def test_protected_experts_and_groups() -> None:
     view = layer(torch.diag(torch.tensor([4.0, 3.0, 2.0, 1.0])), torch.full((2, 4), 0.25))
-    assert diep(replace(view, protected=frozenset({3})), 2, tokens=2).pool == [0, 3]
-    assert diep(replace(view, groups=2), 2, tokens=2).pool == [0, 2]
+    assert Diep(tokens=2).plan(replace(view, protected=frozenset({3})), 2).pool == [0, 3]
+    assert Diep(tokens=2).plan(replace(view, groups=2), 2).pool == [0, 2]
 
 
 def test_a_caller_without_gradients_gets_the_same_plan(calibration: GetCalibration) -> None:

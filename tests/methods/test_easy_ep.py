@@ -14,7 +14,7 @@ import moetailor
 from moetailor.calibration.folder import layer_file
 from moetailor.calibration.statistics import ON_REQUEST, Sums
 from moetailor.checkpoint.anatomy import discover
-from moetailor.methods.easy_ep import easy_ep
+from moetailor.methods.easy_ep import EasyEP
 from support import naive
 from support.hand import layer_of, sums_of
 from support.tiny import token_batches
@@ -27,7 +27,7 @@ REFERENCE = Path(__file__).parents[2] / "examples" / "reference-moe"
 def test_the_sum_is_the_score() -> None:
     sums = sums_of([(expert, 1.0, [1.0]) for expert in range(3)], 3, 3)
     sums.gated_norm_shift = torch.tensor([0.5, 0.0, 2.0], dtype=torch.float64)
-    plan = easy_ep(layer_of(sums), 1)
+    plan = EasyEP().plan(layer_of(sums), 1)
     assert plan.pool == [2]
     assert plan.scores == (0.5, 0, 2)
 

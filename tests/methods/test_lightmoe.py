@@ -1,4 +1,4 @@
-"""LightMoE: selection by hand, the size formula of the paper, and what bases and own parts lose on what experts see."""
+"""LightMoE: selection by hand, the size formula of the paper, and what bases and parts on them lose."""
 
 import itertools
 import math
@@ -14,8 +14,8 @@ from moetailor.checkpoint.experts import ExpertShape
 from moetailor.checkpoint.facts import ModelFacts
 from moetailor.checkpoint.family import Groups
 from moetailor.checkpoint.layout import Stack
-from moetailor.methods.lightmoe import _factors, build, lightmoe, outline
-from moetailor.methods.low_rank import bases_of
+from moetailor.fitting.low_rank import bases_of
+from moetailor.methods.lightmoe import LightMoE, _factors
 from moetailor.planning.checks import check_plan
 from moetailor.planning.layer_plan import LayerPlan
 from moetailor.planning.plan import planned_nbytes
@@ -37,11 +37,11 @@ def layer_of_mass(mass: list[float], index: int = 0, loud: float = 1.0) -> Layer
 
 def plans(layers: list[LayerView], stored: int, **parameters: object) -> list[LayerPlan]:
     """Return the plans in the bytes that so many experts and bases a layer take, with what belongs to them."""
-    resolved = moetailor.METHODS["lightmoe"].resolve({"bases": 1, "rank": 1} | parameters)
+    method = LightMoE.of({"bases": 1, "rank": 1} | parameters)
     for layer in layers:
-        plan = outline(layer.num_experts, stored, **resolved)
+        plan = method.estimate(layer.num_experts, stored)
         layer.nbytes = plan.stored * WHOLE + sum(ranks(plan).values()) * 3 * (WIDTH + INNER) * 4
-    return list(lightmoe(layers, [stored] * len(layers), **resolved))
+    return list(method.plan_layers(layers, [stored] * len(layers)))
 
 
 def ranks(plan: LayerPlan) -> dict[int, int]:
@@ -61,21 +61,21 @@ def residual(layer: LayerView, plan: LayerPlan, built: dict[str, torch.Tensor], 
     """Return sum_t g^2 |(W_n - W) u_t|^2 over the matrices of an expert and the tokens that chose it, one by one."""
     at, base = list(ranks(plan)).index(slot), list(bases_of(plan)).index(plan.slots[slot].base)
     start = sum(list(ranks(plan).values())[:at])
-    rows, one, total = slice(start, start + plan.slots[slot].rank), layer.experts.one(slot), 0.0
+    rows, expert, total = slice(start, start + plan.slots[slot].rank), layer.experts.expert(slot), 0.0
     for token, gate in zip(*map(torch.Tensor.tolist, layer.routed(slot)), strict=True):
         x = layer.sample.hidden[token]
-        seen = {"gate": x, "up": x, "down": layer.experts.hidden(one, x[None])[0]}
+        seen = {"gate": x, "up": x, "down": layer.experts.hidden(expert, x[None])[0]}
         for part, u in seen.items():
             stored = built[f"low_rank_base_{part}"][base].double()
             if f"low_rank_{part}_in" in built:
                 inner, outer = (built[f"low_rank_{part}_{side}"][rows].double() for side in ("in", "out"))
                 stored = stored + outer.T @ inner
-            total += gate**2 * float(((one[part] - stored) @ u.double()).square().sum())
+            total += gate**2 * float(((expert[part] - stored) @ u.double()).square().sum())
     return total
 
 
 def total_residual(layer: LayerView, plan: LayerPlan, **options: str) -> float:
-    built = build(layer, plan, **({"base": "average", "start": "svd"} | options))
+    built = LightMoE(**({"base": "average", "start": "svd"} | options)).build(layer, plan)
     return sum(residual(layer, plan, built, slot) for slot in ranks(plan))
 
 
@@ -84,14 +84,16 @@ def output_residual(layer: LayerView, plan: LayerPlan, built: dict[str, torch.Te
     total, at = 0.0, 0
     for slot, rank in ranks(plan).items():
         rows, base, at = slice(at, at + rank), list(bases_of(plan)).index(plan.slots[slot].base), at + rank
-        small = {}
+        reduced = {}
         for part in ("gate", "up", "down"):
             inner, outer = (built[f"low_rank_{part}_{side}"][rows] for side in ("in", "out"))
-            small[part] = built[f"low_rank_base_{part}"][base] + outer.T @ inner
-        small = {part: matrix.to(built["low_rank_base_down"]) for part, matrix in small.items()}
-        small |= {name.removeprefix("low_rank_base_"): built[name][base] for name in built if name.endswith("_bias")}
+            reduced[part] = built[f"low_rank_base_{part}"][base] + outer.T @ inner
+        reduced = {part: matrix.to(built["low_rank_base_down"]) for part, matrix in reduced.items()}
+        reduced |= {name.removeprefix("low_rank_base_"): built[name][base] for name in built if name.endswith("_bias")}
         token, gate = layer.routed(slot)
-        given = layer.experts.hidden(small, layer.sample.hidden[token]) @ small["down"].T + small.get("down_bias", 0)
+        given = layer.experts.hidden(reduced, layer.sample.hidden[token]) @ reduced["down"].T + reduced.get(
+            "down_bias", 0
+        )
         total += float(
             (gate.square() * (layer.experts.outputs(slot, layer.sample.hidden[token]) - given).square().sum(1)).sum()
         )
@@ -144,7 +146,7 @@ def test_sizes_are_those_of_the_paper(replaced: int, billions: float) -> None:
         nbytes=2 * 6_919_161_856,
         stacks=tuple(stacks),
     )
-    plan = outline(64, 64 - replaced + 3, bases=3, rank=16)
+    plan = LightMoE(bases=3, rank=16).estimate(64, 64 - replaced + 3)
     assert len(ranks(plan)) == replaced
     nbytes = planned_nbytes(facts, {stack.prefix: plan for stack in stacks})
     assert nbytes / 2e9 == pytest.approx(billions, abs=0.01)
@@ -175,7 +177,7 @@ def test_a_base_is_the_average_by_gate_mass_and_the_paper_starts_there() -> None
     layer = layer_of_mass([9, 9, 1, 3])
     (plan,) = plans([layer], 3, select="count")
     assert members(plan) == {3: [2, 3]}
-    built, every = build(layer, plan, base="average", start="zero"), layer.experts.matrices()
+    built, every = LightMoE(base="average", start="zero").build(layer, plan), layer.experts.matrices()
     for part in ("gate", "up", "down"):
         torch.testing.assert_close(built[f"low_rank_base_{part}"][0], 0.25 * every[part][2] + 0.75 * every[part][3])
         assert torch.count_nonzero(built[f"low_rank_{part}_out"]) == 0
@@ -202,7 +204,7 @@ def layer_of_six() -> LayerView:
     return layer
 
 
-def test_own_parts_take_more_away_with_each_rank_and_everything_at_the_last() -> None:
+def test_low_rank_parts_take_more_away_with_each_rank_and_everything_at_the_last() -> None:
     losses = []
     for rank in range(min(WIDTH, INNER) + 1):
         layer = layer_of_six()
@@ -218,7 +220,7 @@ def test_a_fitted_down_projection_makes_up_for_what_the_other_matrices_lost() ->
         for start in ("svd", "fitted"):
             layer = layer_of_six()
             (plan,) = plans([layer], 3, select="count", rank=rank)
-            losses[start] = output_residual(layer, plan, build(layer, plan, base="mean", start=start))
+            losses[start] = output_residual(layer, plan, LightMoE(base="mean", start=start).build(layer, plan))
         assert losses["fitted"] < losses["svd"]
 
 
@@ -227,7 +229,10 @@ def test_a_down_projection_is_fitted_beside_the_bias_of_its_base() -> None:
     with torch.no_grad():
         module.down_proj_bias += 30
     plan = LayerPlan(slots=(Keep(), *(LowRank(1, 8) for _ in range(1, layer.num_experts))))
-    losses = [output_residual(layer, plan, build(layer, plan, base="mean", start=start)) for start in ("svd", "fitted")]
+    losses = [
+        output_residual(layer, plan, LightMoE(base="mean", start=start).build(layer, plan))
+        for start in ("svd", "fitted")
+    ]
     assert losses[1] < 0.9 * losses[0]
 
 
@@ -242,7 +247,7 @@ def test_a_down_projection_fitted_on_few_tokens_is_no_worse_on_others() -> None:
             layer.read_sample = lambda few=few: few
             layer.close()
             (plan,) = plans([layer], 3, select="count", rank=1)
-            built = build(layer, plan, base="mean", start=start)
+            built = LightMoE(base="mean", start=start).build(layer, plan)
             layer.read_sample = lambda: others
             layer.close()
             losses[start] += output_residual(layer, plan, built)
@@ -256,14 +261,14 @@ def test_the_down_projection_of_an_expert_without_tokens_is_its_own() -> None:
         layer.sample.index.masked_fill_(layer.sample.index == 2, 3)
         (plan,) = plans([layer], 3, select="count", rank=2)
         assert min(ranks(plan)) == 2
-        built[start] = build(layer, plan, base="mean", start=start)
+        built[start] = LightMoE(base="mean", start=start).build(layer, plan)
     torch.testing.assert_close(built["svd"]["low_rank_down_out"][:2], built["fitted"]["low_rank_down_out"][:2])
 
 
 def test_the_mean_base_is_the_mean() -> None:
     layer = layer_of_mass([9, 9, 1, 3])
     (plan,) = plans([layer], 3, select="count")
-    built, every = build(layer, plan, base="mean", start="zero"), layer.experts.matrices()
+    built, every = LightMoE(base="mean", start="zero").build(layer, plan), layer.experts.matrices()
     for part in ("gate", "up", "down"):
         torch.testing.assert_close(built[f"low_rank_base_{part}"][0], every[part][members(plan)[3]].mean(0))
 
@@ -274,7 +279,7 @@ def test_the_least_squares_base_loses_no_more_than_the_average() -> None:
     for base in ("average", "least_squares"):
         layer = layer_of_six()
         (plan,) = plans([layer], 3, select="count", rank=0)
-        built = build(layer, plan, base=base, start="svd")
+        built = LightMoE(base=base, start="svd").build(layer, plan)
         weight = [float(layer.sums.gate[n] / layer.routed(n)[1].square().sum()) for n in ranks(plan)]
         losses[base] = sum(w * residual(layer, plan, built, n) for w, n in zip(weight, ranks(plan), strict=True))
     assert losses["least_squares"] < losses["average"]
@@ -286,7 +291,7 @@ def test_chosen_ranks_spend_the_same_rows_where_they_count() -> None:
     (chosen,) = plans([layer_of_six()], 3, select="count", rank=2, ranks="chosen")
     assert sum(ranks(chosen).values()) == sum(ranks(given).values())
     assert ranks(chosen)[5] > ranks(chosen)[2]
-    built = build(layer, chosen, base="average", start="svd")
+    built = LightMoE(base="average", start="svd").build(layer, chosen)
     assert len(built["low_rank_up_in"]) == sum(ranks(chosen).values())
 
 

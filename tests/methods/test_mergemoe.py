@@ -7,8 +7,8 @@ import torch
 
 import moetailor
 from moetailor.answers.merged import clusters
-from moetailor.methods.hc_smoe import build as build_average
-from moetailor.methods.mergemoe import build, mergemoe
+from moetailor.fitting.averages import averages
+from moetailor.methods.mergemoe import MergeMoE
 from moetailor.planning.layer_plan import merge_into
 from moetailor.planning.view import LayerView
 from support.hand import TinyExperts
@@ -41,7 +41,7 @@ def loss(layer: LayerView, expert: dict[str, torch.Tensor], members: list[int]) 
 @pytest.mark.parametrize("options", [PAPER, PAPER | {"fit": "ridge"}, BEST], ids=["paper", "ridge", "best"])
 def test_copies_merge_without_loss(options: dict) -> None:
     layer = layer_with(with_copy(random_experts(3)), [4, 3, 2, 1], tokens=200)
-    built = build(layer, merge_into([0, 1, 2, 0]), **options)
+    built = MergeMoE(**options).build(layer, merge_into([0, 1, 2, 0]))
     x = layer.sample.hidden
     one = {name: stack[0] for name, stack in built.items()}
     torch.testing.assert_close(
@@ -54,14 +54,14 @@ def test_the_papers_clusters() -> None:
     with torch.no_grad():  # expert 3 points where 1 does, expert 2 where 0 does
         module.gate_up_proj[3] = 2 * module.gate_up_proj[1]
         module.gate_up_proj[2] = 0.5 * module.gate_up_proj[0]
-    assert clusters(mergemoe(layer_with(module, [9, 8, 2, 1]), 2).slots) == {0: [0, 2], 1: [1, 3]}
+    assert clusters(MergeMoE().plan(layer_with(module, [9, 8, 2, 1]), 2).slots) == {0: [0, 2], 1: [1, 3]}
 
 
 def test_clusters_by_outputs_ignore_the_order_of_neurons() -> None:
     for order in ([0, 1, 2, 3, 4], [3, 1, 4, 0, 2]):
         layer = layer_with(with_copy(random_experts(3), order=order), [4, 3, 2, 1], tokens=200)
         layer.sums.gate_sq_norm_sq.fill_(1.0)
-        assert set(map(tuple, clusters(mergemoe(layer, 3, cluster="outputs").slots).values())) == {(0, 3)}
+        assert set(map(tuple, clusters(MergeMoE(cluster="outputs").plan(layer, 3).slots).values())) == {(0, 3)}
 
 
 @pytest.mark.parametrize("spread", [0.1, 1.0, 10.0])
@@ -69,10 +69,10 @@ def test_clusters_by_outputs_ignore_the_order_of_neurons() -> None:
 def test_never_worse_than_average_or_centre_on_fresh_tokens(spread: float, seed: int) -> None:
     module = related(4, spread, seed)
     plan = merge_into([0, 0, 0, 3])
-    built = build(routed_layer(module, 2000, seed), plan, **BEST)
+    built = MergeMoE(**BEST).build(routed_layer(module, 2000, seed), plan)
     fresh = routed_layer(module, 500, seed + 100)
     mine = loss(fresh, built, [0, 1, 2])
-    average = loss(fresh, build_average(fresh, plan), [0, 1, 2])
+    average = loss(fresh, averages(fresh, plan, fresh.sums.count), [0, 1, 2])
     centre = loss(fresh, fresh.experts.matrices([0]), [0, 1, 2])
     assert mine <= 1.03 * min(average, centre)
 
@@ -87,8 +87,10 @@ def test_the_cliff_is_gone() -> None:
     for name, options in (("pinv", PAPER | {"target": "gated"}), ("ridge", PAPER | BEST | {"features": "average"})):
         for size in sizes:
             layers = [routed_layer(module, size, seed) for seed in range(8)]
-            errors[name, size] = sum(loss(fresh, build(layer, plan, **options), [0, 1, 2]) for layer in layers) / 8
-    average = loss(fresh, build_average(fresh, plan), [0, 1, 2])
+            errors[name, size] = (
+                sum(loss(fresh, MergeMoE(**options).build(layer, plan), [0, 1, 2]) for layer in layers) / 8
+            )
+    average = loss(fresh, averages(fresh, plan, fresh.sums.count), [0, 1, 2])
     assert errors["pinv", INNER] > 3 * errors["pinv", 2000]
     ridge = [errors["ridge", size] for size in sizes]
     assert all(later <= 1.1 * earlier for earlier, later in itertools.pairwise(ridge))
@@ -98,7 +100,7 @@ def test_the_cliff_is_gone() -> None:
 def test_too_few_tokens_are_named() -> None:
     layer = layer_with(random_experts(3), [3, 2, 1], tokens=3)
     with pytest.warns(moetailor.MoetailorWarning, match=r"layer 0: 1 of 1 merged experts .* \(3 at least\) .* \(5\)"):
-        build(layer, merge_into([0, 0, 2]), **PAPER)
+        MergeMoE(**PAPER).build(layer, merge_into([0, 0, 2]))
 
 
 def test_a_cluster_that_no_token_reached_is_the_average() -> None:
@@ -107,7 +109,7 @@ def test_a_cluster_that_no_token_reached_is_the_average() -> None:
     plan = merge_into([0, 0, 2, 3])
     for options in (BEST, BEST | {"features": "average"}, PAPER | {"target": "gated"}):
         with pytest.warns(moetailor.MoetailorWarning):
-            built = build(layer, plan, **options)
+            built = MergeMoE(**options).build(layer, plan)
         assert all(torch.isfinite(matrix).all() for matrix in built.values())
 
 
@@ -118,7 +120,7 @@ def test_biases_are_fitted_with(options: dict) -> None:
     with torch.no_grad():
         for parameter in module.parameters():
             parameter[3] = parameter[0]
-    built = build(view, merge_into([0, 1, 2, 0, *range(4, view.num_experts)]), **options)
+    built = MergeMoE(**options).build(view, merge_into([0, 1, 2, 0, *range(4, view.num_experts)]))
     assert set(built) == {"gate", "up", "down", "gate_bias", "up_bias", "down_bias"}
     x, one = view.sample.hidden, {name: stack[0] for name, stack in built.items()}
     given = view.experts.hidden(one, x) @ one["down"].T + one["down_bias"]

@@ -10,8 +10,9 @@ import torch
 import moetailor
 from moetailor.calibration.statistics import Sample
 from moetailor.checkpoint.family import Groups
-from moetailor.methods.naee import _all, _drawn, _errors, _exchanged, naee
+from moetailor.methods.naee import Naee
 from moetailor.methods.routing import own_gates, routing_of
+from moetailor.methods.subsets import _all, _drawn, _exchanged, subset_errors
 from support.hand import layer_of, sums_of
 from support.naive import masked_outputs
 from support.tiny import view
@@ -47,25 +48,25 @@ def test_gates_and_error_of_a_subset_are_those_of_the_masked_router(
         torch.argsort(rows.double() @ torch.arange(1.0, rows.shape[1] + 1).double()) for rows in (found, gates)
     )
     torch.testing.assert_close(found[order], gates[other], rtol=1e-4, atol=1e-5)
-    error = float(_errors(layer, 10_000, "here")(kept))
+    error = float(subset_errors(layer, 10_000, "here")(kept))
     assert error == pytest.approx(float((whole - outputs).double().square().sum()), rel=1e-3)
 
 
 def test_the_whole_set_loses_nothing(calibration: GetCalibration) -> None:
     layer = view(calibration("qwen3_moe"))
-    errors = _errors(layer, 10_000, "here")
+    errors = subset_errors(layer, 10_000, "here")
     everything = torch.ones(1, layer.num_experts, dtype=torch.bool)
     assert float(errors(everything)) < 1e-6 * float(errors(subset(layer.num_experts, {0, 1, 2})))
 
 
 def test_the_best_of_all_subsets_stays(calibration: GetCalibration) -> None:
     layer = view(calibration("olmoe"))
-    errors = _errors(layer, 512, "here")
+    errors = subset_errors(layer, 512, "here")
     subsets = list(itertools.combinations(range(8), 5))
     best = min(subsets, key=lambda kept: float(errors(subset(8, set(kept)))))
-    assert naee(layer, 5).pool == list(best)
+    assert Naee().plan(layer, 5).pool == list(best)
     # A descent by exchanges from one random subset ends no better, and where it ends no exchange helps.
-    drawn = naee(layer, 5, exhaustive=0, samples=1, swaps=20)
+    drawn = Naee(exhaustive=0, samples=1, swaps=20).plan(layer, 5)
     least = float(errors(subset(8, set(drawn.pool))))
     assert least >= float(errors(subset(8, set(best)))) * (1 - 1e-9)
     near = [set(drawn.pool) - {out} | {into} for out in drawn.pool for into in set(range(8)) - set(drawn.pool)]

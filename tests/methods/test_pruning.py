@@ -10,6 +10,7 @@ expert 3: no token
 import pytest
 
 import moetailor
+from moetailor.methods.random import Random
 from moetailor.planning.view import LayerView
 from support.hand import layer_of, sums_of
 
@@ -39,7 +40,7 @@ def hand_layer(**fields: object) -> LayerView:
     ],
 )
 def test_scores_and_choice(method: str, scores: tuple, kept: list[int]) -> None:
-    plan = moetailor.METHODS[method].function(hand_layer(), 2)
+    plan = moetailor.METHODS[method]().plan(hand_layer(), 2)
     assert plan.scores == pytest.approx(scores)
     assert plan.pool == kept
     assert plan.kept_slots == kept  # the other slots are dropped
@@ -47,28 +48,27 @@ def test_scores_and_choice(method: str, scores: tuple, kept: list[int]) -> None:
 
 def test_ties_keep_the_lower_number() -> None:
     pairs = [(expert, 1.0, [1.0, 0.0]) for expert in range(4)]
-    assert moetailor.METHODS["ean"].function(layer_of(sums_of(pairs, 4, 4)), 2).pool == [0, 1]
+    assert moetailor.METHODS["ean"]().plan(layer_of(sums_of(pairs, 4, 4)), 2).pool == [0, 1]
 
 
 def test_groups_lose_the_same_number() -> None:
     # groups (0, 1) and (2, 3); by frequency alone 1 and 3 would go, and they are the lowest of their groups
-    assert moetailor.METHODS["frequency"].function(hand_layer(groups=2), 2).pool == [0, 2]
+    assert moetailor.METHODS["frequency"]().plan(hand_layer(groups=2), 2).pool == [0, 2]
     # soft frequency would keep 0 and 1; each group keeps one
-    assert moetailor.METHODS["soft_frequency"].function(hand_layer(groups=2), 2).pool == [0, 2]
+    assert moetailor.METHODS["soft_frequency"]().plan(hand_layer(groups=2), 2).pool == [0, 2]
     # three of four cannot be kept evenly: rounded towards keeping more
-    assert moetailor.METHODS["frequency"].function(hand_layer(groups=2), 3).pool == [0, 1, 2, 3]
+    assert moetailor.METHODS["frequency"]().plan(hand_layer(groups=2), 3).pool == [0, 1, 2, 3]
 
 
 def test_protected_experts_stay() -> None:
-    assert moetailor.METHODS["frequency"].function(hand_layer(protected=frozenset({3})), 2).pool == [2, 3]
+    assert moetailor.METHODS["frequency"]().plan(hand_layer(protected=frozenset({3})), 2).pool == [2, 3]
     with pytest.raises(moetailor.PlanError, match="2 experts are protected, the budget keeps 1"):
-        moetailor.METHODS["frequency"].function(hand_layer(protected=frozenset({0, 3})), 1)
+        moetailor.METHODS["frequency"]().plan(hand_layer(protected=frozenset({0, 3})), 1)
 
 
 def test_random_depends_on_the_seed_and_the_layer_only() -> None:
-    random = moetailor.METHODS["random"].function
     layer = layer_of(sums_of([(e, 1.0, [1.0]) for e in range(32)], 32, 32))
     other = layer_of(layer.sums, index=1)
-    assert random(layer, 16, seed=3) == random(layer, 16, seed=3)
-    assert random(layer, 16, seed=3) != random(layer, 16, seed=4)
-    assert random(layer, 16, seed=3).pool != random(other, 16, seed=3).pool
+    assert Random(seed=3).plan(layer, 16) == Random(seed=3).plan(layer, 16)
+    assert Random(seed=3).plan(layer, 16) != Random(seed=4).plan(layer, 16)
+    assert Random(seed=3).plan(layer, 16).pool != Random(seed=3).plan(other, 16).pool

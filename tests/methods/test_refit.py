@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 import moetailor
 from moetailor.answers import Drop, Fitted, Keep
 from moetailor.fitting.least_squares import RIDGES
-from moetailor.methods.refit import _fitted, _left, build
+from moetailor.methods.refit import Refit, fitted_down, missing_output
 from moetailor.planning.layer_plan import LayerPlan, keep_only
 from support.naive import masked_outputs
 from support.tiny import view
@@ -34,12 +34,12 @@ def test_what_is_left_is_the_output_that_the_masked_model_lacks(
 ) -> None:
     layer = view(calibration(family))
     dropped = list(range(1, layer.num_experts, layer.num_experts // layer.groups))
-    gates, left = _left(layer, fitting(layer.num_experts, dropped))
+    gates, missing = missing_output(layer, fitting(layer.num_experts, dropped))
     whole, masked = (masked_outputs(checkpoint(family), some)[0] for some in ([], dropped))
     assert not bool(gates[:, dropped].any())
     # the sample lies in the order of its keys: compare as sets of rows
-    mix = torch.arange(1.0, left.shape[1] + 1)
-    mine, theirs = (rows[torch.argsort(rows @ mix)] for rows in (left, (whole - masked).flatten(0, -2)))
+    mix = torch.arange(1.0, missing.shape[1] + 1)
+    mine, theirs = (rows[torch.argsort(rows @ mix)] for rows in (missing, (whole - masked).flatten(0, -2)))
     torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
 
 
@@ -57,7 +57,7 @@ def test_a_fit_solves_the_normal_equations_at_the_strength_that_other_tokens_cho
         solved = (cross + strength * original.double() @ scale) @ torch.linalg.inv(gram + strength * scale)
         errors[float((target[held] - features[held] @ solved.float().T).square().sum())] = solved
     torch.testing.assert_close(
-        _fitted(token, features, target, original, original).double(), errors[min(errors)], rtol=1e-4, atol=1e-5
+        fitted_down(token, features, target, original, original).double(), errors[min(errors)], rtol=1e-4, atol=1e-5
     )
 
 
@@ -65,25 +65,25 @@ def test_where_a_fit_does_not_help_other_tokens_the_expert_keeps_its_bits() -> N
     generator = torch.Generator().manual_seed(0)
     token, features = torch.arange(64), torch.randn(64, 8, generator=generator)
     original = torch.randn(4, 8, generator=generator)
-    assert torch.equal(_fitted(token, features, features @ original.T, original, original), original)
-    assert torch.equal(_fitted(token[:0], features[:0], features[:0] @ original.T, original, original), original)
+    assert torch.equal(fitted_down(token, features, features @ original.T, original, original), original)
+    assert torch.equal(fitted_down(token[:0], features[:0], features[:0] @ original.T, original, original), original)
 
 
 @pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
-def test_rounds_never_lose_on_tokens_that_were_not_fitted(family: str, calibration: GetCalibration) -> None:
+def test_rounds_never_lose_on_tokens_that_were_notfitted_down(family: str, calibration: GetCalibration) -> None:
     layer = view(calibration(family))
     plan = fitting(layer.num_experts, [0, 3])
     held = torch.arange(len(layer.sample.hidden)) % 8 == 7
-    gates, left = _left(layer, plan)
-    before = float(left[held].square().sum())
+    gates, missing = missing_output(layer, plan)
+    before = float(missing[held].square().sum())
     for rounds in (1, 2, 4):
         with pytest.warns(moetailor.MoetailorWarning, match=r"layer 1: \d of \d experts were fitted on fewer tokens"):
-            fitted = build(layer, plan, rounds=rounds)
-        now = left.clone()
+            fitted = Refit(rounds=rounds).build(layer, plan)
+        now = missing.clone()
         for at, expert in enumerate(plan.rebuilt):
-            one = layer.experts.one(expert)
-            features = gates[:, expert, None] * layer.experts.hidden(one, layer.sample.hidden)
-            now -= features @ (fitted["down"][at] - one["down"]).T
+            matrices = layer.experts.expert(expert)
+            features = gates[:, expert, None] * layer.experts.hidden(matrices, layer.sample.hidden)
+            now -= features @ (fitted["down"][at] - matrices["down"]).T
         error = float(now[held].square().sum())
         assert error <= before * (1 + 1e-6)
         before = error

@@ -5,7 +5,7 @@ import torch
 
 import moetailor
 from moetailor.calibration.statistics import Sums
-from moetailor.methods.seer_moe import seer_moe
+from moetailor.methods.seer_moe import SeerMoE
 from moetailor.planning.view import LayerView
 from support.hand import layer_of
 
@@ -18,7 +18,7 @@ def layer(count: list[float], probability: list[float] | None = None, **fields: 
 
 
 def pools(layers: list[LayerView], keeps: list[int], **parameters: str) -> list[list[int]]:
-    return [plan.pool for plan in seer_moe(layers, keeps, **parameters)]
+    return [plan.pool for plan in SeerMoE.of(parameters).plan_layers(layers, keeps)]
 
 
 def test_soft_and_hard_counts_rank_differently() -> None:

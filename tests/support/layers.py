@@ -89,5 +89,5 @@ def layer_of_tokens(module: TinyExperts, tokens: int = 300, seed: int = 0) -> La
         sums.gate_sq[expert] = g.square().sum()
         sums.gate_sq_output[expert] = (g.square()[:, None] * y).sum(0)
         sums.gate_sq_norm_sq[expert] = (g.square() * y.square().sum(1)).sum()
-    layer.expert_bytes, layer.itemsize = 4 * 3 * WIDTH * 50, 4
+    layer.expert_bytes = 4 * 3 * WIDTH * 50
     return layer

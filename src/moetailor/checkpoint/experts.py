@@ -104,7 +104,7 @@ class Experts:
         split = self._split(found)
         return {name: stack.detach() for name, stack in split.items()} if detach else split
 
-    def one(self, expert: int) -> dict[str, torch.Tensor]:
+    def expert(self, expert: int) -> dict[str, torch.Tensor]:
         """Return the matrices of one expert."""
         return {name: stack[0] for name, stack in self.matrices(slice(expert, expert + 1)).items()}
 
@@ -122,15 +122,15 @@ class Experts:
         return found
 
     @torch.no_grad()
-    def hidden(self, one: Mapping[str, torch.Tensor], x_TD: torch.Tensor) -> torch.Tensor:
+    def hidden(self, matrices: Mapping[str, torch.Tensor], x_TD: torch.Tensor) -> torch.Tensor:
         """Return what an expert's down projection is applied to, [T, F].
 
         Args:
-            one: the expert's matrices.
+            matrices: the expert's.
             x_TD: tokens.
         """
-        x_TD = x_TD.to(one["up"])
-        return self.activated([F.linear(x_TD, one[part], one.get(f"{part}_bias")) for part in self.inputs])
+        x_TD = x_TD.to(matrices["up"])
+        return self.activated([F.linear(x_TD, matrices[part], matrices.get(f"{part}_bias")) for part in self.inputs])
 
     def activated(self, projected: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return what the down projection is applied to, [T, F], from what `inputs` gave, each [T, F]."""
@@ -141,8 +141,8 @@ class Experts:
     @torch.no_grad()
     def outputs(self, expert: int, x_TD: torch.Tensor) -> torch.Tensor:
         """Return the raw output of one expert for each token, [T, D] in the weights' dtype."""
-        one = self.one(expert)
-        return F.linear(self.hidden(one, x_TD), one["down"], one.get("down_bias"))
+        matrices = self.expert(expert)
+        return F.linear(self.hidden(matrices, x_TD), matrices["down"], matrices.get("down_bias"))
 
     def _split(self, found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         split = {}

@@ -74,12 +74,13 @@ def _read(word: str) -> list[tuple[str, dict[str, Any]]]:
     """Return the methods that one word names, with all their parameters."""
     if word == ALL:
         quick = sorted(name for name, method in METHODS.items() if not (method.trained or method.slow))
-        return [(name, METHODS[name].resolve({})) for name in quick]
+        return [(name, METHODS[name]().parameters) for name in quick]
     name, *given = word.split(":")
-    if name not in METHODS:
+    if name.lower() not in METHODS:
         raise PlanError(f"--methods {word}: no method {name!r}" + did_you_mean(name, [*METHODS, ALL]))
     pairs = [entry.partition("=") for entry in given]
     for key, equals, value in pairs:
         if not (key and equals and value):
             raise PlanError(f"--methods {word}: write parameters as {name}:parameter=value")
-    return [(name, find_method(name).resolve({key: value for key, _, value in pairs}))]
+    method = find_method(name).of({key: value for key, _, value in pairs})
+    return [(method.name, method.parameters)]

@@ -10,7 +10,6 @@ as subsets, take part. A candidate is the model in memory with fewer rows in its
 
 from __future__ import annotations
 
-import random
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,43 +28,15 @@ from moetailor.checkpoint.models import copy_sharing_tensors, load_model, resolv
 from moetailor.checkpoint.weights import ExpertWeights
 from moetailor.errors import MoetailorError, PlanError
 from moetailor.evaluation.fidelity import Reference
-from moetailor.methods.outline import outline_plan, pairs_of, room_of
-from moetailor.methods.registry import Method, find_method
+from moetailor.methods.estimate import allocation_bounds, estimate_plan, pairs_of
+from moetailor.methods.evolution import Counts, SearchOptions, evolve
+from moetailor.methods.method import Method
+from moetailor.methods.registry import find_method
 from moetailor.methods.run import check_weights, view_of
 from moetailor.planning.budget import Budget
 from moetailor.planning.plan import calibration_hash
 from moetailor.runtime.reshape import LayerChange, reshape_model
 from moetailor.schema import Within, load_json, read
-
-Counts = tuple[int, ...]
-# A mutation makes up to so many moves, each of up to so many experts.
-MOVES, EXPERTS = 3, 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class SearchOptions:
-    """How long to search.
-
-    Attributes:
-        population: candidates of a generation.
-        generations: how many there are.
-        survivors: the best candidates of a generation, from which the next one mutates.
-        samples: sequences of the calibration's text that a candidate is run on.
-        seed: another seed makes other mutations.
-    """
-
-    population: int = 32
-    generations: int = 50
-    survivors: int = 4
-    samples: int = 64
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.survivors < self.population or min(self.generations, self.samples) < 1:
-            raise MoetailorError(
-                f"population {self.population}, survivors {self.survivors}, generations {self.generations}, samples "
-                f"{self.samples}: all must be at least 1, and fewer survive than a population has"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +63,7 @@ def allocate(
     parameters: Mapping[str, Any] | None = None,
     layers: Iterable[int] | None = None,
     protect: Iterable[tuple[int, int]] = (),
-    options: SearchOptions = SearchOptions(),
+    options: SearchOptions = SearchOptions(),  # noqa: B008 (frozen)
     model: str | Path | None = None,
     device: str | None = None,
     dtype: str | None = None,
@@ -123,12 +94,12 @@ def allocate(
         PlanError: the method or the budget cannot be used.
         MoetailorError: the file of another search is in the way.
     """
-    chosen, facts, out = find_method(method), calibration.model, Path(out)
-    resolved, protected = chosen.resolve(parameters or {}), pairs_of(protect)
+    chosen, facts, out = find_method(method).of(parameters or {}), calibration.model, Path(out)
+    protected = pairs_of(protect)
     numbers = calibration.layers if layers is None else sorted({int(layer) for layer in layers})
     _check(chosen, numbers, model or facts.source)
-    outline = outline_plan(facts, chosen, resolved, budget, layers=numbers, protect=protected, allocation="error")
-    room = room_of(outline, chosen, numbers, protected)
+    estimate = estimate_plan(facts, chosen, budget, layers=numbers, protect=protected, allocation="error")
+    bounds = allocation_bounds(estimate, chosen, numbers, protected)
     checkpoint = open_checkpoint(model or facts.source)
     weights = ExpertWeights(checkpoint.folder, trust_remote_code=trust_remote_code)
     check_weights(weights, facts)
@@ -136,13 +107,19 @@ def allocate(
 
     @cache
     def kept(at: int, count: int) -> list[int]:
-        return chosen.plan([views[at]], [count], resolved)[0].kept_slots
+        (plan,) = chosen.plan_layers([views[at]], [count])
+        return plan.kept_slots
 
     device = resolve_device(device)
     torch_dtype = resolve_dtype(dtype, device, checkpoint)
     batches = _some(calibration.batches(), options.samples)
     about = {"calibration": calibration_hash(calibration.fingerprint), "text": text_fingerprint(batches)["hash"]}
-    about |= {"method": method, "parameters": resolved, "layers": numbers, "protect": sorted(map(list, protected))}
+    about |= {
+        "method": chosen.name,
+        "parameters": chosen.parameters,
+        "layers": numbers,
+        "protect": sorted(map(list, protected)),
+    }
     known = Known(out.with_suffix(".search.json"), about | {"dtype": str(torch_dtype)})
     original = load_model(checkpoint.folder, dtype=torch_dtype, device=device, trust_remote_code=trust_remote_code)
     anatomy = discover(original.config, original, trust_remote_code=trust_remote_code)
@@ -156,67 +133,11 @@ def allocate(
         def fitness(counts: Counts) -> float:
             return known.get(counts, measure)
 
-        most = [view.num_experts for view in views]
-        best = evolve(room.keeps, room.least, most, room.step, fitness, options, progress)
-        found = Allocated(
-            counts=dict(zip(numbers, best, strict=True)), overlap=fitness(best), uniform=fitness(room.keeps)
-        )
+        best = evolve(bounds, fitness, options, progress)
+        counts = dict(zip(numbers, best, strict=True))
+        found = Allocated(counts=counts, overlap=fitness(best), uniform=fitness(bounds.keeps))
     write_json(out, {str(layer): count for layer, count in found.counts.items()})
     return found
-
-
-def evolve(
-    start: Counts,
-    least: Sequence[int],
-    most: Sequence[int],
-    step: int,
-    fitness: Callable[[Counts], float],
-    options: SearchOptions,
-    progress: Callable[[int, int], None] | None = None,
-) -> Counts:
-    """Return the fittest allocation that mutation finds.
-
-    Each generation draws from a seed of its own: with the same fitness every run is the same, however far it goes.
-
-    Args:
-        start: the allocation that the first generation is made from.
-        least: experts that each layer keeps at least.
-        most: and at most.
-        step: experts that move together.
-        fitness: what is to be large.
-        options: how long to search.
-        progress: called with (generations done, in all).
-    """
-
-    def best_of(population: Iterable[Counts]) -> list[Counts]:
-        return sorted(set(population), key=lambda counts: (-fitness(counts), counts))[: options.survivors]
-
-    population, draw = [start], random.Random(f"{options.seed}:start")
-    while len(population) < options.population:
-        population.append(mutated(draw.choice(population), least, most, step, draw))
-    for generation in range(1, options.generations):
-        best, draw = best_of(population), random.Random(f"{options.seed}:{generation}")
-        if progress:
-            progress(generation, options.generations)
-        children = range(options.population - len(best))
-        population = best + [mutated(draw.choice(best), least, most, step, draw) for _ in children]
-    best = best_of(population)
-    if progress:
-        progress(options.generations, options.generations)
-    return best[0]
-
-
-def mutated(counts: Counts, least: Sequence[int], most: Sequence[int], step: int, draw: random.Random) -> Counts:
-    """Return an allocation of the same total in which a few experts moved from one layer to another."""
-    moved = list(counts)
-    # The smaller of two draws: one move is likelier than three.
-    for _ in range(min(draw.randint(1, MOVES), draw.randint(1, MOVES))):
-        giver, taker = draw.sample(range(len(moved)), 2)
-        experts = min(step * draw.randint(1, EXPERTS), moved[giver] - least[giver], most[taker] - moved[taker])
-        experts -= experts % step
-        moved[giver] -= experts
-        moved[taker] += experts
-    return tuple(moved)
 
 
 def with_slots(model: nn.Module, anatomy: Anatomy, slots: Mapping[int, Sequence[int]]) -> nn.Module:
@@ -274,7 +195,7 @@ class Known:
 
 def _check(method: Method, layers: Sequence[int], model: str | Path | None) -> None:
     """Refuse what cannot be searched for."""
-    if not method.removed.drops:
+    if not method.replaces_with.drops:
         raise PlanError(f"{method.name} drops no slots, which the search needs; use --allocation error or global")
     if len(layers) < 2:
         raise PlanError(f"layers {layers}: no other layer to give experts to; search over at least 2")

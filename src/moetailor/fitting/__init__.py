@@ -1,4 +1,5 @@
-"""The algebra that methods share: clusters, permutations of neurons, and least squares in two shapes.
+"""The algebra that methods share: distances, clusters, averages, permutations of neurons, and fits of several shapes.
 
-Pure functions of tensors, with no idea of a model. Products run in the inputs' dtype, sums and solutions in float64.
+Functions of tensors, or of what is seen of one layer; which experts stay is no matter of theirs. Products run in the
+inputs' dtype, sums and solutions in float64.
 """

@@ -28,20 +28,22 @@ def neuron_distance(features: torch.Tensor, other: torch.Tensor) -> torch.Tensor
     return torch.cdist(features.double(), other.double()).square()
 
 
-def neuron_weights(one: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def neuron_weights(expert: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Return an expert's weights with a row for each neuron, [F, 2 D or 3 D]; see `Experts` for the names."""
-    parts = [one[name] for name in ("gate", "up") if name in one]
-    return torch.cat([*parts, one["down"].T], 1)
+    parts = [expert[name] for name in ("gate", "up") if name in expert]
+    return torch.cat([*parts, expert["down"].T], 1)
 
 
-def permuted(one: Mapping[str, torch.Tensor], order: torch.Tensor) -> dict[str, torch.Tensor]:
+def permuted(expert: Mapping[str, torch.Tensor], order: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return an expert with its neurons in another order; it computes the same.
 
     Args:
-        one: its matrices, see `Experts`.
+        expert: its matrices, see `Experts`.
         order: neuron of the old expert in each place of the new one, [F].
     """
-    order = order.to(one["down"].device)
+    order = order.to(expert["down"].device)
     axes = {"down": 1, "down_bias": None}
-    moved = {name: axes.get(name, 0) for name in one}
-    return {name: one[name] if axis is None else one[name].index_select(axis, order) for name, axis in moved.items()}
+    moved = {name: axes.get(name, 0) for name in expert}
+    return {
+        name: expert[name] if axis is None else expert[name].index_select(axis, order) for name, axis in moved.items()
+    }

@@ -14,10 +14,12 @@ import torch
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 DEAD = 1e-10
+# Where there are fewer tokens than this times the features, four folds choose instead of an eighth of them.
+SCARCE = 4
 
 
 @dataclass(kw_only=True)
-class Normal:
+class NormalEquations:
     """The sums of one problem, float64; ``a + b`` is the problem over both texts.
 
     Attributes:
@@ -33,7 +35,7 @@ class Normal:
     tokens: int = 0
 
     @classmethod
-    def zeros(cls, width: int, features: int, device: torch.device | None = None) -> Normal:
+    def zeros(cls, width: int, features: int, device: torch.device | None = None) -> NormalEquations:
         """Return the problem without tokens."""
         empty = torch.zeros(features + width, features, dtype=torch.float64, device=device)
         return cls(gram=empty[:features], cross=empty[features:], energy=empty.new_zeros(()))
@@ -54,18 +56,18 @@ class Normal:
         self.energy += (square if weight_T is None else square * weight_T).sum()
         self.tokens += len(p_TF)
 
-    def __add__(self, other: Normal) -> Normal:
+    def __add__(self, other: NormalEquations) -> NormalEquations:
         """Return the problem over the tokens of both."""
-        return Normal(
+        return NormalEquations(
             gram=self.gram + other.gram,
             cross=self.cross + other.cross,
             energy=self.energy + other.energy,
             tokens=self.tokens + other.tokens,
         )
 
-    def __sub__(self, other: Normal) -> Normal:
+    def __sub__(self, other: NormalEquations) -> NormalEquations:
         """Return the problem without some of its tokens."""
-        return Normal(
+        return NormalEquations(
             gram=self.gram - other.gram,
             cross=self.cross - other.cross,
             energy=self.energy - other.energy,
@@ -79,16 +81,16 @@ class Normal:
         return float(self.energy - 2 * (weight * self.cross).sum() + (weight @ self.gram * weight).sum())
 
 
-def ridge(normal: Normal, prior: torch.Tensor, strength: float) -> torch.Tensor:
+def ridge(equations: NormalEquations, prior: torch.Tensor, strength: float) -> torch.Tensor:
     """Return the solution that is pulled towards a prior, float64 [D, F].
 
     Args:
-        normal: the problem.
+        equations: the problem.
         prior: W0; also what columns of dead neurons become, [D, F].
         strength: lambda; towards infinity the prior, towards 0 least squares.
     """
-    prior = prior.to(normal.gram)
-    live, scale, unit, residual = _scaled(normal, prior)
+    prior = prior.to(equations.gram)
+    live, scale, unit, residual = _scaled(equations, prior)
     solution = prior.clone()
     # W = W0 + (R - W0 G) S^-1 (S^-1 G S^-1 + lambda I)^-1 S^-1
     if len(live):
@@ -96,7 +98,9 @@ def ridge(normal: Normal, prior: torch.Tensor, strength: float) -> torch.Tensor:
     return solution
 
 
-def ridge_errors(fit: Normal, choose: Normal, prior: torch.Tensor, strengths: Sequence[float]) -> list[float]:
+def ridge_errors(
+    fit: NormalEquations, choose: NormalEquations, prior: torch.Tensor, strengths: Sequence[float]
+) -> list[float]:
     """Return the errors on some tokens of the ridge solutions fitted on others: one factorisation for all strengths.
 
     Args:
@@ -121,40 +125,42 @@ def ridge_errors(fit: Normal, choose: Normal, prior: torch.Tensor, strengths: Se
     return [base + float(inverse @ square @ inverse - 2 * linear @ inverse) for inverse in inverses]
 
 
-def chosen_ridge(every: Normal, held: Sequence[Normal], prior: torch.Tensor) -> torch.Tensor:
+def chosen_ridge(every: NormalEquations, held_out: Sequence[NormalEquations], prior: torch.Tensor) -> torch.Tensor:
     """Return the ridge solution of all tokens, as strong as loses least on tokens that were held out, [D, F]; the prior
     where no fit helps these.
 
     Args:
         every: the problem of all tokens.
-        held: parts of it, each held out in turn.
+        held_out: parts of it, each held out in turn.
         prior: W0, [D, F].
     """
-    folds = [ridge_errors(every - choose, choose, prior, RIDGES) for choose in held]
-    error, strength = min((sum(left), strength) for strength, *left in zip(RIDGES, *folds, strict=True))
-    return ridge(every, prior, strength) if error < sum(choose.error(prior) for choose in held) else prior
+    folds = [ridge_errors(every - part, part, prior, RIDGES) for part in held_out]
+    error, strength = min((sum(errors), strength) for strength, *errors in zip(RIDGES, *folds, strict=True))
+    return ridge(every, prior, strength) if error < sum(part.error(prior) for part in held_out) else prior
 
 
-def pseudo_inverse(normal: Normal, cut: float = 1e-12) -> torch.Tensor:
+def pseudo_inverse(equations: NormalEquations, cut: float = 1e-12) -> torch.Tensor:
     """Return R G^+, the plain least squares of the paper, float64 [D, F].
 
     Args:
-        normal: the problem.
+        equations: the problem.
         cut: eigenvalues of G below this share of the largest count as zero.
     """
-    values, vectors = torch.linalg.eigh((normal.gram + normal.gram.T) / 2)
+    values, vectors = torch.linalg.eigh((equations.gram + equations.gram.T) / 2)
     inverse = torch.where(values > cut * values.max(), 1 / values, torch.zeros_like(values))
-    return (normal.cross @ vectors * inverse) @ vectors.T
+    return (equations.cross @ vectors * inverse) @ vectors.T
 
 
-def _scaled(normal: Normal, prior: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def _scaled(
+    equations: NormalEquations, prior: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the neurons that are alive, S, S^-1 G S^-1 and (R - W0 G) S^-1 of them."""
-    gram = (normal.gram + normal.gram.T) / 2
+    gram = (equations.gram + equations.gram.T) / 2
     diagonal = gram.diagonal()
     live = (diagonal > DEAD * diagonal.mean()).nonzero().flatten()
     scale = diagonal[live].sqrt()
     unit = gram[live][:, live] / scale[:, None] / scale
-    return live, scale, unit, (normal.cross - prior @ gram)[:, live] / scale
+    return live, scale, unit, (equations.cross - prior @ gram)[:, live] / scale
 
 
 def _solve(matrix: torch.Tensor, right: torch.Tensor, strength: float) -> torch.Tensor:

@@ -22,17 +22,17 @@ class Menu:
     Attributes:
         errors: what each entry costs in error, [E, entries]; an expert that stays whole has none.
         price: bytes of each entry.
-        whole: bytes of an expert.
-        kept: experts that stay whole; at least one always does.
-        behind: the expert of the same layer that an entry needs whole, -1 for entries that need none, [E, entries];
-            None when none does.
+        expert_nbytes: bytes of an expert.
+        must_keep: experts that stay whole; at least one always does.
+        requires: the expert of the same layer that must stay whole for an entry, -1 for entries that require none,
+            [E, entries]; None when none does.
     """
 
     errors: torch.Tensor
     price: Sequence[int]
-    whole: int
-    kept: Collection[int] = ()
-    behind: torch.Tensor | None = None
+    expert_nbytes: int
+    must_keep: Collection[int] = ()
+    requires: torch.Tensor | None = None
 
 
 def cheapest(menus: Sequence[Menu], nbytes: int) -> list[list[int]]:
@@ -42,30 +42,32 @@ def cheapest(menus: Sequence[Menu], nbytes: int) -> list[list[int]]:
     an expert, one budget, at least one expert of each layer whole, and those that other experts' entries need.
 
     Args:
-        menus: the layers; an entry with an infinite error is nobody's.
+        menus: the layers; an entry with an infinite error is never chosen.
         nbytes: bytes that all may take; enough for the cheapest entry everywhere and the experts that stay.
 
     Raises:
         PlanError: the solver found none, in time or at all.
     """
     cost = np.concatenate([np.pad(menu.errors.double().numpy(), ((0, 0), (0, 1))).ravel() for menu in menus])
-    taken = np.concatenate([np.tile(np.append(np.array(menu.price), menu.whole), len(menu.errors)) for menu in menus])
-    unit = max(menu.whole for menu in menus)
+    nbytes_of = np.concatenate(
+        [np.tile(np.append(np.array(menu.price), menu.expert_nbytes), len(menu.errors)) for menu in menus]
+    )
+    unit = max(menu.expert_nbytes for menu in menus)
     priced = np.isfinite(cost)
     cost = np.where(priced, cost, 0)
-    needs = block_diag([_needs(menu) for menu in menus], "csr")
+    required = block_diag([_requirements(menu) for menu in menus], "csr")
     once = [np.ones((1, len(menu.price) + 1)) for menu in menus for _ in menu.errors]
     found = milp(
         # Of answers that lose the same, as for experts that no token reached, the smaller one.
-        cost / max(float(cost.max()), 1e-300) + TIE * taken / unit,
+        cost / max(float(cost.max()), 1e-300) + TIE * nbytes_of / unit,
         constraints=[
             LinearConstraint(block_diag(once, format="csr"), 1, 1),
-            LinearConstraint(csr_array(taken[None] / unit), -np.inf, nbytes / unit),
+            LinearConstraint(csr_array(nbytes_of[None] / unit), -np.inf, nbytes / unit),
             LinearConstraint(block_diag([_whole(menu, range(len(menu.errors))) for menu in menus], "csr"), 1, np.inf),
-            *([LinearConstraint(needs, -np.inf, 0)] if any(menu.behind is not None for menu in menus) else []),
+            *([LinearConstraint(required, -np.inf, 0)] if any(menu.requires is not None for menu in menus) else []),
         ],
         integrality=np.ones(cost.size),
-        bounds=Bounds(np.concatenate([_whole(menu, menu.kept)[0] for menu in menus]), priced),  # type: ignore[arg-type]
+        bounds=Bounds(np.concatenate([_whole(menu, menu.must_keep)[0] for menu in menus]), priced),  # type: ignore[arg-type]
         options={"mip_rel_gap": GAP, "time_limit": SECONDS},
     )
     if found.x is None:
@@ -78,12 +80,12 @@ def cheapest(menus: Sequence[Menu], nbytes: int) -> list[list[int]]:
     return chosen
 
 
-def _needs(menu: Menu) -> csr_array:
-    """Return a row for each entry that needs another expert: taken at most as often as that one stays whole."""
+def _requirements(menu: Menu) -> csr_array:
+    """Return a row for each entry that requires another expert: chosen at most as often as that one stays whole."""
     width = len(menu.price) + 1
-    behind = torch.full_like(menu.errors, -1) if menu.behind is None else menu.behind
-    expert, entry = (behind >= 0).nonzero().numpy().T
-    other = behind[expert, entry].long().numpy()
+    requires = torch.full_like(menu.errors, -1) if menu.requires is None else menu.requires
+    expert, entry = (requires >= 0).nonzero().numpy().T
+    other = requires[expert, entry].long().numpy()
     rows = np.arange(len(expert))
     places = np.concatenate([expert * width + entry, other * width + width - 1])
     signs = np.concatenate([np.ones(len(rows)), -np.ones(len(rows))])

@@ -18,9 +18,9 @@ import torch
 from moetailor.calibration.folder import Calibration
 from moetailor.checkpoint.weights import ExpertWeights
 from moetailor.errors import PlanError
+from moetailor.fitting.distances import functional_distances
+from moetailor.fitting.linear_maps import held_out_errors
 from moetailor.inspection.verdict import Lost, verdict, weighed
-from moetailor.methods.conmoe import functional_distances
-from moetailor.methods.linear import held_out_errors
 from moetailor.methods.run import check_weights, view_of
 from moetailor.planning.budget import Budget
 from moetailor.planning.view import LayerView

@@ -22,7 +22,8 @@ from moetailor.methods import reap as reap
 from moetailor.methods import refit as refit
 from moetailor.methods import seer_moe as seer_moe
 from moetailor.methods import sub_moe as sub_moe
-from moetailor.methods.registry import METHODS, Method, find_method
+from moetailor.methods.method import Method
+from moetailor.methods.registry import METHODS, find_method
 from moetailor.methods.run import make_plan
 
 __all__ = ["METHODS", "Method", "find_method", "make_plan"]

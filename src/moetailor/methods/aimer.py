@@ -9,23 +9,36 @@ of zeros goes first, where the released code keeps it. A calibration says which 
 are; nothing that was measured is read.
 """
 
+from dataclasses import dataclass
+
 import torch
 
 from moetailor.methods.choose import drop_lowest
-from moetailor.methods.registry import method
+from moetailor.methods.method import Method
+from moetailor.methods.registry import register
 from moetailor.planning.layer_plan import LayerPlan
 from moetailor.planning.view import LayerView
 
 
-@method("aimer", paper="arXiv:2603.18492", weights=True)
-def aimer(layer: LayerView, keep: int) -> LayerPlan:
+@register
+@dataclass(frozen=True, kw_only=True)
+class Aimer(Method):
     """Drop the experts whose weights are most alike in size; no data is read."""
-    return drop_lowest(layer, torch.stack([_unevenness(layer, expert) for expert in range(layer.num_experts)]), keep)
+
+    name = "aimer"
+    paper = "arXiv:2603.18492"
+    reads_weights = True
+
+    def plan(self, layer: LayerView, keep: int) -> LayerPlan:
+        """Decide for one layer."""
+        return drop_lowest(
+            layer, torch.stack([_unevenness(layer, expert) for expert in range(layer.num_experts)]), keep
+        )
 
 
 def _unevenness(layer: LayerView, expert: int) -> torch.Tensor:
     """Return 1 / AIMER of an expert, at least 1, float64 []."""
-    weights = [matrix for matrix in layer.experts.one(expert).values() if matrix.dim() == 2]
+    weights = [matrix for matrix in layer.experts.expert(expert).values() if matrix.dim() == 2]
     # S_e = sqrt(sum w^2 / n) / (sum |w| / n)
     size = sum(matrix.numel() for matrix in weights)
     absolute = torch.stack([matrix.abs().sum(dtype=torch.float64) for matrix in weights]).sum()

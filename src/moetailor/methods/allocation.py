@@ -8,14 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 
 from moetailor.checkpoint.layout import Stack
 from moetailor.errors import PlanError, did_you_mean
+from moetailor.fitting.constants import constant_errors
 from moetailor.methods.choose import best_of_all
-from moetailor.methods.registry import Method
+from moetailor.methods.method import Method
 from moetailor.planning.budget import read_fraction
 from moetailor.planning.layer_plan import LayerPlan
 from moetailor.planning.view import LayerView
@@ -62,44 +63,45 @@ def counts_of(given: Mapping[int, int | float | str], stacks: Sequence[Stack], *
 
 
 @dataclass(frozen=True, kw_only=True)
-class Room:
+class AllocationBounds:
     """What an allocation may choose from.
 
     Attributes:
-        keeps: experts that each layer keeps when all keep as many; as many stay in all.
+        keeps: experts of each layer when every layer keeps the same number; any other allocation has their sum.
         least: experts that each layer keeps at least.
+        most: and at most.
         step: what counts are multiples of: the groups of a router, where slots are dropped.
     """
 
     keeps: tuple[int, ...]
     least: tuple[int, ...]
+    most: tuple[int, ...]
     step: int
 
 
-def spread(
-    rule: Allocation, method: Method, parameters: Mapping[str, Any], layers: Sequence[LayerView], room: Room
+def allocate_by_rule(
+    rule: Allocation, method: Method, layers: Sequence[LayerView], bounds: AllocationBounds
 ) -> dict[int, int]:
     """Return how many experts each decoder layer keeps by a rule.
 
     Args:
         rule: ``error`` or ``global``.
         method: the method.
-        parameters: all its parameters.
         layers: the layers.
-        room: what may be chosen.
+        bounds: what may be chosen.
 
     Raises:
         PlanError: the rule needs scores and the method has none.
     """
     if rule == "error":
-        worths = constant_errors(layers)
+        worths = weighted_errors(layers)
     else:
-        worths = score_shares(method.name, method.plan(layers, room.keeps, parameters))
-    counts = best_of_all(layers, worths, sum(room.keeps), room.least, groups=room.step)
+        worths = score_shares(method.name, list(method.plan_layers(layers, bounds.keeps)))
+    counts = best_of_all(layers, worths, sum(bounds.keeps), bounds.least, groups=bounds.step)
     return {layer.index: count for layer, count in zip(layers, counts, strict=True)}
 
 
-def constant_errors(layers: Sequence[LayerView]) -> list[torch.Tensor]:
+def weighted_errors(layers: Sequence[LayerView]) -> list[torch.Tensor]:
     """Return what is lost when the best constant stands in for an expert, float64 [E] for each layer.
 
     In nats a token where all layers know what their errors cost in the end; else as a share of what constants lose in
@@ -110,10 +112,7 @@ def constant_errors(layers: Sequence[LayerView]) -> list[torch.Tensor]:
     """
     found = []
     for layer in layers:
-        sums = layer.sums
-        # L_e = (sum g^2 |y|^2 - |sum g^2 y|^2 / sum g^2) / T
-        error = sums.gate_sq_norm_sq - sums.gate_sq_output.square().sum(1) / sums.gate_sq.clamp_min(1e-300)
-        error = error.clamp_min(0) / sums.tokens
+        error = constant_errors(layer.sums)
         found.append(error * layer.effect if layer.effect is not None else error / error.sum().clamp_min(1e-300))
         layer.close()
     return found

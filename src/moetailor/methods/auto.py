@@ -1,15 +1,15 @@
 """Auto: for every slot of every layer the answer that costs least, within one budget of bytes for the whole model.
 
 Not from a paper. The menu of a slot: its own expert, nothing where no token reached it, another expert with a scale, a
-constant, a linear map of some rank (`linear`), or the layer's base, alone or with an own part of some rank
-(`lightmoe`). Each answer is priced in bytes, and in what it adds to the squared error of its layer's output on tokens
-that it was not fitted on, times what such an error costs the predictions, as calibration measured it (`--effect`).
-Which answers to take is then one knapsack over all slots of all layers, so layers and experts get as much as they are
-worth. In it a domain of the calibration text that has few tokens counts for more than these, or what they alone need
-would go first. ``--remove`` stands for the bytes that MoNE writes at that ratio.
+constant, a linear map of some rank (`linear`), or the layer's base, alone or with a part of low rank (`lightmoe`). Each
+answer is priced in bytes, and in what it adds to the squared error of its layer's output on tokens that it was not
+fitted on, times what such an error costs the predictions, as calibration measured it (`--effect`). Which answers to
+take is then one knapsack over all slots of all layers, so layers and experts get as much as they are worth. In it a
+domain of the calibration text that has few tokens counts for more than these, or what they alone need would go first.
+``--remove`` stands for the bytes that MoNE writes at that ratio.
 
-Left out: experts made of several, which lose to a base with own parts at all bytes that were measured, and take as long
-to price as to build.
+Left out: experts made of several, which lose to a base with parts of low rank at all bytes that were measured, and take
+as long to price as to build.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ from torch.nn import functional as F
 from moetailor.answers import Answer, Constant, Drop, Keep, Linear, LowRank, Remap
 from moetailor.calibration.domains import balanced
 from moetailor.errors import PlanError
-from moetailor.fitting.held_out import choosing
+from moetailor.fitting import linear_maps, low_rank
+from moetailor.fitting.averages import Matrices
+from moetailor.fitting.distances import functional_distances
+from moetailor.fitting.held_out import held_out_masks
 from moetailor.fitting.menu import Menu, cheapest
 from moetailor.fitting.whitened import approximate
-from moetailor.methods import linear, low_rank
-from moetailor.methods.conmoe import functional_distances
-from moetailor.methods.merge import Matrices
-from moetailor.methods.registry import AtLeast, method
+from moetailor.methods.method import AtLeast, JointMethod
+from moetailor.methods.registry import register
 from moetailor.planning.layer_plan import LayerPlan
 from moetailor.planning.plan import answers_nbytes
 from moetailor.planning.view import LayerView
@@ -45,33 +46,33 @@ NEAR, COMPARED, FEW = 2, 64, 8
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What the slots of a layer may become: entry `at` of an expert's answers has entry `at` of its errors in the menu;
-    its last answer is itself.
+    """What the slots of a layer may become.
 
     Attributes:
-        answers: of each expert.
+        answers: the answers that each expert may become, in the order of the menu's entries; the last is the expert
+            itself, for which the menu has no entry.
         menu: what they cost, in nats times `weight`.
-        weight: of each expert, [E].
+        weight: what errors of each expert weigh, [E].
     """
 
     answers: list[list[Answer]]
     menu: Menu
     weight: torch.Tensor
 
-    def plan(self, taken: Sequence[int]) -> LayerPlan:
-        """Return the plan in which each expert takes the answer of a number."""
-        low = [expert for expert, at in enumerate(taken) if isinstance(self.answers[expert][at], LowRank)]
-        # A base that only one leans on is worth no more than its expert.
-        taken = [len(self.menu.price) if low == [expert] else at for expert, at in enumerate(taken)]
-        chosen = [answers[at] for answers, at in zip(self.answers, taken, strict=True)]
+    def plan(self, entries: Sequence[int]) -> LayerPlan:
+        """Return the plan in which each expert becomes its answer of a number."""
+        low = [expert for expert, at in enumerate(entries) if isinstance(self.answers[expert][at], LowRank)]
+        # A base with a single member takes as many bytes as that expert, which loses nothing.
+        entries = [len(self.menu.price) if low == [expert] else at for expert, at in enumerate(entries)]
+        chosen = [answers[at] for answers, at in zip(self.answers, entries, strict=True)]
         base = next((expert for expert, answer in enumerate(chosen) if isinstance(answer, LowRank)), 0)
         slots = [replace(answer, base=base) if isinstance(answer, LowRank) else answer for answer in chosen]
         errors = self.menu.errors / self.weight[:, None]
-        return LayerPlan(slots=tuple(slots), scores=tuple(errors[:, 0].tolist()), expected=_cost(errors, taken))
+        return LayerPlan(slots=tuple(slots), scores=tuple(errors[:, 0].tolist()), expected=_cost(errors, entries))
 
-    def cost(self, taken: Sequence[int]) -> float:
+    def cost(self, entries: Sequence[int]) -> float:
         """Return what such a plan costs on the menu."""
-        return _cost(self.menu.errors, taken)
+        return _cost(self.menu.errors, entries)
 
     def without_base(self) -> Choice:
         """Return the same without low-rank answers."""
@@ -79,45 +80,51 @@ class Choice:
         return replace(self, menu=replace(self.menu, errors=self.menu.errors.masked_fill(low, torch.inf)))
 
 
-def _cost(errors: torch.Tensor, taken: Sequence[int]) -> float:
-    return sum(float(errors[expert, at]) for expert, at in enumerate(taken) if at < errors.shape[1])
+def _cost(errors: torch.Tensor, entries: Sequence[int]) -> float:
+    return sum(float(errors[expert, at]) for expert, at in enumerate(entries) if at < errors.shape[1])
 
 
-def build(layer: LayerView, plan: LayerPlan, **_: object) -> dict[str, torch.Tensor]:
-    """Return what `linear` and `lightmoe` build for their kinds of slots."""
-    found = linear.build(layer, plan, ridge=RIDGE, shrinkage=0.0) if plan.of(Constant) or plan.of(Linear) else {}
-    return found | (low_rank.built_on(layer, plan, [_base(layer)], "fitted") if plan.of(LowRank) else {})
-
-
-@method(
-    "auto",
-    removed=Constant,
-    needs={"tokens", "count", "gate", "gate_sq", "gate_sq_output", "gate_sq_norm_sq", "effect"},
-    weights=True,
-    scoped=True,
-    spreads=lambda **_: True,
-    builds={"constant", "linear", "low_rank"},
-    build=build,
-)
-def auto(
-    layers: Sequence[LayerView], keeps: Sequence[int], *, balance: Annotated[float, AtLeast(0)] = 0.75
-) -> Iterator[LayerPlan]:
+@register
+@dataclass(frozen=True, kw_only=True)
+class Auto(JointMethod):
     """Choose for every slot what costs the predictions least for its bytes, over all layers together.
 
-    Args:
-        layers: the layers.
-        keeps: experts that MoNE would keep in each; what they and its novices take is the budget.
+    Attributes:
         balance: how domains of the calibration text share the budget: 0 by their tokens, 1 all alike.
     """
-    if balance > 1:
-        raise PlanError(f"balance={balance}: at 1 all domains count alike; give a number from 0 to 1")
-    choices = []
-    for layer in layers:
-        choices.append(_choice(layer, balance))
-        layer.close()
-    nbytes = sum(layer.nbytes or _novices(layer, keep) for layer, keep in zip(layers, keeps, strict=True))
-    for choice, taken in zip(choices, _taken(nbytes, choices), strict=True):
-        yield choice.plan(taken)
+
+    balance: Annotated[float, AtLeast(0)] = 0.75
+
+    name = "auto"
+    replaces_with = Constant
+    needs = frozenset({"tokens", "count", "gate", "gate_sq", "gate_sq_output", "gate_sq_norm_sq", "effect"})
+    reads_weights = True
+    builds = frozenset({"constant", "linear", "low_rank"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.balance > 1:
+            raise PlanError(f"balance={self.balance}: at 1 all domains count alike; give a number from 0 to 1")
+
+    @property
+    def decides_counts(self) -> bool:
+        """Always."""
+        return True
+
+    def plan_layers(self, layers: Sequence[LayerView], keeps: Sequence[int]) -> Iterator[LayerPlan]:
+        """Decide for all layers, in the bytes of kept experts and novices for the others."""
+        choices = []
+        for layer in layers:
+            choices.append(_choice(layer, self.balance))
+            layer.close()
+        nbytes = sum(layer.nbytes or _novices(layer, keep) for layer, keep in zip(layers, keeps, strict=True))
+        for choice, entries in zip(choices, _cheapest(nbytes, choices), strict=True):
+            yield choice.plan(entries)
+
+    def build(self, layer: LayerView, plan: LayerPlan) -> dict[str, torch.Tensor]:
+        """Return the tensors of constants and linear maps, and of low-rank experts over the layer's base."""
+        found = linear_maps.build_maps(layer, plan, RIDGE) if plan.of(Constant) or plan.of(Linear) else {}
+        return found | (low_rank.built_on(layer, plan, [_base(layer)], "fitted") if plan.of(LowRank) else {})
 
 
 def _choice(layer: LayerView, balance: float) -> Choice:
@@ -140,14 +147,14 @@ def _choice(layer: LayerView, balance: float) -> Choice:
         ]
         for expert in experts
     ]
-    behind = F.pad(others, (len(slots), 1), value=-1)
+    requires = F.pad(others, (len(slots), 1), value=-1)
     weight = _weight(layer, balance)
     menu = Menu(
         errors=layer.effect * weight[:, None] * torch.cat([errors, lost, drop], 1),
         price=[*(_nbytes(layer, slot) for slot in slots), *[0] * (others.shape[1] + 1)],
-        whole=layer.expert_bytes,
-        kept=layer.protected,
-        behind=behind,
+        expert_nbytes=layer.expert_bytes,
+        must_keep=layer.protected,
+        requires=requires,
     )
     return Choice(answers=answers, menu=menu, weight=weight)
 
@@ -172,7 +179,7 @@ def _menu(layer: LayerView) -> list[Answer]:
 def _nbytes(layer: LayerView, answer: Answer) -> int:
     """Return the bytes of an answer, without the base."""
     if isinstance(answer, LowRank):
-        return low_rank.own_bytes(layer, answer.rank)
+        return low_rank.low_rank_nbytes(layer, answer.rank)
     return answers_nbytes([answer], layer.shape, layer.dtype)
 
 
@@ -210,21 +217,21 @@ def _novices(layer: LayerView, keep: int) -> int:
     return keep * layer.expert_bytes + (layer.num_experts - keep) * _nbytes(layer, Constant())
 
 
-def _taken(nbytes: int, choices: Sequence[Choice]) -> list[list[int]]:
+def _cheapest(nbytes: int, choices: Sequence[Choice]) -> list[list[int]]:
     """Return the best answers with a base in every layer, or without any where that costs less."""
     if not choices:
         return []
     menus = [choice.menu for choice in choices]
-    bases = sum(menu.whole for menu in menus)
+    bases = sum(menu.expert_nbytes for menu in menus)
     found = [cheapest([choice.without_base().menu for choice in choices], nbytes)]
-    whole = [max(1, len(menu.kept)) for menu in menus]
+    kept = [max(1, len(menu.must_keep)) for menu in menus]
     least = sum(
-        min(menu.price) * (len(menu.errors) - count) + menu.whole * count
-        for menu, count in zip(menus, whole, strict=True)
+        min(menu.price) * (len(menu.errors) - count) + menu.expert_nbytes * count
+        for menu, count in zip(menus, kept, strict=True)
     )
     if least + bases <= nbytes:
         found.append(cheapest(menus, nbytes - bases))
-    return min(found, key=lambda taken: sum(choice.cost(at) for choice, at in zip(choices, taken, strict=True)))
+    return min(found, key=lambda chosen: sum(choice.cost(at) for choice, at in zip(choices, chosen, strict=True)))
 
 
 def _base(layer: LayerView) -> Matrices:
@@ -236,26 +243,26 @@ def _errors(layer: LayerView, expert: int, base: Matrices, slots: Sequence[Answe
     """Return what each answer adds to the layer's error, on tokens that it was not fitted on, float64 [slots]."""
     ranks = [getattr(answer, "rank", 0) for answer in slots if not isinstance(answer, LowRank)]
     low = [answer.rank for answer in slots if isinstance(answer, LowRank)]
-    maps = linear.held_out_errors(layer, expert, ranks, RIDGE)
+    maps = linear_maps.held_out_errors(layer, expert, ranks, RIDGE)
     token, gate = layer.routed(expert)
-    one = layer.experts.one(expert)
+    matrices = layer.experts.expert(expert)
     total, constant = torch.zeros(len(low), dtype=torch.float64), 0.0
-    for held in choosing(token, linear.SCARCE * layer.sample.hidden.shape[1]):
-        if not bool(held.any()) or bool(held.all()):
+    for chooses in held_out_masks(token, linear_maps.SCARCE * layer.sample.hidden.shape[1]):
+        if not bool(chooses.any()) or bool(chooses.all()):
             continue
         weight = gate.double().square()[:, None].to(layer.experts.device)
         y = layer.outputs(expert, token).double()
-        mean = (weight * y)[~held].sum(0) / weight[~held].sum().clamp_min(1e-300)
-        constant += float((weight[held] * (y[held] - mean).square()).sum())
+        mean = (weight * y)[~chooses].sum(0) / weight[~chooses].sum().clamp_min(1e-300)
+        constant += float((weight[chooses] * (y[chooses] - mean).square()).sum())
         parts = {}
         for part in low_rank.parts_of(layer):
-            moment = low_rank.moment_of(layer, expert, one, part, ~held)
-            parts[part] = approximate(low_rank.apart(one, base, part), moment)
-        x = layer.sample.hidden[token[held]].to(one["up"])
+            moment = low_rank.moment_of(layer, expert, matrices, part, ~chooses)
+            parts[part] = approximate(low_rank.apart(matrices, base, part), moment)
+        x = layer.sample.hidden[token[chooses]].to(matrices["up"])
         for at, rank in enumerate(low):
-            small = base | {part: (base[part] + found.matrix(rank)).to(base[part]) for part, found in parts.items()}
-            given = F.linear(layer.experts.hidden(small, x), small["down"], small.get("down_bias"))
-            total[at] += float((weight[held] * (y[held] - given.double()).square()).sum())
+            reduced = base | {part: (base[part] + found.matrix(rank)).to(base[part]) for part, found in parts.items()}
+            given = F.linear(layer.experts.hidden(reduced, x), reduced["down"], reduced.get("down_bias"))
+            total[at] += float((weight[chooses] * (y[chooses] - given.double()).square()).sum())
     # As for maps: the constant's error over all tokens, times the share of it that is left on the held-out ones.
     shares = total / constant if constant > 0 else torch.ones_like(total)
     return torch.cat([maps, maps[0] * shares])

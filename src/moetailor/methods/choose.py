@@ -91,10 +91,10 @@ def global_keeps(
 def best_of_all(
     layers: Sequence[LayerView], worths: Sequence[torch.Tensor], keep: int, least: Sequence[int], *, groups: int = 1
 ) -> list[int]:
-    """Return how many experts each layer keeps when those that are worth most in all layers together stay.
+    """Return how many experts each layer keeps when all layers are ranked together and the most valuable experts stay.
 
-    For worths that add up this is the best of all allocations: in each layer the least worthy go first, so that every
-    further removal costs at least as much as the one before. Of equals the earlier layer keeps.
+    Where losses add up no allocation loses less: within a layer the experts that lose least go first, so that each
+    further removal costs at least as much as the one before. Of equal ones that of the earlier layer stays.
 
     Args:
         layers: the layers; their protected experts stay.
@@ -105,8 +105,10 @@ def best_of_all(
     """
     every: list[tuple[bool, float, int]] = []
     for number, (layer, worth, must) in enumerate(zip(layers, worths, least, strict=True)):
-        held = torch.tensor([expert in layer.protected for expert in range(layer.num_experts)])
-        ranked = worth.double().masked_fill(held, float("inf")).view(groups, -1).sort(dim=1, descending=True).values
+        protected = torch.tensor([expert in layer.protected for expert in range(layer.num_experts)])
+        ranked = (
+            worth.double().masked_fill(protected, float("inf")).view(groups, -1).sort(dim=1, descending=True).values
+        )
         # The n-th best of all groups stay or go together.
         every += [(place * groups >= must, -value, number) for place, value in enumerate(ranked.sum(0).tolist())]
     kept = [number for *_, number in sorted(every)[: keep // groups]]

@@ -14,76 +14,73 @@ become novices that are always auxiliary.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated
 
 import torch
 
 from moetailor.answers import Auxiliary, Constant
 from moetailor.answers.auxiliary import Vectors
+from moetailor.fitting.constants import constants
 from moetailor.methods.choose import top
-from moetailor.methods.mone import novices
-from moetailor.methods.registry import AtLeast, method
+from moetailor.methods.method import AtLeast, Method
+from moetailor.methods.registry import register
 from moetailor.planning.layer_plan import LayerPlan
 from moetailor.planning.view import LayerView
 
 
-def outline(
-    experts: int, keep: int, *, main: int, share: float, renormalise: bool, vectors: Vectors, constants: bool
-) -> LayerPlan:
-    """Return a plan of the bytes that the method's will have."""
-    split = Auxiliary(main or 1, share, renormalise, vectors, constants)
-    return LayerPlan(slots=(*(split,) * keep, *(Constant(),) * (experts - keep)))
-
-
-def build(layer: LayerView, plan: LayerPlan, **_: object) -> dict[str, torch.Tensor]:
-    """Return the vectors at zero, the constants of auxiliary experts, and the novices of removed ones."""
-    declared = plan.slot_map().tensors(layer.shape)
-    found = {name: torch.zeros(spec.shape) for name, spec in declared.items()}
-    if "auxiliary_constant" in declared:
-        found["auxiliary_constant"] = _aside(layer, next(iter(plan.of(Auxiliary).values())).main)[plan.kept_slots]
-    if "constant" in declared:
-        found["constant"] = novices(layer)[list(plan.of(Constant))]
-    return found
-
-
-@method(
-    "compressed_experts",
-    removed=Constant,
-    paper="arXiv:2503.00634",
-    needs={"count", "gate_sq", "gate_sq_output"},
-    weights=True,
-    outline=outline,
-    whole=True,
-    trained=True,
-    builds={"constant", "auxiliary"},
-    build=build,
-)
-def compressed_experts(
-    layer: LayerView,
-    keep: int,
-    *,
-    main: Annotated[int, AtLeast(0)] = 0,
-    share: Annotated[float, AtLeast(0)] = 1.0,
-    renormalise: bool = False,
-    vectors: Vectors = "expert",
-    constants: bool = False,
-) -> LayerPlan:
+@register
+@dataclass(frozen=True, kw_only=True)
+class CompressedExperts(Method):
     """Run only the main experts of each token, modulated by vectors of the others; made for recovery.
 
-    Args:
-        layer: the layer.
-        keep: experts that stay; those that are main least often become novices.
+    Attributes:
         main: experts of a token that run; 0 for half of the router's (paper).
         share: fewer run once their gates have this share of all the token's gates.
         renormalise: scale the gates of the main experts to the sum of all.
         vectors: one set for each ``expert`` (paper), one for the whole ``layer`` (a control) or ``none``.
         constants: an auxiliary expert gives the mean of what it gave where it was auxiliary.
     """
-    main = main or max(1, layer.top_k // 2)
-    # Of those that are never main, the ones that no token reached go first.
-    worth = torch.maximum(_main_gates(layer, main), layer.sums.count * 1e-300)
-    split, kept = Auxiliary(main, share, renormalise, vectors, constants), top(layer, worth, keep)
-    return LayerPlan(slots=tuple(split if slot in kept else Constant() for slot in range(layer.num_experts)))
+
+    main: Annotated[int, AtLeast(0)] = 0
+    share: Annotated[float, AtLeast(0)] = 1.0
+    renormalise: bool = False
+    vectors: Vectors = "expert"
+    constants: bool = False
+
+    name = "compressed_experts"
+    paper = "arXiv:2503.00634"
+    replaces_with = Constant
+    needs = frozenset({"count", "gate_sq", "gate_sq_output"})
+    reads_weights = True
+    useful_whole = True
+    trained = True
+    builds = frozenset({"constant", "auxiliary"})
+
+    def plan(self, layer: LayerView, keep: int) -> LayerPlan:
+        """Make those that are main least often novices, and the others auxiliary unless main."""
+        main = self.main or max(1, layer.top_k // 2)
+        # Of those that are never main, the ones that no token reached go first.
+        worth = torch.maximum(_main_gates(layer, main), layer.sums.count * 1e-300)
+        split, kept = self._split(main), top(layer, worth, keep)
+        return LayerPlan(slots=tuple(split if slot in kept else Constant() for slot in range(layer.num_experts)))
+
+    def _split(self, main: int) -> Auxiliary:
+        return Auxiliary(main, self.share, self.renormalise, self.vectors, self.constants)
+
+    def build(self, layer: LayerView, plan: LayerPlan) -> dict[str, torch.Tensor]:
+        """Return the vectors at zero, the constants of auxiliary experts, and the novices of removed ones."""
+        declared = plan.slot_map().tensors(layer.shape)
+        built = {name: torch.zeros(spec.shape) for name, spec in declared.items()}
+        if "auxiliary_constant" in declared:
+            built["auxiliary_constant"] = _aside(layer, next(iter(plan.of(Auxiliary).values())).main)[plan.kept_slots]
+        if "constant" in declared:
+            built["constant"] = constants(layer.sums)[list(plan.of(Constant))]
+        return built
+
+    def estimate(self, experts: int, keep: int, groups: int = 1) -> LayerPlan:
+        """Return slots that are auxiliary unless main, and novices."""
+        return LayerPlan(slots=(*(self._split(self.main or 1),) * keep, *(Constant(),) * (experts - keep)))
 
 
 def _main_gates(layer: LayerView, main: int) -> torch.Tensor:
@@ -97,7 +94,7 @@ def _main_gates(layer: LayerView, main: int) -> torch.Tensor:
 def _aside(layer: LayerView, main: int) -> torch.Tensor:
     """Return N_j = sum g^2 y / sum g^2 over the sampled tokens where an expert is auxiliary, float64 [E, D]."""
     rank = layer.sample.gate.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-    found = novices(layer)
+    found = constants(layer.sums)
     for expert in range(layer.num_experts):
         token, place = ((layer.sample.index == expert) & (rank >= main)).nonzero().unbind(1)
         if len(token):

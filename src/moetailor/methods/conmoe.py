@@ -12,56 +12,68 @@ weights, which no permutation of neurons changes, and a scale for each slot in c
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
 
 from moetailor.answers import Borrowed, Keep, Remap
 from moetailor.errors import PlanError
+from moetailor.fitting.distances import EPSILON, functional_distances, weight_distances
 from moetailor.methods.choose import refuse_protected
-from moetailor.methods.registry import AtLeast, choice, method
+from moetailor.methods.method import AtLeast, JointMethod
+from moetailor.methods.registry import register
 from moetailor.planning.layer_plan import LayerPlan
 from moetailor.planning.view import LayerView
 
-EPSILON = 1e-12
 
-
-@method(
-    "conmoe",
-    removed=Remap,
-    paper="arXiv:2605.29350",
-    needs={"count", "gated_norm"},
-    weights=True,
-    scoped=True,
-    spreads=lambda *, scope, **_: scope > 1,
-)
-def conmoe(
-    layers: Sequence[LayerView],
-    keeps: Sequence[int],
-    *,
-    scope: Annotated[int, AtLeast(1)] = 1,
-    distance: Literal["weights", "functional"] = "weights",
-    scale: bool = False,
-    tokens: Annotated[int, AtLeast(1)] = 256,
-) -> Iterator[LayerPlan]:
+@register
+@dataclass(frozen=True, kw_only=True)
+class ConMoE(JointMethod):
     """Keep the experts that contribute most and are hardest to replace; map every other slot to its nearest one.
 
-    Args:
-        layers: the layers.
-        keeps: prototypes of each; those of a scope count together.
+    Attributes:
         scope: consecutive MoE layers that share their prototypes (paper: 4 for Qwen3-30B-A3B, 1 for others).
         distance: ``weights`` (paper: mean relative Frobenius distance of gate, up and down), or ``functional``: the
             share of an expert's gated output energy that is lost when another expert answers its tokens.
         scale: multiply a remapped slot's gate by the factor that fits the prototype's outputs to the expert's best.
         tokens: sampled tokens of each expert that the functional distance and the scale are measured on.
     """
-    choice("distance", distance, ("weights", "functional"))
-    for start in range(0, len(layers), scope):
-        block = layers[start : start + scope]
-        distances, scales = _distances(block, distance, scale, tokens)
-        yield from _remapped(block, sum(keeps[start : start + scope]), distances, scales)
-        for layer in block:
-            layer.close()
+
+    scope: Annotated[int, AtLeast(1)] = 1
+    distance: Literal["weights", "functional"] = "weights"
+    scale: bool = False
+    tokens: Annotated[int, AtLeast(1)] = 256
+
+    name = "conmoe"
+    paper = "arXiv:2605.29350"
+    replaces_with = Remap
+    needs = frozenset({"count", "gated_norm"})
+    reads_weights = True
+
+    @property
+    def decides_counts(self) -> bool:
+        """Whether several layers share their prototypes."""
+        return self.scope > 1
+
+    def plan_layers(self, layers: Sequence[LayerView], keeps: Sequence[int]) -> Iterator[LayerPlan]:
+        """Decide scope by scope."""
+        for start in range(0, len(layers), self.scope):
+            block = layers[start : start + self.scope]
+            distances, scales = self._distances(block)
+            yield from _remapped(block, sum(keeps[start : start + self.scope]), distances, scales)
+            for layer in block:
+                layer.close()
+
+    def _distances(self, layers: Sequence[LayerView]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return distance and slot scale of every pair (expert, answering expert) of a scope, float64 [E, E]."""
+        matrices = _together(layers)
+        by_weights = weight_distances(matrices) if self.distance == "weights" else torch.empty(0)
+        if self.distance == "weights" and not self.scale:
+            return by_weights, torch.ones_like(by_weights)
+        functional, scales = functional_distances(layers, self.tokens, self.scale)
+        distances = by_weights if self.distance == "weights" else functional
+        return distances, scales if self.scale else torch.ones_like(scales)
 
 
 def _remapped(
@@ -112,18 +124,6 @@ def _prototypes(
     return sorted(sorted(ranked, key=lambda number: number not in first)[:keep])
 
 
-def _distances(
-    layers: Sequence[LayerView], distance: str, scale: bool, tokens: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return distance and slot scale of every pair (expert, answering expert) of a scope, float64 [E, E]."""
-    matrices = _together(layers)
-    by_weights = weight_distances(matrices) if distance == "weights" else torch.empty(0)
-    if distance == "weights" and not scale:
-        return by_weights, torch.ones_like(by_weights)
-    functional, scales = functional_distances(layers, tokens, scale)
-    return by_weights if distance == "weights" else functional, scales if scale else torch.ones_like(scales)
-
-
 def _together(layers: Sequence[LayerView]) -> dict[str, torch.Tensor]:
     """Return the weight matrices of several layers as one stack.
 
@@ -141,62 +141,6 @@ def _together(layers: Sequence[LayerView]) -> dict[str, torch.Tensor]:
             )
     names = [name for name, shape in first.items() if len(shape) == 2]
     return {name: torch.cat([m[name] for m in every]) if len(every) > 1 else every[0][name] for name in names}
-
-
-def weight_distances(matrices: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Return the mean over matrices of 2 |W - W'| / (|W| + |W'|), Frobenius norms, float64 [E, E].
-
-    Args:
-        matrices: each [E, rows, columns].
-    """
-    total = torch.zeros((), dtype=torch.float64)
-    for weight in matrices.values():
-        flat = weight.flatten(1).float()
-        # |W - W'|^2 = |W|^2 + |W'|^2 - 2 <W, W'>: one product for all pairs
-        products = (flat @ flat.T).double().cpu()
-        square = products.diagonal()
-        apart = (square[:, None] + square[None] - 2 * products).clamp_min(0).sqrt()
-        apart.fill_diagonal_(0)
-        norms = square.sqrt()
-        total = total + 2 * apart / (norms[:, None] + norms[None] + EPSILON)
-    return total / len(matrices)
-
-
-def functional_distances(
-    layers: Sequence[LayerView], tokens: int, scaled: bool, limits: tuple[float, float] = (0.0, 1.5)
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what each expert loses when another answers its sampled tokens, and the best scale of the answer.
-
-    d(e, p) = sum g^2 |f_e - c f_p|^2 / sum g^2 |f_e|^2 and c = sum g^2 <f_e, f_p> / sum g^2 |f_p|^2, clipped to
-    the limits, over tokens routed to e; c = 1 when not `scaled`. An expert without sampled tokens loses 1 everywhere
-    and keeps scale 1. Experts are numbered through the layers; both results are float64 [E, E].
-    """
-    experts = [(layer, expert) for layer in layers for expert in range(layer.num_experts)]
-    routed = [tuple(part[:tokens] for part in layer.routed(expert)) for layer, expert in experts]
-    owner = torch.cat([torch.full_like(token, number) for number, (token, _) in enumerate(routed)])
-    weight = torch.cat([gate for _, gate in routed]).double().square()
-    pairs = list(zip(experts, routed, strict=True))
-    x_TD = torch.cat([layer.sample.hidden[token] for (layer, _), (token, _) in pairs])
-    own_TD = torch.cat(
-        [layer.experts.outputs(expert, layer.sample.hidden[token]).float() for (layer, expert), (token, _) in pairs]
-    )
-
-    def summed(values_T: torch.Tensor) -> torch.Tensor:
-        """Return sum g^2 value over the tokens of each expert, float64 [E]."""
-        total = torch.zeros(len(experts), dtype=torch.float64)
-        return total.index_add_(0, owner, weight * values_T.double().cpu())
-
-    energy = summed(own_TD.square().sum(1))
-    reached, energy = energy > 0, energy.clamp_min(EPSILON)
-    distances, scales = torch.ones(2, len(experts), len(experts), dtype=torch.float64)
-    for number, (layer, expert) in enumerate(experts):
-        # One expert on the tokens of all: products of many rows.
-        given_TD = layer.experts.outputs(expert, x_TD).to(own_TD)
-        product, square = summed((own_TD * given_TD).sum(1)), summed(given_TD.square().sum(1))
-        c = (product / square.clamp_min(EPSILON)).clamp(*limits) if scaled else torch.ones_like(product)
-        distances[:, number] = torch.where(reached, (energy - 2 * c * product + c**2 * square) / energy, 1.0)
-        scales[:, number] = torch.where(reached, c, 1.0)
-    return distances.clamp_min(0).fill_diagonal_(0), scales.fill_diagonal_(1)
 
 
 def _min_max(x: torch.Tensor) -> torch.Tensor:

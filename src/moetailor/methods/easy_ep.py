@@ -10,15 +10,25 @@ give is in both. Calibration records it when asked: `moetailor calibrate --resid
 itself. For several domains at once the paper averages normalised scores; here their texts are mixed.
 """
 
+from dataclasses import dataclass
+
 from moetailor.methods.choose import drop_lowest
-from moetailor.methods.registry import method
+from moetailor.methods.method import Method
+from moetailor.methods.registry import register
 from moetailor.planning.layer_plan import LayerPlan
 from moetailor.planning.view import LayerView
 
 
-@method("easy_ep", needs={"gated_norm_shift"})
-def easy_ep(layer: LayerView, keep: int) -> LayerPlan:
+@register
+@dataclass(frozen=True, kw_only=True)
+class EasyEP(Method):
     """Drop the experts with the smallest gated outputs on tokens whose residual stream the experts turn."""
-    # I_e = sum_t g_e(t) |f_e(x_t)| max(0, 1 - cos(h_t, h~_t))
-    assert layer.sums.gated_norm_shift is not None
-    return drop_lowest(layer, layer.sums.gated_norm_shift, keep)
+
+    name = "easy_ep"
+    needs = frozenset({"gated_norm_shift"})
+
+    def plan(self, layer: LayerView, keep: int) -> LayerPlan:
+        """Decide for one layer."""
+        # I_e = sum_t g_e(t) |f_e(x_t)| max(0, 1 - cos(h_t, h~_t))
+        assert layer.sums.gated_norm_shift is not None
+        return drop_lowest(layer, layer.sums.gated_norm_shift, keep)

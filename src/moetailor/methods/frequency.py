@@ -6,21 +6,40 @@ Here: the same, on the routing that the model really did: indices and gates are 
 routers with biases, groups or sigmoids count as they choose.
 """
 
+from dataclasses import dataclass
+
 from moetailor.methods.choose import drop_lowest
-from moetailor.methods.registry import method
+from moetailor.methods.method import Method
+from moetailor.methods.registry import register
 from moetailor.planning.layer_plan import LayerPlan
 from moetailor.planning.view import LayerView
 
 
-@method("frequency", paper="arXiv:2510.13999", needs={"count"})
-def frequency(layer: LayerView, keep: int) -> LayerPlan:
+@register
+@dataclass(frozen=True, kw_only=True)
+class Frequency(Method):
     """Drop the experts that the fewest tokens are routed to."""
-    # S_e = N_e
-    return drop_lowest(layer, layer.sums.count, keep)
+
+    name = "frequency"
+    paper = "arXiv:2510.13999"
+    needs = frozenset({"count"})
+
+    def plan(self, layer: LayerView, keep: int) -> LayerPlan:
+        """Decide for one layer."""
+        # S_e = N_e
+        return drop_lowest(layer, layer.sums.count, keep)
 
 
-@method("soft_frequency", paper="arXiv:2510.13999", needs={"gate"})
-def soft_frequency(layer: LayerView, keep: int) -> LayerPlan:
+@register
+@dataclass(frozen=True, kw_only=True)
+class SoftFrequency(Method):
     """Drop the experts with the smallest sum of gates."""
-    # S_e = sum over the tokens routed to e of g_e
-    return drop_lowest(layer, layer.sums.gate, keep)
+
+    name = "soft_frequency"
+    paper = "arXiv:2510.13999"
+    needs = frozenset({"gate"})
+
+    def plan(self, layer: LayerView, keep: int) -> LayerPlan:
+        """Decide for one layer."""
+        # S_e = sum over the tokens routed to e of g_e
+        return drop_lowest(layer, layer.sums.gate, keep)

@@ -9,44 +9,52 @@ k-means instead, so their numbers are not this method's.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated
 
 import torch
 
 from moetailor.answers import Merged
+from moetailor.fitting.averages import averages
 from moetailor.fitting.cluster import Linkage, agglomerate
-from moetailor.methods.merge import Matrices, averages, clustered
-from moetailor.methods.registry import AtLeast, method
+from moetailor.methods.merge import clustered
+from moetailor.methods.method import AtLeast, Method
+from moetailor.methods.registry import register
 from moetailor.planning.layer_plan import LayerPlan
 from moetailor.planning.view import LayerView
 
 
-def build(layer: LayerView, plan: LayerPlan, **_: object) -> Matrices:
-    """Return the usage-weighted average of each cluster."""
-    return averages(layer, plan, layer.sums.count)
-
-
-@method(
-    "hc_smoe",
-    removed=Merged,
-    paper="arXiv:2410.08589",
-    needs={"count"},
-    weights=True,
-    builds={"merged"},
-    build=build,
-)
-def hc_smoe(
-    layer: LayerView, keep: int, *, linkage: Linkage = "average", tokens: Annotated[int, AtLeast(1)] = 2048
-) -> LayerPlan:
+@register
+@dataclass(frozen=True, kw_only=True)
+class HCSMoE(Method):
     """Merge experts whose mean outputs lie near each other, by hierarchical clustering.
 
-    Args:
-        layer: the layer.
-        keep: experts that stay.
+    Attributes:
         linkage: how the distance of two clusters follows from those of their members; ``average`` (paper).
         tokens: sampled tokens that every expert is run on.
     """
-    return clustered(layer, keep, mean_outputs(layer, tokens), lambda rows, count: agglomerate(rows, count, linkage))
+
+    linkage: Linkage = "average"
+    tokens: Annotated[int, AtLeast(1)] = 2048
+
+    name = "hc_smoe"
+    paper = "arXiv:2410.08589"
+    replaces_with = Merged
+    needs = frozenset({"count"})
+    reads_weights = True
+    builds = frozenset({"merged"})
+
+    def plan(self, layer: LayerView, keep: int) -> LayerPlan:
+        """Cluster the experts of one layer."""
+
+        def split(rows: torch.Tensor, count: int) -> torch.Tensor:
+            return agglomerate(rows, count, self.linkage)
+
+        return clustered(layer, keep, mean_outputs(layer, self.tokens), split)
+
+    def build(self, layer: LayerView, plan: LayerPlan) -> dict[str, torch.Tensor]:
+        """Return the usage-weighted average of each cluster."""
+        return averages(layer, plan, layer.sums.count)
 
 
 def mean_outputs(layer: LayerView, tokens: int) -> torch.Tensor:

@@ -11,6 +11,7 @@ of experts a layer asks for and what later papers report as better, or set for a
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -18,56 +19,57 @@ from torch.nn import functional as F
 
 from moetailor.answers import Merged
 from moetailor.fitting.align import match, neuron_distance, neuron_weights
+from moetailor.fitting.averages import averages
 from moetailor.fitting.cluster import nearest
 from moetailor.methods.choose import global_keeps, top
-from moetailor.methods.merge import Matrices, averages
-from moetailor.methods.registry import method
+from moetailor.methods.method import JointMethod
+from moetailor.methods.registry import register
 from moetailor.planning.layer_plan import LayerPlan, merge_into
 from moetailor.planning.view import LayerView
 
 
-def build(layer: LayerView, plan: LayerPlan, *, align: bool, **_: object) -> Matrices:
-    """Return the usage-weighted average of each cluster, neurons matched to those of its centre."""
-    return averages(layer, plan, layer.sums.count, _same_weights if align else None)
-
-
-@method(
-    "m_smoe",
-    removed=Merged,
-    paper="arXiv:2310.01334",
-    needs={"count"},
-    weights=True,
-    scoped=True,
-    spreads=lambda *, budget, **_: budget == "global",
-    builds={"merged"},
-    build=build,
-)
-def m_smoe(
-    layers: Sequence[LayerView],
-    keeps: Sequence[int],
-    *,
-    budget: Literal["layer", "global"] = "layer",
-    align: bool = True,
-) -> Iterator[LayerPlan]:
+@register
+@dataclass(frozen=True, kw_only=True)
+class MSMoE(JointMethod):
     """Merge every expert into the most used one whose router logits are most like its own.
 
-    Args:
-        layers: the layers.
-        keeps: experts that stay in each.
+    Attributes:
         budget: ``layer`` keeps as many in each, ``global`` (paper) the most used of all layers together, at least one
             in each.
         align: match neurons by their weights before averaging (paper).
     """
-    if budget == "global":
-        keeps = global_keeps(layers, [layer.sums.count for layer in layers], keeps, least=1)
-    for layer, keep in zip(layers, keeps, strict=True):
-        dominant = top(layer, layer.sums.count, keep)
-        columns = F.normalize(layer.sample.logits.double(), dim=0)
-        centres = nearest(1 - columns.T @ columns, dominant)
-        yield merge_into(centres, layer.sums.count.tolist(), unchanged=layer.protected)
-        layer.close()
+
+    budget: Literal["layer", "global"] = "layer"
+    align: bool = True
+
+    name = "m_smoe"
+    paper = "arXiv:2310.01334"
+    replaces_with = Merged
+    needs = frozenset({"count"})
+    reads_weights = True
+    builds = frozenset({"merged"})
+
+    @property
+    def decides_counts(self) -> bool:
+        """Whether the budget is one of all layers."""
+        return self.budget == "global"
+
+    def plan_layers(self, layers: Sequence[LayerView], keeps: Sequence[int]) -> Iterator[LayerPlan]:
+        """Choose dominant experts in all layers, then group the others around them."""
+        if self.budget == "global":
+            keeps = global_keeps(layers, [layer.sums.count for layer in layers], keeps, least=1)
+        for layer, keep in zip(layers, keeps, strict=True):
+            dominant = top(layer, layer.sums.count, keep)
+            columns = F.normalize(layer.sample.logits.double(), dim=0)
+            centres = nearest(1 - columns.T @ columns, dominant)
+            yield merge_into(centres, layer.sums.count.tolist(), unchanged=layer.protected)
+            layer.close()
+
+    def build(self, layer: LayerView, plan: LayerPlan) -> dict[str, torch.Tensor]:
+        """Return the usage-weighted average of each cluster, neurons matched to those of its centre."""
+        return averages(layer, plan, layer.sums.count, _same_weights if self.align else None)
 
 
 def _same_weights(layer: LayerView, centre: int, member: int) -> torch.Tensor:
-    rows = [neuron_weights(layer.experts.one(expert)) for expert in (centre, member)]
+    rows = [neuron_weights(layer.experts.expert(expert)) for expert in (centre, member)]
     return match(neuron_distance(*rows))

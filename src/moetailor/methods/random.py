@@ -5,24 +5,33 @@ Published: a baseline of many papers; the experts of each layer that stay are dr
 Here: the same, by seed and layer, so that a plan can be made again.
 """
 
+from dataclasses import dataclass
+
 import torch
 
 from moetailor.methods.choose import drop_lowest
-from moetailor.methods.registry import method
+from moetailor.methods.method import Method
+from moetailor.methods.registry import register
 from moetailor.planning.layer_plan import LayerPlan
 from moetailor.planning.view import LayerView
 
 
-@method("random")
-def random(layer: LayerView, keep: int, *, seed: int = 0) -> LayerPlan:
+@register
+@dataclass(frozen=True, kw_only=True)
+class Random(Method):
     """Drop experts drawn at random.
 
     The draw depends on the seed and the layer only; report several seeds.
 
-    Args:
-        layer: the layer.
-        keep: experts that stay.
+    Attributes:
         seed: another seed draws other experts.
     """
-    generator = torch.Generator().manual_seed(seed * 100_003 + layer.index)
-    return drop_lowest(layer, torch.rand(layer.num_experts, generator=generator), keep)
+
+    seed: int = 0
+
+    name = "random"
+
+    def plan(self, layer: LayerView, keep: int) -> LayerPlan:
+        """Decide for one layer."""
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + layer.index)
+        return drop_lowest(layer, torch.rand(layer.num_experts, generator=generator), keep)

@@ -18,6 +18,7 @@ native where groups of the router do not stand against it.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
@@ -25,9 +26,11 @@ from torch.nn import functional as F
 
 from moetailor.answers import Drop
 from moetailor.fitting.align import match, neuron_distance, neuron_weights
+from moetailor.fitting.averages import averages
+from moetailor.fitting.distances import output_gram
 from moetailor.methods.choose import drop_lowest
-from moetailor.methods.merge import Matrices, averages, output_gram
-from moetailor.methods.registry import AtLeast, method
+from moetailor.methods.method import AtLeast, Method
+from moetailor.methods.registry import register
 from moetailor.planning.layer_plan import LayerPlan, merge_into
 from moetailor.planning.view import LayerView
 
@@ -36,53 +39,49 @@ COMPONENTS = 64
 SALIENCIES = {"gate_squared": "gate_sq_norm", "gate": "gated_norm"}
 
 
-def build(layer: LayerView, plan: LayerPlan, *, saliency: str, tokens: int, **_: object) -> Matrices:
-    """Return the saliency-weighted average of each group, neurons matched to those of its centroid."""
-
-    def order(layer: LayerView, centre: int, member: int) -> torch.Tensor:
-        return match(_activations(layer, centre, member, tokens) + _weights(layer, centre, member))
-
-    return averages(layer, plan, layer.mean(SALIENCIES[saliency]), order)
-
-
-@method(
-    "ream",
-    removed=Drop,
-    paper="arXiv:2604.04356",
-    needs={"count", "gate_sq_norm", "gated_norm"},
-    weights=True,
-    builds={"merged"},
-    build=build,
-)
-def ream(
-    layer: LayerView,
-    keep: int,
-    *,
-    saliency: Literal["gate_squared", "gate"] = "gate_squared",
-    group: Annotated[int, AtLeast(2)] = 16,
-    tokens: Annotated[int, AtLeast(1)] = 1024,
-) -> LayerPlan:
+@register
+@dataclass(frozen=True, kw_only=True)
+class Ream(Method):
     """Merge the least salient experts into the most salient ones that are like them, and drop their slots.
 
-    Args:
-        layer: the layer.
-        keep: experts that stay.
+    Attributes:
         saliency: ``gate_squared`` is the mean of g^2 |f| (released code), ``gate`` the mean of g |f| (paper, as REAP).
         group: the most experts that become one.
         tokens: sampled tokens that every expert is run on, for likeness and for matching neurons.
     """
-    # S_e = sum_t g_te^2 |f_e(x_t)| / N_e, or REAP's sum_t g_te |f_e(x_t)| / N_e
-    salience = layer.mean(SALIENCIES[saliency])
-    kept = drop_lowest(layer, salience, keep).pool
-    likeness = _likeness(layer, tokens)
-    centres, free = list(range(layer.num_experts)), set(range(layer.num_experts)) - set(kept)
-    for centroid in sorted(set(kept) - layer.protected, key=lambda expert: (-float(salience[expert]), expert)):
-        nearest = sorted(free, key=lambda expert: (-float(likeness[centroid, expert]), expert))[: group - 1]
-        for expert in nearest:
-            centres[expert] = centroid
-        free -= set(nearest)
-    # What no group had room for is dropped.
-    return _with_dropped(merge_into(centres, salience.tolist(), drop=True), free)
+
+    saliency: Literal["gate_squared", "gate"] = "gate_squared"
+    group: Annotated[int, AtLeast(2)] = 16
+    tokens: Annotated[int, AtLeast(1)] = 1024
+
+    name = "ream"
+    paper = "arXiv:2604.04356"
+    needs = frozenset({"count", "gate_sq_norm", "gated_norm"})
+    reads_weights = True
+    builds = frozenset({"merged"})
+
+    def plan(self, layer: LayerView, keep: int) -> LayerPlan:
+        """Group the experts of one layer."""
+        # S_e = sum_t g_te^2 |f_e(x_t)| / N_e, or REAP's sum_t g_te |f_e(x_t)| / N_e
+        salience = layer.mean(SALIENCIES[self.saliency])
+        kept = drop_lowest(layer, salience, keep).pool
+        likeness = _likeness(layer, self.tokens)
+        centres, free = list(range(layer.num_experts)), set(range(layer.num_experts)) - set(kept)
+        for centroid in sorted(set(kept) - layer.protected, key=lambda expert: (-float(salience[expert]), expert)):
+            ranked = sorted(free, key=lambda expert: (-float(likeness[centroid, expert]), expert))
+            for expert in ranked[: self.group - 1]:
+                centres[expert] = centroid
+            free -= set(ranked[: self.group - 1])
+        # What no group had room for is dropped.
+        return _with_dropped(merge_into(centres, salience.tolist(), drop=True), free)
+
+    def build(self, layer: LayerView, plan: LayerPlan) -> dict[str, torch.Tensor]:
+        """Return the saliency-weighted average of each group, neurons matched to those of its centroid."""
+
+        def order(layer: LayerView, centre: int, member: int) -> torch.Tensor:
+            return match(_activations(layer, centre, member, self.tokens) + _weights(layer, centre, member))
+
+        return averages(layer, plan, layer.mean(SALIENCIES[self.saliency]), order)
 
 
 def _with_dropped(plan: LayerPlan, dropped: set[int]) -> LayerPlan:
@@ -104,12 +103,12 @@ def _likeness(layer: LayerView, tokens: int) -> torch.Tensor:
 
 def _activations(layer: LayerView, centre: int, member: int, tokens: int) -> torch.Tensor:
     x_TD = layer.sample.hidden[:tokens]
-    rows = [layer.experts.hidden(layer.experts.one(expert), x_TD).T for expert in (centre, member)]
+    rows = [layer.experts.hidden(layer.experts.expert(expert), x_TD).T for expert in (centre, member)]
     return _scaled(neuron_distance(*rows))
 
 
 def _weights(layer: LayerView, centre: int, member: int) -> torch.Tensor:
-    rows = torch.cat([neuron_weights(layer.experts.one(expert)).double() for expert in (centre, member)])
+    rows = torch.cat([neuron_weights(layer.experts.expert(expert)).double() for expert in (centre, member)])
     _, _, basis = torch.linalg.svd(rows - rows.mean(0), full_matrices=False)
     reduced = rows @ basis[:COMPONENTS].T
     return _scaled(neuron_distance(*reduced.chunk(2)))

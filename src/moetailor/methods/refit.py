@@ -15,83 +15,97 @@ and whether an expert is better left as it was.
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 from typing import Annotated
 
 import torch
 
 from moetailor.answers import Answer, Drop, Fitted, Keep
 from moetailor.errors import MoetailorWarning
-from moetailor.fitting.held_out import EVERY
-from moetailor.fitting.least_squares import RIDGES, Normal, ridge, ridge_errors
-from moetailor.methods.merge import Matrices, stacked
-from moetailor.methods.naee import best_subset
-from moetailor.methods.registry import AtLeast, method
+from moetailor.fitting.averages import stacked
+from moetailor.fitting.held_out import held_out
+from moetailor.fitting.least_squares import RIDGES, NormalEquations, ridge, ridge_errors
+from moetailor.methods.method import AtLeast, Method
+from moetailor.methods.registry import register
 from moetailor.methods.routing import own_gates, routing_of
-from moetailor.planning.layer_plan import LayerPlan
+from moetailor.methods.subsets import best_subset
+from moetailor.planning.layer_plan import LayerPlan, untouched
 from moetailor.planning.view import LayerView
 
 
-def build(layer: LayerView, plan: LayerPlan, *, rounds: int, **_: object) -> Matrices:
-    """Return the experts that stay with their down projections fitted."""
-    gates_TE, left_TD = _left(layer, plan)
-    ones = {expert: layer.experts.one(expert) for expert in plan.rebuilt}
-    downs = {expert: one["down"].to(left_TD) for expert, one in ones.items()}
-    for _round in range(rounds):
-        for expert, one in ones.items():
-            token = gates_TE[:, expert].nonzero().flatten()
-            hidden_TF = layer.experts.hidden(one, layer.sample.hidden[token]).to(left_TD)
-            features_TF = gates_TE[token, expert, None].to(left_TD) * hidden_TF
-            target_TD = left_TD[token] + features_TF @ downs[expert].T
-            downs[expert] = _fitted(token, features_TF, target_TD, one["down"].to(left_TD), downs[expert])
-            left_TD[token] = target_TD - features_TF @ downs[expert].T
-    neurons = next(iter(ones.values()))["down"].shape[1]
-    fitted_TE = gates_TE[~_held(torch.arange(len(gates_TE)))]
-    scarce = [count for expert in ones if (count := int((fitted_TE[:, expert] > 0).sum())) < neurons]
-    if scarce:
-        warnings.warn(
-            f"layer {layer.index}: {len(scarce)} of {len(ones)} experts were fitted on fewer tokens ({min(scarce)} at "
-            f"least) than they have neurons ({neurons}); keep more with --sample-tokens",
-            MoetailorWarning,
-            stacklevel=2,
-        )
-    return stacked([one | {"down": downs[expert].to(one["down"])} for expert, one in ones.items()])
-
-
-@method("refit", weights=True, slow=True, builds={"fitted"}, build=build)
-def refit(
-    layer: LayerView,
-    keep: int,
-    *,
-    rounds: Annotated[int, AtLeast(1)] = 3,
-    swaps: Annotated[int, AtLeast(0)] = 64,
-    tokens: Annotated[int, AtLeast(1)] = 1024,
-    seed: int = 0,
-) -> LayerPlan:
+@register
+@dataclass(frozen=True, kw_only=True)
+class Refit(Method):
     """Drop experts and fit the down projections of those that stay to the output of all: native, and fitted.
 
-    Args:
-        layer: the layer.
-        keep: experts that stay.
+    Attributes:
         rounds: how often each of them is fitted.
         swaps: so many times the best exchange of a kept expert for a dropped one is made, as long as one helps.
         tokens: sampled tokens that subsets are compared on.
         seed: another seed starts at other subsets.
     """
-    del rounds  # says how `build` fits
-    kept = best_subset(layer, keep, "refit", exhaustive=0, samples=100, swaps=swaps, tokens=tokens, seed=seed)
-    if len(kept) == layer.num_experts:
-        return LayerPlan(slots=(Keep(),) * layer.num_experts)
 
-    def slot(number: int) -> Answer:
-        if number not in kept:
-            return Drop()
-        return Keep() if number in layer.protected else Fitted()
+    rounds: Annotated[int, AtLeast(1)] = 3
+    swaps: Annotated[int, AtLeast(0)] = 64
+    tokens: Annotated[int, AtLeast(1)] = 1024
+    seed: int = 0
 
-    return LayerPlan(slots=tuple(slot(number) for number in range(layer.num_experts)))
+    name = "refit"
+    reads_weights = True
+    slow = True
+    builds = frozenset({"fitted"})
+
+    def plan(self, layer: LayerView, keep: int) -> LayerPlan:
+        """Choose the experts of one layer."""
+        options = {"swaps": self.swaps, "tokens": self.tokens, "seed": self.seed}
+        kept = best_subset(layer, keep, self.name, exhaustive=0, samples=100, **options)
+        if len(kept) == layer.num_experts:
+            return untouched(layer.num_experts)
+
+        def slot(number: int) -> Answer:
+            if number not in kept:
+                return Drop()
+            return Keep() if number in layer.protected else Fitted()
+
+        return LayerPlan(slots=tuple(slot(number) for number in range(layer.num_experts)))
+
+    def build(self, layer: LayerView, plan: LayerPlan) -> dict[str, torch.Tensor]:
+        """Return the experts that stay with their down projections fitted."""
+        gates_TE, missing_TD = missing_output(layer, plan)
+        experts = {expert: layer.experts.expert(expert) for expert in plan.rebuilt}
+        downs = {expert: matrices["down"].to(missing_TD) for expert, matrices in experts.items()}
+        for _round in range(self.rounds):
+            for expert, matrices in experts.items():
+                token = gates_TE[:, expert].nonzero().flatten()
+                hidden_TF = layer.experts.hidden(matrices, layer.sample.hidden[token]).to(missing_TD)
+                features_TF = gates_TE[token, expert, None].to(missing_TD) * hidden_TF
+                target_TD = missing_TD[token] + features_TF @ downs[expert].T
+                original = matrices["down"].to(missing_TD)
+                downs[expert] = fitted_down(token, features_TF, target_TD, original, downs[expert])
+                missing_TD[token] = target_TD - features_TF @ downs[expert].T
+        neurons = next(iter(experts.values()))["down"].shape[1]
+        fitted_TE = gates_TE[~held_out(torch.arange(len(gates_TE)))]
+        scarce = [count for expert in experts if (count := int((fitted_TE[:, expert] > 0).sum())) < neurons]
+        if scarce:
+            warnings.warn(
+                f"layer {layer.index}: {len(scarce)} of {len(experts)} experts were fitted on fewer tokens "
+                f"({min(scarce)} at least) than they have neurons ({neurons}); keep more with --sample-tokens",
+                MoetailorWarning,
+                stacklevel=2,
+            )
+        return stacked([old | {"down": downs[expert].to(old["down"])} for expert, old in experts.items()])
 
 
-def _left(layer: LayerView, plan: LayerPlan) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the gates among the experts that stay [T, E], and what these leave of the original's output [T, D]."""
+def missing_output(layer: LayerView, plan: LayerPlan) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the gates among the experts that stay [T, E], and what these lack of the original's output [T, D].
+
+    Args:
+        layer: the layer.
+        plan: which experts stay.
+
+    Raises:
+        PlanError: what the router would do is not known.
+    """
     sample = layer.sample
     rule, known_T = routing_of(sample, layer.limits, layer.correction, f"refit, layer {layer.index}")
     stays_E = torch.zeros(layer.num_experts, dtype=torch.bool)
@@ -101,18 +115,18 @@ def _left(layer: LayerView, plan: LayerPlan) -> tuple[torch.Tensor, torch.Tensor
     gates_TE[~known_T] = 0
     own_TE = own_gates(sample) * known_T[:, None]
     wide = torch.promote_types(layer.experts.dtype, torch.float32)
-    left_TD = torch.zeros(sample.hidden.shape, dtype=wide, device=layer.experts.device)
+    missing_TD = torch.zeros(sample.hidden.shape, dtype=wide, device=layer.experts.device)
     for expert in range(layer.num_experts):
         chose = own_TE[:, expert].nonzero().flatten()
-        left_TD[chose] += own_TE[chose, expert, None].to(left_TD) * layer.outputs(expert, chose).to(left_TD)
+        missing_TD[chose] += own_TE[chose, expert, None].to(missing_TD) * layer.outputs(expert, chose).to(missing_TD)
         if stays_E[expert]:
             given = gates_TE[:, expert].nonzero().flatten()
             outputs = layer.experts.outputs(expert, sample.hidden[given])
-            left_TD[given] -= gates_TE[given, expert, None].to(left_TD) * outputs.to(left_TD)
-    return gates_TE, left_TD
+            missing_TD[given] -= gates_TE[given, expert, None].to(missing_TD) * outputs.to(missing_TD)
+    return gates_TE, missing_TD
 
 
-def _fitted(
+def fitted_down(
     token: torch.Tensor,
     features_TF: torch.Tensor,
     target_TD: torch.Tensor,
@@ -121,18 +135,20 @@ def _fitted(
 ) -> torch.Tensor:
     """Return the down projection of one expert, as strongly pulled to the original as held-out tokens say; the one of
     `before` where no fit helps these.
+
+    Args:
+        token: places in the sample, [T].
+        features_TF: what it is applied to there.
+        target_TD: what it should give.
+        original: the one of the original, [D, F].
+        before: the one so far, [D, F].
     """
-    held = _held(token).to(features_TF.device)
-    fit, choose = (Normal.zeros(len(original), original.shape[1], original.device) for _ in range(2))
-    fit.add(features_TF[~held], target_TD[~held])
-    choose.add(features_TF[held], target_TD[held])
+    chooses = held_out(token).to(features_TF.device)
+    fit, choose = (NormalEquations.zeros(len(original), original.shape[1], original.device) for _ in range(2))
+    fit.add(features_TF[~chooses], target_TD[~chooses])
+    choose.add(features_TF[chooses], target_TD[chooses])
     if not fit.tokens or not choose.tokens:
         return before
     errors = ridge_errors(fit, choose, original, RIDGES)
     best = min(range(len(RIDGES)), key=errors.__getitem__)
     return ridge(fit, original, RIDGES[best]).to(original) if errors[best] < choose.error(before) else before
-
-
-def _held(token: torch.Tensor) -> torch.Tensor:
-    """Return which tokens are never fitted."""
-    return token % EVERY == EVERY - 1

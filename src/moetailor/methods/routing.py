@@ -131,8 +131,11 @@ def _as_run(bias_E: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _compared(rule: Routing, own_TE: torch.Tensor) -> tuple[Routing, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return a rule with the scale that suits a sample, and for which tokens it chooses equal scores, for which it
-    gives equal gates, and for which it gives them to the same experts, [T] each.
+    """Compare a rule with what the router did for some tokens.
+
+    Returns:
+        The rule with the scale that fits the gates, and three masks [T]: tokens for which the chosen scores have the
+        same sum, tokens with the same gates in some order, and tokens with the same gates for the same experts.
     """
     every_SE = torch.ones(1, own_TE.shape[1], dtype=torch.bool)
     gate_TE, score_TE = rule.gates(every_SE)[0], rule.scores(every_SE)[0][0]

@@ -15,9 +15,17 @@ from moetailor.checkpoint.facts import ModelFacts
 from moetailor.checkpoint.layout import Stack
 from moetailor.checkpoint.weights import ExpertWeights
 from moetailor.errors import CheckpointError, PlanError
-from moetailor.methods.allocation import Allocation, spread
-from moetailor.methods.outline import asked, layer_nbytes, limit_of, outline_plan, pairs_of, room_of
-from moetailor.methods.registry import Method, find_method
+from moetailor.methods.allocation import Allocation, allocate_by_rule
+from moetailor.methods.estimate import (
+    allocation_bounds,
+    budget_words,
+    estimate_plan,
+    layer_nbytes,
+    method_budget,
+    pairs_of,
+)
+from moetailor.methods.method import Method
+from moetailor.methods.registry import find_method
 from moetailor.planning.budget import Budget
 from moetailor.planning.checks import check_plan
 from moetailor.planning.layer_plan import LayerPlan, keep_only
@@ -58,38 +66,41 @@ def make_plan(
     Raises:
         PlanError: an unknown method, parameter, layer or expert, or a plan that cannot work.
     """
-    chosen, facts = find_method(method), calibration.model
-    resolved = chosen.resolve(parameters or {})
+    chosen, facts = find_method(method).of(parameters or {}), calibration.model
     layers = None if layers is None else sorted({int(layer) for layer in layers})  # once: it may be an iterator
     protected = pairs_of(protect) | (super_experts(calibration) if guard_super_experts else set())
-    if weights is None and chosen.weights and not facts.source:
-        raise PlanError(f"{method} reads expert weights, and the model was calibrated in memory; pass weights=")
+    if weights is None and chosen.reads_weights and not facts.source:
+        raise PlanError(f"{chosen.name} reads expert weights, and the model was calibrated in memory; pass weights=")
     _check_recorded(calibration, chosen)
     weights = weights or ExpertWeights(facts.source)
     given: dict[str, Any] = {"layers": layers, "protect": protected}
-    outline = outline_plan(facts, chosen, resolved, budget, allocation=allocation, **given)
-    if chosen.weights:
+    estimate = estimate_plan(facts, chosen, budget, allocation=allocation, **given)
+    if chosen.reads_weights:
         check_weights(weights, facts)
     if allocation in ("error", "global"):
         numbers = calibration.layers if layers is None else layers
         views = [view_of(calibration, number, weights, protected) for number in numbers]
-        counts = spread(allocation, chosen, resolved, views, room_of(outline, chosen, numbers))
-        outline = outline_plan(facts, chosen, resolved, budget, allocation=counts, **given)
-    stacks = [stack for stack in facts.stacks if stack.index is not None and stack.prefix in outline.layers]
-    shares = layer_nbytes(facts, outline, limit_of(budget, chosen, facts))
+        counts = allocate_by_rule(allocation, chosen, views, allocation_bounds(estimate, chosen, numbers))
+        estimate = estimate_plan(facts, chosen, budget, allocation=counts, **given)
+    stacks = [stack for stack in facts.stacks if stack.index is not None and stack.prefix in estimate.layers]
+    shares = layer_nbytes(facts, estimate, method_budget(budget, chosen, facts))
     views = [view_of(calibration, s.index or 0, weights, protected, shares[s.prefix]) for s in stacks]
-    keeps = [outline.layers[stack.prefix].stored for stack in stacks]
-    plans = chosen.plan(views, keeps, resolved, progress)
+    keeps = [estimate.layers[stack.prefix].stored for stack in stacks]
+    plans: list[LayerPlan] = []
+    for layer_plan in chosen.plan_layers(views, keeps):
+        plans.append(layer_plan)
+        if progress:
+            progress(len(plans), len(views))
     decided = {stack.prefix: plan for stack, plan in zip(stacks, plans, strict=True)}
     for stack in facts.stacks:
-        if stack.index is None and stack.prefix in outline.layers:
+        if stack.index is None and stack.prefix in estimate.layers:
             decided[stack.prefix] = _plan_unrun(
-                stack, len(outline.layers[stack.prefix].pool), facts.groups.count, weights
+                stack, len(estimate.layers[stack.prefix].pool), facts.groups.count, weights
             )
     plan = Plan(
         method=chosen.name,
-        parameters=resolved,
-        budget=asked(budget, allocation),
+        parameters=chosen.parameters,
+        budget=budget_words(budget, allocation),
         model=facts,
         calibration=calibration_hash(calibration.fingerprint),
         layers={prefix: layer for prefix, layer in decided.items() if not layer.untouched},

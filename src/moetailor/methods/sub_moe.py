@@ -10,61 +10,62 @@ rounding; fewer keep what the members have in common.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated
 
 import torch
 
 from moetailor.answers import Merged
 from moetailor.answers.merged import clusters
+from moetailor.fitting.averages import average, stacked
 from moetailor.fitting.cluster import k_means
-from moetailor.methods.merge import Matrices, average, clustered, output_gram, stacked
-from moetailor.methods.registry import AtLeast, method
+from moetailor.fitting.distances import output_gram
+from moetailor.methods.merge import clustered
+from moetailor.methods.method import AtLeast, Method
+from moetailor.methods.registry import register
 from moetailor.planning.layer_plan import LayerPlan
 from moetailor.planning.view import LayerView
 
 
-def build(layer: LayerView, plan: LayerPlan, *, subspace: float, **_: object) -> Matrices:
-    """Return the average of each cluster, each matrix in the subspace that its members share."""
-    merged = []
-    for centre, members in clusters(plan.slots).items():
-        mean = average(layer, centre, members, layer.sums.count)
-        for name, matrix in layer.experts.matrices(members).items():
-            if matrix.dim() == 3:
-                mean[name] = _projected(mean[name], matrix, subspace)
-        merged.append(mean)
-    return stacked(merged)
-
-
-@method(
-    "sub_moe",
-    removed=Merged,
-    paper="arXiv:2506.23266",
-    needs={"count"},
-    weights=True,
-    builds={"merged"},
-    build=build,
-)
-def sub_moe(
-    layer: LayerView,
-    keep: int,
-    *,
-    subspace: Annotated[float, AtLeast(0.01)] = 1.0,
-    tokens: Annotated[int, AtLeast(1)] = 2048,
-    seed: int = 0,
-) -> LayerPlan:
+@register
+@dataclass(frozen=True, kw_only=True)
+class SubMoE(Method):
     """Merge experts whose outputs point the same way, in the subspace of their joint SVD.
 
-    Args:
-        layer: the layer.
-        keep: experts that stay.
+    Attributes:
         subspace: share of the joint left singular vectors that the merged expert keeps, 1 for all.
         tokens: sampled tokens that every expert is run on.
         seed: for the first centres of k-means.
     """
-    # Points with the distances that the outputs over all tokens have, in E dimensions: G = U S U^T, rows of U S^(1/2)
-    values, vectors = torch.linalg.eigh(output_gram(layer, tokens))
-    points = vectors * values.clamp_min(0).sqrt()
-    return clustered(layer, keep, points, lambda rows, count: k_means(rows, count, seed))
+
+    subspace: Annotated[float, AtLeast(0.01)] = 1.0
+    tokens: Annotated[int, AtLeast(1)] = 2048
+    seed: int = 0
+
+    name = "sub_moe"
+    paper = "arXiv:2506.23266"
+    replaces_with = Merged
+    needs = frozenset({"count"})
+    reads_weights = True
+    builds = frozenset({"merged"})
+
+    def plan(self, layer: LayerView, keep: int) -> LayerPlan:
+        """Cluster the experts of one layer."""
+        # Points as far apart as the outputs over all tokens, in E dimensions: G = U S U^T, rows of U S^(1/2)
+        values, vectors = torch.linalg.eigh(output_gram(layer, self.tokens))
+        points = vectors * values.clamp_min(0).sqrt()
+        return clustered(layer, keep, points, lambda rows, count: k_means(rows, count, self.seed))
+
+    def build(self, layer: LayerView, plan: LayerPlan) -> dict[str, torch.Tensor]:
+        """Return the average of each cluster, each matrix in the subspace that its members share."""
+        merged = []
+        for centre, members in clusters(plan.slots).items():
+            mean = average(layer, centre, members, layer.sums.count)
+            for name, matrix in layer.experts.matrices(members).items():
+                if matrix.dim() == 3:
+                    mean[name] = _projected(mean[name], matrix, self.subspace)
+            merged.append(mean)
+        return stacked(merged)
 
 
 def _projected(mean: torch.Tensor, members: torch.Tensor, share: float) -> torch.Tensor:

@@ -34,8 +34,8 @@ class LayerView:
         shape: what an expert is made of.
         dtype: safetensors dtype of the experts.
         effect: nats a token that a squared error of 1 a token costs in the end; None where it was not recorded.
-        original: the sampled tokens as they are in the original model, [N, D], where `sample` has what the already
-            compressed layers before this one make of them.
+        original: the inputs of the sampled tokens in the original model, [N, D], where `sample` has those that they
+            have once the layers before this one are compressed; None where both are the same.
         read_sums: reads what calibration summed.
         read_sample: reads the sampled tokens.
         read_correction: reads the router's correction bias.

@@ -62,7 +62,7 @@ def check_calibration(plan: Plan, calibration: Calibration | None, propagate: Pr
             f"the plan has {lost[0]} slots, which method {plan.method!r} does not compute; set its method to one that "
             f"does: {able}"
         )
-    method.resolve(plan.parameters)
+    method.of(plan.parameters)
     if calibration is None:
         raise PlanError(
             f"the plan has {sorted(plan.computed)[0]} slots, which are computed from the calibration; name it with "
@@ -94,9 +94,8 @@ def compute_layer(plan: Plan, view: LayerView) -> LayerTensors:
     Raises:
         PlanError: a value is not finite.
     """
-    method, layer = find_method(plan.method), plan.by_layer[view.index]
-    assert method.build is not None
-    given = method.build(view, layer, **method.resolve(plan.parameters))
+    layer = plan.by_layer[view.index]
+    given = find_method(plan.method).of(plan.parameters).build(view, layer)
     for name, tensor in given.items():
         if not bool(torch.isfinite(tensor).all()):
             raise PlanError(f"layer {view.index}: the new {name} is not finite; calibrate again in a wider --dtype")

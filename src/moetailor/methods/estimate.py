@@ -1,4 +1,4 @@
-"""What can be said of a plan without data: its counts, its bytes and most refusals."""
+"""What can be said of a plan without data: an estimate with its counts and bytes, and most refusals."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 from moetailor.checkpoint.facts import ModelFacts
 from moetailor.checkpoint.layout import Stack
 from moetailor.errors import PlanError
-from moetailor.methods.allocation import Allocation, Room, counts_of
-from moetailor.methods.choose import kept_of_group, refuse_protected
-from moetailor.methods.registry import Method
+from moetailor.methods.allocation import Allocation, AllocationBounds, counts_of
+from moetailor.methods.choose import refuse_protected
+from moetailor.methods.method import Method
 from moetailor.planning.budget import Budget
 from moetailor.planning.checks import check_layer, check_plan
-from moetailor.planning.layer_plan import LayerPlan, keep_first
+from moetailor.planning.layer_plan import LayerPlan
 from moetailor.planning.plan import Plan, planned_nbytes, stored_nbytes
 
 
@@ -22,10 +22,9 @@ def pairs_of(protect: Iterable[Iterable[int]]) -> set[tuple[int, int]]:
     return {(int(layer), int(expert)) for layer, expert in protect}
 
 
-def outline_plan(
+def estimate_plan(
     facts: ModelFacts,
     method: Method,
-    parameters: Mapping[str, Any],
     budget: Budget,
     *,
     layers: Iterable[int] | None = None,
@@ -39,7 +38,6 @@ def outline_plan(
     Args:
         facts: the model.
         method: the method.
-        parameters: all its parameters.
         budget: how much stays.
         layers: decoder layers to change; all MoE layers when None.
         protect: (layer, expert) pairs that must stay.
@@ -57,26 +55,23 @@ def outline_plan(
         if layer not in known or not 0 <= expert < known[layer]:
             raise PlanError(f"--protect {layer}:{expert}: no such expert; MoE layers are {', '.join(map(str, known))}")
     stacks = [stack for stack in run if stack.index in selected]
-    if allocation != "uniform" and method.spreads is not None and method.spreads(**parameters):
+    if allocation != "uniform" and method.decides_counts:
         raise PlanError(f"--allocation: {method.name} here decides itself what each layer keeps; leave it uniform")
-    groups = facts.groups.count if method.removed.drops else 1
-    if method.removed.drops and len(stacks) == len(run) and allocation == "uniform":
+    groups = facts.groups.count if method.replaces_with.drops else 1
+    if method.replaces_with.drops and len(stacks) == len(run) and allocation == "uniform":
         # Layers that the model does not run (multi-token prediction) share its expert count, so they are cut as well.
         stacks += [stack for stack in facts.stacks if stack.index is None]
 
     def at(kept: Mapping[str, int]) -> dict[str, LayerPlan]:
-        return {
-            stack.prefix: _outline(method, parameters, stack, kept[stack.prefix], facts.groups.count)
-            for stack in stacks
-        }
+        return {s.prefix: method.estimate(s.num_experts, kept[s.prefix], facts.groups.count) for s in stacks}
 
-    limit = limit_of(budget, method, facts)
+    limit = method_budget(budget, method, facts)
     if limit.size is None:
         _refuse_uneven(budget, method, facts.groups.count)
         planned = at({stack.prefix: budget.kept(stack.num_experts) for stack in stacks})
     else:
-        least = max(fewest(method, parameters, stack, facts) for stack in stacks)
-        uniform = method.removed.drops and allocation == "uniform"
+        least = max(fewest(method, stack, facts) for stack in stacks)
+        uniform = method.replaces_with.drops and allocation == "uniform"
         planned = _within(limit.size, facts, stacks, at, least, uniform=uniform)
     if isinstance(allocation, Mapping):
         most = planned_nbytes(facts, planned) if limit.size is None else limit.size
@@ -88,8 +83,8 @@ def outline_plan(
         refuse_protected(stack.index or 0, inside, stack.num_experts, len(planned[stack.prefix].pool), groups)
     plan = Plan(
         method=method.name,
-        parameters=parameters,
-        budget=asked(budget, allocation),
+        parameters=method.parameters,
+        budget=budget_words(budget, allocation),
         model=facts,
         calibration="",
         layers={prefix: layer for prefix, layer in planned.items() if not layer.untouched},
@@ -98,20 +93,27 @@ def outline_plan(
     return plan
 
 
-def layer_nbytes(facts: ModelFacts, outline: Plan, budget: Budget) -> dict[str, int]:
-    """Return the bytes that experts and stand-ins of each changed layer may take: those of the outline, and an equal
-    share of what the outline leaves of a budget in bytes.
+def layer_nbytes(facts: ModelFacts, estimate: Plan, budget: Budget) -> dict[str, int]:
+    """Return the bytes that experts and stand-ins of each changed layer may take: those of an estimate, and an equal
+    share of what it leaves of a budget in bytes.
+
+    Args:
+        facts: the model.
+        estimate: what `estimate_plan` gave.
+        budget: what `method_budget` gave.
     """
-    stacks = {stack.prefix: stack for stack in facts.stacks if stack.prefix in outline.layers}
-    spare = 0 if budget.size is None or not stacks else (budget.size - outline.nbytes) // len(stacks)
-    return {prefix: spare + stored_nbytes(plan, stacks[prefix]) for prefix, plan in outline.layers.items()}
+    stacks = {stack.prefix: stack for stack in facts.stacks if stack.prefix in estimate.layers}
+    spare = 0 if budget.size is None or not stacks else (budget.size - estimate.nbytes) // len(stacks)
+    return {prefix: spare + stored_nbytes(plan, stacks[prefix]) for prefix, plan in estimate.layers.items()}
 
 
-def room_of(outline: Plan, method: Method, layers: Sequence[int], protect: Collection[tuple[int, int]] = ()) -> Room:
+def allocation_bounds(
+    estimate: Plan, method: Method, layers: Sequence[int], protect: Collection[tuple[int, int]] = ()
+) -> AllocationBounds:
     """Return what an allocation may choose from.
 
     Args:
-        outline: what stays when all layers keep as many.
+        estimate: what stays when all layers keep as many.
         method: the method.
         layers: the decoder layers to change.
         protect: (layer, expert) pairs that must stay.
@@ -119,63 +121,53 @@ def room_of(outline: Plan, method: Method, layers: Sequence[int], protect: Colle
     Raises:
         PlanError: the experts of the layers have different sizes.
     """
-    facts = outline.model
+    facts = estimate.model
     stacks = [next(stack for stack in facts.stacks if stack.index == layer) for layer in layers]
     if len(sizes := sorted({stack.expert_bytes for stack in stacks})) > 1:
         raise PlanError(
             f"--allocation: experts of {sizes[0]:,} and of {sizes[-1]:,} bytes do not stand for each other; give the "
             "counts in a file"
         )
-    plans = [outline.layers.get(stack.prefix) for stack in stacks]
-    step = facts.groups.count if method.removed.drops else 1
+    plans = [estimate.layers.get(stack.prefix) for stack in stacks]
+    step = facts.groups.count if method.replaces_with.drops else 1
 
-    def held(stack: Stack) -> int:
+    def of_protected(stack: Stack) -> int:
         groups = [expert * step // stack.num_experts for layer, expert in protect if layer == stack.index]
         return step * max(map(groups.count, groups), default=0)
 
-    return Room(
+    return AllocationBounds(
         keeps=tuple(s.num_experts if plan is None else plan.stored for s, plan in zip(stacks, plans, strict=True)),
-        least=tuple(max(fewest(method, outline.parameters, stack, facts), held(stack)) for stack in stacks),
+        least=tuple(max(fewest(method, stack, facts), of_protected(stack)) for stack in stacks),
+        most=tuple(stack.num_experts for stack in stacks),
         step=step,
     )
 
 
-def limit_of(budget: Budget, method: Method, facts: ModelFacts) -> Budget:
-    """Return the budget as a method takes it."""
+def method_budget(budget: Budget, method: Method, facts: ModelFacts) -> Budget:
+    """Return the budget as a method takes it: bytes on disk where it is one of memory, or of a share of all bytes."""
     within = budget.on_disk(facts.dtypes, facts.stacks[0].dtype)
-    return within.of_total(facts.nbytes) if method.of_total else within
+    return within.of_total(facts.nbytes) if method.remove_counts_bytes else within
 
 
-def asked(budget: Budget, allocation: Allocation) -> str:
+def budget_words(budget: Budget, allocation: Allocation) -> str:
     """Return what was asked for, as a plan records it."""
     if allocation == "uniform":
         return str(budget)
     return f"{budget}, allocation {'given' if isinstance(allocation, Mapping) else allocation}"
 
 
-def _outline(method: Method, parameters: Mapping[str, Any], stack: Stack, keep: int, groups: int) -> LayerPlan:
-    """Return a plan with the counts and bytes that the method's will have; the first experts stay."""
-    experts = stack.num_experts
-    if method.outline is not None:
-        return method.outline(experts, keep, **parameters)
-    size, each = experts // groups, kept_of_group(keep, groups)
-    kept = [group * size + number for group in range(groups) for number in range(each)]
-    return keep_first(experts, kept if method.removed.drops else range(keep), method.removed)
-
-
-def fewest(method: Method, parameters: Mapping[str, Any], stack: Stack, facts: ModelFacts) -> int:
+def fewest(method: Method, stack: Stack, facts: ModelFacts) -> int:
     """Return how many experts a layer must keep at least for its router to be able to choose.
 
     Args:
         method: the method.
-        parameters: all its parameters.
         stack: the layer.
         facts: the model.
     """
     for keep in range(1, stack.num_experts):
         try:
-            outline = _outline(method, parameters, stack, keep, facts.groups.count)
-            check_layer(stack.prefix, outline, top_k=facts.top_k, groups=facts.groups)
+            plan = method.estimate(stack.num_experts, keep, facts.groups.count)
+            check_layer(stack.prefix, plan, top_k=facts.top_k, groups=facts.groups)
             return keep
         except PlanError:
             continue
@@ -185,7 +177,7 @@ def fewest(method: Method, parameters: Mapping[str, Any], stack: Stack, facts: M
 def _within(
     size: int, facts: ModelFacts, stacks: Sequence[Stack], at: Any, least: int, *, uniform: bool
 ) -> dict[str, LayerPlan]:
-    """Return the outline with the most experts a layer, at least some, whose checkpoint has at most `size` bytes.
+    """Return the plans with the most experts a layer, at least some, whose checkpoint has at most `size` bytes.
 
     Unless counts must be uniform, the first layers keep one more, as far as the bytes reach: what goes wrong there goes
     through all the others.
@@ -207,7 +199,7 @@ def _within(
 
 
 def _refuse_uneven(budget: Budget, method: Method, groups: int) -> None:
-    if method.removed.drops and budget.keep is not None and budget.keep % groups:
+    if method.replaces_with.drops and budget.keep is not None and budget.keep % groups:
         raise PlanError(
             f"--keep {budget.keep}: the router chooses among {groups} groups of equal size and {method.name} "
             "drops slots; "

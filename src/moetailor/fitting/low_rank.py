@@ -1,4 +1,4 @@
-"""Low-rank experts: bases that several experts share, and the own parts that make up for what these lack."""
+"""Low-rank experts: bases that several experts share, and the low-rank parts that make up for what these lack."""
 
 from __future__ import annotations
 
@@ -7,20 +7,17 @@ from collections.abc import Sequence
 import torch
 
 from moetailor.answers import LowRank
-from moetailor.fitting.held_out import choosing
-from moetailor.fitting.least_squares import Normal, chosen_ridge
+from moetailor.fitting.averages import Matrices, average, shares, stacked
+from moetailor.fitting.held_out import held_out_masks
+from moetailor.fitting.least_squares import SCARCE, NormalEquations, chosen_ridge
 from moetailor.fitting.whitened import approximate, second_moment
-from moetailor.methods.merge import Matrices, average, shares, stacked
 from moetailor.planning.layer_plan import LayerPlan
 from moetailor.planning.plan import answers_nbytes
 from moetailor.planning.view import LayerView
 
-# With fewer tokens than so many times the neurons, an eighth of them is too few to choose by.
-SCARCE = 4
 
-
-def own_bytes(layer: LayerView, rank: int) -> int:
-    """Return the bytes of one own part: rows and columns of each matrix for each rank."""
+def low_rank_nbytes(layer: LayerView, rank: int) -> int:
+    """Return the bytes of the low-rank part of one expert: rows and columns of each matrix for each rank."""
     with_part, alone = (answers_nbytes([LowRank(0, rank)], layer.shape, layer.dtype) for rank in (rank, 0))
     return with_part - alone
 
@@ -32,21 +29,21 @@ def built_on(layer: LayerView, plan: LayerPlan, bases: Sequence[Matrices], start
         layer: the layer.
         plan: of it.
         bases: the matrices of each base, in the order of `bases_of`.
-        start: of the own parts, see `lightmoe`.
+        start: of the low-rank parts, see `LightMoE`.
     """
     generator = torch.Generator().manual_seed(layer.index)
-    own = [
-        _own_part(layer, member, matrices, rank, start, generator)
+    parts = [
+        _low_rank_part(layer, member, matrices, rank, start, generator)
         for matrices, members in zip(bases, bases_of(plan).values(), strict=True)
         for member, rank in members.items()
         if rank
     ]
     found = {f"low_rank_base_{name}": stack for name, stack in stacked(bases).items()}
-    return found | {name: torch.cat([part[name] for part in own]) for name in (own[0] if own else ())}
+    return found | {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else ())}
 
 
 def bases_of(plan: LayerPlan) -> dict[int, dict[int, int]]:
-    """Return the members of each base by the one that it is named after, and the rank of each member's own part."""
+    """Return the members of each base, by the one that it is named after, with the ranks of their low-rank parts."""
     found: dict[int, dict[int, int]] = {}
     for slot, answer in enumerate(plan.slots):
         if isinstance(answer, LowRank):
@@ -61,41 +58,41 @@ def base_of(layer: LayerView, named: int, members: Sequence[int], base: str) -> 
         layer: the layer.
         named: the member that it is named after.
         members: the experts that it is made of.
-        base: see `lightmoe`.
+        base: see `LightMoE`.
     """
     if base == "dominant":
-        return layer.experts.one(named)
+        return layer.experts.expert(named)
     found = average(layer, named, members, torch.ones(layer.num_experts) if base == "mean" else layer.sums.gate)
     if base in ("average", "mean"):
         return found
     # min over W of sum_n G_n tr (W_n - W) C_n (W_n - W)^T:  W = (sum G_n W_n C_n) (sum G_n C_n)^-1
     share = shares(layer.sums.gate, members).tolist()
-    ones = [layer.experts.one(member) for member in members]
+    experts = [layer.experts.expert(member) for member in members]
     for part in parts_of(layer):
-        moments = [moment_of(layer, member, one, part) for member, one in zip(members, ones, strict=True)]
+        moments = [moment_of(layer, member, expert, part) for member, expert in zip(members, experts, strict=True)]
         total = sum((c * weight for c, weight in zip(moments, share, strict=True)), torch.zeros_like(moments[0]))
-        seen = [one[part].double() @ c * w for one, c, w in zip(ones, moments, share, strict=True)]
+        seen = [expert[part].double() @ c * w for expert, c, w in zip(experts, moments, share, strict=True)]
         found[part] = torch.linalg.solve(total, sum(seen[1:], seen[0]).T).T.to(found[part])
     return found
 
 
 def moment_of(
-    layer: LayerView, expert: int, one: Matrices, part: str, which: torch.Tensor | None = None
+    layer: LayerView, expert: int, matrices: Matrices, part: str, which: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Return the second moment of what a matrix of an expert is applied to, by squared gates.
 
     Args:
         layer: the layer.
         expert: the expert.
-        one: its matrices.
+        matrices: its matrices.
         part: which of them.
         which: mask of its sampled tokens; all when None.
     """
     token, gate = layer.routed(expert)
     if which is not None:
         token, gate = token[which], gate[which]
-    seen = layer.sample.hidden[token].to(one["up"])
-    return second_moment(layer.experts.hidden(one, seen) if part == "down" else seen, gate.double().square())
+    seen = layer.sample.hidden[token].to(matrices["up"])
+    return second_moment(layer.experts.hidden(matrices, seen) if part == "down" else seen, gate.double().square())
 
 
 def parts_of(layer: LayerView) -> Sequence[str]:
@@ -103,28 +100,28 @@ def parts_of(layer: LayerView) -> Sequence[str]:
     return (*layer.experts.inputs, "down")
 
 
-def _own_part(
+def _low_rank_part(
     layer: LayerView, member: int, base: Matrices, rank: int, start: str, generator: torch.Generator
 ) -> dict[str, torch.Tensor]:
-    """Return the own part of one expert, rows of A and columns of B of each matrix, [rank, in] and [rank, out]."""
-    found, one, small = {}, layer.experts.one(member), dict(base)
+    """Return the low-rank part of one expert, rows of A and columns of B of each matrix, [rank, in] and [rank, out]."""
+    found, matrices, reduced = {}, layer.experts.expert(member), dict(base)
     for part in parts_of(layer):
         if start == "zero":
-            rows, columns = one[part].shape
+            rows, columns = matrices[part].shape
             inner, outer = torch.randn(rank, columns, generator=generator) / columns**0.5, torch.zeros(rank, rows)
             found |= {f"low_rank_{part}_in": inner, f"low_rank_{part}_out": outer}
             continue
         if start == "fitted" and part == "down":  # the last one: the other matrices are reduced by now
-            one = small | {"down": _fitted_down(layer, member, one, small)}
-        near = approximate(apart(one, base, part), moment_of(layer, member, one, part))
+            matrices = reduced | {"down": _fitted_down(layer, member, matrices, reduced)}
+        near = approximate(apart(matrices, base, part), moment_of(layer, member, matrices, part))
         if start == "fitted":
-            small[part] = (base[part] + near.matrix(rank)).to(base[part])
+            reduced[part] = (base[part] + near.matrix(rank)).to(base[part])
         inner, outer = near.factors(rank)
         found |= {f"low_rank_{part}_in": inner.cpu(), f"low_rank_{part}_out": outer.cpu()}
     return found
 
 
-def _fitted_down(layer: LayerView, member: int, one: Matrices, small: Matrices) -> torch.Tensor:
+def _fitted_down(layer: LayerView, member: int, matrices: Matrices, reduced: Matrices) -> torch.Tensor:
     """Return the down projection that gives best what an expert gave, from what the reduced other matrices give.
 
     min over W of sum_t g_t^2 |y_t - b - W h_t|^2 + lambda |W - W_down|^2, with lambda chosen on tokens that were held
@@ -132,20 +129,21 @@ def _fitted_down(layer: LayerView, member: int, one: Matrices, small: Matrices) 
     """
     token, gate = layer.routed(member)
     if not len(token):
-        return one["down"]
-    hidden = layer.experts.hidden(small, layer.sample.hidden[token].to(one["up"]))
-    wanted = layer.outputs(member, token) - small.get("down_bias", 0)
+        return matrices["down"]
+    hidden = layer.experts.hidden(reduced, layer.sample.hidden[token].to(matrices["up"]))
+    wanted = layer.outputs(member, token) - reduced.get("down_bias", 0)
     weight = gate.double().square().to(hidden.device)
 
-    def problem(which: torch.Tensor) -> Normal:
-        normal = Normal.zeros(wanted.shape[1], hidden.shape[1], hidden.device)
-        normal.add(hidden[which], wanted[which], weight[which])
-        return normal
+    def equations(which: torch.Tensor) -> NormalEquations:
+        found = NormalEquations.zeros(wanted.shape[1], hidden.shape[1], hidden.device)
+        found.add(hidden[which], wanted[which], weight[which])
+        return found
 
-    held = [problem(which) for which in choosing(token, SCARCE * hidden.shape[1])]
-    return chosen_ridge(problem(torch.ones_like(token, dtype=torch.bool)), held, one["down"])
+    masks = held_out_masks(token, SCARCE * hidden.shape[1])
+    every = equations(torch.ones_like(token, dtype=torch.bool))
+    return chosen_ridge(every, [equations(mask) for mask in masks], matrices["down"])
 
 
-def apart(one: Matrices, base: Matrices, part: str) -> torch.Tensor:
+def apart(matrices: Matrices, base: Matrices, part: str) -> torch.Tensor:
     """Return what a base lacks of a matrix of an expert, float64."""
-    return one[part].double() - base[part].double()
+    return matrices[part].double() - base[part].double()

@@ -1,0 +1,87 @@
+"""How far experts are from each other, by their weights or by what they give. Shapes: T tokens, E experts, D width."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from moetailor.planning.view import LayerView
+
+EPSILON = 1e-12
+
+
+def weight_distances(matrices: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return the mean over matrices of 2 |W - W'| / (|W| + |W'|), Frobenius norms, float64 [E, E].
+
+    Args:
+        matrices: each [E, rows, columns].
+    """
+    total = torch.zeros((), dtype=torch.float64)
+    for weight in matrices.values():
+        flat = weight.flatten(1).float()
+        # |W - W'|^2 = |W|^2 + |W'|^2 - 2 <W, W'>: one product for all pairs
+        products = (flat @ flat.T).double().cpu()
+        square = products.diagonal()
+        apart = (square[:, None] + square[None] - 2 * products).clamp_min(0).sqrt()
+        apart.fill_diagonal_(0)
+        norms = square.sqrt()
+        total = total + 2 * apart / (norms[:, None] + norms[None] + EPSILON)
+    return total / len(matrices)
+
+
+def functional_distances(
+    layers: Sequence[LayerView], tokens: int, scaled: bool, limits: tuple[float, float] = (0.0, 1.5)
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what each expert loses when another answers its sampled tokens, and the best scale of the answer.
+
+    d(e, p) = sum g^2 |f_e - c f_p|^2 / sum g^2 |f_e|^2 and c = sum g^2 <f_e, f_p> / sum g^2 |f_p|^2, clipped to
+    the limits, over tokens routed to e; c = 1 when not `scaled`. An expert without sampled tokens loses 1 everywhere
+    and keeps scale 1. Experts are numbered through the layers; both results are float64 [E, E].
+    """
+    experts = [(layer, expert) for layer in layers for expert in range(layer.num_experts)]
+    routed = [tuple(part[:tokens] for part in layer.routed(expert)) for layer, expert in experts]
+    owner = torch.cat([torch.full_like(token, number) for number, (token, _) in enumerate(routed)])
+    weight = torch.cat([gate for _, gate in routed]).double().square()
+    pairs = list(zip(experts, routed, strict=True))
+    x_TD = torch.cat([layer.sample.hidden[token] for (layer, _), (token, _) in pairs])
+    own_TD = torch.cat(
+        [layer.experts.outputs(expert, layer.sample.hidden[token]).float() for (layer, expert), (token, _) in pairs]
+    )
+
+    def summed(values_T: torch.Tensor) -> torch.Tensor:
+        """Return sum g^2 value over the tokens of each expert, float64 [E]."""
+        total = torch.zeros(len(experts), dtype=torch.float64)
+        return total.index_add_(0, owner, weight * values_T.double().cpu())
+
+    energy = summed(own_TD.square().sum(1))
+    reached, energy = energy > 0, energy.clamp_min(EPSILON)
+    distances, scales = torch.ones(2, len(experts), len(experts), dtype=torch.float64)
+    for number, (layer, expert) in enumerate(experts):
+        # One expert on the tokens of all: products of many rows.
+        given_TD = layer.experts.outputs(expert, x_TD).to(own_TD)
+        product, square = summed((own_TD * given_TD).sum(1)), summed(given_TD.square().sum(1))
+        c = (product / square.clamp_min(EPSILON)).clamp(*limits) if scaled else torch.ones_like(product)
+        distances[:, number] = torch.where(reached, (energy - 2 * c * product + c**2 * square) / energy, 1.0)
+        scales[:, number] = torch.where(reached, c, 1.0)
+    return distances.clamp_min(0).fill_diagonal_(0), scales.fill_diagonal_(1)
+
+
+def output_gram(layer: LayerView, tokens: int, gate_TE: torch.Tensor | None = None) -> torch.Tensor:
+    """Return sum_t g_ti g_tj <f_i(x_t), f_j(x_t)> of each pair of experts, all on the same tokens, float64 [E, E].
+
+    Args:
+        layer: the layer.
+        tokens: how many sampled tokens, routed to an expert or not.
+        gate_TE: factor on each expert's output, 1 when None.
+    """
+    gram = torch.zeros(layer.num_experts, layer.num_experts, dtype=torch.float64)
+    for token in torch.arange(min(tokens, len(layer.sample.hidden))).split(128):
+        x_TD = layer.sample.hidden[token]
+        rows = []
+        for expert in range(layer.num_experts):
+            output = layer.experts.outputs(expert, x_TD).float()
+            rows.append((output if gate_TE is None else output * gate_TE[token, expert, None].to(output)).flatten())
+        outputs = torch.stack(rows)
+        gram += (outputs @ outputs.T).double().cpu()
+    return gram

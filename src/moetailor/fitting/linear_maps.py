@@ -1,0 +1,143 @@
+"""Affine maps of low rank in place of experts: what they lose, and their tensors. Shapes: D model width, r rank."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch.nn.functional import pad
+
+from moetailor.answers import Answer, Constant, Linear
+from moetailor.errors import MoetailorWarning
+from moetailor.fitting.constants import constant_errors, constants
+from moetailor.fitting.held_out import held_out_masks
+from moetailor.fitting.reduced_rank import Regression, shared_inputs
+from moetailor.planning.layer_plan import LayerPlan
+from moetailor.planning.view import LayerView
+
+# Where an expert has fewer tokens than this times the model's width, four folds choose instead of an eighth of them.
+SCARCE = 8
+
+
+def map_of_rank(rank: int, shared: bool = False) -> Answer:
+    """Return the answer that is a map of some rank: a constant where that is 0."""
+    return Linear(rank, shared) if rank else Constant()
+
+
+def map_error(layer: LayerView, expert: int, rank: int, ridge: float) -> float:
+    """Return L_e(r) = sum_t g^2 |E_e(x_t) - S_e(x_t)|^2 / T of an expert's map S_e, on the tokens it is fitted to.
+
+    Args:
+        layer: the layer.
+        expert: the expert.
+        rank: r.
+        ridge: see `Regression.solve`.
+    """
+    # What the constant leaves, from the sums of all tokens
+    constant = float(constant_errors(layer.sums)[expert])
+    regression = _regression(layer, expert) if rank else None
+    if regression is None:
+        return constant
+    token, gate = layer.routed(expert)
+    weight = gate.double().square().to(layer.experts.device)
+    errors = regression.solve(rank, ridge).errors(_inputs(layer, token), layer.outputs(expert, token), weight)
+    # ... times the share of it that the map leaves on the sample
+    return constant * float(errors[-1] / errors[0].clamp_min(1e-300))
+
+
+def held_out_errors(layer: LayerView, expert: int, ranks: Sequence[int], ridge: float) -> torch.Tensor:
+    """Return the layer's error for maps of some ranks, measured on tokens that were not fitted, float64 [ranks].
+
+    An expert with too few tokens to hold some out is priced as one that only a constant can stand in for.
+
+    Args:
+        layer: the layer.
+        expert: the expert.
+        ranks: the ranks, 0 first.
+        ridge: see `Regression.solve`.
+    """
+    token, gate = layer.routed(expert)
+    constant = map_error(layer, expert, 0, ridge)
+    total = torch.zeros(len(ranks), dtype=torch.float64)
+    for chooses in held_out_masks(token, SCARCE * layer.sample.hidden.shape[1]):
+        regression = _regression(layer, expert, ~chooses)
+        if regression is None or not bool(chooses.any()):
+            continue
+        weight = gate[chooses].double().square().to(layer.experts.device)
+        found = regression.solve(max(ranks), ridge)
+        errors = found.errors(_inputs(layer, token[chooses]), layer.outputs(expert, token[chooses]), weight).cpu()
+        total += torch.stack([errors[min(rank, len(errors) - 1)] for rank in ranks])
+    return constant * total / total[0] if float(total[0]) > 0 else torch.full_like(total, constant)
+
+
+def build_maps(layer: LayerView, plan: LayerPlan, ridge: float, shrinkage: float = 0.0) -> dict[str, torch.Tensor]:
+    """Return the tensors of a plan's constants and linear maps, see `Constant` and `Linear`.
+
+    Args:
+        layer: the layer.
+        plan: of it.
+        ridge: see `Regression.solve`.
+        shrinkage: pulls each map towards the layer's mean output as if that many tokens had given it.
+    """
+    every = constants(layer.sums, "optimal", shrinkage)
+    maps = plan.of(Linear)
+    built = {"constant": every[list(novices)]} if (novices := plan.of(Constant)) else {}
+    if not maps:
+        return built
+    constant, common = every[list(maps)], None
+    if any(answer.shared for answer in maps.values()):
+        found = (_regression(layer, expert) for expert in maps)
+        rank = max(answer.rank for answer in maps.values())
+        common = shared_inputs((some for some in found if some), layer.shape.width, rank, ridge)
+    inputs, outputs, scarce = [], [], []
+    for at, (expert, answer) in enumerate(maps.items()):
+        regression = _regression(layer, expert)
+        inner, outer, mean = _factors(regression, answer.rank, ridge, common, layer)
+        if regression is None or len(regression.x_TD) < answer.rank:
+            scarce.append(expert)
+        # like a novice's: pulled towards the layer's mean where few tokens say what the expert does
+        count = float(layer.sums.count[expert])
+        outer = outer * (count / (count + shrinkage)) if shrinkage else outer
+        # c - m A B: the constant takes what the map gives for the mean input
+        constant[at] -= ((mean @ inner) @ outer).cpu()
+        inputs.append(inner.T)
+        outputs.append(outer)
+    if scarce:
+        warnings.warn(
+            f"layer {layer.index}: {len(scarce)} linear stand-ins have fewer sampled tokens than their rank (expert "
+            f"{scarce[0]} first) and are of a lower rank in truth; keep more with --sample-tokens",
+            MoetailorWarning,
+            stacklevel=2,
+        )
+    linear_in = common.T.cpu() if common is not None else torch.cat(inputs)
+    return built | {"linear_constant": constant, "linear_in": linear_in, "linear_out": torch.cat(outputs)}
+
+
+def _inputs(layer: LayerView, token: torch.Tensor) -> torch.Tensor:
+    return layer.sample.hidden[token].to(layer.experts.device, torch.promote_types(layer.experts.dtype, torch.float32))
+
+
+def _regression(layer: LayerView, expert: int, which: torch.Tensor | None = None) -> Regression | None:
+    """Return the regression of an expert's outputs on its sampled tokens, or some of them; None without tokens."""
+    token, gate = layer.routed(expert)
+    if which is not None:
+        token, gate = token[which], gate[which]
+    if not len(token):
+        return None
+    x_TD = _inputs(layer, token)
+    return Regression(x_TD, layer.outputs(expert, token).to(x_TD.dtype), gate.double().square().to(x_TD.device))
+
+
+def _factors(
+    regression: Regression | None, rank: int, ridge: float, common: torch.Tensor | None, layer: LayerView
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return A [D, r], B [r, D] and m [D] of a map of exactly the rank, padded with zeros where tokens are too few."""
+    width = layer.sample.hidden.shape[1]
+    if regression is None:
+        empty = torch.zeros(width, rank, dtype=torch.float64)
+        return empty, empty.T, torch.zeros(width, dtype=torch.float64)
+    found = regression.solve(rank, ridge) if common is None else regression.solve_with(common[:, :rank], ridge)
+    inner, outer = found.inner.double().cpu(), found.outer.double().cpu()
+    missing = rank - inner.shape[1]
+    return pad(inner, (0, missing)), pad(outer, (0, 0, 0, missing)), found.mean_in.double().cpu()
