@@ -10,9 +10,9 @@ import pytest
 from transformers import TrainerCallback
 
 import moetailor
-from conftest import token_batches
 from moetailor.planning.budget import Budget
-from test_recovery import blocks
+from support.tiny import token_batches
+from support.training import blocks
 
 Get = Callable[[str], Path]
 GetCalibration = Callable[[str], moetailor.Calibration]

@@ -44,8 +44,6 @@ LONG_FILES = {
     "src/moetailor/calibration/run.py": "one walk over the layers is taken out of it",
     "src/moetailor/calibration/text.py": "what reads a file leaves it",
 }
-    "src/moetailor/calibration/run.py": "one walk over the layers is taken out of it",
-}
 LONG_FUNCTIONS = {"src/moetailor/recovery/recover.py: recover": "its stages become functions"}
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 import moetailor
-from conftest import TINY_PARAMETERS
 from moetailor.checkpoint.files import open_checkpoint
 from moetailor.summary import summarise
+from support.methods import TINY_PARAMETERS
 
 Get = Callable[[str], Path]
 GetCalibration = Callable[[str], moetailor.Calibration]
