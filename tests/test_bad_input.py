@@ -467,9 +467,17 @@ def test_predictions_that_are_not_finite_are_refused(cli: Cli, world: World, tmp
     [
         ("t.jsonl", b"", "--data {file}: holds no text"),
         ("t.jsonl", b'{"text": "tiny"}', "{file}: 4 tokens of text, at least 48 are needed"),
-        ("t.jsonl", b'{"text": "good"}\n{nope\n', "{file}, line 2: expected a JSON object with a string `text`"),
-        ("t.jsonl", b'{"text": "good"}\n\n{"txt": "a"}\n', "{file}, line 3: expected a JSON object with a string"),
-        ("t.jsonl", b'{"text": "good"}\n{"text": 5}\n', "{file}, line 2: expected a JSON object with a string `text`"),
+        (
+            "t.jsonl",
+            b'{"text": "good"}\n{nope\n',
+            "{file}, line 2: expected a row with `messages`, with `prompt` and `completion`, or with `text`",
+        ),
+        ("t.jsonl", b'{"text": "good"}\n\n{"txt": "a"}\n', "{file}, line 3: expected a row with `messages`"),
+        (
+            "t.jsonl",
+            b'{"text": "good"}\n{"text": 5}\n',
+            "{file}, line 2: expected a row with `messages`, with `prompt` and `completion`, or with `text`",
+        ),
         ("t.jsonl", b'{"text": "good"}\n{"text": "\xff"}\n', "{file}"),
         ("t.txt", b"\xff\xfe\x00", "{file}"),
         ("t.csv", b"text", "--data {file}: ends in .csv; known are .jsonl, .json, .txt, .parquet"),

@@ -12,8 +12,8 @@ Data = Annotated[
     list[str],
     typer.Option(
         "--data",
-        help="FILE[:weight], .jsonl, .txt or .parquet, or NAME[,CONFIG][@SPLIT][:weight] for the datasets library. "
-        "Repeatable: sources are mixed by weight.",
+        help="FILE[:weight], .jsonl, .txt (or these with .gz) or .parquet, or NAME[,CONFIG][@SPLIT][:weight] of the "
+        "datasets library, with text, messages, or prompt and completion. Repeatable: sources are mixed by weight.",
     ),
 ]
 Sequences = Annotated[int, typer.Option(min=1, help="Blocks of text to run.")]
