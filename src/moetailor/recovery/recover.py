@@ -159,8 +159,8 @@ def recover(
             student, selection, adapters = begin(None)
             train_student(student, blocks, arguments)
         adapters.merge()
-        written: dict[str, Any] = {"settings": settings, "overwrite": overwrite, "progress": part("write")}
-        write_recovered(out, source, student.model, selection.names, **written)
+        write = partial(write_recovered, settings=settings, overwrite=overwrite, trust_remote_code=trust_remote_code)
+        write(out, source, student.model, selection.names, progress=part("write"))
         shutil.rmtree(training_folder(out))
     PartialState().wait_for_everyone()
     return RecoveryResult(

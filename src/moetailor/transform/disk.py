@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from moetailor.planning.checks import check_plan
 from moetailor.planning.plan import Plan
 from moetailor.planning.slots import LayerPlan
 from moetailor.runtime.experts import STAND_IN_TENSORS
+from moetailor.transform.beside import copy_others
 from moetailor.transform.build import Propagate, Tensors, build_layer, check_calibration, opened
 from moetailor.transform.card import model_card
 from moetailor.transform.formats import Format, patched_config, resolve_format
@@ -34,8 +35,6 @@ from moetailor.transform.propagate import propagated
 from moetailor.transform.verify import verify_result
 
 PLAN_FILE, PROVENANCE_FILE = "moetailor_plan.json", "moetailor_provenance.json"
-# Tokenizer, generation config, chat template, licence and code.
-COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "LICENSE*", "LICENCE*", "NOTICE*")
 Progress = Callable[[str, int, int], None]
 WRITTEN_ANEW = {"config.json", "README.md", INDEX, PLAN_FILE, PROVENANCE_FILE}
 
@@ -100,7 +99,7 @@ def apply_to_checkpoint(
         nbytes = write_shards(folder, shards, progress and partial(progress, "write"))
         shutil.rmtree(scratch, ignore_errors=True)
         assert nbytes == plan.nbytes, f"{nbytes} bytes written, {plan.nbytes} planned"
-        copy_others(checkpoint.folder, folder, left_out=WRITTEN_ANEW)
+        copy_others(checkpoint.folder, folder, left_out=WRITTEN_ANEW, trust_remote_code=trust_remote_code)
         write_json(folder / "config.json", patched_config(checkpoint.config, config, plan, written))
         plan.save(folder / PLAN_FILE)
         write_json(folder / PROVENANCE_FILE, provenance(plan, checkpoint, calibration, written, propagate))
@@ -239,19 +238,6 @@ def _on_disk(layer: LayerPlan, stack: DiskStack, source: StreamedModel, experts:
             f"{sorted(found)[0]!r}; save the checkpoint again with this transformers, then merge"
         )
     return named | found
-
-
-def copy_others(source: Path, folder: Path, *, left_out: Collection[str]) -> None:
-    """Copy the files of a checkpoint that hold no weights.
-
-    Args:
-        source: folder of the checkpoint.
-        folder: folder of the result.
-        left_out: names of files that the result writes anew.
-    """
-    for file in sorted(source.iterdir()):
-        if file.is_file() and file.name not in left_out and any(file.match(pattern) for pattern in COPIED):
-            shutil.copyfile(file, folder / file.name)
 
 
 def write_json(file: Path, content: dict) -> None:
