@@ -44,7 +44,7 @@ def told(result: Path, other: Path) -> list[str]:
     """Return what is said when a result is held against another checkpoint."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        check_origin(result, open_checkpoint(other))
+        check_origin(open_checkpoint(result), open_checkpoint(other))
     return [str(warning.message) for warning in said]
 
 
@@ -91,7 +91,15 @@ def test_what_says_nothing_is_not_judged(made: tuple[Path, Path, Path], tmp_path
     for content in ("{nope", "[]", '{"original": 5}', '{"original": {"source": "x", "fingerprint": {"config": 1}}}'):
         file.write_text(content)
         with pytest.raises(moetailor.MoetailorError, match=r"moetailor_provenance\.json.*; delete it, and what"):
-            check_origin(copied, open_checkpoint(original))
+            check_origin(open_checkpoint(copied), open_checkpoint(original))
+
+
+def test_names_the_wrong_way_round_are_refused(made: tuple[Path, Path, Path]) -> None:
+    original, native, _ = made
+    with pytest.raises(moetailor.MoetailorError, match=f"^{native}: was made from {original}; name them the other way"):
+        check_origin(open_checkpoint(original), open_checkpoint(native))
+    # A result against itself says nothing, but does no harm.
+    assert len(told(native, native)) == 1
 
 
 DIFFERENT = [

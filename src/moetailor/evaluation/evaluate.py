@@ -116,7 +116,7 @@ def evaluate(
     config = load_config(original, trust_remote_code=trust_remote_code)
     if why := unlike(load_config(compressed, trust_remote_code=trust_remote_code), config):
         raise MoetailorError(f"{against} cannot be the original of {model}: its {why}")
-    check_origin(compressed.folder, original)
+    check_origin(compressed, original)
     tokenizer = load_tokenizer(original.folder, trust_remote_code=trust_remote_code)
     batches = read_batches(text, tokenizer, max_length=longest_sequence(config), words=config.vocab_size)
     device = resolve_device(device)

@@ -119,7 +119,7 @@ def recover(
     config = load_config(source, trust_remote_code=trust_remote_code)
     if original is not None:
         check_teacher(config, load_config(original, trust_remote_code=trust_remote_code))
-        check_origin(source.folder, original)
+        check_origin(source, original)
     device = resolve_device(device)
     arguments = training_arguments(training_folder(out), options, device)
     # A part of what is shared out goes to each GPU; the whole may not fit on one.

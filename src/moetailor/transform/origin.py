@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from pathlib import Path
 from typing import Any, TypedDict
 
 from moetailor.checkpoint import family
@@ -53,32 +52,35 @@ def unlike(config: Any, other: Any) -> str | None:
     return None
 
 
-def check_origin(folder: Path, original: Checkpoint) -> None:
+def check_origin(model: Checkpoint, original: Checkpoint) -> None:
     """Warn when a result was made from another checkpoint than the one that it is held against.
 
     Args:
-        folder: folder of the result; one without provenance is not looked at.
+        model: the result; one without provenance is not looked at.
         original: what shall be its original.
 
     Raises:
-        MoetailorError: the provenance cannot be read.
+        MoetailorError: it is the other way round, or a provenance cannot be read.
     """
-    file = folder / PROVENANCE_FILE
-    if not file.exists():
-        return
-    cure = "delete it, and what the result was made from is not checked"
-    told = load_json(file, error=MoetailorError, cure=cure).get("original")
-    if told is None:
-        return
-    made = read(Origin, told, f"{file}, original", error=MoetailorError, cure=cure)
-    differs = _differences(made["fingerprint"], original.fingerprint())
-    if differs:
+    swapped, made = _origin_of(original), _origin_of(model)
+    if swapped is not None and not _differences(swapped["fingerprint"], model.fingerprint()):
+        raise MoetailorError(f"{original.source}: was made from {model.source}; name them the other way round")
+    if made is not None and (differs := _differences(made["fingerprint"], original.fingerprint())):
         warnings.warn(
-            f"{folder}: was made from {made['source']}; {original.source} is not that checkpoint ({differs}), it is "
-            "used all the same",
+            f"{model.source}: was made from {made['source']}; {original.source} is not that checkpoint ({differs}), it "
+            "is used all the same",
             MoetailorWarning,
             stacklevel=3,
         )
+
+
+def _origin_of(checkpoint: Checkpoint) -> Origin | None:
+    file = checkpoint.folder / PROVENANCE_FILE
+    if not file.exists():
+        return None
+    cure = "delete it, and what the result was made from is not checked"
+    told = load_json(file, error=MoetailorError, cure=cure).get("original")
+    return None if told is None else read(Origin, told, f"{file}, original", error=MoetailorError, cure=cure)
 
 
 def _differences(made: Fingerprint, now: dict) -> str:
