@@ -478,12 +478,13 @@ def test_weights_that_overflow_are_not_called_damaged(
     assert cli(*world.calibrate(model, tmp_path / "full", *how)).code == 0
 
 
-def test_damage_is_named_before_overflow(cli: Cli, world: World, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["qwen2_moe", "gpt_oss"])
+def test_damage_is_named_before_overflow(cli: Cli, world: World, tmp_path: Path, name: str) -> None:
     def edit(model: PreTrainedModel) -> None:
         model.model.layers[0].mlp.experts.down_proj[2, 1, 2] = 7e4
         model.model.layers[0].mlp.experts.down_proj[6, 1, 2] = INF
 
-    model = save("gpt_oss", tmp_path / "model", edit=edit)
+    model = save(name, tmp_path / "model", edit=edit)
     refusal = cli(*world.calibrate(model, tmp_path / "half", "--dtype", "float16")).refusal
     assert refusal == "layer 0, expert 6: down_proj holds NaN or Inf; the checkpoint is damaged"
 

@@ -71,8 +71,8 @@ def check_weights(model: nn.Module, layer: MoELayer, stored: Stored | None) -> N
             raise CalibrationError(f"layer {layer.index}, {what} {damaged[0]}: {part} holds NaN or Inf{told}")
         dtype, many = str(tensor.dtype).removeprefix("torch."), f"{len(bad)} {what}s in this layer"
         raise CalibrationError(
-            f"layer {layer.index}, {what} {bad[0]}: {part} is finite as it is stored and overflows in {dtype} ({many}); "
-            "calibrate in a wider --dtype"
+            f"layer {layer.index}, {what} {bad[0]}: {part} is finite as it is stored and overflows in {dtype} "
+            f"({many}); calibrate in a wider --dtype"
         )
 
 
