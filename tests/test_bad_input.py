@@ -24,6 +24,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import moetailor
 from moetailor.answers import ANSWERS, Constant
+from moetailor.calibration.finite import check_weights
+from moetailor.checkpoint.anatomy import discover
 from moetailor.checkpoint.files import INDEX, SINGLE, open_checkpoint
 from moetailor.checkpoint.loader import quiet_transformers
 from moetailor.errors import CheckpointError
@@ -452,15 +454,75 @@ def test_damaged_router_is_named(cli: Cli, world: World, tmp_path: Path, layer: 
         model.model.layers[layer].mlp.gate.weight[3, 0] = NAN
 
     refusal = cli(*world.calibrate(save("qwen2_moe", tmp_path / "model", edit=damage), tmp_path / "new")).refusal
-    assert refusal.startswith(f"layer {layer}")
-    assert "router" in refusal
-    assert "not finite" in refusal
+    said = f"layer {layer}, slot 3: the router's gate.weight holds NaN or Inf; the checkpoint is damaged"
+    assert refusal == said
+
+
+@pytest.mark.parametrize("how", [(), ("--stream",)], ids=["memory", "stream"])
+@pytest.mark.parametrize("name", ["qwen2_moe", "gpt_oss"])
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        ("mlp.experts.down_proj", "expert 5: down_proj is finite as it is stored and overflows in float16 (1 experts"),
+        ("mlp.{}.weight", "slot 5: the router's {}.weight is finite as it is stored and overflows in float16 (1 slots"),
+    ],
+)
+def test_weights_that_overflow_are_not_called_damaged(
+    cli: Cli, world: World, tmp_path: Path, how: tuple, name: str, part: str, said: str
+) -> None:
+    """One expert of those that lie one by one and of those that lie stacked, and a router's row."""
+    router = {"qwen2_moe": "gate", "gpt_oss": "router"}[name]
+
+    def enlarge(model: PreTrainedModel) -> None:
+        model.get_parameter(f"model.layers.1.{part.format(router)}")[5, 1] = 7e4
+
+    model = save(name, tmp_path / "model", edit=enlarge)
+    refusal = cli(*world.calibrate(model, tmp_path / "half", "--dtype", "float16", *how)).refusal
+    assert refusal == f"layer 1, {said.format(router)} in this layer); calibrate in a wider --dtype"
+    assert cli(*world.calibrate(model, tmp_path / "full", *how)).code == 0
+
+
+@pytest.mark.parametrize("name", ["qwen2_moe", "gpt_oss"])
+def test_damage_is_named_before_overflow(cli: Cli, world: World, tmp_path: Path, name: str) -> None:
+    def edit(model: PreTrainedModel) -> None:
+        model.model.layers[0].mlp.experts.down_proj[2, 1, 2] = 7e4
+        model.model.layers[0].mlp.experts.down_proj[6, 1, 2] = INF
+
+    model = save(name, tmp_path / "model", edit=edit)
+    refusal = cli(*world.calibrate(model, tmp_path / "half", "--dtype", "float16")).refusal
+    assert refusal == "layer 0, expert 6: down_proj holds NaN or Inf; the checkpoint is damaged"
+
+
+def test_large_finite_weights_are_no_damage() -> None:
+    """Their sum is not finite in float32."""
+    model = tiny_model("qwen2_moe")
+    model.model.layers[0].mlp.experts.down_proj.data[1] = 3e38
+    check_weights(model, discover(model.config, model).layers[0], None)
+    model.model.layers[0].mlp.experts.down_proj.data[1, 0, 0] = NAN
+    with pytest.raises(moetailor.CalibrationError, match=r"^layer 0, expert 1: down_proj holds NaN or Inf$"):
+        check_weights(model, discover(model.config, model).layers[0], None)
 
 
 def test_predictions_that_are_not_finite_are_refused(cli: Cli, world: World, tmp_path: Path) -> None:
     model = save("qwen2_moe", tmp_path / "model", edit=lambda model: model.lm_head.weight.fill_(INF))
-    refusal = cli(*world.evaluate(model, world.original)).refusal
-    assert refusal == "a prediction is not finite: one of the models overflows; evaluate in a wider --dtype"
+    said = "is not finite, since its lm_head.weight holds NaN or Inf; it is damaged"
+    assert cli(*world.evaluate(model, world.original)).refusal == f"a prediction of the compressed model {said}"
+    assert cli(*world.evaluate(world.original, model)).refusal == f"a prediction of the original {said}"
+
+
+def test_predictions_that_overflow_are_told_from_weights_that_do(cli: Cli, world: World, tmp_path: Path) -> None:
+    large = save("qwen2_moe", tmp_path / "large", edit=lambda model: model.lm_head.weight.fill_(7e4))
+    model = save("qwen2_moe", tmp_path / "model", edit=lambda model: model.lm_head.weight.fill_(6e4))
+    half = ("--dtype", "float16")
+    assert cli(*world.evaluate(large, world.original, *half)).refusal == (
+        "a prediction of the compressed model is not finite, since its lm_head.weight is not, in float16; evaluate in "
+        "a wider --dtype, which shows whether it is damaged"
+    )
+    assert cli(*world.evaluate(model, world.original, *half)).refusal == (
+        "a prediction of the compressed model is not finite, though its weights are: activations overflow in float16; "
+        "evaluate in a wider --dtype"
+    )
+    assert cli(*world.evaluate(large, world.original)).code == 0
 
 
 # Text
@@ -471,9 +533,17 @@ def test_predictions_that_are_not_finite_are_refused(cli: Cli, world: World, tmp
     [
         ("t.jsonl", b"", "--data {file}: holds no text"),
         ("t.jsonl", b'{"text": "tiny"}', "{file}: 4 tokens of text, at least 48 are needed"),
-        ("t.jsonl", b'{"text": "good"}\n{nope\n', "{file}, line 2: expected a JSON object with a string `text`"),
-        ("t.jsonl", b'{"text": "good"}\n\n{"txt": "a"}\n', "{file}, line 3: expected a JSON object with a string"),
-        ("t.jsonl", b'{"text": "good"}\n{"text": 5}\n', "{file}, line 2: expected a JSON object with a string `text`"),
+        (
+            "t.jsonl",
+            b'{"text": "good"}\n{nope\n',
+            "{file}, line 2: expected a row with `messages`, with `prompt` and `completion`, or with `text`",
+        ),
+        ("t.jsonl", b'{"text": "good"}\n\n{"txt": "a"}\n', "{file}, line 3: expected a row with `messages`"),
+        (
+            "t.jsonl",
+            b'{"text": "good"}\n{"text": 5}\n',
+            "{file}, line 2: expected a row with `messages`, with `prompt` and `completion`, or with `text`",
+        ),
         ("t.jsonl", b'{"text": "good"}\n{"text": "\xff"}\n', "{file}"),
         ("t.txt", b"\xff\xfe\x00", "{file}"),
         ("t.csv", b"text", "--data {file}: ends in .csv; known are .jsonl, .json, .txt, .parquet"),
@@ -572,7 +642,8 @@ def test_models_with_other_words_cannot_be_compared(cli: Cli, world: World, tmp_
     with quiet_transformers():
         tiny_model("qwen2_moe").save_pretrained(model)
     refusal = cli(*world.evaluate(model, world.original)).refusal
-    assert refusal == "the original has 4096 words, the compressed model 128"
+    assert refusal.startswith(f"{world.original} cannot be the original of {model}: its ")
+    assert refusal.endswith("words: 4096, the model's: 128")
 
 
 def test_name_of_a_folder_is_printed_as_it_is(cli: Cli, original: Path) -> None:

@@ -128,7 +128,7 @@ def test_conversations_without_a_template(tmp_path: Path, tokenizer) -> None:
 
 
 WRONG = [
-    ([{"txt": "a"}], r"line 1: expected a JSON object with `messages`.*KeyError\('text'\)"),
+    ([{"txt": "a"}], r"line 1: expected a row with `messages`.*KeyError\('text'\)"),
     ([{"text": "a"}, {"text": 5}], "line 2: .*text is not a string"),
     ([{"text": "a"}, ["b"]], "line 2: .*not an object"),
     ([{"prompt": "a"}], r"line 1: .*KeyError\('completion'\)"),
@@ -137,7 +137,7 @@ WRONG = [
     ([{"messages": "hi"}], "line 1: .*messages is not a list of objects"),
     ([{"messages": [{"role": "user"}]}], r"line 1: .*KeyError\('content'\)"),
     ([{"messages": [turn("user", "hi")]}], "line 1: .*no turn of the assistant"),
-    ([], "holds no examples"),
+    ([], "holds no text"),
 ]
 
 

@@ -1,6 +1,8 @@
-"""calibration/text.py: documents packed by hand, and text that cannot be used named by file and line."""
+"""calibration/text.py, spans.py and sources.py: documents packed by hand, text that cannot be used named by line."""
 
+import gzip
 import json
+import random
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,10 +11,13 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from moetailor.calibration.batch import Batch, load_batches, save_batches, text_fingerprint
+from moetailor.calibration import sources
+from moetailor.calibration.batch import Batch, document_key, load_batches, save_batches, text_fingerprint
+from moetailor.calibration.spans import pieces
 from moetailor.calibration.text import TextOptions, read_batches
 from moetailor.errors import CalibrationError
-from support.letters import Letters
+from moetailor.recovery.examples import ExampleOptions, read_blocks
+from support.letters import EOS, Letters
 from support.reference import REFERENCE
 
 
@@ -164,6 +169,334 @@ def test_order_of_the_file_without_seed_and_a_repeatable_one_with(tmp_path: Path
     assert all(sorted(order) == plain != order for order in shuffled)
 
 
+# Special tokens that the text has already
+
+TEXTS = [
+    # (BOS, EOS, texts, tokens)
+    (1, 2, ["^abc", "de"], [1, 10, 11, 12, 1, 13, 14]),
+    (1, 2, ["^abc$", "^de$"], [1, 10, 11, 12, 2, 1, 13, 14, 2]),
+    (1, 2, ["abc^", "de"], [1, 10, 11, 12, 1, 13, 14]),
+    (None, 2, ["abc$", "de", "f$", "$gh"], [2, 10, 11, 12, 2, 13, 14, 2, 15, 2, 16, 17]),
+    (2, 2, ["$abc$", "de"], [2, 10, 11, 12, 2, 13, 14]),
+    (None, None, ["abc$", "$de"], [10, 11, 12, 2, 2, 13, 14]),
+    # What the text itself has twice stays: it is not ours.
+    (1, 2, ["^^ab", "c$$", "de"], [1, 1, 10, 11, 1, 12, 2, 2, 1, 13, 14]),
+]
+
+
+@pytest.mark.parametrize(("bos", "eos", "texts", "tokens"), TEXTS)
+def test_special_token_of_the_text_gets_no_second_one(
+    tmp_path: Path, bos: int | None, eos: int | None, texts: list[str], tokens: list[int]
+) -> None:
+    file, tokenizer = documents(tmp_path / "t.jsonl", *texts), Letters(bos, eos)
+    assert stream(read(file, tokenizer=tokenizer, length=len(tokens))) == tokens
+    blocks = read_blocks(ExampleOptions(data=(file,), length=len(tokens)), tokenizer)
+    assert blocks.input_ids.tolist() == [tokens]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "tokens"),
+    [
+        ("ab", "cd", [1, 10, 11, 12, 13, 2]),
+        ("^ab", "cd$", [1, 10, 11, 12, 13, 2]),
+        ("^", "cd$", [1, 12, 13, 2]),
+        ("ab", "$", [1, 10, 11, 2]),
+    ],
+)
+def test_prompt_and_completion_are_read_alike_everywhere(
+    tmp_path: Path, prompt: str, completion: str, tokens: list[int]
+) -> None:
+    row = {"prompt": prompt, "completion": completion, "domain": "tasks"}
+    file = jsonl(tmp_path / "t.jsonl", [row, row])
+    (batch,) = read(file, length=2 * len(tokens))
+    assert batch.input_ids.tolist() == [tokens * 2]
+    assert batch.position.tolist() == [[*range(len(tokens))] * 2]
+    assert batch.domains == ("tasks",)
+    blocks = read_blocks(ExampleOptions(data=(file,), length=len(tokens)), Letters())
+    assert blocks.input_ids.tolist() == [tokens] * 2
+    # The end counts, whoever wrote it.
+    assert blocks.labels[:, -1].tolist() == [EOS] * 2
+
+
+def template(turns: list[dict]) -> str:
+    return "^" + "".join(f"{turn['role'][0].upper()}{turn['content']}$" for turn in turns)
+
+
+def test_messages_are_written_by_the_chat_template(tmp_path: Path) -> None:
+    talk = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "c"}]
+    rows = [{"messages": talk, "domain": "chat"}, {"messages": talk[:1]}, {"text": "d"}]
+    (batch,) = read(jsonl(tmp_path / "t.jsonl", rows), tokenizer=Letters(template=template), length=15)
+    # ^Uab$Ac$ ^Uab$ ^d: what the template writes gets nothing before it.
+    assert batch.input_ids[0].tolist() == [1, 9, 10, 11, 2, 9, 12, 2, 1, 9, 10, 11, 2, 1, 13]
+    assert batch.domain[0].tolist() == [0] * 8 + [1] * 7
+    assert batch.domains == ("chat", "")
+    assert len(batch.document.unique()) == 3
+
+
+def test_conversation_that_cannot_be_labelled_can_be_calibrated_on(tmp_path: Path) -> None:
+    def last_thought(turns: list[dict]) -> str:
+        return "".join(turn["content"] + "t" * (turn is turns[-1]) for turn in turns)
+
+    talk = [{"role": "assistant", "content": "ab"}, {"role": "user", "content": "cd"}]
+    file, tokenizer = jsonl(tmp_path / "t.jsonl", [{"messages": talk}]), Letters(template=last_thought)
+    assert stream(read(file, tokenizer=tokenizer)) == [10, 11, 12, 13, 29]
+    with pytest.raises(CalibrationError, match="writes turn 1 otherwise"):
+        read_blocks(ExampleOptions(data=(file,), length=2), tokenizer)
+
+
+def test_messages_without_a_template_are_lines(tmp_path: Path) -> None:
+    talk = [{"role": "a", "content": "b"}, {"role": "assistant", "content": "c"}] * 2
+    # ^a: b, a line end, assistant: c$, a line end, a: b ...
+    assistant = [10 + ord(letter) - ord("a") for letter in "assistant"]
+    turns = [10, 9, 9, 11, 9, *assistant, 9, 9, 12, 2]
+    file = jsonl(tmp_path / "t.jsonl", [{"messages": talk}])
+    assert stream(read(file, length=32)) == [1, *turns, 9, *turns]
+
+
+def test_whatever_a_template_raises_is_named_by_line(tmp_path: Path) -> None:
+    rows = [{"text": "abcdef"}, {"messages": [{"role": "user", "content": "a"}]}]
+    file = jsonl(tmp_path / "t.jsonl", rows)
+    with pytest.raises(CalibrationError, match=r"line 2: .*the chat template refuses it: division by zero"):
+        read(file, tokenizer=Letters(template=lambda turns: str(1 / 0)))
+
+
+def test_one_of_several_ways_to_say_a_text_is_taken(tmp_path: Path) -> None:
+    talk = [{"role": "user", "content": "a"}]
+    rows = [
+        {"messages": talk, "text": "b", "prompt": "c", "completion": "d"},
+        {"prompt": "e", "completion": "f", "text": "g"},
+        {"prompt": "what the text was made by", "text": "h"},
+    ]
+    file = jsonl(tmp_path / "t.jsonl", rows)
+    assert stream(read(file, tokenizer=Letters(template=template))) == [1, 9, 10, 2, 1, 14, 15, 2, 1, 17]
+
+
+# Large files
+
+
+def numbered(file: Path, count: int) -> str:
+    """Write documents of one block of four each, whose letters are a number in base 26."""
+    return documents(
+        file, *("".join(chr(97 + number // 26**place % 26) for place in (2, 1, 0)) for number in range(count))
+    )
+
+
+def numbers(batches: list[Batch]) -> list[int]:
+    ids = torch.cat([batch.input_ids for batch in batches])
+    return ((ids[:, 1:] - 10) * torch.tensor([676, 26, 1])).sum(1).tolist()
+
+
+def shrink(monkeypatch: pytest.MonkeyPatch, place: int = 100, handful: int = 4) -> None:
+    """Shuffle by places so small that a small file has many."""
+    monkeypatch.setattr(sources, "PLACE", place)
+    monkeypatch.setattr(sources, "HANDFUL", handful)
+
+
+@pytest.mark.parametrize("place", [1, 7, 17, 100, 1000])
+def test_shuffled_by_places_each_row_comes_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: int) -> None:
+    file = numbered(tmp_path / "t.jsonl", 200)  # 16 bytes each, 3,200 in all
+    shrink(monkeypatch, place)
+    first, again, other = (numbers(read(file, seed=seed)) for seed in (1, 1, 2))
+    assert first == again != other
+    assert sorted(first) == sorted(other) == list(range(200))
+
+
+def test_a_handful_comes_from_all_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = numbered(tmp_path / "t.jsonl", 2000)
+    shrink(monkeypatch, place=160, handful=20)
+    found = numbers(read(file, seed=0, sequences=200, length=4))
+    # Twenty places of ten rows; were they neighbours, the rows would span 200.
+    assert len({number // 10 for number in found}) in (20, 21)
+    assert max(found) - min(found) > 1000
+
+
+def test_files_of_one_handful_are_shuffled_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = numbered(tmp_path / "t.jsonl", 500)
+    shrink(monkeypatch, place=100, handful=80)
+    order = list(range(500))
+    random.Random(3).shuffle(order)
+    assert numbers(read(file, seed=3)) == order
+
+
+@pytest.mark.parametrize("seed", [None, 0])
+def test_no_more_is_read_than_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int | None) -> None:
+    file = Path(numbered(tmp_path / "t.jsonl", 5000))
+    shrink(monkeypatch)
+    opened, read_bytes = open, 0
+
+    def counting(path: object, *args: object, **options: object) -> object:
+        stream = opened(path, *args, **options)  # type: ignore[call-overload]
+
+        class Counted:
+            def __enter__(self) -> "Counted":
+                return self
+
+            def __exit__(self, *args: object) -> None:
+                stream.close()
+
+            def __getattr__(self, name: str) -> object:
+                method = getattr(stream, name)
+
+                def call(*args: object) -> object:
+                    nonlocal read_bytes
+                    got = method(*args)
+                    read_bytes += len(got) if isinstance(got, bytes) else 0
+                    return got
+
+                return call
+
+        return Counted()
+
+    monkeypatch.setattr(sources, "open", counting, raising=False)
+    assert len(numbers(read(str(file), seed=seed, sequences=5))) == 5
+    assert 0 < read_bytes < 2000 < file.stat().st_size == 80_000
+
+
+def test_lines_longer_than_a_place_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ["a" * 3, "b" * 1000, "c" * 3, "d" * 500, "e" * 3]
+    file = documents(tmp_path / "t.jsonl", *texts)
+    shrink(monkeypatch, place=50, handful=3)
+    found = stream(read(file, seed=0, tokenizer=Letters(None, None)))
+    assert sorted(found) == sorted(10 + ord(letter) - ord("a") for letter in "".join(texts))
+
+
+@pytest.mark.parametrize("seed", [None, 0])
+def test_wrong_line_of_a_large_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int | None) -> None:
+    file = Path(numbered(tmp_path / "t.jsonl", 300))
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"\n" + b"".join(lines[:250]) + b"{nope\n" + b"".join(lines[250:]))
+    shrink(monkeypatch)
+    assert refusal_of(str(file), seed=seed).startswith(f"{file}, line 252: expected")
+    file.write_bytes(b"".join(lines[:250]) + b'{"text": "\xff"}\n')
+    assert refusal_of(str(file), seed=seed) == f"{file}, line 251: not UTF-8 text (invalid start byte)"
+
+
+def test_what_lies_behind_the_text_asked_for_is_not_looked_at(tmp_path: Path) -> None:
+    file = Path(documents(tmp_path / "t.jsonl", *["abc"] * 10))
+    with file.open("a") as lines:
+        lines.write("{nope\n")
+    assert len(read(str(file), sequences=10)) == 5
+    assert refusal_of(str(file)).startswith(f"{file}, line 11: ")
+
+
+def prose(tokens: int) -> str:
+    """Return some text of the repository, with empty lines, indents and punctuation before line ends."""
+    lines = (REFERENCE / "calibration.jsonl").read_text().splitlines()
+    text = "\n\n".join(json.loads(line)["text"] for line in lines)
+    return (text * (1 + 4 * tokens // len(text)))[: 4 * tokens]
+
+
+@pytest.mark.parametrize("kind", ["txt", "txt.gz", "jsonl"])
+def test_long_text_has_the_tokens_that_it_has_whole(tmp_path: Path, kind: str) -> None:
+    tokenizer, text = AutoTokenizer.from_pretrained(REFERENCE), prose(100_000)
+    longest, ids = 0, tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def counting(text: str, **options: object) -> dict:
+        nonlocal longest
+        longest = max(longest, len(text))
+        return tokenizer(text, **options)
+
+    file = tmp_path / f"t.{kind}"
+    if kind == "jsonl":
+        documents(file, text)
+    else:
+        with (gzip.open if kind.endswith("gz") else open)(file, "wt") as out:
+            out.write(text)
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "all_special_ids")}
+    wrapped = type("Counting", (), special | {"__call__": staticmethod(counting)})()
+    batches = read(str(file), tokenizer=wrapped, length=1000)
+    assert stream(batches)[1:] == ids
+    assert torch.cat([batch.position.flatten() for batch in batches]).tolist() == list(range(len(ids) + 1))
+    assert longest <= 2**16
+    # The key of a text is that of its first MiB.
+    assert {int(batch.document.unique()) for batch in batches} == {document_key(text[: 2**20])}
+
+
+@pytest.mark.parametrize(
+    "text", ["a" * 200_000, "a b" * 60_000, "\n" * 99_999 + "a", "ab\r\n" * 40_000, " " * 70_000 + "x"]
+)
+def test_long_text_without_good_places_to_cut_is_cut(tmp_path: Path, text: str) -> None:
+    found = list(pieces(text))
+    assert "".join(found) == text
+    assert max(map(len, found)) <= 2**16
+    assert "".join(pieces(iter(text[at : at + 999] for at in range(0, len(text), 999)))) == text
+
+
+def test_a_long_text_leaves_the_others_their_share(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a " * 300_000)
+    second = documents(tmp_path / "b.jsonl", *["b" * 999] * 400)
+    batches = read(str(tmp_path / "a.txt"), second, sequences=300, length=1000)
+    ids = torch.tensor(stream(batches))
+    share = int((ids == 11).sum()) / len(ids)
+    # Portions have up to 65,536 tokens here.
+    assert 0.35 < share < 0.65
+    # The long text goes on where it was, without another BOS.
+    from_long = torch.cat([b.position.flatten() for b in batches])[(ids == 10) | (ids == 9)]
+    assert from_long.tolist() == list(range(1, len(from_long) + 1))
+
+
+def test_packed_lines_are_read_like_plain_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = Path(numbered(tmp_path / "t.jsonl", 300))
+    packed = tmp_path / "t.jsonl.gz"
+    packed.write_bytes(gzip.compress(file.read_bytes()))
+    assert stream(read(str(packed))) == stream(read(str(file)))
+    assert stream(read(str(packed), seed=5)) == stream(read(str(file), seed=5))
+    # Larger than a handful, neighbours are shuffled: 25 rows of 16 bytes, then the next ones.
+    shrink(monkeypatch)
+    found = numbers(read(str(packed), seed=5))
+    assert sorted(found) == list(range(300)) != found
+    assert sorted(found[:25]) == list(range(25))
+
+
+@pytest.mark.parametrize("name", ["t.jsonl.gz", "t.txt.gz"])
+@pytest.mark.parametrize("damage", ["cut", "none", "flipped"])
+def test_damaged_gzip_is_named(tmp_path: Path, name: str, damage: str) -> None:
+    rows = "".join(json.dumps({"text": f"abc {number}"}) + "\n" for number in range(1000))
+    whole = gzip.compress(rows.encode())
+    wrong = {"cut": whole[:-40], "none": b'{"text": "abc"}\n', "flipped": whole[:500] + b"\xff" * 9 + whole[509:]}
+    (tmp_path / name).write_bytes(wrong[damage])
+    assert refusal_of(str(tmp_path / name)).startswith(f"{tmp_path / name}: no whole gz file (")
+
+
+@pytest.mark.parametrize("seed", [None, 4])
+def test_row_groups_of_parquet_are_read_as_they_are_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int | None
+) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    texts = ["".join(chr(97 + number // 26**place % 26) for place in (2, 1, 0)) for number in range(1000)]
+    file = tmp_path / "t.parquet"
+    parquet.write_table(arrow.table({"text": texts, "domain": ["x"] * 1000}), file, row_group_size=50)
+    whole = numbers(read(str(file), seed=seed))
+    assert sorted(whole) == list(range(1000))
+    assert whole == numbers(read(numbered(tmp_path / "t.jsonl", 1000), seed=seed))
+    shrink(monkeypatch, place=1, handful=1)  # each group a handful of its own
+    groups: list[int] = []
+    taken = parquet.ParquetFile.iter_batches
+
+    def counting(self: object, **options: object) -> object:
+        groups.extend(options["row_groups"])  # type: ignore[arg-type]
+        return taken(self, **options)
+
+    monkeypatch.setattr(parquet.ParquetFile, "iter_batches", counting)
+    assert len(numbers(read(str(file), seed=seed, sequences=70))) == 70
+    assert len(groups) == 2
+    assert sorted(numbers(read(str(file), seed=seed))) == list(range(1000))
+
+
+def test_parquet_holds_conversations_too(tmp_path: Path) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = [
+        {"messages": [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "c"}], "text": None},
+        {"messages": None, "text": "de"},
+    ]
+    parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "t.parquet")
+    given = [{name: value for name, value in row.items() if value is not None} for row in rows]
+    lines = jsonl(tmp_path / "t.jsonl", given)
+    for tokenizer in (Letters(), Letters(template=template)):
+        ours, theirs = (stream(read(str(file), tokenizer=tokenizer)) for file in (tmp_path / "t.parquet", lines))
+        assert ours == theirs
+
+
 # Batches of the caller and fingerprints
 
 
@@ -206,12 +539,27 @@ def refusal_of(*data: str, max_length: int | None = None, **options: object) -> 
 
 @pytest.mark.parametrize(
     "line",
-    ["{nope", '{"txt": "a"}', '{"text": null}', '{"text": 5}', '["text"]', '"text"', "5", "null", "ab"],
+    [
+        "{nope",
+        '{"txt": "a"}',
+        '{"text": null}',
+        '{"text": 5}',
+        '["text"]',
+        '"text"',
+        "5",
+        "null",
+        "ab",
+        '{"text": "\\ud800"}',
+        '{"prompt": "a"}',
+        '{"messages": []}',
+        '{"messages": [{"role": "user"}]}',
+        "[" * 100_000,
+    ],
 )
 def test_line_that_is_no_document_is_named_by_number(tmp_path: Path, line: str) -> None:
     file = tmp_path / "t.jsonl"
     file.write_text('{"text": "abcdefgh"}\n\n' + line + "\n")
-    assert refusal_of(str(file)).startswith(f"{file}, line 3: expected a JSON object with a string `text`")
+    assert refusal_of(str(file)).startswith(f"{file}, line 3: expected a row with `messages`, with `prompt` and")
 
 
 @pytest.mark.parametrize("name", ["t.jsonl", "t.txt"])
@@ -231,15 +579,18 @@ def test_parquet_that_is_none_is_named(tmp_path: Path) -> None:
 
 def test_parquet_with_a_row_without_text_is_named(tmp_path: Path) -> None:
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    parquet.write_table(arrow.table({"text": ["abcdefgh", None]}), tmp_path / "t.parquet")
-    assert refusal_of(str(tmp_path / "t.parquet")).startswith(f"{tmp_path / 't.parquet'}, row 2: ")
+    file = tmp_path / "t.parquet"
+    for groups in (1, 2, 9):
+        parquet.write_table(arrow.table({"text": ["abcdefgh"] * 4 + [None]}), file, row_group_size=groups)
+        assert refusal_of(str(file)).startswith(f"{file}, row 5: expected a row with")
 
 
 def test_parquet_without_text_lists_its_columns(tmp_path: Path) -> None:
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     parquet.write_table(arrow.table({"content": ["a"], "id": [1]}), tmp_path / "t.parquet")
     assert refusal_of(str(tmp_path / "t.parquet")) == (
-        f"{tmp_path / 't.parquet'}: has no column `text`; it has content, id"
+        f"{tmp_path / 't.parquet'}: has no column `messages` or `text`, nor both `prompt` and `completion`; "
+        "it has content, id"
     )
 
 
@@ -275,7 +626,7 @@ def test_folder_and_unknown_ending_are_refused(tmp_path: Path) -> None:
     assert refusal_of(str(tmp_path)) == f"--data {tmp_path}: is a folder; give .jsonl, .txt or .parquet files"
     (tmp_path / "t.csv").write_text("text")
     (tmp_path / "bare").write_text("text")
-    known = "known are .jsonl, .json, .txt, .parquet"
+    known = "known are .jsonl, .json, .txt, .parquet, .jsonl.gz, .json.gz, .txt.gz"
     assert refusal_of(str(tmp_path / "t.csv")) == f"--data {tmp_path / 't.csv'}: ends in .csv; {known}"
     assert refusal_of(str(tmp_path / "bare")) == f"--data {tmp_path / 'bare'}: ends in nothing; {known}"
 
@@ -311,4 +662,7 @@ def test_missing_parquet_library_is_named_with_the_cure(tmp_path: Path, monkeypa
 def test_second_source_is_read_before_anything_runs(tmp_path: Path) -> None:
     good = documents(tmp_path / "good.jsonl", "abcdefgh")
     (tmp_path / "bad.jsonl").write_text("{nope\n")
-    assert f"{tmp_path / 'bad.jsonl'}, line 1" in refusal_of(good, str(tmp_path / "bad.jsonl"))
+    # Also where the first source alone would do.
+    for sequences in (None, 1):
+        said = refusal_of(good, str(tmp_path / "bad.jsonl"), sequences=sequences)
+        assert said.startswith(f"{tmp_path / 'bad.jsonl'}, line 1: ")

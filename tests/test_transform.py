@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from moetailor.checkpoint.loader import quiet_transformers
 from moetailor.planning.budget import Budget
 from moetailor.planning.layer_plan import LayerPlan
 from moetailor.summary import summarise
+from moetailor.transform.beside import copy_others
 from support.families import tiny_model
 from support.tiny import load, logits
 
@@ -53,6 +55,118 @@ def test_shards_index_and_other_files_are_written(source: Path, tmp_path: Path) 
     assert not out.with_name("out.partial").exists()
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == open_checkpoint(out).nbytes
+
+
+BESIDE = [
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+    *("merges.txt", "vocab.txt", "vocab.bpe", "bpe.codes", "source.spm", "spiece.model", "tokenizer.model"),
+    *("tokenizer.model.v3", "tekken.json", "qwen.tiktoken", "prophetnet.tokenizer", "preprocessor_config.json"),
+    *("generation_config.json", "chat_template.jinja", "chat_template.json"),
+    *("additional_chat_templates/tool_use.jinja", "additional_chat_templates/rag.jinja"),
+    *("LICENSE", "License.txt", "LICENCE.md", "LICENSE-MODEL", "NOTICE", "Notice.txt", "COPYING", "USE_POLICY.md"),
+]
+NOT_BESIDE = [
+    *(
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+        "model.gguf",
+        "model.onnx",
+        "model.onnx_data",
+        "tf_model.h5",
+    ),
+    *("consolidated.safetensors", "consolidated.safetensors.index.json", "model.safetensors.index.fp32.json"),
+    *("optimizer.pt", "rng_state.pth", "training_args.bin", "flax_model.msgpack", "data.npz", "state.pkl"),
+    *(".env", ".secret.json", ".gitattributes", "id_rsa", "events.out.tfevents.1", "figure.png", "train.jsonl"),
+    *("adapter_config.json", "onnx/config.json", "original/params.json", "encoding/encode.py", "notes.md"),
+    *("additional_chat_templates/tool_use.py", "additional_chat_templates/more/deep.jinja"),
+]
+
+
+def test_what_tokenizers_and_generation_need_is_copied_and_nothing_else(tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    out.mkdir()
+    for name in (*BESIDE, *NOT_BESIDE, "config.json"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        copy_others(source, out, left_out={"config.json"})
+    copied = {path.relative_to(out).as_posix(): path.read_text() for path in out.rglob("*") if path.is_file()}
+    assert copied == {name: name for name in BESIDE}
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_code_is_copied_when_it_is_trusted_and_named_otherwise(source: Path, tmp_path: Path, trusted: bool) -> None:
+    for name in ("modeling_own.py", "configuration_own.py"):
+        (source / name).write_text("raise RuntimeError")
+    out = tmp_path / "out"
+    out.mkdir()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        copy_others(source, out, left_out=(), trust_remote_code=trusted)
+    assert {path.name for path in out.glob("*.py")} == (
+        {"modeling_own.py", "configuration_own.py"} if trusted else set()
+    )
+    told = [str(warning.message) for warning in said if warning.category is moetailor.MoetailorWarning]
+    assert told == [
+        f"{source}: left out configuration_own.py, modeling_own.py: code is copied with --trust-remote-code only, "
+        "and needed to load the result with trust_remote_code"
+    ] * (not trusted)
+
+
+def test_links_out_of_the_folder_are_not_followed(tmp_path: Path) -> None:
+    source, out, away = tmp_path / "source", tmp_path / "out", tmp_path / "away"
+    for folder in (source, out, away):
+        folder.mkdir()
+    (away / "secret").write_text("PRIVATE KEY")
+    (away / "tool_use.jinja").write_text("elsewhere")
+    (source / "real.json").write_text("{}")
+    links = {
+        "vocab.txt": "../away/secret",
+        "added_tokens.json": str(away / "secret"),
+        "additional_chat_templates": "../away",
+        "merges.txt": "../away/nothing",
+        "tokenizer.json": "real.json",
+    }
+    for name, target in links.items():
+        (source / name).symlink_to(target)
+    with pytest.warns(moetailor.MoetailorWarning) as said:
+        copy_others(source, out, left_out=())
+    assert {path.name: path.read_text() for path in out.rglob("*")} == {"real.json": "{}", "tokenizer.json": "{}"}
+    assert not (out / "tokenizer.json").is_symlink()
+    assert str(said[0].message) == (
+        f"{source}: left out added_tokens.json, additional_chat_templates/tool_use.jinja, merges.txt, vocab.txt: "
+        "links that lead out of the folder are not followed"
+    )
+
+
+def test_snapshots_of_the_hub_are_copied_as_files(tmp_path: Path) -> None:
+    """Their files are links into the blobs of the same model; other blobs are none of theirs."""
+    cached, out = tmp_path / "hub" / "models--org--name", tmp_path / "out"
+    source = cached / "snapshots" / "0123abc"
+    for folder in (cached / "blobs", source, out, tmp_path / "hub" / "models--org--other" / "blobs"):
+        folder.mkdir(parents=True)
+    (cached / "blobs" / "feed").write_text("words")
+    (tmp_path / "hub" / "models--org--other" / "blobs" / "beef").write_text("others")
+    (source / "vocab.txt").symlink_to("../../blobs/feed")
+    (source / "merges.txt").symlink_to("../../../models--org--other/blobs/beef")
+    link = tmp_path / "link"
+    link.symlink_to(source)
+    for folder in (source, link):
+        with pytest.warns(moetailor.MoetailorWarning, match=r"left out merges\.txt: links"):
+            copy_others(folder, out, left_out=())
+        assert {path.name: path.read_text() for path in out.iterdir()} == {"vocab.txt": "words"}
+        assert not (out / "vocab.txt").is_symlink()
+
+
+def test_a_huge_file_is_left_out_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moetailor.transform.beside.LARGEST", 2**20)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "log.txt").write_bytes(b"x" * (2**20 + 1))
+    (tmp_path / "vocab.txt").write_bytes(b"x" * 2**20)
+    with pytest.warns(moetailor.MoetailorWarning, match=r"left out log\.txt: files above 1 MiB are not copied"):
+        copy_others(tmp_path, tmp_path / "out", left_out=())
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"vocab.txt"}
 
 
 def test_the_config_is_patched_not_rewritten(source: Path, tmp_path: Path) -> None:

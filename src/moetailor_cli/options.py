@@ -12,8 +12,9 @@ Data = Annotated[
     list[str],
     typer.Option(
         "--data",
-        help="FILE[:weight], .jsonl, .txt or .parquet; or NAME[:weight] for the datasets library, where NAME may go on "
-        "as in NAME,CONFIG[@SPLIT]. Repeatable: sources are mixed by weight.",
+        help="FILE[:weight], .jsonl, .txt (or these with .gz) or .parquet; or NAME[:weight] for the datasets library, "
+        "where NAME may go on as in NAME,CONFIG[@SPLIT]; with text, messages, or prompt and completion. Repeatable: "
+        "sources are mixed by weight.",
     ),
 ]
 Sequences = Annotated[int, typer.Option(min=1, help="Blocks of text to run.")]

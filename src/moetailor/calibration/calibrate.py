@@ -11,6 +11,7 @@ from torch import nn
 
 from moetailor.calibration.batch import Batch
 from moetailor.calibration.effect import measure_effects
+from moetailor.calibration.finite import stored_rows
 from moetailor.calibration.folder import Calibration
 from moetailor.calibration.layers import PartlyLoaded, ResidentModel
 from moetailor.calibration.run import Progress, SampleOptions, Subject, run_calibration, tokenizer_fingerprint
@@ -18,6 +19,7 @@ from moetailor.calibration.text import TextOptions, read_batches
 from moetailor.checkpoint.anatomy import discover
 from moetailor.checkpoint.facts import facts_of_checkpoint, facts_of_model
 from moetailor.checkpoint.files import Checkpoint, open_checkpoint
+from moetailor.checkpoint.layout import find_stacks
 from moetailor.checkpoint.loader import StreamedModel, load_config
 from moetailor.checkpoint.models import load_model, load_tokenizer, longest_sequence, resolve_device, resolve_dtype
 from moetailor.errors import CalibrationError, did_you_mean
@@ -130,4 +132,5 @@ def _on_disk(
         return ResidentModel(load_model(checkpoint.folder, dtype=torch_dtype, **options))
 
     facts = facts_of_checkpoint(checkpoint, anatomy, streamed.names)
-    return Subject(anatomy=anatomy, facts=facts, settings={"dtype": str(torch_dtype)}, open=load)
+    stored = stored_rows(checkpoint, streamed.names, find_stacks(checkpoint, anatomy, streamed.names))
+    return Subject(anatomy=anatomy, facts=facts, settings={"dtype": str(torch_dtype)}, open=load, stored=stored)

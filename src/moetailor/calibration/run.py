@@ -22,6 +22,7 @@ from torch import nn
 from moetailor._version import __version__
 from moetailor.calibration.batch import Batch, save_batches, text_fingerprint
 from moetailor.calibration.capture import Pairs, Routed, captured, silenced
+from moetailor.calibration.finite import Stored, check_weights
 from moetailor.calibration.folder import ANEW, MANIFEST, RUN, TEXT, Calibration, layer_file, part_name, write_json
 from moetailor.calibration.layers import HiddenStates, LayerRunner, PartlyLoaded
 from moetailor.calibration.statistics import (
@@ -68,12 +69,14 @@ class Subject:
         facts: what planning will need to know of it.
         settings: what else makes a run what it is (dtype, tokenizer, options), for the fingerprint.
         open: gives the model; weights are loaded no sooner.
+        stored: tells damaged weights from those that overflow in the dtype of the run; None for a model in memory.
     """
 
     anatomy: Anatomy
     facts: ModelFacts
     settings: dict
     open: Callable[[], PartlyLoaded]
+    stored: Stored | None = None
 
 
 def run_calibration(
@@ -125,7 +128,7 @@ def run_calibration(
         began, collector = time.time(), None
         with runner.layer(index) as layer:
             if index in anatomy.layers and not layer_file(folder, index).exists():
-                _check_weights(runner.source.model, anatomy.layers[index])
+                check_weights(runner.source.model, anatomy.layers[index], subject.stored)
                 collector = Collector(anatomy, index, batches, sampled, residual)
             inputs = states.read(index, len(batches))
             outputs = map(count, _run_layer(runner, layer, index, inputs, anatomy.layers.get(index), collector))
@@ -226,8 +229,9 @@ class Collector:
         # Experts may be sound behind a router that is not.
         if not bool(torch.isfinite(self.sums.gate + self.sums.probability).all()):
             raise CalibrationError(
-                f"layer {self.layer.index}: the router gives values that are not finite; "
-                "its weights are damaged: download the checkpoint again"
+                f"layer {self.layer.index}: the router gives values that are not finite though its weights are: "
+                "the activations overflowed, then calibrate in a wider --dtype; "
+                "or a weight before the router is damaged, then download the checkpoint again"
             )
         for name, total in self.sums.recorded.items():
             if not bool(torch.isfinite(total).all()):
@@ -256,18 +260,6 @@ def _run_layer(
             with silenced(runner.source.model, moe):
                 collector.residual(runner.run(layer, index, number, hidden), whole)
         yield whole
-
-
-def _check_weights(model: nn.Module, layer: MoELayer) -> None:
-    experts = model.get_submodule(layer.experts)
-    for name in layer.expert_rows:
-        # One pass: a row with NaN or Inf sums to NaN or Inf.
-        sums = getattr(experts, name).detach().flatten(1).sum(1, dtype=torch.float32)
-        bad = (~torch.isfinite(sums)).nonzero().flatten().tolist()
-        if bad:
-            raise CalibrationError(
-                f"layer {layer.index}, expert {bad[0]}: {name} holds NaN or Inf; the checkpoint is damaged"
-            )
 
 
 def sampled_positions(batches: list[Batch], sample: SampleOptions) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -1,33 +1,20 @@
-"""Text to token batches: documents from files or a dataset, mixed by weight, packed into blocks without padding.
+"""Text to token batches: documents of all sources, mixed by weight, packed into blocks without padding.
 
 Shapes: B sequences, L tokens of a sequence.
 """
 
 from __future__ import annotations
 
-import json
-import random
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeVar
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 
-from moetailor.calibration.batch import Batch, document_key
+from moetailor.calibration.batch import Batch
+from moetailor.calibration.spans import Document, Encoder, documents
 from moetailor.errors import CalibrationError
-
-T = TypeVar("T")
-DATASETS_HINT = "reading it needs the datasets library: pip install 'moetailor[datasets]'"
-
-
-@dataclass(frozen=True)
-class Document:
-    """One text and the domain it is counted under (empty when the source names none)."""
-
-    text: str
-    domain: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +25,9 @@ class TextOptions:
         data: sources, each ``FILE[:weight]`` or a name for the datasets library, ``NAME[,CONFIG][@SPLIT][:weight]``.
         sequences: how many blocks to take; all there are when None.
         length: tokens of a block.
-        seed: shuffles the documents of each source; file order when None.
+        seed: shuffles the documents of each source: a file up to 4 MiB as a whole, a larger one by 64 places of 64 KiB
+            at a time, drawn from all of it (whole row groups of Parquet; in .gz 4 MiB after 4 MiB); file order when
+            None.
         mask_special: leave the tokenizer's special tokens out of every statistic.
         batch_size: blocks of a batch.
     """
@@ -62,11 +51,10 @@ def words_of(given: str | Iterable[str]) -> tuple[str, ...]:
 def read_batches(
     options: TextOptions, tokenizer: Any, *, max_length: int | None = None, words: int | None = None
 ) -> list[Batch]:
-    """Read, tokenize, mix and pack text.
+    """Read, tokenize, mix and pack text, no more of it than was asked for.
 
-    Each document is preceded by the tokenizer's BOS token (EOS where it has no BOS), the documents follow each other,
-    and the stream is cut into blocks of `length`; when the text ends first, what is left becomes a shorter block, so
-    nothing is ever padded.
+    Rows are written as `spans` says. The documents follow each other, and the stream is cut into blocks of `length`;
+    when the text ends first, what is left becomes a shorter block, so nothing is ever padded.
 
     Args:
         options: sources and sizes.
@@ -82,8 +70,8 @@ def read_batches(
         raise CalibrationError("no text given; name at least one file with --data")
     stream = _TokenStream(tokenizer)
     need = None if options.sequences is None else options.sequences * options.length
-    for document in _mixed(options, stream):
-        stream.add(document)
+    for portion in _mixed(options, stream):
+        stream.add(portion)
         if need is not None and stream.length >= need:
             break
     least = min(options.length, 64)
@@ -100,10 +88,18 @@ def read_batches(
     return batches
 
 
+class Portion(NamedTuple):
+    """Tokens of a document, or of a part of a long one: the first of them is token `start` of it."""
+
+    document: Document
+    start: int
+    ids: list[int]
+
+
 class _TokenStream:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self.first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        self.encoder = Encoder(tokenizer)
         self.domains: dict[str, int] = {}
         self.ids: list[torch.Tensor] = []
         self.documents: list[torch.Tensor] = []
@@ -111,18 +107,14 @@ class _TokenStream:
         self.domain: list[torch.Tensor] = []
         self.length = 0
 
-    def add(self, document: Document) -> None:
-        ids = self.encode(document)
-        domain = self.domains.setdefault(document.domain, len(self.domains))
-        self.ids.append(torch.tensor(ids))
-        self.documents.append(torch.full((len(ids),), document_key(document.text)))
-        self.positions.append(torch.arange(len(ids)))
-        self.domain.append(torch.full((len(ids),), domain))
-        self.length += len(ids)
-
-    def encode(self, document: Document) -> list[int]:
-        ids = self.tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids if self.first is None else [self.first, *ids]
+    def add(self, portion: Portion) -> None:
+        count = len(portion.ids)
+        domain = self.domains.setdefault(portion.document.domain, len(self.domains))
+        self.ids.append(torch.tensor(portion.ids))
+        self.documents.append(torch.full((count,), portion.document.key))
+        self.positions.append(torch.arange(portion.start, portion.start + count))
+        self.domain.append(torch.full((count,), domain))
+        self.length += count
 
     def batches(self, options: TextOptions, need: int | None) -> list[Batch]:
         end = self.length if need is None else min(need, self.length)
@@ -157,21 +149,30 @@ class _TokenStream:
         return batches
 
 
-def _mixed(options: TextOptions, stream: _TokenStream) -> Iterator[Document]:
-    """Take the next document from the source that is furthest behind its share of the tokens."""
+def _mixed(options: TextOptions, stream: _TokenStream) -> Iterator[Portion]:
+    """Take the next portion from the source that is furthest behind its share of the tokens."""
     names, weights = zip(*(_split_weight(entry) for entry in options.data), strict=True)
-    sources = [iter(documents(name, options.seed)) for name in names]
+    found = [documents(name, stream.tokenizer, seed=options.seed) for name in names]
+    # The first of each is read before anything is done, also of a source that will not be needed.
+    sources = [_portions(chain([next(each)], each), stream.encoder) for each in found]
     taken = [0.0] * len(sources)
     alive = list(range(len(sources)))
     while alive:
         behind = min(alive, key=lambda number: (taken[number] / weights[number], number))
-        document = next(sources[behind], None)
-        if document is None:
+        portion = next(sources[behind], None)
+        if portion is None:
             alive.remove(behind)
             continue
-        before = stream.length
-        yield document
-        taken[behind] += stream.length - before
+        taken[behind] += len(portion.ids)
+        yield portion
+
+
+def _portions(found: Iterable[Document], encoder: Encoder) -> Iterator[Portion]:
+    for document in found:
+        start = 0
+        for ids, _ in encoder.portions(document):
+            yield Portion(document, start, ids)
+            start += len(ids)
 
 
 def _split_weight(entry: str) -> tuple[str, float]:
@@ -197,111 +198,3 @@ def check_length(length: int, max_length: int | None) -> None:
         raise CalibrationError(
             f"--length {length} is more than the model takes ({max_length}); use at most {max_length}"
         )
-
-
-def documents(name: str, seed: int | None = None) -> Iterable[Document]:
-    """Return the texts of one source.
-
-    Args:
-        name: a file, or a name for the datasets library.
-        seed: shuffles them; file order when None.
-
-    Raises:
-        CalibrationError: the source cannot be read or holds no text.
-    """
-    path = Path(name)
-    if not path.exists():
-        return _hub_documents(name, seed)
-    if path.is_dir():
-        raise CalibrationError(f"--data {name}: is a folder; give .jsonl, .txt or .parquet files")
-    readers = {".jsonl": _jsonl, ".json": _jsonl, ".txt": _txt, ".parquet": _parquet}
-    if path.suffix not in readers:
-        raise CalibrationError(f"--data {name}: ends in {path.suffix or 'nothing'}; known are {', '.join(readers)}")
-    found = [document for document in readers[path.suffix](path) if document.text.strip()]
-    if not found:
-        raise CalibrationError(f"--data {name}: holds no text")
-    if seed is not None:
-        random.Random(seed).shuffle(found)
-    return found
-
-
-def read_lines(path: Path, read: Callable[[Any], T], expected: str) -> Iterator[T]:
-    """Yield what each line of a JSONL file is read as; blank lines are left out.
-
-    Args:
-        path: the file.
-        read: makes something of a line's JSON.
-        expected: what a line should be, for the message.
-
-    Raises:
-        CalibrationError: a line is not what was expected, or the file is not UTF-8.
-    """
-    with _utf8(path), open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                made = read(json.loads(line))
-            except (ValueError, KeyError, TypeError) as error:
-                raise CalibrationError(f"{path}, line {number}: expected {expected} ({error!r})") from None
-            yield made
-
-
-@contextmanager
-def _utf8(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except UnicodeDecodeError as error:
-        raise CalibrationError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-
-
-def _jsonl(path: Path) -> Iterator[Document]:
-    return read_lines(path, _document, "a JSON object with a string `text`")
-
-
-def _txt(path: Path) -> Iterator[Document]:
-    with _utf8(path):
-        yield Document(path.read_text(encoding="utf-8"))
-
-
-def _parquet(path: Path) -> Iterator[Document]:
-    try:
-        from pyarrow import parquet
-    except ImportError:
-        raise CalibrationError(f"{path}: {DATASETS_HINT}") from None
-    try:
-        table = parquet.ParquetFile(path)
-    except ValueError as error:
-        raise CalibrationError(f"{path}: not a Parquet file ({str(error).strip().splitlines()[0]})") from None
-    columns = [name for name in ("text", "domain") if name in table.schema_arrow.names]
-    if "text" not in columns:
-        raise CalibrationError(f"{path}: has no column `text`; it has {', '.join(table.schema_arrow.names)}")
-    rows = (row for batch in table.iter_batches(columns=columns) for row in batch.to_pylist())
-    for number, row in enumerate(rows, start=1):
-        try:
-            yield _document(row)
-        except TypeError as error:
-            raise CalibrationError(f"{path}, row {number}: {error}") from None
-
-
-def _hub_documents(name: str, seed: int | None) -> Iterator[Document]:
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise CalibrationError(f"--data {name}: no such file; if it names a dataset, {DATASETS_HINT}") from None
-    rest, _, split = name.partition("@")
-    dataset, _, config = rest.partition(",")
-    try:
-        rows = load_dataset(dataset, config or None, split=split or "train", streaming=True)
-        if seed is not None:
-            rows = rows.shuffle(seed=seed, buffer_size=10_000)
-        yield from (_document(row) for row in rows)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CalibrationError(f"--data {name}: neither a file nor a dataset that can be read ({reason})") from None
-
-
-def _document(row: dict) -> Document:
-    if not isinstance(row["text"], str):
-        raise TypeError("text is not a string")
-    return Document(row["text"], str(row.get("domain") or ""))

@@ -19,6 +19,7 @@ from moetailor.errors import MoetailorError
 from moetailor.evaluation.fidelity import Fidelity, Reference
 from moetailor.evaluation.speed import Speed, measure_speed, resident_nbytes
 from moetailor.evaluation.tasks import run_tasks
+from moetailor.transform.origin import check_origin, unlike
 
 Stage = Callable[[str, int, int], None]
 
@@ -116,9 +117,9 @@ def evaluate(
         raise MoetailorError(f"{against}: was written by moetailor; --against takes the original")
     check_predicts(text)
     config = load_config(original, trust_remote_code=trust_remote_code)
-    words = config.vocab_size, load_config(compressed, trust_remote_code=trust_remote_code).vocab_size
-    if words[0] != words[1]:
-        raise MoetailorError(f"the original has {words[0]} words, the compressed model {words[1]}")
+    if why := unlike(load_config(compressed, trust_remote_code=trust_remote_code), config):
+        raise MoetailorError(f"{against} cannot be the original of {model}: its {why}")
+    check_origin(compressed, original)
     tokenizer = load_tokenizer(original.folder, trust_remote_code=trust_remote_code)
     batches = read_batches(text, tokenizer, max_length=longest_sequence(config), words=config.vocab_size)
     device = resolve_device(device)

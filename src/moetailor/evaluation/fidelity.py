@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from moetailor.calibration.batch import Batch
+from moetailor.calibration.finite import not_finite
 from moetailor.checkpoint.tensors import read_tensors
 from moetailor.checkpoint.writer import save_tensors
 from moetailor.errors import MoetailorError
@@ -90,7 +91,7 @@ class Reference:
                 "free; evaluate on less text"
             )
         for number, batch in enumerate(self.batches):
-            save_tensors({"logp": _log_probabilities(model, batch).cpu()}, self._file(number))
+            save_tensors({"logp": _log_probabilities(model, batch, "original").cpu()}, self._file(number))
             if progress:
                 progress(number + 1, len(self.batches))
         return self
@@ -137,7 +138,7 @@ class Reference:
         for number, batch in enumerate(self.batches):
             cure = f"delete {self.folder} and run the same command again"
             original = read_tensors(self._file(number), names=["logp"], error=MoetailorError, cure=cure)["logp"]
-            compressed = _log_probabilities(model, batch).cpu()
+            compressed = _log_probabilities(model, batch, "compressed model").cpu()
             if original.shape != compressed.shape:
                 raise MoetailorError(
                     f"the original has {original.shape[-1]} words, the compressed model {compressed.shape[-1]}"
@@ -148,19 +149,32 @@ class Reference:
         return self.folder / f"{number:05d}.safetensors"
 
 
-def _log_probabilities(model: Any, batch: Batch) -> torch.Tensor:
+def _log_probabilities(model: Any, batch: Batch, what: str) -> torch.Tensor:
+    """Return the log-probabilities of all words but the first, [B, L - 1, V].
+
+    Raises:
+        MoetailorError: one is not finite, with what is known of the reason.
+    """
     device = model.get_input_embeddings().weight.device
     mask = None if batch.attention_mask is None else batch.attention_mask.to(device)
     logits = model(input_ids=batch.input_ids.to(device), attention_mask=mask, use_cache=False).logits
-    return torch.log_softmax(logits[:, :-1].float(), -1)
+    found = torch.log_softmax(logits[:, :-1].float(), -1)
+    if not bool(torch.isfinite(found).all()):
+        dtype, bad = str(logits.dtype).removeprefix("torch."), not_finite(model)
+        if bad is None:
+            why = f"though its weights are: activations overflow in {dtype}; evaluate in a wider --dtype"
+        elif logits.dtype == torch.float16:
+            why = f"since its {bad} is not, in {dtype}; evaluate in a wider --dtype, which shows whether it is damaged"
+        else:
+            why = f"since its {bad} holds NaN or Inf; it is damaged"
+        raise MoetailorError(f"a prediction of the {what} is not finite, {why}")
+    return found
 
 
 def _per_token(batch: Batch, original: torch.Tensor, compressed: torch.Tensor) -> list[dict]:
     target = batch.input_ids[:, 1:, None]
     # KL(p || q) = sum_v p (log p - log q)
     kl = (original.exp() * (original - compressed)).sum(-1)
-    if not bool(torch.isfinite(kl).all()):
-        raise MoetailorError("a prediction is not finite: one of the models overflows; evaluate in a wider --dtype")
     values = {
         "kl": kl,
         "agree": (original.argmax(-1) == compressed.argmax(-1)).float(),

@@ -33,6 +33,7 @@ from moetailor.recovery.train import Progress, RecoveryOptions, mean_losses, tra
 from moetailor.recovery.train import train as train_student
 from moetailor.recovery.trainable import Adapters, Selection, check_words, select
 from moetailor.runtime.quantizer import original_config
+from moetailor.transform.origin import check_origin, unlike
 
 Stage = Callable[[str, int, int], None]
 
@@ -120,6 +121,7 @@ def recover(
     config = load_config(source, trust_remote_code=trust_remote_code)
     if original is not None:
         check_teacher(config, load_config(original, trust_remote_code=trust_remote_code))
+        check_origin(source, original)
     device = resolve_device(device)
     arguments = training_arguments(training_folder(out), options, device)
     # A part of what is shared out goes to each GPU; the whole may not fit on one.
@@ -162,8 +164,8 @@ def recover(
             student, selection, adapters = begin(None)
             train_student(student, blocks, arguments)
         adapters.merge()
-        written: dict[str, Any] = {"settings": settings, "overwrite": overwrite, "progress": part("write")}
-        write_recovered(out, source, student.model, selection.names, **written)
+        write = partial(write_recovered, settings=settings, overwrite=overwrite, trust_remote_code=trust_remote_code)
+        write(out, source, student.model, selection.names, progress=part("write"))
         shutil.rmtree(training_folder(out))
     PartialState().wait_for_everyone()
     return RecoveryResult(
@@ -187,16 +189,8 @@ def check_teacher(config: Any, teacher: Any) -> None:
     Raises:
         MoetailorError: see the message.
     """
-    facts = {
-        "model_type": "model type",
-        "vocab_size": "words",
-        "hidden_size": "width",
-        "num_hidden_layers": "decoder layers",
-    }
-    for name, what in facts.items():
-        has, needs = getattr(teacher, name, None), getattr(config, name, None)
-        if has != needs:
-            raise MoetailorError(f"the teacher's {what}: {has}, the model's: {needs}; give the original of the model")
+    if why := unlike(config, teacher):
+        raise MoetailorError(f"the teacher's {why}; give the original of the model")
 
 
 def _check(

@@ -15,9 +15,11 @@ from moetailor.checkpoint.loader import disk_tensors, memory_names
 from moetailor.checkpoint.writer import Piece, new_folder, save_tensors, whole, write_shards
 from moetailor.errors import CheckpointError, MoetailorError
 from moetailor.schema import load_json
-from moetailor.transform.disk import PROVENANCE_FILE, copy_others, write_json
+from moetailor.transform.beside import copy_others
+from moetailor.transform.disk import PROVENANCE_FILE, write_json
 
 Progress = Callable[[int, int], None]
+CONFIG = "config.json"
 CARD = f"\nTrained further by moetailor {__version__}: how, is in {PROVENANCE_FILE} under `recovery`.\n"
 
 
@@ -29,6 +31,7 @@ def write_recovered(
     *,
     settings: Mapping[str, Any],
     overwrite: bool,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> None:
     """Write a checkpoint again with some tensors changed, each in the dtype and shard that it had.
@@ -40,6 +43,7 @@ def write_recovered(
         changed: names of the parameters that changed.
         settings: how it was trained, for the provenance.
         overwrite: replace an existing folder.
+        trust_remote_code: copy code that comes with the checkpoint.
         progress: called with (bytes written, bytes in all).
 
     Raises:
@@ -55,7 +59,9 @@ def write_recovered(
             shards[info.file].append(whole(trained.get(info.name, info)))
         write_shards(folder, [shards[file] for file in sorted(shards)], progress)
         shutil.rmtree(scratch)
-        copy_others(checkpoint.folder, folder, left_out={INDEX, PROVENANCE_FILE})
+        shutil.copyfile(checkpoint.folder / CONFIG, folder / CONFIG)
+        left_out = {CONFIG, INDEX, PROVENANCE_FILE}
+        copy_others(checkpoint.folder, folder, left_out=left_out, trust_remote_code=trust_remote_code)
         card = checkpoint.folder / "README.md"
         if card.is_file():
             (folder / card.name).write_bytes(card.read_bytes() + CARD.encode())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from moetailor.checkpoint.writer import check_place, new_folder, save_tensors, w
 from moetailor.errors import CheckpointError, PlanError
 from moetailor.planning.checks import check_plan
 from moetailor.planning.plan import Plan
+from moetailor.transform.beside import copy_others
 from moetailor.transform.build import (
     LayerTensors,
     Propagate,
@@ -40,8 +41,6 @@ from moetailor.transform.pieces import Parts
 from moetailor.transform.propagate import propagated
 
 PLAN_FILE, PROVENANCE_FILE = "moetailor_plan.json", "moetailor_provenance.json"
-# Tokenizer, generation config, chat template, licence and code.
-COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "LICENSE*", "LICENCE*", "NOTICE*")
 Progress = Callable[[str, int, int], None]
 WRITTEN_ANEW = {"config.json", "README.md", INDEX, PLAN_FILE, PROVENANCE_FILE}
 
@@ -106,7 +105,7 @@ def apply_to_checkpoint(
         nbytes = write_shards(folder, form.shards(parts), progress and partial(progress, "write"))
         shutil.rmtree(scratch, ignore_errors=True)
         assert nbytes == plan.nbytes, f"{nbytes} bytes written, {plan.nbytes} planned"
-        copy_others(checkpoint.folder, folder, left_out=WRITTEN_ANEW)
+        copy_others(checkpoint.folder, folder, left_out=WRITTEN_ANEW, trust_remote_code=trust_remote_code)
         write_json(folder / "config.json", form.config(copy.deepcopy(checkpoint.config), config, plan))
         plan.save(folder / PLAN_FILE)
         write_json(folder / PROVENANCE_FILE, provenance(plan, checkpoint, calibration, form.name, propagate))
@@ -203,19 +202,6 @@ def _as_on_disk(parts: Parts, stack: DiskStack, source: StreamedModel, rebuilt: 
             f"{sorted(found)[0]!r}; save the checkpoint again with this transformers, then merge"
         )
     return found
-
-
-def copy_others(source: Path, folder: Path, *, left_out: Collection[str]) -> None:
-    """Copy the files of a checkpoint that hold no weights.
-
-    Args:
-        source: folder of the checkpoint.
-        folder: folder of the result.
-        left_out: names of files that the result writes anew.
-    """
-    for file in sorted(source.iterdir()):
-        if file.is_file() and file.name not in left_out and any(file.match(pattern) for pattern in COPIED):
-            shutil.copyfile(file, folder / file.name)
 
 
 def write_json(file: Path, content: dict) -> None:
