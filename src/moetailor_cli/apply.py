@@ -127,7 +127,7 @@ def compress(
 
     method, format = read_menu(method, native), read_format(format, native)
     budget, parameters = read_budget(method, remove, keep, size, memory, load_dtype), read_parameters(param)
-    selected, kept, spread = read_numbers(layers), read_pairs(protect), read_allocation(allocation)
+    selected, kept, allocated = read_numbers(layers), read_pairs(protect), read_allocation(allocation)
     checked = moetailor.precheck(
         model,
         out,
@@ -136,7 +136,7 @@ def compress(
         parameters=parameters,
         layers=selected,
         protect=kept,
-        allocation=spread,
+        allocation=allocated,
         calibration=calibration,
         format=format,
         overwrite=overwrite,
@@ -163,7 +163,7 @@ def compress(
             layers=selected,
             protect=kept,
             guard_super_experts=guard_super_experts,
-            allocation=spread,
+            allocation=allocated,
             calibration=calibration,
             sample=moetailor.SampleOptions(tokens=sample_tokens, seed=seed or 0),
             stream=stream,

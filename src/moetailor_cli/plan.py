@@ -57,7 +57,7 @@ def plan(
 
     method = read_menu(method, native)
     budget, parameters = read_budget(method, remove, keep, size, memory, load_dtype), read_parameters(param)
-    selected, kept, spread = read_numbers(layers), read_pairs(protect), read_allocation(allocation)
+    selected, kept, allocated = read_numbers(layers), read_pairs(protect), read_allocation(allocation)
     check_file(out)
     with output.progress("plan") as progress:
         made = moetailor.make_plan(
@@ -68,7 +68,7 @@ def plan(
             layers=selected,
             protect=kept,
             guard_super_experts=guard_super_experts,
-            allocation=spread,
+            allocation=allocated,
             weights=None if model is None else moetailor.ExpertWeights(model),
             progress=progress,
         )

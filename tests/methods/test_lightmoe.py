@@ -296,7 +296,7 @@ def test_chosen_ranks_spend_the_same_rows_where_they_count() -> None:
 
 
 def test_what_cannot_work_is_refused() -> None:
-    with pytest.raises(moetailor.PlanError, match="own part of it is no smaller than an expert"):
+    with pytest.raises(moetailor.PlanError, match="such a low-rank part is no smaller than an expert"):
         plans([layer_of_mass([1] * 6)], 4, rank=INNER)
     layer = layer_of_mass([1] * 6)
     layer.protected = frozenset({0, 1, 2})

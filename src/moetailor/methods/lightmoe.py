@@ -81,7 +81,7 @@ class LightMoE(JointMethod):
         for layer in layers:
             if low_rank_nbytes(layer, self.rank) >= layer.expert_bytes:
                 raise PlanError(
-                    f"rank={self.rank}: an own part of it is no smaller than an expert of layer {layer.index} "
+                    f"rank={self.rank}: such a low-rank part is no smaller than an expert of layer {layer.index} "
                     f"({layer.expert_bytes:,} bytes); ask for a lower rank"
                 )
         counts = [self._replaced(layer, keep) for layer, keep in zip(layers, keeps, strict=True)]
