@@ -26,7 +26,6 @@ from moetailor.answers import (
     Merged,
     Remap,
 )
-from moetailor.calibration.domains import sampled_domains
 from moetailor.calibration.statistics import sample_keys
 from moetailor.checkpoint.anatomy import discover
 from moetailor.checkpoint.models import load_tokenizer
@@ -256,7 +255,7 @@ def test_usage_equals_a_loop_over_sampled_tokens(tmp_path: Path) -> None:
         for row in range(len(keys)):
             for place in range(keys.shape[1]):
                 by_key[int(keys[row, place])] = batch.domains[int(batch.domain[row, place])]
-    found, (domains, _) = usage(calibration), sampled_domains(calibration)
+    found, (domains, _) = usage(calibration), calibration.domains
     for layer in calibration.layers:
         sample = calibration.sample(layer)
         assert len(sample.key) == 100
@@ -349,7 +348,7 @@ def test_a_folder_of_something_else_is_refused(
 def test_another_calibration_is_refused_and_a_given_one_serves(done: tuple[Path, dict], tmp_path: Path) -> None:
     made = moetailor.calibrate(REFERENCE, tmp_path / "c", text=TEXT, sample=moetailor.SampleOptions(tokens=50))
     with pytest.raises(
-        moetailor.MoetailorError, match="holds a comparison with another calibration, effects; choose another"
+        moetailor.MoetailorError, match="holds a comparison with another calibration, sensitivities; choose another"
     ):
         run(done[0], text=None, calibration=made.folder)
     results = run(tmp_path / "out", methods="reap", remove="25%", text=None, calibration=made.folder)

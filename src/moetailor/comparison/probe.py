@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moetailor.calibration.batch import Batch, spread
+from moetailor.calibration.batch import Batch, evenly_spaced_sequences
 from moetailor.checkpoint.anatomy import MoELayer
 
 # Tokens of either text: in the order of what a quick look at each cell costs, not of a whole pass.
@@ -67,8 +67,8 @@ class Probe:
         calibrated: Sequence[Batch],
         held_out: Sequence[Batch],
     ) -> None:
-        self.layers, self.text = layers, spread(held_out, TOKENS)
-        self.alone = self._run(model, spread(calibrated, TOKENS))
+        self.layers, self.text = layers, evenly_spaced_sequences(held_out, TOKENS)
+        self.alone = self._run(model, evenly_spaced_sequences(calibrated, TOKENS))
         self.running = {index: seen.outputs for index, seen in self._run(model, self.text).items()}
 
     def errors(self, model: nn.Module) -> dict[int, LayerError]:
