@@ -89,7 +89,7 @@ class Walk:
         Args:
             stop: the layer to end before; nothing is kept of what the one before it gives. None goes through all
                 layers and keeps what the last one gives.
-            beside: the layers that must be loaded beside a layer, because their experts answer there.
+            beside: the layers that must be loaded beside a layer, because it borrows experts of theirs.
         """
         self._stop, self._unread = (self._runner.count, -1) if stop is None else (stop, stop)
         for index in range(self._streams[0].layer, self._stop):
