@@ -124,7 +124,7 @@ class Job:
         text = moetailor.TextOptions(data=(self.calibration_data,), sequences=128, length=256, seed=seed, batch_size=16)
         sample = moetailor.SampleOptions(tokens=128 * 256, seed=seed)
         folder = self.scratch / f"calibration-{seed}"
-        return moetailor.calibrate(self.model, folder, text=text, sample=sample, residual=True, effect=True)
+        return moetailor.calibrate(self.model, folder, text=text, sample=sample, residual=True, sensitivity=True)
 
     def reference(self, *, record: bool = False) -> Reference:
         """Return the original's predictions on the whole held-out file."""

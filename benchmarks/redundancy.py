@@ -80,7 +80,7 @@ def measure(
         remove=remove,
         answer=answer,
         lost=sum(lost for _, lost in parts) / len(found.layers),
-        expected=sum((layer.effect or 0) * layer.energy * lost for layer, lost in parts),
+        expected=sum((layer.sensitivity or 0) * layer.energy * lost for layer, lost in parts),
         kl=fidelity.kl.mean,
         perplexity=fidelity.compressed_perplexity.mean / fidelity.original_perplexity.mean,
         top1=fidelity.top1_agreement.mean,
@@ -142,7 +142,7 @@ def main() -> None:
         text = moetailor.TextOptions(data=(options.calibration_data,), sequences=128, length=256, batch_size=16)
         sample = moetailor.SampleOptions(tokens=128 * 256)
         calibration = moetailor.calibrate(
-            options.model, Path(scratch) / "calibration", text=text, sample=sample, effect=True
+            options.model, Path(scratch) / "calibration", text=text, sample=sample, sensitivity=True
         )
         heldout = moetailor.TextOptions(
             data=(options.heldout_data,), sequences=options.sequences, length=256, batch_size=8

@@ -63,7 +63,7 @@ def main() -> None:
         )
         with console.status(f"calibrating on {text.sequences} x {text.length} tokens"):
             calibration = moetailor.calibrate(
-                options.model, Path(scratch) / "calibration", text=text, residual=options.all, effect=True
+                options.model, Path(scratch) / "calibration", text=text, residual=options.all, sensitivity=True
             )
 
         heldout = moetailor.TextOptions(data=(options.heldout_data,), sequences=64, length=options.length, batch_size=4)

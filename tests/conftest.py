@@ -63,7 +63,7 @@ def calibration(checkpoint: Callable[[str], Path]) -> Callable[[str], moetailor.
         if name not in made:
             folder = checkpoint(name)
             made[name] = moetailor.calibrate(
-                folder, folder.with_name("calibration"), text=token_batches(), residual=True, effect=True
+                folder, folder.with_name("calibration"), text=token_batches(), residual=True, sensitivity=True
             )
         return made[name]
 

@@ -94,7 +94,7 @@ def test_the_error_of_a_constant_by_hand() -> None:
     # sum g^2 |y|^2 = 5, |sum g^2 y|^2 / sum g^2 = 9 / 5, so 3.2 over four tokens. Expert 2 is reached by none.
     pairs = [(0, 1.0, [3.0, 4.0]), (0, 2.0, [3.0, 4.0]), (1, 1.0, [1.0, 0.0]), (1, 2.0, [-1.0, 0.0])]
     sums = sums_of(pairs, experts=3, tokens=4)
-    (nats,) = weighted_errors([layer_of(sums, effect=0.5)])
+    (nats,) = weighted_errors([layer_of(sums, sensitivity=0.5)])
     torch.testing.assert_close(nats, torch.tensor([0, 0.4, 0], dtype=torch.float64))
     (shares,) = weighted_errors([layer_of(sums)])
     torch.testing.assert_close(shares, torch.tensor([0, 1, 0], dtype=torch.float64))
@@ -116,7 +116,7 @@ def test_what_is_protected_stays_in_a_layer_that_would_keep_fewer(
             found.gated_norm[0] = 1e9
         return found
 
-    monkeypatch.setattr(moetailor.Calibration, "effects", lambda self: {first: 1e-9} | dict.fromkeys(others, 1.0))
+    monkeypatch.setattr(moetailor.Calibration, "sensitivities", lambda self: {first: 1e-9} | dict.fromkeys(others, 1.0))
     monkeypatch.setattr(moetailor.Calibration, "sums", sums)
     groups, experts = calibrated.model.groups.count, calibrated.model.stacks[0].num_experts
     budget = Budget.parse(keep=keep)
@@ -291,7 +291,7 @@ def test_compress_measures_what_errors_are_weighed_by(tmp_path: Path) -> None:
     text = moetailor.TextOptions(data=(str(REFERENCE / "calibration.jsonl"),), sequences=2, length=64)
     given = {"text": text, "method": "frequency", "budget": Budget.parse(remove="25%"), "allocation": "error"}
     measured, plan = moetailor.compress(REFERENCE, tmp_path / "out", **given)
-    assert set(measured.effects() or ()) == {0, 1, 2, 3}
+    assert set(measured.sensitivities() or ()) == {0, 1, 2, 3}
     counts = [len(plan.by_layer[layer].pool) if layer in plan.by_layer else 32 for layer in range(4)]
     assert sum(counts) == 96
     assert len(set(counts)) > 1

@@ -963,7 +963,7 @@ def test_plan_for_a_layer_that_the_checkpoint_lacks_is_refused(
 
 def test_balance_above_one_is_refused(cli: Cli, world: World, tmp_path: Path) -> None:
     calibrated = tmp_path / "c"
-    assert cli(*world.calibrate(world.original, calibrated), "--effect").code == 0
+    assert cli(*world.calibrate(world.original, calibrated), "--sensitivity").code == 0
     call = ("plan", calibrated, "-o", tmp_path / "p", "--method", "auto", "--remove", "25%", "-p", "balance=2")
     assert cli(*call).refusal == "balance=2.0: at 1 all domains count alike; give a number from 0 to 1"
 

@@ -97,7 +97,7 @@ def test_searches(calibration: GetCalibration, tmp_path: Path) -> None:
 
 def test_calibrations(calibration: GetCalibration, checkpoint: Get, tmp_path: Path) -> None:
     made = moetailor.calibrate(checkpoint("olmoe"), tmp_path / "c", text=once(token_batches()), residual=True)
-    assert {**calibration("olmoe").hashes, "effect.json": ""} == {**made.hashes, "effect.json": ""}
+    assert {**calibration("olmoe").hashes, "sensitivity.json": ""} == {**made.hashes, "sensitivity.json": ""}
 
 
 def test_comparisons(tmp_path: Path) -> None:

@@ -2,14 +2,17 @@
 
 import dataclasses
 import hashlib
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 import moetailor
+from moetailor.calibration.collector import Collector
 from moetailor.calibration.statistics import Sample, Sums, _splitmix64, sample_keys
 from support.families import tiny_model
 from support.tiny import token_batches
@@ -110,6 +113,65 @@ def test_a_stopped_run_resumes_to_the_same_bytes(
         moetailor.Calibration.open(tmp_path / "stopped")
     moetailor.calibrate(source, tmp_path / "stopped", text=batches, stream=stream)
     assert digests(tmp_path / "stopped") == digests(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("lost", [{1}, {2}, {1, 2}])
+def test_layers_whose_files_are_lost_are_measured_again(
+    lost: set[int], stream: bool, checkpoint: Get, tmp_path: Path
+) -> None:
+    """Also beside what was left when sensitivities, which walk over other batches, were stopped."""
+    source, batches = checkpoint("deepseek_v3"), token_batches()
+    # In half precision the way of a layer's sums shows in their bits.
+    how: dict[str, Any] = {"stream": stream, "dtype": "bfloat16"}
+    made = moetailor.calibrate(source, tmp_path / "c", text=batches, **how)
+    before = digests(made.folder)
+    with pytest.raises(KeyboardInterrupt):
+        # Three sequences, each a batch: the first one is through the third layer.
+        moetailor.calibrate(
+            source,
+            made.folder,
+            text=batches,
+            **how,
+            sensitivity=True,
+            progress=lambda done, _: _interrupt() if done == 7 else None,
+        )
+    assert (made.folder / "states-sensitivity" / "original" / "layer-0002").exists() == stream
+    for layer in lost:
+        (made.folder / f"layer-{layer:04d}.safetensors").unlink()
+    calls: list[tuple[int, int]] = []
+    moetailor.calibrate(source, made.folder, text=batches, **how, progress=lambda *at: calls.append(at))
+    # No layer behind the last lost one runs.
+    assert calls == [(done, 2 * (max(lost) + 1)) for done in range(1, 2 * (max(lost) + 1) + 1)]
+    left = digests(made.folder)
+    assert {name: digest for name, digest in left.items() if "sensitivity" not in name} == before
+    again = moetailor.calibrate(source, made.folder, text=batches, **how, sensitivity=True)
+    whole = moetailor.calibrate(source, tmp_path / "whole", text=batches, **how, sensitivity=True)
+    assert digests(again.folder) == digests(whole.folder)
+
+
+def _interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def test_states_that_cannot_be_read_are_named(checkpoint: Get, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, batches, folder = checkpoint("olmoe"), token_batches(), tmp_path / "c"
+    finish = Collector.finish
+    monkeypatch.setattr(Collector, "finish", lambda self: finish(self) if self.layer.index == 0 else _interrupt())
+    with pytest.raises(KeyboardInterrupt):
+        moetailor.calibrate(source, folder, text=batches, stream=True)
+    monkeypatch.undo()
+    file = folder / "states" / "original" / "layer-0001" / "00001.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(
+        moetailor.CalibrationError,
+        match=rf"{file}: cannot be read .*; delete {folder / 'states'} and run",
+    ):
+        moetailor.calibrate(source, folder, text=batches, stream=True)
+    shutil.rmtree(folder / "states")
+    moetailor.calibrate(source, folder, text=batches, stream=True)
+    whole = moetailor.calibrate(source, tmp_path / "whole", text=batches, stream=True)
+    assert digests(folder) == digests(whole.folder)
 
 
 def test_a_finished_run_is_not_run_again(checkpoint: Get, calibration: GetCalibration) -> None:

@@ -26,7 +26,6 @@ from moetailor.answers import (
     Merged,
     Remap,
 )
-from moetailor.calibration.domains import sampled_domains
 from moetailor.calibration.statistics import sample_keys
 from moetailor.checkpoint.anatomy import discover
 from moetailor.checkpoint.models import load_tokenizer
@@ -226,6 +225,42 @@ def test_layer_errors_equal_a_slow_reference(family: str, calibration: GetCalibr
     assert sum(error.expected for error in found.values()) > 0
 
 
+def test_layer_errors_are_of_the_tokens_that_count(calibration: GetCalibration) -> None:
+    """As sensitivities are: by these the errors are multiplied."""
+    made, model = calibration("olmoe"), tiny_model("olmoe")
+    layers = discover(model.config, model).layers
+    whole, other = token_batches()
+    ids = torch.cat([other.input_ids, torch.zeros(1, 5, dtype=torch.long)], 1)
+    padded = moetailor.Batch.of(ids, (torch.arange(17) < 12).long()[None])
+    counted = whole.counted.clone()
+    counted[0, :3], counted[1, 7] = False, False
+    text = [replace(whole, counted=counted), replace(padded, counted=padded.counted & (torch.arange(17) != 2))]
+    plan = moetailor.make_plan(made, "conmoe", moetailor.Budget.parse(remove="50%"), parameters={"scope": 2})
+    compressed = moetailor.apply(plan, tiny_model("olmoe"), calibration=made)
+    found = Probe(model, layers, text, text[1:]).errors(compressed)
+    places = [[3, 4, 5, 6, 7, 8, 9, 10, 11], [0, 1, 2, 3, 4, 5, 6, 8, 9, 10, 11], [0, 1, 3, 4, 5, 6, 7, 8, 9, 10, 11]]
+    for index, layer in layers.items():
+        own, there = (m.get_submodule(layer.experts) for m in (model, compressed))
+        errors, squares = [], []
+        with torch.no_grad():
+            for (hidden, slots, gates), at in zip(calls(model, layer.experts, [whole, other]), places, strict=True):
+                true, given = own(hidden, slots, gates)[at], there(hidden, slots, gates)[at]
+                errors += (true - given).double().square().sum(1).tolist()
+                squares += true.double().square().sum(1).tolist()
+            ((true, given),) = (
+                (own(*mine)[places[2]], there(*theirs)[places[2]])
+                for mine, theirs in zip(
+                    calls(model, layer.experts, [other]), calls(compressed, layer.experts, [other]), strict=True
+                )
+            )
+        assert len(errors) == 31
+        assert found[index].expected == pytest.approx(sum(errors) / 31, rel=1e-4)
+        assert found[index].energy[0] == pytest.approx(sum(squares) / 31, rel=1e-4)
+        assert found[index].energy[1] == pytest.approx(sum(squares[20:]) / 11, rel=1e-4)
+        assert found[index].measured == pytest.approx(float((true - given).square().sum()) / 11, rel=1e-4)
+    assert sum(error.expected for error in found.values()) > 0
+
+
 def calls(model: torch.nn.Module, path: str, batches: list[moetailor.Batch]) -> list[tuple[torch.Tensor, ...]]:
     """Return the arguments of the calls of an experts module that come from its own layer, one sequence at a time."""
     seen: list[tuple[torch.Tensor, ...]] = []
@@ -256,7 +291,7 @@ def test_usage_equals_a_loop_over_sampled_tokens(tmp_path: Path) -> None:
         for row in range(len(keys)):
             for place in range(keys.shape[1]):
                 by_key[int(keys[row, place])] = batch.domains[int(batch.domain[row, place])]
-    found, (domains, _) = usage(calibration), sampled_domains(calibration)
+    found, (domains, _) = usage(calibration), calibration.domains
     for layer in calibration.layers:
         sample = calibration.sample(layer)
         assert len(sample.key) == 100
@@ -349,7 +384,7 @@ def test_a_folder_of_something_else_is_refused(
 def test_another_calibration_is_refused_and_a_given_one_serves(done: tuple[Path, dict], tmp_path: Path) -> None:
     made = moetailor.calibrate(REFERENCE, tmp_path / "c", text=TEXT, sample=moetailor.SampleOptions(tokens=50))
     with pytest.raises(
-        moetailor.MoetailorError, match="holds a comparison with another calibration, effects; choose another"
+        moetailor.MoetailorError, match="holds a comparison with another calibration, sensitivities; choose another"
     ):
         run(done[0], text=None, calibration=made.folder)
     results = run(tmp_path / "out", methods="reap", remove="25%", text=None, calibration=made.folder)

@@ -84,8 +84,8 @@ make_plan precheck read_batches recover
 """.split()
 FLAGS = {
     "inspect": "--calibration --json --trust-remote-code",
-    "calibrate": "--batch-size --data --device --device-map --dtype --effect --length --mask-special --out "
-    "--residual --sample-tokens --seed "
+    "calibrate": "--batch-size --data --device --device-map --dtype --length --mask-special --out "
+    "--residual --sample-tokens --seed --sensitivity "
     "--sequences --states --stream --trust-remote-code",
     "methods": "",
     "plan": "--allocation --guard-super-experts --keep --layers --load-dtype --memory --method --model --native --out "

@@ -255,7 +255,7 @@ def test_the_verdict_says_how_far_it_is_safe() -> None:
         "Remove 10%: safe with constants in their place, which lose 0.10%. "
         "Remove 25%: safe only with fitted stand-ins: linear maps of rank 8 lose 0.40%, constants 2.00%. "
         "Remove 50%: not without damage: linear maps of rank 8 lose 10.00%, constants 30.00%. "
-        "These are shares of what the experts give; calibrate --effect tells what they cost in nats."
+        "These are shares of what the experts give; calibrate --sensitivity tells what they cost in nats."
     )
     known = verdict(LOST, {"25%": {"constant": 0.004, "rank 8": 0.001}})
     assert known == "Remove 25%: safe with constants in their place, which lose 0.0040 nats a token."
@@ -269,11 +269,11 @@ def test_a_model_that_was_in_memory_is_to_be_given_again(tmp_path: Path) -> None
     assert len(moetailor.find_redundancy(calibration, weights=moetailor.ExpertWeights(model)).layers) == 2
 
 
-def test_effects_say_what_losses_cost(calibration: GetCalibration) -> None:
+def test_sensitivities_say_what_losses_cost(calibration: GetCalibration) -> None:
     made = calibration(FAMILY)
     found = moetailor.find_redundancy(made)
-    effects = made.effects()
-    cost = sum(effects[layer.layer] * layer.energy * layer.lost["50%"]["rank 4"] for layer in found.layers)
+    sensitivities = made.sensitivities()
+    cost = sum(sensitivities[layer.layer] * layer.energy * layer.lost["50%"]["rank 4"] for layer in found.layers)
     assert found.kl["50%"]["rank 4"] == pytest.approx(cost)
     assert "nats a token" in found.verdict
 

@@ -1,5 +1,6 @@
 """Fitting front to back: against a naive run of both models, in memory and streamed alike."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 import moetailor
-from moetailor.answers import Constant
+from moetailor.answers import Borrowed, Constant
 from moetailor.checkpoint.files import open_checkpoint
 from moetailor.planning.plan import Plan
 from support.methods import REFUSED_BY, TINY_PARAMETERS
@@ -91,6 +92,26 @@ def test_the_first_layer_sees_what_it_always_saw(checkpoint: Get, calibration: G
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
     one, other = (result.get_submodule(layers[last].experts).linear_in for result in results)
     assert not torch.allclose(one, other, rtol=1e-3)
+
+
+@pytest.mark.parametrize("borrower", [0, 1])
+def test_borrowed_experts_are_refused(
+    borrower: int, checkpoint: Get, calibration: GetCalibration, tmp_path: Path
+) -> None:
+    """Their layer is not loaded beside, and has yet to change or has changed already."""
+    plan, layers = planned(calibration("olmoe"), "mone"), calibration("olmoe").layers
+    prefixes = {stack.index: stack.prefix for stack in plan.model.stacks}
+    mine, lender = plan.by_layer[layers[borrower]], layers[1 - borrower]
+    slots = list(mine.slots)
+    slots[min(mine.of(Constant))] = Borrowed(lender, plan.by_layer[lender].pool[0])
+    borrowing = plan.layers | {prefixes[layers[borrower]]: dataclasses.replace(mine, slots=tuple(slots))}
+    plan = dataclasses.replace(plan, layers=borrowing)
+    message = f"propagate compressed: layers change one by one, and layer {layers[borrower]} borrows experts of other"
+    for model, out in ((checkpoint("olmoe"), [tmp_path / "out"]), (load(checkpoint("olmoe")), [])):
+        with pytest.raises(moetailor.PlanError, match=message):
+            moetailor.apply(plan, model, *out, calibration=calibration("olmoe"), propagate="compressed")
+    assert list(tmp_path.iterdir()) == []
+    moetailor.apply(plan, checkpoint("olmoe"), tmp_path / "out", calibration=calibration("olmoe"), verify=True)
 
 
 def test_a_plan_with_nothing_to_fit_is_refused(checkpoint: Get, calibration: GetCalibration, tmp_path: Path) -> None:

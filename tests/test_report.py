@@ -78,7 +78,7 @@ RESULTS = {
     "heldout": {"data": ["b.jsonl"], "tokens": 1000, "domains": {"wiki": 600, "code": 400}},
     "original": {"perplexity": {"": 20.0, "wiki": 20.0}, "prefill": 4321.0, "decode": 180.0, "resident": 200_000_000},
     "usage": {"1": SHARES, "2": SHARES},
-    "effects": {"1": 0.5, "2": 0.25},
+    "sensitivities": {"1": 0.5, "2": 0.25},
     "cells": [
         cell("auto", "25%", 0.0125, 80_000_000),
         cell("mone", "25%", 0.031, 79_000_000),
@@ -193,8 +193,8 @@ def test_missing_parts_are_said(tmp_path: Path) -> None:
     def without(**fields: object) -> list[dict]:
         return [row | fields if row["error"] is None else row for row in RESULTS["cells"]]
 
-    found = page(tmp_path, effects=None, spearman=None, cells=without(expected_kl=None))
-    assert "effect of each layer's error on the predictions was not measured" in found.text
+    found = page(tmp_path, sensitivities=None, spearman=None, cells=without(expected_kl=None))
+    assert "how sensitive the predictions are to errors of each layer was not measured" in found.text
     overall = [row | ({"fidelity": {"": row["fidelity"][""]}} if row["fidelity"] else {}) for row in RESULTS["cells"]]
     found = page(
         tmp_path,

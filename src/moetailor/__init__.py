@@ -7,7 +7,7 @@ from moetailor._version import __version__
 from moetailor.calibration.batch import Batch
 from moetailor.calibration.calibrate import calibrate
 from moetailor.calibration.folder import Calibration
-from moetailor.calibration.run import SampleOptions
+from moetailor.calibration.sampling import SampleOptions
 from moetailor.calibration.text import TextOptions, read_batches
 from moetailor.checkpoint.weights import ExpertWeights
 from moetailor.comparison.compare import compare

@@ -10,7 +10,7 @@ import torch
 
 from moetailor.calibration.calibrate import States, calibrate
 from moetailor.calibration.folder import Calibration
-from moetailor.calibration.run import SampleOptions
+from moetailor.calibration.sampling import SampleOptions
 from moetailor.calibration.statistics import ON_REQUEST
 from moetailor.calibration.text import TextOptions
 from moetailor.checkpoint.anatomy import discover
@@ -147,7 +147,7 @@ def compress(
     written: dict[str, Any] = {"format": format, "overwrite": overwrite, "trust_remote_code": trust_remote_code}
     precheck(model, out, method=method, budget=budget, calibration=calibration, **given, **written)
     folder = Path(calibration) if calibration is not None else Path(out).with_name(Path(out).name + ".calibration")
-    needs = find_method(method).needs | ({"effect"} if allocation == "error" else set())
+    needs = find_method(method).needs | ({"sensitivity"} if allocation == "error" else set())
     measured = calibrate(
         model,
         folder,

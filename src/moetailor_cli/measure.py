@@ -67,8 +67,9 @@ def calibrate(
     residual: Annotated[
         bool, typer.Option("--residual", help="Also measure how far the experts turn the residual stream: easy_ep.")
     ] = False,
-    effect: Annotated[
-        bool, typer.Option("--effect", help="Also measure what errors of each layer do to the predictions: auto.")
+    sensitivity: Annotated[
+        bool,
+        typer.Option("--sensitivity", help="Also measure how sensitive predictions are to errors of each layer: auto."),
     ] = False,
     stream: Stream = False,
     states: States = "auto",
@@ -97,7 +98,7 @@ def calibrate(
             ),
             sample=moetailor.SampleOptions(tokens=sample_tokens, seed=seed or 0),
             residual=residual,
-            effect=effect,
+            sensitivity=sensitivity,
             stream=stream,
             states=states,
             device=device,

@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM
 import moetailor
 from moetailor.answers import Constant, Keep, Linear
 from moetailor.answers.merged import clusters
-from moetailor.calibration.layers import LayerRunner, ResidentModel
+from moetailor.calibration.layers import ResidentModel
 from moetailor.calibration.statistics import Sums
+from moetailor.calibration.walk import Walk
 from moetailor.checkpoint.anatomy import Anatomy, discover, tensors_of
 from moetailor.checkpoint.experts import Experts
 from moetailor.checkpoint.files import open_checkpoint
@@ -89,18 +90,18 @@ def test_an_identity_map_changes_no_bit(name: str) -> None:
 def test_walking_layer_by_layer_is_the_models_own_forward(name: str) -> None:
     model = eager(tiny_model(name))
     batches = token_batches()
-    runner = LayerRunner(ResidentModel(model), batches)
-    walked = list(runner.embed())
-    for index in range(runner.count):
-        with runner.layer(index) as layer:
-            walked = [runner.run(layer, index, number, hidden) for number, hidden in enumerate(walked)]
-    last = next(module for path, module in model.named_modules() if path.endswith(f".layers.{runner.count - 1}"))
+    walk = Walk(ResidentModel(model), batches)
+    stream = walk.begin()
+    for _ in walk.layers():
+        walk.advance(stream)
+    last = next(module for path, module in model.named_modules() if path.endswith(f".layers.{stream.layer - 1}"))
     seen: list[torch.Tensor] = []
     hook = last.register_forward_hook(lambda m, a, out: seen.append(out[0] if isinstance(out, tuple) else out))
     for batch in batches:
         logits(model, batch.input_ids)
     hook.remove()
-    assert all(torch.equal(mine, theirs) for mine, theirs in zip(walked, seen, strict=True))
+    assert len(seen) == len(batches)
+    assert all(torch.equal(stream[number], theirs) for number, theirs in enumerate(seen))
 
 
 @every_family
@@ -157,9 +158,9 @@ def test_streamed_calibration_is_that_in_memory(
 ) -> None:
     resident = calibration(name)
     streamed = moetailor.calibrate(
-        checkpoint(name), tmp_path / "streamed", text=token_batches(), residual=True, effect=True, stream=True
+        checkpoint(name), tmp_path / "streamed", text=token_batches(), residual=True, sensitivity=True, stream=True
     )
-    assert streamed.effects() == pytest.approx(resident.effects(), rel=1e-3)
+    assert streamed.sensitivities() == pytest.approx(resident.sensitivities(), rel=1e-3)
     assert streamed.fingerprint == resident.fingerprint
     assert streamed.layers == resident.layers
     for layer in resident.layers:

@@ -91,9 +91,9 @@ def test_declared_statistics_suffice(method: str, calibration: GetCalibration) -
     chosen = find_method(method).of(TINY_PARAMETERS.get(method, {}))
     whole = views(calibration("olmoe"))
     spoiled = views(calibration("olmoe"))
-    sums = STATISTICS - {"effect"}
+    sums = STATISTICS - {"sensitivity"}
     for view in spoiled:
-        view.effect = view.effect if "effect" in chosen.needs else torch.nan
+        view.sensitivity = view.sensitivity if "sensitivity" in chosen.needs else torch.nan
         hidden = {name: torch.full_like(getattr(view.sums, name), torch.nan) for name in sums - chosen.needs}
         view.__dict__["sums"] = dataclasses.replace(view.sums, **hidden)
     keeps = [5] * len(whole)

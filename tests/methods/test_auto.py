@@ -30,7 +30,7 @@ def layer(experts: int = 5, seed: int = 0, tokens: int = 400) -> LayerView:
     made = layer_of_tokens(random_experts(experts, seed), tokens, seed)
     made.index, made.expert_bytes = seed, WHOLE
     made.sums.gate.copy_(made.sums.gate_sq)
-    made.effect = 1.0
+    made.sensitivity = 1.0
     return made
 
 
@@ -132,7 +132,7 @@ def test_of_copies_one_stays_and_answers_for_the_others_in_their_scale() -> None
     module = with_copy(with_copy(random_experts(2)), 0)
     module.down_proj.data[3] *= 0.5
     made = layer_of_tokens(module, 400, 0)
-    made.expert_bytes, made.effect = WHOLE, 1.0
+    made.expert_bytes, made.sensitivity = WHOLE, 1.0
     made.sums.gate.copy_(made.sums.gate_sq)
     made.nbytes = 2 * WHOLE
     (plan,) = Auto().plan_layers([made], [2])
@@ -147,8 +147,8 @@ def test_of_copies_one_stays_and_answers_for_the_others_in_their_scale() -> None
 def test_errors_count_by_what_they_do_to_the_predictions() -> None:
     """Of two equal layers the one whose errors cost ten times as much keeps more."""
     layers = [layer(6, seed=1), layer(6, seed=1)]
-    for made, effect in zip(layers, (1.0, 10.0), strict=True):
-        made.effect, made.nbytes = effect, 3 * WHOLE
+    for made, sensitivity in zip(layers, (1.0, 10.0), strict=True):
+        made.sensitivity, made.nbytes = sensitivity, 3 * WHOLE
     cheap, dear = Auto().plan_layers(layers, [3, 3])
     assert spent(cheap) < spent(dear)
     alone = layer(6, seed=1)
@@ -203,10 +203,21 @@ def test_a_budget_of_memory_holds_for_the_loaded_model(checkpoint: Get, calibrat
     assert 0.97 * memory < held <= memory
 
 
+def test_a_plan_reads_the_text_once(calibration: GetCalibration, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, reads = moetailor.Calibration.batches, []
+    monkeypatch.setattr(moetailor.Calibration, "batches", lambda self: reads.append(self) or read(self))
+    made = moetailor.Calibration.open(calibration("olmoe").folder)
+    budget = moetailor.Budget.parse(remove="25%")
+    moetailor.make_plan(made, "auto", budget)
+    assert (len(made.layers), len(reads)) == (2, 1)
+    moetailor.make_plan(made, "reap", budget)
+    assert len(reads) == 1
+
+
 @pytest.mark.parametrize("name", ["olmoe", "gpt_oss"])
 def test_all_that_is_redundant_goes_at_no_loss_before_anything_else(name: str, tmp_path: Path) -> None:
     model, what = planted_model(name), Planted()
-    made = moetailor.calibrate(model, tmp_path / "c", text=planted_batches(), effect=True)
+    made = moetailor.calibrate(model, tmp_path / "c", text=planted_batches(), sensitivity=True)
     copies = {what.original, what.duplicate, what.permuted, what.scaled}
     stack, layers, number = made.model.stacks[0], len(made.layers), 4  # bytes of a number
     # copies and dead experts cost nothing, a constant its width, a map its width and two factors

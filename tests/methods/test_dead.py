@@ -39,7 +39,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], M
                         tensor[DEAD] = -1e4
             folder: Path = tmp_path_factory.mktemp("dead") / "calibration"
             text = token_batches(6, 16)
-            calibration = moetailor.calibrate(model, folder, text=text, residual=True, effect=True)
+            calibration = moetailor.calibrate(model, folder, text=text, residual=True, sensitivity=True)
             made[family, seed] = calibration, moetailor.ExpertWeights(model)
         return made[family, seed]
 

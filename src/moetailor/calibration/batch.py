@@ -69,8 +69,13 @@ class Batch:
         )
 
 
-def spread(batches: Sequence[Batch], tokens: int) -> list[Batch]:
-    """Return single sequences, each a batch, from everywhere in the text: one, or about so many tokens together."""
+def evenly_spaced_sequences(batches: Sequence[Batch], tokens: int) -> list[Batch]:
+    """Return every n-th sequence of a text, each as a batch of its own.
+
+    Args:
+        batches: the text.
+        tokens: how many tokens they have together, rounded to whole sequences; at least one sequence is returned.
+    """
     rows = [(batch, row) for batch in batches for row in range(len(batch.input_ids))]
     count = max(1, tokens // batches[0].input_ids.shape[1])
     return [batch.sequence(row) for batch, row in rows[:: math.ceil(len(rows) / count)]]

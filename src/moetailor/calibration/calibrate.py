@@ -10,12 +10,15 @@ from typing import Any, Literal, get_args
 from torch import nn
 
 from moetailor.calibration.batch import Batch
-from moetailor.calibration.effect import measure_effects
+from moetailor.calibration.fingerprint import tokenizer_fingerprint
 from moetailor.calibration.finite import stored_rows
 from moetailor.calibration.folder import Calibration
 from moetailor.calibration.layers import PartlyLoaded, ResidentModel
-from moetailor.calibration.run import Progress, SampleOptions, Subject, run_calibration, tokenizer_fingerprint
+from moetailor.calibration.run import MeasuredModel, run_calibration
+from moetailor.calibration.sampling import SampleOptions
+from moetailor.calibration.sensitivity import measure_sensitivities
 from moetailor.calibration.text import TextOptions, read_batches
+from moetailor.calibration.walk import Progress
 from moetailor.checkpoint.anatomy import discover
 from moetailor.checkpoint.facts import facts_of_checkpoint, facts_of_model
 from moetailor.checkpoint.files import Checkpoint, open_checkpoint
@@ -35,7 +38,7 @@ def calibrate(
     tokenizer: Any = None,
     sample: SampleOptions = SampleOptions(),  # noqa: B008 (frozen)
     residual: bool = False,
-    effect: bool = False,
+    sensitivity: bool = False,
     stream: bool = False,
     states: States = "auto",
     device: str | None = None,
@@ -52,17 +55,17 @@ def calibrate(
         text: what to read, or batches that the caller made.
         tokenizer: for text, when the model is given in memory.
         sample: which tokens are kept whole.
-        residual: also measure how far the routed experts turn the residual stream, which easy_ep reads; it runs all
-            but the routed experts once more.
-        effect: also measure what errors of each layer do to the predictions, by which `auto` weighs layers; about half
-            as many runs of a few thousand tokens as there are layers.
+        residual: also measure how far the routed experts turn the residual stream, which easy_ep reads; everything
+            but the routed experts then runs twice.
+        sensitivity: also measure what errors of each layer do to the predictions, by which `auto` weighs layers; about
+            half as many runs of a few thousand tokens as there are layers.
         stream: keep one decoder layer in memory at a time, for checkpoints larger than memory.
         states: where hidden states wait between layers; ``auto`` is the disk when streaming, else memory.
         device: where the model runs; CUDA when there is one.
         dtype: ``float32``, ``bfloat16`` or ``float16``; the checkpoint's on CUDA, else float32.
         device_map: as transformers takes it, for a model spread over several devices.
         trust_remote_code: run code that comes with the checkpoint.
-        progress: called with (batches done, batches in all).
+        progress: called with (batches done, batches in all) over all layers; with `sensitivity` it starts again.
 
     Raises:
         CheckpointError: the model cannot be used.
@@ -71,11 +74,11 @@ def calibrate(
     if states not in get_args(States):
         raise CalibrationError(f"states {states!r}" + did_you_mean(states, get_args(States)))
     if isinstance(model, nn.Module):
-        subject, config, folder = _resident(model), model.config, None
+        measured, config, folder = _resident(model), model.config, None
     else:
         checkpoint = open_checkpoint(model)
         config, folder = load_config(checkpoint, trust_remote_code=trust_remote_code), checkpoint.folder
-        subject = _on_disk(checkpoint, config, stream, resolve_device(device), dtype, device_map, trust_remote_code)
+        measured = _on_disk(checkpoint, config, stream, resolve_device(device), dtype, device_map, trust_remote_code)
     if isinstance(text, TextOptions):
         if tokenizer is None:
             if folder is None:
@@ -85,29 +88,24 @@ def calibrate(
             text, tokenizer, max_length=longest_sequence(config), words=getattr(config, "vocab_size", None)
         )
         read = {"tokenizer": tokenizer_fingerprint(tokenizer), "options": asdict(text)}
-        subject = replace(subject, settings=subject.settings | read)
+        measured = replace(measured, settings=measured.settings | read)
     else:
         batches = list(text)
     on_disk = states == "disk" or (states == "auto" and stream)
-    made = run_calibration(
-        subject,
-        batches,
-        Path(out),
-        sample=sample,
-        residual=residual,
-        states_on_disk=on_disk,
-        progress=progress,
+    calibration = run_calibration(
+        measured, batches, Path(out), sample=sample, residual=residual, states_on_disk=on_disk, progress=progress
     )
-    if effect and made.effects() is None:
-        waiting = made.folder / "states" if on_disk else None
-        made = measure_effects(made, subject.open(), subject.anatomy, states=waiting, progress=progress)
-    return made
+    if sensitivity and calibration.sensitivities() is None:
+        return measure_sensitivities(
+            calibration, measured.open(), measured.anatomy, states_on_disk=on_disk, progress=progress
+        )
+    return calibration
 
 
-def _resident(model: Any) -> Subject:
+def _resident(model: Any) -> MeasuredModel:
     anatomy = discover(model.config, model)
     facts = facts_of_model(model, anatomy)
-    return Subject(
+    return MeasuredModel(
         anatomy=anatomy, facts=facts, settings={"dtype": str(model.dtype)}, open=lambda: ResidentModel(model)
     )
 
@@ -120,7 +118,7 @@ def _on_disk(
     dtype: str | None,
     device_map: str | None,
     trust_remote_code: bool,
-) -> Subject:
+) -> MeasuredModel:
     torch_dtype = resolve_dtype(dtype, device, checkpoint)
     streamed = StreamedModel(checkpoint, config, dtype=torch_dtype, device=device)
     anatomy = discover(config, streamed.model, trust_remote_code=trust_remote_code)
@@ -133,4 +131,5 @@ def _on_disk(
 
     facts = facts_of_checkpoint(checkpoint, anatomy, streamed.names)
     stored = stored_rows(checkpoint, streamed.names, find_stacks(checkpoint, anatomy, streamed.names))
-    return Subject(anatomy=anatomy, facts=facts, settings={"dtype": str(torch_dtype)}, open=load, stored=stored)
+    settings = {"dtype": str(torch_dtype)}
+    return MeasuredModel(anatomy=anatomy, facts=facts, settings=settings, open=load, stored=stored)

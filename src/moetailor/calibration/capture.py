@@ -1,10 +1,10 @@
-"""The one hook: what the router decided and what each chosen expert gave, taken while the layer runs.
+"""The one hook: while a layer runs, it shows what the router decided and what each chosen expert gave.
 
-Inside the hook the experts module is called with every routed pair as a token of its own, its single expert and a gate
-of one: the result is each expert's raw output, by the family's own code and kernels, at the cost of one normal run.
-Gating and summing are done here afterwards, so nothing is computed twice and no routing is recomputed. The pairs go
-through in portions of whole experts, so that what lies between two products stays in the processor's cache and memory
-does not grow with the batch.
+Under the hook the experts module gets every routed pair as a token of its own, with one expert and a gate of one. So it
+returns each expert's raw output, by the family's own code and kernels, and computes every pair once, as in a normal
+run. Gates are applied and outputs are summed here afterwards; routing is not recomputed. The pairs run in portions, of
+whole experts where these are small enough: what lies between two products then stays in the processor's cache, and
+memory does not grow with the batch.
 
 Shapes: T tokens, K experts of a token, E experts, R = T x K routed pairs (or a portion of them), D model width.
 """
@@ -61,13 +61,13 @@ class Pairs:
 
 
 class Receiver(Protocol):
-    """What takes the measurements of a layer's runs."""
+    """What the hook shows the runs of a layer to."""
 
     def tokens(self, run: Routed) -> None:
-        """Take the tokens of a run, before its pairs."""
+        """Get the tokens of a run, before its pairs."""
 
     def pairs(self, run: Pairs) -> None:
-        """Take the next portion of the run's pairs."""
+        """Get a portion of the run's pairs."""
 
 
 @contextmanager
@@ -82,8 +82,9 @@ def captured(
     Args:
         model: the model, with this layer's weights in memory.
         layer: which layer.
-        receiver: gets what was captured; without one the layer runs the same way, to the bit, and nothing is kept.
-        instead: gives other inputs [T, D] for the same tokens: the router sees the layer's own, the experts these.
+        receiver: gets the tokens and pairs of each run; without one the layer runs in the same way, so that what it
+            gives is the same to the bit.
+        instead: returns what the experts get in place of the layer's inputs, [T, D]; the router gets the layer's.
     """
     router, experts = model.get_submodule(layer.router), model.get_submodule(layer.experts)
     logits: list[torch.Tensor] = []
@@ -132,7 +133,7 @@ def captured(
 
 @contextmanager
 def silenced(model: nn.Module, layer: MoELayer) -> Iterator[None]:
-    """Let the routed experts of one MoE layer give nothing while the context lasts."""
+    """Make the routed experts of one MoE layer give zeros while the context lasts."""
 
     def nothing(hidden_TD: torch.Tensor, index_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
         return hidden_TD.new_zeros(len(hidden_TD), layer.width)
@@ -156,7 +157,7 @@ def replaced_forward(module: nn.Module, forward: Callable[..., torch.Tensor]) ->
 
 
 def portions(expert_R: torch.Tensor, most: int) -> Iterator[slice]:
-    """Cut routed pairs, sorted by expert, into portions of at most `most`: between experts where one has no more."""
+    """Cut routed pairs, sorted by expert, into portions of at most `most`; experts with no more pairs stay whole."""
     start = stop = 0
     for count in torch.bincount(expert_R).tolist():
         if start < stop and stop - start + count > most:
@@ -171,7 +172,7 @@ def portions(expert_R: torch.Tensor, most: int) -> Iterator[slice]:
 
 
 def _add_rows(sum_TD: torch.Tensor, token_R: torch.Tensor, rows_RD: torch.Tensor) -> None:
-    """Add rows to the rows of their tokens in a fixed order."""
+    """Add each pair's row to the row of its token, in a fixed order."""
     if sum_TD.device.type == "cpu":
         sum_TD.index_add_(0, token_R, rows_RD.to(sum_TD.dtype))
     else:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from moetailor.calibration.folder import Calibration
-from moetailor.calibration.run import SampleOptions, sampled_positions
+from moetailor.calibration.batch import Batch
+from moetailor.calibration.sampling import SampleOptions, sampled_positions
 
 # No domain counts as if it were smaller: a stray label on a document must not steer everything.
 LEAST = 0.01
 
 
-def sampled_domains(calibration: Calibration) -> tuple[list[str], torch.Tensor]:
+def sampled_domains(batches: Sequence[Batch], sample: SampleOptions) -> tuple[list[str], torch.Tensor]:
     """Return the names of the domains, and which of them each sampled token comes from, [N] in the order of every
     layer's sample.
+
+    Args:
+        batches: the text.
+        sample: which of its tokens were sampled.
     """
-    batches = calibration.batches()
-    sampled = sampled_positions(batches, SampleOptions(**calibration.fingerprint["sample"]))
+    sampled = sampled_positions(batches, sample)
     names = sorted({name for batch in batches for name in batch.domains})
     # Batches number their domains each on its own; a layer's sample lies in the order of the keys.
     domain = torch.cat(

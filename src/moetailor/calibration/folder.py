@@ -6,17 +6,23 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
+import torch
+
 from moetailor.calibration.batch import AGAIN, Batch, load_batches
+from moetailor.calibration.domains import sampled_domains
+from moetailor.calibration.sampling import SampleOptions
 from moetailor.calibration.statistics import ON_REQUEST, SAMPLE, SUMS, Sample, Sums, load_sample, load_sums
 from moetailor.calibration.text import TextOptions
 from moetailor.checkpoint.facts import ModelFacts
 from moetailor.errors import CalibrationError
 from moetailor.schema import Count, Few, Within, load, load_json, read
 
-MANIFEST, RUN, TEXT, EFFECT = "calibration.json", "run.json", "text.safetensors", "effect.json"
+MANIFEST, RUN, TEXT, STATES = "calibration.json", "run.json", "text.safetensors", "states"
+SENSITIVITY = "sensitivity.json"
 VERSION = 1
 ANEW = "delete the folder and calibrate again"
 
@@ -49,18 +55,18 @@ class Fingerprint(_Always, total=False):
     residual: bool
 
 
-class LayerEffect(TypedDict):
-    """What moving one layer did, in sums over tokens: nats, and the squared error of its routed output."""
+class LayerSensitivity(TypedDict):
+    """What constants in one layer did, in sums over tokens: nats, and the squared error of its routed output."""
 
     kl: Annotated[float, Within(0)]
     squared_error: Annotated[float, Within(0)]
 
 
-class Effect(TypedDict):
-    """What is in effect.json: how many tokens counted, and each layer by its number."""
+class Sensitivities(TypedDict):
+    """What is in sensitivity.json: how many tokens counted, and each layer by its number."""
 
     tokens: Count
-    layers: Mapping[Few, LayerEffect]
+    layers: Mapping[Few, LayerSensitivity]
 
 
 class _Manifest(TypedDict):
@@ -110,27 +116,34 @@ class Calibration:
         known = self._known(part_name(file, SAMPLE))
         return load_sample(file, experts, self.model.width, self.model.top_k, known=known)
 
-    def effects(self) -> dict[int, float] | None:
+    def sensitivities(self) -> dict[int, float] | None:
         """Return what errors of each layer cost: nats a token for each unit of squared error a token of its routed
-        output, [D] summed; None where it was not recorded.
+        output, summed over its width; None where it was not recorded.
 
         Raises:
             CalibrationError: its file is damaged or of another calibration.
         """
-        file = self.folder / EFFECT
-        if EFFECT not in self.hashes or not file.exists():
+        file = self.folder / SENSITIVITY
+        if SENSITIVITY not in self.hashes or not file.exists():
             return None
         content = load_json(file, error=CalibrationError, cure=AGAIN)
-        measured = read(Effect, content, str(file), error=CalibrationError, cure=AGAIN)
-        if _hash(measured) != self.hashes[EFFECT] or set(measured["layers"]) != set(self.layers):
+        measured = read(Sensitivities, content, str(file), error=CalibrationError, cure=AGAIN)
+        if _hash(measured) != self.hashes[SENSITIVITY] or set(measured["layers"]) != set(self.layers):
             raise CalibrationError(f"{file}: holds other values than were written; {AGAIN}")
         return {layer: one["kl"] / max(one["squared_error"], 1e-300) for layer, one in measured["layers"].items()}
 
     def holds(self, statistic: str) -> bool:
         """Say whether a statistic was recorded, see `statistics.ON_REQUEST`."""
-        if statistic == "effect":
-            return self.effects() is not None
+        if statistic == "sensitivity":
+            return self.sensitivities() is not None
         return statistic not in ON_REQUEST or bool(self.fingerprint.get(ON_REQUEST[statistic]))
+
+    @cached_property
+    def domains(self) -> tuple[list[str], torch.Tensor]:
+        """Names of the text's domains, and which of them each sampled token comes from, [N] in the order of every
+        layer's sample; the text is read for them once.
+        """
+        return sampled_domains(self.batches(), SampleOptions(**self.fingerprint["sample"]))
 
     def batches(self) -> list[Batch]:
         """Read the text that was calibrated on.
@@ -150,10 +163,10 @@ class Calibration:
         }
         write_json(self.folder / MANIFEST, manifest)
 
-    def with_effect(self, effect: Effect) -> Calibration:
+    def with_sensitivities(self, measured: Sensitivities) -> Calibration:
         """Write what was measured beside the rest, and return the calibration that holds it."""
-        write_json(self.folder / EFFECT, dict(effect))
-        made = replace(self, hashes={**self.hashes, EFFECT: _hash(effect)})
+        write_json(self.folder / SENSITIVITY, dict(measured))
+        made = replace(self, hashes={**self.hashes, SENSITIVITY: _hash(measured)})
         made.save()
         return made
 

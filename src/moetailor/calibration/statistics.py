@@ -76,7 +76,7 @@ class Sums:
         return cls(**{name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()})
 
     def __add__(self, other: Sums) -> Sums:
-        """Return the sums over the tokens of both; what only one recorded is known of neither."""
+        """Return the sums over both texts; a sum that one of them did not record is left out."""
         mine, theirs = self.recorded, other.recorded
         merged = {name: mine[name] + theirs[name] for name in mine.keys() & theirs.keys()}
         merged["norm_max"] = torch.maximum(self.norm_max, other.norm_max)
@@ -89,9 +89,10 @@ class Sums:
         return {name: total for name, total in found.items() if total is not None}
 
 
-# What costs more than one run, and the option of `calibrate` that records it. The effect is no sum, see `effect.py`.
-ON_REQUEST = {"gated_norm_shift": "residual", "effect": "effect"}
-STATISTICS = frozenset({"effect", *(field.name for field in fields(Sums))})
+# What costs more than one run, and the option of `calibrate` that records it. Sensitivities are no sums and have a file
+# of their own, see `sensitivity.py`.
+ON_REQUEST = {"gated_norm_shift": "residual", "sensitivity": "sensitivity"}
+STATISTICS = frozenset({"sensitivity", *(field.name for field in fields(Sums))})
 
 
 @dataclass(kw_only=True)

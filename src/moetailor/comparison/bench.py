@@ -139,7 +139,7 @@ class Bench:
             speed=self._speed(model),
             resident=resident_nbytes(model),
             errors=probe.errors(model),
-            effects=effects_of(self.calibration),
+            sensitivities=sensitivities_of(self.calibration),
         )
 
     def close(self) -> None:
@@ -154,7 +154,7 @@ class Bench:
         return measure_speed(model, self.batches[0].input_ids[:1, :PROMPT], new_tokens=NEW_TOKENS)
 
 
-def effects_of(calibration: Calibration) -> dict[str, float] | None:
-    """Return what squared errors of each layer's routed output do to the predictions, where that was measured."""
-    effects = calibration.effects()
-    return None if effects is None else {str(layer): effect for layer, effect in effects.items()}
+def sensitivities_of(calibration: Calibration) -> dict[str, float] | None:
+    """Return the sensitivity of each layer by its name in JSON; None where it was not measured."""
+    found = calibration.sensitivities()
+    return None if found is None else {str(layer): sensitivity for layer, sensitivity in found.items()}

@@ -14,14 +14,14 @@ from moetailor._version import __version__
 from moetailor.calibration.batch import Batch, text_fingerprint
 from moetailor.calibration.calibrate import calibrate
 from moetailor.calibration.folder import Calibration, write_json
-from moetailor.calibration.run import SampleOptions
+from moetailor.calibration.sampling import SampleOptions
 from moetailor.calibration.statistics import ON_REQUEST
 from moetailor.calibration.text import TextOptions, read_batches, words_of
 from moetailor.checkpoint.files import Checkpoint, open_checkpoint
 from moetailor.checkpoint.loader import load_config
 from moetailor.checkpoint.models import load_tokenizer, longest_sequence, resolve_device, resolve_dtype
 from moetailor.checkpoint.weights import ExpertWeights
-from moetailor.comparison.bench import Bench, effects_of
+from moetailor.comparison.bench import Bench, sensitivities_of
 from moetailor.comparison.cells import Cell, cells_of
 from moetailor.comparison.results import failed, layers_of, ranked, spearman, usage
 from moetailor.comparison.stored import VERSION, Notes, read_cell
@@ -103,7 +103,7 @@ def compare(
         assert text is not None
         options = {"sample": sample, "device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
         given = _calibrated(model, out / CALIBRATION, text, cells, progress, options)
-    settings |= {"calibration": calibration_hash(given.fingerprint), "effects": effects_of(given)}
+    settings |= {"calibration": calibration_hash(given.fingerprint), "sensitivities": sensitivities_of(given)}
     run = {"calibrate_seconds": time.perf_counter() - began} | _held(out, settings) | settings
     write_json(out / RUN, run)
     (out / CELLS).mkdir(exist_ok=True)
@@ -134,13 +134,13 @@ def _calibrated(
     model: str | Path, folder: Path, text: TextOptions, cells: Sequence[Cell], progress: Stage | None, options: dict
 ) -> Calibration:
     """Calibrate with all that the methods of the cells read, and with what errors of each layer cost."""
-    asked = {ON_REQUEST[name] for cell in cells for name in METHODS[cell.method].needs & ON_REQUEST.keys()}
+    recorded = {ON_REQUEST[name] for cell in cells for name in METHODS[cell.method].needs & ON_REQUEST.keys()}
     return calibrate(
         model,
         folder,
         text=text,
-        residual="residual" in asked,
-        effect=True,
+        residual="residual" in recorded,
+        sensitivity=True,
         progress=None if progress is None else partial(progress, "calibrate"),
         **options,
     )
@@ -282,7 +282,7 @@ def _results(bench: Bench, held_out: TextOptions, cells: Sequence[dict], device:
             **{name: original[name] for name in ("prefill", "decode", "resident")},
         },
         "usage": usage(calibration),
-        "effects": effects_of(calibration),
+        "sensitivities": sensitivities_of(calibration),
         "cells": list(cells),
         "spearman": spearman(cells),
     }

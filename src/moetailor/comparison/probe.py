@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moetailor.calibration.batch import Batch, spread
+from moetailor.calibration.batch import Batch, evenly_spaced_sequences
 from moetailor.checkpoint.anatomy import MoELayer
 
 # Tokens of either text: in the order of what a quick look at each cell costs, not of a whole pass.
@@ -24,7 +24,7 @@ TOKENS = 2048
 
 @dataclass(frozen=True)
 class LayerError:
-    """Squared error a token of a layer's routed output, summed over its width.
+    """Squared error of a layer's routed output, summed over its width, a token: mean over the tokens that count.
 
     Attributes:
         expected: of the layer alone, on calibration text.
@@ -67,13 +67,16 @@ class Probe:
         calibrated: Sequence[Batch],
         held_out: Sequence[Batch],
     ) -> None:
-        self.layers, self.text = layers, spread(held_out, TOKENS)
-        self.alone = self._run(model, spread(calibrated, TOKENS))
+        self.layers, self.text = layers, evenly_spaced_sequences(held_out, TOKENS)
+        calibrated = evenly_spaced_sequences(calibrated, TOKENS)
+        self.alone = self._run(model, calibrated)
         self.running = {index: seen.outputs for index, seen in self._run(model, self.text).items()}
+        # Of the two texts, sequence by sequence.
+        self.counted = [[batch.counted[0, _real(batch)] for batch in text] for text in (calibrated, self.text)]
 
     def errors(self, model: nn.Module) -> dict[int, LayerError]:
         """Return the errors of a compressed copy of the model by decoder layer."""
-        running = self._run(model, self.text)
+        running, (calibrated, held_out) = self._run(model, self.text), self.counted
         with torch.no_grad(), _watched(model, self.layers) as alone:
             for index, layer in self.layers.items():
                 block = model.get_submodule(layer.block)
@@ -81,9 +84,9 @@ class Probe:
                     block(*args, **kwargs)
         return {
             index: LayerError(
-                expected=_square(self.alone[index].outputs, alone[index].outputs),
-                measured=_square(self.running[index], running[index].outputs),
-                energy=(_square(self.alone[index].outputs), _square(self.running[index])),
+                expected=_square(calibrated, self.alone[index].outputs, alone[index].outputs),
+                measured=_square(held_out, self.running[index], running[index].outputs),
+                energy=(_square(calibrated, self.alone[index].outputs), _square(held_out, self.running[index])),
             )
             for index in self.layers
         }
@@ -92,8 +95,7 @@ class Probe:
         device = model.get_input_embeddings().weight.device
         with torch.no_grad(), _watched(model, self.layers) as seen:
             for batch in text:
-                real = ... if batch.attention_mask is None else batch.attention_mask[0].bool()
-                model(input_ids=batch.input_ids[:, real].to(device), use_cache=False)
+                model(input_ids=batch.input_ids[:, _real(batch)].to(device), use_cache=False)
         return seen
 
 
@@ -123,11 +125,24 @@ def _watched(model: nn.Module, layers: Mapping[int, MoELayer]) -> Iterator[dict[
         yield seen
 
 
-def _square(outputs: Sequence[torch.Tensor], others: Sequence[torch.Tensor] | None = None) -> float:
-    """Return the mean square a token, summed over the width, of outputs or of their difference to others."""
+def _real(batch: Batch) -> torch.Tensor:
+    """Return which tokens of a single sequence are no padding, bool [L]."""
+    return torch.ones_like(batch.counted[0]) if batch.attention_mask is None else batch.attention_mask[0].bool()
+
+
+def _square(
+    counted: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor], others: Sequence[torch.Tensor] | None = None
+) -> float:
+    """Return the mean square, summed over the width, of outputs or of their difference to others.
+
+    Args:
+        counted: which tokens enter the mean, bool [T] for each sequence.
+        outputs: outputs of each sequence, [T, D].
+        others: what to compare them with, as `outputs`.
+    """
     total, tokens = 0.0, 0
-    for number, output_TD in enumerate(outputs):
+    for number, (counted_T, output_TD) in enumerate(zip(counted, outputs, strict=True)):
         difference_TD = output_TD.float() if others is None else output_TD.float() - others[number].float()
-        total += float(difference_TD.square().sum(dtype=torch.float64))
-        tokens += len(output_TD)
+        total += float(difference_TD[counted_T.to(output_TD.device)].square().sum(dtype=torch.float64))
+        tokens += int(counted_T.sum())
     return total / max(tokens, 1)

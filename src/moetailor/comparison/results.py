@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from scipy.stats import spearmanr
 
-from moetailor.calibration.domains import sampled_domains
 from moetailor.calibration.folder import Calibration
 from moetailor.comparison.cells import Cell
 from moetailor.comparison.probe import LayerError
@@ -30,7 +29,7 @@ def cell_result(
     speed: Speed,
     resident: int,
     errors: Mapping[int, LayerError],
-    effects: Mapping[str, float] | None,
+    sensitivities: Mapping[str, float] | None,
 ) -> dict:
     """Return a measured cell.
 
@@ -42,7 +41,7 @@ def cell_result(
         speed: of the compressed model.
         resident: bytes of its weights in memory.
         errors: of its layers.
-        effects: nats a token for each unit of squared error a token, by layer.
+        sensitivities: nats a token for each unit of squared error a token, by layer.
     """
     experts = {stack.index: stack.num_experts for stack in plan.model.stacks}
     layers = {
@@ -53,7 +52,9 @@ def cell_result(
         }
         for index, error in errors.items()
     }
-    expected = None if effects is None else sum(effects[str(index)] * error.expected for index, error in errors.items())
+    expected = None
+    if sensitivities is not None:
+        expected = sum(sensitivities[str(index)] * error.expected for index, error in errors.items())
     return cell.to_json() | {
         "error": None,
         "nbytes": plan.nbytes,
@@ -87,7 +88,7 @@ def usage(calibration: Calibration) -> dict[str, dict[str, list[float]]]:
     """Return which share of a layer's routed pairs each expert gets, over the sampled tokens: of all (``""``) and of
     each domain, by layer.
     """
-    names, domain = sampled_domains(calibration)
+    names, domain = calibration.domains
     found: dict[str, dict[str, list[float]]] = {}
     for layer in calibration.layers:
         index, experts = calibration.sample(layer).index, len(calibration.sums(layer).count)

@@ -31,7 +31,7 @@ Notes = TypedDict(
         "dtype": str,
         "versions": dict[str, str],
         "calibration": str,
-        "effects": dict[str, Error] | None,
+        "sensitivities": dict[str, Error] | None,
     },
 )
 
@@ -151,7 +151,7 @@ class Results(TypedDict):
     heldout: _HeldOut
     original: _Original
     usage: dict[str, dict[str, list[Share]]]
-    effects: dict[str, Error] | None
+    sensitivities: dict[str, Error] | None
     cells: list[dict]
     spearman: dict[str, Nats] | None
 

@@ -95,7 +95,7 @@ class LayerRedundancy:
         least_distance: the least distance of an expert to its nearest one.
         mean_distance: the mean of these distances over experts that were reached.
         energy: sum of the energies of its experts.
-        effect: nats a token that a unit of squared error a token costs; None when it was not recorded.
+        sensitivity: nats a token that a unit of squared error a token costs; None when it was not recorded.
         explained: share of the energy that each of `STAND_INS` explains when it answers for every expert.
         lost: for each share of `REMOVE`, the share of the energy that is lost when each of `STAND_INS` answers for that
             share of the experts, those that it answers for best.
@@ -111,7 +111,7 @@ class LayerRedundancy:
     least_distance: float
     mean_distance: float
     energy: float
-    effect: float | None
+    sensitivity: float | None
     explained: dict[str, float]
     lost: Lost
     findings: tuple[Finding, ...]
@@ -126,7 +126,7 @@ class Redundancy:
         tokens: tokens that were calibrated on.
         layers: its MoE layers.
         lost: mean over layers of what they lose.
-        kl: what the predictions are expected to lose, nats a token; None when effects of layers were not recorded.
+        kl: what the predictions are expected to lose, nats a token; None when sensitivities were not recorded.
         verdict: how far it is safe to go, in words.
     """
 
@@ -173,8 +173,8 @@ def find_redundancy(
         if progress is not None:
             progress(len(layers), len(calibration.layers))
     lost = weighed([(1 / len(layers), layer.lost) for layer in layers])
-    # The sum over layers of effect x squared error.
-    costs = [(layer.effect * layer.energy, layer.lost) for layer in layers if layer.effect is not None]
+    # The sum over layers of sensitivity x squared error.
+    costs = [(layer.sensitivity * layer.energy, layer.lost) for layer in layers if layer.sensitivity is not None]
     kl = weighed(costs) if costs else None
     return Redundancy(
         tokens=calibration.fingerprint["text"]["counted"],
@@ -216,7 +216,7 @@ def layer_redundancy(layer: LayerView, tokens: int = 128) -> LayerRedundancy:
         least_distance=min((distance[expert] for expert in reached), default=1.0),
         mean_distance=_mean([distance[expert] for expert in reached]),
         energy=energy,
-        effect=layer.effect,
+        sensitivity=layer.sensitivity,
         explained=_named(1 - left_ER.sum(0) / max(energy, 1e-300)),
         lost={share: _named(_least(left_ER, share) / max(energy, 1e-300)) for share in REMOVE},
         findings=tuple(_findings(sums.count, energy_E, left_ER, distance_EE, factor_EE)),

@@ -49,7 +49,9 @@ def verdict(lost: Lost, kl: Lost | None) -> str:
             told = f"not without damage: {both}"
         sentences.append(f"Remove {share}: {told}.")
     if kl is None:
-        sentences.append("These are shares of what the experts give; calibrate --effect tells what they cost in nats.")
+        sentences.append(
+            "These are shares of what the experts give; calibrate --sensitivity tells what they cost in nats."
+        )
     return " ".join(sentences)
 
 

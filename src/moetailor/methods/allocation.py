@@ -113,7 +113,8 @@ def weighted_errors(layers: Sequence[LayerView]) -> list[torch.Tensor]:
     found = []
     for layer in layers:
         error = constant_errors(layer.sums)
-        found.append(error * layer.effect if layer.effect is not None else error / error.sum().clamp_min(1e-300))
+        total = error.sum().clamp_min(1e-300)
+        found.append(error / total if layer.sensitivity is None else error * layer.sensitivity)
         layer.close()
     return found
 

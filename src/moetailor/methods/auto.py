@@ -3,8 +3,8 @@
 Not from a paper. The menu of a slot: its own expert, nothing where no token reached it, another expert with a scale, a
 constant, a linear map of some rank (`linear`), or the layer's base, alone or with a part of low rank (`lightmoe`). Each
 answer is priced in bytes, and in what it adds to the squared error of its layer's output on tokens that it was not
-fitted on, times what such an error costs the predictions, as calibration measured it (`--effect`). Which answers to
-take is then one knapsack over all slots of all layers, so layers and experts get as much as they are worth. In it a
+fitted on, times what such an error costs the predictions, as calibration measured it (`--sensitivity`). Which answers
+to take is then one knapsack over all slots of all layers, so layers and experts get as much as they are worth. In it a
 domain of the calibration text that has few tokens counts for more than these, or what they alone need would go first.
 ``--remove`` stands for the bytes that MoNE writes at that ratio.
 
@@ -97,7 +97,7 @@ class Auto(JointMethod):
 
     name = "auto"
     replaces_with = Constant
-    needs = frozenset({"tokens", "count", "gate", "gate_sq", "gate_sq_output", "gate_sq_norm_sq", "effect"})
+    needs = frozenset({"tokens", "count", "gate", "gate_sq", "gate_sq_output", "gate_sq_norm_sq", "sensitivity"})
     reads_weights = True
     builds = frozenset({"constant", "linear", "low_rank"})
 
@@ -137,7 +137,7 @@ def _choice(layer: LayerView, balance: float) -> Choice:
     # A slot that no token reached is dropped: what another expert would do there is not known.
     lost[dead] = torch.inf
     drop = torch.where(dead & (layer.groups == 1), 0.0, torch.inf)[:, None].double()
-    assert layer.effect is not None
+    assert layer.sensitivity is not None
     answers = [
         [
             *slots,
@@ -150,7 +150,7 @@ def _choice(layer: LayerView, balance: float) -> Choice:
     requires = F.pad(others, (len(slots), 1), value=-1)
     weight = _weight(layer, balance)
     menu = Menu(
-        errors=layer.effect * weight[:, None] * torch.cat([errors, lost, drop], 1),
+        errors=layer.sensitivity * weight[:, None] * torch.cat([errors, lost, drop], 1),
         price=[*(_nbytes(layer, slot) for slot in slots), *[0] * (others.shape[1] + 1)],
         expert_nbytes=layer.expert_bytes,
         must_keep=layer.protected,

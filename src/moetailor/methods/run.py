@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from moetailor.answers import Drop
-from moetailor.calibration.domains import sampled_domains
 from moetailor.calibration.folder import Calibration
 from moetailor.calibration.statistics import ON_REQUEST
 from moetailor.checkpoint.facts import ModelFacts
@@ -57,7 +56,7 @@ def make_plan(
         protect: (layer, expert) pairs that must stay.
         guard_super_experts: protect experts with extreme outputs, see `super_experts`.
         allocation: how many experts each layer keeps, the budget's in all: ``uniform``, as many in each; ``error``,
-            more where constants would lose more, weighted by the layer's effect where calibration recorded it;
+            more where constants would lose more, weighted by the layer's sensitivity where calibration recorded it;
             ``global``, those that the method scores highest of all layers together, as shares of their layer's sum; or
             the number or share of experts that each layer keeps.
         weights: where methods that read weights find them; the calibrated checkpoint when None.
@@ -130,12 +129,12 @@ def view_of(
         expert_bytes=stack.expert_bytes,
         shape=stack.shape,
         dtype=stack.dtype,
-        effect=(calibration.effects() or {}).get(layer),
+        sensitivity=(calibration.sensitivities() or {}).get(layer),
         read_sums=lambda: calibration.sums(layer),
         read_sample=lambda: calibration.sample(layer),
         read_correction=lambda: weights.correction(layer),
         open_experts=lambda: weights.open(layer),
-        read_domains=lambda: sampled_domains(calibration)[1],
+        read_domains=lambda: calibration.domains[1],
     )
 
 
@@ -157,8 +156,8 @@ def _check_recorded(calibration: Calibration, method: Method) -> None:
     """Refuse a method that reads what was not recorded."""
     for name in sorted(method.needs):
         if not calibration.holds(name):
-            # The effect is measured after all else, so a finished folder takes it.
-            where = "again" if name == "effect" else "into another folder"
+            # Sensitivities are measured after all else, so a finished folder takes them.
+            where = "again" if name == "sensitivity" else "into another folder"
             raise PlanError(
                 f"{method.name} reads {name}, which {calibration.folder} does not hold; calibrate {where} with "
                 f"--{ON_REQUEST[name]}"

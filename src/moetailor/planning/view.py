@@ -33,7 +33,7 @@ class LayerView:
         expert_bytes: bytes of one expert.
         shape: what an expert is made of.
         dtype: safetensors dtype of the experts.
-        effect: nats a token that a squared error of 1 a token costs in the end; None where it was not recorded.
+        sensitivity: nats a token that a squared error of 1 a token costs in the end; None where it was not recorded.
         original: the inputs of the sampled tokens in the original model, [N, D], where `sample` has those that they
             have once the layers before this one are compressed; None where both are the same.
         read_sums: reads what calibration summed.
@@ -53,7 +53,7 @@ class LayerView:
     expert_bytes: int = 0
     shape: ExpertShape = ExpertShape(width=0, inner=0)  # noqa: RUF009 (frozen)
     dtype: str = "F32"
-    effect: float | None = None
+    sensitivity: float | None = None
     original: torch.Tensor | None = None
     read_sums: Callable[[], Sums]
     read_sample: Callable[[], Sample]

@@ -55,6 +55,12 @@ def check_calibration(plan: Plan, calibration: Calibration | None, propagate: Pr
         if propagate == "compressed":
             raise PlanError(f"--propagate compressed: a plan of {plan.method!r} has nothing to fit; leave it out")
         return
+    borrowing = [index for index, slots in plan.slot_maps.items() if slots.lenders]
+    if propagate == "compressed" and borrowing:
+        raise PlanError(
+            f"--propagate compressed: layers change one by one, and layer {min(borrowing)} borrows experts of other "
+            "layers; leave it out"
+        )
     method = find_method(plan.method)
     if lost := sorted(plan.computed - method.builds):
         able = ", ".join(name for name, other in sorted(METHODS.items()) if lost[0] in other.builds)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from moetailor.calibration.batch import Batch
-from moetailor.calibration.layers import LayerRunner
+from moetailor.calibration.walk import Walk
 from moetailor.checkpoint.files import open_checkpoint
 from moetailor.checkpoint.loader import StreamedModel, load_config
 from moetailor.errors import CheckpointError
@@ -48,11 +48,9 @@ def verify_result(folder: str | Path, plan: Plan, *, trust_remote_code: bool = F
     if lost:
         raise CheckpointError(f"{folder}: {len(lost)} tensors have no place in the model, first {lost[0]}")
     ids = torch.arange(16)[None] % config.vocab_size
-    runner = LayerRunner(source, [Batch.of(ids)])
-    (hidden,) = runner.embed()
-    for index in range(runner.count):
-        lenders = maps[index].lenders if index in maps else ()
-        with source.loaded(*map(runner.path_of, lenders)), runner.layer(index) as layer:
-            hidden = runner.run(layer, index, 0, hidden)
-        if not bool(torch.isfinite(hidden).all()):
+    walk = Walk(source, [Batch.of(ids)])
+    stream = walk.begin()
+    for index in walk.layers(beside={layer: slots.lenders for layer, slots in maps.items()}):
+        walk.advance(stream)
+        if not bool(torch.isfinite(stream[0]).all()):
             raise CheckpointError(f"{folder}: decoder layer {index} gives values that are not finite")

@@ -1,0 +1,76 @@
+"""The fingerprint of a calibration run: what makes it that run, and which run a folder belongs to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moetailor._version import __version__
+from moetailor.calibration.batch import Batch, text_fingerprint
+from moetailor.calibration.folder import ANEW, RUN
+from moetailor.calibration.sampling import SampleOptions
+from moetailor.errors import CalibrationError
+from moetailor.schema import load_json
+
+
+def run_fingerprint(
+    model: dict, settings: dict, batches: Sequence[Batch], sample: SampleOptions, *, residual: bool
+) -> dict:
+    """Return what makes a run what it is, as JSON values.
+
+    Args:
+        model: fingerprint of the weights.
+        settings: dtype, tokenizer and options of the text.
+        batches: the text.
+        sample: which tokens are kept whole.
+        residual: whether `Sums.gated_norm_shift` is recorded.
+    """
+    import transformers
+
+    versions = {"moetailor": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    text = text_fingerprint(batches) | {"shapes": [list(batch.input_ids.shape) for batch in batches]}
+    fingerprint = {"model": model, "text": text, "sample": asdict(sample), "versions": versions} | settings
+    return json.loads(json.dumps(fingerprint | ({"residual": True} if residual else {})))
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Return a hash of a tokenizer's vocabulary and special tokens."""
+    content = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.all_special_tokens], ensure_ascii=False)
+    return hashlib.sha256(content.encode()).hexdigest()[:32]
+
+
+def started_fingerprint(folder: Path) -> dict | None:
+    """Return the fingerprint of the run that was started in a folder; None where there was none.
+
+    Raises:
+        CalibrationError: its file is damaged.
+    """
+    file = folder / RUN
+    return load_json(file, error=CalibrationError, cure=ANEW) if file.exists() else None
+
+
+def check_same_run(folder: Path, stored: dict | None, fingerprint: dict) -> None:
+    """Refuse a folder that belongs to another run or to something else, and make one that does not exist.
+
+    Args:
+        folder: the folder.
+        stored: the fingerprint that it holds, finished or not; None when it holds none.
+        fingerprint: that of the run that wants it.
+
+    Raises:
+        CalibrationError: see above.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if stored is None and any(folder.iterdir()):
+        raise CalibrationError(f"{folder}: not empty and no calibration; choose another folder")
+    if stored is not None and stored != fingerprint:
+        differs = [name for name in fingerprint | stored if stored.get(name) != fingerprint.get(name)]
+        raise CalibrationError(
+            f"{folder}: holds another calibration ({', '.join(differs)} differ); choose another folder or delete it"
+        )

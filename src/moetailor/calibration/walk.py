@@ -1,0 +1,157 @@
+"""The one loop over decoder layers: all that measures, fits or checks a model layer by layer is done on a walk.
+
+Streams of hidden states of one text go through the layers, and each layer is loaded once for all of them:
+
+    walk = Walk(source, batches)
+    stream = walk.begin()
+    for index in walk.layers():
+        walk.advance(stream)
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moetailor.calibration.batch import Batch
+from moetailor.calibration.layers import LayerRunner, PartlyLoaded
+from moetailor.calibration.states import HiddenStates
+
+Progress = Callable[[int, int], None]
+
+
+class Walk:
+    """One way through the decoder layers of a model, front to back, with one layer loaded at a time.
+
+    Args:
+        source: the model.
+        batches: the text.
+        folder: where hidden states wait between layers; None keeps them in memory.
+        progress: called with (batches done, batches in all), a batch counted once a layer: those of the stream that
+            `begin` gave.
+    """
+
+    def __init__(
+        self,
+        source: PartlyLoaded,
+        batches: Sequence[Batch],
+        *,
+        folder: Path | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.batches = batches
+        self._source, self._folder, self._progress = source, folder, progress
+        self._runner = LayerRunner(source, batches)
+        self._streams: list[HiddenStates] = []
+        # The layer that the walk stands at, the layer that it ends before, and the layer whose inputs nobody reads.
+        self._index, self._stop, self._unread = 0, self._runner.count, -1
+
+    @property
+    def model(self) -> Any:
+        """The model; of its decoder layers the one that the walk stands at has weights."""
+        return self._source.model
+
+    def begin(self, latest: int = 0) -> HiddenStates:
+        """Return the stream that comes out of the embeddings.
+
+        Args:
+            latest: where a walk that was stopped may go on: the last layer up to this one whose inputs lie on disk.
+        """
+        stream = self._new("original")
+        first = next((layer for layer in range(latest, 0, -1) if stream.has(layer)), 0)
+        if first == 0:
+            self.clear()
+            stream.write(0, self._runner.embed())
+        else:
+            stream.layer = first
+            for _ in self._runner.embed():
+                pass  # the layers' arguments are recorded on the way
+        return stream
+
+    def fork(self, stream: HiddenStates, name: str) -> HiddenStates:
+        """Return a stream of its own that has the states of another one.
+
+        Args:
+            stream: the other one.
+            name: what it is called on disk.
+        """
+        other = self._new(name)
+        other.write(stream.layer, (stream[number] for number in range(len(self.batches))))
+        return other
+
+    def layers(self, stop: int | None = None, *, beside: Mapping[int, Collection[int]] = {}) -> Iterator[int]:
+        """Yield the number of each decoder layer while it has its weights, from where the streams stand.
+
+        Args:
+            stop: the layer to end before; nothing is kept of what the one before it gives. None goes through all
+                layers and keeps what the last one gives.
+            beside: the layers that must be loaded beside a layer, because it borrows experts of theirs.
+        """
+        self._stop, self._unread = (self._runner.count, -1) if stop is None else (stop, stop)
+        for index in range(self._streams[0].layer, self._stop):
+            self._index = index
+            with self._source.loaded(*map(self._runner.path_of, sorted({index, *beside.get(index, ())}))):
+                yield index
+            for stream in self._streams:
+                stream.forget(index)
+
+    def run(self, number: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Run a batch through the layer that the walk stands at.
+
+        Args:
+            number: number of the batch.
+            hidden: its hidden states in front of the layer, [B, L, D].
+
+        Returns:
+            Those behind it, [B, L, D].
+        """
+        return self._runner.run(self._index, number, hidden)
+
+    def advance(self, stream: HiddenStates, run: Callable[[int, torch.Tensor], torch.Tensor] | None = None) -> None:
+        """Run all batches of a stream through the layer that the walk stands at, to the front of the next one.
+
+        Args:
+            stream: the stream.
+            run: called for every batch in place of `run`, with the same arguments; returns the same. It is called also
+                where nothing is kept of what it returns.
+        """
+        assert stream.layer == self._index
+        given = self._counted(stream, run or self.run)
+        if self._index + 1 != self._unread:
+            stream.write(self._index + 1, given)
+        elif run is not None:
+            for _ in given:
+                pass
+
+    def predict(self, use: Callable[[Batch, Callable[[HiddenStates], torch.Tensor]], None]) -> None:
+        """Run streams that stand behind the last layer through the head, batch by batch.
+
+        Args:
+            use: called with each batch and a function that returns a stream's logits of it, [B, L, V].
+        """
+        with self._runner.head() as logits:
+            for number, batch in enumerate(self.batches):
+                use(batch, lambda stream, number=number: logits(number, stream[number]))
+
+    def clear(self) -> None:
+        """Delete all hidden states on disk, also what a stopped walk left."""
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _new(self, name: str) -> HiddenStates:
+        self._streams.append(HiddenStates(None if self._folder is None else self._folder / name))
+        return self._streams[-1]
+
+    def _counted(
+        self, stream: HiddenStates, run: Callable[[int, torch.Tensor], torch.Tensor]
+    ) -> Iterator[torch.Tensor]:
+        """Yield what each batch of a stream becomes, and count those of the first stream."""
+        count = len(self.batches)
+        for number in range(count):
+            yield run(number, stream[number])
+            if self._progress and stream is self._streams[0]:
+                self._progress(self._index * count + number + 1, self._stop * count)
