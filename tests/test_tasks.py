@@ -16,8 +16,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 
+import moetailor
 from moetailor.errors import MoetailorError
-from moetailor.evaluation.tasks import run_tasks
+from moetailor.evaluation.tasks import check_tasks, run_tasks
 
 TASK_DIR = Path(__file__).parents[1] / "examples" / "tasks"
 CHOICE_ROWS = [
@@ -224,3 +225,127 @@ def test_errors_name_the_cure(model, tokenizer, tmp_path, monkeypatch):
     assert message("rte").startswith("task 'rte' does not fit its data: ")
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     assert message("copa").endswith("pip install moetailor[tasks]")
+
+
+# Tasks that bring code along
+
+PLAIN = {
+    "task": "mine",
+    "dataset_path": "json",
+    "dataset_kwargs": {"data_files": {"test": ["mine.jsonl"]}},
+    "test_split": "test",
+    "output_type": "multiple_choice",
+    "doc_to_text": "ctx",
+    "doc_to_choice": "choices",
+    "doc_to_target": "label",
+    "metric_list": [{"metric": "acc"}],
+}
+
+
+def yaml_of(**changes: object) -> str:
+    """Return a task as YAML; what is given as text after ``!`` keeps its tag, what is None is left out."""
+    lines = []
+    for key, value in (PLAIN | changes).items():
+        if value is None:
+            continue
+        tagged = isinstance(value, str) and value.startswith("!")
+        lines.append(f"{key}: {value if tagged else json.dumps(value)}\n")
+    return "".join(lines)
+
+
+@pytest.fixture
+def foreign(tmp_path):
+    """A folder with a task's rows and a Python file that leaves a mark when it is imported or called."""
+    write(tmp_path, "mine.jsonl", CHOICE_ROWS[:2])
+    mark = tmp_path / "ran"
+    code = f"open({str(mark)!r}, 'w').close()\n"
+    (tmp_path / "utils.py").write_text(code + "def context(doc):\n    return doc['ctx']\nclass Own:\n    pass\n")
+    return tmp_path, mark
+
+
+CODE = {
+    "text": {"mine.yaml": yaml_of(doc_to_text="!function utils.context")},
+    "list": {
+        "mine.yaml": yaml_of(metric_list=[{"metric": "acc"}]) + "filter_list: [{filter: [!function utils.context]}]\n"
+    },
+    "key": {"mine.yaml": yaml_of() + "metadata: {? !function utils.context : 1}\n"},
+    "included": {
+        "mine.yaml": "include: more/base.yaml\ntask: mine\n",
+        "more/base.yaml": yaml_of(task=None, doc_to_text="!function ..utils.context"),
+    },
+    "second of two": {
+        "mine.yaml": "include: [a.yaml, b.yaml]\ntask: mine\n",
+        "a.yaml": yaml_of(task=None),
+        "b.yaml": "process_docs: !function utils.context\n",
+    },
+    "merged": {
+        "mine.yaml": "<<: &base {include: b.yaml}\ntask: mine\n",
+        "b.yaml": yaml_of(task=None, doc_to_text="!function utils.context"),
+    },
+    "other spelling": {"mine.yaml": "%TAG !f! !func\n---\n" + yaml_of(doc_to_text="!f!tion utils.context")},
+    "verbatim": {"mine.yaml": yaml_of(doc_to_text="!<!function> utils.context")},
+    "metric that is a script": {"mine.yaml": yaml_of(metric_list=[{"metric": "utils.py"}])},
+    "metric of a library": {"mine.yaml": yaml_of(metric_list=[{"metric": "acc", "hf_evaluate": True}])},
+}
+
+
+@pytest.mark.parametrize("files", CODE.values(), ids=CODE)
+def test_code_of_a_task_does_not_run_unasked(files, foreign, model, tokenizer):
+    folder, mark = foreign
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(content)
+    for check in (check_tasks, lambda names, **given: run_tasks(model, tokenizer, names, **given)):
+        with pytest.raises(MoetailorError) as refused:
+            check(["mine"], task_dir=folder)
+        assert str(refused.value).startswith(f"task 'mine' ({folder / 'mine.yaml'}) would run code: ")
+        assert str(refused.value).endswith("; pass --trust-remote-code if you trust it")
+    assert not mark.exists()
+
+
+def test_code_of_a_task_runs_when_it_is_trusted(foreign, model, tokenizer):
+    folder, mark = foreign
+    (folder / "mine.yaml").write_text(yaml_of(doc_to_text="!function utils.context"))
+    trusted = run_tasks(model, tokenizer, ["mine"], task_dir=folder, trust_remote_code=True)
+    assert mark.exists()
+    (folder / "mine.yaml").write_text(yaml_of())
+    assert run_tasks(model, tokenizer, ["mine"], task_dir=folder) == trusted
+
+
+def test_python_beside_a_task_is_not_imported(foreign, model, tokenizer):
+    folder, mark = foreign
+    # The filter that lm-eval adds to templates is there.
+    (folder / "mine.yaml").write_text(yaml_of(doc_to_text="{{ ctx | regex_replace('a', 'o') }}"))
+    (folder / "__init__.py").write_text((folder / "utils.py").read_text())
+    # Another task of the folder names it; the one that is asked for does not.
+    (folder / "other.yaml").write_text(yaml_of(task="other", doc_to_text="!function utils.context"))
+    assert run_tasks(model, tokenizer, ["mine"], task_dir=folder)["mine"]["n"] == 2
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("first", [0, 1], ids=["every row", "a later row"])
+def test_templates_reach_their_rows_only(first, foreign, model, tokenizer):
+    folder, mark = foreign
+    rows = [row | {"safe": number < first} for number, row in enumerate(CHOICE_ROWS[:2])]
+    write(folder, "mine.jsonl", rows)
+    reach = "cycler.__init__.__globals__.os.system('touch " + str(mark) + "')"
+    template = "{% if not safe %}{{ " + reach + " }}{% endif %}{{ ctx }}"
+    (folder / "mine.yaml").write_text(yaml_of(doc_to_text=template))
+    with pytest.raises(MoetailorError, match="does not fit its data: SecurityError: access to attribute '__init__'"):
+        run_tasks(model, tokenizer, ["mine"], task_dir=folder)
+    assert not mark.exists()
+    run_tasks(model, tokenizer, ["mine"], task_dir=folder, trust_remote_code=True)
+    assert mark.exists()
+
+
+def test_a_task_is_refused_before_a_model_runs(foreign, monkeypatch):
+    folder, mark = foreign
+    (folder / "mine.yaml").write_text(yaml_of(doc_to_text="!function utils.context"))
+    monkeypatch.setattr("moetailor.evaluation.evaluate.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    reference = TASK_DIR.parent / "reference-moe"
+    text = moetailor.TextOptions(data=(str(reference / "heldout.jsonl"),), sequences=1, length=16)
+    for name, said in (("mine", "would run code: !function utils.context"), ("absent", "unknown task 'absent'")):
+        tasks = moetailor.TaskOptions(tasks=(name,), task_dir=folder)
+        with pytest.raises(MoetailorError, match=said):
+            moetailor.evaluate(reference, reference, text=text, tasks=tasks)
+    assert not mark.exists()

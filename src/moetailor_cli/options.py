@@ -43,7 +43,9 @@ Dtype = Annotated[
 DeviceMap = Annotated[
     str | None, typer.Option(help="Spread the model over devices, as transformers does: auto, balanced, ...")
 ]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint, or with tasks.")
+]
 Method = Annotated[
     str,
     typer.Option(

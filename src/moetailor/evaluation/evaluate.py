@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ from moetailor.checkpoint.models import load_model, load_tokenizer, longest_sequ
 from moetailor.errors import MoetailorError
 from moetailor.evaluation.fidelity import Fidelity, Reference
 from moetailor.evaluation.speed import Speed, measure_speed, resident_nbytes
-from moetailor.evaluation.tasks import run_tasks
+from moetailor.evaluation.tasks import check_tasks, run_tasks
 from moetailor.transform.origin import check_origin, unlike
 
 Stage = Callable[[str, int, int], None]
@@ -42,6 +43,11 @@ class TaskOptions:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tasks", words_of(self.tasks))
+
+    @property
+    def folders(self) -> dict[str, Any]:
+        """Where tasks and their files lie, as `run_tasks` takes it."""
+        return {"task_dir": self.task_dir, "task_data": self.task_data}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +110,7 @@ def evaluate(
         device: where the models run; CUDA when there is one.
         dtype: ``float32``, ``bfloat16`` or ``float16``; the checkpoint's on CUDA, else float32.
         device_map: as transformers takes it.
-        trust_remote_code: run code that comes with the checkpoints.
+        trust_remote_code: run code that comes with the checkpoints or with tasks.
         progress: called with (what is running, batches done, batches in all).
 
     Raises:
@@ -116,6 +122,8 @@ def evaluate(
     if is_moetailor(original):
         raise MoetailorError(f"{against}: was written by moetailor; --against takes the original")
     check_predicts(text)
+    if tasks is not None and tasks.tasks:
+        check_tasks(tasks.tasks, trust_remote_code=trust_remote_code, **tasks.folders)
     config = load_config(original, trust_remote_code=trust_remote_code)
     if why := unlike(load_config(compressed, trust_remote_code=trust_remote_code), config):
         raise MoetailorError(f"{against} cannot be the original of {model}: its {why}")
@@ -145,12 +153,12 @@ def evaluate(
         reference = Reference(Path(folder), batches)
         first = load(original)
         reference.record(first, watch("original"))
-        measured = [_measure(first, batches[0].input_ids[:1], tokenizer, tasks)]
+        measured = [_measure(first, batches[0].input_ids[:1], tokenizer, tasks, trust_remote_code)]
         del first
         gc.collect()
         second = load(compressed)
         fidelity = reference.compare(second, watch("compressed"))
-        measured.append(_measure(second, batches[0].input_ids[:1], tokenizer, tasks))
+        measured.append(_measure(second, batches[0].input_ids[:1], tokenizer, tasks, trust_remote_code))
     resident, speed, scores = zip(*measured, strict=True)
     return Scores(
         overall=fidelity.pop(""),
@@ -166,13 +174,13 @@ def evaluate(
 
 
 def _measure(
-    model: nn.Module, prompt: torch.Tensor, tokenizer: object, tasks: TaskOptions | None
+    model: nn.Module, prompt: torch.Tensor, tokenizer: object, tasks: TaskOptions | None, trust_remote_code: bool
 ) -> tuple[int, Speed, dict[str, dict[str, float]]]:
     speed = measure_speed(model, prompt)
     scores = {}
     if tasks is not None and tasks.tasks:
         scores = run_tasks(
-            model, tokenizer, tasks.tasks, task_dir=tasks.task_dir, task_data=tasks.task_data, limit=tasks.limit
+            model, tokenizer, tasks.tasks, limit=tasks.limit, trust_remote_code=trust_remote_code, **tasks.folders
         )
     return resident_nbytes(model), speed, scores
 

@@ -10,12 +10,15 @@ import json
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from jinja2 import TemplateError
+
 from moetailor.errors import MoetailorError, did_you_mean
+from moetailor.evaluation.task_code import refuse_code, sandboxed
 
 _BUILDERS = ("json", "csv", "parquet", "text")  # values of `dataset_path` that need no hub
 
@@ -30,6 +33,7 @@ def run_tasks(
     batch_size: int = 8,
     limit: int | None = None,
     seed: int = 0,
+    trust_remote_code: bool = False,
 ) -> dict[str, dict[str, float]]:
     """Score a model on lm-eval tasks, offline and silently; inputs longer than its window are cut on the left.
 
@@ -42,28 +46,31 @@ def run_tasks(
         batch_size: sequences in one forward pass.
         limit: documents of each task, the first of its file; None is all.
         seed: of the draw of few-shot examples, for tasks that have them.
+        trust_remote_code: run code that tasks name: functions of Python files, metrics that are scripts, and templates
+            outside the sandbox.
 
     Returns:
         For each task its metrics and `n`, the number of documents. `acc` and `acc_norm` are fractions in [0, 1] with
         standard errors `acc_stderr` and `acc_norm_stderr` (if n > 1); `perplexity` is per continuation, not per token.
 
     Raises:
-        MoetailorError: lm-eval or a data file is missing, a task is unknown or not local, or rows do not fit it.
+        MoetailorError: lm-eval or a data file is missing, a task is unknown, not local or would run code, or rows do
+            not fit it.
     """
-    with _quiet(), TemporaryDirectory(prefix="moetailor-tasks-") as scratch:
-        try:
-            from lm_eval.evaluator import evaluate
-            from lm_eval.models.huggingface import HFLM
-            from lm_eval.tasks import TaskManager
-        except ImportError as error:
-            raise MoetailorError(f"tasks need lm-eval ({error}): pip install moetailor[tasks]") from error
-        index = TaskManager(include_path=str(task_dir), include_defaults=False)
-        names = list(dict.fromkeys(tasks))
-        for name in names:
-            _render(name, index, Path(task_dir), Path(task_data or task_dir), Path(scratch))
+    safe = nullcontext() if trust_remote_code else sandboxed()
+    with (
+        _quiet(),
+        _lm_eval() as (evaluate, HFLM, TaskManager),
+        safe,
+        TemporaryDirectory(prefix="moetailor-") as scratch,
+    ):
+        rendered = _rendered(TaskManager, tasks, task_dir, task_data, trust_remote_code)
+        for name, task in rendered.items():
+            task["dataset_kwargs"]["cache_dir"] = f"{scratch}/cache"
+            Path(scratch, f"{name}.yaml").write_text(json.dumps(task), encoding="utf-8")  # JSON is YAML
         manager = TaskManager(include_path=scratch, include_defaults=False)
         loaded = {}
-        for name in names:
+        for name in rendered:
             try:
                 loaded[name] = manager.load([name])["tasks"][name]
             except Exception as error:  # whatever rows, templates and YAML make lm-eval and datasets raise
@@ -73,23 +80,40 @@ def run_tasks(
         # evaluate, not simple_evaluate: that one runs git and pip (2 s) and reseeds the global generators.
         # bootstrap_iters=0: else lm-eval forks a pool of processes for the error of a perplexity.
         lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)  # pyright: ignore[reportCallIssue]
-        results: Any = evaluate(lm, {"tasks": loaded}, limit=limit, bootstrap_iters=0, log_samples=False)
-    return {name: _scores(results["results"][name]) for name in names}
+        try:
+            results: Any = evaluate(lm, {"tasks": loaded}, limit=limit, bootstrap_iters=0, log_samples=False)
+        except TemplateError as error:
+            raise MoetailorError(f"a task does not fit its data: {type(error).__name__}: {error}") from error
+    return {name: _scores(results["results"][name]) for name in rendered}
 
 
-def _render(name: str, index: Any, task_dir: Path, task_data: Path, scratch: Path) -> None:
-    """Write one task with absolute data paths into `scratch`; `index` is lm-eval's TaskManager over `task_dir`."""
-    if name not in index.all_subtasks:
-        known = did_you_mean(name, index.all_subtasks) if index.all_subtasks else ": it has none; see --task-dir"
-        raise MoetailorError(f"unknown task {name!r} in {task_dir}{known}")
-    entry = index.task_index[name]
-    options = dict(entry.cfg.get("dataset_kwargs") or {})
-    if "data_files" not in options or entry.cfg.get("dataset_path") not in _BUILDERS:
-        cure = f"give it dataset_kwargs.data_files and a dataset_path of {', '.join(_BUILDERS)}"
-        raise MoetailorError(f"task {name!r} ({entry.yaml_path}) does not read local files: {cure}")
-    options |= {"data_files": _locate(options["data_files"], name, task_data), "cache_dir": str(scratch / "cache")}
-    rendered = {"include": str(entry.yaml_path.resolve()), "task": name, "dataset_kwargs": options}
-    (scratch / f"{name}.yaml").write_text(json.dumps(rendered, ensure_ascii=False), encoding="utf-8")  # JSON is YAML
+def check_tasks(
+    tasks: Sequence[str], *, task_dir: Path, task_data: Path | None = None, trust_remote_code: bool = False
+) -> None:
+    """Refuse what `run_tasks` would refuse without looking at rows; see there."""
+    with _quiet(), _lm_eval() as (_, _, TaskManager):
+        _rendered(TaskManager, tasks, task_dir, task_data, trust_remote_code)
+
+
+def _rendered(
+    TaskManager: Any, tasks: Sequence[str], task_dir: Path, task_data: Path | None, trust_remote_code: bool
+) -> dict[str, dict[str, Any]]:
+    """Return each task as what its YAML file says, with absolute data paths."""
+    index, rendered = TaskManager(include_path=str(task_dir), include_defaults=False), {}
+    for name in dict.fromkeys(tasks):
+        if name not in index.all_subtasks:
+            known = did_you_mean(name, index.all_subtasks) if index.all_subtasks else ": it has none; see --task-dir"
+            raise MoetailorError(f"unknown task {name!r} in {task_dir}{known}")
+        entry = index.task_index[name]
+        if not trust_remote_code:
+            refuse_code(name, entry)
+        options = dict(entry.cfg.get("dataset_kwargs") or {})
+        if "data_files" not in options or entry.cfg.get("dataset_path") not in _BUILDERS:
+            cure = f"give it dataset_kwargs.data_files and a dataset_path of {', '.join(_BUILDERS)}"
+            raise MoetailorError(f"task {name!r} ({entry.yaml_path}) does not read local files: {cure}")
+        options["data_files"] = _locate(options["data_files"], name, Path(task_data or task_dir))
+        rendered[name] = {"include": str(entry.yaml_path.resolve()), "task": name, "dataset_kwargs": options}
+    return rendered
 
 
 def _locate(files: Any, name: str, folder: Path) -> Any:
@@ -114,6 +138,22 @@ def _scores(metrics: Mapping[str, Any]) -> dict[str, float]:
             # sqrt(var / n), where the sample variance of 0/1 outcomes with mean p is var = n p (1 - p) / (n - 1)
             scores[f"{name}_stderr"] = math.sqrt(scores[name] * (1 - scores[name]) / (n - 1))
     return {**scores, "n": n}
+
+
+@contextmanager
+def _lm_eval() -> Iterator[tuple[Any, Any, Any]]:
+    """Give what is used of lm-eval.
+
+    Raises:
+        MoetailorError: it is not installed.
+    """
+    try:
+        from lm_eval.evaluator import evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise MoetailorError(f"tasks need lm-eval ({error}): pip install moetailor[tasks]") from error
+    yield evaluate, HFLM, TaskManager
 
 
 @contextmanager
