@@ -26,7 +26,7 @@ MEASURED_HEAD = """
 Measured on the reference model ({machine}, torch {torch}, commits {commits}; `benchmarks/methods.py`): {seeds}
 calibration seeds of 128 x 256 tokens, KL(original || compressed) in nats a token on the whole held-out file, mean and
 range over the seeds. All rows of a ratio take at most the bytes that published MoNE writes at that ratio, stand-ins
-included; whole experts round down. Seconds are those of planning and building.
+included; whole experts round down. Seconds are those of planning and building on one core.
 """
 FAMILIES_HEAD = """# Families
 
