@@ -1,11 +1,11 @@
 """AIMER: pruning without data, by how evenly an expert's weights are spread (arXiv:2603.18492).
 
 Published: an expert's score is the mean of |w| over the root mean square of w, over the weights of all its matrices
-together: 1 where all are as large as each other, less the more a few stand out. Experts with the largest scores go
-(abstract, and the README and code of ZongfangLiu/AIMER, commit fcf8e28).
+together: 1 where all are as large as each other, less the more a few stand out. Experts with the largest scores go.
 
-Here: the same; plans hold the reciprocal, so that as with all methods the highest stay. Biases do not count. An expert
-of zeros goes first, where the released code keeps it. A calibration says which model it is about and where its weights
+Here: the same, from the README and code of ZongfangLiu/AIMER (commit fcf8e28); of the paper only the abstract was at
+hand. Plans hold the reciprocal, so that as with all methods the highest stay. Biases do not count. An expert of zeros
+goes first, where the released code keeps it. A calibration says which model it is about and where its weights
 are; nothing that was measured is read.
 """
 
