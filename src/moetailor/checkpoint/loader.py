@@ -1,8 +1,4 @@
-"""One part of a model in memory at a time, loaded by transformers' own conversion rules.
-
-The only file that leans on internal modules of transformers; the rules say which tensors on disk become which
-parameter (experts that lie one by one are stacked, names change), so no family needs a rule of ours.
-"""
+"""One part of a model in memory at a time, loaded by transformers' own conversion rules, see names.py."""
 
 from __future__ import annotations
 
@@ -16,64 +12,18 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    convert_and_load_state_dict_in_model,
-    rename_source_key,
-    revert_weight_conversion,
-)
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
 from moetailor.checkpoint.anatomy import tensors_of
 from moetailor.checkpoint.files import DTYPES, Checkpoint, LazyTensor, TensorInfo
+from moetailor.checkpoint.names import placed
 from moetailor.errors import CheckpointError
 
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
-_ONE = "delete the one that is not meant"
 # Older releases ask for a tensor-parallel plan; there is none.
 _NO_PLAN = {"tp_plan": None} if "tp_plan" in signature(convert_and_load_state_dict_in_model).parameters else {}
-
-
-def memory_names(checkpoint: Checkpoint, skeleton: Any) -> dict[str, str]:
-    """Map each tensor on disk to the parameter or buffer it becomes, leaving out what the model does not load.
-
-    Raises:
-        CheckpointError: two tensors would become one and the same parameter.
-    """
-    return _placed(checkpoint, skeleton)[0]
-
-
-def _placed(checkpoint: Checkpoint, skeleton: Any) -> tuple[dict[str, str], list[Any]]:
-    """Return `memory_names`, and the rules that the names on disk make use of."""
-    rules = get_model_conversion_mapping(skeleton)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    state, names = skeleton.state_dict(), {}
-    alone: dict[str, str] = {}
-    for key in checkpoint.tensors:
-        name, pattern = rename_source_key(key, renamings, converters, skeleton.base_model_prefix, state)
-        if name not in state:
-            name, pattern = key, None
-        if name in state:
-            names[key] = name
-            if pattern is None and alone.setdefault(name, key) != key:
-                raise CheckpointError(f"{checkpoint.source}: {alone[name]!r} and {key!r} are the same tensor; {_ONE}")
-    for key, name in names.items():
-        if alone.get(name, key) != key:
-            raise CheckpointError(f"{checkpoint.source}: {alone[name]!r} has what {key!r} is a part of; {_ONE}")
-    return names, [rule for rule in rules if rule.was_used()]
-
-
-def disk_tensors(skeleton: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return tensors in memory as they lie on disk: experts may lie one by one there, under other names.
-
-    Args:
-        skeleton: the model, which knows the rules of its family.
-        tensors: name in memory -> tensor.
-    """
-    return {name: tensor.contiguous() for name, tensor in revert_weight_conversion(skeleton, tensors).items()}
 
 
 class StreamedModel:
@@ -111,7 +61,7 @@ class StreamedModel:
         self._complete = complete
         if prepare is not None:
             prepare(self.model)
-        self.names, self._rules = _placed(checkpoint, self.model)
+        self.names, self._rules = placed(checkpoint, self.model)
         self.model._weight_conversions = self._rules
         self.tied = _untie(self.model, set(self.names.values()))
         self._optional = [re.compile(pattern) for pattern in self.model._keys_to_ignore_on_load_missing or ()]

@@ -17,8 +17,9 @@ from moetailor.calibration.folder import Calibration
 from moetailor.checkpoint.files import Checkpoint, TensorInfo, read_header
 from moetailor.checkpoint.folder import INDEX
 from moetailor.checkpoint.layout import DiskStack
-from moetailor.checkpoint.loader import StreamedModel, disk_tensors
+from moetailor.checkpoint.loader import StreamedModel
 from moetailor.checkpoint.models import resolve_device
+from moetailor.checkpoint.names import disk_tensors
 from moetailor.checkpoint.original import Original, open_original
 from moetailor.checkpoint.weights import ExpertWeights
 from moetailor.checkpoint.writer import check_place, new_folder, save_tensors, write_shards
