@@ -28,6 +28,7 @@ from moetailor.calibration.finite import check_weights
 from moetailor.checkpoint.anatomy import discover
 from moetailor.checkpoint.files import INDEX, SINGLE, open_checkpoint
 from moetailor.checkpoint.loader import quiet_transformers
+from moetailor.checkpoint.original import Original
 from moetailor.errors import CheckpointError
 from moetailor_cli import app
 from support.families import REFUSED, tiny_config, tiny_model
@@ -216,8 +217,11 @@ def index_names_more(original: Path) -> None:
     edit_json(original / INDEX, lambda index: index["weight_map"].update(ghost=expert_shard(original).name))
 
 
-def index_names_less(original: Path) -> None:
-    edit_json(original / INDEX, lambda index: index["weight_map"].pop("model.norm.weight"))
+def lie_twice(original: Path) -> None:
+    name = "model.norm.weight"
+    home = json.loads((original / INDEX).read_text())["weight_map"][name]
+    other = next(file for file in sorted(original.glob("*.safetensors")) if file.name != home)
+    save_file(load_file(other) | {name: load_file(original / home)[name]}, other)
 
 
 def index_leaves(original: Path) -> None:
@@ -241,7 +245,7 @@ DAMAGES = {
     truncate: r"truncated: 1000 bytes, its (tensors|header alone) needs? \d+; download the shard again$",
     lose_shard: r"shard model-\d+-of-\d+.safetensors is missing; download it again$",
     index_names_more: r"1 tensors are not where it says, first 'ghost' in model-",
-    index_names_less: r"1 tensors of the shards are not in it, first 'model.norm.weight'$",
+    lie_twice: r"^tensor 'model.norm.weight' lies in .*model-.*safetensors and in .*model-.*; delete one of them$",
     index_leaves: r"names '../elsewhere.safetensors', which leaves the folder; refused$",
     only_pickles: r"weights are pickles \(pytorch_model.bin\), which can run code when read; save the model as",
     lose_experts: r"expert 0 has 4,096 bytes, others 6,144; the checkpoint is incomplete$",
@@ -264,9 +268,8 @@ def test_damaged_checkpoint_is_refused_by_every_verb(
     assert state(tmp_path) == before
 
 
-@pytest.mark.parametrize("damage", [d for d in DAMAGES if d is not lose_experts], ids=lambda damage: damage.__name__)
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 def test_damaged_checkpoint_is_refused_by_inspect(cli: Cli, original: Path, damage: Edit) -> None:
-    # It reads headers, and does not look whether each expert is whole.
     damage(original)
     assert re.search(DAMAGES[damage], cli("inspect", original).refusal)
 
@@ -285,7 +288,7 @@ def test_damaged_result_is_refused_before_the_original_runs(
     [
         ("{", "config.json: not JSON"),
         ("[1]", "config.json: not a JSON object"),
-        ("{}", "transformers cannot read the config"),
+        ("{}", "config.json: transformers cannot read it"),
         ('{"model_type": "nonsense"}', "model type `nonsense`"),
     ],
 )
@@ -317,8 +320,7 @@ def test_code_of_a_checkpoint_does_not_run_unasked(cli: Cli, original: Path, tmp
     own = {"model_type": "own", "auto_map": {"AutoConfig": "configuration_own.OwnConfig"}}
     edit_json(original / "config.json", lambda config: config.update(own))
     assert cli("inspect", original).refusal == (
-        f"{original}: transformers cannot read the config: "
-        "its code would have to be run; pass --trust-remote-code if you trust it"
+        f"{original / 'config.json'}: code beside it would have to be run; pass --trust-remote-code if you trust it"
     )
     assert not mark.exists()
 
@@ -572,7 +574,7 @@ def test_text_is_refused_before_weights_are_loaded(
     def load(*arguments: object, **options: object) -> None:
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr(sys.modules["moetailor.calibration.calibrate"], "load_model", load)
+    monkeypatch.setattr(Original, "load", load)
     (tmp_path / "t.jsonl").write_text("{nope\n")
     call = world.calibrate if verb == "calibrate" else world.compress
     more = () if verb == "calibrate" else ("--keep", 6)

@@ -89,7 +89,7 @@ FLAGS = {
     "--sequences --states --stream --trust-remote-code",
     "methods": "",
     "plan": "--allocation --guard-super-experts --keep --layers --load-dtype --memory --method --model --native --out "
-    "--param --protect --remove --size",
+    "--param --protect --remove --size --trust-remote-code",
     "allocate": "--device --dtype --generations --keep --layers --load-dtype --memory --method --model --out "
     "--param --population --protect --remove --samples --seed --size --survivors --trust-remote-code",
     "show": "--scores",

@@ -11,17 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from moetailor.checkpoint.files import (
-    INDEX,
-    SINGLE,
-    LazyTensor,
-    TensorInfo,
-    open_checkpoint,
-    read_header,
-    tensor_nbytes,
-)
+from moetailor.checkpoint.files import BITS, LazyTensor, TensorInfo, open_checkpoint, read_header, tensor_nbytes
+from moetailor.checkpoint.folder import INDEX, SINGLE
 from moetailor.checkpoint.writer import Piece, new_folder, rows, whole, write_shards
 from moetailor.errors import CheckpointError, MoetailorError
 
@@ -133,6 +127,98 @@ def test_header_that_is_none_is_refused_by_name(tmp_path: Path, header: object, 
     assert str(refusal.value).startswith(f"{file}: ")
 
 
+def raw(text: str) -> bytes:
+    """Return a header in which ONE stands for a sound entry of 8 bytes."""
+    return text.replace("ONE", '{"dtype":"F32","shape":[2],"data_offsets":[0,8]}').encode()
+
+
+STRICT = {
+    "overlap": ({"a": entry(), "b": entry(offsets=(4, 12))}, 12),
+    "the same bytes twice": ({"a": entry(), "b": entry()}, 8),
+    "a gap": ({"a": entry(), "b": entry(offsets=(12, 20))}, 20),
+    "a gap before the first": ({"a": entry(offsets=(8, 16))}, 16),
+    "bytes behind the last": ({"a": entry()}, 9),
+    "bytes of no tensor": ({}, 1),
+    "end before start": ({"a": entry(offsets=(8, 0))}, 8),
+    "three offsets": ({"a": entry(offsets=(0, 8, 8))}, 8),
+    "a float offset": (raw('{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8.0]}}'), 8),
+    "a float size": (raw('{"a":{"dtype":"F32","shape":[2.0],"data_offsets":[0,8]}}'), 8),
+    "a truth value as size": ({"a": entry(shape=(True,), offsets=(0, 4))}, 4),
+    "a size of 70 bits": ({"a": entry(shape=(2**70, 0), offsets=(0, 0))}, 0),
+    "a product of 126 bits": ({"a": entry(shape=(2**63, 2**63, 0), offsets=(0, 0))}, 0),
+    "an empty tensor out of place": ({"a": entry(), "b": entry(shape=(0,), offsets=(4, 4))}, 8),
+    "metadata that is no text": (raw('{"__metadata__":{"a":1},"a":ONE}'), 8),
+    "metadata that is a list": (raw('{"__metadata__":[],"a":ONE}'), 8),
+    "a field twice": (raw('{"a":{"dtype":"F32","dtype":"F32","shape":[2],"data_offsets":[0,8]}}'), 8),
+    "a tensor twice": (raw('{"a":ONE,"a":{"dtype":"F32","shape":[2],"data_offsets":[8,16]}}'), 16),
+    "a byte order mark": (b"\xef\xbb\xbf" + raw('{"a":ONE}'), 8),
+    "more than one value": (raw('{"a":ONE}{}'), 8),
+    "a byte of nothing behind it": (raw('{"a":ONE}\0'), 8),
+    "half a character": (raw('{"\\ud800":ONE}'), 8),
+    "Latin-1": ('{"\u00e9":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'.encode("latin-1"), 8),
+    "100,000 brackets": (b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}", 0),
+    "5,000 digits": (b'{"a":{"dtype":"F32","shape":[' + b"9" * 5000 + b'],"data_offsets":[0,8]}}', 8),
+    "a size that is no whole byte": ({"a": entry("F4", (3,), (0, 2))}, 2),
+    "an unknown dtype": ({"a": entry("F3", (2,), (0, 8))}, 8),
+}
+
+
+@pytest.mark.parametrize("kind", STRICT)
+def test_what_the_library_refuses_is_refused(tmp_path: Path, kind: str) -> None:
+    header, nbytes = STRICT[kind]
+    file = header_file(tmp_path, header, bytes(nbytes))
+    with pytest.raises(SafetensorError):
+        safe_open(file, framework="np")
+    with pytest.raises(CheckpointError, match=r"not a safetensors file|truncated"):
+        read_header(file)
+
+
+SOUND = {
+    "other order": {"b": entry(offsets=(8, 16)), "a": entry()},
+    "an empty tensor between": {"a": entry(), "z": entry(shape=(0,), offsets=(8, 8)), "b": entry(offsets=(8, 16))},
+    "a number": {"a": entry(shape=(), offsets=(0, 4)), "b": entry(shape=(3,), offsets=(4, 16))},
+    "a name beyond ASCII": {"\u00e9\u4e2d": entry(shape=(4,), offsets=(0, 16))},
+    "halves of bytes": {"a": entry("F4", (32,), (0, 16))},
+    "three quarters of bytes": {"a": entry("F6_E2M3", (16,), (0, 12)), "b": entry("F8_E8M0", (4,), (12, 16))},
+}
+
+
+@pytest.mark.parametrize("kind", SOUND)
+def test_what_the_library_takes_is_read_alike(tmp_path: Path, kind: str) -> None:
+    file = header_file(tmp_path, SOUND[kind], bytes(16))
+    with safe_open(file, framework="np") as judged:
+        told = {key: (judged.get_slice(key).get_dtype(), judged.get_slice(key).get_shape()) for key in judged.keys()}
+    assert {name: (info.dtype, list(info.shape)) for name, info in read_header(file).items()} == told
+
+
+def test_every_dtype_of_the_library_is_known_by_its_size(tmp_path: Path) -> None:
+    # Its own error names them all.
+    file = header_file(tmp_path, {"a": entry("nonsense")}, bytes(8))
+    with pytest.raises(SafetensorError, match="expected one of") as refusal:
+        safe_open(file, framework="np")
+    names = set(str(refusal.value).split("expected one of ")[1].replace("`", "").split(" at ")[0].split(", "))
+    assert names == set(BITS)
+    for name in names:
+        found = read_header(header_file(tmp_path, {"a": entry(name, (8,), (0, BITS[name]))}, bytes(BITS[name])))
+        assert found["a"].nbytes == BITS[name]
+
+
+def test_a_name_that_comes_twice_is_refused_even_where_the_library_takes_it(tmp_path: Path) -> None:
+    file = header_file(tmp_path, raw('{"a":ONE,"a":ONE}'), bytes(8))
+    safe_open(file, framework="np")
+    with pytest.raises(CheckpointError, match=r"not a safetensors file .key 'a' comes twice"):
+        read_header(file)
+
+
+def test_a_header_longer_than_the_format_allows_is_not_read(tmp_path: Path) -> None:
+    file = tmp_path / "x.safetensors"
+    with open(file, "wb") as out:
+        out.write(struct.pack("<Q", 100_000_001))
+        out.truncate(200_000_000)
+    with pytest.raises(CheckpointError, match="a header of 100,000,001 bytes, 100,000,000 at most"):
+        read_header(file)
+
+
 def test_file_that_shrinks_after_it_was_opened_is_noticed(blob: Path) -> None:
     found = read_header(blob)
     os.truncate(blob, 8 + len(HEADER) + 10)
@@ -142,7 +228,15 @@ def test_file_that_shrinks_after_it_was_opened_is_noticed(blob: Path) -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "shape", "nbytes"),
-    [("F32", (2, 3), 24), ("BF16", (5,), 10), ("F8_E4M3", (3, 3), 9), ("I64", (), 8), ("F64", (0, 4), 0)],
+    [
+        ("F32", (2, 3), 24),
+        ("BF16", (5,), 10),
+        ("F8_E4M3", (3, 3), 9),
+        ("I64", (), 8),
+        ("F64", (0, 4), 0),
+        ("F4", (4, 3), 6),
+        ("F6_E3M2", (4,), 3),
+    ],
 )
 def test_bytes_of_a_tensor(dtype: str, shape: tuple[int, ...], nbytes: int) -> None:
     assert tensor_nbytes(dtype, shape) == nbytes
@@ -183,15 +277,11 @@ def test_single_file_needs_no_index(tmp_path: Path, blob: Path) -> None:
             "1 tensors are not where it says, first 'a' in two.safetensors",
         ),
         (
-            {"a": "one.safetensors", "c": "two.safetensors"},
-            "1 tensors of the shards are not in it, first 'b'",
-        ),
-        (
             {"a": "one.safetensors", "b": "one.safetensors", "c": "three.safetensors"},
             "shard three.safetensors is missing; download it again",
         ),
     ],
-    ids=["more than there is", "another shard", "less than there is", "no such shard"],
+    ids=["more than there is", "another shard", "no such shard"],
 )
 def test_index_that_lies_is_refused(sharded: Path, weight_map: dict[str, str], said: str) -> None:
     write_index(sharded, weight_map)
@@ -201,7 +291,18 @@ def test_index_that_lies_is_refused(sharded: Path, weight_map: dict[str, str], s
 
 
 @pytest.mark.parametrize(
-    "shard", ["../blob.safetensors", "/etc/passwd", "sub/one.safetensors", "..", ".", "", "./one.safetensors"]
+    "shard",
+    [
+        "../blob.safetensors",
+        "/etc/passwd",
+        "sub/../../blob.safetensors",
+        "..",
+        ".",
+        "",
+        "./one.safetensors",
+        "sub//one.safetensors",
+        "one\0.safetensors",
+    ],
 )
 def test_index_that_leaves_the_folder_is_refused(sharded: Path, blob: Path, shard: str) -> None:
     write_index(sharded, {"a": shard})
@@ -221,6 +322,12 @@ def test_index_that_leaves_the_folder_is_refused(sharded: Path, blob: Path, shar
         '{"weight_map": {"a": 5}}',
         '{"weight_map": {"a": null}}',
         '{"weight_map": {}}',
+        '{"weight_map": {"a": {"b": "one.safetensors"}}}',
+        '{"weight_map": {"a": "one.safetensors"}}',
+        '{"metadata": [], "weight_map": {"a": "one.safetensors"}}',
+        '{"metadata": {}, "weight_map": {"a": "one.safetensors", "a": "two.safetensors"}}',
+        '{"metadata": {}, "weight_map": {}, "weight_map": {"a": "one.safetensors"}}',
+        '{"weight_map":' + "[" * 100_000 + "]" * 100_000 + "}",
         b"\xff\xfe",
     ],
 )
@@ -230,10 +337,200 @@ def test_damaged_index_is_refused(sharded: Path, text: str | bytes) -> None:
         open_checkpoint(sharded)
 
 
-def test_shards_may_be_links_as_in_the_hub_cache(sharded: Path, tmp_path: Path) -> None:
-    (sharded / "two.safetensors").rename(tmp_path / "0123abcd")
-    (sharded / "two.safetensors").symlink_to(tmp_path / "0123abcd")
+def test_what_the_shards_hold_beyond_the_index_is_read_as_transformers_reads_it(sharded: Path) -> None:
+    write_index(sharded, {"a": "one.safetensors", "c": "two.safetensors"})
+    assert sorted(open_checkpoint(sharded).tensors) == ["a", "b", "c"]
+
+
+def test_shards_may_lie_in_a_folder_of_the_folder(sharded: Path) -> None:
+    (sharded / "one").mkdir()
+    (sharded / "two").mkdir()
+    (sharded / "one.safetensors").rename(sharded / "one" / "x.safetensors")
+    (sharded / "two.safetensors").rename(sharded / "two" / "x.safetensors")
+    write_index(sharded, {"a": "one/x.safetensors", "b": "one/x.safetensors", "c": "two/x.safetensors"})
+    checkpoint = open_checkpoint(sharded)
+    assert checkpoint.tensors["c"].read().tolist() == [0] * 5
+    # Two files of one name are two files.
+    assert set(checkpoint.fingerprint()["shards"]) == {"one/x.safetensors", "two/x.safetensors"}
+
+
+def test_tensor_that_lies_in_two_shards_is_refused(sharded: Path) -> None:
+    save_file({"b": torch.zeros(4), "c": torch.zeros(5)}, sharded / "two.safetensors")
+    with pytest.raises(CheckpointError) as refusal:
+        open_checkpoint(sharded)
+    one, two = sharded / "one.safetensors", sharded / "two.safetensors"
+    assert str(refusal.value) == f"tensor 'b' lies in {one} and in {two}; delete one of them"
+
+
+# Which weights a folder means
+
+
+def test_single_file_beside_an_index_of_others_is_ambiguous(sharded: Path) -> None:
+    save_file({"a": torch.zeros(2, 3)}, sharded / SINGLE)
+    with pytest.raises(CheckpointError) as refusal:
+        open_checkpoint(sharded)
+    assert str(refusal.value) == (
+        f"{sharded}: holds {SINGLE} and {INDEX}; transformers reads the first, other engines the second; delete the "
+        "one that is not meant"
+    )
+
+
+def test_index_of_the_single_file_says_the_same(tmp_path: Path, blob: Path) -> None:
+    blob.rename(tmp_path / SINGLE)
+    (tmp_path / "config.json").write_text("{}")
+    write_index(tmp_path, {"a": SINGLE, "b": SINGLE})
+    assert sorted(open_checkpoint(tmp_path).tensors) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("adapter_config.json", "{}", "transformers would load that adapter on top of them; merge it into the weights"),
+        ("shard-00001-model-00001-of-00002.safetensors", "", "is one process's part of a model"),
+        ("config.json", '{"transformers_weights": "x.safetensors"}', "rename that file to model.safetensors and take"),
+        (
+            "config.json",
+            '{"transformers_weights": "x.safetensors.index.json"}',
+            "rename that file to model.safetensors.index.json and take the entry out",
+        ),
+    ],
+)
+def test_weights_that_transformers_would_choose_before_are_refused(
+    sharded: Path, name: str, content: str, said: str
+) -> None:
+    (sharded / name).write_text(content)
+    with pytest.raises(CheckpointError, match=said) as refusal:
+        open_checkpoint(sharded)
+    assert str(refusal.value).startswith(str(sharded))
+
+
+@pytest.mark.parametrize("name", ["model.fp16.safetensors", "consolidated.safetensors"])
+def test_weights_under_a_name_that_transformers_does_not_look_for_are_pointed_out(
+    tmp_path: Path, blob: Path, name: str
+) -> None:
+    folder = tmp_path / "other"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    blob.rename(folder / name)
+    with pytest.raises(CheckpointError, match=f"it has {name}, which transformers does not look for: rename it if"):
+        open_checkpoint(folder)
+
+
+# Links
+
+
+def cached(folder: Path, hub: Path, *, shared: bool) -> Path:
+    """Lay a folder out as the hub's cache does; shared: blobs of all models in one place."""
+    snapshot, blobs = hub / "models--a--b" / "snapshots" / "0123abcd", hub / "models--a--b" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for file in folder.iterdir():
+        if shared and file.suffix == ".safetensors":
+            (hub / "blobs" / "f0").mkdir(parents=True, exist_ok=True)
+            file.rename(hub / "blobs" / "f0" / file.name)
+            (blobs / file.name).symlink_to(f"../../blobs/f0/{file.name}")
+        else:
+            file.rename(blobs / file.name)
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    return snapshot
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_links_of_the_hub_cache_are_followed(sharded: Path, tmp_path: Path, shared: bool) -> None:
+    snapshot = cached(sharded, tmp_path / "hub", shared=shared)
+    assert open_checkpoint(snapshot).tensors["c"].read().tolist() == [0] * 5
+    (tmp_path / "link").symlink_to(snapshot)  # the folder itself may be one
+    assert len(open_checkpoint(tmp_path / "link").tensors) == 3
+
+
+def test_links_inside_the_folder_are_followed(sharded: Path) -> None:
+    (sharded / "two.safetensors").rename(sharded / "0123abcd")
+    (sharded / "two.safetensors").symlink_to("0123abcd")
     assert open_checkpoint(sharded).tensors["c"].read().tolist() == [0] * 5
+
+
+@pytest.mark.parametrize("name", ["config.json", "vocab.txt", "two.safetensors", "modeling_own.py", "no such file"])
+@pytest.mark.parametrize("cache", [False, True])
+def test_links_out_of_the_folder_are_refused_by_name(sharded: Path, tmp_path: Path, name: str, cache: bool) -> None:
+    (tmp_path / "elsewhere").write_text("secret")
+    folder = cached(sharded, tmp_path / "hub", shared=False) if cache else sharded
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError) as refusal:
+        open_checkpoint(folder)
+    assert str(refusal.value) == (
+        f"{folder / name}: is a link to {tmp_path / 'elsewhere'}, outside the folder of the checkpoint; put the file "
+        "itself there"
+    )
+
+
+def test_links_to_folders_do_not_lead_out_either(sharded: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (sharded / "one.safetensors").rename(tmp_path / "elsewhere" / "one.safetensors")
+    (sharded / "sub").symlink_to(tmp_path / "elsewhere")
+    write_index(sharded, {"a": "sub/one.safetensors", "b": "sub/one.safetensors", "c": "two.safetensors"})
+    with pytest.raises(CheckpointError, match=r"sub: is a link to .*elsewhere, outside the folder"):
+        open_checkpoint(sharded)
+    (sharded / "sub").unlink()
+    (sharded / "sub").mkdir()
+    (sharded / "sub" / "one.safetensors").symlink_to(tmp_path / "elsewhere" / "one.safetensors")
+    with pytest.raises(CheckpointError, match=r"one.safetensors: is a link to .*, outside the folder"):
+        open_checkpoint(sharded)
+
+
+def test_link_to_itself_is_refused(sharded: Path) -> None:
+    (sharded / "two.safetensors").unlink()
+    (sharded / "two.safetensors").symlink_to("two.safetensors")
+    with pytest.raises(CheckpointError, match=r"shard two.safetensors is missing"):
+        open_checkpoint(sharded)
+
+
+# The hub
+
+
+@pytest.fixture
+def hub(sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """A hub with one model, and what was asked of it: the files that each call brought."""
+    asked: list[list[str]] = []
+    (sharded / "other.gguf").write_text("")
+    (sharded / "consolidated.safetensors").write_text("")
+    snapshot = tmp_path / "hub" / "models--a--b" / "snapshots" / "0123abcd"
+
+    def download(
+        name: str, revision: str | None, allow_patterns: list[str] | None = None, ignore_patterns: Iterable[str] = ()
+    ) -> str:
+        assert (name, revision) == ("a/b", "0123abcd" if asked else None)
+        snapshot.mkdir(parents=True, exist_ok=True)
+        wanted = [
+            file.name
+            for file in sorted(sharded.iterdir())
+            if (allow_patterns is None or any(file.match(pattern) for pattern in allow_patterns))
+            and not any(file.match(pattern) for pattern in ignore_patterns)
+        ]
+        for file in wanted:
+            shutil.copy(sharded / file, snapshot)
+        asked.append(wanted)
+        return str(snapshot)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    return asked
+
+
+def test_weights_are_downloaded_after_the_config_was_looked_at(hub: list[list[str]]) -> None:
+    checkpoint = open_checkpoint("a/b")
+    assert hub == [["config.json", INDEX], ["one.safetensors", "two.safetensors"]]
+    assert sorted(checkpoint.tensors) == ["a", "b", "c"]
+    assert checkpoint.source == "a/b"
+
+
+def test_what_the_config_tells_is_refused_before_weights_are_downloaded(hub: list[list[str]]) -> None:
+    def refuse(folder: Path, config: dict) -> None:
+        assert folder.name == "0123abcd"
+        raise CheckpointError(config["model_type"])
+
+    with pytest.raises(CheckpointError, match="tiny"):
+        open_checkpoint("a/b", check=refuse)
+    assert hub == [["config.json", INDEX]]
 
 
 class Trap:

@@ -11,9 +11,7 @@ import moetailor
 from moetailor.calibration.layers import PartlyLoaded, ResidentModel
 from moetailor.calibration.states import HiddenStates
 from moetailor.calibration.walk import Walk
-from moetailor.checkpoint.files import open_checkpoint
-from moetailor.checkpoint.loader import StreamedModel
-from support.families import tiny_config
+from moetailor.checkpoint.original import Original
 from support.tiny import load, token_batches
 
 Get = Callable[[str], Path]
@@ -25,8 +23,7 @@ FAMILY, LAYERS = "deepseek_v3", 3
 def source(request: pytest.FixtureRequest, checkpoint: Get) -> PartlyLoaded:
     if request.param == "in memory":
         return ResidentModel(load(checkpoint(FAMILY)))
-    opened = open_checkpoint(checkpoint(FAMILY))
-    return StreamedModel(opened, tiny_config(FAMILY), dtype=torch.float32)
+    return Original(checkpoint(FAMILY)).streamed(dtype=torch.float32)
 
 
 @pytest.fixture(params=["states in memory", "states on disk"])
@@ -169,7 +166,7 @@ def test_a_stopped_walk_goes_on_where_it_may(
 
 
 def test_layers_beside_are_loaded_and_all_go_back_whatever_happens(checkpoint: Get) -> None:
-    source = StreamedModel(open_checkpoint(checkpoint(FAMILY)), tiny_config(FAMILY), dtype=torch.float32)
+    source = Original(checkpoint(FAMILY)).streamed(dtype=torch.float32)
 
     def loaded() -> list[int]:
         layers = source.model.get_decoder().layers

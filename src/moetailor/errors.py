@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import textwrap
 from collections.abc import Iterable
 
 
@@ -31,3 +32,10 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1)
     return (f"; did you mean {close[0]!r}?" if close else ".") + f" Known: {', '.join(known)}"
+
+
+def reason_of(error: BaseException) -> str:
+    """Return what an error of a library says, on one line, with its kind where the text alone would puzzle."""
+    text = textwrap.shorten(str(error), 300)
+    told = text and isinstance(error, (ValueError, OSError, RuntimeError, ImportError))
+    return text if told else f"{type(error).__name__}: {text}".removesuffix(": ")

@@ -6,17 +6,12 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from moetailor.calibration.calibrate import States, calibrate
 from moetailor.calibration.folder import Calibration
 from moetailor.calibration.sampling import SampleOptions
 from moetailor.calibration.statistics import ON_REQUEST
 from moetailor.calibration.text import TextOptions
-from moetailor.checkpoint.anatomy import discover
-from moetailor.checkpoint.facts import facts_of_checkpoint
-from moetailor.checkpoint.files import open_checkpoint
-from moetailor.checkpoint.loader import StreamedModel, load_config
+from moetailor.checkpoint.original import Original, open_original
 from moetailor.checkpoint.weights import ExpertWeights
 from moetailor.checkpoint.writer import check_place
 from moetailor.errors import PlanError
@@ -34,7 +29,7 @@ Stage = Callable[[str, int, int], None]
 
 
 def precheck(
-    model: str | Path,
+    model: str | Path | Original,
     out: str | Path,
     *,
     method: str,
@@ -51,7 +46,7 @@ def precheck(
     """Refuse what cannot work, and say in one line what would be done.
 
     Args:
-        model: folder or hub name of the original.
+        model: folder or hub name of the original, or the original opened.
         out: folder of the result.
         method: name of the method.
         budget: how much stays.
@@ -68,13 +63,10 @@ def precheck(
         MoetailorError: whatever would be refused later, as far as it shows without data.
     """
     chosen = find_method(method).of(parameters or {})
-    checkpoint = open_checkpoint(model)
-    inputs = {"the original": checkpoint.folder, "the calibration": Path(calibration) if calibration else None}
+    original = open_original(model, trust_remote_code=trust_remote_code)
+    inputs = {"the original": original.folder, "the calibration": Path(calibration) if calibration else None}
     check_place(Path(out), overwrite=overwrite, inputs=inputs)
-    config = load_config(checkpoint, trust_remote_code=trust_remote_code)
-    skeleton = StreamedModel(checkpoint, config, dtype=torch.float32)
-    anatomy = discover(config, skeleton.model, trust_remote_code=trust_remote_code)
-    facts = facts_of_checkpoint(checkpoint, anatomy, skeleton.names)
+    anatomy, facts = original.anatomy, original.facts
     plan = estimate_plan(facts, chosen, budget, layers=layers, protect=protect, allocation=allocation)
     ruled = allocation in ("error", "global")
     if ruled and format == "native":
@@ -142,14 +134,15 @@ def compress(
     Raises:
         MoetailorError: see `precheck`, `calibrate`, `make_plan` and `apply`.
     """
+    original = Original(model, trust_remote_code=trust_remote_code)
     given: dict[str, Any] = {"parameters": parameters, "allocation": allocation, "protect": pairs_of(protect)}
     given |= {"layers": None if layers is None else list(layers)}
-    written: dict[str, Any] = {"format": format, "overwrite": overwrite, "trust_remote_code": trust_remote_code}
-    precheck(model, out, method=method, budget=budget, calibration=calibration, **given, **written)
+    written: dict[str, Any] = {"format": format, "overwrite": overwrite}
+    precheck(original, out, method=method, budget=budget, calibration=calibration, **given, **written)
     folder = Path(calibration) if calibration is not None else Path(out).with_name(Path(out).name + ".calibration")
     needs = find_method(method).needs | ({"sensitivity"} if allocation == "error" else set())
     measured = calibrate(
-        model,
+        original,
         folder,
         text=text,
         sample=sample,
@@ -159,21 +152,19 @@ def compress(
         device=device,
         dtype=dtype,
         device_map=device_map,
-        trust_remote_code=trust_remote_code,
         progress=_part(progress, "calibrate"),
     )
-    weights = ExpertWeights(model, trust_remote_code=trust_remote_code)
     plan = make_plan(
         measured,
         method,
         budget,
         guard_super_experts=guard_super_experts,
-        weights=weights,
+        weights=ExpertWeights(original),
         progress=_part(progress, "plan"),
         **given,
     )
     fitted: dict[str, Any] = {"calibration": measured, "propagate": propagate, "device": device}
-    apply(plan, model, out, verify=True, progress=progress, **fitted, **written)
+    apply(plan, original, out, verify=True, progress=progress, **fitted, **written)
     return measured, plan
 
 

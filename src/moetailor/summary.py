@@ -6,14 +6,13 @@ import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-
 from moetailor.answers import SlotMap
-from moetailor.checkpoint.anatomy import Anatomy, MoELayer, discover, tensors_of
-from moetailor.checkpoint.files import DTYPES, Checkpoint, open_checkpoint
-from moetailor.checkpoint.loader import StreamedModel, load_config
+from moetailor.checkpoint.anatomy import Anatomy, MoELayer, tensors_of
+from moetailor.checkpoint.files import DTYPES, Checkpoint
+from moetailor.checkpoint.loader import StreamedModel
+from moetailor.checkpoint.original import Original
 from moetailor.errors import CheckpointError
-from moetailor.runtime.quantizer import MoetailorConfig, original_config
+from moetailor.runtime.quantizer import MoetailorConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,12 +107,9 @@ def summarise(source: str | Path, *, trust_remote_code: bool = False) -> Summary
     Raises:
         CheckpointError: not a checkpoint of a supported MoE family.
     """
-    checkpoint = open_checkpoint(source)
+    opened = Original(source, takes="results", trust_remote_code=trust_remote_code)
+    checkpoint, skeleton, anatomy = opened.checkpoint, opened.skeleton, opened.anatomy
     maps = _slot_maps(checkpoint)
-    config = load_config(checkpoint, trust_remote_code=trust_remote_code)
-    config = original_config(config)
-    skeleton = StreamedModel(checkpoint, config, dtype=torch.float32)
-    anatomy = discover(config, skeleton.model, trust_remote_code=trust_remote_code)
     shared, slots = _shared_parameters(skeleton, anatomy), {i: layer.num_experts for i, layer in anatomy.layers.items()}
     # An expert has the same shape in original and compressed layers; its size is that of the skeleton's rows.
     tensors = tensors_of(skeleton.model)
@@ -126,7 +122,7 @@ def summarise(source: str | Path, *, trust_remote_code: bool = False) -> Summary
         _moe(index, slots[index], anatomy.top_k, maps.get(index), numbers[index] * width)
         for index in sorted(anatomy.layers)
     )
-    parameters = sum(info.nbytes // DTYPES[info.dtype].itemsize for info in checkpoint.tensors.values())
+    parameters = checkpoint.parameters
     routed = sum(layer.experts * numbers[layer.layer] for layer in moe)
     light = {index: _light_parameters(checkpoint, anatomy.layers[index], slots) for index, slots in maps.items()}
     active = parameters - routed - sum(light.values())
@@ -135,7 +131,7 @@ def summarise(source: str | Path, *, trust_remote_code: bool = False) -> Summary
     return Summary(
         source=str(source),
         model_type=anatomy.model_type,
-        decoder_layers=config.num_hidden_layers,
+        decoder_layers=opened.config.num_hidden_layers,
         top_k=anatomy.top_k,
         moe=moe,
         parameters=parameters,

@@ -46,6 +46,7 @@ def plan(
     guard_super_experts: Guard = False,
     allocation: Allocation = "uniform",
     model: Annotated[str | None, typer.Option(help="Where the weights are, if the checkpoint was moved.")] = None,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Decide what stands behind every slot. Exactly one of --remove, --keep, --size and --memory.
 
@@ -59,9 +60,11 @@ def plan(
     budget, parameters = read_budget(method, remove, keep, size, memory, load_dtype), read_parameters(param)
     selected, kept, allocated = read_numbers(layers), read_pairs(protect), read_allocation(allocation)
     check_file(out)
+    measured = moetailor.Calibration.open(calibration)
+    source = model or measured.model.source
     with output.progress("plan") as progress:
         made = moetailor.make_plan(
-            moetailor.Calibration.open(calibration),
+            measured,
             method,
             budget,
             parameters=parameters,
@@ -69,7 +72,7 @@ def plan(
             protect=kept,
             guard_super_experts=guard_super_experts,
             allocation=allocated,
-            weights=None if model is None else moetailor.ExpertWeights(model),
+            weights=moetailor.ExpertWeights(source, trust_remote_code=trust_remote_code) if source else None,
             progress=progress,
         )
     if native:

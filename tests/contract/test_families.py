@@ -18,7 +18,9 @@ from moetailor.checkpoint.anatomy import Anatomy, discover, tensors_of
 from moetailor.checkpoint.experts import Experts
 from moetailor.checkpoint.files import open_checkpoint
 from moetailor.checkpoint.layout import find_stacks
-from moetailor.checkpoint.loader import StreamedModel, load_config, memory_names, quiet_transformers
+from moetailor.checkpoint.loader import quiet_transformers
+from moetailor.checkpoint.names import memory_names
+from moetailor.checkpoint.original import Original
 from moetailor.planning.layer_plan import LayerPlan
 from moetailor.runtime.experts import CompressedExperts
 from moetailor.runtime.reshape import LayerChange, reshape_model
@@ -292,12 +294,19 @@ def test_refused_families_are_named_with_the_reason(name: str) -> None:
 
 
 @every_family
-def test_streamed_tensors_have_the_dtypes_of_loaded_ones(name: str, checkpoint: Get) -> None:
-    """Some correction biases stay in float32 whatever the dtype, some do not: a router must choose alike."""
+def test_dtypes_are_those_of_transformers_and_correction_biases_stay_wide(name: str, checkpoint: Get) -> None:
+    """Some families round correction biases, most do not: a router must choose as it does from the numbers on disk."""
     folder = checkpoint(name)
     with quiet_transformers(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    streamed = StreamedModel(open_checkpoint(folder), load_config(open_checkpoint(folder)), dtype=torch.bfloat16)
-    loaded = {key: tensor.dtype for key, tensor in tensors_of(whole).items() if key in streamed.names.values()}
-    assert {key: tensors_of(streamed.model)[key].dtype for key in loaded} == loaded
+    original = Original(folder)
+    streamed = original.streamed(dtype=torch.bfloat16)
+    biases = {layer.correction for layer in original.anatomy.layers.values() if layer.correction}
+    expected = {
+        key: torch.float32 if key in biases else tensor.dtype
+        for key, tensor in tensors_of(whole).items()
+        if key in streamed.names.values()
+    }
+    for model in (streamed.model, original.load(dtype=torch.bfloat16, device="cpu")):
+        assert {key: tensors_of(model)[key].dtype for key in expected} == expected

@@ -20,18 +20,16 @@ from moetailor.calibration.sensitivity import measure_sensitivities
 from moetailor.calibration.text import TextOptions, read_batches
 from moetailor.calibration.walk import Progress
 from moetailor.checkpoint.anatomy import discover
-from moetailor.checkpoint.facts import facts_of_checkpoint, facts_of_model
-from moetailor.checkpoint.files import Checkpoint, open_checkpoint
-from moetailor.checkpoint.layout import find_stacks
-from moetailor.checkpoint.loader import StreamedModel, load_config
-from moetailor.checkpoint.models import load_model, load_tokenizer, longest_sequence, resolve_device, resolve_dtype
+from moetailor.checkpoint.facts import facts_of_model
+from moetailor.checkpoint.models import longest_sequence, resolve_device, resolve_dtype
+from moetailor.checkpoint.original import Original, open_original
 from moetailor.errors import CalibrationError, did_you_mean
 
 States = Literal["auto", "memory", "disk"]
 
 
 def calibrate(
-    model: str | Path | nn.Module,
+    model: str | Path | Original | nn.Module,
     out: str | Path,
     *,
     text: TextOptions | Iterable[Batch],
@@ -50,7 +48,7 @@ def calibrate(
     """Measure what each routed expert does on text.
 
     Args:
-        model: checkpoint folder, hub name, or a transformers model in memory.
+        model: checkpoint folder, hub name, opened original, or a transformers model in memory.
         out: calibration folder; the same call resumes a run that was stopped.
         text: what to read, or batches that the caller made.
         tokenizer: for text, when the model is given in memory.
@@ -74,16 +72,15 @@ def calibrate(
     if states not in get_args(States):
         raise CalibrationError(f"states {states!r}" + did_you_mean(states, get_args(States)))
     if isinstance(model, nn.Module):
-        measured, config, folder = _resident(model), model.config, None
+        measured, config, original = _resident(model), model.config, None
     else:
-        checkpoint = open_checkpoint(model)
-        config, folder = load_config(checkpoint, trust_remote_code=trust_remote_code), checkpoint.folder
-        measured = _on_disk(checkpoint, config, stream, resolve_device(device), dtype, device_map, trust_remote_code)
+        original = open_original(model, trust_remote_code=trust_remote_code)
+        measured, config = _on_disk(original, stream, resolve_device(device), dtype, device_map), original.config
     if isinstance(text, TextOptions):
         if tokenizer is None:
-            if folder is None:
+            if original is None:
                 raise CalibrationError("a model in memory needs its tokenizer to read text; pass tokenizer=")
-            tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+            tokenizer = original.tokenizer()
         batches = read_batches(
             text, tokenizer, max_length=longest_sequence(config), words=getattr(config, "vocab_size", None)
         )
@@ -110,26 +107,14 @@ def _resident(model: Any) -> MeasuredModel:
     )
 
 
-def _on_disk(
-    checkpoint: Checkpoint,
-    config: Any,
-    stream: bool,
-    device: str,
-    dtype: str | None,
-    device_map: str | None,
-    trust_remote_code: bool,
-) -> MeasuredModel:
-    torch_dtype = resolve_dtype(dtype, device, checkpoint)
-    streamed = StreamedModel(checkpoint, config, dtype=torch_dtype, device=device)
-    anatomy = discover(config, streamed.model, trust_remote_code=trust_remote_code)
+def _on_disk(original: Original, stream: bool, device: str, dtype: str | None, device_map: str | None) -> MeasuredModel:
+    torch_dtype = resolve_dtype(dtype, device, original.checkpoint)
 
     def load() -> PartlyLoaded:
         if stream:
-            return streamed
-        options = {"device": device, "device_map": device_map, "trust_remote_code": trust_remote_code}
-        return ResidentModel(load_model(checkpoint.folder, dtype=torch_dtype, **options))
+            return original.streamed(dtype=torch_dtype, device=device)
+        return ResidentModel(original.load(dtype=torch_dtype, device=device, device_map=device_map))
 
-    facts = facts_of_checkpoint(checkpoint, anatomy, streamed.names)
-    stored = stored_rows(checkpoint, streamed.names, find_stacks(checkpoint, anatomy, streamed.names))
+    stored = stored_rows(original.checkpoint, original.skeleton.names, original.stacks)
     settings = {"dtype": str(torch_dtype)}
-    return MeasuredModel(anatomy=anatomy, facts=facts, settings=settings, open=load, stored=stored)
+    return MeasuredModel(anatomy=original.anatomy, facts=original.facts, settings=settings, open=load, stored=stored)

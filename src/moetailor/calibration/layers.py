@@ -129,8 +129,7 @@ class LayerRunner:
         """Give a function from batch `number` and its output of the last decoder layer to logits [B, L, V]."""
         model, layers = self.source.model, self._base.layers
         head, embeddings = model.get_output_embeddings(), self._base.get_input_embeddings()
-        tied = model.config.get_text_config().tie_word_embeddings
-        outside = [] if tied else [name for name, module in model.named_modules() if module is head]
+        outside = [name for name, module in model.named_modules() if module is head]
 
         def logits(number: int, hidden: torch.Tensor) -> torch.Tensor:
             batch, device = self.batches[number], embeddings.weight.device
@@ -142,17 +141,16 @@ class LayerRunner:
         # The loss that balances routers wants those of layers that do not run here.
         balancing = getattr(model.config, "output_router_logits", None)
         with self.source.loaded(*self._others, *outside), torch.no_grad():
-            own, taps = head.weight, [_Given(layer, False) for layer in layers]
+            taps = [_Given(layer, False) for layer in layers]
             self._base.layers = nn.ModuleList(taps)
             try:
-                head.weight = embeddings.weight if tied else own
                 if balancing:
                     model.config.output_router_logits = False
                 yield logits
             finally:
                 if balancing:
                     model.config.output_router_logits = balancing
-                head.weight, self._base.layers = own, layers
+                self._base.layers = layers
 
     @torch.no_grad()
     def _tapped(self, batch: Batch) -> list[_Tap]:

@@ -19,7 +19,7 @@ from torch import nn
 
 from moetailor.checkpoint import family
 from moetailor.checkpoint.experts import Experts, ExpertShape
-from moetailor.errors import CheckpointError
+from moetailor.errors import CheckpointError, reason_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,32 +77,46 @@ class Anatomy:
         return {layer.experts: layer for layer in self.layers.values()}
 
 
-def build_skeleton(config: Any, dtype: torch.dtype | None = None, *, trust_remote_code: bool = False) -> Any:
-    """Build the causal language model of a config on the meta device: all shapes, no memory."""
+def build_skeleton(
+    config: Any, dtype: torch.dtype | None = None, *, of: type | None = None, trust_remote_code: bool = False
+) -> Any:
+    """Build the causal language model of a config on the meta device: all shapes, no memory.
+
+    Args:
+        config: its transformers config.
+        dtype: dtype of its parameters; the config's when None.
+        of: class of the model; the one that transformers, or the checkpoint's own code, has for the config when None.
+        trust_remote_code: run code that comes with the checkpoint to get that class.
+
+    Raises:
+        CheckpointError: a family that is refused by name, or one without a causal language model.
+    """
     from transformers import AutoModelForCausalLM
 
     family.check_family(config)
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        if of is not None:
+            return of._from_config(config, dtype=dtype)  # type: ignore[attr-defined]
         try:
             return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
         except ValueError as error:
-            reason = str(error).splitlines()[0]
+            if "Unrecognized configuration class" not in str(error):
+                raise
             raise CheckpointError(
-                f"model type {config.model_type!r} is no causal language model here: {reason}"
+                f"model type {config.model_type!r} is no causal language model here: {reason_of(error)}"
             ) from None
 
 
-def discover(config: Any, skeleton: nn.Module | None = None, *, trust_remote_code: bool = False) -> Anatomy:
+def discover(config: Any, skeleton: nn.Module | None = None) -> Anatomy:
     """Find the MoE layers of the model that a config describes.
 
     Args:
         config: transformers config of a causal language model.
-        skeleton: the model built from it (on any device), when there is one already.
-        trust_remote_code: passed on to transformers.
+        skeleton: the model built from it (on any device); one that transformers itself has is built when None.
 
     Raises:
-        CheckpointError: no MoE layers, or a family that is refused by name.
+        CheckpointError: no MoE layers, a router that cannot work, or a family that is refused by name.
     """
     family.check_family(config)
     family.check_unquantized(config)
@@ -115,8 +129,9 @@ def discover(config: Any, skeleton: nn.Module | None = None, *, trust_remote_cod
     doubled = copy.deepcopy(config)
     for name in names:
         setattr(doubled, name, 2 * getattr(config, name))
-    small = skeleton if skeleton is not None else build_skeleton(config, trust_remote_code=trust_remote_code)
-    large = build_skeleton(doubled, trust_remote_code=trust_remote_code)
+    small = skeleton if skeleton is not None else build_skeleton(config)
+    # Of the same class: code that came with the checkpoint was run, or not, when the first was built.
+    large = build_skeleton(doubled, of=type(small))
     rows, counts = _row_axes(small, large), _count_attributes(small, large)
     paths = sorted({name.rpartition(".")[0] for name in rows if name.endswith(".down_proj")}, key=_layer_number)
     if not paths:
@@ -126,14 +141,32 @@ def discover(config: Any, skeleton: nn.Module | None = None, *, trust_remote_cod
     layers = [_layer(small, path, rows, counts) for path in paths]
     _refuse_unplaced(config.model_type, rows, layers)
     inside = {count for layer in layers for count in layer.counts}
+    top_k, groups = family.top_k(config), family.group_limits(config)
+    _check_choice(top_k, groups, layers)
     return Anatomy(
         model_type=config.model_type,
-        top_k=family.top_k(config),
-        groups=family.group_limits(config),
+        top_k=top_k,
+        groups=groups,
         probabilities=family.router_probabilities(config.model_type),
         layers={layer.index: layer for layer in layers},
         model_counts=tuple(count for count in counts if count not in inside),
     )
+
+
+def _check_choice(top_k: int, groups: family.Groups, layers: list[MoELayer]) -> None:
+    """Refuse a config whose router could not choose as many experts as it says."""
+    for layer in layers:
+        size, uneven = divmod(layer.num_experts, max(groups.count, 1))
+        if uneven or not 1 <= groups.used <= groups.count:
+            raise CheckpointError(
+                f"config.json: {layer.num_experts} experts in {groups.count} groups, of which a token uses "
+                f"{groups.used}; groups must be of one size, and some of them used"
+            )
+        if not 1 <= top_k <= size * groups.used:
+            raise CheckpointError(
+                f"config.json: a token goes to {top_k} experts, layer {layer.index} has {size * groups.used} to choose "
+                "from"
+            )
 
 
 def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -145,6 +178,8 @@ def _row_axes(small: nn.Module, large: nn.Module) -> dict[str, int]:
     other = tensors_of(large)
     axes = {}
     for name, tensor in tensors_of(small).items():
+        if name not in other:  # tied there, and listed under one name only
+            continue
         grown = [axis for axis, size in enumerate(tensor.shape) if other[name].shape[axis] != size]
         if grown:
             axes[name] = grown[0]

@@ -12,7 +12,7 @@ from torch import nn
 from moetailor.checkpoint.anatomy import Anatomy, tensors_of
 from moetailor.checkpoint.family import Groups
 from moetailor.checkpoint.files import DTYPE_NAMES, DTYPES, Checkpoint
-from moetailor.checkpoint.layout import Stack, find_stacks
+from moetailor.checkpoint.layout import DiskStack, Stack
 from moetailor.errors import CheckpointError
 from moetailor.schema import Count, Few
 
@@ -71,15 +71,14 @@ class ModelFacts:
         return asdict(self)
 
 
-def facts_of_checkpoint(checkpoint: Checkpoint, anatomy: Anatomy, names: dict[str, str]) -> ModelFacts:
+def facts_of_checkpoint(checkpoint: Checkpoint, anatomy: Anatomy, stacks: Mapping[str, DiskStack]) -> ModelFacts:
     """Return the facts of a checkpoint.
 
     Args:
         checkpoint: the opened checkpoint.
         anatomy: its MoE layers in memory.
-        names: disk name -> memory name.
+        stacks: its MoE layers on disk.
     """
-    stacks = find_stacks(checkpoint, anatomy, names)
     return _facts(
         anatomy,
         checkpoint.source,

@@ -5,6 +5,7 @@ Everything else (where the layers are, which tensors have a row for each expert)
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -18,6 +19,12 @@ TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "t
 # Spellings of the number of groups of a group-limited router.
 GROUPS = ("n_group", "num_expert_group")
 GROUPS_USED = ("topk_group", "num_limited_groups")
+
+# The name by which a config says that moetailor compressed the experts.
+QUANT_METHOD = "moetailor"
+# What says in a config that weights are not plain numbers: quantization_config, compression_config, quantization, ...
+QUANTIZED = re.compile("quantiz|compression_config")
+UNQUANTIZED = "not supported yet; give the bf16 or fp32 original"
 
 # Routers whose probabilities are sigmoids of their logits; softmax everywhere else.
 SIGMOID = frozenset(
@@ -65,30 +72,36 @@ def check_family(config: Any) -> None:
     """Refuse, by name, what breaks the common contract.
 
     Args:
-        config: a transformers config object.
+        config: a transformers config, or config.json.
 
     Raises:
         CheckpointError: a family of `REFUSED`, or a vision-wrapped model.
     """
-    name = config.model_type
-    if name in REFUSED:
+    name = _get(config, "model_type")
+    if isinstance(name, str) and name in REFUSED:
         raise CheckpointError(f"model type {name!r} is not supported: {REFUSED[name]}")
-    if config.get_text_config() is not config:
+    wrapped = "text_config" in config if isinstance(config, dict) else config.get_text_config() is not config
+    if wrapped:
         raise CheckpointError(f"model type {name!r} wraps a text model inside a multi-modal one: not supported yet")
 
 
 def check_unquantized(config: Any) -> None:
     """Refuse a checkpoint whose weights are not plain numbers.
 
+    Args:
+        config: a transformers config, or config.json.
+
     Raises:
-        CheckpointError: quantized weights, or a result of moetailor.
+        CheckpointError: quantized weights, in any spelling, or a result of moetailor.
     """
-    quantization = getattr(config, "quantization_config", None)
-    if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
-        if method == "moetailor":
-            raise CheckpointError("this checkpoint is already compressed by moetailor; give the original instead")
-        raise CheckpointError(f"weights are quantized ({method}): not supported yet; give the bf16 or fp32 original")
+    for name, entry in (config if isinstance(config, dict) else vars(config)).items():
+        if entry and QUANTIZED.search(str(name)) and (isinstance(entry, dict) or hasattr(entry, "quant_method")):
+            method = _get(entry, "quant_method") or _get(entry, "format") or name
+            if method == QUANT_METHOD:
+                raise CheckpointError("this checkpoint is already compressed by moetailor; give the original instead")
+            raise CheckpointError(f"weights are quantized ({method}): {UNQUANTIZED}")
+        if isinstance(entry, dict):
+            check_unquantized(entry)
 
 
 def expert_count_spellings(config: Any) -> list[str]:
@@ -118,11 +131,13 @@ def group_limits(config: Any) -> Groups:
     # DeepSeek-V2 states groups even where its `greedy` choice ignores them.
     if _get(config, "topk_method") == "greedy":
         return Groups()
-    count = next((value for name in GROUPS if isinstance(value := _get(config, name), int)), 1)
+    count = next((value for name in GROUPS if isinstance(value := _get(config, name), int)), None)
+    if count is None:
+        return Groups()
     used = next((value for name in GROUPS_USED if isinstance(value := _get(config, name), int)), count)
     # DeepSeek-V2 scores a group by its best expert, all later families by the sum of its best two.
     least = 1 if _get(config, "model_type") == "deepseek_v2" else 2
-    return Groups(count=count, used=used, least=least) if count > 1 else Groups()
+    return Groups() if count == used == 1 else Groups(count=count, used=used, least=least)
 
 
 def router_probabilities(model_type: str) -> str:

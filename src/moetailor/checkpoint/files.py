@@ -15,9 +15,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 
+from moetailor.checkpoint.folder import (
+    CONFIG,
+    INDEX,
+    SINGLE,
+    Check,
+    check_links,
+    find_folder,
+    read_config,
+    read_index,
+    unique,
+    weight_files,
+)
 from moetailor.errors import CheckpointError
 
+# Numbers that torch computes with, or at least holds one by one.
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -25,17 +39,35 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "C64": torch.complex64,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+# Parts of quantized weights, which mean nothing alone.
+CODES = {
+    "F4": "4-bit floats",
+    "F6_E2M3": "6-bit floats",
+    "F6_E3M2": "6-bit floats",
+    "F8_E8M0": "powers of two, the scales of blocks",
+}
+# Every dtype that safetensors knows, in bits.
+BITS = {name: 8 * dtype.itemsize for name, dtype in DTYPES.items()} | {
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "F8_E8M0": 8,
+}
+MAX_HEADER = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -106,89 +138,56 @@ class Checkpoint:
         """Bytes of all tensors, without headers."""
         return sum(info.nbytes for info in self.tensors.values())
 
+    @property
+    def parameters(self) -> int:
+        """Numbers of all tensors."""
+        return sum(math.prod(info.shape) for info in self.tensors.values())
+
     def fingerprint(self) -> dict:
         """Say what checkpoint this is: hashes of config.json and, for each shard, of its header and 1 MiB of data."""
-        config = hashlib.sha256((self.folder / "config.json").read_bytes()).hexdigest()[:32]
-        shards = {file.name: _shard_fingerprint(file) for file in self.shards}
+        config = hashlib.sha256((self.folder / CONFIG).read_bytes()).hexdigest()[:32]
+        shards = {str(file.relative_to(self.folder)): _shard_fingerprint(file) for file in self.shards}
         return {"config": config, "shards": shards}
 
 
-def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Checkpoint:
+def open_checkpoint(source: str | Path, *, revision: str | None = None, check: Check | None = None) -> Checkpoint:
     """Open a local folder, or download a model from the hub, and check all of it that needs no weights.
 
     Args:
         source: a folder with config.json and safetensors files, or a hub name such as ``allenai/OLMoE-1B-7B-0125``.
         revision: branch, tag or commit of a hub model.
+        check: called with the folder and its config.json before the weights are looked at, or downloaded.
 
     Raises:
-        CheckpointError: not a checkpoint, pickle weights, a missing or truncated shard, an index that does not agree
-            with the shards or names a file outside the folder.
+        CheckpointError: not a checkpoint, pickle weights, weights of which it is not clear which are meant, a missing
+            or damaged shard, an index that does not agree with the shards or names a file outside the folder.
     """
-    folder = Path(source)
-    if not folder.is_dir():
-        folder = _download(str(source), revision)
-    config_file = folder / "config.json"
-    if not config_file.is_file():
-        raise CheckpointError(f"{folder}: no config.json; give the folder of a Hugging Face checkpoint")
-    try:
-        config = json.loads(config_file.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{config_file}: not JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{config_file}: not a JSON object; download it again")
-    return Checkpoint(folder=folder, source=str(source), config=config, tensors=_find_tensors(folder))
+    folder = find_folder(source, revision=revision, check=check)
+    config = read_config(folder)
+    return Checkpoint(folder=folder, source=str(source), config=config, tensors=_find_tensors(folder, config))
 
 
-def _download(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    if name.count("/") > 1 or name.startswith((".", "/", "~")):
-        raise CheckpointError(f"{name}: no such folder")
-    try:
-        return Path(snapshot_download(name, revision=revision, ignore_patterns=[*PICKLES, "*.gguf", "original/*"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{name}: neither a folder nor a model that the hub would give ({reason})") from None
-
-
-def _find_tensors(folder: Path) -> dict[str, TensorInfo]:
-    if (folder / INDEX).is_file():
-        return _read_index(folder / INDEX)
-    if (folder / SINGLE).is_file():
-        return read_header(folder / SINGLE)
-    pickles = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
-    if pickles:
-        raise CheckpointError(
-            f"{folder}: weights are pickles ({pickles[0]}), which can run code when read; save the model as "
-            "safetensors first"
-        )
-    raise CheckpointError(f"{folder}: neither {SINGLE} nor {INDEX}; give a folder with safetensors weights")
-
-
-def _read_index(index: Path) -> dict[str, TensorInfo]:
-    try:
-        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        if not weight_map or not all(isinstance(shard, str) for shard in weight_map.values()):
-            raise TypeError("not a map of tensor names to shards")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index}: no readable weight_map ({error!r})") from None
+def _find_tensors(folder: Path, config: dict) -> dict[str, TensorInfo]:
+    files = weight_files(folder, config)
     found: dict[str, TensorInfo] = {}
-    for shard in sorted(set(weight_map.values())):
-        # Only plain names: an index must not make us read outside its folder.
-        if Path(shard).name != shard or shard in ("", ".", ".."):
-            raise CheckpointError(f"{index}: names {shard!r}, which leaves the folder; refused")
-        if not (index.parent / shard).is_file():
-            raise CheckpointError(f"{index}: shard {shard} is missing; download it again")
-        found |= read_header(index.parent / shard)
-    lost = [name for name, shard in weight_map.items() if name not in found or found[name].file.name != shard]
-    if lost:
-        raise CheckpointError(
-            f"{index}: {len(lost)} tensors are not where it says, first {lost[0]!r} in {weight_map[lost[0]]}"
-        )
-    extra = [name for name in found if name not in weight_map]
-    if extra:
-        raise CheckpointError(f"{index}: {len(extra)} tensors of the shards are not in it, first {extra[0]!r}")
+    for file in files:
+        if not file.is_file():
+            raise CheckpointError(f"{folder / INDEX}: shard {file.relative_to(folder)} is missing; download it again")
+    check_links(folder, files)
+    for file in files:
+        tensors = read_header(file)
+        if twice := sorted(found.keys() & tensors.keys()):
+            raise CheckpointError(
+                f"tensor {twice[0]!r} lies in {found[twice[0]].file} and in {file}; delete one of them"
+            )
+        found |= tensors
+    if files != [folder / SINGLE]:
+        # What the shards hold beyond the index is loaded all the same; what it names must be there.
+        weight_map, _ = read_index(folder / INDEX)
+        lost = [name for name, shard in weight_map.items() if name not in found or found[name].file != folder / shard]
+        if lost:
+            first = f"{lost[0]!r} in {weight_map[lost[0]]}"
+            raise CheckpointError(f"{folder / INDEX}: {len(lost)} tensors are not where it says, first {first}")
     return found
 
 
@@ -207,26 +206,34 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
             raise CheckpointError(
                 f"{file}: truncated: {size} bytes, its header alone needs {length + 8}; download the shard again"
             )
-        try:
-            header = json.loads(stream.read(length))
-            header.pop("__metadata__", None)
-            found = {name: _tensor_info(file, name, entry, 8 + length) for name, entry in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{file}: not a safetensors file ({error})") from None
-    end = max((info.offset + info.nbytes for info in found.values()), default=8 + length)
-    if end > size:
-        raise CheckpointError(f"{file}: truncated: {size} bytes, its tensors need {end}; download the shard again")
+        if length > MAX_HEADER:
+            raise CheckpointError(
+                f"{file}: not a safetensors file: a header of {length:,} bytes, {MAX_HEADER:,} at most"
+            )
+        text = stream.read(length)
+    try:
+        header = json.loads(text, object_pairs_hook=unique)
+        header.pop("__metadata__", None)
+        found = {name: _tensor_info(file, name, entry, 8 + length) for name, entry in header.items()}
+        end = max((info.offset + info.nbytes for info in found.values()), default=8 + length)
+        if end > size:
+            raise CheckpointError(f"{file}: truncated: {size} bytes, its tensors need {end}; download the shard again")
+        # The library is the judge of what the format allows; it does not tell offsets, so they are read here.
+        with safe_open(file, framework="np"):
+            pass
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
+        raise CheckpointError(f"{file}: not a safetensors file ({error})") from None
     return found
 
 
 def _tensor_info(file: Path, name: str, entry: dict, base: int) -> TensorInfo:
     start, end = entry["data_offsets"]
     dtype, shape = entry["dtype"], tuple(entry["shape"])
-    if dtype not in DTYPES:
-        raise ValueError(f"tensor {name!r} has dtype {dtype}, known: {', '.join(DTYPES)}")
+    if dtype not in BITS:
+        raise ValueError(f"tensor {name!r} has dtype {dtype}, known: {', '.join(BITS)}")
     if start < 0 or min(shape, default=0) < 0:
         raise ValueError(f"tensor {name!r} has offsets {start} to {end} and shape {list(shape)}, none may be negative")
-    if end - start != math.prod(shape) * DTYPES[dtype].itemsize:
+    if end - start != tensor_nbytes(dtype, shape):
         raise ValueError(f"tensor {name!r} has {end - start} bytes, {dtype} {list(shape)} needs another number")
     return TensorInfo(name, dtype, shape, file, base + start, end - start)
 
@@ -246,4 +253,4 @@ def _shard_fingerprint(file: Path, pieces: int = 16) -> dict:
 
 def tensor_nbytes(dtype: str, shape: Sequence[int]) -> int:
     """Return the bytes of a tensor with this safetensors dtype and shape."""
-    return math.prod(shape) * DTYPES[dtype].itemsize
+    return math.prod(shape) * BITS[dtype] // 8

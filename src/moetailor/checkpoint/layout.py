@@ -7,16 +7,19 @@ A `Stack` is one MoE layer as it lies on disk. Experts may lie one tensor each (
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
-from moetailor.checkpoint.anatomy import Anatomy
+from moetailor.checkpoint.anatomy import Anatomy, MoELayer
 from moetailor.checkpoint.experts import ExpertShape
+from moetailor.checkpoint.family import UNQUANTIZED
 from moetailor.checkpoint.files import Checkpoint, TensorInfo
 from moetailor.errors import CheckpointError
 from moetailor.schema import Count, Few
 
 _LAYER = re.compile(r"^(.*?\blayers\.\d+)\.(.*)$")
 _EXPERT = re.compile(r"\bexperts\.(\d+)\.")
+_EXPERTS = re.compile(r"\bexperts\.")
 
 
 @dataclass(kw_only=True)
@@ -85,37 +88,63 @@ def find_stacks(checkpoint: Checkpoint, anatomy: Anatomy, names: dict[str, str])
     Raises:
         CheckpointError: an expert is incomplete, or a tensor with expert rows has an unexpected shape.
     """
-    expert_axes, slot_axes = {}, {}
+    rows: dict[str, tuple[MoELayer, int, bool]] = {}
     for layer in anatomy.layers.values():
-        expert_axes |= {f"{layer.experts}.{name}": (layer, axis) for name, axis in layer.expert_rows.items()}
-        slot_axes |= {f"{layer.block}.{name}": (layer, axis) for name, axis in layer.slot_rows.items()}
+        rows |= {f"{layer.experts}.{name}": (layer, axis, True) for name, axis in layer.expert_rows.items()}
+        rows |= {f"{layer.block}.{name}": (layer, axis, False) for name, axis in layer.slot_rows.items()}
     stacks: dict[str, DiskStack] = {}
-    templates: dict[str, int | None] = {}
+    # What the tensors of the layers that run are called there, each with its axis and whether it is one of experts.
+    known: dict[str, tuple[int, bool]] = {}
     for key, name in names.items():
-        found = expert_axes.get(name) or slot_axes.get(name)
-        if found:
-            layer, axis = found
+        if name in rows:
+            layer, axis, of_experts = rows[name]
             prefix, rest = _split(key)
             empty = DiskStack(prefix=prefix, index=layer.index, num_experts=layer.num_experts, shape=layer.expert_shape)
-            stack = stacks.setdefault(prefix, empty)
-            kind = None if name in expert_axes else axis
-            templates[_EXPERT.sub("experts.*.", rest)] = kind
-            _place(stack, checkpoint.tensors[key], kind, axis)
-    lost = sorted(set(anatomy.layers) - {stack.index for stack in stacks.values()})
+            known[_EXPERT.sub("experts.*.", rest)] = axis, of_experts
+            _place(stacks.setdefault(prefix, empty), checkpoint.tensors[key], axis, of_experts)
+    lost = sorted(set(anatomy.layers) - {s.index for s in stacks.values() if s.experts or s.fused})
     if lost:
-        raise CheckpointError(
-            f"{checkpoint.source}: has no experts for MoE layers {lost}; the checkpoint is incomplete"
-        )
-    for key in checkpoint.tensors.keys() - names.keys():
-        if match := _LAYER.match(key):
-            rest = _EXPERT.sub("experts.*.", match[2])
-            if rest in templates:
-                size = next(iter(stacks.values())).num_experts
-                stack = stacks.setdefault(match[1], DiskStack(prefix=match[1], index=None, num_experts=size))
-                _place(stack, checkpoint.tensors[key], templates[rest], templates[rest] or 0)
+        unknown = next((key for key in sorted(checkpoint.tensors.keys() - names.keys()) if _EXPERTS.search(key)), None)
+        told = f"; it has {unknown!r}, which the model does not load" if unknown else "; the checkpoint is incomplete"
+        raise CheckpointError(f"{checkpoint.source}: has no experts for MoE layers {lost}{told}")
+    _find_unloaded(stacks, known, checkpoint, names)
     for stack in stacks.values():
         _measure(stack, checkpoint)
     return dict(sorted(stacks.items(), key=lambda item: (item[1].index is None, item[1].index or 0, item[0])))
+
+
+def _find_unloaded(
+    stacks: dict[str, DiskStack],
+    known: Mapping[str, tuple[int, bool]],
+    checkpoint: Checkpoint,
+    names: Mapping[str, str],
+) -> None:
+    """Add the MoE layers that the model does not run, and refuse what lies unloaded with the experts of one that does.
+
+    Args:
+        stacks: the layers that run, by prefix; the others are added.
+        known: what their tensors are called, with axis and whether of experts.
+        checkpoint: the opened checkpoint.
+        names: disk name -> memory name of what the model loads.
+    """
+    blocks = {rest.split(".")[0] for rest in known}
+    size = next(iter(stacks.values())).num_experts
+    for key in sorted(checkpoint.tensors.keys() - names.keys()):
+        match, info = _LAYER.match(key), checkpoint.tensors[key]
+        if not match:
+            continue
+        prefix, rest = match.groups()
+        within = bool(_EXPERTS.search(rest))
+        like = known.get(_EXPERT.sub("experts.*.", rest), (0, True) if within else None)
+        if prefix in stacks and stacks[prefix].index is not None:
+            if within or (rest.split(".")[0] in blocks and info.shape[:1] == (stacks[prefix].num_experts,)):
+                raise CheckpointError(
+                    f"{checkpoint.source}: tensor {key!r} belongs to experts, but transformers does not load it; if it "
+                    f"scales quantized weights, these are {UNQUANTIZED}"
+                )
+        elif like is not None:
+            stack = stacks.setdefault(prefix, DiskStack(prefix=prefix, index=None, num_experts=size))
+            _place(stack, info, *like)
 
 
 def rows_nbytes(info: TensorInfo, axis: int) -> int:
@@ -130,18 +159,18 @@ def _split(key: str) -> tuple[str, str]:
     return match[1], match[2]
 
 
-def _place(stack: DiskStack, info: TensorInfo, slot_axis: int | None, axis: int) -> None:
-    if slot_axis is None and (match := _EXPERT.search(info.name)):
+def _place(stack: DiskStack, info: TensorInfo, axis: int, of_experts: bool) -> None:
+    if of_experts and (match := _EXPERT.search(info.name)):
         stack.experts[info.name] = int(match[1])
         return
     # On disk a vector of biases may have lost its leading axis of 1.
     axis = min(axis, len(info.shape) - 1)
-    if info.shape[axis] != stack.num_experts:
+    if axis < 0 or info.shape[axis] != stack.num_experts:
         raise CheckpointError(
             f"tensor {info.name!r} has shape {list(info.shape)}: expected {stack.num_experts} rows, one for "
-            f"each expert, on axis {axis}"
+            f"each expert, on axis {max(axis, 0)}"
         )
-    (stack.fused if slot_axis is None else stack.slots)[info.name] = axis
+    (stack.fused if of_experts else stack.slots)[info.name] = axis
 
 
 def _measure(stack: DiskStack, checkpoint: Checkpoint) -> None:

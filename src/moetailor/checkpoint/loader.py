@@ -1,14 +1,10 @@
-"""One part of a model in memory at a time, loaded by transformers' own conversion rules.
-
-The only file that leans on internal modules of transformers; the rules say which tensors on disk become which
-parameter (experts that lie one by one are stacked, names change), so no family needs a rule of ours.
-"""
+"""One part of a model in memory at a time, loaded by transformers' own conversion rules, see names.py."""
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from inspect import signature
 from typing import Any
@@ -16,63 +12,18 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    convert_and_load_state_dict_in_model,
-    rename_source_key,
-    revert_weight_conversion,
-)
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
-from moetailor.checkpoint.anatomy import build_skeleton, tensors_of
-from moetailor.checkpoint.files import DTYPES, Checkpoint, LazyTensor
+from moetailor.checkpoint.anatomy import tensors_of
+from moetailor.checkpoint.files import DTYPES, Checkpoint, LazyTensor, TensorInfo
+from moetailor.checkpoint.names import placed
 from moetailor.errors import CheckpointError
 
+_LAYER = re.compile(r"\blayers\.(\d+)\.")
 # Older releases ask for a tensor-parallel plan; there is none.
 _NO_PLAN = {"tp_plan": None} if "tp_plan" in signature(convert_and_load_state_dict_in_model).parameters else {}
-
-
-def load_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
-    """Return the transformers config of a checkpoint.
-
-    Raises:
-        CheckpointError: transformers does not know the model type, or its code would have to be run.
-    """
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        if "trust_remote_code" in str(error):
-            reason = "its code would have to be run; pass --trust-remote-code if you trust it"
-        raise CheckpointError(f"{checkpoint.source}: transformers cannot read the config: {reason}") from None
-
-
-def memory_names(checkpoint: Checkpoint, skeleton: Any) -> dict[str, str]:
-    """Map each tensor on disk to the parameter or buffer it becomes, leaving out what the model does not load."""
-    rules = get_model_conversion_mapping(skeleton)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    state = skeleton.state_dict()
-    names = {}
-    for key in checkpoint.tensors:
-        name = rename_source_key(key, renamings, converters, skeleton.base_model_prefix, state)[0]
-        if name in state or key in state:
-            names[key] = name if name in state else key
-    return names
-
-
-def disk_tensors(skeleton: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return tensors in memory as they lie on disk: experts may lie one by one there, under other names.
-
-    Args:
-        skeleton: the model, which knows the rules of its family.
-        tensors: name in memory -> tensor.
-    """
-    return {name: tensor.contiguous() for name, tensor in revert_weight_conversion(skeleton, tensors).items()}
 
 
 class StreamedModel:
@@ -80,7 +31,7 @@ class StreamedModel:
 
     Args:
         checkpoint: where the weights are.
-        config: its transformers config.
+        model: the model without weights, from `build_skeleton`.
         dtype: dtype to load floating-point weights in.
         device: where to load them.
         prepare: called once with the empty model, to change its shapes.
@@ -89,12 +40,13 @@ class StreamedModel:
     Attributes:
         model: the whole model; only the parts inside `loaded` have weights.
         names: disk name of each tensor the model loads -> its name in memory.
+        tied: name in memory of each tensor that is not on disk -> name of the one whose numbers it shares.
     """
 
     def __init__(
         self,
         checkpoint: Checkpoint,
-        config: Any,
+        model: Any,
         *,
         dtype: torch.dtype,
         device: str | torch.device = "cpu",
@@ -104,12 +56,39 @@ class StreamedModel:
         self.checkpoint = checkpoint
         self.dtype = dtype
         self.device = torch.device(device)
-        self.model: Any = build_skeleton(config, dtype).eval()
+        self.model: Any = model.eval()
         _keep_wide(self.model, dtype)
         self._complete = complete
         if prepare is not None:
             prepare(self.model)
-        self.names = memory_names(checkpoint, self.model)
+        self.names, self._rules = placed(checkpoint, self.model)
+        self.model._weight_conversions = self._rules
+        self.tied = _untie(self.model, set(self.names.values()))
+        self._optional = [re.compile(pattern) for pattern in self.model._keys_to_ignore_on_load_missing or ()]
+
+    def check(self) -> None:
+        """Refuse a checkpoint that lacks a parameter of the model, or has one of another shape: read off the headers.
+
+        transformers' own loading is tried, on tensors without numbers. Layers that have the same tensors load alike, so
+        one of each make is tried.
+
+        Raises:
+            CheckpointError: see above.
+        """
+        tensors = {key: self.checkpoint.tensors[key] for key in self.names}
+        makes: dict[int | None, set[tuple]] = defaultdict(set)
+        for place in (tensors, self.model.state_dict()):
+            for name, tensor in place.items():
+                makes[_layer_of(name)].add((place is tensors, _LAYER.sub("layers.*.", name), tuple(tensor.shape)))
+        tried = {None, *{frozenset(make): layer for layer, make in makes.items()}.values()}
+        sources = {key: _Numberless(info) for key, info in tensors.items() if _layer_of(key) in tried}
+        missing = self._convert(sources, device="meta").missing_keys - self.tied.keys()
+        lost = sorted(name for name in missing if _layer_of(name) in tried and not self._may_lack(name))
+        if lost:
+            unknown = sorted(self.checkpoint.tensors.keys() - self.names.keys())
+            told = f"; it has {unknown[0]}, which the model does not load" if unknown else ""
+            more = ", among others" if lost[1:] else ""
+            raise CheckpointError(f"{self.checkpoint.source}: the checkpoint has no tensor for {lost[0]}{more}{told}")
 
     @contextmanager
     def loaded(self, *paths: str) -> Iterator[nn.Module]:
@@ -136,15 +115,25 @@ class StreamedModel:
         for keys in sorted(stacked, key=lambda keys: -sum(self.checkpoint.tensors[key].nbytes for key in keys)):
             self._load_tensors(keys)
         self._load_tensors([keys[0] for keys in by_target.values() if len(keys) == 1])
-        self._initialise_buffers(self.model.get_submodule(path))
+        for name, other in self.tied.items():
+            if name.startswith(path + "."):
+                self._load_tied(name, other)
+        self._initialise_rest(path)
         left = [name for name, tensor in self.model.get_submodule(path).state_dict().items() if tensor.is_meta]
         if left:
             raise CheckpointError(f"{self.checkpoint.source}: the checkpoint has no tensor for {path}.{left[0]}")
 
+    def _load_tied(self, name: str, other: str) -> None:
+        """Give a tensor the numbers of another one, which is loaded for it where it is not loaded already."""
+        absent = self.model.get_parameter(other).is_meta
+        if absent:
+            self._load_tensors([key for key, target in self.names.items() if target == other])
+        _set_parameter(self.model, name, self.model.get_parameter(other).detach())
+        self.model.get_parameter(name)._is_hf_initialized = True
+        if absent:
+            self.model.get_submodule(other.rpartition(".")[0]).to("meta")
+
     def _load_tensors(self, keys: list[str]) -> None:
-        sources = {key: LazyTensor(self.checkpoint.tensors[key]) for key in keys}
-        # The rules keep state: a fresh list for each call.
-        rules: Any = get_model_conversion_mapping(self.model)
         # The rules only move numbers: they do so in the narrower dtype, and what came of it is widened.
         wanted = {name: tensors_of(self.model)[name].dtype for name in {self.names[key] for key in keys}}
         narrow = {
@@ -155,31 +144,55 @@ class StreamedModel:
             )
             for key in keys
         }
-        settings = LoadStateDictConfig(
-            dtype=self.dtype, dtype_plan=narrow, weight_mapping=rules, device_map={"": self.device}
-        )
-        with quiet_transformers():
-            info, _ = convert_and_load_state_dict_in_model(self.model, sources, settings, **_NO_PLAN)
-        # Set by the call for this part alone; `disk_tensors` needs the rules of the whole model.
-        self.model._weight_conversions = None
+        self._convert({key: LazyTensor(self.checkpoint.tensors[key]) for key in keys}, narrow, device=self.device)
         for name, dtype in wanted.items():
             tensor = tensors_of(self.model)[name]
             tensor.data = tensor.data.to(dtype)
-        for name, stored, expected in info.mismatched_keys:
+
+    def _convert(
+        self, sources: Mapping[str, object], dtypes: dict[str, torch.dtype] | None = None, *, device: str | torch.device
+    ) -> Any:
+        """Put tensors in their places by transformers' rules and return what it reports.
+
+        Raises:
+            CheckpointError: a tensor has another shape than the model, or others than its fellows.
+        """
+        # The rules keep state: a fresh list for each call.
+        rules: Any = get_model_conversion_mapping(self.model)
+        settings = LoadStateDictConfig(
+            dtype=self.dtype, dtype_plan=dtypes or {}, weight_mapping=rules, device_map={"": torch.device(device)}
+        )
+        with quiet_transformers():
+            info, _ = convert_and_load_state_dict_in_model(self.model, dict(sources), settings, **_NO_PLAN)
+        # Set by the call for this part alone; `disk_tensors` needs the rules of the whole checkpoint.
+        self.model._weight_conversions = self._rules
+        for name, stored, expected in sorted(info.mismatched_keys):
             raise CheckpointError(
                 f"{self.checkpoint.source}: {name} has shape {list(stored)}, the config says {list(expected)}"
             )
         for name, text in info.conversion_errors.items():
             raise CheckpointError(f"{self.checkpoint.source}: cannot build {name}: {text.strip().splitlines()[-1]}")
+        return info
 
-    def _initialise_buffers(self, module: nn.Module) -> None:
-        """Compute the buffers that are in no checkpoint (rotary frequencies), as from_pretrained does."""
-        for part in module.modules():
-            buffers = {name: part._buffers.get(name) for name in part._non_persistent_buffers_set}
-            unsaved = {name: buffer for name, buffer in buffers.items() if buffer is not None}
-            for name, buffer in unsaved.items():
-                setattr(part, name, torch.empty_like(buffer, device=self.device))
-            if unsaved:
+    def _may_lack(self, name: str) -> bool:
+        """Say whether from_pretrained computes a tensor that is not on disk, and takes that for granted."""
+        return any(pattern.search(name) for pattern in self._optional) and name not in self.names.values()
+
+    def _initialise_rest(self, path: str) -> None:
+        """Compute what is in no checkpoint (rotary frequencies) or may be left out of one, as from_pretrained does."""
+        module = self.model.get_submodule(path)
+        for prefix, part in module.named_modules(prefix=path):
+            own = part._parameters | part._buffers
+            fresh = {
+                name: tensor
+                for name, tensor in own.items()
+                if tensor is not None
+                and (name in part._non_persistent_buffers_set or self._may_lack(f"{prefix}.{name}"))
+            }
+            for name, tensor in fresh.items():
+                empty = torch.empty_like(tensor, device=self.device)
+                setattr(part, name, nn.Parameter(empty) if isinstance(tensor, nn.Parameter) else empty)
+            if fresh:
                 self.model._init_weights(part)
         if self._complete is not None:
             self._complete(module)
@@ -198,6 +211,49 @@ def quiet_transformers() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()
+
+
+class _Numberless:
+    """A tensor on disk as its shape alone, for transformers' loader."""
+
+    def __init__(self, info: TensorInfo) -> None:
+        self.info = info
+
+    def __getitem__(self, key: object) -> torch.Tensor:
+        return torch.empty(self.info.shape, dtype=DTYPES[self.info.dtype], device="meta")
+
+    def get_shape(self) -> list[int]:
+        """Return the stored shape."""
+        return list(self.info.shape)
+
+    def get_dtype(self) -> str:
+        """Return the safetensors name of the stored dtype."""
+        return self.info.dtype
+
+
+def _layer_of(name: str) -> int | None:
+    match = _LAYER.search(name)
+    return int(match[1]) if match else None
+
+
+def _untie(model: Any, loaded: set[str]) -> dict[str, str]:
+    """Give tied parameters places of their own, and return where those that are not loaded get their numbers.
+
+    As from_pretrained does, a pair is tied in whichever direction its one tensor on disk allows, and not at all where
+    both are there.
+    """
+    found = {}
+    for one, other in model.all_tied_weights_keys.items():
+        _set_parameter(model, one, torch.empty_like(model.get_parameter(one)))
+        for name, source in ((one, other), (other, one)):
+            if name not in loaded and source in loaded:
+                found[name] = source
+    return found
+
+
+def _set_parameter(model: Any, name: str, value: torch.Tensor) -> None:
+    path, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(path), attribute, nn.Parameter(value, requires_grad=value.is_floating_point()))
 
 
 def _keep_wide(model: Any, dtype: torch.dtype) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from moetailor.checkpoint.files import DTYPES, Checkpoint
 from moetailor.checkpoint.loader import quiet_transformers
-from moetailor.errors import CheckpointError, MoetailorError, did_you_mean
+from moetailor.errors import CheckpointError, MoetailorError, did_you_mean, reason_of
 
 DTYPE_CHOICES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -74,9 +74,10 @@ def load_model(
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
             )
-        except (ValueError, RuntimeError, OSError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise CheckpointError(f"{folder}: transformers cannot load it: {reason}") from None
+        except MoetailorError:
+            raise
+        except Exception as error:  # whatever is raised, it is about what somebody wrote there
+            raise CheckpointError(f"{folder}: transformers cannot load it: {reason_of(error)}") from error
     model, info = loaded
     if info["missing_keys"]:
         names = sorted(info["missing_keys"])
@@ -102,9 +103,8 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{folder}: transformers cannot load its tokenizer: {reason}") from None
+    except Exception as error:  # whatever is raised, it is about what somebody wrote there
+        raise CheckpointError(f"{folder}: transformers cannot load its tokenizer: {reason_of(error)}") from error
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         # What transformers makes when there is no file.
         raise CheckpointError(f"{folder}: holds no tokenizer; put the files of the original's beside the weights")

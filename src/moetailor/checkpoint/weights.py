@@ -6,14 +6,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from moetailor.checkpoint.anatomy import Anatomy, discover, tensors_of
-from moetailor.checkpoint.files import Checkpoint, open_checkpoint
+from moetailor.checkpoint.files import Checkpoint
 from moetailor.checkpoint.layout import DiskStack, find_stacks
-from moetailor.checkpoint.loader import StreamedModel, load_config
+from moetailor.checkpoint.loader import StreamedModel
+from moetailor.checkpoint.original import Original
 
 
 class ExpertWeights:
@@ -27,7 +29,7 @@ class ExpertWeights:
 
     def __init__(
         self,
-        source: str | Path | Checkpoint | StreamedModel | nn.Module,
+        source: str | Path | Original | StreamedModel | nn.Module,
         *,
         anatomy: Anatomy | None = None,
         trust_remote_code: bool = False,
@@ -43,25 +45,28 @@ class ExpertWeights:
         return isinstance(self._source, nn.Module)
 
     @cached_property
+    def _original(self) -> Original:
+        assert not isinstance(self._source, nn.Module | StreamedModel)
+        if isinstance(self._source, Original):
+            return self._source
+        return Original(self._source, trust_remote_code=self._trust)
+
+    @property
     def checkpoint(self) -> Checkpoint:
         """The opened checkpoint."""
-        assert not isinstance(self._source, nn.Module)
-        if isinstance(self._source, StreamedModel):
-            return self._source.checkpoint
-        return self._source if isinstance(self._source, Checkpoint) else open_checkpoint(self._source)
+        return self._source.checkpoint if isinstance(self._source, StreamedModel) else self._original.checkpoint
 
-    @cached_property
+    @property
     def _streamed(self) -> StreamedModel:
-        if isinstance(self._source, StreamedModel):
-            return self._source
-        config = load_config(self.checkpoint, trust_remote_code=self._trust)
-        return StreamedModel(self.checkpoint, config, dtype=torch.float32)
+        return self._source if isinstance(self._source, StreamedModel) else self._original.skeleton
 
     @cached_property
     def anatomy(self) -> Anatomy:
         """The MoE layers."""
-        model = self._source if isinstance(self._source, nn.Module) else self._streamed.model
-        return discover(model.config, model, trust_remote_code=self._trust)
+        if isinstance(self._source, nn.Module | StreamedModel):
+            model: Any = self._source if isinstance(self._source, nn.Module) else self._source.model
+            return discover(model.config, model)
+        return self._original.anatomy
 
     @cached_property
     def stacks(self) -> dict[str, DiskStack]:

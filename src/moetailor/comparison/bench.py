@@ -15,9 +15,8 @@ import torch
 
 from moetailor.calibration.batch import Batch
 from moetailor.calibration.folder import Calibration, write_json
-from moetailor.checkpoint.anatomy import Anatomy, discover
-from moetailor.checkpoint.files import Checkpoint
-from moetailor.checkpoint.models import copy_sharing_tensors, load_model
+from moetailor.checkpoint.models import copy_sharing_tensors
+from moetailor.checkpoint.original import Original
 from moetailor.checkpoint.weights import ExpertWeights
 from moetailor.comparison.cells import Cell
 from moetailor.comparison.probe import Probe
@@ -36,35 +35,29 @@ class Bench:
     """Measures cells against the original, of which one copy is in memory at a time.
 
     Args:
-        checkpoint: the original.
-        weights: its experts on disk, which methods read.
+        original: the original.
         calibration: what plans are made from.
         batches: held-out text.
         folder: where the original's predictions and speed lie.
         device: where models run.
         dtype: dtype of the run.
-        trust_remote_code: run code that comes with the checkpoint.
         progress: called with (batches done, batches in all) while the original's predictions are recorded.
     """
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
-        weights: ExpertWeights,
+        original: Original,
         calibration: Calibration,
         batches: Sequence[Batch],
         folder: Path,
         *,
         device: str,
         dtype: torch.dtype,
-        trust_remote_code: bool = False,
         progress: Progress | None = None,
     ) -> None:
-        self.checkpoint, self.weights, self.calibration = checkpoint, weights, calibration
+        self.source, self.weights, self.calibration = original, ExpertWeights(original), calibration
         self.batches, self.folder = batches, folder
-        self._load: Callable[[], Any] = lambda: load_model(
-            checkpoint.folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code
-        )
+        self._load: Callable[[], Any] = lambda: original.load(dtype=dtype, device=device)
         self._progress = progress
 
     @cached_property
@@ -74,14 +67,9 @@ class Bench:
         return self._load()
 
     @cached_property
-    def anatomy(self) -> Anatomy:
-        """Its MoE layers."""
-        return discover(self.model.config, self.model)
-
-    @cached_property
     def probe(self) -> Probe:
         """What its layers get and give."""
-        return Probe(self.model, self.anatomy.layers, self.calibration.batches(), self.batches)
+        return Probe(self.model, self.source.anatomy.layers, self.calibration.batches(), self.batches)
 
     @cached_property
     def reference(self) -> Reference:

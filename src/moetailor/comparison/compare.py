@@ -17,16 +17,16 @@ from moetailor.calibration.folder import Calibration, write_json
 from moetailor.calibration.sampling import SampleOptions
 from moetailor.calibration.statistics import ON_REQUEST
 from moetailor.calibration.text import TextOptions, read_batches, words_of
-from moetailor.checkpoint.files import Checkpoint, open_checkpoint
-from moetailor.checkpoint.loader import load_config
-from moetailor.checkpoint.models import load_tokenizer, longest_sequence, resolve_device, resolve_dtype
+from moetailor.checkpoint.files import Checkpoint
+from moetailor.checkpoint.models import longest_sequence, resolve_device, resolve_dtype
+from moetailor.checkpoint.original import Original
 from moetailor.checkpoint.weights import ExpertWeights
 from moetailor.comparison.bench import Bench, sensitivities_of
 from moetailor.comparison.cells import Cell, cells_of
 from moetailor.comparison.results import failed, layers_of, ranked, spearman, usage
 from moetailor.comparison.stored import VERSION, Notes, read_cell
 from moetailor.errors import MoetailorError, MoetailorWarning
-from moetailor.evaluation.evaluate import check_predicts, is_moetailor
+from moetailor.evaluation.evaluate import check_predicts
 from moetailor.methods.registry import METHODS
 from moetailor.methods.run import check_weights
 from moetailor.planning.plan import calibration_hash
@@ -86,23 +86,22 @@ def compare(
     cells = cells_of(words_of(methods), [remove] if isinstance(remove, str | float | int) else remove)
     if (text is None) == (calibration is None):
         raise MoetailorError("give either calibration text (--data) or a finished calibration folder (--calibration)")
-    checkpoint = open_checkpoint(model)
-    weights = ExpertWeights(checkpoint, trust_remote_code=trust_remote_code)
+    original = Original(model, trust_remote_code=trust_remote_code)
     given = None if calibration is None else Calibration.open(calibration)
     if given is not None:
-        check_weights(weights, given.model)
+        check_weights(ExpertWeights(original), given.model)
     device = resolve_device(device)
-    torch_dtype = resolve_dtype(dtype, device, checkpoint)
-    batches = _read(checkpoint, held_out, trust_remote_code)
-    settings = _settings(checkpoint, batches, device, torch_dtype)
+    torch_dtype = resolve_dtype(dtype, device, original.checkpoint)
+    batches = _read(original, held_out)
+    settings = _settings(original.checkpoint, batches, device, torch_dtype)
     _held(out, settings)
     out.mkdir(parents=True, exist_ok=True)
 
     began = time.perf_counter()
     if given is None:
         assert text is not None
-        options = {"sample": sample, "device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
-        given = _calibrated(model, out / CALIBRATION, text, cells, progress, options)
+        options = {"sample": sample, "device": device, "dtype": dtype}
+        given = _calibrated(original, out / CALIBRATION, text, cells, progress, options)
     settings |= {"calibration": calibration_hash(given.fingerprint), "sensitivities": sensitivities_of(given)}
     run = {"calibrate_seconds": time.perf_counter() - began} | _held(out, settings) | settings
     write_json(out / RUN, run)
@@ -110,14 +109,12 @@ def compare(
     _warn_of_shared(given.batches(), batches)
 
     bench = Bench(
-        checkpoint,
-        weights,
+        original,
         given,
         batches,
         out,
         device=device,
         dtype=torch_dtype,
-        trust_remote_code=trust_remote_code,
         progress=None if progress is None else partial(progress, "original"),
     )
     found = ranked(_measured(bench, cells, out / CELLS, progress))
@@ -131,7 +128,7 @@ def compare(
 
 
 def _calibrated(
-    model: str | Path, folder: Path, text: TextOptions, cells: Sequence[Cell], progress: Stage | None, options: dict
+    model: Original, folder: Path, text: TextOptions, cells: Sequence[Cell], progress: Stage | None, options: dict
 ) -> Calibration:
     """Calibrate with all that the methods of the cells read, and with what errors of each layer cost."""
     recorded = {ON_REQUEST[name] for cell in cells for name in METHODS[cell.method].needs & ON_REQUEST.keys()}
@@ -185,16 +182,12 @@ def _finished(cell: Cell, file: Path, calibration: Calibration) -> dict | None:
     return result
 
 
-def _read(checkpoint: Checkpoint, held_out: TextOptions, trust_remote_code: bool) -> list[Batch]:
-    """Read the held-out text, once it is sure that the model is an original."""
-    if is_moetailor(checkpoint):
-        raise MoetailorError(f"{checkpoint.source}: was written by moetailor; compare starts from an original")
+def _read(original: Original, held_out: TextOptions) -> list[Batch]:
     if not held_out.data:
         raise MoetailorError("no held-out text; name some that was not calibrated on with --held-out")
     check_predicts(held_out)
-    config = load_config(checkpoint, trust_remote_code=trust_remote_code)
-    tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code)
-    return read_batches(held_out, tokenizer, max_length=longest_sequence(config), words=config.vocab_size)
+    config = original.config
+    return read_batches(held_out, original.tokenizer(), max_length=longest_sequence(config), words=config.vocab_size)
 
 
 def _settings(checkpoint: Checkpoint, batches: Sequence[Batch], device: str, dtype: torch.dtype) -> dict:
@@ -253,7 +246,7 @@ def _results(bench: Bench, held_out: TextOptions, cells: Sequence[dict], device:
         "format": "moetailor-comparison",
         "version": VERSION,
         "model": {
-            "source": bench.checkpoint.source,
+            "source": bench.source.source,
             "model_type": facts.model_type,
             "nbytes": facts.nbytes,
             "top_k": facts.top_k,

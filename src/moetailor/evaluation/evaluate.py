@@ -13,9 +13,8 @@ import torch
 from torch import nn
 
 from moetailor.calibration.text import TextOptions, read_batches, words_of
-from moetailor.checkpoint.files import Checkpoint, open_checkpoint
-from moetailor.checkpoint.loader import load_config
-from moetailor.checkpoint.models import load_model, load_tokenizer, longest_sequence, resolve_device, resolve_dtype
+from moetailor.checkpoint.models import longest_sequence, resolve_device, resolve_dtype
+from moetailor.checkpoint.original import Original
 from moetailor.errors import MoetailorError
 from moetailor.evaluation.fidelity import Fidelity, Reference
 from moetailor.evaluation.speed import Speed, measure_speed, resident_nbytes
@@ -118,29 +117,22 @@ def evaluate(
         CalibrationError: the text cannot be used.
         MoetailorError: no room for the original's predictions, or a prediction is not finite.
     """
-    original, compressed = open_checkpoint(against), open_checkpoint(model)
-    if is_moetailor(original):
+    original, compressed = (
+        Original(source, takes="anything", trust_remote_code=trust_remote_code) for source in (against, model)
+    )
+    if original.written_here:
         raise MoetailorError(f"{against}: was written by moetailor; --against takes the original")
     check_predicts(text)
     if tasks is not None and tasks.tasks:
         check_tasks(tasks.tasks, trust_remote_code=trust_remote_code, **tasks.folders)
-    config = load_config(original, trust_remote_code=trust_remote_code)
-    if why := unlike(load_config(compressed, trust_remote_code=trust_remote_code), config):
+    config = original.config
+    if why := unlike(compressed.config, config):
         raise MoetailorError(f"{against} cannot be the original of {model}: its {why}")
-    check_origin(compressed, original)
-    tokenizer = load_tokenizer(original.folder, trust_remote_code=trust_remote_code)
+    check_origin(compressed.checkpoint, original.checkpoint)
+    tokenizer = original.tokenizer()
     batches = read_batches(text, tokenizer, max_length=longest_sequence(config), words=config.vocab_size)
     device = resolve_device(device)
-    torch_dtype = resolve_dtype(dtype, device, original)
-
-    def load(checkpoint: Checkpoint) -> nn.Module:
-        return load_model(
-            checkpoint.folder,
-            dtype=torch_dtype,
-            device=device,
-            device_map=device_map,
-            trust_remote_code=trust_remote_code,
-        )
+    run = {"dtype": resolve_dtype(dtype, device, original.checkpoint), "device": device, "device_map": device_map}
 
     def watch(name: str) -> Callable[[int, int], None]:
         def report(done: int, total: int) -> None:
@@ -151,19 +143,19 @@ def evaluate(
 
     with tempfile.TemporaryDirectory(prefix="moetailor-") as folder:
         reference = Reference(Path(folder), batches)
-        first = load(original)
+        first = original.load(**run)
         reference.record(first, watch("original"))
         measured = [_measure(first, batches[0].input_ids[:1], tokenizer, tasks, trust_remote_code)]
         del first
         gc.collect()
-        second = load(compressed)
+        second = compressed.load(**run)
         fidelity = reference.compare(second, watch("compressed"))
         measured.append(_measure(second, batches[0].input_ids[:1], tokenizer, tasks, trust_remote_code))
     resident, speed, scores = zip(*measured, strict=True)
     return Scores(
         overall=fidelity.pop(""),
         domains=fidelity,
-        nbytes=(original.nbytes, compressed.nbytes),
+        nbytes=(original.checkpoint.nbytes, compressed.checkpoint.nbytes),
         resident=resident,
         speed=speed,
         tasks={
@@ -193,8 +185,3 @@ def check_predicts(text: TextOptions) -> None:
     """
     if text.length < 2:
         raise MoetailorError(f"--length {text.length} predicts nothing; use at least 2")
-
-
-def is_moetailor(checkpoint: Checkpoint) -> bool:
-    """Say whether moetailor wrote a checkpoint."""
-    return (checkpoint.config.get("quantization_config") or {}).get("quant_method") == "moetailor"

@@ -22,9 +22,9 @@ from torch import nn
 from moetailor.answers import SlotMap
 from moetailor.calibration.batch import Batch, text_fingerprint
 from moetailor.calibration.folder import Calibration, write_json
-from moetailor.checkpoint.anatomy import Anatomy, discover
-from moetailor.checkpoint.files import open_checkpoint
-from moetailor.checkpoint.models import copy_sharing_tensors, load_model, resolve_device, resolve_dtype
+from moetailor.checkpoint.anatomy import Anatomy
+from moetailor.checkpoint.models import copy_sharing_tensors, resolve_device, resolve_dtype
+from moetailor.checkpoint.original import Original
 from moetailor.checkpoint.weights import ExpertWeights
 from moetailor.errors import MoetailorError, PlanError
 from moetailor.evaluation.fidelity import Reference
@@ -100,8 +100,8 @@ def allocate(
     _check(chosen, numbers, model or facts.source)
     estimate = estimate_plan(facts, chosen, budget, layers=numbers, protect=protected, allocation="error")
     bounds = allocation_bounds(estimate, chosen, numbers, protected)
-    checkpoint = open_checkpoint(model or facts.source)
-    weights = ExpertWeights(checkpoint.folder, trust_remote_code=trust_remote_code)
+    opened = Original(model or facts.source, trust_remote_code=trust_remote_code)
+    weights = ExpertWeights(opened)
     check_weights(weights, facts)
     views = [view_of(calibration, number, weights, protected) for number in numbers]
 
@@ -111,7 +111,7 @@ def allocate(
         return plan.kept_slots
 
     device = resolve_device(device)
-    torch_dtype = resolve_dtype(dtype, device, checkpoint)
+    torch_dtype = resolve_dtype(dtype, device, opened.checkpoint)
     batches = _some(calibration.batches(), options.samples)
     about = {"calibration": calibration_hash(calibration.fingerprint), "text": text_fingerprint(batches)["hash"]}
     about |= {
@@ -121,8 +121,7 @@ def allocate(
         "protect": sorted(map(list, protected)),
     }
     known = Known(out.with_suffix(".search.json"), about | {"dtype": str(torch_dtype)})
-    original = load_model(checkpoint.folder, dtype=torch_dtype, device=device, trust_remote_code=trust_remote_code)
-    anatomy = discover(original.config, original, trust_remote_code=trust_remote_code)
+    original, anatomy = opened.load(dtype=torch_dtype, device=device), opened.anatomy
     with tempfile.TemporaryDirectory(prefix="moetailor-") as folder:
         reference = Reference(Path(folder), batches).record(original)
 

@@ -17,10 +17,10 @@ from transformers import TrainerCallback, set_seed
 
 from moetailor._version import __version__
 from moetailor.calibration.text import words_of
-from moetailor.checkpoint.anatomy import Anatomy, discover
-from moetailor.checkpoint.files import Checkpoint, open_checkpoint
-from moetailor.checkpoint.loader import load_config
-from moetailor.checkpoint.models import load_model, load_tokenizer, longest_sequence, resolve_device, resolve_dtype
+from moetailor.checkpoint.anatomy import Anatomy
+from moetailor.checkpoint.files import Checkpoint
+from moetailor.checkpoint.models import longest_sequence, resolve_device, resolve_dtype
+from moetailor.checkpoint.original import Original
 from moetailor.checkpoint.writer import check_place
 from moetailor.errors import MoetailorError, did_you_mean
 from moetailor.recovery.anneal import Annealing
@@ -32,7 +32,6 @@ from moetailor.recovery.result import provenance_of, write_recovered
 from moetailor.recovery.train import Progress, RecoveryOptions, mean_losses, training_arguments
 from moetailor.recovery.train import train as train_student
 from moetailor.recovery.trainable import Adapters, Selection, check_words, select
-from moetailor.runtime.quantizer import original_config
 from moetailor.transform.origin import check_origin, unlike
 
 Stage = Callable[[str, int, int], None]
@@ -114,27 +113,28 @@ def recover(
     started, out = time.monotonic(), Path(out)
     train, callbacks = words_of(train), list(callbacks)
     words, objective = _check(train, loss, options, teacher, held_out)
-    source = open_checkpoint(model)
+    source = Original(model, takes="results", trust_remote_code=trust_remote_code)
     wanted = objective.needs_teacher or callbacks or options.anneal
-    original = open_checkpoint(teacher) if teacher is not None and wanted else None
-    check_place(out, overwrite=overwrite, inputs={"the model": source.folder, "the teacher": _folder(original)})
-    config = load_config(source, trust_remote_code=trust_remote_code)
+    original = None
+    if teacher is not None and wanted:
+        original = Original(teacher, takes="anything", trust_remote_code=trust_remote_code)
+    inputs = {"the model": source.folder, "the teacher": None if original is None else original.folder}
+    check_place(out, overwrite=overwrite, inputs=inputs)
     if original is not None:
-        check_teacher(config, load_config(original, trust_remote_code=trust_remote_code))
-        check_origin(source, original)
+        check_teacher(source.config, original.config)
+        check_origin(source.checkpoint, original.checkpoint)
     device = resolve_device(device)
     arguments = training_arguments(training_folder(out), options, device)
     # A part of what is shared out goes to each GPU; the whole may not fit on one.
     place = torch.device("cpu") if options.fsdp else arguments.device
-    load = partial(_load, dtype=dtype, device=arguments.device, place=place, trust_remote_code=trust_remote_code)
-    blocks, held = (_blocks(part, source, config, trust_remote_code) for part in (examples, held_out))
+    load = partial(_load, dtype=dtype, device=arguments.device, place=place)
+    blocks, held = (_blocks(part, source) for part in (examples, held_out))
     assert blocks is not None
-    settings = _settings(source, original, blocks, words, loss, options, dtype)
+    settings = _settings(source.checkpoint, original and original.checkpoint, blocks, words, loss, options, dtype)
     check_training(training_folder(out), settings)
-    provenance_of(source)  # refused before the training, not after it
+    provenance_of(source.checkpoint)  # refused before the training, not after it
 
-    # The config says how it was compressed; what is looked for is the anatomy of the original.
-    anatomy = discover(original_config(config), trust_remote_code=trust_remote_code)
+    anatomy = source.anatomy
 
     def begin(teacher: Any) -> tuple[Student, Selection, Adapters]:
         student = Student(load(source), objective, teacher)
@@ -165,7 +165,7 @@ def recover(
             train_student(student, blocks, arguments)
         adapters.merge()
         write = partial(write_recovered, settings=settings, overwrite=overwrite, trust_remote_code=trust_remote_code)
-        write(out, source, student.model, selection.names, progress=part("write"))
+        write(out, source.checkpoint, student.model, selection.names, progress=part("write"))
         shutil.rmtree(training_folder(out))
     PartialState().wait_for_everyone()
     return RecoveryResult(
@@ -222,23 +222,19 @@ def _annealing(options: RecoveryOptions, anatomy: Anatomy, model: nn.Module, ori
     return [annealing]
 
 
-def _load(
-    checkpoint: Checkpoint, *, dtype: str | None, device: torch.device, place: torch.device, trust_remote_code: bool
-) -> Any:
+def _load(source: Original, *, dtype: str | None, device: torch.device, place: torch.device) -> Any:
     """Load a model in the dtype that suits the device it will run on, to where it is to lie first."""
-    resolved = resolve_dtype(dtype, device.type, checkpoint)
+    resolved = resolve_dtype(dtype, device.type, source.checkpoint)
     if resolved not in (torch.float32, torch.bfloat16):
         raise MoetailorError(f"training runs in float32 or bfloat16, not {resolved}; choose with --dtype")
-    return load_model(checkpoint.folder, dtype=resolved, device=str(place), trust_remote_code=trust_remote_code)
+    return source.load(dtype=resolved, device=str(place))
 
 
-def _blocks(
-    examples: ExampleOptions | Blocks | None, source: Checkpoint, config: Any, trust_remote_code: bool
-) -> Blocks | None:
+def _blocks(examples: ExampleOptions | Blocks | None, source: Original) -> Blocks | None:
     if not isinstance(examples, ExampleOptions):
         return examples
-    tokenizer = load_tokenizer(source.folder, trust_remote_code=trust_remote_code)
-    return read_blocks(examples, tokenizer, max_length=longest_sequence(config), words=config.vocab_size)
+    limit, words = longest_sequence(source.config), source.config.vocab_size
+    return read_blocks(examples, source.tokenizer(), max_length=limit, words=words)
 
 
 def _measure(
@@ -274,7 +270,3 @@ def _checkpoint_layers(model: Any) -> None:
     # Releases of transformers before 5.23 have it under another name.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
-
-
-def _folder(checkpoint: Checkpoint | None) -> Path | None:
-    return None if checkpoint is None else checkpoint.folder

@@ -11,7 +11,7 @@ from typing import Any
 from moetailor._version import __version__
 from moetailor.checkpoint.anatomy import tensors_of
 from moetailor.checkpoint.files import DTYPES, INDEX, Checkpoint, TensorInfo, read_header
-from moetailor.checkpoint.loader import disk_tensors, memory_names
+from moetailor.checkpoint.names import disk_tensors, memory_names
 from moetailor.checkpoint.writer import Piece, new_folder, save_tensors, whole, write_shards
 from moetailor.errors import CheckpointError, MoetailorError
 from moetailor.schema import load_json

@@ -6,7 +6,6 @@ weights come, so weight conversion, device maps, PEFT and saving stay transforme
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 from torch import nn
@@ -17,12 +16,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from moetailor.answers import SlotMap
 from moetailor.answers.slot_map import CURE
 from moetailor.checkpoint.anatomy import Anatomy, discover
+from moetailor.checkpoint.config import original_config
+from moetailor.checkpoint.family import QUANT_METHOD
 from moetailor.errors import CheckpointError
 from moetailor.runtime.experts import CompressedExperts
 from moetailor.runtime.reshape import LayerChange, reshape_model
 from moetailor.schema import read
 
-QUANT_METHOD = "moetailor"
 FORMAT_VERSION = 1
 
 
@@ -82,17 +82,6 @@ class MoetailorQuantizer(HfQuantizer):
 
 register_quantization_config(QUANT_METHOD)(MoetailorConfig)
 register_quantizer(QUANT_METHOD)(MoetailorQuantizer)
-
-
-def original_config(config: Any) -> Any:
-    """Return the config of a compressed checkpoint without how it was compressed; any other is returned as it is."""
-    entry = getattr(config, "quantization_config", None)
-    method = entry.get("quant_method") if isinstance(entry, dict) else getattr(entry, "quant_method", None)
-    if method != QUANT_METHOD:
-        return config
-    config = copy.copy(config)
-    config.quantization_config = None
-    return config
 
 
 def reshape_loaded(model: Any, maps: dict[int, SlotMap]) -> None:

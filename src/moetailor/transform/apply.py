@@ -7,6 +7,7 @@ from typing import Any, overload
 
 from torch import nn
 
+from moetailor.checkpoint.original import Original
 from moetailor.errors import MoetailorError
 from moetailor.planning.plan import Plan
 from moetailor.transform.disk import apply_to_checkpoint
@@ -16,15 +17,22 @@ from moetailor.transform.memory import apply_to_model
 @overload
 def apply(plan: Plan, model: nn.Module, out: None = None, **options: Any) -> nn.Module: ...
 @overload
-def apply(plan: Plan, model: str | Path, out: str | Path, *, verify: bool = False, **options: Any) -> Path: ...
 def apply(
-    plan: Plan, model: str | Path | nn.Module, out: str | Path | None = None, *, verify: bool = False, **options: Any
+    plan: Plan, model: str | Path | Original, out: str | Path, *, verify: bool = False, **options: Any
+) -> Path: ...
+def apply(
+    plan: Plan,
+    model: str | Path | Original | nn.Module,
+    out: str | Path | None = None,
+    *,
+    verify: bool = False,
+    **options: Any,
 ) -> nn.Module | Path:
     """Carry a plan out.
 
     Args:
         plan: what becomes of the slots.
-        model: a transformers model, which is changed in place, or the folder or hub name of a checkpoint.
+        model: a transformers model, which is changed in place, or the folder, hub name or opened files of a checkpoint.
         out: folder of the result, for a checkpoint.
         verify: open the result again and run it once, for a checkpoint.
         **options: see `apply_to_model` and `apply_to_checkpoint`.

@@ -14,12 +14,13 @@ import torch
 
 from moetailor._version import __version__
 from moetailor.calibration.folder import Calibration
-from moetailor.checkpoint.anatomy import discover
-from moetailor.checkpoint.facts import facts_of_checkpoint
-from moetailor.checkpoint.files import INDEX, Checkpoint, TensorInfo, open_checkpoint, read_header
-from moetailor.checkpoint.layout import DiskStack, find_stacks
-from moetailor.checkpoint.loader import StreamedModel, disk_tensors, load_config
+from moetailor.checkpoint.files import Checkpoint, TensorInfo, read_header
+from moetailor.checkpoint.folder import INDEX
+from moetailor.checkpoint.layout import DiskStack
+from moetailor.checkpoint.loader import StreamedModel
 from moetailor.checkpoint.models import resolve_device
+from moetailor.checkpoint.names import disk_tensors
+from moetailor.checkpoint.original import Original, open_original
 from moetailor.checkpoint.weights import ExpertWeights
 from moetailor.checkpoint.writer import check_place, new_folder, save_tensors, write_shards
 from moetailor.errors import CheckpointError, PlanError
@@ -47,7 +48,7 @@ WRITTEN_ANEW = {"config.json", "README.md", INDEX, PLAN_FILE, PROVENANCE_FILE}
 
 def apply_to_checkpoint(
     plan: Plan,
-    model: str | Path,
+    model: str | Path | Original,
     out: str | Path,
     *,
     calibration: Calibration | None = None,
@@ -64,7 +65,7 @@ def apply_to_checkpoint(
 
     Args:
         plan: what becomes of the slots.
-        model: folder or hub name of the original.
+        model: folder or hub name of the original, or the original opened.
         out: folder of the result; it appears when it is complete.
         calibration: the calibration of the plan; needed when the plan has stand-ins or merged experts.
         format: one of `FORMATS`, or ``auto`` for the first that can hold the plan: native, else moetailor.
@@ -82,13 +83,12 @@ def apply_to_checkpoint(
         PlanError: the plan does not fit it.
         MoetailorError: the output folder exists, or the disk is full.
     """
-    out, checkpoint = Path(out), open_checkpoint(model)
+    out, original = Path(out), open_original(model, trust_remote_code=trust_remote_code)
+    checkpoint = original.checkpoint
     inputs = {"the original": checkpoint.folder, "the calibration": calibration.folder if calibration else None}
     check_place(out, overwrite=overwrite, inputs=inputs)
-    config = load_config(checkpoint, trust_remote_code=trust_remote_code)
-    source = StreamedModel(checkpoint, config, dtype=torch.float32, device=resolve_device(device))
-    anatomy = discover(config, source.model, trust_remote_code=trust_remote_code)
-    facts = facts_of_checkpoint(checkpoint, anatomy, source.names)
+    source = original.streamed(dtype=torch.float32, device=resolve_device(device))
+    anatomy, stacks, facts = original.anatomy, original.stacks, original.facts
     check_plan(plan, facts, allow_other_weights=allow_other_weights)
     check_calibration(plan, calibration, propagate)
     if unknown := plan.layers.keys() - {stack.prefix for stack in facts.stacks}:
@@ -97,7 +97,6 @@ def apply_to_checkpoint(
     if plan.model.stacks != facts.stacks or plan.model.nbytes != facts.nbytes:
         plan = replace(plan, model=facts)
     form = resolve_format(plan, format)
-    stacks = find_stacks(checkpoint, anatomy, source.names)
     parts = Parts(plan=plan, checkpoint=checkpoint, anatomy=anatomy, stacks=stacks, rebuilt={}, added={})
     with new_folder(out, overwrite=overwrite, nbytes=plan.nbytes) as folder:
         scratch = folder / "built"
@@ -105,13 +104,13 @@ def apply_to_checkpoint(
         nbytes = write_shards(folder, form.shards(parts), progress and partial(progress, "write"))
         shutil.rmtree(scratch, ignore_errors=True)
         assert nbytes == plan.nbytes, f"{nbytes} bytes written, {plan.nbytes} planned"
-        copy_others(checkpoint.folder, folder, left_out=WRITTEN_ANEW, trust_remote_code=trust_remote_code)
-        write_json(folder / "config.json", form.config(copy.deepcopy(checkpoint.config), config, plan))
+        copy_others(checkpoint.folder, folder, left_out=WRITTEN_ANEW, trust_remote_code=original.trust_remote_code)
+        write_json(folder / "config.json", form.config(copy.deepcopy(checkpoint.config), original.config, plan))
         plan.save(folder / PLAN_FILE)
         write_json(folder / PROVENANCE_FILE, provenance(plan, checkpoint, calibration, form.name, propagate))
         (folder / "README.md").write_text(model_card(plan, checkpoint.folder, form), encoding="utf-8")
         if verify:
-            form.verify(folder, plan, trust_remote_code=trust_remote_code)
+            form.verify(folder, plan, trust_remote_code=original.trust_remote_code)
     return out
 
 

@@ -5,15 +5,13 @@ It runs layer by layer, so a result larger than memory is checked too.
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 
 import torch
 
 from moetailor.calibration.batch import Batch
 from moetailor.calibration.walk import Walk
-from moetailor.checkpoint.files import open_checkpoint
-from moetailor.checkpoint.loader import StreamedModel, load_config
+from moetailor.checkpoint.original import Original
 from moetailor.errors import CheckpointError
 from moetailor.planning.plan import Plan
 from moetailor.runtime.experts import CompressedExperts
@@ -31,23 +29,19 @@ def verify_result(folder: str | Path, plan: Plan, *, trust_remote_code: bool = F
     Raises:
         CheckpointError: bytes, names or shapes are not as planned, or a value is not finite.
     """
-    checkpoint = open_checkpoint(folder)
+    result = Original(folder, takes="results", trust_remote_code=trust_remote_code)
+    checkpoint = result.checkpoint
     if checkpoint.nbytes != plan.nbytes:
         raise CheckpointError(f"{folder}: {checkpoint.nbytes:,} bytes, the plan says {plan.nbytes:,}")
-    config = copy.copy(load_config(checkpoint, trust_remote_code=trust_remote_code))
     entry = checkpoint.config.get("quantization_config")
     maps = {} if entry is None else MoetailorConfig(layers=entry["layers"], version=entry["version"]).slot_maps()
-    config.quantization_config = None
-
-    source = StreamedModel(
-        checkpoint, config, dtype=torch.float32, prepare=lambda model: reshape_loaded(model, maps), complete=fill_maps
-    )
+    source = result.streamed(dtype=torch.float32, prepare=lambda model: reshape_loaded(model, maps), complete=fill_maps)
     named = (name for name, module in source.model.named_modules() if isinstance(module, CompressedExperts))
     paths = tuple(f"{name}." for name in named)
     lost = [name for name in checkpoint.tensors if name.startswith(paths) and name not in source.names]
     if lost:
         raise CheckpointError(f"{folder}: {len(lost)} tensors have no place in the model, first {lost[0]}")
-    ids = torch.arange(16)[None] % config.vocab_size
+    ids = torch.arange(16)[None] % result.config.vocab_size
     walk = Walk(source, [Batch.of(ids)])
     stream = walk.begin()
     for index in walk.layers(beside={layer: slots.lenders for layer, slots in maps.items()}):
