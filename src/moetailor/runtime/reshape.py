@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from moetailor.answers import SlotMap
-from moetailor.checkpoint.anatomy import Anatomy, MoELayer
+from moetailor.checkpoint.anatomy import Anatomy, MoELayer, tensors_of
 from moetailor.runtime.experts import CompressedExperts
 
 
@@ -63,6 +64,29 @@ def reshape_model(model: nn.Module, anatomy: Anatomy, changes: Mapping[int, Laye
             model.get_submodule(layer.experts).__dict__["lenders"] = {
                 index: model.get_submodule(path) for index, path in lenders.items()
             }
+    _count_slots(model, anatomy)
+
+
+def _count_slots(model: Any, anatomy: Anatomy) -> None:
+    """Let the loss that balances routers count the slots that are left: one number for all layers, the largest."""
+    tensors = tensors_of(model)
+    rows = [(layer, *next(iter(layer.slot_rows.items()))) for layer in anatomy.layers.values()]
+    widths = {tensors[f"{layer.block}.{name}"].shape[axis] for layer, name, axis in rows}
+    for path, attribute in anatomy.model_counts:
+        setattr(model.get_submodule(path), attribute, max(widths))
+    base = model.base_model
+    if len(widths) > 1 and _of_one_width not in base._forward_hooks.values():
+        base.register_forward_hook(_of_one_width)
+
+
+def _of_one_width(base: nn.Module, args: Any, output: Any) -> None:
+    """Fill the router logits of layers with fewer slots up, with slots that no token chooses."""
+    given = getattr(output, "router_logits", None)
+    if isinstance(given, tuple):
+        widest = max(logits.shape[-1] for logits in given)
+        short = [widest - logits.shape[-1] for logits in given]
+        filled = (F.pad(logits, (0, more), value=-torch.inf) for logits, more in zip(given, short, strict=True))
+        output.router_logits = tuple(filled)
 
 
 def _cut(model: nn.Module, path: str, axis: int, rows: Sequence[int]) -> None:
