@@ -48,20 +48,18 @@ def apply_to_model(
         for layer, view in layer_views(plan, calibration, ExpertWeights(model, anatomy=anatomy)):
             change_layer(model, anatomy, plan, layer, compute_layer(plan, view) if view else None)
     if plan.native:
-        _shrink_counts(model, plan, anatomy.model_counts)
+        _shrink_counts(model, plan)
     else:
         _mark(model, plan)
     return model
 
 
-def _shrink_counts(model: Any, plan: Plan, counts: tuple[tuple[str, str], ...]) -> None:
+def _shrink_counts(model: Any, plan: Plan) -> None:
     left = len(next(iter(plan.by_layer.values())).pool) if plan.by_layer else None
     if left is None:
         return
     for name in family.expert_count_spellings(model.config):
         setattr(model.config, name, left)
-    for path, attribute in counts:
-        setattr(model.get_submodule(path), attribute, left)
 
 
 def _mark(model: Any, plan: Plan) -> None:
