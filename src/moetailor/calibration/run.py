@@ -23,25 +23,20 @@ from moetailor._version import __version__
 from moetailor.calibration.batch import Batch, save_batches, text_fingerprint
 from moetailor.calibration.capture import Pairs, Routed, captured, silenced
 from moetailor.calibration.finite import Stored, check_weights
-from moetailor.calibration.folder import ANEW, MANIFEST, RUN, TEXT, Calibration, layer_file, part_name, write_json
+from moetailor.calibration.folder import MANIFEST, RUN, TEXT, Calibration, layer_file, part_name, write_json
 from moetailor.calibration.layers import HiddenStates, LayerRunner, PartlyLoaded
+from moetailor.calibration.resume import claim, has_layer, noted
 from moetailor.calibration.statistics import (
-    SAMPLE,
-    SUMS,
     LayerStatistics,
     Sample,
     Sums,
     add_pairs,
     add_tokens,
-    load_sample,
-    load_sums,
     sample_keys,
 )
 from moetailor.checkpoint.anatomy import Anatomy, MoELayer
 from moetailor.checkpoint.facts import ModelFacts
-from moetailor.checkpoint.tensors import digest
 from moetailor.errors import CalibrationError
-from moetailor.schema import load_json
 
 Progress = Callable[[int, int], None]
 
@@ -105,19 +100,19 @@ def run_calibration(
     """
     anatomy, sampled = subject.anatomy, sampled_positions(batches, sample)
     finished = Calibration.open(folder) if (folder / MANIFEST).exists() else None
-    notes = finished.fingerprint if finished else _noted(folder)
+    held, hashes = (finished.fingerprint, dict(finished.hashes)) if finished else noted(folder)
     # A folder that holds more than was asked for serves as well.
-    residual = residual or bool((notes or {}).get("residual"))
+    residual = residual or bool((held or {}).get("residual"))
     fingerprint = _fingerprint(subject, batches, sample) | ({"residual": True} if residual else {})
-    _claim(folder, notes, fingerprint)
+    claim(folder, held, fingerprint)
     if finished and finished.complete:
         return finished
-    write_json(folder / RUN, fingerprint)
-    hashes = dict(finished.hashes) if finished else _measured(folder, subject.facts)
+    write_json(folder / RUN, {"fingerprint": fingerprint, "hashes": hashes})
+    measured = {index for index in anatomy.layers if has_layer(folder, index, hashes)}
     hashes[TEXT] = save_batches(batches, folder / TEXT)
     runner = LayerRunner(subject.open(), batches)
     states = HiddenStates(folder / "states" if states_on_disk else None)
-    first, last = _first_layer(folder, states, anatomy), max(anatomy.layers)
+    first, last = _first_layer(measured, states, anatomy), max(anatomy.layers)
     count = _counter(progress, first * len(batches), (last + 1) * len(batches))
     embedded = runner.embed()
     if first == 0:
@@ -127,7 +122,7 @@ def run_calibration(
     for index in range(first, last + 1):
         began, collector = time.time(), None
         with runner.layer(index) as layer:
-            if index in anatomy.layers and not layer_file(folder, index).exists():
+            if index in anatomy.layers and index not in measured:
                 check_weights(runner.source.model, anatomy.layers[index], subject.stored)
                 collector = Collector(anatomy, index, batches, sampled, residual)
             inputs = states.read(index, len(batches))
@@ -139,6 +134,8 @@ def run_calibration(
         if collector is not None:
             file = layer_file(folder, index)
             hashes |= {part_name(file, prefix): known for prefix, known in collector.finish().save(file).items()}
+            # A layer counts as measured once its hash is known: what a kill left before that is measured again.
+            write_json(folder / RUN, {"fingerprint": fingerprint, "hashes": hashes})
         states.forget(index)
         _log(folder, layer=index, seconds=round(time.time() - began, 3))
     shutil.rmtree(folder / "states", ignore_errors=True)
@@ -281,44 +278,15 @@ def sampled_positions(batches: list[Batch], sample: SampleOptions) -> list[tuple
     return sampled
 
 
-def _first_layer(folder: Path, states: HiddenStates, anatomy: Anatomy) -> int:
+def _first_layer(measured: set[int], states: HiddenStates, anatomy: Anatomy) -> int:
     """Return the layer to begin with: the last one whose inputs are on disk and whose predecessors are all measured."""
     last = max(anatomy.layers)
-    if all(layer_file(folder, moe).exists() for moe in anatomy.layers):
+    if measured == set(anatomy.layers):
         return last + 1
     for index in range(last, 0, -1):
-        if states.has(index) and all(layer_file(folder, moe).exists() for moe in anatomy.layers if moe < index):
+        if states.has(index) and all(moe in measured for moe in anatomy.layers if moe < index):
             return index
     return 0
-
-
-def _claim(folder: Path, notes: dict | None, fingerprint: dict) -> None:
-    """Make the folder this run's; `notes` are the fingerprint of the run that it holds, if any."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if notes is None and any(folder.iterdir()):
-        raise CalibrationError(f"{folder}: not empty and no calibration; choose another folder")
-    if notes is not None and notes != fingerprint:
-        differs = [name for name in fingerprint | notes if notes.get(name) != fingerprint.get(name)]
-        raise CalibrationError(
-            f"{folder}: holds another calibration ({', '.join(differs)} differ); choose another folder or delete it"
-        )
-
-
-def _noted(folder: Path) -> dict | None:
-    """Return the fingerprint of the run that a folder holds, if it is not finished."""
-    file = folder / RUN
-    return load_json(file, error=CalibrationError, cure=ANEW) if file.exists() else None
-
-
-def _measured(folder: Path, facts: ModelFacts) -> dict[str, str]:
-    """Return the hashes of what a stopped run measured; a file of it that cannot be used is refused."""
-    hashes: dict[str, str] = {}
-    for stack in facts.stacks:
-        if stack.index is not None and (file := layer_file(folder, stack.index)).exists():
-            sums = load_sums(file, stack.num_experts, facts.width)
-            sample = load_sample(file, stack.num_experts, facts.width, facts.top_k)
-            hashes |= {part_name(file, SUMS): digest(sums.recorded), part_name(file, SAMPLE): digest(vars(sample))}
-    return hashes
 
 
 def _fingerprint(subject: Subject, batches: list[Batch], sample: SampleOptions) -> dict:

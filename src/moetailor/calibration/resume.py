@@ -1,0 +1,45 @@
+"""What a run that was stopped left in its folder: which run it was, and what it had measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TypedDict
+
+from moetailor.calibration.folder import ANEW, RUN, layer_file, part_name
+from moetailor.calibration.statistics import SUMS
+from moetailor.errors import CalibrationError
+from moetailor.schema import load_json, read
+
+
+def claim(folder: Path, held: dict | None, fingerprint: dict) -> None:
+    """Make the folder this run's; `held` is the fingerprint of the run that it holds, if any."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if held is None and any(folder.iterdir()):
+        raise CalibrationError(f"{folder}: not empty and no calibration; choose another folder")
+    if held is not None and held != fingerprint:
+        differs = [name for name in fingerprint | held if held.get(name) != fingerprint.get(name)]
+        raise CalibrationError(
+            f"{folder}: holds another calibration ({', '.join(differs)} differ); choose another folder or delete it"
+        )
+
+
+class _Stopped(TypedDict):
+    fingerprint: dict
+    hashes: dict[str, str]
+
+
+def noted(folder: Path) -> tuple[dict | None, dict[str, str]]:
+    """Return the fingerprint of the stopped run that a folder holds, if any, and the hashes of what it measured."""
+    file = folder / RUN
+    if not file.exists():
+        return None, {}
+    content = load_json(file, error=CalibrationError, cure=ANEW)
+    found = read(_Stopped, content, str(file), error=CalibrationError, cure=ANEW)
+    return found["fingerprint"], found["hashes"]
+
+
+def has_layer(folder: Path, index: int, hashes: Mapping[str, str]) -> bool:
+    """Say whether a layer is measured."""
+    file = layer_file(folder, index)
+    return file.exists() and part_name(file, SUMS) in hashes
