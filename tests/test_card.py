@@ -16,6 +16,7 @@ import moetailor
 from moetailor.checkpoint.facts import ModelFacts
 from moetailor.checkpoint.family import Groups
 from moetailor.transform.card import model_card, original_licence
+from moetailor.transform.formats import Native
 
 FACTS = ModelFacts(
     source="", fingerprint={}, model_type="olmoe", width=4, top_k=1, groups=Groups(), nbytes=1000, stacks=()
@@ -32,9 +33,9 @@ NASTY = [
 ]
 
 
-def card(folder: Path, plan: moetailor.Plan = PLAN, written: str = "native") -> tuple[dict, str]:
+def card(folder: Path, plan: moetailor.Plan = PLAN) -> tuple[dict, str]:
     """Return the front matter and the body of a card, which must be writable."""
-    whole = model_card(plan, folder, written)
+    whole = model_card(plan, folder, Native())
     whole.encode()
     opened, front, body = whole.split("---\n", 2)
     assert opened == ""

@@ -13,10 +13,8 @@ import torch
 
 from moetailor._version import __version__
 from moetailor.calibration.batch import Batch, text_fingerprint
-from moetailor.calibration.folder import ANEW, RUN
 from moetailor.calibration.sampling import SampleOptions
 from moetailor.errors import CalibrationError
-from moetailor.schema import load_json
 
 
 def run_fingerprint(
@@ -43,16 +41,6 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     """Return a hash of a tokenizer's vocabulary and special tokens."""
     content = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.all_special_tokens], ensure_ascii=False)
     return hashlib.sha256(content.encode()).hexdigest()[:32]
-
-
-def started_fingerprint(folder: Path) -> dict | None:
-    """Return the fingerprint of the run that was started in a folder; None where there was none.
-
-    Raises:
-        CalibrationError: its file is damaged.
-    """
-    file = folder / RUN
-    return load_json(file, error=CalibrationError, cure=ANEW) if file.exists() else None
 
 
 def check_same_run(folder: Path, stored: dict | None, fingerprint: dict) -> None:

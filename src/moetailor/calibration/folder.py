@@ -73,6 +73,7 @@ class _Manifest(TypedDict):
     fingerprint: Fingerprint
     model: ModelFacts
     hashes: dict[str, str]
+    hash: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,13 +156,8 @@ class Calibration:
 
     def save(self) -> None:
         """Write the manifest; a folder with one is finished."""
-        manifest = {"format": "moetailor-calibration", "version": VERSION}
-        manifest |= {
-            "fingerprint": self.fingerprint,
-            "model": self.model.to_json(),
-            "hashes": dict(sorted(self.hashes.items())),
-        }
-        write_json(self.folder / MANIFEST, manifest)
+        manifest = {"format": "moetailor-calibration", "version": VERSION} | self._content()
+        write_json(self.folder / MANIFEST, manifest | {"hash": _hash(self._content())})
 
     def with_sensitivities(self, measured: Sensitivities) -> Calibration:
         """Write what was measured beside the rest, and return the calibration that holds it."""
@@ -186,11 +182,18 @@ class Calibration:
             )
             raise CalibrationError(f"{folder}: {state}")
         manifest = load(_Manifest, folder / MANIFEST, "calibration", VERSION, error=CalibrationError, cure=ANEW)
-        fingerprint, hashes = dict(manifest["fingerprint"]), manifest["hashes"]
-        if "options" in fingerprint:
+        if "options" in (fingerprint := dict(manifest["fingerprint"])):
             where = f"{folder / MANIFEST}: fingerprint.options"
             read(TextOptions, fingerprint["options"], where, error=CalibrationError, cure=ANEW)
-        return cls(folder=folder, model=manifest["model"], fingerprint=fingerprint, hashes=hashes)
+        made = cls(folder=folder, model=manifest["model"], fingerprint=fingerprint, hashes=manifest["hashes"])
+        if _hash(made._content()) != manifest["hash"]:
+            raise CalibrationError(f"{folder / MANIFEST}: holds other values than were written; {ANEW}")
+        return made
+
+    def _content(self) -> dict:
+        """Return what the manifest says."""
+        hashes = dict(sorted(self.hashes.items()))
+        return {"fingerprint": self.fingerprint, "model": self.model.to_json(), "hashes": hashes}
 
     def _experts(self, layer: int) -> int:
         return next(stack.num_experts for stack in self.model.stacks if stack.index == layer)

@@ -20,16 +20,15 @@ import torch
 from moetailor.calibration.batch import Batch, save_batches
 from moetailor.calibration.capture import captured, silenced
 from moetailor.calibration.collector import Collector
-from moetailor.calibration.fingerprint import check_same_run, run_fingerprint, started_fingerprint
+from moetailor.calibration.fingerprint import check_same_run, run_fingerprint
 from moetailor.calibration.finite import Stored, check_weights
 from moetailor.calibration.folder import MANIFEST, RUN, STATES, TEXT, Calibration, layer_file, part_name, write_json
 from moetailor.calibration.layers import PartlyLoaded
+from moetailor.calibration.resume import has_layer, noted
 from moetailor.calibration.sampling import SampleOptions, sampled_positions
-from moetailor.calibration.statistics import SAMPLE, SUMS, load_sample, load_sums
 from moetailor.calibration.walk import Progress, Walk
 from moetailor.checkpoint.anatomy import Anatomy, MoELayer
 from moetailor.checkpoint.facts import ModelFacts
-from moetailor.checkpoint.tensors import digest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,17 +76,17 @@ def run_calibration(
     """
     anatomy, sampled = model.anatomy, sampled_positions(batches, sample)
     finished = Calibration.open(folder) if (folder / MANIFEST).exists() else None
-    stored = finished.fingerprint if finished else started_fingerprint(folder)
+    stored, hashes = (finished.fingerprint, dict(finished.hashes)) if finished else noted(folder)
     # A folder whose run recorded it serves those who do not need it.
     residual = residual or bool((stored or {}).get("residual"))
     fingerprint = run_fingerprint(model.facts.fingerprint, model.settings, batches, sample, residual=residual)
     check_same_run(folder, stored, fingerprint)
     if finished and finished.complete:
         return finished
-    write_json(folder / RUN, fingerprint)
-    hashes = dict(finished.hashes) if finished else _stored_hashes(folder, model.facts)
+    write_json(folder / RUN, {"fingerprint": fingerprint, "hashes": hashes})
+    missing = [index for index in anatomy.layers if not has_layer(folder, index, hashes)]
     hashes[TEXT] = save_batches(batches, folder / TEXT)
-    if missing := [index for index in anatomy.layers if not layer_file(folder, index).exists()]:
+    if missing:
         walk = Walk(model.open(), batches, folder=folder / STATES if states_on_disk else None, progress=progress)
         stream, began = walk.begin(min(missing)), time.time()
         for index in walk.layers(max(missing) + 1):
@@ -99,6 +98,8 @@ def run_calibration(
             if collector is not None:
                 file = layer_file(folder, index)
                 hashes |= {part_name(file, prefix): known for prefix, known in collector.finish().save(file).items()}
+                # A layer counts as measured once its hash is known: what a kill left before that is measured again.
+                write_json(folder / RUN, {"fingerprint": fingerprint, "hashes": hashes})
             _log(folder, layer=index, seconds=round(time.time() - began, 3))
             began = time.time()
     shutil.rmtree(folder / STATES, ignore_errors=True)
@@ -118,17 +119,6 @@ def _run(walk: Walk, moe: MoELayer, collector: Collector | None, number: int, hi
         with silenced(walk.model, moe):
             collector.residual(walk.run(number, hidden), whole)
     return whole
-
-
-def _stored_hashes(folder: Path, facts: ModelFacts) -> dict[str, str]:
-    """Return the hashes of what a stopped run measured; a file of it that cannot be used is refused."""
-    hashes: dict[str, str] = {}
-    for stack in facts.stacks:
-        if stack.index is not None and (file := layer_file(folder, stack.index)).exists():
-            sums = load_sums(file, stack.num_experts, facts.width)
-            sample = load_sample(file, stack.num_experts, facts.width, facts.top_k)
-            hashes |= {part_name(file, SUMS): digest(sums.recorded), part_name(file, SAMPLE): digest(vars(sample))}
-    return hashes
 
 
 def _log(folder: Path, **entry: Any) -> None:
