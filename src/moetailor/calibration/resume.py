@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TypedDict
 
-from moetailor.calibration.folder import ANEW, RUN, layer_file, part_name
+from moetailor.calibration.folder import ANEW, RUN, layer_file, part_name, write_json
 from moetailor.calibration.statistics import SUMS
 from moetailor.errors import CalibrationError
 from moetailor.schema import load_json, read
@@ -15,6 +15,11 @@ from moetailor.schema import load_json, read
 class _Stopped(TypedDict):
     fingerprint: dict
     hashes: dict[str, str]
+
+
+def note(folder: Path, fingerprint: dict, hashes: Mapping[str, str]) -> None:
+    """Write down which run a folder belongs to, and the hashes of what it measured."""
+    write_json(folder / RUN, {"fingerprint": fingerprint, "hashes": dict(sorted(hashes.items()))})
 
 
 def noted(folder: Path) -> tuple[dict | None, dict[str, str]]:

@@ -22,9 +22,9 @@ from moetailor.calibration.capture import captured, silenced
 from moetailor.calibration.collector import Collector
 from moetailor.calibration.fingerprint import check_same_run, run_fingerprint
 from moetailor.calibration.finite import Stored, check_weights
-from moetailor.calibration.folder import MANIFEST, RUN, STATES, TEXT, Calibration, layer_file, part_name, write_json
+from moetailor.calibration.folder import MANIFEST, STATES, TEXT, Calibration, layer_file, part_name
 from moetailor.calibration.layers import PartlyLoaded
-from moetailor.calibration.resume import has_layer, noted
+from moetailor.calibration.resume import has_layer, note, noted
 from moetailor.calibration.sampling import SampleOptions, sampled_positions
 from moetailor.calibration.walk import Progress, Walk
 from moetailor.checkpoint.anatomy import Anatomy, MoELayer
@@ -83,7 +83,7 @@ def run_calibration(
     check_same_run(folder, stored, fingerprint)
     if finished and finished.complete:
         return finished
-    write_json(folder / RUN, {"fingerprint": fingerprint, "hashes": hashes})
+    note(folder, fingerprint, hashes)
     missing = [index for index in anatomy.layers if not has_layer(folder, index, hashes)]
     hashes[TEXT] = save_batches(batches, folder / TEXT)
     if missing:
@@ -99,7 +99,7 @@ def run_calibration(
                 file = layer_file(folder, index)
                 hashes |= {part_name(file, prefix): known for prefix, known in collector.finish().save(file).items()}
                 # A layer counts as measured once its hash is known: what a kill left before that is measured again.
-                write_json(folder / RUN, {"fingerprint": fingerprint, "hashes": hashes})
+                note(folder, fingerprint, hashes)
             _log(folder, layer=index, seconds=round(time.time() - began, 3))
             began = time.time()
     shutil.rmtree(folder / STATES, ignore_errors=True)
