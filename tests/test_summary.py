@@ -35,11 +35,11 @@ def test_a_token_uses_what_its_slots_run_and_a_mean_of_what_stands_in(
             uses += numbers
         elif not any(word in part for word in WHOLE):
             # The router picks top-k of the slots of a layer.
-            slots = len(layers[name.split(".")[2]]["slots"])
+            slots = len(layers[name.split(".")[2]]["rows"])
             uses += config["num_experts_per_tok"] * numbers // slots
     for layer in range(2):
         split = layers.get(str(layer), {}).get("auxiliary")
-        uses += expert * (split["main"] if split else config["num_experts_per_tok"])
+        uses += expert * (split[0]["main"] if split else config["num_experts_per_tok"])
     found = summarise(tmp_path / "out")
     assert found.active_parameters == pytest.approx(uses, abs=len(layers) * 8)
     assert found.parameters == sum(info.nbytes // 4 for info in open_checkpoint(tmp_path / "out").tensors.values())
