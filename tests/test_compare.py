@@ -29,6 +29,7 @@ from moetailor.answers import (
 from moetailor.calibration.statistics import sample_keys
 from moetailor.checkpoint.anatomy import discover
 from moetailor.checkpoint.models import load_tokenizer
+from moetailor.checkpoint.original import Original
 from moetailor.checkpoint.weights import ExpertWeights
 from moetailor.comparison import compare as compare_module
 from moetailor.comparison.bench import Bench
@@ -143,7 +144,7 @@ def test_a_finished_comparison_runs_nothing_and_takes_more_methods(
     monkeypatch.setattr(
         Bench, "measure", lambda self, cell, *rest: measured.append(cell.method) or whole(self, cell, *rest)
     )
-    monkeypatch.setattr("moetailor.comparison.bench.load_model", lambda *a, **k: pytest.fail("loaded a model"))
+    monkeypatch.setattr(Original, "load", lambda *_, **__: pytest.fail("loaded a model"))
     assert timeless(run(out)) == timeless(done[1])
     assert measured == []
     monkeypatch.undo()

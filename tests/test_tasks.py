@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 
 import moetailor
+from moetailor.checkpoint.original import Original
 from moetailor.errors import MoetailorError
 from moetailor.evaluation.tasks import check_tasks, run_tasks
 
@@ -341,7 +342,7 @@ def test_templates_reach_their_rows_only(first, foreign, model, tokenizer):
 def test_a_task_is_refused_before_a_model_runs(foreign, monkeypatch):
     folder, mark = foreign
     (folder / "mine.yaml").write_text(yaml_of(doc_to_text="!function utils.context"))
-    monkeypatch.setattr("moetailor.evaluation.evaluate.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(Original, "load", lambda *_, **__: pytest.fail("a model was loaded"))
     reference = TASK_DIR.parent / "reference-moe"
     text = moetailor.TextOptions(data=(str(reference / "heldout.jsonl"),), sequences=1, length=16)
     for name, said in (("mine", "would run code: !function utils.context"), ("absent", "unknown task 'absent'")):
