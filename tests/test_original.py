@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM
 import moetailor
 from moetailor.checkpoint import original as original_module
 from moetailor.checkpoint.family import UNQUANTIZED
-from moetailor.checkpoint.files import open_checkpoint
+from moetailor.checkpoint.files import Checkpoint, TensorInfo, open_checkpoint
 from moetailor.checkpoint.folder import INDEX, SINGLE
 from moetailor.checkpoint.loader import quiet_transformers
+from moetailor.checkpoint.models import resolve_dtype
 from moetailor.checkpoint.original import Original
 from moetailor.errors import CheckpointError
 from support.families import tiny_model
@@ -247,7 +248,8 @@ def test_counts_beyond_the_weights_are_refused_before_anything_is_built(
 ) -> None:
     folder = copy("olmoe", **{name: count})
     began = time.monotonic()
-    assert refusal(folder) == f"{folder}/config.json: {name} = {count:,}; the weights have room for 256 at most"
+    told = "its weights are numbered up to 7 and have up to 128 rows"
+    assert refusal(folder) == f"{folder}/config.json: {name} = {count:,}; {told}"
     assert time.monotonic() - began < 0.5
 
 
@@ -321,6 +323,21 @@ def test_a_config_of_many_brackets_or_digits_is_refused(text: str, copy: Callabl
     folder = copy("olmoe")
     (folder / "config.json").write_text(text)
     assert refusal(folder).startswith(f"{folder}/config.json: not JSON")
+
+
+@pytest.mark.parametrize(
+    ("stored", "run"),
+    [
+        ("BF16 BF16 F32", torch.bfloat16),
+        ("F16 F32 F32", torch.float32),
+        ("I32 I32 I32 F16", torch.float16),
+        ("F8_E4M3 F8_E4M3 BF16", torch.bfloat16),
+        ("U8 F4", torch.bfloat16),
+    ],
+)
+def test_a_model_runs_in_a_dtype_that_models_run_in(stored: str, run: torch.dtype) -> None:
+    infos = {str(n): TensorInfo(str(n), name, (8,), Path(), 0, 8) for n, name in enumerate(stored.split())}
+    assert resolve_dtype(None, "meta", Checkpoint(Path(), "", {}, infos)) == run
 
 
 # Quantized sources

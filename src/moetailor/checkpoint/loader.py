@@ -80,7 +80,8 @@ class StreamedModel:
         for place in (tensors, self.model.state_dict()):
             for name, tensor in place.items():
                 makes[_layer_of(name)].add((place is tensors, _LAYER.sub("layers.*.", name), tuple(tensor.shape)))
-        tried = {None, *{frozenset(make): layer for layer, make in makes.items()}.values()}
+        numbers = sorted((layer for layer in makes if layer is not None), reverse=True)
+        tried = {None, *{frozenset(makes[layer]): layer for layer in numbers}.values()}
         sources = {key: _Numberless(info) for key, info in tensors.items() if _layer_of(key) in tried}
         missing = self._convert(sources, device="meta").missing_keys - self.tied.keys()
         lost = sorted(name for name in missing if _layer_of(name) in tried and not self._may_lack(name))
