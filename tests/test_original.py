@@ -253,6 +253,13 @@ def test_counts_beyond_the_weights_are_refused_before_anything_is_built(
     assert time.monotonic() - began < 0.5
 
 
+def test_there_is_room_for_as_many_experts_as_rows_but_not_for_layers(copy: Callable[..., Path]) -> None:
+    folder = copy("olmoe", lambda tensors: tensors.update(x=torch.zeros(5000, 1)), num_hidden_layers=4000)
+    assert "num_hidden_layers = 4,000; its weights are numbered up to 7 and have up to 5,000 rows" in refusal(folder)
+    edit_config(folder, {"num_hidden_layers": 2, "num_experts": 4000})
+    assert "has shape [8, 32]: expected 4000 rows" in refusal(folder)
+
+
 def test_a_few_layers_too_many_are_told_by_what_they_lack(copy: Callable[..., Path]) -> None:
     folder = copy("olmoe", num_hidden_layers=3)
     assert refusal(folder) == f"{folder}: has no experts for MoE layers [2]; the checkpoint is incomplete"
@@ -309,6 +316,11 @@ def test_a_router_that_could_not_choose_is_refused(value: int, copy: Callable[..
 def test_groups_that_do_not_come_out_even_are_refused(count: int, used: int, copy: Callable[..., Path]) -> None:
     said = refusal(copy("deepseek_v3", n_group=count, topk_group=used))
     assert f"12 experts in {count} groups, of which a token uses {used}" in said
+
+
+def test_more_experts_than_the_groups_of_a_token_have_are_refused(copy: Callable[..., Path]) -> None:
+    said = refusal(copy("deepseek_v3", n_group=3, topk_group=1, num_experts_per_tok=5))
+    assert said == "config.json: a token goes to 5 experts, layer 1 has 4 to choose from"
 
 
 def test_two_counts_that_differ_are_ambiguous(copy: Callable[..., Path]) -> None:
@@ -380,7 +392,8 @@ def test_a_file_that_says_quantized_is_enough(name: str, copy: Callable[..., Pat
     ],
 )
 def test_what_lies_unloaded_with_experts_is_refused_by_name(name: str, copy: Callable[..., Path]) -> None:
-    folder = copy("olmoe", lambda tensors: tensors.update({name: torch.ones(8)}))
+    shape = (8,) if name.endswith("correction") else (2, 3)
+    folder = copy("olmoe", lambda tensors: tensors.update({name: torch.ones(shape)}))
     assert refusal(folder) == (
         f"{folder}: tensor {name!r} belongs to experts, but transformers does not load it; if it scales quantized "
         "weights, these are not supported yet; give the bf16 or fp32 original"
@@ -512,6 +525,26 @@ def test_code_of_a_checkpoint_does_not_run_unasked(own: Path, tmp_path: Path) ->
         with pytest.raises(CheckpointError, match="pass --trust-remote-code if you trust it"):
             _ = Original(folder, takes=takes).config
     assert not (tmp_path / "ran").exists()
+
+
+def test_code_of_a_family_that_transformers_knows_runs_where_it_is_trusted(copy: Callable[..., Path]) -> None:
+    def add(tensors: Tensors) -> None:
+        tensors["extra.weight"] = torch.ones(2, 2)
+
+    folder = copy("olmoe", add, auto_map={"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"})
+    (folder / "modeling_own.py").write_text("""
+from torch import nn
+from transformers import OlmoeForCausalLM
+class OwnForCausalLM(OlmoeForCausalLM):
+    def __init__(self, config):
+        super().__init__(config)
+        self.extra = nn.Linear(2, 2, bias=False)
+        self.post_init()
+""")
+    assert "extra.weight" not in Original(folder).skeleton.names
+    trusted = Original(folder, trust_remote_code=True)
+    assert trusted.skeleton.names["extra.weight"] == "extra.weight"
+    assert trusted.anatomy == Original(folder).anatomy
 
 
 def test_code_whose_names_are_not_on_disk_is_told_which_are(own: Path, tmp_path: Path, checkpoint: Get) -> None:
