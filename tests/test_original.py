@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM
 import moetailor
 from moetailor.checkpoint import original as original_module
 from moetailor.checkpoint.family import UNQUANTIZED
-from moetailor.checkpoint.files import open_checkpoint
+from moetailor.checkpoint.files import Checkpoint, TensorInfo, open_checkpoint
 from moetailor.checkpoint.folder import INDEX, SINGLE
 from moetailor.checkpoint.loader import quiet_transformers
+from moetailor.checkpoint.models import resolve_dtype
 from moetailor.checkpoint.original import Original
 from moetailor.errors import CheckpointError
 from support.families import tiny_model
@@ -247,8 +248,16 @@ def test_counts_beyond_the_weights_are_refused_before_anything_is_built(
 ) -> None:
     folder = copy("olmoe", **{name: count})
     began = time.monotonic()
-    assert refusal(folder) == f"{folder}/config.json: {name} = {count:,}; the weights have room for 256 at most"
+    told = "its weights are numbered up to 7 and have up to 128 rows"
+    assert refusal(folder) == f"{folder}/config.json: {name} = {count:,}; {told}"
     assert time.monotonic() - began < 0.5
+
+
+def test_there_is_room_for_as_many_experts_as_rows_but_not_for_layers(copy: Callable[..., Path]) -> None:
+    folder = copy("olmoe", lambda tensors: tensors.update(x=torch.zeros(5000, 1)), num_hidden_layers=4000)
+    assert "num_hidden_layers = 4,000; its weights are numbered up to 7 and have up to 5,000 rows" in refusal(folder)
+    edit_config(folder, {"num_hidden_layers": 2, "num_experts": 4000})
+    assert "has shape [8, 32]: expected 4000 rows" in refusal(folder)
 
 
 def test_a_few_layers_too_many_are_told_by_what_they_lack(copy: Callable[..., Path]) -> None:
@@ -309,6 +318,11 @@ def test_groups_that_do_not_come_out_even_are_refused(count: int, used: int, cop
     assert f"12 experts in {count} groups, of which a token uses {used}" in said
 
 
+def test_more_experts_than_the_groups_of_a_token_have_are_refused(copy: Callable[..., Path]) -> None:
+    said = refusal(copy("deepseek_v3", n_group=3, topk_group=1, num_experts_per_tok=5))
+    assert said == "config.json: a token goes to 5 experts, layer 1 has 4 to choose from"
+
+
 def test_two_counts_that_differ_are_ambiguous(copy: Callable[..., Path]) -> None:
     folder = copy("olmoe", num_experts=8, num_local_experts=6)
     assert refusal(folder).startswith(f"{folder}/config.json: num_experts = 8, num_local_experts = 6; which of them")
@@ -321,6 +335,21 @@ def test_a_config_of_many_brackets_or_digits_is_refused(text: str, copy: Callabl
     folder = copy("olmoe")
     (folder / "config.json").write_text(text)
     assert refusal(folder).startswith(f"{folder}/config.json: not JSON")
+
+
+@pytest.mark.parametrize(
+    ("stored", "run"),
+    [
+        ("BF16 BF16 F32", torch.bfloat16),
+        ("F16 F32 F32", torch.float32),
+        ("I32 I32 I32 F16", torch.float16),
+        ("F8_E4M3 F8_E4M3 BF16", torch.bfloat16),
+        ("U8 F4", torch.bfloat16),
+    ],
+)
+def test_a_model_runs_in_a_dtype_that_models_run_in(stored: str, run: torch.dtype) -> None:
+    infos = {str(n): TensorInfo(str(n), name, (8,), Path(), 0, 8) for n, name in enumerate(stored.split())}
+    assert resolve_dtype(None, "meta", Checkpoint(Path(), "", {}, infos)) == run
 
 
 # Quantized sources
@@ -363,7 +392,8 @@ def test_a_file_that_says_quantized_is_enough(name: str, copy: Callable[..., Pat
     ],
 )
 def test_what_lies_unloaded_with_experts_is_refused_by_name(name: str, copy: Callable[..., Path]) -> None:
-    folder = copy("olmoe", lambda tensors: tensors.update({name: torch.ones(8)}))
+    shape = (8,) if name.endswith("correction") else (2, 3)
+    folder = copy("olmoe", lambda tensors: tensors.update({name: torch.ones(shape)}))
     assert refusal(folder) == (
         f"{folder}: tensor {name!r} belongs to experts, but transformers does not load it; if it scales quantized "
         "weights, these are not supported yet; give the bf16 or fp32 original"
@@ -495,6 +525,26 @@ def test_code_of_a_checkpoint_does_not_run_unasked(own: Path, tmp_path: Path) ->
         with pytest.raises(CheckpointError, match="pass --trust-remote-code if you trust it"):
             _ = Original(folder, takes=takes).config
     assert not (tmp_path / "ran").exists()
+
+
+def test_code_of_a_family_that_transformers_knows_runs_where_it_is_trusted(copy: Callable[..., Path]) -> None:
+    def add(tensors: Tensors) -> None:
+        tensors["extra.weight"] = torch.ones(2, 2)
+
+    folder = copy("olmoe", add, auto_map={"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"})
+    (folder / "modeling_own.py").write_text("""
+from torch import nn
+from transformers import OlmoeForCausalLM
+class OwnForCausalLM(OlmoeForCausalLM):
+    def __init__(self, config):
+        super().__init__(config)
+        self.extra = nn.Linear(2, 2, bias=False)
+        self.post_init()
+""")
+    assert "extra.weight" not in Original(folder).skeleton.names
+    trusted = Original(folder, trust_remote_code=True)
+    assert trusted.skeleton.names["extra.weight"] == "extra.weight"
+    assert trusted.anatomy == Original(folder).anatomy
 
 
 def test_code_whose_names_are_not_on_disk_is_told_which_are(own: Path, tmp_path: Path, checkpoint: Get) -> None:

@@ -26,9 +26,11 @@ from moetailor.errors import CheckpointError, reason_of
 
 # Files beside the weights that say that they are quantized, where config.json does not.
 QUANTIZED_FILES = "*quant*config*.json"
-COUNT = re.compile(r"(?:^|_)(?:num|n)_(?:\w+_)?(layers?|experts)$")
-# As many layers or experts are built in no time, and told from what is there by name; more than MANY no model has.
-FEW, MANY = 256, 10_000
+COUNT = re.compile(r"(?:^|_)(?:num|n)_(?:\w+_)?(layer|expert)s?$")
+# As many layers or experts are built in no time, and told from what is there by name.
+FEW = 256
+# More layers and experts no model has.
+MANY = {"layer": 1_000, "expert": 10_000}
 
 
 def written_here(config: dict) -> bool:
@@ -61,7 +63,6 @@ def check_config(folder: Path, config: dict) -> None:
     if not isinstance(config.get("model_type", ""), str):
         raise CheckpointError(f"{folder / CONFIG}: model_type = {config['model_type']!r}: not a name")
     family.check_family(config)
-    family.check_unquantized(config)
     if beside := sorted(file.name for file in folder.glob(QUANTIZED_FILES)):
         raise CheckpointError(f"{folder}: weights are quantized, says {beside[0]}: {family.UNQUANTIZED}")
     counts = {name: config[name] for name in family.expert_count_spellings(config)}
@@ -81,16 +82,16 @@ def check_counts(folder: Path, config: dict, tensors: Iterable[TensorInfo] | Non
     Raises:
         CheckpointError: see the message.
     """
-    layers = experts = MANY
+    room, told = MANY, "no model has so many"
     if tensors is not None:
         tensors = list(tensors)
-        numbers = [int(part) for info in tensors for part in info.name.split(".") if part.isdecimal()]
-        layers = max([FEW, *(number + 1 for number in numbers)])
-        experts = max([layers, *(size for info in tensors for size in info.shape)])
+        numbered = 1 + max((int(n) for info in tensors for n in info.name.split(".") if n.isdecimal()), default=0)
+        largest = max((size for info in tensors for size in info.shape), default=0)
+        room = {"layer": max(FEW, numbered), "expert": max(FEW, numbered, largest)}
+        told = f"its weights are numbered up to {numbered - 1:,} and have up to {largest:,} rows"
     for name, value in config.items():
-        match = COUNT.search(name)
-        if match and isinstance(value, int) and value > (limit := layers if match[1].startswith("layer") else experts):
-            raise CheckpointError(f"{folder / CONFIG}: {name} = {value:,}; the weights have room for {limit:,} at most")
+        if (match := COUNT.search(name)) and isinstance(value, int) and value > room[match[1]]:
+            raise CheckpointError(f"{folder / CONFIG}: {name} = {value:,}; {told}")
 
 
 def load_config(folder: Path, config: dict, *, trust_remote_code: bool = False) -> Any:

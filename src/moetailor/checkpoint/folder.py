@@ -54,7 +54,6 @@ def find_folder(source: str | Path, *, revision: str | None = None, check: Check
         shards = read_index(folder / INDEX)[1] if (folder / INDEX).is_file() else []
         # The same commit: a branch may have moved on.
         _download(name, revision=folder.name, allow_patterns=[SINGLE, *shards])
-        check_links(folder)
     return folder
 
 

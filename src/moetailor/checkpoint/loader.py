@@ -80,7 +80,8 @@ class StreamedModel:
         for place in (tensors, self.model.state_dict()):
             for name, tensor in place.items():
                 makes[_layer_of(name)].add((place is tensors, _LAYER.sub("layers.*.", name), tuple(tensor.shape)))
-        tried = {None, *{frozenset(make): layer for layer, make in makes.items()}.values()}
+        numbers = sorted((layer for layer in makes if layer is not None), reverse=True)
+        tried = {None, *{frozenset(makes[layer]): layer for layer in numbers}.values()}
         sources = {key: _Numberless(info) for key, info in tensors.items() if _layer_of(key) in tried}
         missing = self._convert(sources, device="meta").missing_keys - self.tied.keys()
         lost = sorted(name for name in missing if _layer_of(name) in tried and not self._may_lack(name))
@@ -115,10 +116,12 @@ class StreamedModel:
         for keys in sorted(stacked, key=lambda keys: -sum(self.checkpoint.tensors[key].nbytes for key in keys)):
             self._load_tensors(keys)
         self._load_tensors([keys[0] for keys in by_target.values() if len(keys) == 1])
+        self._initialise_rest(path)
         for name, other in self.tied.items():
             if name.startswith(path + "."):
                 self._load_tied(name, other)
-        self._initialise_rest(path)
+        if self._complete is not None:
+            self._complete(self.model.get_submodule(path))
         left = [name for name, tensor in self.model.get_submodule(path).state_dict().items() if tensor.is_meta]
         if left:
             raise CheckpointError(f"{self.checkpoint.source}: the checkpoint has no tensor for {path}.{left[0]}")
@@ -129,7 +132,6 @@ class StreamedModel:
         if absent:
             self._load_tensors([key for key, target in self.names.items() if target == other])
         _set_parameter(self.model, name, self.model.get_parameter(other).detach())
-        self.model.get_parameter(name)._is_hf_initialized = True
         if absent:
             self.model.get_submodule(other.rpartition(".")[0]).to("meta")
 
@@ -180,8 +182,7 @@ class StreamedModel:
 
     def _initialise_rest(self, path: str) -> None:
         """Compute what is in no checkpoint (rotary frequencies) or may be left out of one, as from_pretrained does."""
-        module = self.model.get_submodule(path)
-        for prefix, part in module.named_modules(prefix=path):
+        for prefix, part in self.model.get_submodule(path).named_modules(prefix=path):
             own = part._parameters | part._buffers
             fresh = {
                 name: tensor
@@ -194,8 +195,6 @@ class StreamedModel:
                 setattr(part, name, nn.Parameter(empty) if isinstance(tensor, nn.Parameter) else empty)
             if fresh:
                 self.model._init_weights(part)
-        if self._complete is not None:
-            self._complete(module)
 
 
 @contextmanager

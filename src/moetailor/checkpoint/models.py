@@ -44,8 +44,11 @@ def resolve_dtype(name: str | None, device: str, checkpoint: Checkpoint) -> torc
         return DTYPE_CHOICES[name]
     if torch.device(device).type == "cpu":
         return torch.float32
-    stored = [DTYPES[info.dtype] for info in checkpoint.tensors.values()]
-    return max(set(stored), key=stored.count)
+    stored = [DTYPES.get(info.dtype) for info in checkpoint.tensors.values()]
+    # Codes of quantized weights are no dtype to run in.
+    return (
+        max(DTYPE_CHOICES.values(), key=stored.count) if set(stored) & set(DTYPE_CHOICES.values()) else torch.bfloat16
+    )
 
 
 def load_model(
