@@ -3,8 +3,8 @@
 A small world is made once: a checkpoint, its calibration, one that was stopped, plans, a result, a comparison, an
 allocation with its search, a stopped training. A case damages one file of a copy of it (a value changed, a key lost, a
 byte turned, the file cut off, replaced by a folder, a pipe or a file of its kind) and runs a verb that reads it, in a
-process forked from one that has loaded everything. It must end with 0, or with 1 and a message behind `error: `; in time;
-without a traceback; without a change to what it reads; with nothing half-written. Where it ends with 0 though a
+process forked from one that has loaded everything. It must end with 0, or with 1 and a message behind `error: `, in
+time, without a traceback, without a change to what it reads, with nothing half-written. Where it ends with 0 though a
 calibration was damaged, the plan must be that of the sound one.
 """
 
@@ -263,8 +263,9 @@ def change_tensors(file: Path, draw: random.Random) -> str:
 def from_elsewhere(file: Path, draw: random.Random) -> str:
     """Put another file of the world with the same ending in its place."""
     world = Path.cwd()
-    others = [other for other in sorted(world.rglob("*" + file.suffix)) if other != file and other.is_file()]
-    shutil.copy(other := draw.choice(others), file)
+    others = [other for other in sorted(world.rglob("*" + file.suffix)) if other.is_file()]
+    content = (other := draw.choice(others)).read_bytes()
+    file.write_bytes(content)
     return f"{other.relative_to(world)} in its place"
 
 
