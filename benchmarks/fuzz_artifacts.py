@@ -78,7 +78,7 @@ VERBS: dict[str, list[tuple]] = {
         SEARCH,
         (*FIT, "--propagate", "compressed"),
     ],
-    "calibration/effect.json": [(*PLAN, "--allocation", "error")],
+    "calibration/sensitivity.json": [(*PLAN, "--allocation", "error")],
     "stopped/*": [("calibrate", "model", "-o", "stopped", "--data", "text.jsonl", *TEXT)],
     "mixed.json": [("show", "mixed.json", "--scores"), ("diff", "mixed.json", "other.json"), FIT],
     "other.json": [("show", "other.json"), ("diff", "mixed.json", "other.json"), (*FIT[:2], "other.json", *FIT[3:])],
@@ -111,11 +111,13 @@ VALUES: list[Any] = [
 
 def call(arguments: tuple) -> int:
     """Run a verb in this process and return its exit status."""
-    sys.argv = ["moetailor", *map(str, arguments)]
+    before, sys.argv = sys.argv, ["moetailor", *map(str, arguments)]
     try:
         app.main()
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    finally:
+        sys.argv = before
     return 0
 
 
@@ -143,7 +145,7 @@ def make_world(folder: Path) -> None:
     lines = (REFERENCE / "calibration.jsonl").read_text().splitlines()[:4]
     (folder / "text.jsonl").write_text("\n".join(lines) + "\n")
     os.chdir(folder)
-    calibrate = ("calibrate", "model", "-o", "calibration", "--data", "text.jsonl", *TEXT, "--effect")
+    calibrate = ("calibrate", "model", "-o", "calibration", "--data", "text.jsonl", *TEXT, "--sensitivity")
     (folder / "allocation.json").write_text('{"0": 5, "1": "87%"}\n')
     mixed, other = planning("auto", "mixed.json"), planning("mone", "other.json")
     for arguments in (calibrate, mixed, other, SEARCH):
@@ -152,7 +154,7 @@ def make_world(folder: Path) -> None:
     assert call((*FIT[:4], "out", *FIT[5:])) == 0
     assert call(COMPARE) == 0
     shutil.copytree(
-        "calibration", "stopped", ignore=shutil.ignore_patterns("calibration.json", "effect.json", "layer-0001*")
+        "calibration", "stopped", ignore=shutil.ignore_patterns("calibration.json", "sensitivity.json", "layer-0001*")
     )
     with contextlib.suppress(KeyboardInterrupt):
         examples = moetailor.ExampleOptions(data="text.jsonl", length=16)
@@ -328,6 +330,7 @@ def run_forked(arguments: tuple, log: Path, seconds: float) -> int | None:
             with open(log, "wb") as out, open(os.devnull) as nothing:
                 for number, stream in enumerate((nothing, out, out)):
                     os.dup2(stream.fileno(), number)
+            sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))
             size = int(re.findall(r"VmSize:\s+(\d+)", Path("/proc/self/status").read_text())[0]) * 1024
             resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
             code = call(arguments)
