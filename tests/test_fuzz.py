@@ -1,59 +1,44 @@
-"""A few of the damaged checkpoints of benchmarks/fuzz_checkpoints.py, always the same ones."""
+"""A handful of the damaged artifacts of benchmarks/fuzz_artifacts.py, which runs as many as one likes."""
 
-import importlib.util
-import os
-import signal
+import contextlib
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
-FILE = Path(__file__).parents[1] / "benchmarks" / "fuzz_checkpoints.py"
+from fuzz_artifacts import judge, make_world, run_case
 
 
 @pytest.fixture(scope="module")
-def fuzzer() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("fuzz_checkpoints", FILE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    with contextlib.chdir(folder):
+        make_world(folder)
+    return folder
 
 
-def test_damaged_checkpoints_are_refused_or_give_right_results(fuzzer: ModuleType, tmp_path: Path) -> None:
-    found = {told: outcome for _, told, outcome in fuzzer.fuzz(0, range(20), fuzzer.make_bases(tmp_path))}
-    assert {told: outcome for told, outcome in found.items() if fuzzer.bad(outcome)} == {}
-    # Some get to the end, and some do not.
-    ends = [outcome[-1][:2] for outcome in found.values()]
-    assert ("apply", "ok") in ends
-    assert ("calibrate", "refused") in ends
+@pytest.mark.parametrize("seed", range(12))
+def test_a_damaged_artifact_is_refused_or_does_no_harm(seed: int, world: Path, tmp_path: Path) -> None:
+    ended = run_case(world, seed, tmp_path)
+    assert ended.good, ended
 
 
-def raises() -> None:
-    raise ValueError("oh")
+def test_the_judge(tmp_path: Path) -> None:
+    """What each verdict rests on."""
+    (tmp_path / "kept").write_text("a")
+    (tmp_path / "new").write_text("a")
+    before, plan = {"kept": b"a"}, ("plan",)
 
+    def verdict(code: int | None, said: str = "", arguments: tuple = ("apply",), before: dict = before) -> str:
+        return judge(code, said, arguments, before, tmp_path)
 
-def lasts() -> None:
-    while True:
-        pass
-
-
-@pytest.mark.parametrize(
-    ("work", "came"),
-    [
-        (lambda: iter([("apply", "ok", "")]), "ok"),
-        (lambda: raises() or iter(()), "traceback"),
-        (lambda: lasts() or iter(()), "hang"),
-        (lambda: iter([("apply", "ok", str(len(bytearray(2**33))))]), "traceback"),
-        (lambda: os.kill(os.getpid(), signal.SIGKILL) or iter(()), "crash"),
-    ],
-    ids=["fine", "raises", "lasts", "eats memory", "dies"],
-)
-def test_the_fuzzer_sees_how_a_case_ends(
-    fuzzer: ModuleType, monkeypatch: pytest.MonkeyPatch, work: object, came: str
-) -> None:
-    monkeypatch.setattr(fuzzer, "SECONDS", 2)
-    outcome = fuzzer.forked(work)
-    assert outcome[-1][1] == came
-    assert fuzzer.bad(outcome) == (came != "ok")
+    assert verdict(0) == "harmless"
+    assert verdict(1, "error: no", before=before | {"new": b"a"}) == "refused"
+    assert verdict(None) == "hang"
+    assert verdict(-9) == "crash by signal 9"
+    assert verdict(99, "error: no") == "traceback"
+    assert verdict(1, "error: no\nTraceback (most recent call last):") == "traceback"
+    assert verdict(2) == "exit status 2"
+    assert verdict(1, "no") == "silent"
+    assert verdict(0, arguments=plan) == "changed new"
+    assert verdict(0, before={"kept": b"b", "new": b"a"}) == "changed kept"
+    assert verdict(1, "error: no") == "left new"

@@ -33,6 +33,7 @@ class Whole:
     parts: tuple[Part, ...]
     layers: Mapping[int, Part] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
+    counts: dict[Few, int] = field(default_factory=dict)
     shares: Sequence[Annotated[float, Within(0, 1)]] = ()
     given: dict[str, int | float | str | bool] = field(default_factory=dict)
     nbytes: Count = 0
@@ -43,6 +44,7 @@ GOOD = {
     "parts": [{"kind": "a"}, {"kind": "b", "number": 3, "ends": [1, 2]}],
     "layers": {"0": {"kind": "a"}, "12": {"kind": "b"}},
     "rows": [{"name": "x", "error": None}],
+    "counts": {"0": 1, "65536": 2},
     "shares": [0, 0.5, 1],
     "given": {"a": 1, "b": 1.5, "c": "x", "d": True},
     "nbytes": 2**62,
@@ -54,6 +56,7 @@ def test_what_fits_is_made_as_annotated():
     made = read(Whole, GOOD, "x.json", error=PlanError, cure="plan again")
     assert made.parts == (Part(kind="a"), Part(kind="b", number=3, ends=(1, 2)))
     assert made.layers == {0: Part(kind="a"), 12: Part(kind="b")}
+    assert made.counts == {0: 1, 65536: 2}
     assert made.rows == GOOD["rows"]
     assert [type(share) for share in made.shares] == [float] * 3
     assert [type(value) for value in made.given.values()] == [int, float, str, bool]
@@ -78,6 +81,8 @@ WRONG = [
     ({"layers": {"-1": {"kind": "a"}}}, "layers has the key '-1', not a whole number"),
     ({"layers": {"01": {"kind": "a"}}}, "layers has the key '01', not a whole number"),
     ({"layers": {"٣": {"kind": "a"}}}, "layers has the key '٣', not a whole number"),
+    ({"counts": {"x": 1}}, "counts has the key 'x', not a whole number"),
+    ({"counts": {"65537": 1}}, "counts is 65537, it must be 0 to 65536"),
     ({"layers": {"3": []}}, "layers['3'] is [], not an object"),
     ({"rows": [{"name": "x"}]}, "rows[0] lacks error"),
     ({"rows": [{"name": "\ud800", "error": None}]}, r"rows[0].name is '\ud800', not a text"),

@@ -206,6 +206,7 @@ def _plain(kind: Any, value: Any, at: str) -> Any:
 
 
 def _key(name: str, at: str, kind: Any = str) -> Any:
-    if kind is int and not re.fullmatch("0|[1-9][0-9]{0,8}", name):
+    plain = get_args(kind)[0] if get_origin(kind) is Annotated else kind
+    if plain is int and not re.fullmatch("0|[1-9][0-9]{0,8}", name):
         raise _MisfitError(at, f"has the key {reprlib.repr(name)}, not a whole number")
-    return kind(_plain(str, name, at))
+    return _read(kind, plain(name), at)

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TypedDict
 
 from moetailor.calibration.folder import ANEW, RUN, layer_file, part_name, write_json
-from moetailor.calibration.statistics import SUMS
+from moetailor.calibration.statistics import SAMPLE, SUMS, load_sample, load_sums
+from moetailor.checkpoint.facts import ModelFacts
 from moetailor.errors import CalibrationError
 from moetailor.schema import load_json, read
 
@@ -32,7 +33,18 @@ def noted(folder: Path) -> tuple[dict | None, dict[str, str]]:
     return found["fingerprint"], found["hashes"]
 
 
-def has_layer(folder: Path, index: int, hashes: Mapping[str, str]) -> bool:
-    """Say whether a layer is measured."""
-    file = layer_file(folder, index)
-    return file.exists() and part_name(file, SUMS) in hashes
+def measured_layers(folder: Path, facts: ModelFacts, hashes: Mapping[str, str]) -> set[int]:
+    """Return the layers that are measured.
+
+    Raises:
+        CalibrationError: a file of one does not hold what was written.
+    """
+    found = set()
+    for stack in facts.stacks:
+        if stack.index is not None and (file := layer_file(folder, stack.index)).exists():
+            sums, sample = (hashes.get(part_name(file, prefix)) for prefix in (SUMS, SAMPLE))
+            if sums and sample:
+                load_sums(file, stack.num_experts, facts.width, known=sums)
+                load_sample(file, stack.num_experts, facts.width, facts.top_k, known=sample)
+                found.add(stack.index)
+    return found

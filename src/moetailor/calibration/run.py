@@ -24,7 +24,7 @@ from moetailor.calibration.fingerprint import check_same_run, run_fingerprint
 from moetailor.calibration.finite import Stored, check_weights
 from moetailor.calibration.folder import MANIFEST, STATES, TEXT, Calibration, layer_file, part_name
 from moetailor.calibration.layers import PartlyLoaded
-from moetailor.calibration.resume import has_layer, note, noted
+from moetailor.calibration.resume import measured_layers, note, noted
 from moetailor.calibration.sampling import SampleOptions, sampled_positions
 from moetailor.calibration.walk import Progress, Walk
 from moetailor.checkpoint.anatomy import Anatomy, MoELayer
@@ -84,7 +84,7 @@ def run_calibration(
     if finished and finished.complete:
         return finished
     note(folder, fingerprint, hashes)
-    missing = [index for index in anatomy.layers if not has_layer(folder, index, hashes)]
+    missing = sorted(set(anatomy.layers) - measured_layers(folder, model.facts, hashes))
     hashes[TEXT] = save_batches(batches, folder / TEXT)
     if missing:
         walk = Walk(model.open(), batches, folder=folder / STATES if states_on_disk else None, progress=progress)
