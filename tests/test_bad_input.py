@@ -1020,11 +1020,10 @@ def test_file_that_is_no_plan_is_refused(cli: Cli, world: World, tmp_path: Path)
     said = "not a moetailor plan; make one with `moetailor plan`"
     manifest = world.calibration / "calibration.json"
     assert cli("apply", world.original, manifest, "-o", out).refusal == f"{manifest}: {said}"
-    assert cli("apply", world.original, world.text, "-o", out).refusal.startswith(f"{world.text}: not JSON (")
+    assert cli("apply", world.original, world.text, "-o", out).refusal.startswith(f"{world.text}: not JSON that can be read (")
     none = tmp_path / "none.json"
-    assert (
-        cli("apply", world.original, none, "-o", out).refusal == f"{none}: cannot be read (No such file or directory)"
-    )
+    said = f"{none}: cannot be read (No such file or directory); make one with `moetailor plan`"
+    assert cli("apply", world.original, none, "-o", out).refusal == said
 
 
 def test_advice_to_set_the_method_works_when_it_is_followed(
