@@ -1,7 +1,12 @@
 """Calibration: sums and samples that merge, runs that resume to the same bytes, tokens that do not count."""
 
 import dataclasses
+import errno
 import hashlib
+import os
+import re
+import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +17,7 @@ import torch
 import moetailor
 from moetailor.calibration.statistics import Sample, Sums, _splitmix64, sample_keys
 from support.families import tiny_model
+from support.kills import killed
 from support.tiny import token_batches
 
 Get = Callable[[str], Path]
@@ -110,6 +116,76 @@ def test_a_stopped_run_resumes_to_the_same_bytes(
         moetailor.Calibration.open(tmp_path / "stopped")
     moetailor.calibrate(source, tmp_path / "stopped", text=batches, stream=stream)
     assert digests(tmp_path / "stopped") == digests(tmp_path / "whole")
+
+
+def test_a_run_killed_before_it_measured_anything_begins_again(checkpoint: Get, tmp_path: Path) -> None:
+    source, out = checkpoint("olmoe"), tmp_path / "out"
+    moetailor.calibrate(source, tmp_path / "whole", text=token_batches())
+    step = 1
+    while not (out / "text.safetensors").exists():
+        shutil.rmtree(out, ignore_errors=True)
+        assert killed(lambda: moetailor.calibrate(source, out, text=token_batches()), step)
+        left = shutil.copytree(out, tmp_path / "left") if out.exists() else tmp_path / "left"
+        moetailor.calibrate(source, left, text=token_batches())
+        assert digests(left) == digests(tmp_path / "whole"), step
+        shutil.rmtree(left)
+        step += 1
+
+
+def test_a_second_run_into_one_folder_is_refused(checkpoint: Get, tmp_path: Path) -> None:
+    def second(done: int, total: int) -> None:
+        if done == 2:
+            thread = threading.Thread(target=run)
+            thread.start()
+            thread.join()
+
+    def run() -> None:
+        try:
+            moetailor.calibrate(checkpoint("olmoe"), tmp_path / "c", text=token_batches())
+        except moetailor.MoetailorError as error:
+            told.append(str(error))
+
+    told: list[str] = []
+    moetailor.calibrate(checkpoint("olmoe"), tmp_path / "c", text=token_batches(), progress=second)
+    assert len(told) == 1
+    assert re.match(rf"{tmp_path / 'c'}: `.*` \(process {os.getpid()} on .*\) is writing there; wait for it", told[0])
+
+
+def test_a_finished_calibration_is_taken_from_a_disk_that_cannot_be_written(
+    checkpoint: Get, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = moetailor.calibrate(checkpoint("olmoe"), tmp_path / "c", text=token_batches())
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "mkdir", fail)
+    assert moetailor.calibrate(checkpoint("olmoe"), tmp_path / "c", text=token_batches()) == made
+    with pytest.raises(moetailor.MoetailorError, match=r"other: cannot be written \(Read-only file system\)"):
+        moetailor.calibrate(checkpoint("olmoe"), tmp_path / "other", text=token_batches())
+
+
+def test_states_that_cannot_be_read_are_named_with_the_cure(
+    checkpoint: Get, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a power cut."""
+    source, out = checkpoint("deepseek_v3"), tmp_path / "c"
+
+    def stop(done: int, total: int) -> None:
+        if done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        moetailor.calibrate(source, out, text=token_batches(), stream=True, progress=stop)
+    (states,) = (out / ".moetailor" / "states").rglob("00000.safetensors")
+    states.write_bytes(b"")
+    with pytest.raises(moetailor.CalibrationError) as refusal:
+        moetailor.calibrate(source, out, text=token_batches(), stream=True)
+    assert str(refusal.value).startswith(f"{states}: cannot be read (")
+    assert str(refusal.value).endswith(f"; delete {states.parent} and run the same command again")
+    shutil.rmtree(states.parent)
+    moetailor.calibrate(source, out, text=token_batches(), stream=True)
+    assert not (out / ".moetailor").exists()
 
 
 def test_a_finished_run_is_not_run_again(checkpoint: Get, calibration: GetCalibration) -> None:

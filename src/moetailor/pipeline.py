@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,13 @@ from moetailor.calibration.calibrate import States, calibrate
 from moetailor.calibration.folder import Calibration
 from moetailor.calibration.run import SampleOptions
 from moetailor.calibration.statistics import ON_REQUEST
-from moetailor.calibration.text import TextOptions
+from moetailor.calibration.text import TextOptions, files_of
 from moetailor.checkpoint.anatomy import discover
 from moetailor.checkpoint.facts import facts_of_checkpoint
 from moetailor.checkpoint.files import open_checkpoint
 from moetailor.checkpoint.loader import StreamedModel, load_config
+from moetailor.checkpoint.place import check_place, holding
 from moetailor.checkpoint.weights import ExpertWeights
-from moetailor.checkpoint.writer import check_place
 from moetailor.errors import PlanError
 from moetailor.methods.allocation import Allocation
 from moetailor.methods.estimate import estimate_plan, pairs_of
@@ -26,11 +26,10 @@ from moetailor.methods.registry import find_method
 from moetailor.methods.run import make_plan
 from moetailor.planning.budget import Budget
 from moetailor.planning.plan import Plan
+from moetailor.progress import Stages, part
 from moetailor.transform.apply import apply
 from moetailor.transform.build import Propagate
 from moetailor.transform.formats import resolve_format
-
-Stage = Callable[[str, int, int], None]
 
 
 def precheck(
@@ -44,6 +43,7 @@ def precheck(
     protect: Iterable[tuple[int, int]] = (),
     allocation: Allocation = "uniform",
     calibration: str | Path | None = None,
+    text: TextOptions | None = None,
     format: str = "auto",
     overwrite: bool = False,
     trust_remote_code: bool = False,
@@ -60,8 +60,9 @@ def precheck(
         protect: (layer, expert) pairs that must stay.
         allocation: how many experts each layer keeps, see `make_plan`.
         calibration: calibration folder to use or to make, when it is named.
+        text: calibration text; its files must stay, they are not read here.
         format: format of the result.
-        overwrite: an existing folder is replaced.
+        overwrite: an earlier result is replaced.
         trust_remote_code: run code that comes with the checkpoint.
 
     Raises:
@@ -70,7 +71,7 @@ def precheck(
     chosen = find_method(method).of(parameters or {})
     checkpoint = open_checkpoint(model)
     inputs = {"the original": checkpoint.folder, "the calibration": Path(calibration) if calibration else None}
-    check_place(Path(out), overwrite=overwrite, inputs=inputs)
+    check_place(Path(out), overwrite=overwrite, inputs=inputs | {"the text": files_of(text.data) if text else None})
     config = load_config(checkpoint, trust_remote_code=trust_remote_code)
     skeleton = StreamedModel(checkpoint, config, dtype=torch.float32)
     anatomy = discover(config, skeleton.model, trust_remote_code=trust_remote_code)
@@ -111,7 +112,7 @@ def compress(
     dtype: str | None = None,
     device_map: str | None = None,
     trust_remote_code: bool = False,
-    progress: Stage | None = None,
+    progress: Stages | None = None,
 ) -> tuple[Calibration, Plan]:
     """Calibrate, plan and apply, then open the result and run it once.
 
@@ -132,7 +133,7 @@ def compress(
         states: where hidden states wait between layers.
         propagate: what stand-ins and merged experts are fitted on, see `apply_to_checkpoint`.
         format: format of the result.
-        overwrite: replace an existing folder, at the end.
+        overwrite: replace an earlier result, at the end.
         device: where the model runs.
         dtype: dtype of the run.
         device_map: as transformers takes it.
@@ -145,37 +146,34 @@ def compress(
     given: dict[str, Any] = {"parameters": parameters, "allocation": allocation, "protect": pairs_of(protect)}
     given |= {"layers": None if layers is None else list(layers)}
     written: dict[str, Any] = {"format": format, "overwrite": overwrite, "trust_remote_code": trust_remote_code}
-    precheck(model, out, method=method, budget=budget, calibration=calibration, **given, **written)
+    precheck(model, out, method=method, budget=budget, calibration=calibration, text=text, **given, **written)
     folder = Path(calibration) if calibration is not None else Path(out).with_name(Path(out).name + ".calibration")
     needs = find_method(method).needs | ({"effect"} if allocation == "error" else set())
-    measured = calibrate(
-        model,
-        folder,
-        text=text,
-        sample=sample,
-        **{option: name in needs for name, option in ON_REQUEST.items()},
-        stream=stream,
-        states=states,
-        device=device,
-        dtype=dtype,
-        device_map=device_map,
-        trust_remote_code=trust_remote_code,
-        progress=_part(progress, "calibrate"),
-    )
-    weights = ExpertWeights(model, trust_remote_code=trust_remote_code)
-    plan = make_plan(
-        measured,
-        method,
-        budget,
-        guard_super_experts=guard_super_experts,
-        weights=weights,
-        progress=_part(progress, "plan"),
-        **given,
-    )
-    fitted: dict[str, Any] = {"calibration": measured, "propagate": propagate, "device": device}
-    apply(plan, model, out, verify=True, progress=progress, **fitted, **written)
+    with holding(Path(out)):
+        measured = calibrate(
+            model,
+            folder,
+            text=text,
+            sample=sample,
+            **{option: name in needs for name, option in ON_REQUEST.items()},
+            stream=stream,
+            states=states,
+            device=device,
+            dtype=dtype,
+            device_map=device_map,
+            trust_remote_code=trust_remote_code,
+            progress=part(progress, "calibrate"),
+        )
+        weights = ExpertWeights(model, trust_remote_code=trust_remote_code)
+        plan = make_plan(
+            measured,
+            method,
+            budget,
+            guard_super_experts=guard_super_experts,
+            weights=weights,
+            progress=part(progress, "plan"),
+            **given,
+        )
+        fitted: dict[str, Any] = {"calibration": measured, "propagate": propagate, "device": device}
+        apply(plan, model, out, verify=True, progress=progress, **fitted, **written)
     return measured, plan
-
-
-def _part(progress: Stage | None, name: str) -> Callable[[int, int], None] | None:
-    return None if progress is None else lambda done, total: progress(name, done, total)

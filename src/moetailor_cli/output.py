@@ -73,16 +73,6 @@ def warn(text: str) -> None:
     _err.print(text, soft_wrap=True)
 
 
-def nbytes(number: int) -> str:
-    """Return a number of bytes in the unit that suits it (10^3 steps)."""
-    size = float(number)
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.2f} {unit}"
-        size /= 1000
-    return f"{size:.2f} TB"
-
-
 def count(number: float) -> str:
     """Return a number of parameters as people say it."""
     for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
@@ -115,6 +105,8 @@ def stages() -> Iterator[Callable[[str, int, int], None]]:
 
 def summary(found: Summary) -> None:
     """Print what a checkpoint is."""
+    from moetailor.words import nbytes
+
     _out.print(found.source, style="bold", end="", soft_wrap=True)
     _out.print(f"  {found.model_type}, {found.decoder_layers} decoder layers")
     table = Table(box=None, pad_edge=False, header_style="dim")
@@ -159,6 +151,8 @@ def calibration(made: Calibration, wanted: int) -> None:
 
 def plan(made: Plan) -> None:
     """Print what becomes of the slots, a line for each kind of layer."""
+    from moetailor.words import nbytes
+
     kinds: dict[str, list[str]] = {}
     for prefix, layer in made.layers.items():
         found = Counter(answer.label for answer in layer.slots)
@@ -184,6 +178,8 @@ def plan(made: Plan) -> None:
 
 def scores(measured: Scores) -> None:
     """Print the comparison of a compressed model with its original."""
+    from moetailor.words import nbytes
+
     table = Table(box=None, pad_edge=False, header_style="dim")
     for name in ("text", "tokens", "perplexity", "compressed", "KL, nats", "95% interval", "same top-1"):
         table.add_column(name, justify="left" if name == "text" else "right")
@@ -229,6 +225,8 @@ def expected(compressed: str, measured: Scores) -> None:
 
 def comparison(results: dict) -> None:
     """Print the ranking of each ratio, what failed and why, and how well errors of layers foretold the KL."""
+    from moetailor.words import nbytes
+
     original, cells = results["original"], results["cells"]
     for ratio in dict.fromkeys(cell["ratio"] for cell in cells):
         _out.print(f"{ratio} removed", style="bold")

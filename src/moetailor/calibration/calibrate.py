@@ -11,16 +11,18 @@ from torch import nn
 
 from moetailor.calibration.batch import Batch
 from moetailor.calibration.effect import measure_effects
-from moetailor.calibration.folder import Calibration
+from moetailor.calibration.folder import STATES, Calibration
 from moetailor.calibration.layers import PartlyLoaded, ResidentModel
-from moetailor.calibration.run import Progress, SampleOptions, Subject, run_calibration, tokenizer_fingerprint
+from moetailor.calibration.run import SampleOptions, Subject, run_calibration, tokenizer_fingerprint
 from moetailor.calibration.text import TextOptions, read_batches
 from moetailor.checkpoint.anatomy import discover
 from moetailor.checkpoint.facts import facts_of_checkpoint, facts_of_model
 from moetailor.checkpoint.files import Checkpoint, open_checkpoint
 from moetailor.checkpoint.loader import StreamedModel, load_config
+from moetailor.checkpoint.lock import growing
 from moetailor.checkpoint.models import load_model, load_tokenizer, longest_sequence, resolve_device, resolve_dtype
 from moetailor.errors import CalibrationError, did_you_mean
+from moetailor.progress import Progress
 
 States = Literal["auto", "memory", "disk"]
 
@@ -97,8 +99,9 @@ def calibrate(
         progress=progress,
     )
     if effect and made.effects() is None:
-        waiting = made.folder / "states" if on_disk else None
-        made = measure_effects(made, subject.open(), subject.anatomy, states=waiting, progress=progress)
+        with growing(made.folder) as work:
+            waiting = work / STATES if on_disk else None
+            made = measure_effects(made, subject.open(), subject.anatomy, states=waiting, progress=progress)
     return made
 
 

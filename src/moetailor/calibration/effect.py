@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,8 +25,8 @@ from moetailor.calibration.folder import Calibration, LayerEffect
 from moetailor.calibration.layers import HiddenStates, LayerRunner, PartlyLoaded
 from moetailor.checkpoint.anatomy import Anatomy, MoELayer
 from moetailor.errors import CalibrationError
+from moetailor.progress import Progress
 
-Progress = Callable[[int, int], None]
 # Tokens that run.
 TOKENS = 4096
 

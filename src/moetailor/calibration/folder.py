@@ -12,11 +12,12 @@ from typing import Annotated, Any, TypedDict
 from moetailor.calibration.batch import AGAIN, Batch, load_batches
 from moetailor.calibration.statistics import ON_REQUEST, SAMPLE, SUMS, Sample, Sums, load_sample, load_sums
 from moetailor.calibration.text import TextOptions
+from moetailor.checkpoint.artifact import write_json
 from moetailor.checkpoint.facts import ModelFacts
 from moetailor.errors import CalibrationError
 from moetailor.schema import Count, Few, Within, load, load_json, read
 
-MANIFEST, RUN, TEXT, EFFECT = "calibration.json", "run.json", "text.safetensors", "effect.json"
+MANIFEST, RUN, TEXT, EFFECT, STATES = "calibration.json", "run.json", "text.safetensors", "effect.json", "states"
 VERSION = 1
 ANEW = "delete the folder and calibrate again"
 
@@ -200,10 +201,3 @@ def part_name(file: Path, prefix: str) -> str:
 
 def _hash(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def write_json(file: Path, content: dict) -> None:
-    """Write JSON beside, then rename."""
-    beside = file.with_suffix(".partial")
-    beside.write_text(json.dumps(content, indent=2) + "\n")
-    beside.rename(file)

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from moetailor.calibration.batch import Batch
+from moetailor.checkpoint.artifact import save_tensors
 from moetailor.checkpoint.tensors import read_tensors
-from moetailor.checkpoint.writer import save_tensors
 from moetailor.errors import CalibrationError, CheckpointError
 
 

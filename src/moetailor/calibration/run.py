@@ -22,7 +22,7 @@ from torch import nn
 from moetailor._version import __version__
 from moetailor.calibration.batch import Batch, save_batches, text_fingerprint
 from moetailor.calibration.capture import Pairs, Routed, captured, silenced
-from moetailor.calibration.folder import ANEW, MANIFEST, RUN, TEXT, Calibration, layer_file, part_name, write_json
+from moetailor.calibration.folder import ANEW, MANIFEST, RUN, STATES, TEXT, Calibration, layer_file, part_name
 from moetailor.calibration.layers import HiddenStates, LayerRunner, PartlyLoaded
 from moetailor.calibration.statistics import (
     SAMPLE,
@@ -37,12 +37,13 @@ from moetailor.calibration.statistics import (
     sample_keys,
 )
 from moetailor.checkpoint.anatomy import Anatomy, MoELayer
+from moetailor.checkpoint.artifact import write_json, write_text
 from moetailor.checkpoint.facts import ModelFacts
+from moetailor.checkpoint.lock import entries, growing, sweep
 from moetailor.checkpoint.tensors import digest
 from moetailor.errors import CalibrationError
-from moetailor.schema import load_json
-
-Progress = Callable[[int, int], None]
+from moetailor.progress import Progress
+from moetailor.schema import find_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,20 +101,37 @@ def run_calibration(
     Raises:
         CalibrationError: the folder holds another calibration, or weights or activations are not finite.
     """
-    anatomy, sampled = subject.anatomy, sampled_positions(batches, sample)
-    finished = Calibration.open(folder) if (folder / MANIFEST).exists() else None
-    notes = finished.fingerprint if finished else _noted(folder)
     # A folder that holds more than was asked for serves as well.
-    residual = residual or bool((notes or {}).get("residual"))
+    residual = residual or bool((_noted(folder) or {}).get("residual"))
     fingerprint = _fingerprint(subject, batches, sample) | ({"residual": True} if residual else {})
-    _claim(folder, notes, fingerprint)
-    if finished and finished.complete:
+    if finished := _finished(folder, fingerprint):
+        sweep(folder)
         return finished
-    write_json(folder / RUN, fingerprint)
-    hashes = dict(finished.hashes) if finished else _measured(folder, subject.facts)
-    hashes[TEXT] = save_batches(batches, folder / TEXT)
-    runner = LayerRunner(subject.open(), batches)
-    states = HiddenStates(folder / "states" if states_on_disk else None)
+    with growing(folder) as work:
+        if finished := _finished(folder, fingerprint):
+            return finished  # by another run, in between
+        write_json(folder / RUN, fingerprint)
+        hashes = _hashes(folder, subject.facts) | {TEXT: save_batches(batches, folder / TEXT)}
+        states = HiddenStates(work / STATES if states_on_disk else None)
+        hashes |= _measure(subject, batches, folder, states, sampled_positions(batches, sample), residual, progress)
+        shutil.rmtree(work / STATES, ignore_errors=True)
+        calibration = Calibration(folder=folder, model=subject.facts, fingerprint=fingerprint, hashes=hashes)
+        calibration.save()
+    return calibration
+
+
+def _measure(
+    subject: Subject,
+    batches: list[Batch],
+    folder: Path,
+    states: HiddenStates,
+    sampled: list,
+    residual: bool,
+    progress: Progress | None,
+) -> dict[str, str]:
+    """Walk through the model and write the statistics of each layer that has none; return their hashes."""
+    hashes: dict[str, str] = {}
+    anatomy, runner = subject.anatomy, LayerRunner(subject.open(), batches)
     first, last = _first_layer(folder, states, anatomy), max(anatomy.layers)
     count = _counter(progress, first * len(batches), (last + 1) * len(batches))
     embedded = runner.embed()
@@ -138,10 +156,7 @@ def run_calibration(
             hashes |= {part_name(file, prefix): known for prefix, known in collector.finish().save(file).items()}
         states.forget(index)
         _log(folder, layer=index, seconds=round(time.time() - began, 3))
-    shutil.rmtree(folder / "states", ignore_errors=True)
-    calibration = Calibration(folder=folder, model=subject.facts, fingerprint=fingerprint, hashes=hashes)
-    calibration.save()
-    return calibration
+    return hashes
 
 
 class Collector:
@@ -300,26 +315,40 @@ def _first_layer(folder: Path, states: HiddenStates, anatomy: Anatomy) -> int:
     return 0
 
 
-def _claim(folder: Path, notes: dict | None, fingerprint: dict) -> None:
-    """Make the folder this run's; `notes` are the fingerprint of the run that it holds, if any."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if notes is None and any(folder.iterdir()):
-        raise CalibrationError(f"{folder}: not empty and no calibration; choose another folder")
+def _finished(folder: Path, fingerprint: dict) -> Calibration | None:
+    """Return the calibration of a folder when it is finished.
+
+    Raises:
+        CalibrationError: the folder holds something else.
+    """
+    notes = _noted(folder)
+    if notes is None and folder.is_dir() and (others := entries(folder)):
+        raise CalibrationError(
+            f"{folder}: not empty and no calibration; choose another folder, or delete what is in it: "
+            f"{', '.join(others[:5])}{' ...' * (len(others) > 5)}"
+        )
     if notes is not None and notes != fingerprint:
         differs = [name for name in fingerprint | notes if notes.get(name) != fingerprint.get(name)]
         raise CalibrationError(
             f"{folder}: holds another calibration ({', '.join(differs)} differ); choose another folder or delete it"
         )
+    finished = Calibration.open(folder) if (folder / MANIFEST).exists() else None
+    return finished if finished is not None and finished.complete else None
 
 
 def _noted(folder: Path) -> dict | None:
-    """Return the fingerprint of the run that a folder holds, if it is not finished."""
-    file = folder / RUN
-    return load_json(file, error=CalibrationError, cure=ANEW) if file.exists() else None
+    """Return the fingerprint of the run that a folder holds, finished or not."""
+    if (folder / MANIFEST).exists():
+        return Calibration.open(folder).fingerprint
+    return find_json(folder / RUN, error=CalibrationError, cure=ANEW)
 
 
-def _measured(folder: Path, facts: ModelFacts) -> dict[str, str]:
-    """Return the hashes of what a stopped run measured; a file of it that cannot be used is refused."""
+def _hashes(folder: Path, facts: ModelFacts) -> dict[str, str]:
+    """Return the hashes of what a run measured that was stopped, or has lost a part since; a file of it that cannot be
+    used is refused.
+    """
+    if (folder / MANIFEST).exists():
+        return dict(Calibration.open(folder).hashes)
     hashes: dict[str, str] = {}
     for stack in facts.stacks:
         if stack.index is not None and (file := layer_file(folder, stack.index)).exists():
@@ -358,5 +387,6 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 
 def _log(folder: Path, **entry: Any) -> None:
-    with open(folder / "log.jsonl", "a") as log:
-        log.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S")} | entry) + "\n")
+    log = folder / "log.jsonl"
+    told = log.read_text(encoding="utf-8") if log.is_file() else ""
+    write_text(log, told + json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S")} | entry) + "\n")

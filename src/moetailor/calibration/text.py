@@ -187,6 +187,12 @@ def _split_weight(entry: str) -> tuple[str, float]:
     return name, value
 
 
+def files_of(data: Iterable[str]) -> list[Path]:
+    """Return the files among the sources of a text."""
+    names = (Path(_split_weight(entry)[0]) for entry in data)
+    return [path for path in names if path.exists()]
+
+
 def check_length(length: int, max_length: int | None) -> None:
     """Refuse blocks longer than a model takes, if it says.
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from moetailor.checkpoint.lock import restore
 from moetailor.errors import CheckpointError
 
 DTYPES = {
@@ -125,6 +126,7 @@ def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Check
             with the shards or names a file outside the folder.
     """
     folder = Path(source)
+    restore(folder)
     if not folder.is_dir():
         folder = _download(str(source), revision)
     config_file = folder / "config.json"

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from moetailor.calibration.batch import Batch
-from moetailor.calibration.folder import Calibration, write_json
+from moetailor.calibration.folder import Calibration
 from moetailor.checkpoint.anatomy import Anatomy, discover
+from moetailor.checkpoint.artifact import write_json
 from moetailor.checkpoint.files import Checkpoint
 from moetailor.checkpoint.models import copy_sharing_tensors, load_model
 from moetailor.checkpoint.weights import ExpertWeights
@@ -23,9 +24,10 @@ from moetailor.comparison.cells import Cell
 from moetailor.comparison.probe import Probe
 from moetailor.comparison.results import cell_result
 from moetailor.comparison.stored import read_original
-from moetailor.evaluation.fidelity import Progress, Reference
+from moetailor.evaluation.fidelity import Reference
 from moetailor.evaluation.speed import Speed, measure_speed, resident_nbytes
 from moetailor.methods.run import make_plan
+from moetailor.progress import Progress
 from moetailor.transform.apply import apply
 
 # Tokens of the prompt that speed is measured on, and new ones: little against a pass over held-out text.
@@ -41,6 +43,7 @@ class Bench:
         calibration: what plans are made from.
         batches: held-out text.
         folder: where the original's predictions and speed lie.
+        work: where predictions lie that are not complete, on the same disk.
         device: where models run.
         dtype: dtype of the run.
         trust_remote_code: run code that comes with the checkpoint.
@@ -54,6 +57,7 @@ class Bench:
         calibration: Calibration,
         batches: Sequence[Batch],
         folder: Path,
+        work: Path,
         *,
         device: str,
         dtype: torch.dtype,
@@ -62,6 +66,7 @@ class Bench:
     ) -> None:
         self.checkpoint, self.weights, self.calibration = checkpoint, weights, calibration
         self.batches, self.folder = batches, folder
+        self._work = work / "reference"
         self._load: Callable[[], Any] = lambda: load_model(
             checkpoint.folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code
         )
@@ -88,13 +93,13 @@ class Bench:
         """Its predictions on the held-out text; a folder that is there is complete."""
         place = self.folder / "reference"
         if not place.exists():
-            began, partial = time.perf_counter(), self.folder / "reference.partial"
-            shutil.rmtree(partial, ignore_errors=True)
-            Reference(partial, self.batches).record(self.model, self._progress)
+            began = time.perf_counter()
+            shutil.rmtree(self._work, ignore_errors=True)
+            Reference(self._work, self.batches).record(self.model, self._progress)
             seconds = time.perf_counter() - began
             measured = asdict(self._speed(self.model)) | {"resident": resident_nbytes(self.model)}
             write_json(self.folder / "original.json", measured | {"seconds": seconds})
-            partial.rename(place)
+            self._work.rename(place)
         return Reference(place, self.batches)
 
     @property
@@ -144,11 +149,11 @@ class Bench:
 
     def close(self) -> None:
         """Delete the original's predictions; whoever needs them again records them again."""
-        place, partial = self.folder / "reference", self.folder / "reference.partial"
+        place = self.folder / "reference"
+        shutil.rmtree(self._work, ignore_errors=True)
         if place.exists():
-            shutil.rmtree(partial, ignore_errors=True)
-            place.rename(partial)
-        shutil.rmtree(partial, ignore_errors=True)
+            place.rename(self._work)
+            shutil.rmtree(self._work)
 
     def _speed(self, model: Any) -> Speed:
         return measure_speed(model, self.batches[0].input_ids[:1, :PROMPT], new_tokens=NEW_TOKENS)

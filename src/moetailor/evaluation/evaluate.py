@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import tempfile
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -14,13 +12,13 @@ from torch import nn
 from moetailor.calibration.text import TextOptions, read_batches, words_of
 from moetailor.checkpoint.files import Checkpoint, open_checkpoint
 from moetailor.checkpoint.loader import load_config
+from moetailor.checkpoint.lock import scratch
 from moetailor.checkpoint.models import load_model, load_tokenizer, longest_sequence, resolve_device, resolve_dtype
 from moetailor.errors import MoetailorError
 from moetailor.evaluation.fidelity import Fidelity, Reference
 from moetailor.evaluation.speed import Speed, measure_speed, resident_nbytes
 from moetailor.evaluation.tasks import run_tasks
-
-Stage = Callable[[str, int, int], None]
+from moetailor.progress import Stages, part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +89,7 @@ def evaluate(
     dtype: str | None = None,
     device_map: str | None = None,
     trust_remote_code: bool = False,
-    progress: Stage | None = None,
+    progress: Stages | None = None,
 ) -> Scores:
     """Compare a compressed checkpoint with its original, one model in memory at a time.
 
@@ -133,22 +131,15 @@ def evaluate(
             trust_remote_code=trust_remote_code,
         )
 
-    def watch(name: str) -> Callable[[int, int], None]:
-        def report(done: int, total: int) -> None:
-            if progress is not None:
-                progress(name, done, total)
-
-        return report
-
-    with tempfile.TemporaryDirectory(prefix="moetailor-") as folder:
-        reference = Reference(Path(folder), batches)
+    with scratch() as folder:
+        reference = Reference(folder, batches)
         first = load(original)
-        reference.record(first, watch("original"))
+        reference.record(first, part(progress, "original"))
         measured = [_measure(first, batches[0].input_ids[:1], tokenizer, tasks)]
         del first
         gc.collect()
         second = load(compressed)
-        fidelity = reference.compare(second, watch("compressed"))
+        fidelity = reference.compare(second, part(progress, "compressed"))
         measured.append(_measure(second, batches[0].input_ids[:1], tokenizer, tasks))
     resident, speed, scores = zip(*measured, strict=True)
     return Scores(

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 
 from moetailor.calibration.batch import Batch
+from moetailor.checkpoint.artifact import save_tensors
 from moetailor.checkpoint.tensors import read_tensors
-from moetailor.checkpoint.writer import save_tensors
 from moetailor.errors import MoetailorError
+from moetailor.progress import Progress
 
-Progress = Callable[[int, int], None]
 RESAMPLES = 1000
 
 

@@ -12,9 +12,10 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
+from moetailor.checkpoint.artifact import write_text
+from moetailor.checkpoint.lock import scratch
 from moetailor.errors import MoetailorError, did_you_mean
 
 _BUILDERS = ("json", "csv", "parquet", "text")  # values of `dataset_path` that need no hub
@@ -50,7 +51,7 @@ def run_tasks(
     Raises:
         MoetailorError: lm-eval or a data file is missing, a task is unknown or not local, or rows do not fit it.
     """
-    with _quiet(), TemporaryDirectory(prefix="moetailor-tasks-") as scratch:
+    with _quiet(), scratch() as folder:
         try:
             from lm_eval.evaluator import evaluate
             from lm_eval.models.huggingface import HFLM
@@ -60,8 +61,8 @@ def run_tasks(
         index = TaskManager(include_path=str(task_dir), include_defaults=False)
         names = list(dict.fromkeys(tasks))
         for name in names:
-            _render(name, index, Path(task_dir), Path(task_data or task_dir), Path(scratch))
-        manager = TaskManager(include_path=scratch, include_defaults=False)
+            _render(name, index, Path(task_dir), Path(task_data or task_dir), folder)
+        manager = TaskManager(include_path=str(folder), include_defaults=False)
         loaded = {}
         for name in names:
             try:
@@ -77,8 +78,8 @@ def run_tasks(
     return {name: _scores(results["results"][name]) for name in names}
 
 
-def _render(name: str, index: Any, task_dir: Path, task_data: Path, scratch: Path) -> None:
-    """Write one task with absolute data paths into `scratch`; `index` is lm-eval's TaskManager over `task_dir`."""
+def _render(name: str, index: Any, task_dir: Path, task_data: Path, folder: Path) -> None:
+    """Write one task with absolute data paths into `folder`; `index` is lm-eval's TaskManager over `task_dir`."""
     if name not in index.all_subtasks:
         known = did_you_mean(name, index.all_subtasks) if index.all_subtasks else ": it has none; see --task-dir"
         raise MoetailorError(f"unknown task {name!r} in {task_dir}{known}")
@@ -87,9 +88,9 @@ def _render(name: str, index: Any, task_dir: Path, task_data: Path, scratch: Pat
     if "data_files" not in options or entry.cfg.get("dataset_path") not in _BUILDERS:
         cure = f"give it dataset_kwargs.data_files and a dataset_path of {', '.join(_BUILDERS)}"
         raise MoetailorError(f"task {name!r} ({entry.yaml_path}) does not read local files: {cure}")
-    options |= {"data_files": _locate(options["data_files"], name, task_data), "cache_dir": str(scratch / "cache")}
+    options |= {"data_files": _locate(options["data_files"], name, task_data), "cache_dir": str(folder / "cache")}
     rendered = {"include": str(entry.yaml_path.resolve()), "task": name, "dataset_kwargs": options}
-    (scratch / f"{name}.yaml").write_text(json.dumps(rendered, ensure_ascii=False), encoding="utf-8")  # JSON is YAML
+    write_text(folder / f"{name}.yaml", json.dumps(rendered, ensure_ascii=False))  # JSON is YAML
 
 
 def _locate(files: Any, name: str, folder: Path) -> Any:

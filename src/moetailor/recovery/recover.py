@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 from accelerate import PartialState
 from torch import nn
 from transformers import TrainerCallback, set_seed
+from transformers.trainer_callback import TrainerState
 
 from moetailor._version import __version__
 from moetailor.calibration.text import words_of
@@ -21,20 +22,20 @@ from moetailor.checkpoint.anatomy import Anatomy, discover
 from moetailor.checkpoint.files import Checkpoint, open_checkpoint
 from moetailor.checkpoint.loader import load_config
 from moetailor.checkpoint.models import load_model, load_tokenizer, longest_sequence, resolve_device, resolve_dtype
-from moetailor.checkpoint.writer import check_place
+from moetailor.checkpoint.place import Inputs, check_place, holding
 from moetailor.errors import MoetailorError, did_you_mean
+from moetailor.progress import Progress, Stages
+from moetailor.progress import part as part_of
 from moetailor.recovery.anneal import Annealing
 from moetailor.recovery.examples import Blocks, ExampleOptions, read_blocks
-from moetailor.recovery.folder import begin_training, check_training, training_folder
+from moetailor.recovery.folder import begin_training, check_training, end_training, sweep_training, training_folder
 from moetailor.recovery.fsdp import check_shardable, shard
 from moetailor.recovery.loss import Loss, Objective, Student
 from moetailor.recovery.result import provenance_of, write_recovered
-from moetailor.recovery.train import Progress, RecoveryOptions, mean_losses, training_arguments
+from moetailor.recovery.train import RecoveryOptions, mean_losses, training_arguments
 from moetailor.recovery.train import train as train_student
 from moetailor.recovery.trainable import Adapters, Selection, check_words, select
 from moetailor.runtime.quantizer import original_config
-
-Stage = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +76,7 @@ def recover(
     dtype: str | None = None,
     trust_remote_code: bool = False,
     callbacks: Iterable[TrainerCallback] = (),
-    progress: Stage | None = None,
+    progress: Stages | None = None,
 ) -> RecoveryResult:
     """Train a part of a checkpoint and write the result, in the format it had.
 
@@ -93,7 +94,7 @@ def recover(
         loss: ``task``, ``kd`` or ``both``, see `Objective`.
         options: how to train.
         held_out: examples to measure the loss on, before and after.
-        overwrite: replace an existing folder, at the end.
+        overwrite: replace an earlier result, at the end.
         device: ``cpu`` or ``cuda``; CUDA when there is one.
         dtype: ``float32`` or ``bfloat16``, of what does not train; the checkpoint's on CUDA, else float32.
         trust_remote_code: run code that comes with the checkpoints.
@@ -103,12 +104,12 @@ def recover(
     Raises:
         CheckpointError: a model cannot be loaded.
         CalibrationError: the examples cannot be used.
-        MoetailorError: nothing trains, the teacher is of another kind, ``OUT.training`` belongs to other settings, or
-            the loss is not finite.
+        MoetailorError: nothing trains, the teacher is of another kind, ``OUT.training`` belongs to other settings or
+            has lost a part, another run writes there, or the loss is not finite.
     """
 
     def part(name: str) -> Progress | None:
-        return partial(progress, name) if progress is not None and PartialState().is_main_process else None
+        return part_of(progress, name) if PartialState().is_main_process else None
 
     started, out = time.monotonic(), Path(out)
     train, callbacks = words_of(train), list(callbacks)
@@ -116,65 +117,57 @@ def recover(
     source = open_checkpoint(model)
     wanted = objective.needs_teacher or callbacks or options.anneal
     original = open_checkpoint(teacher) if teacher is not None and wanted else None
-    check_place(out, overwrite=overwrite, inputs={"the model": source.folder, "the teacher": _folder(original)})
     config = load_config(source, trust_remote_code=trust_remote_code)
     if original is not None:
         check_teacher(config, load_config(original, trust_remote_code=trust_remote_code))
-    device = resolve_device(device)
-    arguments = training_arguments(training_folder(out), options, device)
-    # A part of what is shared out goes to each GPU; the whole may not fit on one.
-    place = torch.device("cpu") if options.fsdp else arguments.device
-    load = partial(_load, dtype=dtype, device=arguments.device, place=place, trust_remote_code=trust_remote_code)
-    blocks, held = (_blocks(part, source, config, trust_remote_code) for part in (examples, held_out))
-    assert blocks is not None
-    settings = _settings(source, original, blocks, words, loss, options, dtype)
-    check_training(training_folder(out), settings)
-    provenance_of(source)  # refused before the training, not after it
+    arguments = training_arguments(training_folder(out), options, resolve_device(device))
+    inputs = _inputs(source, original, examples, held_out)
+    with _holding(out, overwrite, inputs) as work:
+        # A part of what is shared out goes to each GPU; the whole may not fit on one.
+        place = torch.device("cpu") if options.fsdp else arguments.device
+        load = partial(_load, dtype=dtype, device=arguments.device, place=place, trust_remote_code=trust_remote_code)
+        blocks, held = (_blocks(part, source, config, trust_remote_code) for part in (examples, held_out))
+        assert blocks is not None
+        settings = _settings(source, original, blocks, words, loss, options, dtype)
+        check_training(training_folder(out), settings)
+        provenance_of(source)  # refused before the training, not after it
 
-    # The config says how it was compressed; what is looked for is the anatomy of the original.
-    anatomy = discover(original_config(config), trust_remote_code=trust_remote_code)
+        # The config says how it was compressed; what is looked for is the anatomy of the original.
+        anatomy = discover(original_config(config), trust_remote_code=trust_remote_code)
 
-    def begin(teacher: Any) -> tuple[Student, Selection, Adapters]:
-        student = Student(load(source), objective, teacher)
-        selection = select(student.model, anatomy, train)
-        set_seed(options.seed)
-        adapters = Adapters(student.model, anatomy, selection, rank=options.lora_rank, alpha=options.lora_alpha)
-        return student, selection, adapters
+        def begin(teacher: Any) -> tuple[Student, Selection, Adapters]:
+            student = Student(load(source), objective, teacher)
+            selection = select(student.model, anatomy, train)
+            set_seed(options.seed)
+            adapters = Adapters(student.model, anatomy, selection, rank=options.lora_rank, alpha=options.lora_alpha)
+            return student, selection, adapters
 
-    taught = None if original is None else load(original)
-    student, selection, adapters = begin(taught if objective.needs_teacher or callbacks else None)
-    if options.fsdp:
-        check_shardable(student.model)
-        shard(student.teacher)
-    if options.gradient_checkpointing:
-        _checkpoint_layers(student.model)
-    annealing = _annealing(options, anatomy, student.model, taught)
-    del taught  # what fades out is held by the annealing alone
-    begin_training(training_folder(out), settings)
-    measure = partial(_measure, student, held, options.batch_size, arguments.device)
-    before = measure(part("held out, before"))
-    state = train_student(student, blocks, arguments, callbacks=[*callbacks, *annealing], progress=part("train"))
-    for mixtures in annealing:
-        mixtures.release()
-    after = measure(part("held out, after"))
-    if PartialState().is_main_process:
-        if options.fsdp:  # here is a part of each tensor; the last checkpoint has the whole of what trained
-            student, selection, adapters = begin(None)
-            train_student(student, blocks, arguments)
-        adapters.merge()
-        written: dict[str, Any] = {"settings": settings, "overwrite": overwrite, "progress": part("write")}
-        write_recovered(out, source, student.model, selection.names, **written)
-        shutil.rmtree(training_folder(out))
-    PartialState().wait_for_everyone()
-    return RecoveryResult(
-        out=out,
-        steps=state.global_step,
-        tokens=state.num_input_tokens_seen,
-        seconds=time.monotonic() - started,
-        losses=tuple(entry["loss"] for entry in state.log_history if "loss" in entry),
-        before=before,
-        after=after,
-    )
+        taught = None if original is None else load(original)
+        student, selection, adapters = begin(taught if objective.needs_teacher or callbacks else None)
+        if options.fsdp:
+            check_shardable(student.model)
+            shard(student.teacher)
+        if options.gradient_checkpointing:
+            _checkpoint_layers(student.model)
+        annealing = _annealing(options, anatomy, student.model, taught)
+        del taught  # what fades out is held by the annealing alone
+        begin_training(training_folder(out), settings, work)
+        measure = partial(_measure, student, held, options.batch_size, arguments.device)
+        before = measure(part("held out, before"))
+        state = train_student(student, blocks, arguments, callbacks=[*callbacks, *annealing], progress=part("train"))
+        for mixtures in annealing:
+            mixtures.release()
+        after = measure(part("held out, after"))
+        if PartialState().is_main_process:
+            if options.fsdp:  # here is a part of each tensor; the last checkpoint has the whole of what trained
+                student, selection, adapters = begin(None)
+                train_student(student, blocks, arguments)
+            adapters.merge()
+            written: dict[str, Any] = {"settings": settings, "overwrite": overwrite, "progress": part("write")}
+            write_recovered(out, source, student.model, selection.names, **written)
+            end_training(training_folder(out))
+        PartialState().wait_for_everyone()
+    return _result(out, state, started, before, after)
 
 
 def check_teacher(config: Any, teacher: Any) -> None:
@@ -218,6 +211,29 @@ def _check(
     if options.anneal and teacher is None:
         raise MoetailorError("--anneal fades the original's experts out; name the original with --teacher")
     return check_words(train), objective
+
+
+@contextmanager
+def _holding(out: Path, overwrite: bool, inputs: Inputs) -> Iterator[Path | None]:
+    """Hold the place of the result in the first process; gives its work folder there, None in the others."""
+    with holding(out) if PartialState().is_main_process else nullcontext() as work:
+        if work is not None and not overwrite:
+            sweep_training(out)
+        check_place(out, overwrite=overwrite, inputs=inputs)
+        yield work
+
+
+def _inputs(
+    source: Checkpoint,
+    original: Checkpoint | None,
+    examples: ExampleOptions | Blocks,
+    held_out: ExampleOptions | Blocks | None,
+) -> Inputs:
+    """Return the files and folders that a run reads."""
+    text = [part.data for part in (examples, held_out) if isinstance(part, ExampleOptions)]
+    teacher = None if original is None else original.folder
+    files = [path for data in text for path in map(Path, data) if path.exists()]
+    return {"the model": source.folder, "the teacher": teacher, "the examples": files}
 
 
 def _annealing(options: RecoveryOptions, anatomy: Anatomy, model: nn.Module, original: Any) -> list[Annealing]:
@@ -282,5 +298,15 @@ def _checkpoint_layers(model: Any) -> None:
     enable({"use_reentrant": False})
 
 
-def _folder(checkpoint: Checkpoint | None) -> Path | None:
-    return None if checkpoint is None else checkpoint.folder
+def _result(
+    out: Path, state: TrainerState, started: float, before: dict[str, float], after: dict[str, float]
+) -> RecoveryResult:
+    return RecoveryResult(
+        out=out,
+        steps=state.global_step,
+        tokens=state.num_input_tokens_seen,
+        seconds=time.monotonic() - started,
+        losses=tuple(entry["loss"] for entry in state.log_history if "loss" in entry),
+        before=before,
+        after=after,
+    )
