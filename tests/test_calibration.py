@@ -182,8 +182,8 @@ def test_states_that_cannot_be_read_are_named_with_the_cure(
     with pytest.raises(moetailor.CalibrationError) as refusal:
         moetailor.calibrate(source, out, text=token_batches(), stream=True)
     assert str(refusal.value).startswith(f"{states}: cannot be read (")
-    assert str(refusal.value).endswith(f"; delete {states.parent} and run the same command again")
-    shutil.rmtree(states.parent)
+    assert str(refusal.value).endswith(f"; delete {states.parent.parent} and run the same command again")
+    shutil.rmtree(states.parent.parent)
     moetailor.calibrate(source, out, text=token_batches(), stream=True)
     assert not (out / ".moetailor").exists()
 

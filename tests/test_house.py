@@ -15,7 +15,9 @@ from support.source import Source, body_lines, sources
 ORDER = (
     "_version",
     "errors",
+    "progress",
     "schema",
+    "words",
     "checkpoint",
     "calibration",
     "answers",

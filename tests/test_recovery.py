@@ -576,7 +576,7 @@ def test_settings_that_cannot_be_read_are_named_with_the_cure(
     folder = tmp_path / "out.training"
     folder.mkdir()
     (folder / "settings.json").write_text(settings)
-    cure = f"delete {folder} and train from the start"
+    cure = f"delete {folder} to train anew"
     refused(f"{folder / 'settings.json'}: not (a )?JSON .*; {cure}", compress("reap"), tmp_path / "out")
 
 

@@ -162,7 +162,7 @@ def test_a_model_called_partial_stays(source: Path, tmp_path: Path) -> None:
     shutil.copytree(source, tmp_path / "out.partial")
     out = compressed(tmp_path / "out.partial", tmp_path)
     assert open_checkpoint(tmp_path / "out.partial").fingerprint() == open_checkpoint(source).fingerprint()
-    assert sorted(os.listdir(out.parent)) == ["calibration", "original", "out", "out.partial"]
+    assert sorted(os.listdir(out.parent)) == ["calibration", "out", "out.partial", "source"]
 
 
 def test_written_files_are_safetensors(source: Path, tmp_path: Path) -> None:

@@ -132,14 +132,8 @@ def compress(
     method, format = read_menu(method, native), read_format(format, native)
     budget, parameters = read_budget(method, remove, keep, size, memory, load_dtype), read_parameters(param)
     selected, kept, spread = read_numbers(layers), read_pairs(protect), read_allocation(allocation)
-    text = moetailor.TextOptions(
-        data=tuple(data),
-        sequences=sequences,
-        length=length,
-        seed=seed,
-        mask_special=mask_special,
-        batch_size=batch_size,
-    )
+    blocks = {"sequences": sequences, "length": length, "seed": seed, "batch_size": batch_size}
+    text = moetailor.TextOptions(data=tuple(data), mask_special=mask_special, **blocks)
     checked = moetailor.precheck(
         model,
         out,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +24,8 @@ from moetailor_cli.console import PlainConsole
 
 if TYPE_CHECKING:
     from moetailor import Calibration, Plan, RecoveryResult, Scores
+    from moetailor.progress import Progress as Told
+    from moetailor.progress import Stages
     from moetailor.summary import Summary
 
 _out = PlainConsole()
@@ -82,7 +84,7 @@ def count(number: float) -> str:
 
 
 @contextmanager
-def progress(name: str) -> Iterator[Callable[[int, int], None]]:
+def progress(name: str) -> Iterator[Told]:
     """Give a function to call with (done, in all); the bar goes away when it is done."""
     with _bar(MofNCompleteColumn()) as bar:
         task = bar.add_task(name, total=None)
@@ -90,7 +92,7 @@ def progress(name: str) -> Iterator[Callable[[int, int], None]]:
 
 
 @contextmanager
-def stages() -> Iterator[Callable[[str, int, int], None]]:
+def stages() -> Iterator[Stages]:
     """Give a function to call with (what is running, done, in all): one bar for each stage."""
     with _bar(TaskProgressColumn()) as bar:
         tasks: dict[str, object] = {}

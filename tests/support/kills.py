@@ -68,13 +68,15 @@ def kills(run: Callable[[], object]) -> Iterator[int]:
 
 
 def in_child(run: Callable[[], object]) -> int:
-    """Start something in a child and return its process id; it exits with 1 where it raises."""
+    """Start something in a child and return its process id; it exits as Python does, with 1 where it raises."""
     child = os.fork()
     if child == 0:
-        code = 1
+        code: object = 1
         try:
             run()
             code = 0
+        except SystemExit as stop:
+            code = stop.code
         finally:
-            os._exit(code)
+            os._exit(int(code or 0))  # type: ignore[call-overload]
     return child

@@ -167,7 +167,7 @@ def with_slots(model: nn.Module, anatomy: Anatomy, slots: Mapping[int, Sequence[
 
 
 class Tried(TypedDict):
-    """What is, beside its kind, in the file of a search: what its numbers depend on, and the overlap of each allocation."""
+    """What the file of a search holds: all that its numbers depend on, and the overlap of each allocation."""
 
     about: dict[str, Any]
     overlap: dict[str, Annotated[float, Within(0, 1 + 1e-3)]]

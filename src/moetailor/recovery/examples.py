@@ -142,6 +142,12 @@ def read_blocks(
     return Blocks(blocks.input_ids[live], blocks.labels[live])
 
 
+def files_of(examples: ExampleOptions | Blocks | None) -> list[Path]:
+    """Return the files among the sources of examples."""
+    data = examples.data if isinstance(examples, ExampleOptions) else ()
+    return [path for path in map(Path, data) if path.exists()]
+
+
 def _tokens(tokenizer: Any, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -10,7 +12,7 @@ from accelerate import PartialState
 from transformers.trainer_callback import TrainerState
 
 from moetailor.checkpoint.artifact import write_json
-from moetailor.checkpoint.place import PROVENANCE_FILE
+from moetailor.checkpoint.place import PROVENANCE_FILE, Inputs, check_place, holding
 from moetailor.errors import MoetailorError
 from moetailor.schema import Count, find_json, load_json, read
 
@@ -22,6 +24,18 @@ PARTS = {"optimizer": "optimizer*", "schedule": "scheduler.pt", "random numbers"
 def training_folder(out: Path) -> Path:
     """Return the folder of the training whose result is to be `out`."""
     return out.with_name(out.name + ".training")
+
+
+@contextmanager
+def place_of(out: Path, *, overwrite: bool, inputs: Inputs) -> Iterator[Path | None]:
+    """Hold the place of the result, see `check_place`; gives the run's own folder beside it, None in all processes but
+    the first.
+    """
+    with holding(out) if PartialState().is_main_process else nullcontext() as work:
+        if work is not None and not overwrite:
+            _sweep_training(out)
+        check_place(out, overwrite=overwrite, inputs=inputs)
+        yield work
 
 
 def check_training(folder: Path, settings: dict[str, Any]) -> None:
@@ -78,8 +92,8 @@ def end_training(folder: Path) -> None:
         folder.rmdir()
 
 
-def sweep_training(out: Path) -> None:
-    """Delete the training of a result that is complete: it was killed between the two."""
+def _sweep_training(out: Path) -> None:
+    """Delete the training of a result that is complete: the run was killed before it did."""
     folder, cure = training_folder(out), "delete it"
     made = find_json(out / PROVENANCE_FILE, error=MoetailorError, cure=cure) or {}
     told = _settings(folder) if folder.is_dir() else None

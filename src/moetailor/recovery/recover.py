@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,13 +21,12 @@ from moetailor.checkpoint.anatomy import Anatomy, discover
 from moetailor.checkpoint.files import Checkpoint, open_checkpoint
 from moetailor.checkpoint.loader import load_config
 from moetailor.checkpoint.models import load_model, load_tokenizer, longest_sequence, resolve_device, resolve_dtype
-from moetailor.checkpoint.place import Inputs, check_place, holding
 from moetailor.errors import MoetailorError, did_you_mean
 from moetailor.progress import Progress, Stages
 from moetailor.progress import part as part_of
 from moetailor.recovery.anneal import Annealing
-from moetailor.recovery.examples import Blocks, ExampleOptions, read_blocks
-from moetailor.recovery.folder import begin_training, check_training, end_training, sweep_training, training_folder
+from moetailor.recovery.examples import Blocks, ExampleOptions, files_of, read_blocks
+from moetailor.recovery.folder import begin_training, check_training, end_training, place_of, training_folder
 from moetailor.recovery.fsdp import check_shardable, shard
 from moetailor.recovery.loss import Loss, Objective, Student
 from moetailor.recovery.result import provenance_of, write_recovered
@@ -121,8 +119,9 @@ def recover(
     if original is not None:
         check_teacher(config, load_config(original, trust_remote_code=trust_remote_code))
     arguments = training_arguments(training_folder(out), options, resolve_device(device))
-    inputs = _inputs(source, original, examples, held_out)
-    with _holding(out, overwrite, inputs) as work:
+    inputs = {"the model": source.folder, "the examples": [*files_of(examples), *files_of(held_out)]}
+    inputs |= {} if original is None else {"the teacher": original.folder}
+    with place_of(out, overwrite=overwrite, inputs=inputs) as work:
         # A part of what is shared out goes to each GPU; the whole may not fit on one.
         place = torch.device("cpu") if options.fsdp else arguments.device
         load = partial(_load, dtype=dtype, device=arguments.device, place=place, trust_remote_code=trust_remote_code)
@@ -211,29 +210,6 @@ def _check(
     if options.anneal and teacher is None:
         raise MoetailorError("--anneal fades the original's experts out; name the original with --teacher")
     return check_words(train), objective
-
-
-@contextmanager
-def _holding(out: Path, overwrite: bool, inputs: Inputs) -> Iterator[Path | None]:
-    """Hold the place of the result in the first process; gives its work folder there, None in the others."""
-    with holding(out) if PartialState().is_main_process else nullcontext() as work:
-        if work is not None and not overwrite:
-            sweep_training(out)
-        check_place(out, overwrite=overwrite, inputs=inputs)
-        yield work
-
-
-def _inputs(
-    source: Checkpoint,
-    original: Checkpoint | None,
-    examples: ExampleOptions | Blocks,
-    held_out: ExampleOptions | Blocks | None,
-) -> Inputs:
-    """Return the files and folders that a run reads."""
-    text = [part.data for part in (examples, held_out) if isinstance(part, ExampleOptions)]
-    teacher = None if original is None else original.folder
-    files = [path for data in text for path in map(Path, data) if path.exists()]
-    return {"the model": source.folder, "the teacher": teacher, "the examples": files}
 
 
 def _annealing(options: RecoveryOptions, anatomy: Anatomy, model: nn.Module, original: Any) -> list[Annealing]:
