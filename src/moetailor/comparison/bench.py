@@ -42,8 +42,8 @@ class Bench:
         weights: its experts on disk, which methods read.
         calibration: what plans are made from.
         batches: held-out text.
-        folder: where the original's predictions and speed lie.
-        work: where predictions lie that are not complete, on the same disk.
+        folder: where the original's speed lies.
+        work: where its predictions lie, in ``reference`` when they are complete.
         device: where models run.
         dtype: dtype of the run.
         trust_remote_code: run code that comes with the checkpoint.
@@ -66,7 +66,7 @@ class Bench:
     ) -> None:
         self.checkpoint, self.weights, self.calibration = checkpoint, weights, calibration
         self.batches, self.folder = batches, folder
-        self._work = work / "reference"
+        self._place, self._partial = work / "reference", work / "unfinished"
         self._load: Callable[[], Any] = lambda: load_model(
             checkpoint.folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code
         )
@@ -91,16 +91,15 @@ class Bench:
     @cached_property
     def reference(self) -> Reference:
         """Its predictions on the held-out text; a folder that is there is complete."""
-        place = self.folder / "reference"
-        if not place.exists():
+        if not self._place.exists():
             began = time.perf_counter()
-            shutil.rmtree(self._work, ignore_errors=True)
-            Reference(self._work, self.batches).record(self.model, self._progress)
+            shutil.rmtree(self._partial, ignore_errors=True)
+            Reference(self._partial, self.batches).record(self.model, self._progress)
             seconds = time.perf_counter() - began
             measured = asdict(self._speed(self.model)) | {"resident": resident_nbytes(self.model)}
             write_json(self.folder / "original.json", measured | {"seconds": seconds})
-            self._work.rename(place)
-        return Reference(place, self.batches)
+            self._partial.rename(self._place)
+        return Reference(self._place, self.batches)
 
     @property
     def original(self) -> dict:
@@ -149,11 +148,10 @@ class Bench:
 
     def close(self) -> None:
         """Delete the original's predictions; whoever needs them again records them again."""
-        place = self.folder / "reference"
-        shutil.rmtree(self._work, ignore_errors=True)
-        if place.exists():
-            place.rename(self._work)
-            shutil.rmtree(self._work)
+        shutil.rmtree(self._partial, ignore_errors=True)
+        if self._place.exists():
+            self._place.rename(self._partial)
+            shutil.rmtree(self._partial)
 
     def _speed(self, model: Any) -> Speed:
         return measure_speed(model, self.batches[0].input_ids[:1, :PROMPT], new_tokens=NEW_TOKENS)

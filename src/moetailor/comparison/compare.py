@@ -96,8 +96,9 @@ def compare(
     torch_dtype = resolve_dtype(dtype, device, checkpoint)
     batches = _read(checkpoint, held_out, trust_remote_code)
     settings = _settings(checkpoint, batches, device, torch_dtype)
+    _held(out, settings)
     with growing(out) as work:
-        _held(out, settings)
+        _held(out, settings)  # another run may have been here in between
         began = time.perf_counter()
         if given is None:
             assert text is not None
