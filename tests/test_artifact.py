@@ -53,6 +53,15 @@ def test_umask_rules(tmp_path: Path, write: Callable[[Path], None], mask: int) -
         assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o666 & ~mask
 
 
+def test_file_is_replaced_not_written_over(tmp_path: Path, write: Callable[[Path], None]) -> None:
+    """Whoever reads it at that moment has the old one to its end."""
+    file = tmp_path / "file"
+    file.write_text("old")
+    with open(file) as reading:
+        write(file)
+        assert reading.read() == "old"
+
+
 def test_killed_at_any_step_the_file_is_old_or_new(tmp_path: Path, write: Callable[[Path], None]) -> None:
     file, other = tmp_path / "file", tmp_path / "other"
     write(other)

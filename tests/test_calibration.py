@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import shutil
+import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +17,9 @@ import torch
 
 import moetailor
 from moetailor.calibration.statistics import Sample, Sums, _splitmix64, sample_keys
+from moetailor.checkpoint.lock import growing
 from support.families import tiny_model
-from support.kills import killed
+from support.kills import in_child, killed
 from support.tiny import token_batches
 
 Get = Callable[[str], Path]
@@ -163,6 +165,21 @@ def test_a_finished_calibration_is_taken_from_a_disk_that_cannot_be_written(
     assert moetailor.calibrate(checkpoint("olmoe"), tmp_path / "c", text=token_batches()) == made
     with pytest.raises(moetailor.MoetailorError, match=r"other: cannot be written \(Read-only file system\)"):
         moetailor.calibrate(checkpoint("olmoe"), tmp_path / "other", text=token_batches())
+
+
+def test_what_a_kill_left_in_a_finished_folder_goes(checkpoint: Get, tmp_path: Path) -> None:
+    """It may be as large as all hidden states."""
+
+    def die() -> None:
+        with growing(made.folder) as work:
+            (work / "states").mkdir()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    made = moetailor.calibrate(checkpoint("olmoe"), tmp_path / "c", text=token_batches())
+    os.waitpid(in_child(die), 0)
+    assert (made.folder / ".moetailor" / "states").is_dir()
+    assert moetailor.calibrate(checkpoint("olmoe"), tmp_path / "c", text=token_batches()) == made
+    assert not (made.folder / ".moetailor").exists()
 
 
 def test_states_that_cannot_be_read_are_named_with_the_cure(

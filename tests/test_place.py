@@ -453,6 +453,11 @@ def not_overwritten(out: Path) -> None:
         write(out, "newer")
 
 
+def only_claimed(out: Path) -> None:
+    with claimed(out):
+        assert out.exists()
+
+
 def read(out: Path) -> None:
     with pytest.raises(CheckpointError, match=r"out: no config\.json"):
         open_checkpoint(out)
@@ -464,7 +469,7 @@ def test_killed_at_any_step_of_the_swap_the_old_result_comes_back(tmp_path: Path
     write(out, "old")
     for step in kills(lambda: write(out, "new", overwrite=True)):
         seen.add(out.exists())
-        for then in (overwritten, not_overwritten, read, lambda out: check_place(out, overwrite=True)):
+        for then in (overwritten, not_overwritten, only_claimed, read, lambda out: check_place(out, overwrite=True)):
             shutil.copytree(out.parent, tmp_path / "copy")
             then(tmp_path / "copy" / "out")
             assert contents(tmp_path / "copy" / "out")["result"] in ("old", "new", "newer"), step

@@ -20,8 +20,10 @@ import moetailor
 from moetailor.checkpoint.anatomy import discover
 from moetailor.checkpoint.files import Checkpoint, open_checkpoint
 from moetailor.checkpoint.loader import quiet_transformers
+from moetailor.checkpoint.lock import claimed
 from moetailor.errors import MoetailorError
 from moetailor.recovery.examples import IGNORED
+from moetailor.recovery.folder import begin_training, check_training
 from moetailor.recovery.fsdp import check_shardable
 from moetailor.recovery.loss import Objective, Student, divergence, layer_distance
 from moetailor.recovery.recover import check_teacher
@@ -29,7 +31,7 @@ from moetailor.recovery.trainable import Adapters, select
 from moetailor.runtime.experts import CompressedExperts
 from moetailor.runtime.quantizer import original_config
 from support.families import FAMILIES, tiny_model
-from support.kills import in_child
+from support.kills import in_child, kills
 from support.methods import TINY_PARAMETERS
 from support.tiny import load, logits
 from support.training import blocks
@@ -594,6 +596,21 @@ def test_what_the_user_put_beside_the_checkpoints_stays(compress: Compress, tmp_
     notes.write_text("lr is too high")
     moetailor.recover(before, out, examples=blocks(), loss="task", options=FEW)
     assert [path.name for path in notes.parent.iterdir()] == ["notes.txt"]
+
+
+def test_killed_at_any_step_of_its_begin_a_training_can_begin_again(tmp_path: Path) -> None:
+    folder, settings = tmp_path / "out.training", {"lr": 1}
+
+    def begin() -> None:
+        with claimed(tmp_path / "out") as work:
+            begin_training(folder, settings, work)
+
+    for step in kills(begin):
+        check_training(folder, settings)
+        begin()
+        assert json.loads((folder / "settings.json").read_text()) == {"format": "moetailor-training", "lr": 1}, step
+        assert [path.name for path in tmp_path.rglob("*")] == ["out.training", "settings.json"]
+        shutil.rmtree(folder)
 
 
 def test_killed_when_the_result_was_in_place_the_training_goes_with_the_next_run(
