@@ -1,189 +1,287 @@
-"""SIGKILL at random moments: a rerun ends with the same bytes, and nothing half-written passes for finished.
+"""SIGKILL at random moments of every verb that writes: the same command again ends as if nobody had stopped it.
 
-Each of `moetailor calibrate --stream` and `moetailor apply` is killed ten times, seven times between the end of its
-first and of its last layer or shard and three times anywhere in its run, and then run to its end. After each kill a
-calibration folder must be refused by `Calibration.open` and the folder of `apply` must not exist; after each rerun
-every file except log.jsonl must have the SHA-256 it has after a run that nobody stopped.
+Each run is a child of this process, which has loaded everything: no kill is lost on imports. Half of the kills come at
+a random time of the run, the other half in front of a random step of it, a call that changes the disk. What a kill
+leaves must not pass for finished: a result is absent, the earlier one, or whole. Then the same command is given again,
+and every file in the place of the results, hidden ones too, must have the bytes that it has after an undisturbed run.
+
+Times differ from run to run: log.jsonl and report.html are not compared, JSON without the entries of `TIMES`.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
+import os
 import random
 import shutil
 import signal
 import sys
+import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import moetailor
-from measure import apply_command, calibrate_command, hashes, plan_command, run_process
-from moetailor.checkpoint.files import open_checkpoint
+import accelerate  # noqa: F401
+import torch
+import transformers.trainer  # noqa: F401
 
-UNHASHED = ("log.jsonl",)
+import moetailor.report  # noqa: F401
+from measure import REFERENCE, ROOT
+from moetailor_cli import app
+
+sys.path.append(str(ROOT / "tests"))
+from support.kills import count_steps, die_at
+
+# Keys whose values are times, or follow from them.
+TIMES = {"seconds", "calibrate_seconds", "tokens_per_second", "speed", "prefill", "decode"}
+UNREAD = ("log.jsonl", "report.html")
+# Whole at every moment, and with more in it later.
+GROWING = (".search.json", "calibration.json")
+TEXT = ("--data", "{model}/calibration.jsonl", "--sequences", "4", "--length", "64", "--batch-size", "2")
+HELD_OUT = "{model}/heldout.jsonl"
+PLAN = ("plan", "{made}/calib", "--method", "mone", "--remove", "25%", "-o")
+COMPARE = ("compare", "{model}", *TEXT, "--held-out", HELD_OUT, "--held-out-sequences", "2", "--methods", "mone,reap")
+# What later verbs start from, in {made}.
+MADE = (
+    ("calibrate", "{model}", "-o", "{made}/calib", *TEXT),
+    (*PLAN, "{made}/plan.json"),
+    ("compress", "{model}", "-o", "{made}/small", *TEXT, "--method", "mone", "--remove", "50%"),
+    (*COMPARE, "--remove", "25%", "-o", "{made}/compared"),
+)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """A command that can be killed.
+@dataclass(frozen=True)
+class Verb:
+    """A command that writes into {run}.
 
     Attributes:
-        name: of the stage.
-        command: what to run.
-        out: its result.
-        progress: returns how far it has come, in layers or bytes.
-        first: progress when the first layer or shard is complete.
-        last: progress when all of them are.
-        unit: what progress counts.
-        finished: whether the result takes itself for complete.
+        name: of the command.
+        words: the command.
+        given: what lies in {run} before, by name: a folder or file of {made}.
+        again: the second run may be refused with this where the first had finished.
     """
 
     name: str
-    command: list[str]
-    out: Path
-    progress: Callable[[], int]
-    first: int
-    last: int
-    unit: str
-    finished: Callable[[], bool]
-
-    def clean(self) -> None:
-        """Delete the result and what a kill left of it."""
-        for folder in (self.out, partial(self.out)):
-            shutil.rmtree(folder, ignore_errors=True)
+    words: tuple[str, ...]
+    given: tuple[tuple[str, str], ...] = ()
+    again: str = ""
 
 
-def partial(out: Path) -> Path:
-    """Return where `apply` writes before it renames."""
-    return out.with_name(out.name + ".partial")
+APPLY = ("apply", "{model}", "{made}/plan.json", "-o", "{run}/out", "--calibration", "{made}/calib")
+TRAIN = "--loss both --train router,standins --steps 6 --save-every 2 --length 64 --batch-size 2".split()
+SEARCH = "--method reap --remove 25% --population 4 --generations 3 --survivors 2 --samples 1".split()
+EXISTS = "exists; choose another folder or pass --overwrite"
+VERBS = (
+    Verb("calibrate", ("calibrate", "{model}", "-o", "{run}/calib", *TEXT, "--effect", "--residual")),
+    Verb("calibrate --stream", ("calibrate", "{model}", "-o", "{run}/calib", *TEXT, "--effect", "--stream")),
+    Verb("plan", (*PLAN, "{run}/plan.json")),
+    Verb("plan again", (*PLAN, "{run}/plan.json", "-p", "score=exact"), (("plan.json", "plan.json"),)),
+    Verb("apply", APPLY, again=EXISTS),
+    Verb("apply --propagate", (*APPLY, "--propagate", "compressed"), again=EXISTS),
+    Verb("apply --overwrite", (*APPLY, "--overwrite"), (("small", "out"),)),
+    Verb("compress", ("compress", "{model}", "-o", "{run}/out", *TEXT, "-m", "reap", "--remove", "25%"), again=EXISTS),
+    Verb(
+        "recover",
+        ("recover", "{made}/small", "--teacher", "{model}", *TEXT[:2], *TRAIN, "-o", "{run}/out"),
+        again=EXISTS,
+    ),
+    Verb(
+        "evaluate",
+        ("evaluate", "{made}/small", "--against", "{model}", "--data", HELD_OUT, *TEXT[2:], "--json", "{run}/s.json"),
+    ),
+    Verb("compare", (*COMPARE, "--remove", "25%,50%", "-o", "{run}/compared")),
+    Verb("allocate", ("allocate", "{made}/calib", *SEARCH, "-o", "{run}/alloc.json")),
+    Verb("report", ("report", "{run}/compared"), (("compared", "compared"),)),
+)
 
 
-def calibration_stage(checkpoint: Path, out: Path, tokens: int) -> Stage:
-    """Return `calibrate --stream` over a few short sequences."""
+@dataclass(frozen=True)
+class Ended:
+    """What became of a run: exit code (negative for a signal), seconds, steps, and what it said."""
 
-    def finished() -> bool:
+    code: int
+    seconds: float
+    steps: int
+    said: str
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where runs happen.
+
+    Attributes:
+        model: the original.
+        work: folder for everything.
+    """
+
+    model: Path
+    work: Path
+
+    def words(self, words: tuple[str, ...]) -> list[str]:
+        """Return a command with its places."""
+        places = {"model": self.model, "made": self.work / "made", "run": self.work / "run"}
+        return [word.format(**places) for word in words]
+
+    def make(self) -> None:
+        """Make what the verbs start from."""
+        (self.work / "made").mkdir(parents=True)
+        (self.work / "tmp").mkdir()
+        for words in MADE:
+            ended = self.run(words)
+            if ended.code:
+                raise SystemExit(f"{' '.join(self.words(words))}: {ended.said}")
+
+    def begin(self, verb: Verb) -> None:
+        """Lay out what lies in the place of the results before a command."""
+        shutil.rmtree(self.work / "run", ignore_errors=True)
+        (self.work / "run").mkdir()
+        for name, place in verb.given:
+            given = self.work / "made" / name
+            copy: Callable = shutil.copytree if given.is_dir() else shutil.copy
+            copy(given, self.work / "run" / place)
+
+    def run(self, words: tuple[str, ...], *, at: float = 0.0, step: int = 0) -> Ended:
+        """Run a command in a child, to its end, or until it is killed some seconds or steps after its begin."""
+        began, log, steps = time.perf_counter(), self.work / "said", self.work / "steps"
+        child = os.fork()
+        if child == 0:
+            code = 70
+            try:
+                _silence(log)
+                tempfile.tempdir = str(self.work / "tmp")
+                die_at(step) if step else count_steps(steps)
+                code = _main(["moetailor", *self.words(words)])
+            finally:
+                os._exit(code)
+        while os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            if at and time.perf_counter() - began > at:
+                os.kill(child, signal.SIGKILL)
+                at = 0.0
+            time.sleep(0.001)
+        _, status = os.waitpid(child, 0)
+        counted = int(steps.read_text() or 0) if steps.exists() else 0
+        said = " ".join(log.read_text(errors="replace").split())
+        return Ended(os.waitstatus_to_exitcode(status), time.perf_counter() - began, counted, said)
+
+    def found(self) -> dict[str, str]:
+        """Return what stands for each file in the place of the results: a hash of what does not depend on times."""
+        folder = self.work / "run"
+        files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if not path.is_dir()}
+        return {name: _hash(path) for name, path in files.items()}
+
+
+def torture(bench: Bench, verb: Verb, kills: int, seed: int) -> list[str]:
+    """Run a verb undisturbed, then kill it again and again; print a line for each, return what went wrong."""
+    bench.begin(verb)
+    before = bench.found()
+    whole = bench.run(verb.words)
+    expected, draw, wrong = bench.found(), random.Random(f"{verb.name} {seed}"), []
+    if whole.code:
+        return [f"{verb.name}: {whole.said}"]
+    print(f"{verb.name:18} undisturbed: {whole.seconds:.1f} s, {whole.steps} steps, {len(expected)} files", flush=True)
+    for number in range(kills):
+        by_step = number % 2 == 1
+        moment = {"step": draw.randint(1, whole.steps)} if by_step else {"at": draw.random() * whole.seconds}
+        bench.begin(verb)
+        killed = bench.run(verb.words, **moment)
+        faults = [] if killed.code == -signal.SIGKILL or killed.code == 0 else [f"ended with {killed.said}"]
+        faults += _half_written(bench.found(), before, expected)
+        again = bench.run(verb.words)
+        if again.code and not (verb.again and verb.again in again.said):
+            faults.append(f"the second run ended with {again.code}: {again.said[-300:]}")
+        faults += _differences(bench.found(), expected)
+        faults += [f"left in the temporary folder: {path.name}" for path in (bench.work / "tmp").iterdir()]
+        when = f"step {moment['step']}" if by_step else f"{moment['at']:.2f} s"
+        done = "killed" if killed.code else "ended before"
+        print(f"{verb.name:18} {done} at {when}: {'; '.join(faults) or 'the same'}", flush=True)
+        wrong += [f"{verb.name}, seed {seed}, {when}: {fault}" for fault in faults]
+    return wrong
+
+
+def _half_written(found: dict[str, str], before: dict[str, str], expected: dict[str, str]) -> list[str]:
+    """Name results that a kill left neither absent, nor as they were, nor whole."""
+    faults = []
+    for name, content in found.items():
+        whole = (before.get(name), expected.get(name, content))
+        if content not in whole and not name.endswith(GROWING):
+            faults.append(f"half of {name}")
+    for out in {name.split("/")[0] for name in expected} & {"out"}:
+        here = {name: content for name, content in found.items() if name.split("/")[0] == out}
+        if here and here not in ({n: c for n, c in of.items() if n.split("/")[0] == out} for of in (before, expected)):
+            faults.append(f"a part of {out}")
+    return faults
+
+
+def _differences(found: dict[str, str], expected: dict[str, str]) -> list[str]:
+    """Name the files that are not as after an undisturbed run."""
+    faults = [f"{name} is left" for name in found.keys() - expected.keys()]
+    faults += [f"{name} is missing" for name in expected.keys() - found.keys()]
+    return faults + [f"{name} differs" for name in found.keys() & expected.keys() if found[name] != expected[name]]
+
+
+def _hash(file: Path) -> str:
+    """Return a hash of a file, of what in it is no time."""
+    content = file.read_bytes()
+    if file.name in UNREAD:
+        return "not compared"
+    if file.suffix == ".json":
         try:
-            moetailor.Calibration.open(out)
-        except moetailor.CalibrationError:
-            return False
-        return True
-
-    layers = open_checkpoint(checkpoint).config["num_hidden_layers"]
-    return Stage(
-        name="calibrate",
-        command=calibrate_command(checkpoint, out, tokens=tokens, batch_tokens=tokens // 2, length=256),
-        out=out,
-        progress=lambda: len(list(out.glob("layer-*.safetensors"))),
-        first=1,
-        last=layers,
-        unit="layers",
-        finished=finished,
-    )
+            content = json.dumps(_timeless(json.loads(content))).encode()
+        except ValueError:
+            pass
+    return hashlib.sha256(content).hexdigest()
 
 
-def apply_stage(checkpoint: Path, calibration: Path, work: Path, method: str, remove: str) -> Stage:
-    """Return `apply` of a plan that is made here."""
-    plan, out = work / "plan.json", work / "compressed"
-    run_process(plan_command(calibration, plan, method, remove))
-    made = moetailor.Plan.load(plan)
-    # Shards keep their order, so all but the first of them are what is left of the result after the first one.
-    first_shard = open_checkpoint(checkpoint).shards[0].stat().st_size
-
-    def progress() -> int:
-        return sum(file.stat().st_size for file in partial(out).glob("*.safetensors"))
-
-    return Stage(
-        name="apply",
-        command=apply_command(checkpoint, plan, out, calibration),
-        out=out,
-        progress=progress,
-        first=min(first_shard, made.nbytes // 2),
-        last=made.nbytes,
-        unit="bytes",
-        finished=out.exists,
-    )
+def _timeless(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {name: _timeless(value) for name, value in content.items() if name not in TIMES}
+    return [_timeless(value) for value in content] if isinstance(content, list) else content
 
 
-def kill_and_rerun(stage: Stage, moment: Callable[[float], bool], expected: dict[str, str]) -> tuple[bool, bool, str]:
-    """Kill a run and rerun it; return whether the kill fell inside, whether all went well, and a line that says it."""
-    stage.clean()
-    killed = run_process(stage.command, stop=moment, poll=0.005)
-    reached = stage.progress()
-    was_killed, finished = killed.status == -signal.SIGKILL, stage.finished()
-    inside = was_killed and stage.first <= reached < stage.last
-    again = None if finished else run_process(stage.command)
-    same = hashes(stage.out, without=UNHASHED) == expected and not partial(stage.out).exists()
-    line = (
-        f"{stage.name:9} {'killed' if was_killed else 'ended'} after {killed.seconds:6.1f} s, "
-        f"{reached:,} of {stage.last:,} {stage.unit}{' (inside)' if inside else ''}; "
-        + ("taken for finished" if again is None else f"not taken for finished, rerun took {again.seconds:.1f} s")
-        + f"; {'same bytes' if same else 'OTHER BYTES'}"
-    )
-    return inside, same and not (inside and finished), line
+def _silence(log: Path) -> None:
+    handle = os.open(log, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
 
 
-def moments(stage: Stage, seconds: float, kills: int, draw: random.Random) -> list[Callable[[float], bool]]:
-    """Return when to kill: seven times in ten once a random progress is reached, else at a random time."""
-    return [
-        at_progress(stage, draw.randrange(stage.first, stage.last), draw.random() * seconds / 30)
-        if number % 10 < 7
-        else at_time(draw.random() * seconds)
-        for number in range(kills)
-    ]
-
-
-def at_progress(stage: Stage, target: int, delay: float) -> Callable[[float], bool]:
-    """Kill `delay` seconds after the progress was reached."""
-    reached: list[float] = []
-
-    def stop(seconds: float) -> bool:
-        if not reached and stage.progress() >= target:
-            reached.append(seconds)
-        return bool(reached) and seconds >= reached[0] + delay
-
-    return stop
-
-
-def at_time(target: float) -> Callable[[float], bool]:
-    """Kill some seconds after the start."""
-    return lambda seconds: seconds >= target
-
-
-def torture(stage: Stage, kills: int, seed: int) -> bool:
-    """Run a stage once undisturbed, then kill it again and again; print a line for each kill."""
-    stage.clean()
-    whole = run_process(stage.command)
-    expected = hashes(stage.out, without=UNHASHED)
-    print(f"{stage.name:9} undisturbed: {whole.seconds:.1f} s, {len(expected)} files", flush=True)
-    inside, well = 0, True
-    for moment in moments(stage, whole.seconds, kills, random.Random(f"{stage.name} {seed}")):
-        fell_inside, went_well, line = kill_and_rerun(stage, moment, expected)
-        inside, well = inside + fell_inside, well and went_well
-        print(line, flush=True)
-    print(f"{stage.name:9} {kills} kills, {inside} inside, {'all well' if well else 'FAILED'}", flush=True)
-    return well and inside >= kills * 6 // 10
+def _main(words: list[str]) -> int:
+    sys.argv = words
+    try:
+        app.main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    return 0
 
 
 def main() -> int:
-    """Parse the arguments and kill both stages."""
+    """Parse the arguments and kill every verb."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="from make_checkpoint.py, several shards")
-    parser.add_argument("workdir", type=Path, metavar="WORKDIR", help="for results; needs the checkpoint's size free")
-    parser.add_argument("--kills", type=int, default=10, help="kills of each stage (default %(default)s)")
-    parser.add_argument("--tokens", type=int, default=1024, help="tokens of calibration (default %(default)s)")
-    parser.add_argument("--method", default="mone", help="method of the plan that is applied (default %(default)s)")
-    parser.add_argument("--remove", default="25%", help="share of experts it removes (default 25%%)")
+    parser.add_argument("--model", type=Path, default=REFERENCE, help="an original with its texts (default: reference)")
+    parser.add_argument("--workdir", type=Path, help="a folder for results (default: a temporary one)")
+    parser.add_argument("--kills", type=int, default=8, help="kills of each verb (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments (default %(default)s)")
+    parser.add_argument("--verbs", help="some of them, with commas (default: all)")
     options = parser.parse_args()
-    options.workdir.mkdir(parents=True, exist_ok=True)
-    calibration = options.workdir / "calibration"
-    well = torture(calibration_stage(options.checkpoint, calibration, options.tokens), options.kills, options.seed)
-    applied = apply_stage(options.checkpoint, calibration, options.workdir, options.method, options.remove)
-    well = torture(applied, options.kills, options.seed) and well
-    applied.clean()
-    shutil.rmtree(calibration)
-    return int(not well)
+    torch.set_num_threads(1)
+    chosen = options.verbs.split(",") if options.verbs else [verb.name for verb in VERBS]
+    with tempfile.TemporaryDirectory(dir=options.workdir) as work:
+        bench = Bench(options.model.resolve(), Path(work))
+        bench.make()
+        wrong = [
+            fault
+            for verb in VERBS
+            if verb.name in chosen
+            for fault in torture(bench, verb, options.kills, options.seed)
+        ]
+    print("\n".join(wrong) or f"{options.kills * len(chosen)} kills, all well")
+    return int(bool(wrong))
 
 
 if __name__ == "__main__":

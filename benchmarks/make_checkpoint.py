@@ -8,7 +8,6 @@ other weight is normal with standard deviation 0.02, which keeps the forward pas
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import shutil
 import zlib
@@ -17,8 +16,9 @@ from pathlib import Path
 
 import torch
 
+from moetailor.checkpoint.artifact import save_tensors, write_json
 from moetailor.checkpoint.files import INDEX
-from moetailor.checkpoint.writer import new_folder, save_tensors
+from moetailor.checkpoint.place import new_folder
 
 REFERENCE = Path(__file__).resolve().parent.parent / "examples" / "reference-moe"
 
@@ -74,8 +74,8 @@ def make_checkpoint(
             save_tensors({name: random_weight(name, shapes[name], seed) for name in names}, folder / file)
             weight_map |= dict.fromkeys(names, file)
         index = {"metadata": {"total_size": sum(nbytes.values())}, "weight_map": weight_map}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        write_json(folder / INDEX, index)
+        write_json(folder / "config.json", config)
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copyfile(REFERENCE / name, folder / name)
     return out

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
-import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,15 +18,15 @@ MOETAILOR = [sys.executable, "-c", "from moetailor_cli.app import main; main()"]
 
 @dataclass(frozen=True)
 class Ran:
-    """What became of a process: wall time, the most memory it held (VmHWM), and its exit status (-9 when killed)."""
+    """What became of a process: wall time, the most memory it held (VmHWM), and its exit status."""
 
     seconds: float
     peak_bytes: int
     status: int
 
 
-def run_process(command: list[str], *, stop: Callable[[float], bool] | None = None, poll: float = 0.02) -> Ran:
-    """Run a command to its end, or until `stop(seconds since the start)` says to send SIGKILL.
+def run_process(command: list[str]) -> Ran:
+    """Run a command to its end.
 
     VmHWM is the kernel's high-water mark of resident memory since exec. It is read from /proc while the process lives,
     so only a peak in its last 20 ms could be missed. (ru_maxrss would do, but it also counts the parent it was forked
@@ -37,20 +34,15 @@ def run_process(command: list[str], *, stop: Callable[[float], bool] | None = No
 
     Args:
         command: the command; when it fails by itself, its output is shown and the benchmark ends.
-        stop: when to kill it.
-        poll: seconds between two looks.
     """
-    began, peak, killed = time.perf_counter(), 0, False
+    began, peak = time.perf_counter(), 0
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
         while process.poll() is None:
             peak = max(peak, resident_peak(process.pid))
-            if not killed and stop is not None and stop(time.perf_counter() - began):
-                os.killpg(process.pid, signal.SIGKILL)
-                killed = True
-            time.sleep(poll)
+            time.sleep(0.02)
         seconds = time.perf_counter() - began
-        if process.returncode and not killed:
+        if process.returncode:
             output.seek(0)
             raise SystemExit(f"{' '.join(command)} failed:\n{output.read().decode(errors='replace')}")
     return Ran(seconds, peak, process.returncode)
@@ -92,16 +84,6 @@ def drop_cache(folder: Path) -> None:
             os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(handle)
-
-
-def hashes(folder: Path, *, without: tuple[str, ...] = ()) -> dict[str, str]:
-    """Return the SHA-256 of every file of a folder."""
-    found = {}
-    for file in sorted(folder.rglob("*")):
-        if file.is_file() and file.name not in without:
-            with open(file, "rb") as stream:
-                found[str(file.relative_to(folder))] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return found
 
 
 def provenance() -> dict[str, str | int]:

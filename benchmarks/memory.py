@@ -10,6 +10,7 @@ import argparse
 import json
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 from measure import Ran, apply_command, calibrate_command, plan_command, provenance, run_process
@@ -18,18 +19,15 @@ PLANS = (("mone", "25%"), ("reap", "25%"))
 
 
 def measure(checkpoint: Path, work: Path, *, tokens: int, batch_tokens: int, length: int) -> dict[str, Ran]:
-    """Run every stage once and return what each took; the results are deleted again."""
+    """Run every stage once and return what each took."""
     calibration = work / "calibration"
-    shutil.rmtree(calibration, ignore_errors=True)
     command = calibrate_command(checkpoint, calibration, tokens=tokens, batch_tokens=batch_tokens, length=length)
     stages = {"calibrate --stream": run_process(command)}
     for method, remove in PLANS:
         plan, out = work / f"{method}.json", work / method
-        shutil.rmtree(out, ignore_errors=True)
         stages[f"plan {method} {remove}"] = run_process(plan_command(calibration, plan, method, remove))
         stages[f"apply {method} {remove}"] = run_process(apply_command(checkpoint, plan, out, calibration))
         shutil.rmtree(out)
-    shutil.rmtree(calibration)
     return stages
 
 
@@ -45,13 +43,9 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the numbers to this file")
     options = parser.parse_args()
     options.workdir.mkdir(parents=True, exist_ok=True)
-    stages = measure(
-        options.checkpoint,
-        options.workdir,
-        tokens=options.tokens,
-        batch_tokens=options.batch_tokens,
-        length=options.length,
-    )
+    sizes = {"tokens": options.tokens, "batch_tokens": options.batch_tokens, "length": options.length}
+    with tempfile.TemporaryDirectory(dir=options.workdir) as work:
+        stages = measure(options.checkpoint, Path(work), **sizes)
     for name, ran in stages.items():
         verdict = "ok" if ran.peak_bytes < options.limit * 1e9 else f"MORE THAN {options.limit} GB"
         print(f"{name:22} peak {ran.peak_bytes / 1e9:5.2f} GB  wall {ran.seconds:6.1f} s  {verdict}")

@@ -316,7 +316,9 @@ def test_from_the_command_line(
     few = ("--population", 4, "--generations", 2, "--survivors", 2, "--samples", 1, "--device", "cpu")
     said = run("allocate", folder, "-o", counts, "--method", "frequency", "--keep", 6, *few)
     assert "with uniform counts 0." in said
-    kept = {int(layer): count for layer, count in json.loads(counts.read_text()).items()}
+    kept = json.loads(counts.read_text())
+    assert kept.pop("format") == "moetailor-allocation"
+    kept = {int(layer): count for layer, count in kept.items()}
     run("plan", folder, "-o", plan, "--method", "frequency", "--keep", 6, "--allocation", counts)
     found = moetailor.Plan.load(plan)
     assert {index: len(found.by_layer[index].pool) if index in found.by_layer else 8 for index in kept} == kept

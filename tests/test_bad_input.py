@@ -39,6 +39,11 @@ EXPERTS, TOP_K, LAYERS = 8, 2, 2
 # Two layers of tiny qwen2_moe in float32: an expert is three matrices of 16 x 32, a slot one row of the router.
 EXPERT_BYTES, SLOT_BYTES, VECTOR_BYTES = 3 * 16 * 32 * 4, 32 * 4, 32 * 4
 TEXT = ("--sequences", 6, "--length", 48, "--batch-size", 2)
+# An earlier result: moetailor replaces a folder only if it wrote all that is in it.
+OLD = {
+    "out/config.json": b"old",
+    "out/moetailor_provenance.json": b'{"files": ["config.json", "moetailor_provenance.json"]}',
+}
 NAN, INF = float("nan"), float("inf")
 
 
@@ -192,7 +197,8 @@ def old(tmp_path: Path) -> Path:
     """An earlier result in the place of the new one."""
     folder = tmp_path / "out"
     folder.mkdir()
-    (folder / "config.json").write_text("old")
+    for name, content in OLD.items():
+        (tmp_path / name).write_bytes(content)
     return folder
 
 
@@ -1020,7 +1026,10 @@ def test_file_that_is_no_plan_is_refused(cli: Cli, world: World, tmp_path: Path)
     said = "not a moetailor plan; make one with `moetailor plan`"
     manifest = world.calibration / "calibration.json"
     assert cli("apply", world.original, manifest, "-o", out).refusal == f"{manifest}: {said}"
-    assert cli("apply", world.original, world.text, "-o", out).refusal.startswith(f"{world.text}: not JSON that can be read (")
+    text = cli("apply", world.original, world.text, "-o", out).refusal
+    assert text.startswith(f"{world.text}: not JSON that can be read (")
+        f"{world.text}: not JSON that can be read ("
+    )
     none = tmp_path / "none.json"
     said = f"{none}: cannot be read (No such file or directory); make one with `moetailor plan`"
     assert cli("apply", world.original, none, "-o", out).refusal == said
@@ -1185,8 +1194,11 @@ def test_calibration_of_another_run_is_kept_apart(cli: Cli, world: World, siblin
 
 def test_folder_with_other_things_is_not_calibrated_into(cli: Cli, world: World, old: Path) -> None:
     refusal = cli(*world.calibrate(world.original, old)).refusal
-    assert refusal == f"{old}: not empty and no calibration; choose another folder"
-    assert state(old) == {"config.json": b"old"}
+    assert refusal == (
+        f"{old}: not empty and no calibration; choose another folder, or delete what is in it: config.json, "
+        "moetailor_provenance.json"
+    )
+    assert {f"out/{name}": content for name, content in state(old).items()} == OLD
 
 
 def test_damaged_layer_file_is_named_and_the_cure_works(cli: Cli, world: World, calibration: Path) -> None:
@@ -1224,10 +1236,10 @@ def test_existing_folder_is_refused_untouched(cli: Cli, world: World, old: Path,
         "compress": world.compress(world.original, old, "--keep", 6),
     }
     assert cli(*calls[verb]).refusal == f"{old}: exists; choose another folder or pass --overwrite"
-    assert state(tmp_path) == {"out/config.json": b"old"}
+    assert state(tmp_path) == OLD
     assert cli(*calls[verb], "--overwrite").code == 0
     assert (old / "moetailor_plan.json").exists()
-    assert not (tmp_path / "out.partial").exists()
+    assert not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.parametrize(
@@ -1242,7 +1254,7 @@ def test_full_disk_in_the_middle_keeps_the_old_result(
     monkeypatch.setattr(target, fail)
     refusal = cli("apply", world.original, world.reap, "-o", old, "--overwrite").refusal
     assert refusal == f"{old}: the disk is full; nothing was kept of this run"
-    assert state(tmp_path) == {"out/config.json": b"old"}
+    assert state(tmp_path) == OLD
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -1255,7 +1267,7 @@ def test_result_that_fails_its_check_does_not_replace_the_old_one(
     monkeypatch.setattr("moetailor.transform.formats.format.verify_result", verify)
     call = world.compress(world.original, old, "--keep", 6, "--overwrite", "--calibration", world.calibration)
     assert cli(*call).refusal == "decoder layer 1 gives values that are not finite"
-    assert state(tmp_path) == {"out/config.json": b"old"}
+    assert state(tmp_path) == OLD
 
 
 def test_too_small_a_disk_is_refused_before_writing(
@@ -1266,7 +1278,7 @@ def test_too_small_a_disk_is_refused_before_writing(
     planned = moetailor.Plan.load(world.reap).nbytes
     refusal = cli("apply", world.original, world.reap, "-o", old, "--overwrite").refusal
     assert refusal == f"{old}: the result has {planned:,} bytes, the disk has 1,000 free"
-    assert state(tmp_path) == {"out/config.json": b"old"}
+    assert state(tmp_path) == OLD
     refusal = cli(*world.evaluate(world.original, world.original)).refusal
     assert "evaluate on less text" in refusal
     # 96 tokens of 4,096 words of 4 bytes
@@ -1392,7 +1404,7 @@ def test_present_folder_as_result_is_refused(
     monkeypatch.chdir(old)
     for more in ((), ("--overwrite",)):
         assert cli("apply", world.original, world.reap, "-o", ".", *more).refusal.startswith(".: ")
-    assert state(tmp_path) == {"out/config.json": b"old"}
+    assert state(tmp_path) == OLD
 
 
 # The command line itself

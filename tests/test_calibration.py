@@ -1,8 +1,13 @@
 """Calibration: sums and samples that merge, runs that resume to the same bytes, tokens that do not count."""
 
 import dataclasses
+import errno
 import hashlib
+import os
+import re
 import shutil
+import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +19,9 @@ import torch
 import moetailor
 from moetailor.calibration.collector import Collector
 from moetailor.calibration.statistics import Sample, Sums, _splitmix64, sample_keys
+from moetailor.checkpoint.lock import growing
 from support.families import tiny_model
+from support.kills import in_child, killed
 from support.tiny import token_batches
 
 Get = Callable[[str], Path]
@@ -136,7 +143,7 @@ def test_layers_whose_files_are_lost_are_measured_again(
             sensitivity=True,
             progress=lambda done, _: _interrupt() if done == 7 else None,
         )
-    assert (made.folder / "states-sensitivity" / "original" / "layer-0002").exists() == stream
+    assert (made.folder / ".moetailor" / "states-sensitivity" / "original" / "layer-0002").exists() == stream
     for layer in lost:
         (made.folder / f"layer-{layer:04d}.safetensors").unlink()
     calls: list[tuple[int, int]] = []
@@ -161,17 +168,79 @@ def test_states_that_cannot_be_read_are_named(checkpoint: Get, tmp_path: Path, m
     with pytest.raises(KeyboardInterrupt):
         moetailor.calibrate(source, folder, text=batches, stream=True)
     monkeypatch.undo()
-    file = folder / "states" / "original" / "layer-0001" / "00001.safetensors"
+    file = folder / ".moetailor" / "states" / "original" / "layer-0001" / "00001.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(
         moetailor.CalibrationError,
-        match=rf"{file}: cannot be read .*; delete {folder / 'states'} and run",
+        match=rf"{file}: cannot be read .*; delete {folder / '.moetailor' / 'states'} and run",
     ):
         moetailor.calibrate(source, folder, text=batches, stream=True)
-    shutil.rmtree(folder / "states")
+    shutil.rmtree(folder / ".moetailor" / "states")
     moetailor.calibrate(source, folder, text=batches, stream=True)
     whole = moetailor.calibrate(source, tmp_path / "whole", text=batches, stream=True)
     assert digests(folder) == digests(whole.folder)
+
+
+def test_a_run_killed_before_it_measured_anything_begins_again(checkpoint: Get, tmp_path: Path) -> None:
+    source, out = checkpoint("olmoe"), tmp_path / "out"
+    moetailor.calibrate(source, tmp_path / "whole", text=token_batches())
+    step = 1
+    while not (out / "text.safetensors").exists():
+        shutil.rmtree(out, ignore_errors=True)
+        assert killed(lambda: moetailor.calibrate(source, out, text=token_batches()), step)
+        left = shutil.copytree(out, tmp_path / "left") if out.exists() else tmp_path / "left"
+        moetailor.calibrate(source, left, text=token_batches())
+        assert digests(left) == digests(tmp_path / "whole"), step
+        shutil.rmtree(left)
+        step += 1
+
+
+def test_a_second_run_into_one_folder_is_refused(checkpoint: Get, tmp_path: Path) -> None:
+    def second(done: int, total: int) -> None:
+        if done == 2:
+            thread = threading.Thread(target=run)
+            thread.start()
+            thread.join()
+
+    def run() -> None:
+        try:
+            moetailor.calibrate(checkpoint("olmoe"), tmp_path / "c", text=token_batches())
+        except moetailor.MoetailorError as error:
+            told.append(str(error))
+
+    told: list[str] = []
+    moetailor.calibrate(checkpoint("olmoe"), tmp_path / "c", text=token_batches(), progress=second)
+    assert len(told) == 1
+    assert re.match(rf"{tmp_path / 'c'}: `.*` \(process {os.getpid()} on .*\) is writing there; wait for it", told[0])
+
+
+def test_a_finished_calibration_is_taken_from_a_disk_that_cannot_be_written(
+    checkpoint: Get, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = moetailor.calibrate(checkpoint("olmoe"), tmp_path / "c", text=token_batches())
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "mkdir", fail)
+    assert moetailor.calibrate(checkpoint("olmoe"), tmp_path / "c", text=token_batches()) == made
+    with pytest.raises(moetailor.MoetailorError, match=r"other: cannot be written \(Read-only file system\)"):
+        moetailor.calibrate(checkpoint("olmoe"), tmp_path / "other", text=token_batches())
+
+
+def test_what_a_kill_left_in_a_finished_folder_goes(checkpoint: Get, tmp_path: Path) -> None:
+    """It may be as large as all hidden states."""
+
+    def die() -> None:
+        with growing(made.folder) as work:
+            (work / "states").mkdir()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    made = moetailor.calibrate(checkpoint("olmoe"), tmp_path / "c", text=token_batches())
+    os.waitpid(in_child(die), 0)
+    assert (made.folder / ".moetailor" / "states").is_dir()
+    assert moetailor.calibrate(checkpoint("olmoe"), tmp_path / "c", text=token_batches()) == made
+    assert not (made.folder / ".moetailor").exists()
 
 
 def test_a_finished_run_is_not_run_again(checkpoint: Get, calibration: GetCalibration) -> None:

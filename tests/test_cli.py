@@ -1,9 +1,18 @@
 """The command line from end to end, as a person uses it."""
 
 import json
+import os
+import signal
+import sys
+import tempfile
+import time
 from pathlib import Path
 
+import pytest
+
 import moetailor
+from moetailor_cli.app import main
+from support.kills import in_child
 from support.reference import REFERENCE, TEXT
 
 
@@ -146,3 +155,44 @@ def test_wrong_usage_exits_with_2_and_wrong_input_with_1(run, tmp_path: Path) ->
 
 def test_version(run) -> None:
     assert run("--version")[1].strip() == f"moetailor {moetailor.__version__}"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
+def test_a_run_that_is_ended_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int
+) -> None:
+    """Evaluation has the log-probabilities of all words among the temporary files, which may be many bytes."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    text = ["--data", str(REFERENCE / "heldout.jsonl"), "--sequences", "64", "--length", "64"]
+    words = ["evaluate", str(REFERENCE), "--against", str(REFERENCE), *text, "--json", str(tmp_path / "scores.json")]
+
+    def run() -> None:
+        monkeypatch.setattr(sys, "argv", ["moetailor", *words])
+        sys.stderr = open(tmp_path / "said", "w")
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            main()
+        finally:
+            sys.stderr.close()
+
+    child, deadline = in_child(run), time.monotonic() + 60
+    while not list(tmp_path.glob("tmp/moetailor-*/*.safetensors")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(child, number)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == code
+    assert sorted(os.listdir(tmp_path)) == ["said", "tmp"]
+    assert os.listdir(tmp_path / "tmp") == []
+
+
+def test_signals_that_are_ignored_stay_so(run) -> None:
+    """As under nohup; and whoever calls main has the handlers back afterwards."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert run("--version")[0] == 0
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        assert signal.getsignal(signal.SIGTERM) == before[signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGHUP, before[signal.SIGHUP])

@@ -128,7 +128,7 @@ def test_killed_in_the_middle_and_run_again_gives_the_same(
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "out")
     assert len(list((tmp_path / "out" / "cells").iterdir())) == 2
-    assert (tmp_path / "out" / "reference").is_dir()
+    assert (tmp_path / "out" / ".moetailor" / "reference").is_dir()
     monkeypatch.setattr(Bench, "measure", lambda self, cell, *rest: measured.append(cell) or whole(self, cell, *rest))
     resumed = run(tmp_path / "out")
     assert [cell.method for cell in measured] == ["mone", "conmoe"]

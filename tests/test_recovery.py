@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,8 +20,10 @@ import moetailor
 from moetailor.checkpoint.anatomy import discover
 from moetailor.checkpoint.files import Checkpoint, open_checkpoint
 from moetailor.checkpoint.loader import quiet_transformers
+from moetailor.checkpoint.lock import claimed
 from moetailor.errors import MoetailorError
 from moetailor.recovery.examples import IGNORED
+from moetailor.recovery.folder import begin_training, check_training
 from moetailor.recovery.fsdp import check_shardable
 from moetailor.recovery.loss import Objective, Student, divergence, layer_distance
 from moetailor.recovery.recover import check_teacher
@@ -28,6 +31,7 @@ from moetailor.recovery.trainable import Adapters, select
 from moetailor.runtime.experts import CompressedExperts
 from moetailor.runtime.quantizer import original_config
 from support.families import FAMILIES, tiny_model
+from support.kills import in_child, kills
 from support.methods import TINY_PARAMETERS
 from support.tiny import load, logits
 from support.training import blocks
@@ -541,6 +545,109 @@ def test_another_training_is_left_alone(compress: Compress, tmp_path: Path) -> N
     assert (tmp_path / "out.training" / "checkpoint-2").is_dir()
     (tmp_path / "mine.training").mkdir()
     refused("mine.training: exists and was not made by moetailor", before, tmp_path / "mine")
+
+
+def stopped(before: Path, out: Path) -> Path:
+    """Train until a crash in the fourth step and return the last checkpoint."""
+    with pytest.raises(RuntimeError, match="crash"):
+        moetailor.recover(before, out, examples=blocks(), loss="task", options=FEW, callbacks=[Stop()])
+    return out.with_name(out.name + ".training") / "checkpoint-2"
+
+
+@pytest.mark.parametrize(
+    ("part", "what"),
+    [("optimizer.pt", "optimizer"), ("scheduler.pt", "schedule"), ("rng_state.pth", "random numbers")],
+)
+@pytest.mark.parametrize("empty", [False, True])
+def test_a_checkpoint_that_lost_a_part_is_not_gone_on_from(
+    compress: Compress, tmp_path: Path, part: str, what: str, empty: bool
+) -> None:
+    """Trainer would take a new optimizer and say nothing."""
+    before, out = compress("reap"), tmp_path / "out"
+    last = stopped(before, out)
+    (last / part).write_bytes(b"") if empty else (last / part).unlink()
+    refused(f"{last}: the state of the {what}, .*, is not there, without which training", before, out)
+    shutil.rmtree(last)
+    assert moetailor.recover(before, out, examples=blocks(), loss="task", options=FEW).steps == 4
+
+
+@pytest.mark.parametrize("settings", ["", "{", "[]", "\x00"])
+def test_settings_that_cannot_be_read_are_named_with_the_cure(
+    compress: Compress, tmp_path: Path, settings: str
+) -> None:
+    folder = tmp_path / "out.training"
+    folder.mkdir()
+    (folder / "settings.json").write_text(settings)
+    cure = f"delete {folder} to train anew"
+    refused(f"{folder / 'settings.json'}: not (a )?JSON .*; {cure}", compress("reap"), tmp_path / "out")
+
+
+def test_folder_of_the_user_with_settings_of_its_own_is_left_alone(compress: Compress, tmp_path: Path) -> None:
+    mine = tmp_path / "out.training" / "settings.json"
+    mine.parent.mkdir()
+    mine.write_text('{"lr": 1}')
+    refused("out.training: exists and was not made by moetailor", compress("reap"), tmp_path / "out")
+    assert mine.read_text() == '{"lr": 1}'
+
+
+def test_what_the_user_put_beside_the_checkpoints_stays(compress: Compress, tmp_path: Path) -> None:
+    before, out = compress("reap"), tmp_path / "out"
+    notes = stopped(before, out).parent / "notes.txt"
+    notes.write_text("lr is too high")
+    moetailor.recover(before, out, examples=blocks(), loss="task", options=FEW)
+    assert [path.name for path in notes.parent.iterdir()] == ["notes.txt"]
+
+
+def test_killed_at_any_step_of_its_begin_a_training_can_begin_again(tmp_path: Path) -> None:
+    folder, settings = tmp_path / "out.training", {"lr": 1}
+
+    def begin() -> None:
+        with claimed(tmp_path / "out") as work:
+            begin_training(folder, settings, work)
+
+    for step in kills(begin):
+        check_training(folder, settings)
+        begin()
+        assert json.loads((folder / "settings.json").read_text()) == {"format": "moetailor-training", "lr": 1}, step
+        assert [path.name for path in tmp_path.rglob("*")] == ["out.training", "settings.json"]
+        shutil.rmtree(folder)
+
+
+def test_killed_when_the_result_was_in_place_the_training_goes_with_the_next_run(
+    compress: Compress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, out = compress("reap"), tmp_path / "out"
+
+    def stop(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("moetailor.recovery.recover.end_training", stop)
+        with pytest.raises(KeyboardInterrupt):
+            moetailor.recover(before, out, examples=blocks(), loss="task", options=FEW)
+    assert (tmp_path / "out.training").is_dir()
+    refused("out: exists; choose another folder or pass --overwrite", before, out)
+    assert not (tmp_path / "out.training").exists()
+    assert (out / "config.json").is_file()
+
+
+def test_a_second_training_into_one_place_is_refused(compress: Compress, tmp_path: Path) -> None:
+    before, out, told = compress("reap"), tmp_path / "out", tmp_path / "told"
+
+    def second() -> None:
+        try:
+            moetailor.recover(before, out, examples=blocks(), loss="task", options=FEW)
+        except MoetailorError as error:
+            told.write_text(str(error))
+
+    class Second(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 1:
+                os.waitpid(in_child(second), 0)
+
+    moetailor.recover(before, out, examples=blocks(), loss="task", options=FEW, callbacks=[Second()])
+    assert told.read_text().startswith(f"{out}: `")
+    assert f"(process {os.getpid()} on " in told.read_text()
 
 
 class Poison(TrainerCallback):

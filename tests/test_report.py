@@ -144,7 +144,7 @@ def test_the_page_holds_every_number(tmp_path: Path) -> None:
             for number in said:
                 assert number in found.text, (row["method"], number)
     for fact in (
-        "100 MB",
+        "100.00 MB",
         "4,096 tokens of a.jsonl",
         "wiki 600, code 400",
         "moetailor 1.2.3",

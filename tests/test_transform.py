@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -271,13 +272,11 @@ def test_sharded_and_single_files_give_the_same_tensors(source: Path, tmp_path: 
     assert all(torch.equal(one.tensors[name].read(), many.tensors[name].read()) for name in one.tensors)
 
 
-def test_a_stale_partial_folder_is_replaced(source: Path, tmp_path: Path) -> None:
-    stale = tmp_path / "out.partial"
-    stale.mkdir()
-    (stale / "model.safetensors").write_text("half of something")
-    out = compressed(source, tmp_path)
-    assert set(os.listdir(out)).isdisjoint({"model.safetensors"})
-    assert not stale.exists()
+def test_a_model_called_partial_stays(source: Path, tmp_path: Path) -> None:
+    shutil.copytree(source, tmp_path / "out.partial")
+    out = compressed(tmp_path / "out.partial", tmp_path)
+    assert open_checkpoint(tmp_path / "out.partial").fingerprint() == open_checkpoint(source).fingerprint()
+    assert sorted(os.listdir(out.parent)) == ["calibration", "out", "out.partial", "source"]
 
 
 def test_written_files_are_safetensors(source: Path, tmp_path: Path) -> None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import textwrap
 from collections.abc import Iterable
+from pathlib import Path
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class MoetailorError(Exception):
@@ -21,6 +25,15 @@ class CalibrationError(MoetailorError):
 
 class PlanError(MoetailorError):
     """The plan cannot work: for this model, this budget or this calibration."""
+
+
+class UnwritableError(MoetailorError):
+    """A file or folder cannot be written: the disk is full, or the place is not the user's to write to."""
+
+    def __init__(self, place: str | Path, error: OSError) -> None:
+        cure = "make room and run the same command again" if error.errno in FULL else "name a place that can be written"
+        super().__init__(f"{place}: cannot be written ({error.strerror or error}); {cure}")
+        self.errno = error.errno
 
 
 class MoetailorWarning(UserWarning):

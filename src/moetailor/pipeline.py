@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,10 @@ from moetailor.calibration.calibrate import States, calibrate
 from moetailor.calibration.folder import Calibration
 from moetailor.calibration.sampling import SampleOptions
 from moetailor.calibration.statistics import ON_REQUEST
-from moetailor.calibration.text import TextOptions
+from moetailor.calibration.text import TextOptions, files_of
 from moetailor.checkpoint.original import Original, open_original
+from moetailor.checkpoint.place import check_place, holding
 from moetailor.checkpoint.weights import ExpertWeights
-from moetailor.checkpoint.writer import check_place
 from moetailor.errors import PlanError
 from moetailor.methods.allocation import Allocation
 from moetailor.methods.estimate import estimate_plan, pairs_of
@@ -21,11 +21,10 @@ from moetailor.methods.registry import find_method
 from moetailor.methods.run import make_plan
 from moetailor.planning.budget import Budget
 from moetailor.planning.plan import Plan
+from moetailor.progress import Stages, part
 from moetailor.transform.apply import apply
 from moetailor.transform.build import Propagate
 from moetailor.transform.formats import resolve_format
-
-Stage = Callable[[str, int, int], None]
 
 
 def precheck(
@@ -39,6 +38,7 @@ def precheck(
     protect: Iterable[tuple[int, int]] = (),
     allocation: Allocation = "uniform",
     calibration: str | Path | None = None,
+    text: TextOptions | None = None,
     format: str = "auto",
     overwrite: bool = False,
     trust_remote_code: bool = False,
@@ -55,8 +55,9 @@ def precheck(
         protect: (layer, expert) pairs that must stay.
         allocation: how many experts each layer keeps, see `make_plan`.
         calibration: calibration folder to use or to make, when it is named.
+        text: calibration text; its files must stay, they are not read here.
         format: format of the result.
-        overwrite: an existing folder is replaced.
+        overwrite: an earlier result is replaced.
         trust_remote_code: run code that comes with the checkpoint.
 
     Raises:
@@ -65,7 +66,7 @@ def precheck(
     chosen = find_method(method).of(parameters or {})
     original = open_original(model, trust_remote_code=trust_remote_code)
     inputs = {"the original": original.folder, "the calibration": Path(calibration) if calibration else None}
-    check_place(Path(out), overwrite=overwrite, inputs=inputs)
+    check_place(Path(out), overwrite=overwrite, inputs=inputs | {"the text": files_of(text.data) if text else None})
     anatomy, facts = original.anatomy, original.facts
     plan = estimate_plan(facts, chosen, budget, layers=layers, protect=protect, allocation=allocation)
     ruled = allocation in ("error", "global")
@@ -103,7 +104,7 @@ def compress(
     dtype: str | None = None,
     device_map: str | None = None,
     trust_remote_code: bool = False,
-    progress: Stage | None = None,
+    progress: Stages | None = None,
 ) -> tuple[Calibration, Plan]:
     """Calibrate, plan and apply, then open the result and run it once.
 
@@ -124,7 +125,7 @@ def compress(
         states: where hidden states wait between layers.
         propagate: what stand-ins and merged experts are fitted on, see `apply_to_checkpoint`.
         format: format of the result.
-        overwrite: replace an existing folder, at the end.
+        overwrite: replace an earlier result, at the end.
         device: where the model runs.
         dtype: dtype of the run.
         device_map: as transformers takes it.
@@ -138,35 +139,32 @@ def compress(
     given: dict[str, Any] = {"parameters": parameters, "allocation": allocation, "protect": pairs_of(protect)}
     given |= {"layers": None if layers is None else list(layers)}
     written: dict[str, Any] = {"format": format, "overwrite": overwrite}
-    precheck(original, out, method=method, budget=budget, calibration=calibration, **given, **written)
+    precheck(original, out, method=method, budget=budget, calibration=calibration, text=text, **given, **written)
     folder = Path(calibration) if calibration is not None else Path(out).with_name(Path(out).name + ".calibration")
     needs = find_method(method).needs | ({"sensitivity"} if allocation == "error" else set())
-    measured = calibrate(
-        original,
-        folder,
-        text=text,
-        sample=sample,
-        **{option: name in needs for name, option in ON_REQUEST.items()},
-        stream=stream,
-        states=states,
-        device=device,
-        dtype=dtype,
-        device_map=device_map,
-        progress=_part(progress, "calibrate"),
-    )
-    plan = make_plan(
-        measured,
-        method,
-        budget,
-        guard_super_experts=guard_super_experts,
-        weights=ExpertWeights(original),
-        progress=_part(progress, "plan"),
-        **given,
-    )
-    fitted: dict[str, Any] = {"calibration": measured, "propagate": propagate, "device": device}
-    apply(plan, original, out, verify=True, progress=progress, **fitted, **written)
+    with holding(Path(out)):
+        measured = calibrate(
+            original,
+            folder,
+            text=text,
+            sample=sample,
+            **{option: name in needs for name, option in ON_REQUEST.items()},
+            stream=stream,
+            states=states,
+            device=device,
+            dtype=dtype,
+            device_map=device_map,
+            progress=part(progress, "calibrate"),
+        )
+        plan = make_plan(
+            measured,
+            method,
+            budget,
+            guard_super_experts=guard_super_experts,
+            weights=ExpertWeights(original),
+            progress=part(progress, "plan"),
+            **given,
+        )
+        fitted: dict[str, Any] = {"calibration": measured, "propagate": propagate, "device": device}
+        apply(plan, original, out, verify=True, progress=progress, **fitted, **written)
     return measured, plan
-
-
-def _part(progress: Stage | None, name: str) -> Callable[[int, int], None] | None:
-    return None if progress is None else lambda done, total: progress(name, done, total)

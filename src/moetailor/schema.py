@@ -91,6 +91,11 @@ def load_json(file: str | Path, *, error: type[MoetailorError], cure: str) -> di
     return content
 
 
+def find_json(file: str | Path, *, error: type[MoetailorError], cure: str) -> dict[str, Any] | None:
+    """Read a file that holds one JSON object, if it is there; see `load`."""
+    return load_json(file, error=error, cure=cure) if Path(file).exists() else None
+
+
 def read(kind: type[T], value: Any, where: str, *, error: type[MoetailorError], cure: str) -> T:
     """Return a JSON value as what a type says, dataclasses made; see `load`.
 

@@ -13,6 +13,7 @@ from moetailor.checkpoint.loader import StreamedModel
 from moetailor.checkpoint.original import Original
 from moetailor.errors import CheckpointError
 from moetailor.runtime.quantizer import MoetailorConfig
+from moetailor.words import spans
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +91,9 @@ class Summary:
             ends = (min(moe.ranks), max(moe.ranks)) if moe.ranks else ()
             made = dict(slots=moe.slots, experts=moe.experts, stand_ins=moe.stand_ins, ranks=ends, runs=moe.runs)
             kinds.setdefault(tuple((made | {"expert_bytes": moe.expert_bytes}).items()), []).append(moe.layer)
-        return [LayerSummary(layers=_ranges(layers), size=len(layers), **dict(made)) for made, layers in kinds.items()]
+        return [
+            LayerSummary(layers=spans(layers, ","), size=len(layers), **dict(made)) for made, layers in kinds.items()
+        ]
 
     def to_json(self) -> dict:
         """Return the summary as JSON values."""
@@ -199,13 +202,3 @@ def _stored_width(checkpoint: Checkpoint, skeleton: StreamedModel, anatomy: Anat
             f"{checkpoint.source}: has no experts for MoE layers {sorted(anatomy.layers)}; the checkpoint is incomplete"
         )
     return DTYPES[checkpoint.tensors[key].dtype].itemsize
-
-
-def _ranges(numbers: list[int]) -> str:
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][1] + 1:
-            parts[-1][1] = number
-        else:
-            parts.append([number, number])
-    return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in parts)

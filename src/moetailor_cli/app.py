@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import re
+import signal
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -30,6 +33,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+# Exit codes of those, and what typer makes of Ctrl-C.
+STOPPED = (*(128 + number for number in SIGNALS), 130)
 VERBS = (inspect, calibrate, methods, plan, allocate, show, diff, apply, compress, evaluate, compare, report, recover)
 
 
@@ -66,9 +72,10 @@ def main() -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     warnings.showwarning = _show_warning
     try:
-        app()
+        with _stoppable():
+            app()
     except SystemExit as stop:
-        if stop.code == 130:  # what typer makes of Ctrl-C
+        if stop.code in STOPPED:
             output.complain("stopped; run the same command again to go on")
         raise
     except OSError as error:
@@ -81,6 +88,27 @@ def main() -> None:
             raise
         output.complain(str(error))
         sys.exit(1)
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Let the signals that end a process end it as an exception does, so that what it wrote aside is deleted."""
+
+    def stop(number: int, frame: object) -> None:
+        for other in SIGNALS:
+            signal.signal(other, signal.SIG_IGN)  # once is enough: what is deleted now must not be left halfway
+        raise SystemExit(128 + number)
+
+    # Those that are ignored stay so: nohup wants that.
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    taken = [number for number, handler in before.items() if handler == signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, before[number])
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *args: Any, **kwargs: Any) -> None:

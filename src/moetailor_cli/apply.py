@@ -63,7 +63,10 @@ def apply(
     [dim]moetailor apply MODEL plan.json -o OUT --calibration calib[/dim]
     """
     import moetailor
+    from moetailor.checkpoint.place import check_inputs
+    from moetailor.words import nbytes
 
+    check_inputs(out, {"the plan": plan})
     with output.stages() as progress:
         moetailor.apply(
             moetailor.Plan.load(plan),
@@ -79,7 +82,7 @@ def apply(
             progress=progress,
         )
     carried = moetailor.Plan.load(out / "moetailor_plan.json")
-    output.say(f"{out}: {output.nbytes(carried.nbytes)}, the original has {output.nbytes(carried.model.nbytes)}")
+    output.say(f"{out}: {nbytes(carried.nbytes)}, the original has {nbytes(carried.model.nbytes)}")
 
 
 def compress(
@@ -124,10 +127,13 @@ def compress(
     """
     import moetailor
     from moetailor.methods.allocation import read_allocation
+    from moetailor.words import nbytes
 
     method, format = read_menu(method, native), read_format(format, native)
     budget, parameters = read_budget(method, remove, keep, size, memory, load_dtype), read_parameters(param)
     selected, kept, allocated = read_numbers(layers), read_pairs(protect), read_allocation(allocation)
+    blocks = {"sequences": sequences, "length": length, "seed": seed, "batch_size": batch_size}
+    text = moetailor.TextOptions(data=tuple(data), mask_special=mask_special, **blocks)
     checked = moetailor.precheck(
         model,
         out,
@@ -138,6 +144,7 @@ def compress(
         protect=kept,
         allocation=allocated,
         calibration=calibration,
+        text=text,
         format=format,
         overwrite=overwrite,
         trust_remote_code=trust_remote_code,
@@ -149,14 +156,7 @@ def compress(
         measured, plan = moetailor.compress(
             model,
             out,
-            text=moetailor.TextOptions(
-                data=tuple(data),
-                sequences=sequences,
-                length=length,
-                seed=seed,
-                mask_special=mask_special,
-                batch_size=batch_size,
-            ),
+            text=text,
             method=method,
             budget=budget,
             parameters=parameters,
@@ -179,5 +179,5 @@ def compress(
         )
     output.calibration(measured, sequences * length)
     output.plan(plan)
-    output.say(f"{out}: {output.nbytes(plan.nbytes)}, the original has {output.nbytes(plan.model.nbytes)}")
+    output.say(f"{out}: {nbytes(plan.nbytes)}, the original has {nbytes(plan.model.nbytes)}")
     output.say("opened again and run once: names, shapes and bytes are as planned, all values finite")

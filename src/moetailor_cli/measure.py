@@ -25,7 +25,6 @@ from moetailor_cli.options import (
     States,
     Stream,
     Trust,
-    check_file,
 )
 
 
@@ -134,8 +133,11 @@ def evaluate(
     [dim]moetailor evaluate OUT --against MODEL --data heldout.jsonl --json scores.json[/dim]
     """
     import moetailor
+    from moetailor.checkpoint.artifact import write_json
+    from moetailor.checkpoint.place import check_file
 
-    check_file(json)
+    if json is not None:
+        check_file(json, "scores")
     text = moetailor.TextOptions(data=tuple(data), sequences=sequences, length=length, batch_size=batch_size)
     with output.stages() as progress:
         scores = moetailor.evaluate(
@@ -152,7 +154,7 @@ def evaluate(
     output.scores(scores)
     output.expected(compressed, scores)
     if json is not None:
-        json.write_text(json_module.dumps(scores.to_json(), indent=2) + "\n")
+        write_json(json, scores.to_json())
         output.say(f"scores are in {json}")
 
 

@@ -1,8 +1,7 @@
-"""What more than one verb takes: options, and the check of a file to be written."""
+"""The options that more than one verb takes."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -100,14 +99,5 @@ Propagate = Annotated[
     ),
 ]
 Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace an existing folder, once the new one is complete.")
+    bool, typer.Option("--overwrite", help="Replace an earlier result, once the new one is complete.")
 ]
-
-
-def check_file(file: Path | None) -> None:
-    """Refuse a file that could not be written, before the work whose result it shall hold."""
-    from moetailor.errors import MoetailorError
-
-    if file is not None and (file.is_dir() or not file.parent.is_dir()):
-        what = "is a folder" if file.is_dir() else f"there is no folder {file.parent}"
-        raise MoetailorError(f"{file}: {what}; name a file that can be written")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +24,8 @@ from moetailor_cli.console import PlainConsole
 
 if TYPE_CHECKING:
     from moetailor import Calibration, Plan, RecoveryResult, Scores
+    from moetailor.progress import Progress as Told
+    from moetailor.progress import Stages
     from moetailor.summary import Summary
 
 _out = PlainConsole()
@@ -73,16 +75,6 @@ def warn(text: str) -> None:
     _err.print(text, soft_wrap=True)
 
 
-def nbytes(number: int) -> str:
-    """Return a number of bytes in the unit that suits it (10^3 steps)."""
-    size = float(number)
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.2f} {unit}"
-        size /= 1000
-    return f"{size:.2f} TB"
-
-
 def count(number: float) -> str:
     """Return a number of parameters as people say it."""
     for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
@@ -92,7 +84,7 @@ def count(number: float) -> str:
 
 
 @contextmanager
-def progress(name: str) -> Iterator[Callable[[int, int], None]]:
+def progress(name: str) -> Iterator[Told]:
     """Give a function to call with (done, in all); the bar goes away when it is done."""
     with _bar(MofNCompleteColumn()) as bar:
         task = bar.add_task(name, total=None)
@@ -100,7 +92,7 @@ def progress(name: str) -> Iterator[Callable[[int, int], None]]:
 
 
 @contextmanager
-def stages() -> Iterator[Callable[[str, int, int], None]]:
+def stages() -> Iterator[Stages]:
     """Give a function to call with (what is running, done, in all): one bar for each stage."""
     with _bar(TaskProgressColumn()) as bar:
         tasks: dict[str, object] = {}
@@ -115,6 +107,8 @@ def stages() -> Iterator[Callable[[str, int, int], None]]:
 
 def summary(found: Summary) -> None:
     """Print what a checkpoint is."""
+    from moetailor.words import nbytes
+
     _out.print(found.source, style="bold", end="", soft_wrap=True)
     _out.print(f"  {found.model_type}, {found.decoder_layers} decoder layers")
     table = Table(box=None, pad_edge=False, header_style="dim")
@@ -159,6 +153,8 @@ def calibration(made: Calibration, wanted: int) -> None:
 
 def plan(made: Plan) -> None:
     """Print what becomes of the slots, a line for each kind of layer."""
+    from moetailor.words import nbytes
+
     kinds: dict[str, list[str]] = {}
     for prefix, layer in made.layers.items():
         found = Counter(answer.label for answer in layer.slots)
@@ -184,6 +180,8 @@ def plan(made: Plan) -> None:
 
 def scores(measured: Scores) -> None:
     """Print the comparison of a compressed model with its original."""
+    from moetailor.words import nbytes
+
     table = Table(box=None, pad_edge=False, header_style="dim")
     for name in ("text", "tokens", "perplexity", "compressed", "KL, nats", "95% interval", "same top-1"):
         table.add_column(name, justify="left" if name == "text" else "right")
@@ -229,6 +227,8 @@ def expected(compressed: str, measured: Scores) -> None:
 
 def comparison(results: dict) -> None:
     """Print the ranking of each ratio, what failed and why, and how well errors of layers foretold the KL."""
+    from moetailor.words import nbytes
+
     original, cells = results["original"], results["cells"]
     for ratio in dict.fromkeys(cell["ratio"] for cell in cells):
         _out.print(f"{ratio} removed", style="bold")

@@ -25,7 +25,6 @@ from moetailor_cli.options import (
     Remove,
     Size,
     Trust,
-    check_file,
 )
 from moetailor_cli.reading import read_budget, read_menu, read_numbers, read_pairs, read_parameters, read_plan
 
@@ -53,13 +52,14 @@ def plan(
     [dim]moetailor plan calib -o plan.json --method mone --remove 25% -p score=exact -p novice=optimal[/dim]
     """
     import moetailor
+    from moetailor.checkpoint.place import check_file
     from moetailor.methods.allocation import read_allocation
     from moetailor.transform.formats import resolve_format
 
     method = read_menu(method, native)
     budget, parameters = read_budget(method, remove, keep, size, memory, load_dtype), read_parameters(param)
     selected, kept, allocated = read_numbers(layers), read_pairs(protect), read_allocation(allocation)
-    check_file(out)
+    check_file(out, "plan")
     measured = moetailor.Calibration.open(calibration)
     source = model or measured.model.source
     with output.progress("plan") as progress:
@@ -112,7 +112,6 @@ def allocate(
 
     budget, parameters = read_budget(method, remove, keep, size, memory, load_dtype), read_parameters(param)
     selected, kept = read_numbers(layers), read_pairs(protect)
-    check_file(out)
     with output.progress("allocate") as progress:
         found = moetailor.allocate(
             moetailor.Calibration.open(calibration),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_module
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Annotated, Literal
 import typer
 
 from moetailor_cli import output
-from moetailor_cli.options import Device, Dtype, Overwrite, Trust, check_file
+from moetailor_cli.options import Device, Dtype, Overwrite, Trust
 
 FILES = "JSONL with `messages`, with `prompt` and `completion`, or with `text`; or plain text, .txt. Repeatable."
 
@@ -77,8 +76,11 @@ def recover(
     [dim]moetailor recover OUT --teacher MODEL --data text.jsonl -o RECOVERED --train router --loss kd[/dim]
     """
     import moetailor
+    from moetailor.checkpoint.artifact import write_json
+    from moetailor.checkpoint.place import check_file
 
-    check_file(json)
+    if json is not None:
+        check_file(json, "recovery")
     words = [word for entry in train or ["router"] for word in entry.split(",")]
     cut = {"length": length, "loss_on": loss_on}
     with output.stages() as progress:
@@ -119,5 +121,5 @@ def recover(
         return  # under torchrun the first process speaks for all
     output.recovery(result)
     if json is not None:
-        json.write_text(json_module.dumps(asdict(result) | {"out": str(out)}, indent=2) + "\n")
+        write_json(json, {"format": "moetailor-recovery", "version": 1, **asdict(result), "out": str(out)})
         output.say(f"losses are in {json}")

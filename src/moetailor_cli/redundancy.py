@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from moetailor_cli import output
-from moetailor_cli.show import paragraph, spans
+from moetailor_cli.show import paragraph
 
 if TYPE_CHECKING:
     from moetailor.inspection.redundancy import Finding, Redundancy
@@ -23,6 +23,8 @@ def show(found: Redundancy) -> None:
     Args:
         found: the redundancy of a model.
     """
+    from moetailor.words import spans
+
     _usage(found)
     _losses(found)
     output.result("")
@@ -66,6 +68,8 @@ def _losses(found: Redundancy) -> None:
 
 def _told(findings: tuple[Finding, ...]) -> list[str]:
     """Return which experts need not be stored, in words."""
+    from moetailor.words import spans
+
     told = []
     for kind in ("dead", "constant"):
         if numbers := [finding.expert for finding in findings if finding.kind == kind]:

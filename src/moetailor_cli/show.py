@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.text import Text
@@ -88,6 +88,8 @@ def diff(names: Sequence[str], plans: Sequence[Plan]) -> None:
 
 def _changes(before: LayerPlan, after: LayerPlan) -> tuple[int, list[str]]:
     """Return how many slots of a layer agree, and what changes of the others and of the layer as a whole."""
+    from moetailor.words import spans
+
     changed: dict[str, list[int]] = {}
     for number in range(len(before.slots)):
         was, becomes = (layer.slots[number].describe() for layer in (before, after))
@@ -98,9 +100,11 @@ def _changes(before: LayerPlan, after: LayerPlan) -> tuple[int, list[str]]:
 
 
 def _header(name: str, plan: Plan) -> None:
+    from moetailor.words import nbytes
+
     before, after, where = plan.model.nbytes, plan.nbytes, "native" if plan.native else "moetailor"
     output.result(Text(name, "bold"))
-    sizes = f"{output.nbytes(before)} becomes {output.nbytes(after)} ({after / before:.1%}, {where})"
+    sizes = f"{nbytes(before)} becomes {nbytes(after)} ({after / before:.1%}, {where})"
     paragraph("", [f"{plan.method}, {plan.budget}: {sizes}"])
     paragraph("", [f"{key}={value}" for key, value in plan.parameters.items()], ", ")
 
@@ -131,22 +135,13 @@ def _grid(label: str, layer: LayerPlan) -> None:
 
 def _answers(layer: LayerPlan) -> list[str]:
     """Return what must be said beyond the letters: which answers have fields, and in which slots."""
+    from moetailor.words import spans
+
     found: dict[str, list[int]] = {}
     for number, answer in enumerate(layer.slots):
         if answer.describe() != answer.label:
             found.setdefault(answer.describe(), []).append(number)
     return [f"{said}: {spans(numbers)}" for said, numbers in sorted(found.items(), key=lambda item: item[1][0])]
-
-
-def spans(numbers: Iterable[int]) -> str:
-    """Return ascending numbers with runs drawn together, such as ``1 4-7``."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return " ".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
 
 
 def paragraph(label: str, parts: Sequence[str], between: str = "; ") -> None:

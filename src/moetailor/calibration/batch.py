@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
+from moetailor.checkpoint.artifact import write_tensors
 from moetailor.checkpoint.tensors import digest, read_tensors
-from moetailor.checkpoint.writer import save_tensors
 from moetailor.errors import CalibrationError
 
 # What to do about a file of a calibration that cannot be used.
@@ -95,7 +95,7 @@ def text_fingerprint(batches: Sequence[Batch]) -> dict:
 
 
 def save_batches(batches: Sequence[Batch], file: Path) -> str:
-    """Write batches: beside first, then renamed; return the hash of what was written."""
+    """Write batches as one safetensors file; return the hash of what was written."""
     tensors = {
         f"{number:05d}.{name}": getattr(batch, name).contiguous()
         for number, batch in enumerate(batches)
@@ -106,9 +106,7 @@ def save_batches(batches: Sequence[Batch], file: Path) -> str:
         f"{number:05d}.domains": torch.tensor(list(json.dumps(batch.domains).encode()), dtype=torch.uint8)
         for number, batch in enumerate(batches)
     }
-    beside = file.with_suffix(".partial")
-    save_tensors(tensors, beside)
-    beside.rename(file)
+    write_tensors(file, tensors)
     return digest(tensors)
 
 

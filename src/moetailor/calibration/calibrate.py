@@ -12,18 +12,19 @@ from torch import nn
 from moetailor.calibration.batch import Batch
 from moetailor.calibration.fingerprint import tokenizer_fingerprint
 from moetailor.calibration.finite import stored_rows
-from moetailor.calibration.folder import Calibration
+from moetailor.calibration.folder import STATES, Calibration
 from moetailor.calibration.layers import PartlyLoaded, ResidentModel
 from moetailor.calibration.run import MeasuredModel, run_calibration
 from moetailor.calibration.sampling import SampleOptions
 from moetailor.calibration.sensitivity import measure_sensitivities
 from moetailor.calibration.text import TextOptions, read_batches
-from moetailor.calibration.walk import Progress
 from moetailor.checkpoint.anatomy import discover
 from moetailor.checkpoint.facts import facts_of_model
+from moetailor.checkpoint.lock import growing
 from moetailor.checkpoint.models import longest_sequence, resolve_device, resolve_dtype
 from moetailor.checkpoint.original import Original, open_original
 from moetailor.errors import CalibrationError, did_you_mean
+from moetailor.progress import Progress
 
 States = Literal["auto", "memory", "disk"]
 
@@ -93,9 +94,12 @@ def calibrate(
         measured, batches, Path(out), sample=sample, residual=residual, states_on_disk=on_disk, progress=progress
     )
     if sensitivity and calibration.sensitivities() is None:
-        return measure_sensitivities(
-            calibration, measured.open(), measured.anatomy, states_on_disk=on_disk, progress=progress
-        )
+        with growing(calibration.folder) as work:
+            # Not where the calibration's own run keeps its states: that one resumes from what it finds.
+            waiting = work / f"{STATES}-sensitivity" if on_disk else None
+            return measure_sensitivities(
+                calibration, measured.open(), measured.anatomy, states=waiting, progress=progress
+            )
     return calibration
 
 

@@ -14,6 +14,7 @@ import torch
 from moetailor._version import __version__
 from moetailor.calibration.batch import Batch, text_fingerprint
 from moetailor.calibration.sampling import SampleOptions
+from moetailor.checkpoint.lock import entries
 from moetailor.errors import CalibrationError
 
 
@@ -44,7 +45,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 
 def check_same_run(folder: Path, stored: dict | None, fingerprint: dict) -> None:
-    """Refuse a folder that belongs to another run or to something else, and make one that does not exist.
+    """Refuse a folder that belongs to another run or to something else.
 
     Args:
         folder: the folder.
@@ -54,9 +55,11 @@ def check_same_run(folder: Path, stored: dict | None, fingerprint: dict) -> None
     Raises:
         CalibrationError: see above.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    if stored is None and any(folder.iterdir()):
-        raise CalibrationError(f"{folder}: not empty and no calibration; choose another folder")
+    if stored is None and folder.is_dir() and (others := entries(folder)):
+        raise CalibrationError(
+            f"{folder}: not empty and no calibration; choose another folder, or delete what is in it: "
+            f"{', '.join(others[:5])}{' ...' * (len(others) > 5)}"
+        )
     if stored is not None and stored != fingerprint:
         differs = [name for name in fingerprint | stored if stored.get(name) != fingerprint.get(name)]
         raise CalibrationError(

@@ -17,6 +17,7 @@ from moetailor.calibration.domains import sampled_domains
 from moetailor.calibration.sampling import SampleOptions
 from moetailor.calibration.statistics import ON_REQUEST, SAMPLE, SUMS, Sample, Sums, load_sample, load_sums
 from moetailor.calibration.text import TextOptions
+from moetailor.checkpoint.artifact import write_json
 from moetailor.checkpoint.facts import ModelFacts
 from moetailor.errors import CalibrationError
 from moetailor.schema import Count, Few, Within, load, load_json, read
@@ -216,10 +217,3 @@ def part_name(file: Path, prefix: str) -> str:
 
 def _hash(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def write_json(file: Path, content: dict) -> None:
-    """Write JSON beside, then rename."""
-    beside = file.with_suffix(".partial")
-    beside.write_text(json.dumps(content, indent=2) + "\n")
-    beside.rename(file)

@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TypedDict
 
-from moetailor.calibration.folder import ANEW, RUN, layer_file, part_name, write_json
+from moetailor.calibration.fingerprint import check_same_run
+from moetailor.calibration.folder import ANEW, MANIFEST, RUN, Calibration, layer_file, part_name
 from moetailor.calibration.statistics import SAMPLE, SUMS, load_sample, load_sums
+from moetailor.checkpoint.artifact import write_json
 from moetailor.checkpoint.facts import ModelFacts
 from moetailor.errors import CalibrationError
-from moetailor.schema import load_json, read
+from moetailor.schema import find_json, read
 
 
 class _Stopped(TypedDict):
@@ -24,13 +26,29 @@ def note(folder: Path, fingerprint: dict, hashes: Mapping[str, str]) -> None:
 
 
 def noted(folder: Path) -> tuple[dict | None, dict[str, str]]:
-    """Return the fingerprint of the stopped run that a folder holds, if any, and the hashes of what it measured."""
+    """Return the fingerprint of the run that a folder holds, finished or not, and the hashes of what it measured.
+
+    The fingerprint is None where it holds none.
+    """
+    if (folder / MANIFEST).exists():
+        calibration = Calibration.open(folder)
+        return calibration.fingerprint, dict(calibration.hashes)
     file = folder / RUN
-    if not file.exists():
+    if (content := find_json(file, error=CalibrationError, cure=ANEW)) is None:
         return None, {}
-    content = load_json(file, error=CalibrationError, cure=ANEW)
     found = read(_Stopped, content, str(file), error=CalibrationError, cure=ANEW)
     return found["fingerprint"], found["hashes"]
+
+
+def finished_run(folder: Path, fingerprint: dict) -> Calibration | None:
+    """Return the calibration that a run has left in its folder; None where it has still to measure.
+
+    Raises:
+        CalibrationError: the folder holds something else.
+    """
+    check_same_run(folder, noted(folder)[0], fingerprint)
+    calibration = Calibration.open(folder) if (folder / MANIFEST).exists() else None
+    return calibration if calibration is not None and calibration.complete else None
 
 
 def measured_layers(folder: Path, facts: ModelFacts, hashes: Mapping[str, str]) -> set[int]:

@@ -20,15 +20,18 @@ import torch
 from moetailor.calibration.batch import Batch, save_batches
 from moetailor.calibration.capture import captured, silenced
 from moetailor.calibration.collector import Collector
-from moetailor.calibration.fingerprint import check_same_run, run_fingerprint
+from moetailor.calibration.fingerprint import run_fingerprint
 from moetailor.calibration.finite import Stored, check_weights
-from moetailor.calibration.folder import MANIFEST, STATES, TEXT, Calibration, layer_file, part_name
+from moetailor.calibration.folder import STATES, TEXT, Calibration, layer_file, part_name
 from moetailor.calibration.layers import PartlyLoaded
-from moetailor.calibration.resume import measured_layers, note, noted
+from moetailor.calibration.resume import finished_run, measured_layers, note, noted
 from moetailor.calibration.sampling import SampleOptions, sampled_positions
-from moetailor.calibration.walk import Progress, Walk
+from moetailor.calibration.walk import Walk
 from moetailor.checkpoint.anatomy import Anatomy, MoELayer
+from moetailor.checkpoint.artifact import write_text
 from moetailor.checkpoint.facts import ModelFacts
+from moetailor.checkpoint.lock import growing, sweep
+from moetailor.progress import Progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,20 +77,41 @@ def run_calibration(
     Raises:
         CalibrationError: the folder holds another calibration, or weights or activations are not finite.
     """
-    anatomy, sampled = model.anatomy, sampled_positions(batches, sample)
-    finished = Calibration.open(folder) if (folder / MANIFEST).exists() else None
-    stored, hashes = (finished.fingerprint, dict(finished.hashes)) if finished else noted(folder)
+    sampled = sampled_positions(batches, sample)
     # A folder whose run recorded it serves those who do not need it.
-    residual = residual or bool((stored or {}).get("residual"))
+    residual = residual or bool((noted(folder)[0] or {}).get("residual"))
     fingerprint = run_fingerprint(model.facts.fingerprint, model.settings, batches, sample, residual=residual)
-    check_same_run(folder, stored, fingerprint)
-    if finished and finished.complete:
+    if finished := finished_run(folder, fingerprint):
+        sweep(folder)
         return finished
+    with growing(folder) as work:
+        if finished := finished_run(folder, fingerprint):
+            return finished  # by another run, in between
+        waiting = work / STATES if states_on_disk else None
+        hashes = _measure(model, batches, folder, waiting, fingerprint, sampled, residual, progress)
+        shutil.rmtree(work / STATES, ignore_errors=True)
+        calibration = Calibration(folder=folder, model=model.facts, fingerprint=fingerprint, hashes=hashes)
+        calibration.save()
+    return calibration
+
+
+def _measure(
+    model: MeasuredModel,
+    batches: Sequence[Batch],
+    folder: Path,
+    waiting: Path | None,
+    fingerprint: dict,
+    sampled: list,
+    residual: bool,
+    progress: Progress | None,
+) -> dict[str, str]:
+    """Measure the layers that are not measured yet; returns the hashes of all that the folder holds."""
+    anatomy, hashes = model.anatomy, noted(folder)[1]
     note(folder, fingerprint, hashes)
     missing = sorted(set(anatomy.layers) - measured_layers(folder, model.facts, hashes))
     hashes[TEXT] = save_batches(batches, folder / TEXT)
     if missing:
-        walk = Walk(model.open(), batches, folder=folder / STATES if states_on_disk else None, progress=progress)
+        walk = Walk(model.open(), batches, folder=waiting, progress=progress)
         stream, began = walk.begin(min(missing)), time.time()
         for index in walk.layers(max(missing) + 1):
             moe, collector = anatomy.layers.get(index), None
@@ -102,10 +126,7 @@ def run_calibration(
                 note(folder, fingerprint, hashes)
             _log(folder, layer=index, seconds=round(time.time() - began, 3))
             began = time.time()
-    shutil.rmtree(folder / STATES, ignore_errors=True)
-    calibration = Calibration(folder=folder, model=model.facts, fingerprint=fingerprint, hashes=hashes)
-    calibration.save()
-    return calibration
+    return hashes
 
 
 def _run(walk: Walk, moe: MoELayer, collector: Collector | None, number: int, hidden: torch.Tensor) -> torch.Tensor:
@@ -122,5 +143,6 @@ def _run(walk: Walk, moe: MoELayer, collector: Collector | None, number: int, hi
 
 
 def _log(folder: Path, **entry: Any) -> None:
-    with open(folder / "log.jsonl", "a") as log:
-        log.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S")} | entry) + "\n")
+    log = folder / "log.jsonl"
+    told = log.read_text(encoding="utf-8") if log.is_file() else ""
+    write_text(log, told + json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S")} | entry) + "\n")

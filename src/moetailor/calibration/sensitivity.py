@@ -13,18 +13,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from moetailor.calibration.batch import Batch, evenly_spaced_sequences
 from moetailor.calibration.capture import replaced_forward
-from moetailor.calibration.folder import STATES, Calibration, LayerSensitivity
+from moetailor.calibration.folder import Calibration, LayerSensitivity
 from moetailor.calibration.layers import PartlyLoaded
 from moetailor.calibration.states import HiddenStates
-from moetailor.calibration.walk import Progress, Walk
+from moetailor.calibration.walk import Walk
 from moetailor.checkpoint.anatomy import Anatomy, MoELayer
 from moetailor.errors import CalibrationError
+from moetailor.progress import Progress
 
 # Tokens that run.
 TOKENS = 4096
@@ -35,7 +37,7 @@ def measure_sensitivities(
     source: PartlyLoaded,
     anatomy: Anatomy,
     *,
-    states_on_disk: bool = False,
+    states: Path | None = None,
     progress: Progress | None = None,
 ) -> Calibration:
     """Measure what errors of every MoE layer cost, write it into the folder, and return the calibration that holds it.
@@ -47,16 +49,14 @@ def measure_sensitivities(
         calibration: a finished calibration.
         source: the model that was calibrated.
         anatomy: its MoE layers.
-        states_on_disk: keep hidden states in the calibration folder, not in memory.
+        states: where hidden states wait between layers; None keeps them in memory.
         progress: called with (batches done, batches in all) over all layers.
 
     Raises:
         CalibrationError: the logits are not finite.
     """
     batches = evenly_spaced_sequences(calibration.batches(), TOKENS)
-    # Not where the calibration's own run keeps its states: that one resumes from what it finds.
-    folder = calibration.folder / f"{STATES}-sensitivity" if states_on_disk else None
-    walk = Walk(source, batches, folder=folder, progress=progress)
+    walk = Walk(source, batches, folder=states, progress=progress)
     original = walk.begin()
     replaced: dict[int, HiddenStates] = {}
     squared: dict[int, list[torch.Tensor]] = {}

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
+from moetailor.checkpoint.artifact import save_tensors
 from moetailor.checkpoint.tensors import read_tensors
-from moetailor.checkpoint.writer import save_tensors
 from moetailor.errors import CalibrationError
 
 

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from moetailor.calibration.batch import AGAIN
+from moetailor.checkpoint.artifact import write_tensors
 from moetailor.checkpoint.tensors import digest, read_tensors
-from moetailor.checkpoint.writer import save_tensors
 from moetailor.errors import CalibrationError
 
 SUMS, SAMPLE = "sum.", "sample."
@@ -135,16 +135,14 @@ class LayerStatistics:
     sample: Sample
 
     def save(self, file: Path) -> dict[str, str]:
-        """Write the statistics as safetensors: beside first, then renamed, so the file is whole or absent.
+        """Write the statistics as one safetensors file, which is whole or absent.
 
         Returns:
             The hash of the sums and of the sample, by prefix.
         """
         sample = {f.name: getattr(self.sample, f.name).contiguous() for f in fields(Sample)}
         parts = {SUMS: self.sums.recorded, SAMPLE: sample}
-        beside = file.with_suffix(".partial")
-        save_tensors({prefix + name: t for prefix, part in parts.items() for name, t in part.items()}, beside)
-        beside.rename(file)
+        write_tensors(file, {prefix + name: t for prefix, part in parts.items() for name, t in part.items()})
         return {prefix: digest(part) for prefix, part in parts.items()}
 
 

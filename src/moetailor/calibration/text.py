@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -186,6 +187,12 @@ def _split_weight(entry: str) -> tuple[str, float]:
     if not value > 0:
         raise CalibrationError(f"--data {entry}: the weight {weight} is not positive")
     return name, value
+
+
+def files_of(data: Iterable[str]) -> list[Path]:
+    """Return the files among the sources of a text."""
+    names = (Path(_split_weight(entry)[0]) for entry in data)
+    return [path for path in names if path.exists()]
 
 
 def check_length(length: int, max_length: int | None) -> None:

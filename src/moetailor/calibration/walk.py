@@ -20,8 +20,7 @@ import torch
 from moetailor.calibration.batch import Batch
 from moetailor.calibration.layers import LayerRunner, PartlyLoaded
 from moetailor.calibration.states import HiddenStates
-
-Progress = Callable[[int, int], None]
+from moetailor.progress import Progress
 
 
 class Walk:

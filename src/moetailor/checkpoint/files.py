@@ -29,6 +29,7 @@ from moetailor.checkpoint.folder import (
     unique,
     weight_files,
 )
+from moetailor.checkpoint.lock import restore
 from moetailor.errors import CheckpointError
 
 # Numbers that torch computes with, or at least holds one by one.
@@ -162,6 +163,7 @@ def open_checkpoint(source: str | Path, *, revision: str | None = None, check: C
         CheckpointError: not a checkpoint, pickle weights, weights of which it is not clear which are meant, a missing
             or damaged shard, an index that does not agree with the shards or names a file outside the folder.
     """
+    restore(Path(source))
     folder = find_folder(source, revision=revision, check=check)
     config = read_config(folder)
     return Checkpoint(folder=folder, source=str(source), config=config, tensors=_find_tensors(folder, config))

@@ -1,4 +1,4 @@
-"""Writing a checkpoint: tensors as byte ranges of files; index and rename come last.
+"""Writing a checkpoint: tensors as byte ranges of files; the index comes last.
 
 What stays of a checkpoint, and what was computed into a file beside, is copied by byte range inside the kernel; nothing
 of it is decoded or held in memory.
@@ -9,19 +9,16 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
+from moetailor.checkpoint.artifact import write_json
 from moetailor.checkpoint.files import INDEX, SINGLE, TensorInfo, tensor_nbytes
 from moetailor.errors import MoetailorError
+from moetailor.progress import Progress
 
 CHUNK = 64 * 2**20
 
@@ -77,89 +74,7 @@ def rows(info: TensorInfo, axis: int, kept: Sequence[int], other: Mapping[int, t
     return Piece(info.name, info.dtype, shape, tuple(ranges))
 
 
-def check_place(out: Path, *, overwrite: bool, inputs: Mapping[str, Path | None] | None = None) -> None:
-    """Refuse a place for the result where something would be lost.
-
-    Args:
-        out: where the result shall be.
-        overwrite: an existing folder may be replaced.
-        inputs: folders that must stay, by what they are.
-
-    Raises:
-        MoetailorError: see the message.
-    """
-    if out.name in ("", ".."):
-        raise MoetailorError(f"{out}: has no name of its own; name the folder of the result")
-    for what, path in (inputs or {}).items():
-        if path is not None and path.resolve() == out.resolve():
-            raise MoetailorError(f"{out}: is {what} itself; choose another folder")
-        if path is not None and path.resolve().is_relative_to(out.resolve()):
-            raise MoetailorError(f"{out}: holds {what}, {path}, which would be lost; choose another folder")
-    if out.is_file():
-        raise MoetailorError(f"{out}: is a file; choose another folder")
-    if out.exists() and not overwrite:
-        raise MoetailorError(f"{out}: exists; choose another folder or pass --overwrite")
-
-
-@contextmanager
-def new_folder(out: Path, *, overwrite: bool, nbytes: int) -> Iterator[Path]:
-    """Give a folder beside `out` to write into; it takes `out`'s place when all went well, else it is deleted.
-
-    Args:
-        out: where the result shall be.
-        overwrite: replace an existing folder, at the end.
-        nbytes: bytes that will be written, checked against the free space first.
-
-    Raises:
-        MoetailorError: `out` exists, or the disk has no room.
-    """
-    out = Path(out)
-    check_place(out, overwrite=overwrite)
-    place = Path(os.path.abspath(out))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(out.parent).free
-    if nbytes > free:
-        raise MoetailorError(f"{out}: the result has {nbytes:,} bytes, the disk has {free:,} free")
-    partial = place.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        yield partial
-        _sync(partial)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if error.errno == errno.ENOSPC:
-            raise MoetailorError(f"{out}: the disk is full; nothing was kept of this run") from None
-        raise
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    # Absolute: the working directory may be the old folder, which moves.
-    _put(partial, place)
-    _sync(place.parent)
-
-
-def _put(partial: Path, out: Path) -> None:
-    """Rename a finished folder to its place; what is there goes last, and comes back if the renaming fails."""
-    if not os.path.lexists(out):
-        partial.rename(out)
-        return
-    # A folder of our own: a user may have an OUT.old.
-    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    out.rename(aside / "old")
-    try:
-        partial.rename(out)
-    except OSError:
-        (aside / "old").rename(out)
-        aside.rmdir()
-        shutil.rmtree(partial)
-        raise
-    shutil.rmtree(aside)
-
-
-def write_shards(
-    folder: Path, shards: Sequence[Sequence[Piece]], progress: Callable[[int, int], None] | None = None
-) -> int:
+def write_shards(folder: Path, shards: Sequence[Sequence[Piece]], progress: Progress | None = None) -> int:
     """Write tensors as safetensors shards with their index, and return the bytes of all tensors.
 
     Args:
@@ -187,20 +102,8 @@ def write_shards(
         weight_map |= {piece.name: name for piece in shard}
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        write_json(folder / INDEX, index)
     return total
-
-
-def save_tensors(tensors: dict[str, torch.Tensor], file: Path) -> None:
-    """Write tensors as one safetensors file.
-
-    Raises:
-        MoetailorError: the file cannot be written, as on a full disk.
-    """
-    try:
-        save_file(tensors, file)
-    except (OSError, SafetensorError) as error:
-        raise MoetailorError(f"{file}: cannot be written ({error}); make room and run the same command again") from None
 
 
 def _write_shard(file: Path, pieces: Sequence[Piece], count: Callable[[int], None]) -> None:
@@ -248,11 +151,3 @@ def _copy_some(source: int, offset: int, nbytes: int, target: int) -> int:
     while data:
         data = data[os.write(target, data) :]
     return done
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from moetailor.calibration.batch import Batch
-from moetailor.calibration.folder import Calibration, write_json
+from moetailor.calibration.folder import Calibration
+from moetailor.checkpoint.artifact import write_json
 from moetailor.checkpoint.models import copy_sharing_tensors
 from moetailor.checkpoint.original import Original
 from moetailor.checkpoint.weights import ExpertWeights
@@ -22,9 +23,10 @@ from moetailor.comparison.cells import Cell
 from moetailor.comparison.probe import Probe
 from moetailor.comparison.results import cell_result
 from moetailor.comparison.stored import read_original
-from moetailor.evaluation.fidelity import Progress, Reference
+from moetailor.evaluation.fidelity import Reference
 from moetailor.evaluation.speed import Speed, measure_speed, resident_nbytes
 from moetailor.methods.run import make_plan
+from moetailor.progress import Progress
 from moetailor.transform.apply import apply
 
 # Tokens of the prompt that speed is measured on, and new ones: little against a pass over held-out text.
@@ -38,7 +40,8 @@ class Bench:
         original: the original.
         calibration: what plans are made from.
         batches: held-out text.
-        folder: where the original's predictions and speed lie.
+        folder: where the original's speed lies.
+        work: where its predictions lie, in ``reference`` when they are complete.
         device: where models run.
         dtype: dtype of the run.
         progress: called with (batches done, batches in all) while the original's predictions are recorded.
@@ -50,6 +53,7 @@ class Bench:
         calibration: Calibration,
         batches: Sequence[Batch],
         folder: Path,
+        work: Path,
         *,
         device: str,
         dtype: torch.dtype,
@@ -57,6 +61,7 @@ class Bench:
     ) -> None:
         self.source, self.weights, self.calibration = original, ExpertWeights(original), calibration
         self.batches, self.folder = batches, folder
+        self._place, self._partial = work / "reference", work / "unfinished"
         self._load: Callable[[], Any] = lambda: original.load(dtype=dtype, device=device)
         self._progress = progress
 
@@ -74,16 +79,15 @@ class Bench:
     @cached_property
     def reference(self) -> Reference:
         """Its predictions on the held-out text; a folder that is there is complete."""
-        place = self.folder / "reference"
-        if not place.exists():
-            began, partial = time.perf_counter(), self.folder / "reference.partial"
-            shutil.rmtree(partial, ignore_errors=True)
-            Reference(partial, self.batches).record(self.model, self._progress)
+        if not self._place.exists():
+            began = time.perf_counter()
+            shutil.rmtree(self._partial, ignore_errors=True)
+            Reference(self._partial, self.batches).record(self.model, self._progress)
             seconds = time.perf_counter() - began
             measured = asdict(self._speed(self.model)) | {"resident": resident_nbytes(self.model)}
             write_json(self.folder / "original.json", measured | {"seconds": seconds})
-            partial.rename(place)
-        return Reference(place, self.batches)
+            self._partial.rename(self._place)
+        return Reference(self._place, self.batches)
 
     @property
     def original(self) -> dict:
@@ -132,11 +136,10 @@ class Bench:
 
     def close(self) -> None:
         """Delete the original's predictions; whoever needs them again records them again."""
-        place, partial = self.folder / "reference", self.folder / "reference.partial"
-        if place.exists():
-            shutil.rmtree(partial, ignore_errors=True)
-            place.rename(partial)
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(self._partial, ignore_errors=True)
+        if self._place.exists():
+            self._place.rename(self._partial)
+            shutil.rmtree(self._partial)
 
     def _speed(self, model: Any) -> Speed:
         return measure_speed(model, self.batches[0].input_ids[:1, :PROMPT], new_tokens=NEW_TOKENS)

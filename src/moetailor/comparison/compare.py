@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -13,11 +12,13 @@ import torch
 from moetailor._version import __version__
 from moetailor.calibration.batch import Batch, text_fingerprint
 from moetailor.calibration.calibrate import calibrate
-from moetailor.calibration.folder import Calibration, write_json
+from moetailor.calibration.folder import Calibration
 from moetailor.calibration.sampling import SampleOptions
 from moetailor.calibration.statistics import ON_REQUEST
 from moetailor.calibration.text import TextOptions, read_batches, words_of
+from moetailor.checkpoint.artifact import write_json
 from moetailor.checkpoint.files import Checkpoint
+from moetailor.checkpoint.lock import entries, growing
 from moetailor.checkpoint.models import longest_sequence, resolve_device, resolve_dtype
 from moetailor.checkpoint.original import Original
 from moetailor.checkpoint.weights import ExpertWeights
@@ -30,9 +31,9 @@ from moetailor.evaluation.evaluate import check_predicts
 from moetailor.methods.registry import METHODS
 from moetailor.methods.run import check_weights
 from moetailor.planning.plan import calibration_hash
+from moetailor.progress import Stages, part
 from moetailor.schema import load_json, read
 
-Stage = Callable[[str, int, int], None]
 RUN, RESULTS, REPORT = "comparison.json", "results.json", "report.html"
 CELLS, CALIBRATION = "cells", "calibration"
 
@@ -50,7 +51,7 @@ def compare(
     device: str | None = None,
     dtype: str | None = None,
     trust_remote_code: bool = False,
-    progress: Stage | None = None,
+    progress: Stages | None = None,
 ) -> dict:
     """Measure methods at several ratios from one calibration, without writing a checkpoint.
 
@@ -80,7 +81,7 @@ def compare(
     Raises:
         PlanError: an unknown method, parameter or share.
         CalibrationError: a text or the calibration cannot be used.
-        MoetailorError: the folder holds something else, or a model cannot be used.
+        MoetailorError: the folder holds something else, another run writes there, or a model cannot be used.
     """
     out = Path(out)
     cells = cells_of(words_of(methods), [remove] if isinstance(remove, str | float | int) else remove)
@@ -95,40 +96,41 @@ def compare(
     batches = _read(original, held_out)
     settings = _settings(original.checkpoint, batches, device, torch_dtype)
     _held(out, settings)
-    out.mkdir(parents=True, exist_ok=True)
+    with growing(out) as work:
+        _held(out, settings)  # another run may have been here in between
+        began = time.perf_counter()
+        if given is None:
+            assert text is not None
+            options = {"sample": sample, "device": device, "dtype": dtype}
+            given = _calibrated(original, out / CALIBRATION, text, cells, progress, options)
+        settings |= {"calibration": calibration_hash(given.fingerprint), "sensitivities": sensitivities_of(given)}
+        run = {"calibrate_seconds": time.perf_counter() - began} | _held(out, settings) | settings
+        write_json(out / RUN, run)
+        (out / CELLS).mkdir(exist_ok=True)
+        _warn_of_shared(given.batches(), batches)
 
-    began = time.perf_counter()
-    if given is None:
-        assert text is not None
-        options = {"sample": sample, "device": device, "dtype": dtype}
-        given = _calibrated(original, out / CALIBRATION, text, cells, progress, options)
-    settings |= {"calibration": calibration_hash(given.fingerprint), "sensitivities": sensitivities_of(given)}
-    run = {"calibrate_seconds": time.perf_counter() - began} | _held(out, settings) | settings
-    write_json(out / RUN, run)
-    (out / CELLS).mkdir(exist_ok=True)
-    _warn_of_shared(given.batches(), batches)
+        bench = Bench(
+            original,
+            given,
+            batches,
+            out,
+            work,
+            device=device,
+            dtype=torch_dtype,
+            progress=part(progress, "original"),
+        )
+        found = ranked(_measured(bench, cells, out / CELLS, progress))
+        results = _results(bench, held_out, found, device, run["calibrate_seconds"])
+        write_json(out / RESULTS, results)
+        bench.close()
+        from moetailor.report import write_report  # draws: no other stage should wait for that
 
-    bench = Bench(
-        original,
-        given,
-        batches,
-        out,
-        device=device,
-        dtype=torch_dtype,
-        progress=None if progress is None else partial(progress, "original"),
-    )
-    found = ranked(_measured(bench, cells, out / CELLS, progress))
-    results = _results(bench, held_out, found, device, run["calibrate_seconds"])
-    write_json(out / RESULTS, results)
-    bench.close()
-    from moetailor.report import write_report  # draws: no other stage should wait for that
-
-    write_report(results, out / REPORT)
+        write_report(results, out / REPORT)
     return results
 
 
 def _calibrated(
-    model: Original, folder: Path, text: TextOptions, cells: Sequence[Cell], progress: Stage | None, options: dict
+    model: Original, folder: Path, text: TextOptions, cells: Sequence[Cell], progress: Stages | None, options: dict
 ) -> Calibration:
     """Calibrate with all that the methods of the cells read, and with what errors of each layer cost."""
     recorded = {ON_REQUEST[name] for cell in cells for name in METHODS[cell.method].needs & ON_REQUEST.keys()}
@@ -138,12 +140,12 @@ def _calibrated(
         text=text,
         residual="residual" in recorded,
         sensitivity=True,
-        progress=None if progress is None else partial(progress, "calibrate"),
+        progress=part(progress, "calibrate"),
         **options,
     )
 
 
-def _measured(bench: Bench, cells: Sequence[Cell], folder: Path, progress: Stage | None) -> list[dict]:
+def _measured(bench: Bench, cells: Sequence[Cell], folder: Path, progress: Stages | None) -> list[dict]:
     """Return all cells: read where they are finished, measured where they are not."""
     found, steps = [], len(bench.batches)
 
@@ -217,7 +219,7 @@ def _held(out: Path, settings: dict) -> dict:
             read(Notes, load_json(file, error=MoetailorError, cure=cure), str(file), error=MoetailorError, cure=cure)
         )
     # A run that was stopped while it calibrated has no notes yet.
-    elif out.exists() and (out.is_file() or {path.name for path in out.iterdir()} - {CALIBRATION}):
+    elif out.exists() and (out.is_file() or set(entries(out)) - {CALIBRATION}):
         raise MoetailorError(f"{out}: not empty and no comparison; choose another folder")
     if differs := [name for name, value in settings.items() if held.get(name, value) != value]:
         raise MoetailorError(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import tempfile
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,15 +11,15 @@ import torch
 from torch import nn
 
 from moetailor.calibration.text import TextOptions, read_batches, words_of
+from moetailor.checkpoint.lock import scratch
 from moetailor.checkpoint.models import longest_sequence, resolve_device, resolve_dtype
 from moetailor.checkpoint.original import Original
 from moetailor.errors import MoetailorError
 from moetailor.evaluation.fidelity import Fidelity, Reference
 from moetailor.evaluation.speed import Speed, measure_speed, resident_nbytes
 from moetailor.evaluation.tasks import check_tasks, run_tasks
+from moetailor.progress import Stages, part
 from moetailor.transform.origin import check_origin, unlike
-
-Stage = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +95,7 @@ def evaluate(
     dtype: str | None = None,
     device_map: str | None = None,
     trust_remote_code: bool = False,
-    progress: Stage | None = None,
+    progress: Stages | None = None,
 ) -> Scores:
     """Compare a compressed checkpoint with its original, one model in memory at a time.
 
@@ -134,22 +132,15 @@ def evaluate(
     device = resolve_device(device)
     run = {"dtype": resolve_dtype(dtype, device, original.checkpoint), "device": device, "device_map": device_map}
 
-    def watch(name: str) -> Callable[[int, int], None]:
-        def report(done: int, total: int) -> None:
-            if progress is not None:
-                progress(name, done, total)
-
-        return report
-
-    with tempfile.TemporaryDirectory(prefix="moetailor-") as folder:
-        reference = Reference(Path(folder), batches)
+    with scratch() as folder:
+        reference = Reference(folder, batches)
         first = original.load(**run)
-        reference.record(first, watch("original"))
+        reference.record(first, part(progress, "original"))
         measured = [_measure(first, batches[0].input_ids[:1], tokenizer, tasks, trust_remote_code)]
         del first
         gc.collect()
         second = compressed.load(**run)
-        fidelity = reference.compare(second, watch("compressed"))
+        fidelity = reference.compare(second, part(progress, "compressed"))
         measured.append(_measure(second, batches[0].input_ids[:1], tokenizer, tasks, trust_remote_code))
     resident, speed, scores = zip(*measured, strict=True)
     return Scores(

@@ -17,11 +17,11 @@ import torch
 
 from moetailor.calibration.batch import Batch
 from moetailor.calibration.finite import not_finite
+from moetailor.checkpoint.artifact import save_tensors
 from moetailor.checkpoint.tensors import read_tensors
-from moetailor.checkpoint.writer import save_tensors
 from moetailor.errors import MoetailorError
+from moetailor.progress import Progress
 
-Progress = Callable[[int, int], None]
 RESAMPLES = 1000
 
 

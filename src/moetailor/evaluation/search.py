@@ -10,7 +10,6 @@ as subsets, take part. A candidate is the model in memory with fewer rows in its
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -21,10 +20,13 @@ from torch import nn
 
 from moetailor.answers import SlotMap
 from moetailor.calibration.batch import Batch, text_fingerprint
-from moetailor.calibration.folder import Calibration, write_json
+from moetailor.calibration.folder import Calibration
 from moetailor.checkpoint.anatomy import Anatomy
+from moetailor.checkpoint.artifact import write_json
+from moetailor.checkpoint.lock import claimed, scratch
 from moetailor.checkpoint.models import copy_sharing_tensors, resolve_device, resolve_dtype
 from moetailor.checkpoint.original import Original
+from moetailor.checkpoint.place import check_file
 from moetailor.checkpoint.weights import ExpertWeights
 from moetailor.errors import MoetailorError, PlanError
 from moetailor.evaluation.fidelity import Reference
@@ -35,8 +37,11 @@ from moetailor.methods.registry import find_method
 from moetailor.methods.run import check_weights, view_of
 from moetailor.planning.budget import Budget
 from moetailor.planning.plan import calibration_hash
+from moetailor.progress import Progress
 from moetailor.runtime.reshape import LayerChange, reshape_model
-from moetailor.schema import Within, load_json, read
+from moetailor.schema import Within, load
+
+VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +73,7 @@ def allocate(
     device: str | None = None,
     dtype: str | None = None,
     trust_remote_code: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Allocated:
     """Search for the counts with which a method that drops slots loses least, and write them for ``--allocation``.
 
@@ -92,10 +97,12 @@ def allocate(
 
     Raises:
         PlanError: the method or the budget cannot be used.
-        MoetailorError: the file of another search is in the way.
+        MoetailorError: the file of another search is in the way, or another run writes there.
     """
     chosen, facts, out = find_method(method).of(parameters or {}), calibration.model, Path(out)
-    protected = pairs_of(protect)
+    tried, protected = out.with_suffix(".search.json"), pairs_of(protect)
+    check_file(out, "allocation")
+    check_file(tried, "search")
     numbers = calibration.layers if layers is None else sorted({int(layer) for layer in layers})
     _check(chosen, numbers, model or facts.source)
     estimate = estimate_plan(facts, chosen, budget, layers=numbers, protect=protected, allocation="error")
@@ -120,10 +127,10 @@ def allocate(
         "layers": numbers,
         "protect": sorted(map(list, protected)),
     }
-    known = Known(out.with_suffix(".search.json"), about | {"dtype": str(torch_dtype)})
-    original, anatomy = opened.load(dtype=torch_dtype, device=device), opened.anatomy
-    with tempfile.TemporaryDirectory(prefix="moetailor-") as folder:
-        reference = Reference(Path(folder), batches).record(original)
+    with claimed(out), claimed(tried), scratch() as folder:
+        known = Known(tried, about | {"dtype": str(torch_dtype)})
+        original, anatomy = opened.load(dtype=torch_dtype, device=device), opened.anatomy
+        reference = Reference(folder, batches).record(original)
 
         def measure(counts: Counts) -> float:
             slots = {number: kept(at, count) for at, (number, count) in enumerate(zip(numbers, counts, strict=True))}
@@ -135,7 +142,7 @@ def allocate(
         best = evolve(bounds, fitness, options, progress)
         counts = dict(zip(numbers, best, strict=True))
         found = Allocated(counts=counts, overlap=fitness(best), uniform=fitness(bounds.keeps))
-    write_json(out, {str(layer): count for layer, count in found.counts.items()})
+        write_json(out, {"format": "moetailor-allocation"} | {str(layer): n for layer, n in counts.items()})
     return found
 
 
@@ -158,7 +165,7 @@ def with_slots(model: nn.Module, anatomy: Anatomy, slots: Mapping[int, Sequence[
 
 
 class Tried(TypedDict):
-    """What is in the file of a search: what its numbers depend on, and the overlap of each allocation."""
+    """What the file of a search holds: all that its numbers depend on, and the overlap of each allocation."""
 
     about: dict[str, Any]
     overlap: dict[str, Annotated[float, Within(0, 1 + 1e-3)]]
@@ -177,8 +184,7 @@ class Known:
         self.content: Tried = {"about": dict(about), "overlap": {}}
         if file.exists():
             cure = "delete it, or name another --out"
-            content = load_json(file, error=MoetailorError, cure=cure)
-            found = read(Tried, content, str(file), error=MoetailorError, cure=cure)
+            found = load(Tried, file, "search", VERSION, error=MoetailorError, cure=cure)
             if found["about"] != self.content["about"]:
                 raise MoetailorError(f"{file}: belongs to another search; {cure}")
             self.content = found
@@ -188,7 +194,7 @@ class Known:
         name, known = ",".join(map(str, counts)), self.content["overlap"]
         if name not in known:
             known[name] = measure(counts)
-            write_json(self.file, dict(self.content))
+            write_json(self.file, {"format": "moetailor-search", "version": VERSION, **self.content})
         return known[name]
 
 

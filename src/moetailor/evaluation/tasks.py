@@ -12,11 +12,12 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from jinja2 import TemplateError
 
+from moetailor.checkpoint.artifact import write_text
+from moetailor.checkpoint.lock import scratch
 from moetailor.errors import MoetailorError, did_you_mean
 from moetailor.evaluation.task_code import refuse_code, sandboxed
 
@@ -58,17 +59,12 @@ def run_tasks(
             not fit it.
     """
     safe = nullcontext() if trust_remote_code else sandboxed()
-    with (
-        _quiet(),
-        _lm_eval() as (evaluate, HFLM, TaskManager),
-        safe,
-        TemporaryDirectory(prefix="moetailor-") as scratch,
-    ):
+    with _quiet(), _lm_eval() as (evaluate, HFLM, TaskManager), safe, scratch() as folder:
         rendered = _rendered(TaskManager, tasks, task_dir, task_data, trust_remote_code)
         for name, task in rendered.items():
-            task["dataset_kwargs"]["cache_dir"] = f"{scratch}/cache"
-            Path(scratch, f"{name}.yaml").write_text(json.dumps(task), encoding="utf-8")  # JSON is YAML
-        manager = TaskManager(include_path=scratch, include_defaults=False)
+            task["dataset_kwargs"]["cache_dir"] = str(folder / "cache")
+            write_text(folder / f"{name}.yaml", json.dumps(task))  # JSON is YAML
+        manager = TaskManager(include_path=str(folder), include_defaults=False)
         loaded = {}
         for name in rendered:
             try:

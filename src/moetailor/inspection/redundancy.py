@@ -9,7 +9,6 @@ Shapes: E experts, R stand-ins (a constant, then maps of rising rank).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -24,6 +23,7 @@ from moetailor.inspection.verdict import Lost, verdict, weighed
 from moetailor.methods.run import check_weights, view_of
 from moetailor.planning.budget import Budget
 from moetailor.planning.view import LayerView
+from moetailor.progress import Progress
 
 RANKS, RIDGE = (0, 2, 4, 8, 16), 0.01
 STAND_INS = ("constant", *(f"rank {rank}" for rank in RANKS[1:]))
@@ -146,7 +146,7 @@ def find_redundancy(
     *,
     weights: ExpertWeights | None = None,
     tokens: int = 128,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Redundancy:
     """Say how redundant the experts of a model are and how far it is safe to go.
 

@@ -40,6 +40,7 @@ def read_allocation(text: str) -> Allocation:
         raise PlanError(f"--allocation {text}" + did_you_mean(text, RULES) + "; or name a .json file")
     cure = 'write layers to experts kept, such as {"0": 24, "1": "75%"}'
     content = load_json(text, error=PlanError, cure=cure)
+    content.pop("format", None)  # of those that a search wrote
     return read(dict[int, int | float | str], content, f"--allocation {text}", error=PlanError, cure=cure)
 
 

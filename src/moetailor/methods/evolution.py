@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from moetailor.errors import MoetailorError
 from moetailor.methods.allocation import AllocationBounds
+from moetailor.progress import Progress
 
 Counts = tuple[int, ...]
 # A mutation makes up to so many moves, each of up to so many experts.
@@ -44,7 +45,7 @@ def evolve(
     bounds: AllocationBounds,
     fitness: Callable[[Counts], float],
     options: SearchOptions,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Counts:
     """Return the fittest allocation that mutation finds.
 

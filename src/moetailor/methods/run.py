@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from moetailor.planning.checks import check_plan
 from moetailor.planning.layer_plan import LayerPlan, keep_only
 from moetailor.planning.plan import Plan, calibration_hash
 from moetailor.planning.view import LayerView
+from moetailor.progress import Progress
 
 
 def make_plan(
@@ -43,7 +44,7 @@ def make_plan(
     guard_super_experts: bool = False,
     allocation: Allocation = "uniform",
     weights: ExpertWeights | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Plan:
     """Decide what becomes of every slot.
 

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from moetailor.answers import Answer, SlotMap
+from moetailor.checkpoint.artifact import write_text
 from moetailor.checkpoint.experts import ExpertShape
 from moetailor.checkpoint.facts import ModelFacts
 from moetailor.checkpoint.layout import Stack
+from moetailor.checkpoint.place import check_file
 from moetailor.errors import PlanError
 from moetailor.planning.layer_plan import LayerPlan
 from moetailor.schema import Count, load
@@ -101,7 +103,8 @@ class Plan:
 
     def save(self, file: str | Path) -> None:
         """Write the plan as readable JSON."""
-        Path(file).write_text(_readable(self.to_json()))
+        check_file(Path(file), "plan")
+        write_text(Path(file), _readable(self.to_json()))
 
     @classmethod
     def load(cls, file: str | Path) -> Plan:

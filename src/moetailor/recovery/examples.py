@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -118,6 +119,12 @@ def read_blocks(
             f"{', '.join(options.data)}: no token of the {len(blocks)} blocks counts; give more, or use --loss-on all"
         )
     return Blocks(blocks.input_ids[live], blocks.labels[live])
+
+
+def files_of(examples: ExampleOptions | Blocks | None) -> list[Path]:
+    """Return the files among the sources of examples."""
+    data = examples.data if isinstance(examples, ExampleOptions) else ()
+    return [path for path in map(Path, data) if path.exists()]
 
 
 def _stream(options: ExampleOptions, tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor]:

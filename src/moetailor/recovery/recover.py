@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,6 +13,7 @@ import torch
 from accelerate import PartialState
 from torch import nn
 from transformers import TrainerCallback, set_seed
+from transformers.trainer_callback import TrainerState
 
 from moetailor._version import __version__
 from moetailor.calibration.text import words_of
@@ -21,20 +21,19 @@ from moetailor.checkpoint.anatomy import Anatomy
 from moetailor.checkpoint.files import Checkpoint
 from moetailor.checkpoint.models import longest_sequence, resolve_device, resolve_dtype
 from moetailor.checkpoint.original import Original
-from moetailor.checkpoint.writer import check_place
 from moetailor.errors import MoetailorError, did_you_mean
+from moetailor.progress import Progress, Stages
+from moetailor.progress import part as part_of
 from moetailor.recovery.anneal import Annealing
-from moetailor.recovery.examples import Blocks, ExampleOptions, read_blocks
-from moetailor.recovery.folder import begin_training, check_training, training_folder
+from moetailor.recovery.examples import Blocks, ExampleOptions, files_of, read_blocks
+from moetailor.recovery.folder import begin_training, check_training, end_training, place_of, training_folder
 from moetailor.recovery.fsdp import check_shardable, shard
 from moetailor.recovery.loss import Loss, Objective, Student
 from moetailor.recovery.result import provenance_of, write_recovered
-from moetailor.recovery.train import Progress, RecoveryOptions, mean_losses, training_arguments
+from moetailor.recovery.train import RecoveryOptions, mean_losses, training_arguments
 from moetailor.recovery.train import train as train_student
 from moetailor.recovery.trainable import Adapters, Selection, check_words, select
 from moetailor.transform.origin import check_origin, unlike
-
-Stage = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +74,7 @@ def recover(
     dtype: str | None = None,
     trust_remote_code: bool = False,
     callbacks: Iterable[TrainerCallback] = (),
-    progress: Stage | None = None,
+    progress: Stages | None = None,
 ) -> RecoveryResult:
     """Train a part of a checkpoint and write the result, in the format it had.
 
@@ -93,7 +92,7 @@ def recover(
         loss: ``task``, ``kd`` or ``both``, see `Objective`.
         options: how to train.
         held_out: examples to measure the loss on, before and after.
-        overwrite: replace an existing folder, at the end.
+        overwrite: replace an earlier result, at the end.
         device: ``cpu`` or ``cuda``; CUDA when there is one.
         dtype: ``float32`` or ``bfloat16``, of what does not train; the checkpoint's on CUDA, else float32.
         trust_remote_code: run code that comes with the checkpoints.
@@ -103,12 +102,12 @@ def recover(
     Raises:
         CheckpointError: a model cannot be loaded.
         CalibrationError: the examples cannot be used.
-        MoetailorError: nothing trains, the teacher is of another kind, ``OUT.training`` belongs to other settings, or
-            the loss is not finite.
+        MoetailorError: nothing trains, the teacher is of another kind, ``OUT.training`` belongs to other settings or
+            has lost a part, another run writes there, or the loss is not finite.
     """
 
     def part(name: str) -> Progress | None:
-        return partial(progress, name) if progress is not None and PartialState().is_main_process else None
+        return part_of(progress, name) if PartialState().is_main_process else None
 
     started, out = time.monotonic(), Path(out)
     train, callbacks = words_of(train), list(callbacks)
@@ -118,65 +117,45 @@ def recover(
     original = None
     if teacher is not None and wanted:
         original = Original(teacher, takes="anything", trust_remote_code=trust_remote_code)
-    inputs = {"the model": source.folder, "the teacher": None if original is None else original.folder}
-    check_place(out, overwrite=overwrite, inputs=inputs)
     if original is not None:
         check_teacher(source.config, original.config)
         check_origin(source.checkpoint, original.checkpoint)
-    device = resolve_device(device)
-    arguments = training_arguments(training_folder(out), options, device)
-    # A part of what is shared out goes to each GPU; the whole may not fit on one.
-    place = torch.device("cpu") if options.fsdp else arguments.device
-    load = partial(_load, dtype=dtype, device=arguments.device, place=place)
-    blocks, held = (_blocks(part, source) for part in (examples, held_out))
-    assert blocks is not None
-    settings = _settings(source.checkpoint, original and original.checkpoint, blocks, words, loss, options, dtype)
-    check_training(training_folder(out), settings)
-    provenance_of(source.checkpoint)  # refused before the training, not after it
+    arguments = training_arguments(training_folder(out), options, resolve_device(device))
+    inputs = {"the model": source.folder, "the examples": [*files_of(examples), *files_of(held_out)]}
+    inputs |= {} if original is None else {"the teacher": original.folder}
+    with place_of(out, overwrite=overwrite, inputs=inputs) as work:
+        blocks, held = (_blocks(part, source) for part in (examples, held_out))
+        assert blocks is not None
+        settings = _settings(source.checkpoint, original and original.checkpoint, blocks, words, loss, options, dtype)
+        check_training(training_folder(out), settings)
+        provenance_of(source.checkpoint)  # refused before the training, not after it
 
-    anatomy = source.anatomy
-
-    def begin(teacher: Any) -> tuple[Student, Selection, Adapters]:
-        student = Student(load(source), objective, teacher)
-        selection = select(student.model, anatomy, train)
-        set_seed(options.seed)
-        adapters = Adapters(student.model, anatomy, selection, rank=options.lora_rank, alpha=options.lora_alpha)
-        return student, selection, adapters
-
-    taught = None if original is None else load(original)
-    student, selection, adapters = begin(taught if objective.needs_teacher or callbacks else None)
-    if options.fsdp:
-        check_shardable(student.model)
-        shard(student.teacher)
-    if options.gradient_checkpointing:
-        _checkpoint_layers(student.model)
-    annealing = _annealing(options, anatomy, student.model, taught)
-    del taught  # what fades out is held by the annealing alone
-    begin_training(training_folder(out), settings)
-    measure = partial(_measure, student, held, options.batch_size, arguments.device)
-    before = measure(part("held out, before"))
-    state = train_student(student, blocks, arguments, callbacks=[*callbacks, *annealing], progress=part("train"))
-    for mixtures in annealing:
-        mixtures.release()
-    after = measure(part("held out, after"))
-    if PartialState().is_main_process:
-        if options.fsdp:  # here is a part of each tensor; the last checkpoint has the whole of what trained
-            student, selection, adapters = begin(None)
-            train_student(student, blocks, arguments)
-        adapters.merge()
-        write = partial(write_recovered, settings=settings, overwrite=overwrite, trust_remote_code=trust_remote_code)
-        write(out, source.checkpoint, student.model, selection.names, progress=part("write"))
-        shutil.rmtree(training_folder(out))
-    PartialState().wait_for_everyone()
-    return RecoveryResult(
-        out=out,
-        steps=state.global_step,
-        tokens=state.num_input_tokens_seen,
-        seconds=time.monotonic() - started,
-        losses=tuple(entry["loss"] for entry in state.log_history if "loss" in entry),
-        before=before,
-        after=after,
-    )
+        # A part of what is shared out goes to each GPU; the whole may not fit on one.
+        place = torch.device("cpu") if options.fsdp else arguments.device
+        load = partial(_load, dtype=dtype, device=arguments.device, place=place)
+        begin = partial(_begin, source, load, train, objective, options)
+        taught = None if original is None else load(original)
+        student, selection, adapters = begin(taught if objective.needs_teacher or callbacks else None)
+        _prepare(student, options)
+        annealing = _annealing(options, source.anatomy, student.model, taught)
+        del taught  # what fades out is held by the annealing alone
+        begin_training(training_folder(out), settings, work)
+        measure = partial(_measure, student, held, options.batch_size, arguments.device)
+        before = measure(part("held out, before"))
+        state = train_student(student, blocks, arguments, callbacks=[*callbacks, *annealing], progress=part("train"))
+        for mixtures in annealing:
+            mixtures.release()
+        after = measure(part("held out, after"))
+        if PartialState().is_main_process:
+            if options.fsdp:  # here is a part of each tensor; the last checkpoint has the whole of what trained
+                student, selection, adapters = begin(None)
+                train_student(student, blocks, arguments)
+            adapters.merge()
+            how: dict[str, Any] = {"settings": settings, "overwrite": overwrite, "trust_remote_code": trust_remote_code}
+            write_recovered(out, source.checkpoint, student.model, selection.names, progress=part("write"), **how)
+            end_training(training_folder(out))
+        PartialState().wait_for_everyone()
+    return _result(out, state, started, before, after)
 
 
 def check_teacher(config: Any, teacher: Any) -> None:
@@ -212,6 +191,34 @@ def _check(
     if options.anneal and teacher is None:
         raise MoetailorError("--anneal fades the original's experts out; name the original with --teacher")
     return check_words(train), objective
+
+
+def _begin(
+    source: Original,
+    load: Callable[[Original], Any],
+    train: Sequence[str],
+    objective: Objective,
+    options: RecoveryOptions,
+    teacher: Any,
+) -> tuple[Student, Selection, Adapters]:
+    """Load the student as it is before the training, and say what of it trains."""
+    student = Student(load(source), objective, teacher)
+    selection = select(student.model, source.anatomy, train)
+    set_seed(options.seed)
+    adapters = Adapters(student.model, source.anatomy, selection, rank=options.lora_rank, alpha=options.lora_alpha)
+    return student, selection, adapters
+
+
+def _prepare(student: Student, options: RecoveryOptions) -> None:
+    """Arrange how a student runs."""
+    if options.fsdp:
+        check_shardable(student.model)
+        shard(student.teacher)
+    if options.gradient_checkpointing:
+        # Releases of transformers before 5.23 have it under another name.
+        model: Any = student.model
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
 
 
 def _annealing(options: RecoveryOptions, anatomy: Anatomy, model: nn.Module, original: Any) -> list[Annealing]:
@@ -266,7 +273,15 @@ def _settings(
     }
 
 
-def _checkpoint_layers(model: Any) -> None:
-    # Releases of transformers before 5.23 have it under another name.
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+def _result(
+    out: Path, state: TrainerState, started: float, before: dict[str, float], after: dict[str, float]
+) -> RecoveryResult:
+    return RecoveryResult(
+        out=out,
+        steps=state.global_step,
+        tokens=state.num_input_tokens_seen,
+        seconds=time.monotonic() - started,
+        losses=tuple(entry["loss"] for entry in state.log_history if "loss" in entry),
+        before=before,
+        after=after,
+    )

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from moetailor._version import __version__
 from moetailor.checkpoint.anatomy import tensors_of
+from moetailor.checkpoint.artifact import save_tensors, write_bytes, write_json
 from moetailor.checkpoint.files import DTYPES, INDEX, Checkpoint, TensorInfo, read_header
+from moetailor.checkpoint.folder import CONFIG
 from moetailor.checkpoint.names import disk_tensors, memory_names
-from moetailor.checkpoint.writer import Piece, new_folder, save_tensors, whole, write_shards
+from moetailor.checkpoint.place import PROVENANCE_FILE, new_folder
+from moetailor.checkpoint.writer import Piece, whole, write_shards
 from moetailor.errors import CheckpointError, MoetailorError
-from moetailor.schema import load_json
+from moetailor.progress import Progress
+from moetailor.schema import find_json
 from moetailor.transform.beside import copy_others
-from moetailor.transform.disk import PROVENANCE_FILE, write_json
 
-Progress = Callable[[int, int], None]
-CONFIG = "config.json"
 CARD = f"\nTrained further by moetailor {__version__}: how, is in {PROVENANCE_FILE} under `recovery`.\n"
 
 
@@ -42,7 +43,7 @@ def write_recovered(
         model: it in memory, trained, without adapters.
         changed: names of the parameters that changed.
         settings: how it was trained, for the provenance.
-        overwrite: replace an existing folder.
+        overwrite: replace an earlier result.
         trust_remote_code: copy code that comes with the checkpoint.
         progress: called with (bytes written, bytes in all).
 
@@ -64,7 +65,7 @@ def write_recovered(
         copy_others(checkpoint.folder, folder, left_out=left_out, trust_remote_code=trust_remote_code)
         card = checkpoint.folder / "README.md"
         if card.is_file():
-            (folder / card.name).write_bytes(card.read_bytes() + CARD.encode())
+            write_bytes(folder / card.name, card.read_bytes() + CARD.encode())
         write_json(folder / PROVENANCE_FILE, provenance_of(checkpoint) | {"recovery": dict(settings)})
 
 
@@ -74,10 +75,9 @@ def provenance_of(checkpoint: Checkpoint) -> dict[str, Any]:
     Raises:
         MoetailorError: the file that says it cannot be read.
     """
-    file = checkpoint.folder / PROVENANCE_FILE
-    if not file.exists():
-        return {"moetailor": __version__}
-    return load_json(file, error=MoetailorError, cure="delete it, and the result will say only how it was trained")
+    cure = "delete it, and the result will say only how it was trained"
+    told = find_json(checkpoint.folder / PROVENANCE_FILE, error=MoetailorError, cure=cure)
+    return {"moetailor": __version__} if told is None else told
 
 
 def _save_changed(scratch: Path, checkpoint: Checkpoint, model: Any, changed: Iterable[str]) -> dict[str, TensorInfo]:

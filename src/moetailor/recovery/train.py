@@ -16,11 +16,10 @@ from transformers.trainer_callback import TrainerState
 
 from moetailor.checkpoint.loader import quiet_transformers
 from moetailor.errors import MoetailorError
+from moetailor.progress import Progress
 from moetailor.recovery.examples import Blocks
-from moetailor.recovery.folder import last_checkpoint
+from moetailor.recovery.folder import check_parts, last_checkpoint
 from moetailor.recovery.loss import Student
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +167,8 @@ def train(
         with _going_on(last[0]):
             student.load_state_dict(load_file(last[0] / "model.safetensors"))
         return last[1]
+    if last is not None:
+        check_parts(last[0])
     watch = _Watch(folder, progress)
     with quiet_transformers():
         trainer = Trainer(

@@ -25,7 +25,8 @@ from moetailor.report.drawing import (
     place,
     svg,
 )
-from moetailor.report.words import Cell, nbytes, unit
+from moetailor.report.words import Cell
+from moetailor.words import nbytes, unit
 
 MARKS = ((BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), (PINK, "D"), (SKY, "v"))
 # Below this an expected error says no more than that it is nothing.

@@ -9,9 +9,12 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from moetailor.answers import ANSWERS
+from moetailor.checkpoint.artifact import write_text
+from moetailor.checkpoint.place import check_file
 from moetailor.report import figures, maps
 from moetailor.report.drawing import style
-from moetailor.report.words import digits, named, nbytes, verdict
+from moetailor.report.words import digits, named, verdict
+from moetailor.words import nbytes
 
 # Cells of a ratio that are drawn where all would be too many.
 BEST = 3
@@ -34,7 +37,8 @@ def write_report(results: Mapping[str, Any], file: str | Path) -> None:
     environment.filters |= {"digits": digits, "nbytes": nbytes}
     with style():
         page = environment.get_template("page.html").render(_shown(results))
-    Path(file).write_text(page, encoding="utf-8", errors="replace")
+    check_file(Path(file), "report")
+    write_text(Path(file), page)
 
 
 def _shown(results: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,21 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from moetailor.words import nbytes
+
 Cell = Mapping[str, Any]
-
-
-def unit(number: int) -> tuple[float, str]:
-    """Return the size and the name of the unit that suits a number of bytes (10^3 steps)."""
-    for size, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if number >= size:
-            return size, name
-    return 1.0, "bytes"
-
-
-def nbytes(number: int) -> str:
-    """Return a number of bytes in the unit that suits it, three digits."""
-    size, name = unit(number)
-    return f"{digits(number / size)} {name}"
 
 
 def digits(number: float | None) -> str:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import copy
-import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
 
 from moetailor._version import __version__
 from moetailor.calibration.folder import Calibration
+from moetailor.checkpoint.artifact import save_tensors, write_json, write_text
 from moetailor.checkpoint.files import Checkpoint, TensorInfo, read_header
 from moetailor.checkpoint.folder import INDEX
 from moetailor.checkpoint.layout import DiskStack
@@ -21,11 +20,13 @@ from moetailor.checkpoint.loader import StreamedModel
 from moetailor.checkpoint.models import resolve_device
 from moetailor.checkpoint.names import disk_tensors
 from moetailor.checkpoint.original import Original, open_original
+from moetailor.checkpoint.place import PLAN_FILE, PROVENANCE_FILE, check_place, new_folder
 from moetailor.checkpoint.weights import ExpertWeights
-from moetailor.checkpoint.writer import check_place, new_folder, save_tensors, write_shards
+from moetailor.checkpoint.writer import write_shards
 from moetailor.errors import CheckpointError, PlanError
 from moetailor.planning.checks import check_plan
 from moetailor.planning.plan import Plan
+from moetailor.progress import Stages, part
 from moetailor.transform.beside import copy_others
 from moetailor.transform.build import (
     LayerTensors,
@@ -41,8 +42,6 @@ from moetailor.transform.formats import resolve_format
 from moetailor.transform.pieces import Parts
 from moetailor.transform.propagate import propagated
 
-PLAN_FILE, PROVENANCE_FILE = "moetailor_plan.json", "moetailor_provenance.json"
-Progress = Callable[[str, int, int], None]
 WRITTEN_ANEW = {"config.json", "README.md", INDEX, PLAN_FILE, PROVENANCE_FILE}
 
 
@@ -59,7 +58,7 @@ def apply_to_checkpoint(
     verify: bool = False,
     propagate: Propagate = "original",
     device: str | None = None,
-    progress: Progress | None = None,
+    progress: Stages | None = None,
 ) -> Path:
     """Write the compressed checkpoint that a plan describes.
 
@@ -69,7 +68,7 @@ def apply_to_checkpoint(
         out: folder of the result; it appears when it is complete.
         calibration: the calibration of the plan; needed when the plan has stand-ins or merged experts.
         format: one of `FORMATS`, or ``auto`` for the first that can hold the plan: native, else moetailor.
-        overwrite: replace an existing folder, at the end.
+        overwrite: replace an earlier result, at the end.
         allow_other_weights: apply the plan to another model of the same shapes.
         trust_remote_code: run code that comes with the checkpoint.
         verify: open the result and run it once before it takes its place.
@@ -81,7 +80,8 @@ def apply_to_checkpoint(
     Raises:
         CheckpointError: the original cannot be used.
         PlanError: the plan does not fit it.
-        MoetailorError: the output folder exists, or the disk is full.
+        MoetailorError: the output folder exists, holds what is not ours or is written by another run, or the disk is
+            full.
     """
     out, original = Path(out), open_original(model, trust_remote_code=trust_remote_code)
     checkpoint = original.checkpoint
@@ -101,14 +101,14 @@ def apply_to_checkpoint(
     with new_folder(out, overwrite=overwrite, nbytes=plan.nbytes) as folder:
         scratch = folder / "built"
         parts = _compute(parts, calibration, source, scratch, propagate, progress)
-        nbytes = write_shards(folder, form.shards(parts), progress and partial(progress, "write"))
+        nbytes = write_shards(folder, form.shards(parts), part(progress, "write"))
         shutil.rmtree(scratch, ignore_errors=True)
         assert nbytes == plan.nbytes, f"{nbytes} bytes written, {plan.nbytes} planned"
         copy_others(checkpoint.folder, folder, left_out=WRITTEN_ANEW, trust_remote_code=original.trust_remote_code)
         write_json(folder / "config.json", form.config(copy.deepcopy(checkpoint.config), original.config, plan))
         plan.save(folder / PLAN_FILE)
         write_json(folder / PROVENANCE_FILE, provenance(plan, checkpoint, calibration, form.name, propagate))
-        (folder / "README.md").write_text(model_card(plan, checkpoint.folder, form), encoding="utf-8")
+        write_text(folder / "README.md", model_card(plan, checkpoint.folder, form))
         if verify:
             form.verify(folder, plan, trust_remote_code=original.trust_remote_code)
     return out
@@ -137,7 +137,7 @@ def _compute(
     source: StreamedModel,
     scratch: Path,
     propagate: Propagate,
-    progress: Progress | None,
+    progress: Stages | None,
 ) -> Parts:
     """Compute what the plan adds, layer by layer, into files beside the result; return the parts with it."""
     plan, stacks = parts.plan, {stack.index: stack for stack in parts.stacks.values()}
@@ -201,8 +201,3 @@ def _as_on_disk(parts: Parts, stack: DiskStack, source: StreamedModel, rebuilt: 
             f"{sorted(found)[0]!r}; save the checkpoint again with this transformers, then merge"
         )
     return found
-
-
-def write_json(file: Path, content: dict) -> None:
-    """Write JSON that a person can read."""
-    file.write_text(json.dumps(content, indent=2) + "\n")

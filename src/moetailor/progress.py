@@ -1,0 +1,16 @@
+"""How far a run is: what callers give to be told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+# Called with (done, in all).
+Progress = Callable[[int, int], None]
+# Called with (what is running, done, in all).
+Stages = Callable[[str, int, int], None]
+
+
+def part(progress: Stages | None, name: str) -> Progress | None:
+    """Return what one stage is given, to tell of itself by name."""
+    return None if progress is None else partial(progress, name)

@@ -1,0 +1,30 @@
+"""Numbers as people write them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+def unit(number: int) -> tuple[float, str]:
+    """Return the size and the name of the unit that suits a number of bytes (10^3 steps)."""
+    for size, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if number >= size:
+            return size, name
+    return 1.0, "bytes"
+
+
+def nbytes(number: int) -> str:
+    """Return a number of bytes in the unit that suits it."""
+    size, name = unit(number)
+    return f"{number} {name}" if name == "bytes" else f"{number / size:.2f} {name}"
+
+
+def spans(numbers: Iterable[int], between: str = " ") -> str:
+    """Return ascending numbers with runs drawn together, such as ``1 4-7``."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return between.join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
