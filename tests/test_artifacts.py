@@ -294,14 +294,16 @@ def test_results_that_do_not_add_up_are_refused(at: tuple, value: Any, said: str
 
 def test_a_search_goes_on_from_numbers_only(tmp_path: Path) -> None:
     file = tmp_path / "a.search.json"
+    begin = '{"format": "moetailor-search", "version": 1, "about": {"method": "reap"}'
     Known(file, {"method": "reap"}).get((1, 2), lambda counts: 0.5)
     assert Known(file, {"method": "reap"}).get((1, 2), pytest.fail) == 0.5
     for content, said in (
         ("{", "not JSON that can be read"),
-        ('{"about": {"method": "reap"}}', "it lacks overlap"),
-        ('{"about": {"method": "reap"}, "overlap": {"1,2": "x"}}', "overlap['1,2'] is 'x', not a finite number"),
-        ('{"about": {"method": "reap"}, "overlap": {"1,2": NaN}}', "overlap['1,2'] is nan, not a finite number"),
-        ('{"about": {"method": "reap"}, "overlap": {"1,2": 7}}', "overlap['1,2'] is 7, it must be 0 to 1.001"),
+        ('{"about": {"method": "reap"}}', "not a moetailor search"),
+        (begin + "}", "it lacks overlap"),
+        (begin + ', "overlap": {"1,2": "x"}}', "overlap['1,2'] is 'x', not a finite number"),
+        (begin + ', "overlap": {"1,2": NaN}}', "overlap['1,2'] is nan, not a finite number"),
+        (begin + ', "overlap": {"1,2": 7}}', "overlap['1,2'] is 7, it must be 0 to 1.001"),
     ):
         file.write_text(content)
         with pytest.raises(MoetailorError) as refused:
@@ -356,10 +358,6 @@ def test_notes_of_a_training_that_cannot_be_read(stopped: Path, checkpoint: Get,
         MoetailorError, match=rf"settings\.json: not JSON that can be read .*; delete {folder} to train"
     ):
         train(checkpoint("olmoe"), tmp_path / "out")
-    # Without a checkpoint nothing is lost: it is begun anew.
-    for checkpoint_folder in folder.glob("checkpoint-*"):
-        (checkpoint_folder / "trainer_state.json").write_text('{"global_step": "2"}')
-    assert train(checkpoint("olmoe"), tmp_path / "out").steps == 3
 
 
 def test_a_provenance_that_cannot_be_read_is_refused_before_the_training(

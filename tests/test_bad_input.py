@@ -1028,8 +1028,6 @@ def test_file_that_is_no_plan_is_refused(cli: Cli, world: World, tmp_path: Path)
     assert cli("apply", world.original, manifest, "-o", out).refusal == f"{manifest}: {said}"
     text = cli("apply", world.original, world.text, "-o", out).refusal
     assert text.startswith(f"{world.text}: not JSON that can be read (")
-        f"{world.text}: not JSON that can be read ("
-    )
     none = tmp_path / "none.json"
     said = f"{none}: cannot be read (No such file or directory); make one with `moetailor plan`"
     assert cli("apply", world.original, none, "-o", out).refusal == said

@@ -570,4 +570,4 @@ def test_stages_in_one_go_open_the_original_once(tmp_path: Path, monkeypatch: py
     budget = moetailor.Budget.parse(remove=0.25)
     moetailor.compress(REFERENCE, tmp_path / "out", text=text, method="refit", budget=budget)
     # The result is opened to be verified.
-    assert opened == [REFERENCE, tmp_path / "out.partial"]
+    assert opened == [REFERENCE, tmp_path / ".out.moetailor" / "new"]

@@ -7,7 +7,6 @@ last finished layer.
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -89,9 +88,9 @@ def run_calibration(
             return finished  # by another run, in between
         waiting = work / STATES if states_on_disk else None
         hashes = _measure(model, batches, folder, waiting, fingerprint, sampled, residual, progress)
-        shutil.rmtree(work / STATES, ignore_errors=True)
         calibration = Calibration(folder=folder, model=model.facts, fingerprint=fingerprint, hashes=hashes)
         calibration.save()
+    sweep(folder)
     return calibration
 
 

@@ -7,9 +7,7 @@ with the entry to blame.
 from __future__ import annotations
 
 import copy
-import json
 import re
-import tempfile
 import textwrap
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,9 +17,11 @@ import torch
 
 from moetailor.checkpoint import family
 from moetailor.checkpoint.anatomy import build_skeleton
+from moetailor.checkpoint.artifact import write_json
 from moetailor.checkpoint.files import TensorInfo
 from moetailor.checkpoint.folder import CONFIG
 from moetailor.checkpoint.loader import quiet_transformers
+from moetailor.checkpoint.lock import scratch
 from moetailor.errors import CheckpointError, reason_of
 
 # Files beside the weights that say that they are quantized, where config.json does not.
@@ -147,11 +147,11 @@ def _blamed(config: dict) -> str:
     """Return the entry without which transformers could build a model of a config.json, as the start of a message."""
     from transformers import AutoConfig
 
-    with tempfile.TemporaryDirectory(prefix="moetailor-") as place, quiet_transformers():
+    with scratch() as place, quiet_transformers():
         # Without any entry first: some errors do not come a second time, and then none is to blame.
         for name in (None, *config):
             others = {key: value for key, value in config.items() if key != name}
-            (Path(place) / CONFIG).write_text(json.dumps(others), encoding="utf-8")
+            write_json(place / CONFIG, others)
             try:
                 build_skeleton(AutoConfig.from_pretrained(place))
             except Exception:  # not this one, or not alone
