@@ -107,6 +107,12 @@ def test_nothing_below_the_command_line_prints() -> None:
     assert not printing
 
 
+def test_links_are_followed_in_a_way_that_never_fails() -> None:
+    """`Path.resolve` raises RuntimeError over a link that leads to itself; `os.path.realpath` does not."""
+    calls = [f"{source.name}:{line}" for source in sources("src") for line, name in source.names() if name == "resolve"]
+    assert not calls
+
+
 def test_files_are_written_in_one_place() -> None:
     """There they are whole or not there, and obey the umask; temporary folders carry a mark."""
     own = {f"src/moetailor/checkpoint/{name}.py" for name in ("artifact", "lock", "writer")}

@@ -565,3 +565,16 @@ def test_what_kills_left_in_a_folder_is_swept(tmp_path: Path) -> None:
         with then(grown) or nullcontext():
             pass
         assert sorted(path.name for path in grown.rglob("*")) == [".mine.moetailor", "cells", "notes"]
+
+
+def test_a_link_that_leads_to_itself_harms_nobody(tmp_path: Path) -> None:
+    """Python 3.11 raises RuntimeError over it."""
+    model = tmp_path / "model"
+    model.mkdir()
+    for loop in (model / "loop", tmp_path / "loop", tmp_path / "file.json"):
+        loop.symlink_to(loop.name)
+    check_place(tmp_path / "out", overwrite=False, inputs={"the original": model, "the text": [model / "loop"]})
+    with pytest.raises(MoetailorError, match="loop: is a file; choose another folder"):
+        check_place(tmp_path / "loop", overwrite=True)
+    write_json(tmp_path / "file.json", {})
+    assert not (tmp_path / "file.json").is_symlink()

@@ -72,7 +72,7 @@ def _whole(file: Path) -> Iterator[Path]:
         if file.exists() and not file.is_file():
             yield file  # a pipe or a terminal, such as /dev/stdout
             return
-        place = file.resolve()  # what a link leads to, not the link
+        place = Path(os.path.realpath(file))  # what a link leads to, not the link
         with claimed(place) as work:
             yield (beside := work / "new")
             sync(beside)

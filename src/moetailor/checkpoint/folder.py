@@ -96,17 +96,23 @@ def check_links(folder: Path, files: list[Path] | None = None) -> None:
     Raises:
         CheckpointError: see the message.
     """
-    inside = [os.path.realpath(folder)]
-    if Path(inside[0]).parent.name == "snapshots":
-        # CACHE/models--NAME/snapshots/COMMIT/x -> ../../blobs/HASH, which may be a link to CACHE/blobs/HA/HASH.
-        model = Path(inside[0]).parents[1]
-        inside += [str(model / "blobs"), str(model.parent / "blobs")]
     for file in sorted(folder.iterdir()) if files is None else files:
-        target = os.path.realpath(file)
-        if not any(target.startswith(place + os.sep) for place in inside):
+        if not lies_inside(file, folder):
             raise CheckpointError(
-                f"{file}: is a link to {target}, outside the folder of the checkpoint; put the file itself there"
+                f"{file}: is a link to {os.path.realpath(file)}, outside the folder of the checkpoint; put the file "
+                "itself there"
             )
+
+
+def lies_inside(file: Path, folder: Path) -> bool:
+    """Say whether a file, where its links lead, lies in a folder, or where the hub's cache keeps what lies in one."""
+    home = Path(os.path.realpath(folder))
+    places = [home]
+    if home.parent.name == "snapshots":
+        # CACHE/models--NAME/snapshots/COMMIT/x -> ../../blobs/HASH, which may be a link to CACHE/blobs/HA/HASH.
+        model = home.parents[1]
+        places += [model / "blobs", model.parent / "blobs"]
+    return any(Path(os.path.realpath(file)).is_relative_to(place) for place in places)
 
 
 def weight_files(folder: Path, config: dict) -> list[Path]:

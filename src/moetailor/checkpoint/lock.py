@@ -79,7 +79,7 @@ def growing(folder: Path) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UnwritableError(folder, error) from None
-    work = folder.resolve() / GROWING
+    work = Path(os.path.realpath(folder)) / GROWING
     with _locked(work, folder):
         for left in folder.rglob(".*.moetailor"):
             _sweep(left)
@@ -112,7 +112,7 @@ def sweep(folder: Path) -> None:
     Args:
         folder: a folder that `growing` held.
     """
-    for left in [folder.resolve() / GROWING, *folder.rglob(".*.moetailor")]:
+    for left in [Path(os.path.realpath(folder)) / GROWING, *folder.rglob(".*.moetailor")]:
         _sweep(left)
 
 
@@ -130,7 +130,7 @@ def restore(out: Path) -> None:
 
 def work_folder(out: Path) -> Path:
     """Return our folder beside a result."""
-    return out.parent.resolve() / f".{out.name}.moetailor"
+    return Path(os.path.realpath(out.parent)) / f".{out.name}.moetailor"
 
 
 def entries(folder: Path) -> list[str]:

@@ -54,7 +54,7 @@ def check_inputs(out: Path, inputs: Inputs) -> None:
                 raise MoetailorError(f"{out}: is {what} itself; choose another folder")
             links = [link for link in path.iterdir() if link.is_symlink()] if path.is_dir() else []
             for part in (path, *links):
-                if any(_is(folder, out) for folder in part.resolve().parents):
+                if any(_is(folder, out) for folder in Path(os.path.realpath(part)).parents):
                     raise MoetailorError(f"{out}: holds {what}, {part}, which would be lost; choose another folder")
 
 
@@ -138,7 +138,7 @@ def _is(path: Path, out: Path) -> bool:
     try:
         return os.path.samefile(path, out)
     except OSError:
-        return path.resolve() == out.resolve()
+        return os.path.realpath(path) == os.path.realpath(out)
 
 
 def _files(folder: Path) -> set[str]:

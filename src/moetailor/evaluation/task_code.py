@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,7 +56,7 @@ def sandboxed() -> Iterator[None]:
 
 def _functions(file: Path, seen: set[Path]) -> Iterator[str]:
     """Yield the Python functions that a YAML file names, and those of the files that it includes."""
-    if (file := file.resolve()) in seen or not file.is_file():
+    if (file := Path(os.path.realpath(file))) in seen or not file.is_file():
         return
     seen.add(file)
     for node, key in _nodes(yaml.compose(file.read_bytes(), Loader=yaml.SafeLoader), None, set()):

@@ -9,6 +9,7 @@ import io
 import json
 import logging
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
@@ -108,7 +109,7 @@ def _rendered(
             cure = f"give it dataset_kwargs.data_files and a dataset_path of {', '.join(_BUILDERS)}"
             raise MoetailorError(f"task {name!r} ({entry.yaml_path}) does not read local files: {cure}")
         options["data_files"] = _locate(options["data_files"], name, Path(task_data or task_dir))
-        rendered[name] = {"include": str(entry.yaml_path.resolve()), "task": name, "dataset_kwargs": options}
+        rendered[name] = {"include": os.path.realpath(entry.yaml_path), "task": name, "dataset_kwargs": options}
     return rendered
 
 
@@ -118,7 +119,7 @@ def _locate(files: Any, name: str, folder: Path) -> Any:
         return {split: _locate(value, name, folder) for split, value in files.items()}
     if isinstance(files, list):
         return [_locate(value, name, folder) for value in files]
-    path = (folder / files).resolve()
+    path = Path(os.path.realpath(folder / files))
     for candidate in (path, path.with_suffix("") if path.suffix == ".xz" else path.with_name(f"{path.name}.xz")):
         if candidate.is_file():
             return str(candidate)

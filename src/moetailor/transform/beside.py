@@ -8,6 +8,7 @@ from collections.abc import Collection
 from fnmatch import fnmatch
 from pathlib import Path
 
+from moetailor.checkpoint.folder import lies_inside
 from moetailor.errors import MoetailorWarning
 
 # What is copied, in lower case: what tokenizers and generation need, and terms of use. A list, since a folder may hold
@@ -35,7 +36,7 @@ def copy_others(source: Path, folder: Path, *, left_out: Collection[str], trust_
         is_code = fnmatch(name, "*.py") and "/" not in name
         if name in left_out or not (is_code or _is_beside(name)) or file.is_dir():
             continue
-        if not file.is_file() or not _inside(file, source):
+        if not file.is_file() or not lies_inside(file, source):
             links.append(name)
         elif file.stat().st_size > LARGEST:
             large.append(name)
@@ -59,10 +60,3 @@ def _is_beside(name: str) -> bool:
     patterns = [pattern.rpartition("/") for pattern in COPIED]
     wanted = any(folder == place and fnmatch(own, pattern) for place, _, pattern in patterns)
     return wanted and not any(fnmatch(own, pattern) for pattern in NOT_COPIED)
-
-
-def _inside(file: Path, source: Path) -> bool:
-    """Say whether a file lies in a folder, or where a snapshot of the hub's cache keeps its files."""
-    home = source.resolve()
-    places = [home, home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [home]
-    return any(file.resolve().is_relative_to(place) for place in places)
