@@ -40,7 +40,7 @@ from support.kills import count_steps, die_at
 TIMES = {"seconds", "calibrate_seconds", "tokens_per_second", "speed", "prefill", "decode"}
 UNREAD = ("log.jsonl", "report.html")
 # Whole at every moment, and with more in it later.
-GROWING = (".search.json", "calibration.json")
+GROWING = (".search.json", "calibration.json", "run.json")
 TEXT = ("--data", "{model}/calibration.jsonl", "--sequences", "4", "--length", "64", "--batch-size", "2")
 HELD_OUT = "{model}/heldout.jsonl"
 PLAN = ("plan", "{made}/calib", "--method", "mone", "--remove", "25%", "-o")

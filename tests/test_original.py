@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import moetailor
 from moetailor.checkpoint import original as original_module
 from moetailor.checkpoint.family import UNQUANTIZED
-from moetailor.checkpoint.files import Checkpoint, TensorInfo, open_checkpoint
+from moetailor.checkpoint.files import DTYPE_NAMES, Checkpoint, TensorInfo, open_checkpoint
 from moetailor.checkpoint.folder import INDEX, SINGLE
 from moetailor.checkpoint.loader import quiet_transformers
 from moetailor.checkpoint.models import resolve_dtype
@@ -419,6 +419,21 @@ def test_codes_are_refused_by_what_they_mean(dtype: str, copy: Callable[..., Pat
     meant = {"F8_E8M0": "powers of two, the scales of blocks", "F4": "4-bit floats"}[dtype]
     told = f"'model.layers.0.x' is {dtype}, {meant}"
     assert refusal(folder) == f"{folder}: weights are quantized ({told}): {UNQUANTIZED}"
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.bool, torch.complex64])
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.gate.weight", "model.layers.0.mlp.experts.3.up_proj.weight"])
+def test_weights_that_are_no_floats_are_refused(name: str, dtype: torch.dtype, copy: Callable[..., Path]) -> None:
+    folder = copy("olmoe", lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+    assert refusal(folder).startswith(f"{folder / SINGLE}: tensor {name!r} is {DTYPE_NAMES[dtype]}, which model.")
+
+
+def test_a_tokenizer_that_cannot_read_is_refused(tmp_path: Path) -> None:
+    folder = shutil.copytree(REFERENCE, tmp_path / "model")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"model_max_length": "../x"}))
+    with pytest.raises(CheckpointError, match="its tokenizer cannot read text: "):
+        Original(folder).tokenizer()
 
 
 # The hub

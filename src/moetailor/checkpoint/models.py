@@ -108,6 +108,10 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever is raised, it is about what somebody wrote there
         raise CheckpointError(f"{folder}: transformers cannot load its tokenizer: {reason_of(error)}") from error
+    try:
+        tokenizer("text", verbose=False)
+    except Exception as error:
+        raise CheckpointError(f"{folder}: its tokenizer cannot read text: {reason_of(error)}") from error
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         # What transformers makes when there is no file.
         raise CheckpointError(f"{folder}: holds no tokenizer; put the files of the original's beside the weights")

@@ -19,7 +19,7 @@ from moetailor.checkpoint import config as config_json
 from moetailor.checkpoint.anatomy import Anatomy, build_skeleton, discover
 from moetailor.checkpoint.facts import ModelFacts, facts_of_checkpoint
 from moetailor.checkpoint.family import UNQUANTIZED
-from moetailor.checkpoint.files import CODES, open_checkpoint
+from moetailor.checkpoint.files import CODES, DTYPES, open_checkpoint
 from moetailor.checkpoint.layout import DiskStack, find_stacks
 from moetailor.checkpoint.loader import StreamedModel
 from moetailor.checkpoint.models import load_model, load_tokenizer
@@ -119,10 +119,18 @@ class Original:
         return self._unchecked
 
     def _check_numbers(self) -> None:
+        """Refuse tensors that do not hold the numbers of a parameter: transformers would load codes as weights."""
+        names, parameters = self._unchecked.names, self._unchecked.model.state_dict()
         for info in self.checkpoint.tensors.values():
             if info.dtype in CODES:
                 told = f"{info.name!r} is {info.dtype}, {CODES[info.dtype]}"
                 raise CheckpointError(f"{self.source}: weights are quantized ({told}): {UNQUANTIZED}")
+            parameter = parameters.get(names.get(info.name, ""))
+            if parameter is not None and parameter.is_floating_point() != DTYPES[info.dtype].is_floating_point:
+                raise CheckpointError(
+                    f"{info.file}: tensor {info.name!r} is {info.dtype}, which {names[info.name]} of the model is not; "
+                    f"quantized weights are {UNQUANTIZED}; if it is the original, download it again"
+                )
 
     @cached_property
     def facts(self) -> ModelFacts:
