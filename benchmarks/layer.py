@@ -67,7 +67,7 @@ def layer_view(tokens: int) -> Any:
         groups=1,
         nbytes=KEEP * (expert_bytes + (1 + 2 * 32) * WIDTH * 4),
         expert_bytes=expert_bytes,
-        shape=ExpertShape(width=WIDTH, inner=INNER),
+        shape=ExpertShape(width=WIDTH, intermediate=INNER),
         read_sums=lambda: sums,
         read_sample=lambda: sample,
         read_correction=lambda: None,

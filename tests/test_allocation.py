@@ -38,7 +38,7 @@ GetCalibration = Callable[[str], moetailor.Calibration]
 REFERENCE = Path(__file__).parent.parent / "examples" / "reference-moe"
 RULES = ("error", "global")
 SPREADING = {"seer_moe": {"ranking": "global"}, "m_smoe": {"budget": "global"}, "conmoe": {"scope": 2}, "auto": {}}
-SHAPE = ExpertShape(width=8, inner=3)
+SHAPE = ExpertShape(width=8, intermediate=3)
 STACKS = [
     Stack(
         prefix=f"l.{n}",
@@ -47,7 +47,7 @@ STACKS = [
         expert_bytes=100,
         slot_bytes=4,
         dtype="F32",
-        shape=ExpertShape(width=8, inner=3),
+        shape=ExpertShape(width=8, intermediate=3),
     )
     for n in (1, 2)
 ]

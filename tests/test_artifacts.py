@@ -19,7 +19,7 @@ from moetailor.calibration.folder import layer_file
 from moetailor.checkpoint.tensors import digest, read_tensors
 from moetailor.comparison.stored import read_results
 from moetailor.errors import CalibrationError, MoetailorError
-from moetailor.evaluation.search import Known
+from moetailor.evaluation.search import SearchFile
 from support.tiny import token_batches
 from support.training import blocks
 
@@ -295,8 +295,8 @@ def test_results_that_do_not_add_up_are_refused(at: tuple, value: Any, said: str
 def test_a_search_goes_on_from_numbers_only(tmp_path: Path) -> None:
     file = tmp_path / "a.search.json"
     begin = '{"format": "moetailor-search", "version": 1, "about": {"method": "reap"}'
-    Known(file, {"method": "reap"}).get((1, 2), lambda counts: 0.5)
-    assert Known(file, {"method": "reap"}).get((1, 2), pytest.fail) == 0.5
+    SearchFile(file, {"method": "reap"}).get((1, 2), lambda counts: 0.5)
+    assert SearchFile(file, {"method": "reap"}).get((1, 2), pytest.fail) == 0.5
     for content, said in (
         ("{", "not JSON that can be read"),
         ('{"about": {"method": "reap"}}', "not a moetailor search"),
@@ -307,7 +307,7 @@ def test_a_search_goes_on_from_numbers_only(tmp_path: Path) -> None:
     ):
         file.write_text(content)
         with pytest.raises(MoetailorError) as refused:
-            Known(file, {"method": "reap"})
+            SearchFile(file, {"method": "reap"})
         assert said in str(refused.value)
         assert str(refused.value).endswith("; delete it, or name another --out")
 

@@ -178,5 +178,5 @@ def test_options_that_cannot_work(tmp_path: Path) -> None:
         read()
     with pytest.raises(CalibrationError, match=r"more than the model takes \(3\)"):
         read_blocks(ExampleOptions(data=(file,), length=4), Letters(), max_length=3)
-    with pytest.raises(CalibrationError, match="gives word 16, the model has 12"):
-        read_blocks(ExampleOptions(data=(file,), length=4), Letters(), words=12)
+    with pytest.raises(CalibrationError, match="gives token 16, the model has 12"):
+        read_blocks(ExampleOptions(data=(file,), length=4), Letters(), vocab_size=12)

@@ -52,7 +52,7 @@ MIXED_JSON = {
     "scores": [1.0, 0.25, 0.125, 3.0, 1e-09, 123457.0],
 }
 KINDS = "keep, fitted, drop, constant, linear, low_rank, merged, remap, borrowed, auxiliary"
-SHAPE = ExpertShape(width=8, inner=2)
+SHAPE = ExpertShape(width=8, intermediate=2)
 # 10,000 bytes, in them two layers of 6 experts of 96 bytes, whose routers have 16 bytes a slot.
 FACTS = ModelFacts(
     source="original",

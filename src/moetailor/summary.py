@@ -110,8 +110,8 @@ def summarise(source: str | Path, *, trust_remote_code: bool = False) -> Summary
     Raises:
         CheckpointError: not a checkpoint of a supported MoE family.
     """
-    opened = Original(source, takes="results", trust_remote_code=trust_remote_code)
-    checkpoint, skeleton, anatomy = opened.checkpoint, opened.skeleton, opened.anatomy
+    original = Original(source, takes="results", trust_remote_code=trust_remote_code)
+    checkpoint, skeleton, anatomy = original.checkpoint, original.skeleton, original.anatomy
     maps = _slot_maps(checkpoint)
     shared, slots = _shared_parameters(skeleton, anatomy), {i: layer.num_experts for i, layer in anatomy.layers.items()}
     # An expert has the same shape in original and compressed layers; its size is that of the skeleton's rows.
@@ -134,7 +134,7 @@ def summarise(source: str | Path, *, trust_remote_code: bool = False) -> Summary
     return Summary(
         source=str(source),
         model_type=anatomy.model_type,
-        decoder_layers=opened.config.num_hidden_layers,
+        decoder_layers=original.config.num_hidden_layers,
         top_k=anatomy.top_k,
         moe=moe,
         parameters=parameters,

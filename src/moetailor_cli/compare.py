@@ -52,14 +52,14 @@ def compare(
         mask_special=mask_special,
         batch_size=batch_size,
     )
-    asked = moetailor.TextOptions(
+    held_out_text = moetailor.TextOptions(
         data=tuple(held_out), sequences=held_out_sequences, length=length, batch_size=batch_size
     )
     with output.stages() as progress:
         results = moetailor.compare(
             model,
             out,
-            held_out=asked,
+            held_out=held_out_text,
             text=text if data else None,
             calibration=calibration,
             methods=_words(methods or ["all"]),

@@ -35,7 +35,7 @@ def layer(experts: int = 5, seed: int = 0, tokens: int = 400) -> LayerView:
 
 
 def spent(plan: LayerPlan) -> int:
-    shape = ExpertShape(width=WIDTH, inner=INNER)
+    shape = ExpertShape(width=WIDTH, intermediate=INNER)
     stack = Stack(prefix="", index=0, num_experts=len(plan.slots), expert_bytes=WHOLE, dtype="F32", shape=shape)
     return stored_nbytes(plan, stack)
 

@@ -131,7 +131,7 @@ def test_bytes_are_met_within_an_expert_a_layer_and_more_room_replaces_less(sele
 @pytest.mark.parametrize(("replaced", "billions"), [(24, 4.86), (31, 4.17), (38, 3.49)])
 def test_sizes_are_those_of_the_paper(replaced: int, billions: float) -> None:
     """OLMoE-1B-7B with 16 layers of 64 experts, 3 bases and rank 16: its table of sizes, in parameters."""
-    expert, shape = 3 * 2048 * 1024, ExpertShape(width=2048, inner=1024)
+    expert, shape = 3 * 2048 * 1024, ExpertShape(width=2048, intermediate=1024)
     stacks = [
         Stack(prefix=f"model.layers.{n}", index=n, num_experts=64, expert_bytes=2 * expert, dtype="BF16", shape=shape)
         for n in range(16)

@@ -44,7 +44,7 @@ def layer_of(
     def missing() -> None:
         raise AssertionError("this method should not need that")
 
-    shape = ExpertShape(width=sums.output.shape[1], inner=1) if module is None else Experts(module).shape
+    shape = ExpertShape(width=sums.output.shape[1], intermediate=1) if module is None else Experts(module).shape
     options = {"index": 0, "num_experts": len(sums.count), "top_k": 1, "groups": 1, "shape": shape} | fields
     return LayerView(
         **options,

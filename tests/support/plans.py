@@ -26,7 +26,7 @@ FACTS = ModelFacts(
             expert_bytes=1000,
             slot_bytes=100,
             dtype="F32",
-            shape=ExpertShape(width=10, inner=8),
+            shape=ExpertShape(width=10, intermediate=8),
         )
         for n in range(4)
     ),

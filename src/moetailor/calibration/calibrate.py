@@ -83,7 +83,7 @@ def calibrate(
                 raise CalibrationError("a model in memory needs its tokenizer to read text; pass tokenizer=")
             tokenizer = original.tokenizer()
         batches = read_batches(
-            text, tokenizer, max_length=longest_sequence(config), words=getattr(config, "vocab_size", None)
+            text, tokenizer, max_length=longest_sequence(config), vocab_size=getattr(config, "vocab_size", None)
         )
         read = {"tokenizer": tokenizer_fingerprint(tokenizer), "options": asdict(text)}
         measured = replace(measured, settings=measured.settings | read)

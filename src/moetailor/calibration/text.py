@@ -50,7 +50,7 @@ def words_of(given: str | Iterable[str]) -> tuple[str, ...]:
 
 
 def read_batches(
-    options: TextOptions, tokenizer: Any, *, max_length: int | None = None, words: int | None = None
+    options: TextOptions, tokenizer: Any, *, max_length: int | None = None, vocab_size: int | None = None
 ) -> list[Batch]:
     """Read, tokenize, mix and pack text, no more of it than was asked for.
 
@@ -61,7 +61,7 @@ def read_batches(
         options: sources and sizes.
         tokenizer: a transformers tokenizer.
         max_length: the longest sequence the model takes, if it says.
-        words: how many words the model has, if known.
+        vocab_size: of the model, if known.
 
     Raises:
         CalibrationError: no or too little text, an unreadable source, or blocks longer than the model takes.
@@ -81,11 +81,7 @@ def read_batches(
             f"{', '.join(options.data)}: {stream.length} tokens of text, at least {least} are needed"
         )
     batches = stream.batches(options, need)
-    largest = max(int(batch.input_ids.max()) for batch in batches)
-    if words is not None and largest >= words:
-        raise CalibrationError(
-            f"the tokenizer gives word {largest}, the model has {words}; put the tokenizer of the original beside it"
-        )
+    check_vocabulary(max(int(batch.input_ids.max()) for batch in batches), vocab_size)
     return batches
 
 
@@ -193,6 +189,22 @@ def files_of(data: Iterable[str]) -> list[Path]:
     """Return the files among the sources of a text."""
     names = (Path(_split_weight(entry)[0]) for entry in data)
     return [path for path in names if path.exists()]
+
+
+def check_vocabulary(largest: int, vocab_size: int | None) -> None:
+    """Refuse the tokens of another model's tokenizer.
+
+    Args:
+        largest: the largest token of a text.
+        vocab_size: of the model, if known.
+
+    Raises:
+        CalibrationError: the model has no such token.
+    """
+    if vocab_size is not None and largest >= vocab_size:
+        raise CalibrationError(
+            f"the tokenizer gives token {largest}, the model has {vocab_size}; put the original's tokenizer beside it"
+        )
 
 
 def check_length(length: int, max_length: int | None) -> None:

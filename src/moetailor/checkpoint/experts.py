@@ -21,13 +21,13 @@ class ExpertShape:
 
     Attributes:
         width: numbers of its input and output, D.
-        inner: its neurons, F.
+        intermediate: its intermediate size, F.
         gated: whether it has three matrices (gate, up, down) or two.
         biased: whether each of them has a bias.
     """
 
     width: Count
-    inner: Count
+    intermediate: Count
     gated: bool = True
     biased: bool = False
 
@@ -39,7 +39,7 @@ class ExpertShape:
     @property
     def matrices(self) -> dict[str, tuple[int, int]]:
         """Shape of each matrix."""
-        return dict.fromkeys(self.inputs, (self.inner, self.width)) | {"down": (self.width, self.inner)}
+        return dict.fromkeys(self.inputs, (self.intermediate, self.width)) | {"down": (self.width, self.intermediate)}
 
     @property
     def tensors(self) -> dict[str, tuple[int, ...]]:
@@ -83,9 +83,9 @@ class Experts:
     @property
     def shape(self) -> ExpertShape:
         """What each of them is made of."""
-        width, inner = (self.module.down_proj.shape[axis] for axis in ((2, 1) if self.transposed else (1, 2)))
+        width, intermediate = (self.module.down_proj.shape[axis] for axis in ((2, 1) if self.transposed else (1, 2)))
         biased = getattr(self.module, "down_proj_bias", None) is not None
-        return ExpertShape(width=width, inner=inner, gated=self.gated, biased=biased)
+        return ExpertShape(width=width, intermediate=intermediate, gated=self.gated, biased=biased)
 
     def matrices(self, experts: Sequence[int] | slice = slice(None), *, detach: bool = True) -> dict[str, torch.Tensor]:
         """Return the stacked matrices of some experts, views where the layout allows.

@@ -95,16 +95,16 @@ def compare(
     torch_dtype = resolve_dtype(dtype, device, original.checkpoint)
     batches = _read(original, held_out)
     settings = _settings(original.checkpoint, batches, device, torch_dtype)
-    _held(out, settings)
+    _noted(out, settings)
     with growing(out) as work:
-        _held(out, settings)  # another run may have been here in between
+        _noted(out, settings)  # another run may have been here in between
         began = time.perf_counter()
         if given is None:
             assert text is not None
             options = {"sample": sample, "device": device, "dtype": dtype}
             given = _calibrated(original, out / CALIBRATION, text, cells, progress, options)
         settings |= {"calibration": calibration_hash(given.fingerprint), "sensitivities": sensitivities_of(given)}
-        run = {"calibrate_seconds": time.perf_counter() - began} | _held(out, settings) | settings
+        run = {"calibrate_seconds": time.perf_counter() - began} | _noted(out, settings) | settings
         write_json(out / RUN, run)
         (out / CELLS).mkdir(exist_ok=True)
         _warn_of_shared(given.batches(), batches)
@@ -189,7 +189,8 @@ def _read(original: Original, held_out: TextOptions) -> list[Batch]:
         raise MoetailorError("no held-out text; name some that was not calibrated on with --held-out")
     check_predicts(held_out)
     config = original.config
-    return read_batches(held_out, original.tokenizer(), max_length=longest_sequence(config), words=config.vocab_size)
+    limits = {"max_length": longest_sequence(config), "vocab_size": config.vocab_size}
+    return read_batches(held_out, original.tokenizer(), **limits)
 
 
 def _settings(checkpoint: Checkpoint, batches: Sequence[Batch], device: str, dtype: torch.dtype) -> dict:
@@ -206,33 +207,33 @@ def _settings(checkpoint: Checkpoint, batches: Sequence[Batch], device: str, dty
     }
 
 
-def _held(out: Path, settings: dict) -> dict:
+def _noted(out: Path, settings: dict) -> dict:
     """Return what the folder notes of the comparison that it holds, if any.
 
     Raises:
         MoetailorError: it holds something else.
     """
-    file, held = out / RUN, {}
+    file, notes = out / RUN, {}
     if file.exists():
         cure = "delete the folder and compare again"
-        held = dict(
+        notes = dict(
             read(Notes, load_json(file, error=MoetailorError, cure=cure), str(file), error=MoetailorError, cure=cure)
         )
     # A run that was stopped while it calibrated has no notes yet.
     elif out.exists() and (out.is_file() or set(entries(out)) - {CALIBRATION}):
         raise MoetailorError(f"{out}: not empty and no comparison; choose another folder")
-    if differs := [name for name, value in settings.items() if held.get(name, value) != value]:
+    if differs := [name for name, value in settings.items() if notes.get(name, value) != value]:
         raise MoetailorError(
             f"{out}: holds a comparison with another {', '.join(differs)}; choose another folder or delete it"
         )
-    return held
+    return notes
 
 
 def _warn_of_shared(calibrated: Sequence[Batch], held_out: Sequence[Batch]) -> None:
-    known, asked = (torch.cat([batch.document.flatten() for batch in text]).unique() for text in (calibrated, held_out))
-    if shared := int(torch.isin(asked, known).sum()):
+    before, now = (torch.cat([batch.document.flatten() for batch in text]).unique() for text in (calibrated, held_out))
+    if shared := int(torch.isin(now, before).sum()):
         warnings.warn(
-            f"{shared:,} of {len(asked):,} held-out documents were calibrated on; damage will look smaller than it is",
+            f"{shared:,} of {len(now):,} held-out documents were calibrated on; damage will look smaller than it is",
             MoetailorWarning,
             stacklevel=3,
         )

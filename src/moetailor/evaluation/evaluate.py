@@ -128,7 +128,7 @@ def evaluate(
         raise MoetailorError(f"{against} cannot be the original of {model}: its {why}")
     check_origin(compressed.checkpoint, original.checkpoint)
     tokenizer = original.tokenizer()
-    batches = read_batches(text, tokenizer, max_length=longest_sequence(config), words=config.vocab_size)
+    batches = read_batches(text, tokenizer, max_length=longest_sequence(config), vocab_size=config.vocab_size)
     device = resolve_device(device)
     run = {"dtype": resolve_dtype(dtype, device, original.checkpoint), "device": device, "device_map": device_map}
 

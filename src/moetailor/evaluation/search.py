@@ -107,8 +107,8 @@ def allocate(
     _check(chosen, numbers, model or facts.source)
     estimate = estimate_plan(facts, chosen, budget, layers=numbers, protect=protected, allocation="error")
     bounds = allocation_bounds(estimate, chosen, numbers, protected)
-    opened = Original(model or facts.source, trust_remote_code=trust_remote_code)
-    weights = ExpertWeights(opened)
+    source = Original(model or facts.source, trust_remote_code=trust_remote_code)
+    weights = ExpertWeights(source)
     check_weights(weights, facts)
     views = [view_of(calibration, number, weights, protected) for number in numbers]
 
@@ -118,7 +118,7 @@ def allocate(
         return plan.kept_slots
 
     device = resolve_device(device)
-    torch_dtype = resolve_dtype(dtype, device, opened.checkpoint)
+    torch_dtype = resolve_dtype(dtype, device, source.checkpoint)
     batches = _some(calibration.batches(), options.samples)
     about = {"calibration": calibration_hash(calibration.fingerprint), "text": text_fingerprint(batches)["hash"]}
     about |= {
@@ -128,8 +128,8 @@ def allocate(
         "protect": sorted(map(list, protected)),
     }
     with claimed(out), claimed(tried), scratch() as folder:
-        known = Known(tried, about | {"dtype": str(torch_dtype)})
-        original, anatomy = opened.load(dtype=torch_dtype, device=device), opened.anatomy
+        file = SearchFile(tried, about | {"dtype": str(torch_dtype)})
+        original, anatomy = source.load(dtype=torch_dtype, device=device), source.anatomy
         reference = Reference(folder, batches).record(original)
 
         def measure(counts: Counts) -> float:
@@ -137,7 +137,7 @@ def allocate(
             return reference.overlap(with_slots(original, anatomy, slots))
 
         def fitness(counts: Counts) -> float:
-            return known.get(counts, measure)
+            return file.get(counts, measure)
 
         best = evolve(bounds, fitness, options, progress)
         counts = dict(zip(numbers, best, strict=True))
@@ -171,7 +171,7 @@ class Tried(TypedDict):
     overlap: dict[str, Annotated[float, Within(0, 1 + 1e-3)]]
 
 
-class Known:
+class SearchFile:
     """The fitness of what was tried, in a file that is whole after every candidate.
 
     Args:

@@ -16,7 +16,7 @@ from moetailor.schema import Within, read
 A = TypeVar("A", bound=Answer)
 CURE = "mend the plan, or make it again"
 # For questions about a plan that the sizes of its experts do not change.
-ANY_SHAPE = ExpertShape(width=1, inner=1)
+ANY_SHAPE = ExpertShape(width=1, intermediate=1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -51,7 +51,7 @@ class LayerView:
     protected: frozenset[int] = frozenset()
     nbytes: int = 0
     expert_bytes: int = 0
-    shape: ExpertShape = ExpertShape(width=0, inner=0)  # noqa: RUF009 (frozen)
+    shape: ExpertShape = ExpertShape(width=0, intermediate=0)  # noqa: RUF009 (frozen)
     dtype: str = "F32"
     sensitivity: float | None = None
     original: torch.Tensor | None = None

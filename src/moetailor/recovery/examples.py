@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import Dataset
 
 from moetailor.calibration.spans import Encoder, documents
-from moetailor.calibration.text import check_length, words_of
+from moetailor.calibration.text import check_length, check_vocabulary, words_of
 from moetailor.errors import CalibrationError, did_you_mean
 
 LossOn = Literal["completion", "all"]
@@ -71,7 +71,7 @@ class Blocks(Dataset):
 
 
 def read_blocks(
-    options: ExampleOptions, tokenizer: Any, *, max_length: int | None = None, words: int | None = None
+    options: ExampleOptions, tokenizer: Any, *, max_length: int | None = None, vocab_size: int | None = None
 ) -> Blocks:
     """Read, tokenize and pack examples.
 
@@ -86,7 +86,7 @@ def read_blocks(
         options: sources and sizes.
         tokenizer: a transformers tokenizer.
         max_length: the longest sequence the model takes, if it says.
-        words: how many words the model has, if known.
+        vocab_size: of the model, if known.
 
     Raises:
         CalibrationError: no or too few examples, a row that is none, with its file and line, or blocks longer than the
@@ -106,11 +106,7 @@ def read_blocks(
             f"{', '.join(options.data)}: {len(ids)} tokens of examples, one block has {options.length}; give more, or "
             "a shorter --length"
         )
-    largest = int(ids.max())
-    if words is not None and largest >= words:
-        raise CalibrationError(
-            f"the tokenizer gives word {largest}, the model has {words}; put the tokenizer of the original beside it"
-        )
+    check_vocabulary(int(ids.max()), vocab_size)
     input_ids = ids[:full].view(-1, options.length)
     blocks = Blocks(input_ids, input_ids.masked_fill(~counts[:full].view_as(input_ids), IGNORED))
     live = (blocks.labels != IGNORED).any(1)

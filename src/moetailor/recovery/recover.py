@@ -124,7 +124,7 @@ def recover(
     inputs = {"the model": source.folder, "the examples": [*files_of(examples), *files_of(held_out)]}
     inputs |= {} if original is None else {"the teacher": original.folder}
     with place_of(out, overwrite=overwrite, inputs=inputs) as work:
-        blocks, held = (_blocks(part, source) for part in (examples, held_out))
+        blocks, held_out_blocks = (_blocks(part, source) for part in (examples, held_out))
         assert blocks is not None
         settings = _settings(source.checkpoint, original and original.checkpoint, blocks, words, loss, options, dtype)
         check_training(training_folder(out), settings)
@@ -140,7 +140,7 @@ def recover(
         annealing = _annealing(options, source.anatomy, student.model, taught)
         del taught  # what fades out is held by the annealing alone
         begin_training(training_folder(out), settings, work)
-        measure = partial(_measure, student, held, options.batch_size, arguments.device)
+        measure = partial(_measure, student, held_out_blocks, options.batch_size, arguments.device)
         before = measure(part("held out, before"))
         state = train_student(student, blocks, arguments, callbacks=[*callbacks, *annealing], progress=part("train"))
         for mixtures in annealing:
@@ -240,14 +240,14 @@ def _load(source: Original, *, dtype: str | None, device: torch.device, place: t
 def _blocks(examples: ExampleOptions | Blocks | None, source: Original) -> Blocks | None:
     if not isinstance(examples, ExampleOptions):
         return examples
-    limit, words = longest_sequence(source.config), source.config.vocab_size
-    return read_blocks(examples, source.tokenizer(), max_length=limit, words=words)
+    limit, vocab_size = longest_sequence(source.config), source.config.vocab_size
+    return read_blocks(examples, source.tokenizer(), max_length=limit, vocab_size=vocab_size)
 
 
 def _measure(
-    student: Student, held: Blocks | None, batch_size: int, device: torch.device, progress: Progress | None
+    student: Student, held_out: Blocks | None, batch_size: int, device: torch.device, progress: Progress | None
 ) -> dict[str, float]:
-    return {} if held is None else mean_losses(student, held, batch_size, device, progress)
+    return {} if held_out is None else mean_losses(student, held_out, batch_size, device, progress)
 
 
 def _settings(
