@@ -1192,10 +1192,9 @@ def test_calibration_of_another_run_is_kept_apart(cli: Cli, world: World, siblin
 
 def test_folder_with_other_things_is_not_calibrated_into(cli: Cli, world: World, old: Path) -> None:
     refusal = cli(*world.calibrate(world.original, old)).refusal
-    assert refusal == (
-        f"{old}: not empty and no calibration; choose another folder, or delete what is in it: config.json, "
-        "moetailor_provenance.json"
-    )
+    assert refusal == f"{old}: holds config.json, moetailor_provenance.json, and no calibration; choose another folder"
+    file = world.calibrate(world.original, old / "config.json")
+    assert cli(*file).refusal == f"{old / 'config.json'}: is a file; choose another folder"
     assert {f"out/{name}": content for name, content in state(old).items()} == OLD
 
 

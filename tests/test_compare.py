@@ -375,7 +375,7 @@ def test_a_folder_of_something_else_is_refused(
 ) -> None:
     monkeypatch.setattr(compare_module, "calibrate", lambda *a, **k: pytest.fail("calibrated"))
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(moetailor.MoetailorError, match="not empty and no comparison; choose another folder"):
+    with pytest.raises(moetailor.MoetailorError, match=r"holds notes\.txt, and no comparison; choose another"):
         run(tmp_path)
     other = moetailor.TextOptions(data=HELD_OUT.data, sequences=3, length=64)
     with pytest.raises(moetailor.MoetailorError, match="holds a comparison with another held-out text; choose another"):

@@ -14,7 +14,7 @@ import torch
 from moetailor._version import __version__
 from moetailor.calibration.batch import Batch, text_fingerprint
 from moetailor.calibration.sampling import SampleOptions
-from moetailor.checkpoint.lock import entries
+from moetailor.checkpoint.place import check_empty
 from moetailor.errors import CalibrationError
 
 
@@ -55,11 +55,8 @@ def check_same_run(folder: Path, stored: dict | None, fingerprint: dict) -> None
     Raises:
         CalibrationError: see above.
     """
-    if stored is None and folder.is_dir() and (others := entries(folder)):
-        raise CalibrationError(
-            f"{folder}: not empty and no calibration; choose another folder, or delete what is in it: "
-            f"{', '.join(others[:5])}{' ...' * (len(others) > 5)}"
-        )
+    if stored is None and folder.exists():
+        check_empty(folder, "calibration", error=CalibrationError)
     if stored is not None and stored != fingerprint:
         differs = [name for name in fingerprint | stored if stored.get(name) != fingerprint.get(name)]
         raise CalibrationError(

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from moetailor.checkpoint.artifact import sync, write_json
-from moetailor.checkpoint.lock import OLD, claimed, restore
+from moetailor.checkpoint.lock import OLD, claimed, entries, restore
 from moetailor.errors import FULL, MoetailorError, UnwritableError
 from moetailor.schema import load_json
 
@@ -40,10 +40,27 @@ def check_place(out: Path, *, overwrite: bool, inputs: Inputs | None = None) -> 
     if out.exists() and not overwrite:
         raise MoetailorError(f"{out}: exists; choose another folder or pass --overwrite")
     if foreign := sorted(_files(out) - _written(out)):
-        names = ", ".join(foreign[:SHOWN]) + (f" and {len(foreign) - SHOWN} more" if len(foreign) > SHOWN else "")
         raise MoetailorError(
-            f"{out}: holds {names}, which moetailor did not write there; choose another folder, or move them away"
+            f"{out}: holds {_listed(foreign)}, which moetailor did not write there; choose another folder, or move "
+            "them away"
         )
+
+
+def check_empty(
+    folder: Path, kind: str, *, but: Collection[str] = (), error: type[MoetailorError] = MoetailorError
+) -> None:
+    """Refuse a folder, to be filled by a run and those that resume it, that holds something else.
+
+    Args:
+        folder: it exists, and is known not to hold such a run.
+        kind: what it will hold.
+        but: names of what a run that was stopped may have left there before it said so.
+        error: what is raised.
+    """
+    if not folder.is_dir():
+        raise error(f"{folder}: is a file; choose another folder")
+    if others := [name for name in entries(folder) if name not in but]:
+        raise error(f"{folder}: holds {_listed(others)}, and no {kind}; choose another folder")
 
 
 def check_inputs(out: Path, inputs: Inputs) -> None:
@@ -131,6 +148,10 @@ def _complete(folder: Path) -> None:
     write_json(provenance, told | {"files": sorted(files | {PROVENANCE_FILE})})
     for path in [*files, "."]:
         sync(folder / path)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
 def _is(path: Path, out: Path) -> bool:

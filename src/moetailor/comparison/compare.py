@@ -18,9 +18,10 @@ from moetailor.calibration.statistics import ON_REQUEST
 from moetailor.calibration.text import TextOptions, read_batches, words_of
 from moetailor.checkpoint.artifact import write_json
 from moetailor.checkpoint.files import Checkpoint
-from moetailor.checkpoint.lock import entries, growing
+from moetailor.checkpoint.lock import growing
 from moetailor.checkpoint.models import longest_sequence, resolve_device, resolve_dtype
 from moetailor.checkpoint.original import Original
+from moetailor.checkpoint.place import check_empty
 from moetailor.checkpoint.weights import ExpertWeights
 from moetailor.comparison.bench import Bench, sensitivities_of
 from moetailor.comparison.cells import Cell, cells_of
@@ -220,8 +221,8 @@ def _noted(out: Path, settings: dict) -> dict:
             read(Notes, load_json(file, error=MoetailorError, cure=cure), str(file), error=MoetailorError, cure=cure)
         )
     # A run that was stopped while it calibrated has no notes yet.
-    elif out.exists() and (out.is_file() or set(entries(out)) - {CALIBRATION}):
-        raise MoetailorError(f"{out}: not empty and no comparison; choose another folder")
+    elif out.exists():
+        check_empty(out, "comparison", but=[CALIBRATION])
     if differs := [name for name, value in settings.items() if notes.get(name, value) != value]:
         raise MoetailorError(
             f"{out}: holds a comparison with another {', '.join(differs)}; choose another folder or delete it"
