@@ -76,8 +76,8 @@ TRAIN = "--loss both --train router,standins --steps 6 --save-every 2 --length 6
 SEARCH = "--method reap --remove 25% --population 4 --generations 3 --survivors 2 --samples 1".split()
 EXISTS = "exists; choose another folder or pass --overwrite"
 VERBS = (
-    Verb("calibrate", ("calibrate", "{model}", "-o", "{run}/calib", *TEXT, "--effect", "--residual")),
-    Verb("calibrate --stream", ("calibrate", "{model}", "-o", "{run}/calib", *TEXT, "--effect", "--stream")),
+    Verb("calibrate", ("calibrate", "{model}", "-o", "{run}/calib", *TEXT, "--sensitivity", "--residual")),
+    Verb("calibrate --stream", ("calibrate", "{model}", "-o", "{run}/calib", *TEXT, "--sensitivity", "--stream")),
     Verb("plan", (*PLAN, "{run}/plan.json")),
     Verb("plan again", (*PLAN, "{run}/plan.json", "-p", "score=exact"), (("plan.json", "plan.json"),)),
     Verb("apply", APPLY, again=EXISTS),
@@ -246,6 +246,8 @@ def _silence(log: Path) -> None:
     handle = os.open(log, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
+    # A test has put others in their places.
+    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
 
 
 def _main(words: list[str]) -> int:
