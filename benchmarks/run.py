@@ -24,6 +24,7 @@ import torch
 import moetailor
 from make_checkpoint import make_checkpoint
 from measure import apply_command, calibrate_command, drop_cache, plan_command, provenance, run_process
+from moetailor.answers import Auxiliary, LowRank
 from moetailor.checkpoint.models import load_model
 from moetailor.runtime.experts import CompressedExperts
 
@@ -202,18 +203,18 @@ def live_share(model: Any, ids: torch.Tensor) -> float:
         if not isinstance(module, CompressedExperts):
             live += slot_TK.numel()
             return
-        if module.slots.auxiliary is not None:
-            live += len(slot_TK) * module.slots.auxiliary.main
+        if auxiliary := module.slots.of(Auxiliary):
+            live += len(slot_TK) * next(iter(auxiliary.values())).main
             return
-        row_TK, start = module.slot_map[slot_TK], module.slots.experts
+        row_TK = module.slot_map[slot_TK]
         # Slots of one token that share a row are one run; constants (negative rows) are none.
-        live += distinct(row_TK, (row_TK >= 0) & (row_TK < start))
-        if module.slots.low:
-            low_TK = row_TK >= start
-            base_TK = module.low_base[(row_TK - start).clamp_min(0).long()]
+        live += distinct(row_TK, row_TK >= 0)
+        if module.slots.of(LowRank):
+            number_TK = module.low_rank_slot[slot_TK]
+            base_TK = module.low_rank_base[number_TK.clamp_min(0).long()]
             # A base's gate and up run once for a token, its down for each slot, and every slot has an own part.
-            own = module.low_row.shape[1] * sum(module.down_proj.shape[1:]) / module.down_proj[0].numel()
-            live += distinct(base_TK, low_TK) * 2 / 3 + int(low_TK.sum()) * (1 / 3 + own)
+            own = module.low_rank_row.shape[1] * sum(module.down_proj.shape[1:]) / module.down_proj[0].numel()
+            live += distinct(base_TK, number_TK >= 0) * 2 / 3 + int((number_TK >= 0).sum()) * (1 / 3 + own)
 
     handles = [module.register_forward_pre_hook(count) for module in model.modules() if hasattr(module, "down_proj")]
     model.get_decoder()(input_ids=ids, use_cache=False)

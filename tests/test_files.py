@@ -359,7 +359,7 @@ def test_tensor_that_lies_in_two_shards_is_refused(sharded: Path) -> None:
     with pytest.raises(CheckpointError) as refusal:
         open_checkpoint(sharded)
     one, two = sharded / "one.safetensors", sharded / "two.safetensors"
-    assert str(refusal.value) == f"tensor 'b' lies in {one} and in {two}; delete one of them"
+    assert str(refusal.value) == f"tensor 'b' lies in {one} and in {two}; write it again with one"
 
 
 # Which weights a folder means

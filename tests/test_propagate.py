@@ -72,7 +72,7 @@ def test_on_disk_as_in_memory(
 ) -> None:
     plan = planned(calibration(family), method)
     options = {"calibration": calibration(family), "propagate": "compressed"}
-    moetailor.apply(plan, checkpoint(family), tmp_path / "out", verify=True, **options)
+    moetailor.apply(plan, checkpoint(family), tmp_path / "out", **options)
     assert open_checkpoint(tmp_path / "out").nbytes == plan.nbytes
     assert not (tmp_path / "out" / "built").exists()
     assert json.loads((tmp_path / "out" / "moetailor_provenance.json").read_text())["fitted_on"] == "compressed"
@@ -111,7 +111,7 @@ def test_borrowed_experts_are_refused(
         with pytest.raises(moetailor.PlanError, match=message):
             moetailor.apply(plan, model, *out, calibration=calibration("olmoe"), propagate="compressed")
     assert list(tmp_path.iterdir()) == []
-    moetailor.apply(plan, checkpoint("olmoe"), tmp_path / "out", calibration=calibration("olmoe"), verify=True)
+    moetailor.apply(plan, checkpoint("olmoe"), tmp_path / "out", calibration=calibration("olmoe"))
 
 
 def test_a_plan_with_nothing_to_fit_is_refused(checkpoint: Get, calibration: GetCalibration, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from moetailor.checkpoint.files import open_checkpoint
 from moetailor.checkpoint.loader import quiet_transformers
 from moetailor.planning.budget import Budget
 from moetailor.planning.layer_plan import LayerPlan
+from moetailor.recovery.result import write_recovered
 from moetailor.summary import summarise
 from moetailor.transform.beside import copy_others
 from support.families import tiny_model
@@ -41,7 +42,7 @@ def compressed(source: Path, tmp_path: Path, method: str = "reap", keep: int = 9
     ids = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(0))
     calibration = moetailor.calibrate(source, tmp_path / "calibration", text=[moetailor.Batch.of(ids)])
     plan = moetailor.make_plan(calibration, method, Budget.parse(keep=keep))
-    return moetailor.apply(plan, source, tmp_path / "out", calibration=calibration, verify=True)
+    return moetailor.apply(plan, source, tmp_path / "out", calibration=calibration)
 
 
 def test_shards_index_and_other_files_are_written(source: Path, tmp_path: Path) -> None:
@@ -78,8 +79,8 @@ NOT_BESIDE = [
     *("consolidated.safetensors", "consolidated.safetensors.index.json", "model.safetensors.index.fp32.json"),
     *("optimizer.pt", "rng_state.pth", "training_args.bin", "flax_model.msgpack", "data.npz", "state.pkl"),
     *(".env", ".secret.json", ".gitattributes", "id_rsa", "events.out.tfevents.1", "figure.png", "train.jsonl"),
-    *("adapter_config.json", "onnx/config.json", "original/params.json", "encoding/encode.py", "notes.md"),
-    *("additional_chat_templates/tool_use.py", "additional_chat_templates/more/deep.jinja"),
+    *("adapter_config.json", "onnx/config.json", "original/params.json", "notes.md"),
+    *("additional_chat_templates/notes.md", "additional_chat_templates/more/deep.jinja"),
 ]
 
 
@@ -98,20 +99,21 @@ def test_what_tokenizers_and_generation_need_is_copied_and_nothing_else(tmp_path
 
 @pytest.mark.parametrize("trusted", [False, True])
 def test_code_is_copied_when_it_is_trusted_and_named_otherwise(source: Path, tmp_path: Path, trusted: bool) -> None:
-    for name in ("modeling_own.py", "configuration_own.py"):
+    (source / "encoding").mkdir()
+    for name in ("modeling_own.py", "configuration_own.py", "encoding/encode.py"):
         (source / name).write_text("raise RuntimeError")
     out = tmp_path / "out"
     out.mkdir()
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         copy_others(source, out, left_out=(), trust_remote_code=trusted)
-    assert {path.name for path in out.glob("*.py")} == (
-        {"modeling_own.py", "configuration_own.py"} if trusted else set()
+    assert {path.name for path in out.rglob("*.py")} == (
+        {"modeling_own.py", "configuration_own.py", "encode.py"} if trusted else set()
     )
     told = [str(warning.message) for warning in said if warning.category is moetailor.MoetailorWarning]
     assert told == [
-        f"{source}: left out configuration_own.py, modeling_own.py: code is copied with --trust-remote-code only, "
-        "and needed to load the result with trust_remote_code"
+        f"{source}: left out configuration_own.py, encoding/encode.py, modeling_own.py: code is copied with "
+        "--trust-remote-code only; what loads with trust_remote_code needs it"
     ] * (not trusted)
 
 
@@ -244,7 +246,7 @@ def test_layers_for_multi_token_prediction_are_cut_by_weight(source: Path, tmp_p
 def compressed_again(source: Path, tmp_path: Path) -> Path:
     calibration = moetailor.Calibration.open(tmp_path / "calibration")
     plan = moetailor.make_plan(calibration, "mone", Budget.parse(keep=8))
-    return moetailor.apply(plan, source, tmp_path / "again", calibration=calibration, verify=True)
+    return moetailor.apply(plan, source, tmp_path / "again", calibration=calibration)
 
 
 def test_counts_that_differ_by_layer(source: Path, tmp_path: Path) -> None:
@@ -252,7 +254,7 @@ def test_counts_that_differ_by_layer(source: Path, tmp_path: Path) -> None:
     calibration = moetailor.calibrate(source, tmp_path / "calibration", text=[moetailor.Batch.of(ids)])
     plan = moetailor.make_plan(calibration, "reap", Budget.parse(keep=9), layers=[2])
     assert not plan.native
-    out = moetailor.apply(plan, source, tmp_path / "out", verify=True)
+    out = moetailor.apply(plan, source, tmp_path / "out")
     config = json.loads((out / "config.json").read_text())
     assert config["n_routed_experts"] == 12
     assert config["quantization_config"]["layers"] == {"2": {"rows": list(range(9)), "experts": 9}}
@@ -313,3 +315,42 @@ def test_in_memory_a_layer_that_needs_no_experts_may_come_first(checkpoint: Get,
         ["linear"],
     ]
     assert torch.isfinite(logits(changed, torch.arange(3, 15)[None])).all()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.self_attn.q_a_proj.weight",
+        "model.layers.2.mlp.experts.3.down_proj.weight",
+        "model.layers.1.post_attention_layernorm.weight",
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+        "lm_head.weight",
+    ],
+)
+def test_a_result_with_a_value_that_is_not_finite_is_not_kept(source: Path, tmp_path: Path, name: str) -> None:
+    ids = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(0))
+    calibration = moetailor.calibrate(source, tmp_path / "calibration", text=[moetailor.Batch.of(ids)])
+    plan = moetailor.make_plan(calibration, "random", Budget.parse(keep=9), protect=[(2, 3)])
+    shard = open_checkpoint(source).tensors[name].file
+    tensors = load_file(shard)
+    tensors[name].view(-1)[-1] = float("nan")  # of the last word, of which no text consists
+    save_file(tensors, shard, {"format": "pt"})
+    parameter = name.removesuffix(".weight").replace("experts.3", "experts")
+    with pytest.raises(moetailor.CheckpointError, match=rf"{parameter}.* holds NaN or Inf"):
+        moetailor.apply(plan, source, tmp_path / "out", allow_other_weights=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["calibration", "source"]
+    out = moetailor.apply(plan, source, tmp_path / "out", allow_other_weights=True, verify=False)
+    assert torch.isnan(load_file(out / shard.name)[name]).any() or "experts" in name
+
+
+def test_trained_numbers_that_overflow_when_they_are_stored_are_refused(tmp_path: Path) -> None:
+    model = tiny_model("olmoe").half()
+    with quiet_transformers():
+        model.save_pretrained(tmp_path / "source")
+    trained, name = model.float(), "model.layers.1.mlp.gate.weight"
+    trained.get_parameter(name).data[0, 0] = 7e4
+    settings = {"settings": {}, "overwrite": False}
+    with pytest.raises(moetailor.CheckpointError, match=rf"{name} has numbers beyond 65,504, the most that float16"):
+        write_recovered(tmp_path / "out", open_checkpoint(tmp_path / "source"), trained, [name], **settings)
+    assert not (tmp_path / "out").exists()

@@ -166,5 +166,5 @@ def compress(
             **given,
         )
         fitted: dict[str, Any] = {"calibration": measured, "propagate": propagate, "device": device}
-        apply(plan, original, out, verify=True, progress=progress, **fitted, **written)
+        apply(plan, original, out, progress=progress, **fitted, **written)
     return measured, plan

@@ -76,7 +76,7 @@ def main() -> None:
             app()
     except SystemExit as stop:
         if stop.code in STOPPED:
-            output.complain("stopped; run the same command again to go on")
+            output.complain("stopped; nothing half-written stays, and the same command can be given again")
         raise
     except OSError as error:
         output.complain(f"{error.filename}: {error.strerror}" if error.filename else str(error))

@@ -41,6 +41,8 @@ from moetailor_cli.options import (
 )
 from moetailor_cli.reading import read_budget, read_format, read_menu, read_numbers, read_pairs, read_parameters
 
+VERIFIED = "opened again and run once: names, shapes and bytes are as planned, all values finite"
+
 
 def apply(
     model: Model,
@@ -55,6 +57,7 @@ def apply(
     allow_other_weights: Annotated[
         bool, typer.Option("--allow-other-weights", help="Apply the plan to another model of the same shapes.")
     ] = False,
+    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Open the result again and run it once.")] = True,
     device: Device = None,
     trust_remote_code: Trust = False,
 ) -> None:
@@ -77,12 +80,15 @@ def apply(
             format=format,
             overwrite=overwrite,
             allow_other_weights=allow_other_weights,
+            verify=verify,
             device=device,
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
     carried = moetailor.Plan.load(out / "moetailor_plan.json")
     output.say(f"{out}: {nbytes(carried.nbytes)}, the original has {nbytes(carried.model.nbytes)}")
+    if verify:
+        output.say(VERIFIED)
 
 
 def compress(
@@ -180,4 +186,4 @@ def compress(
     output.calibration(measured, sequences * length)
     output.plan(plan)
     output.say(f"{out}: {nbytes(plan.nbytes)}, the original has {nbytes(plan.model.nbytes)}")
-    output.say("opened again and run once: names, shapes and bytes are as planned, all values finite")
+    output.say(VERIFIED)

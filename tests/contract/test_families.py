@@ -182,7 +182,7 @@ def test_the_moetailor_format_round_trips(
     plan = mixed_plan(calibration(name), drop)
     if drop and plan.model.groups.count > 1:
         plan = mixed_plan(calibration(name), False)
-    moetailor.apply(plan, checkpoint(name), tmp_path / "out", calibration=calibration(name), verify=True)
+    moetailor.apply(plan, checkpoint(name), tmp_path / "out", calibration=calibration(name))
     assert open_checkpoint(tmp_path / "out").nbytes == plan.nbytes
     from_disk = load(tmp_path / "out")
     in_memory = eager(moetailor.apply(plan, load(checkpoint(name)), calibration=calibration(name)))
@@ -235,7 +235,7 @@ def test_merged_experts_round_trip(
     plan = moetailor.make_plan(calibration(name), method, moetailor.Budget.parse(keep=keep))
     assert all(layer.rebuilt for layer in plan.layers.values())
     assert plan.native == (method == "ream")
-    moetailor.apply(plan, checkpoint(name), tmp_path / "out", calibration=calibration(name), verify=True)
+    moetailor.apply(plan, checkpoint(name), tmp_path / "out", calibration=calibration(name))
     assert open_checkpoint(tmp_path / "out").nbytes == plan.nbytes
     in_memory = eager(moetailor.apply(plan, load(checkpoint(name)), calibration=calibration(name)))
     expected = logits(in_memory)
@@ -279,7 +279,7 @@ def test_native_drops_load_in_stock_transformers(
     keep = facts.stacks[0].num_experts - facts.groups.count
     plan = moetailor.make_plan(calibration(name), "reap", moetailor.Budget.parse(keep=keep))
     assert plan.native
-    moetailor.apply(plan, checkpoint(name), tmp_path / "out", verify=True)
+    moetailor.apply(plan, checkpoint(name), tmp_path / "out")
     assert "quantization_config" not in open_checkpoint(tmp_path / "out").config
     assert open_checkpoint(tmp_path / "out").nbytes == plan.nbytes
     in_memory = eager(moetailor.apply(plan, load(checkpoint(name))))

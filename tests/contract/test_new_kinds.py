@@ -85,7 +85,7 @@ def test_an_answer_and_a_storage_go_the_whole_way(
     assert entry["diagonal"] == ([6, 7] if storage == "plain" else [{"storage": "rows8", "slots": [6, 7]}])
     assert moetailor.Plan.load(tmp_path / "plan.json") == plan
 
-    out = moetailor.apply(plan, checkpoint("olmoe"), tmp_path / "out", calibration=calibration("olmoe"), verify=True)
+    out = moetailor.apply(plan, checkpoint("olmoe"), tmp_path / "out", calibration=calibration("olmoe"))
     assert open_checkpoint(out).nbytes == plan.nbytes
     in_memory = eager(moetailor.apply(plan, load(checkpoint("olmoe")), calibration=calibration("olmoe")))
     expected = logits(in_memory)
@@ -160,7 +160,7 @@ def test_a_format_is_asked_for_by_name(calibration: GetCalibration, tmp_path: Pa
     assert len(open_checkpoint(source).shards) > 1
     made = moetailor.calibrate(source, tmp_path / "c", text=[moetailor.Batch.of(IDS)])
     plan = moetailor.make_plan(made, "reap", moetailor.Budget.parse(keep=6))
-    out = moetailor.apply(plan, source, tmp_path / "out", format="single", verify=True)
+    out = moetailor.apply(plan, source, tmp_path / "out", format="single")
     assert [file.name for file in open_checkpoint(out).shards] == ["model.safetensors"]
     assert json.loads((out / "config.json").read_text())["written_as"] == "single"
     assert "Format: single. One file, for engines that know no shards." in (out / "README.md").read_text()

@@ -1,13 +1,17 @@
 """Which methods drop an expert that no token reached before any that was: all that look at how experts are used."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import moetailor
+from moetailor.calibration.statistics import Sums
+from moetailor.methods.choose import drop_lowest, top
 from support.families import tiny_model
+from support.hand import layer_of
 from support.methods import TINY_PARAMETERS
 from support.tiny import token_batches
 
@@ -66,3 +70,16 @@ def test_a_correction_bias_leaves_the_dead_expert_likely(measured: Callable[[str
         sums = calibration.sums(layer)
         assert sums.count.nonzero().flatten().tolist() == list(range(1, len(sums.count)))
         assert float(sums.probability[DEAD]) > float(sums.probability.sort().values[1])
+
+
+def test_of_equal_scores_the_one_with_more_tokens_stays() -> None:
+    """As of one token and of none, whose outputs vary by nothing."""
+    sums = Sums.zeros(6, 4)
+    sums.count += torch.tensor([0, 0, 3, 1, 0, 2])
+    scores = torch.tensor([0.0, 0, 0, 0, 0, -1])
+    view = layer_of(sums)
+    assert top(view, scores, 2) == [2, 3]
+    assert top(view, scores, 3) == [0, 2, 3]
+    assert top(replace(view, protected=frozenset({4})), scores, 2) == [2, 4]
+    halves = drop_lowest(replace(view, groups=2), scores, 2)
+    assert list(halves.pool) == [2, 3]

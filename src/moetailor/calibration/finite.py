@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -80,7 +80,12 @@ def _finite(tensor: torch.Tensor) -> bool:
     return bool(torch.isfinite(tensor.float() if tensor.dtype.itemsize == 1 else tensor).all())
 
 
-def not_finite(model: Any) -> str | None:
-    """Return the name of a parameter of a model in memory that holds NaN or Inf, if there is one."""
-    here = ((name, tensor) for name, tensor in model.named_parameters() if not tensor.is_meta)
+def not_finite(model: Any, but: Collection[str] = ()) -> str | None:
+    """Return the name of a parameter in memory that holds NaN or Inf, if there is one.
+
+    Args:
+        model: the model; what of it is not loaded is not looked at.
+        but: names of parameters that may.
+    """
+    here = ((name, tensor) for name, tensor in model.named_parameters() if not tensor.is_meta and name not in but)
     return next((name for name, tensor in here if not _finite(tensor)), None)

@@ -62,8 +62,11 @@ def check_config(folder: Path, config: dict) -> None:
     """
     if not isinstance(config.get("model_type", ""), str):
         raise CheckpointError(f"{folder / CONFIG}: model_type = {config['model_type']!r}: not a name")
-    family.check_family(config)
-    family.check_unquantized(config)
+    try:
+        family.check_family(config)
+        family.check_unquantized(config)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder / CONFIG}: {error}") from None
     if beside := sorted(file.name for file in folder.glob(QUANTIZED_FILES)):
         raise CheckpointError(f"{folder}: weights are quantized, says {beside[0]}: {family.UNQUANTIZED}")
     counts = {name: config[name] for name in family.expert_count_spellings(config)}

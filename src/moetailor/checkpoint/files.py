@@ -180,7 +180,7 @@ def _find_tensors(folder: Path, config: dict) -> dict[str, TensorInfo]:
         tensors = read_header(file)
         if twice := sorted(found.keys() & tensors.keys()):
             raise CheckpointError(
-                f"tensor {twice[0]!r} lies in {found[twice[0]].file} and in {file}; delete one of them"
+                f"tensor {twice[0]!r} lies in {found[twice[0]].file} and in {file}; write it again with one"
             )
         found |= tensors
     if files != [folder / SINGLE]:

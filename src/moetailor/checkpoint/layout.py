@@ -14,6 +14,7 @@ from moetailor.checkpoint.anatomy import Anatomy, MoELayer
 from moetailor.checkpoint.experts import ExpertShape
 from moetailor.checkpoint.family import UNQUANTIZED
 from moetailor.checkpoint.files import Checkpoint, TensorInfo
+from moetailor.checkpoint.folder import CONFIG
 from moetailor.errors import CheckpointError
 from moetailor.schema import Count, Few
 
@@ -101,7 +102,7 @@ def find_stacks(checkpoint: Checkpoint, anatomy: Anatomy, names: dict[str, str])
             prefix, rest = _split(key)
             empty = DiskStack(prefix=prefix, index=layer.index, num_experts=layer.num_experts, shape=layer.expert_shape)
             known[_EXPERT.sub("experts.*.", rest)] = axis, of_experts
-            _place(stacks.setdefault(prefix, empty), checkpoint.tensors[key], axis, of_experts)
+            _place(stacks.setdefault(prefix, empty), checkpoint, key, axis, of_experts)
     lost = sorted(set(anatomy.layers) - {s.index for s in stacks.values() if s.experts or s.fused})
     if lost:
         unknown = next((key for key in sorted(checkpoint.tensors.keys() - names.keys()) if _EXPERTS.search(key)), None)
@@ -144,7 +145,7 @@ def _find_unloaded(
                 )
         elif like is not None:
             stack = stacks.setdefault(prefix, DiskStack(prefix=prefix, index=None, num_experts=size))
-            _place(stack, info, *like)
+            _place(stack, checkpoint, info.name, *like)
 
 
 def rows_nbytes(info: TensorInfo, axis: int) -> int:
@@ -159,7 +160,8 @@ def _split(key: str) -> tuple[str, str]:
     return match[1], match[2]
 
 
-def _place(stack: DiskStack, info: TensorInfo, axis: int, of_experts: bool) -> None:
+def _place(stack: DiskStack, checkpoint: Checkpoint, key: str, axis: int, of_experts: bool) -> None:
+    info = checkpoint.tensors[key]
     if of_experts and (match := _EXPERT.search(info.name)):
         stack.experts[info.name] = int(match[1])
         return
@@ -167,8 +169,9 @@ def _place(stack: DiskStack, info: TensorInfo, axis: int, of_experts: bool) -> N
     axis = min(axis, len(info.shape) - 1)
     if axis < 0 or info.shape[axis] != stack.num_experts:
         raise CheckpointError(
-            f"tensor {info.name!r} has shape {list(info.shape)}: expected {stack.num_experts} rows, one for "
-            f"each expert, on axis {max(axis, 0)}"
+            f"{checkpoint.folder / CONFIG}: layers have {stack.num_experts} experts, but {info.name!r} in "
+            f"{info.file.name} has shape {list(info.shape)} and one row for each of them on axis {max(axis, 0)}; put "
+            "right which of the two is wrong"
         )
     (stack.fused if of_experts else stack.slots)[info.name] = axis
 
@@ -180,15 +183,16 @@ def _measure(stack: DiskStack, checkpoint: Checkpoint) -> None:
     for name, expert in stack.experts.items():
         if expert >= stack.num_experts:
             raise CheckpointError(
-                f"tensor {name!r}: the config says {stack.num_experts} experts, this is number {expert}"
+                f"{checkpoint.folder / CONFIG}: layers have {stack.num_experts} experts, but {name!r} is of number "
+                f"{expert}; put right which of the two is wrong"
             )
         parts[expert].append(name)
     sizes = [fused + sum(tensors[name].nbytes for name in part) for part in parts]
     if min(sizes) != max(sizes) or not max(sizes):
         short = sizes.index(min(sizes))
         raise CheckpointError(
-            f"{stack.prefix}: expert {short} has {sizes[short]:,} bytes, others {max(sizes):,}; the checkpoint "
-            "is incomplete"
+            f"{checkpoint.source}: expert {short} of {stack.prefix} has {sizes[short]:,} bytes, others "
+            f"{max(sizes):,}; the checkpoint is incomplete"
         )
     stack.expert_bytes = sizes[0]
     stack.slot_bytes = sum(rows_nbytes(tensors[name], axis) for name, axis in stack.slots.items())

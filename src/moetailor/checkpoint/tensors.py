@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from moetailor.errors import MoetailorError
+from moetailor.errors import CheckpointError, MoetailorError
 
 
 def digest(tensors: Mapping[str, torch.Tensor]) -> str:
@@ -23,6 +23,24 @@ def digest(tensors: Mapping[str, torch.Tensor]) -> str:
         found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         found.update(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
     return found.hexdigest()[:32]
+
+
+def check_stored(tensor: torch.Tensor, what: str) -> None:
+    """Refuse numbers that became infinite when they were rounded to the dtype that they are stored in.
+
+    Args:
+        tensor: as it is stored.
+        what: its name in the message.
+
+    Raises:
+        CheckpointError: see above.
+    """
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        most, dtype = torch.finfo(tensor.dtype).max, str(tensor.dtype).removeprefix("torch.")
+        raise CheckpointError(
+            f"{what} has numbers beyond {most:,.0f}, the most that {dtype} holds; store the original in bfloat16 or "
+            "float32 first, and use that"
+        )
 
 
 def read_tensors(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 
@@ -13,7 +13,9 @@ from moetailor.planning.view import LayerView
 
 
 def top(layer: LayerView, scores: torch.Tensor, keep: int) -> list[int]:
-    """Return the `keep` experts with the highest scores, ascending; of equal scores the lower number stays.
+    """Return the `keep` experts with the highest scores, ascending.
+
+    Of equal scores that with more tokens stays, so that what no token reached goes first; then the lower number.
 
     Args:
         layer: its protected experts stay whatever they score.
@@ -24,9 +26,7 @@ def top(layer: LayerView, scores: torch.Tensor, keep: int) -> list[int]:
         PlanError: more experts are protected than may stay.
     """
     refuse_protected(layer.index, layer.protected, layer.num_experts, keep)
-    first = torch.tensor([expert in layer.protected for expert in range(layer.num_experts)])
-    ranked = sorted(range(layer.num_experts), key=lambda e: (not first[e], -float(scores[e]), e))
-    return sorted(ranked[:keep])
+    return sorted(_ranked(layer, scores, range(layer.num_experts))[:keep])
 
 
 def refuse_protected(index: int, protected: Collection[int], experts: int, keep: int, groups: int = 1) -> None:
@@ -68,9 +68,14 @@ def drop_lowest(layer: LayerView, scores: torch.Tensor, keep: int) -> LayerPlan:
     keep_each = kept_of_group(keep, groups)
     kept: list[int] = []
     for group in range(groups):
-        members = list(range(group * size, (group + 1) * size))
-        kept += sorted(members, key=lambda e: (e not in layer.protected, -float(scores[e]), e))[:keep_each]
+        kept += _ranked(layer, scores, range(group * size, (group + 1) * size))[:keep_each]
     return keep_only(layer.num_experts, kept, Drop(), scores.tolist())
+
+
+def _ranked(layer: LayerView, scores: torch.Tensor, experts: Iterable[int]) -> list[int]:
+    """Return experts, those first that stay first, see `top`."""
+    score, count = scores.tolist(), layer.sums.count.tolist()
+    return sorted(experts, key=lambda e: (e not in layer.protected, -score[e], -count[e], e))
 
 
 def global_keeps(

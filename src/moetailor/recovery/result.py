@@ -15,6 +15,7 @@ from moetailor.checkpoint.files import DTYPES, INDEX, Checkpoint, TensorInfo, re
 from moetailor.checkpoint.folder import CONFIG
 from moetailor.checkpoint.names import disk_tensors, memory_names
 from moetailor.checkpoint.place import PROVENANCE_FILE, new_folder
+from moetailor.checkpoint.tensors import check_stored
 from moetailor.checkpoint.writer import Piece, whole, write_shards
 from moetailor.errors import CheckpointError, MoetailorError
 from moetailor.progress import Progress
@@ -97,6 +98,9 @@ def _save_changed(scratch: Path, checkpoint: Checkpoint, model: Any, changed: It
                 f"({', '.join(list(made)[:2])}, ...); save the checkpoint again with this transformers, then recover"
             )
         file = scratch / f"{number:05d}.safetensors"
-        save_tensors({key: made[key].to(DTYPES[checkpoint.tensors[key].dtype]) for key in made}, file)
+        stored = {key: made[key].to(DTYPES[checkpoint.tensors[key].dtype]) for key in made}
+        for key, tensor in stored.items():
+            check_stored(tensor, key)
+        save_tensors(stored, file)
         found |= read_header(file)
     return found

@@ -18,14 +18,14 @@ from moetailor.transform.memory import apply_to_model
 def apply(plan: Plan, model: nn.Module, out: None = None, **options: Any) -> nn.Module: ...
 @overload
 def apply(
-    plan: Plan, model: str | Path | Original, out: str | Path, *, verify: bool = False, **options: Any
+    plan: Plan, model: str | Path | Original, out: str | Path, *, verify: bool = True, **options: Any
 ) -> Path: ...
 def apply(
     plan: Plan,
     model: str | Path | Original | nn.Module,
     out: str | Path | None = None,
     *,
-    verify: bool = False,
+    verify: bool = True,
     **options: Any,
 ) -> nn.Module | Path:
     """Carry a plan out.
@@ -34,7 +34,7 @@ def apply(
         plan: what becomes of the slots.
         model: a transformers model, which is changed in place, or the folder, hub name or opened files of a checkpoint.
         out: folder of the result, for a checkpoint.
-        verify: open the result again and run it once, for a checkpoint.
+        verify: open the result again and run it once before it takes its place, for a checkpoint.
         **options: see `apply_to_model` and `apply_to_checkpoint`.
 
     Raises:

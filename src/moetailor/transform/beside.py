@@ -33,7 +33,7 @@ def copy_others(source: Path, folder: Path, *, left_out: Collection[str], trust_
     code, links, large = [], [], []
     for file in sorted(path for pattern in ("*", "*/*") for path in source.glob(pattern)):
         name = file.relative_to(source).as_posix()
-        is_code = fnmatch(name, "*.py") and "/" not in name
+        is_code = fnmatch(name, "*.py")
         if name in left_out or not (is_code or _is_beside(name)) or file.is_dir():
             continue
         if not file.is_file() or not lies_inside(file, source):
@@ -46,7 +46,7 @@ def copy_others(source: Path, folder: Path, *, left_out: Collection[str], trust_
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(file, folder / name)
     for names, reason in (
-        (code, "code is copied with --trust-remote-code only, and needed to load the result with trust_remote_code"),
+        (code, "code is copied with --trust-remote-code only; what loads with trust_remote_code needs it"),
         (links, "links that lead out of the folder are not followed"),
         (large, f"files above {LARGEST >> 20} MiB are not copied"),
     ):

@@ -13,6 +13,7 @@ from moetailor.calibration.folder import Calibration
 from moetailor.checkpoint.anatomy import Anatomy
 from moetailor.checkpoint.experts import Experts, ExpertShape
 from moetailor.checkpoint.files import DTYPE_NAMES, DTYPES
+from moetailor.checkpoint.tensors import check_stored
 from moetailor.checkpoint.weights import ExpertWeights
 from moetailor.errors import PlanError, did_you_mean
 from moetailor.methods.registry import METHODS, find_method
@@ -126,19 +127,14 @@ def stored_tensors(plan: Plan, layer: int, shape: ExpertShape, tensors: LayerTen
         dtype: safetensors dtype of the layer's experts.
 
     Raises:
-        PlanError: a number is larger than the dtype holds.
+        CheckpointError: a number is larger than the dtype holds.
     """
     declared, added = plan.slot_maps[layer].tensors(shape), {}
     for name, numbers in tensors.added.items():
         added |= declared[name].encode(name, numbers, dtype)
     stored = LayerTensors(added=added, rebuilt={n: t.to(DTYPES[dtype]) for n, t in tensors.rebuilt.items()})
     for name, tensor in (stored.added | stored.rebuilt).items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            most = torch.finfo(tensor.dtype).max
-            raise PlanError(
-                f"layer {layer}: {name} has numbers beyond {most:,.0f}, the most that {dtype} holds; store the "
-                "original in BF16 or F32 first, then calibrate and apply that"
-            )
+        check_stored(tensor, f"layer {layer}: {name}")
     return stored
 
 

@@ -55,7 +55,7 @@ def apply_to_checkpoint(
     overwrite: bool = False,
     allow_other_weights: bool = False,
     trust_remote_code: bool = False,
-    verify: bool = False,
+    verify: bool = True,
     propagate: Propagate = "original",
     device: str | None = None,
     progress: Stages | None = None,
@@ -110,7 +110,8 @@ def apply_to_checkpoint(
         write_json(folder / PROVENANCE_FILE, provenance(plan, checkpoint, calibration, form.name, propagate))
         write_text(folder / "README.md", model_card(plan, checkpoint.folder, form))
         if verify:
-            form.verify(folder, plan, trust_remote_code=original.trust_remote_code)
+            trusted = original.trust_remote_code
+            form.verify(folder, plan, trust_remote_code=trusted, progress=part(progress, "verify"))
     return out
 
 

@@ -1,33 +1,42 @@
-"""Opening a result again: names, shapes, bytes, and one forward pass in which everything is finite.
+"""Opening a result again: names, shapes, bytes, every weight, and one forward pass in which everything is finite.
 
 It runs layer by layer, so a result larger than memory is checked too.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from moetailor.calibration.batch import Batch
+from moetailor.calibration.finite import not_finite
+from moetailor.calibration.states import HiddenStates
 from moetailor.calibration.walk import Walk
 from moetailor.checkpoint.original import Original
 from moetailor.errors import CheckpointError
 from moetailor.planning.plan import Plan
+from moetailor.progress import Progress
 from moetailor.runtime.experts import CompressedExperts
 from moetailor.runtime.quantizer import MoetailorConfig, fill_maps, reshape_loaded
 
 
-def verify_result(folder: str | Path, plan: Plan, *, trust_remote_code: bool = False) -> None:
+def verify_result(
+    folder: str | Path, plan: Plan, *, trust_remote_code: bool = False, progress: Progress | None = None
+) -> None:
     """Check a written checkpoint.
 
     Args:
         folder: the result.
         plan: what it was written from.
         trust_remote_code: run code that comes with the checkpoint.
+        progress: called with (layers done, in all).
 
     Raises:
-        CheckpointError: bytes, names or shapes are not as planned, or a value is not finite.
+        CheckpointError: bytes, names or shapes are not as planned, or a weight or what layers and head give is not
+            finite.
     """
     result = Original(folder, takes="results", trust_remote_code=trust_remote_code)
     checkpoint = result.checkpoint
@@ -35,16 +44,32 @@ def verify_result(folder: str | Path, plan: Plan, *, trust_remote_code: bool = F
         raise CheckpointError(f"{folder}: {checkpoint.nbytes:,} bytes, the plan says {plan.nbytes:,}")
     entry = checkpoint.config.get("quantization_config")
     maps = {} if entry is None else MoetailorConfig(layers=entry["layers"], version=entry["version"]).slot_maps()
-    source = result.streamed(dtype=torch.float32, prepare=lambda model: reshape_loaded(model, maps), complete=fill_maps)
+
+    def check_part(part: nn.Module) -> None:
+        fill_maps(part)
+        if name := not_finite(source.model, but=corrections):
+            raise CheckpointError(f"{folder}: {name} holds NaN or Inf; where the original's does, download it again")
+
+    # Infinite corrections may be meant: they close a slot.
+    corrections = {layer.correction for layer in result.anatomy.layers.values() if layer.correction}
+    source = result.streamed(
+        dtype=torch.float32, prepare=lambda model: reshape_loaded(model, maps), complete=check_part
+    )
     named = (name for name, module in source.model.named_modules() if isinstance(module, CompressedExperts))
     paths = tuple(f"{name}." for name in named)
     lost = [name for name in checkpoint.tensors if name.startswith(paths) and name not in source.names]
     if lost:
         raise CheckpointError(f"{folder}: {len(lost)} tensors have no place in the model, first {lost[0]}")
     ids = torch.arange(16)[None] % result.config.vocab_size
-    walk = Walk(source, [Batch.of(ids)])
+    walk = Walk(source, [Batch.of(ids)], progress=progress)
     stream = walk.begin()
     for index in walk.layers(beside={layer: slots.lenders for layer, slots in maps.items()}):
         walk.advance(stream)
         if not bool(torch.isfinite(stream[0]).all()):
             raise CheckpointError(f"{folder}: decoder layer {index} gives values that are not finite")
+
+    def check_logits(batch: Batch, logits: Callable[[HiddenStates], torch.Tensor]) -> None:
+        if not bool(torch.isfinite(logits(stream)).all()):
+            raise CheckpointError(f"{folder}: the head gives values that are not finite")
+
+    walk.predict(check_logits)

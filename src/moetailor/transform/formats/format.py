@@ -9,6 +9,7 @@ from typing import Any
 from moetailor.checkpoint.writer import Piece
 from moetailor.errors import PlanError, did_you_mean
 from moetailor.planning.plan import Plan
+from moetailor.progress import Progress
 from moetailor.transform.pieces import Parts, shards_of
 from moetailor.transform.verify import verify_result
 
@@ -52,13 +53,15 @@ class Format(ABC):
         """
         return shards_of(parts)
 
-    def verify(self, folder: Path, plan: Plan, *, trust_remote_code: bool = False) -> None:
+    def verify(
+        self, folder: Path, plan: Plan, *, trust_remote_code: bool = False, progress: Progress | None = None
+    ) -> None:
         """Check a written result.
 
         Raises:
             CheckpointError: it is not what was planned.
         """
-        verify_result(folder, plan, trust_remote_code=trust_remote_code)
+        verify_result(folder, plan, trust_remote_code=trust_remote_code, progress=progress)
 
 
 def register_format(form: Format) -> None:
