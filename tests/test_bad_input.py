@@ -1265,7 +1265,7 @@ def test_result_that_fails_its_check_does_not_replace_the_old_one(
 
     monkeypatch.setattr("moetailor.transform.formats.format.verify_result", verify)
     call = world.compress(world.original, old, "--keep", 6, "--overwrite", "--calibration", world.calibration)
-    assert cli(*call).refusal == "decoder layer 1 gives values that are not finite"
+    assert cli(*call).refusal == "decoder layer 1 gives values that are not finite; nothing was kept"
     assert state(tmp_path) == OLD
 
 

@@ -111,7 +111,10 @@ def apply_to_checkpoint(
         write_text(folder / "README.md", model_card(plan, checkpoint.folder, form))
         if verify:
             trusted = original.trust_remote_code
-            form.verify(folder, plan, trust_remote_code=trusted, progress=part(progress, "verify"))
+            try:
+                form.verify(folder, plan, trust_remote_code=trusted, progress=part(progress, "verify"))
+            except CheckpointError as error:  # of a folder that is gone when this is read
+                raise CheckpointError(f"{str(error).replace(str(folder), str(out))}; nothing was kept") from None
     return out
 
 
