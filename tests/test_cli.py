@@ -170,6 +170,8 @@ def test_a_run_that_is_ended_leaves_nothing(
     def run() -> None:
         monkeypatch.setattr(sys, "argv", ["moetailor", *words])
         sys.stderr = open(tmp_path / "said", "w")
+        # The tests themselves may run under nohup.
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             main()
