@@ -35,45 +35,20 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import moetailor
+from measure import ROOT
 from moetailor.checkpoint.folder import INDEX, SINGLE
 from moetailor.checkpoint.loader import quiet_transformers
 from moetailor_cli import app
 
+sys.path.append(str(ROOT / "tests"))
+from support.families import tiny_model
+
 SECONDS, MEMORY = 60, 3 * 2**30
-COMMON: dict[str, Any] = {
-    "vocab_size": 272,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_experts_per_tok": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-MLA = {"num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "v_head_dim": 8}
 # Experts one by one in one file and in shards, groups and a correction bias, fused experts with biases.
-BASES: dict[str, dict[str, Any]] = {
-    "olmoe": {"num_experts": 8, "intermediate_size": 16},
-    "qwen3_moe": {"num_experts": 8, "moe_intermediate_size": 16, "head_dim": 8},
-    "deepseek_v3": {
-        **MLA,
-        "intermediate_size": 48,
-        "qk_nope_head_dim": 8,
-        "qk_rope_head_dim": 8,
-        "n_routed_experts": 8,
-        "moe_intermediate_size": 16,
-        "n_group": 2,
-        "topk_group": 1,
-        "first_k_dense_replace": 1,
-        "num_hidden_layers": 3,
-    },
-    "gpt_oss": {"num_local_experts": 8, "intermediate_size": 16, "head_dim": 8, "sliding_window": 8},
-}
+BASES = ("olmoe", "qwen3_moe", "deepseek_v3", "gpt_oss")
 SHARDED = {"qwen3_moe", "gpt_oss"}
 # What a value of a JSON file may turn into.
 VALUES: list[Any] = [
@@ -120,13 +95,10 @@ def make_bases(folder: Path) -> dict[str, Path]:
     special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     words = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
     found = {}
-    for family, entries in BASES.items():
+    for family in BASES:
         found[family] = folder / family
-        with torch.random.fork_rng(devices=[]), torch.no_grad(), quiet_transformers():
-            torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(COMMON | entries)))
-            for parameter in model.parameters():
-                parameter.normal_(std=0.2)
+        with quiet_transformers():
+            model = tiny_model(family, vocab_size=len(alphabet))
             model.save_pretrained(found[family], max_shard_size="60KB" if family in SHARDED else "1GB")
             words.save_pretrained(found[family])
     rows = (json.dumps({"text": f"{n} experts are routed, {n * n} tokens are not. " * 8}) for n in range(8))

@@ -157,8 +157,9 @@ class Calibration:
 
     def save(self) -> None:
         """Write the manifest; a folder with one is finished."""
-        manifest = {"format": "moetailor-calibration", "version": VERSION} | self._content()
-        write_json(self.folder / MANIFEST, manifest | {"hash": _hash(self._content())})
+        content = self._content()
+        manifest = {"format": "moetailor-calibration", "version": VERSION, **content, "hash": _hash(content)}
+        write_json(self.folder / MANIFEST, manifest)
 
     def with_sensitivities(self, measured: Sensitivities) -> Calibration:
         """Write what was measured beside the rest, and return the calibration that holds it."""

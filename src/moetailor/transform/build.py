@@ -13,7 +13,7 @@ from moetailor.calibration.folder import Calibration
 from moetailor.checkpoint.anatomy import Anatomy
 from moetailor.checkpoint.experts import Experts, ExpertShape
 from moetailor.checkpoint.files import DTYPE_NAMES, DTYPES
-from moetailor.checkpoint.tensors import check_stored
+from moetailor.checkpoint.tensors import check_stored, is_finite
 from moetailor.checkpoint.weights import ExpertWeights
 from moetailor.errors import PlanError, did_you_mean
 from moetailor.methods.registry import METHODS, find_method
@@ -104,7 +104,7 @@ def compute_layer(plan: Plan, view: LayerView) -> LayerTensors:
     layer = plan.by_layer[view.index]
     given = find_method(plan.method).of(plan.parameters).build(view, layer)
     for name, tensor in given.items():
-        if not bool(torch.isfinite(tensor).all()):
+        if not is_finite(tensor):
             raise PlanError(f"layer {view.index}: the new {name} is not finite; calibrate again in a wider --dtype")
     declared = plan.slot_maps[view.index].tensors(view.shape)
     matrices = {name: tensor for name, tensor in given.items() if name not in declared}
