@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import moetailor
-from moetailor_cli.app import main
+from moetailor_cli.app import _stoppable, main
 from support.kills import in_child
 from support.reference import REFERENCE, TEXT
 
@@ -186,6 +186,23 @@ def test_a_run_that_is_ended_leaves_nothing(
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == code
     assert sorted(os.listdir(tmp_path)) == ["said", "tmp"]
     assert os.listdir(tmp_path / "tmp") == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_that_a_destructor_swallows_still_ends_the_run(number: int) -> None:
+    class Killing:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), number)
+            for _ in range(100):  # the signal's handler runs in here
+                pass
+
+    before = signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    try:
+        with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit), _stoppable():
+            Killing()
+            time.sleep(30)
+    finally:
+        signal.signal(number, before)
 
 
 def test_signals_that_are_ignored_stay_so(run) -> None:

@@ -131,6 +131,20 @@ def test_generate_and_save_in_bfloat16(checkpoint: Get, calibration: GetCalibrat
     assert set(maps) == {torch.int32}
 
 
+def test_weights_may_be_offloaded(checkpoint: Get, calibration: GetCalibration, tmp_path: Path) -> None:
+    """accelerate leaves nothing of an offloaded layer in memory but its hooks."""
+    plan = mixed_plan(calibration("olmoe"), drop=True)
+    out = moetailor.apply(plan, checkpoint("olmoe"), tmp_path / "out", calibration=calibration("olmoe"))
+    whole = load(out)
+    parts = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", "model.layers.1"]
+    places = dict.fromkeys(parts, "cpu") | {"model.layers.0": "disk"}
+    model = type(whole).from_pretrained(
+        out, dtype=torch.float32, device_map=places, offload_folder=tmp_path / "aside", experts_implementation="eager"
+    )
+    assert next(model.model.layers[0].mlp.experts.parameters()).is_meta
+    torch.testing.assert_close(logits(model), logits(whole))
+
+
 def test_adapters_attach_and_train(checkpoint: Get, calibration: GetCalibration, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     plan = mixed_plan(calibration("olmoe"), drop=True)

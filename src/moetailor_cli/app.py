@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,9 +35,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-SIGNALS = (signal.SIGTERM, signal.SIGHUP)
-# Exit codes of those, and what typer makes of Ctrl-C.
-STOPPED = (*(128 + number for number in SIGNALS), 130)
+SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+# Their exit codes; typer makes that of Ctrl-C.
+STOPPED = tuple(128 + number for number in SIGNALS)
 VERBS = (inspect, calibrate, methods, plan, allocate, show, diff, apply, compress, evaluate, compare, report, recover)
 
 
@@ -95,18 +97,31 @@ def _stoppable() -> Iterator[None]:
     """Let the signals that end a process end it as an exception does, so that what it wrote aside is deleted."""
 
     def stop(number: int, frame: object) -> None:
-        for other in SIGNALS:
+        for other in taken:
             signal.signal(other, signal.SIG_IGN)  # once is enough: what is deleted now must not be left halfway
-        raise SystemExit(128 + number)
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
+    def swallowed(raised: Any) -> None:
+        # Python drops what is raised while a destructor runs, so the signal is sent again a moment later.
+        error = raised.exc_value
+        if isinstance(error, KeyboardInterrupt) or (isinstance(error, SystemExit) and error.code in STOPPED):
+            number = signal.SIGINT if isinstance(error, KeyboardInterrupt) else error.code - 128
+            for other in taken:
+                signal.signal(other, stop)
+            threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
+        else:
+            hook(raised)
 
     # Those that are ignored stay so: nohup wants that.
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    taken = [number for number, handler in before.items() if handler == signal.SIG_DFL]
+    before, hook = {number: signal.getsignal(number) for number in SIGNALS}, sys.unraisablehook
+    taken = [n for n, handler in before.items() if handler in (signal.SIG_DFL, signal.default_int_handler)]
     for number in taken:
         signal.signal(number, stop)
+    sys.unraisablehook = swallowed
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         for number in taken:
             signal.signal(number, before[number])
 

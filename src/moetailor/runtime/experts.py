@@ -92,8 +92,16 @@ class CompressedExperts(nn.Module):
                     self.register_buffer(part, empty)
 
     def fill_map(self) -> None:
-        """Compute the buffers that follow from the map, on the device of the weights: no file holds them."""
+        """Compute the buffers that follow from the map, where the layer runs: no file holds them."""
         with torch.device("cpu"):  # transformers loads models under the meta device, where nothing can be computed
             buffers = self.slots.buffers()
         for name, buffer in buffers.items():
-            self.register_buffer(name, buffer.to(self.down_proj.device), persistent=False)
+            self.register_buffer(name, buffer.to(self._device), persistent=False)
+
+    @property
+    def _device(self) -> Any:
+        """Where the layer runs: accelerate keeps offloaded weights elsewhere, and says so in its hook."""
+        hook = getattr(self, "_hf_hook", None)
+        hooks = getattr(hook, "hooks", (hook,))
+        found = (getattr(each, "execution_device", None) for each in hooks if self.down_proj.is_meta)
+        return next((device for device in found if device is not None), self.down_proj.device)
