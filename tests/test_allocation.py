@@ -263,6 +263,7 @@ def test_files_are_read_and_bad_ones_refused(tmp_path: Path) -> None:
         ('{"0": null}', "['0'] is None, not a whole number or a finite number or a text"),
         (f'{{"0": {many}}}', "not a whole number or a finite number or a text"),
         ("{", "not JSON that can be read ("),
+        ('{"0": 4, "0": 5}', "key '0' comes twice"),
     ):
         file.write_text(text)
         with pytest.raises(PlanError) as refusal:
@@ -270,6 +271,9 @@ def test_files_are_read_and_bad_ones_refused(tmp_path: Path) -> None:
         assert f"{file}: " in str(refusal.value)
         assert said in str(refusal.value)
         assert str(refusal.value).endswith(cure)
+    file.rename(tmp_path / "counts")  # whatever its name: what a search wrote is read
+    with pytest.raises(PlanError, match="key '0' comes twice"):
+        read_allocation(str(tmp_path / "counts"))
     with pytest.raises(PlanError, match=r"cannot be read \(No such file"):
         read_allocation(str(tmp_path / "absent.json"))
     with pytest.raises(PlanError, match="did you mean 'error'"):

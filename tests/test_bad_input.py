@@ -1096,7 +1096,7 @@ def test_constants_need_the_calibration_of_the_plan(cli: Cli, world: World, sibl
 def test_native_format_cannot_hold_constants(cli: Cli, world: World, tmp_path: Path) -> None:
     said = (
         "format native holds dropped slots only, the same number in every MoE layer; "
-        "this plan keeps [6] experts in 2 of 2 layers and has stand-ins or remaps; use --format moetailor"
+        "this plan keeps [6] experts in 2 of 2 layers and has stand-ins or remaps; format moetailor can hold it"
     )
     out = tmp_path / "out"
     call = ("apply", world.original, world.mone, "-o", out, "--calibration", world.calibration, "--format", "native")
@@ -1109,7 +1109,7 @@ def test_native_format_cannot_hold_counts_that_differ(cli: Cli, world: World, tm
     call = world.compress(world.original, tmp_path / "out", "--keep", 6, "--layers", "1", "--format", "native")
     assert cli(*call).refusal == (
         "format native holds dropped slots only, the same number in every MoE layer; "
-        "this plan keeps [6] experts in 1 of 2 layers; use --format moetailor"
+        "this plan keeps [6] experts in 1 of 2 layers; format moetailor can hold it"
     )
 
 

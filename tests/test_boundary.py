@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 import moetailor
 from moetailor.planning.budget import Budget
-from support.tiny import token_batches
+from support.tiny import load, token_batches
 from support.training import blocks
 
 Get = Callable[[str], Path]
@@ -148,3 +148,33 @@ def test_options(kind: Callable[..., Any], name: str) -> None:
 def test_samples_that_cannot_be(given: dict) -> None:
     with pytest.raises(moetailor.CalibrationError, match="sample 1 or more, with 64 bits of seed"):
         moetailor.SampleOptions(**given)
+
+
+@pytest.mark.parametrize("name", ["sequences", "length", "batch_size"])
+def test_texts_that_cannot_be(name: str) -> None:
+    with pytest.raises(moetailor.CalibrationError, match=f"--{name.replace('_', '-')} 0: is not 1 or more"):
+        moetailor.TextOptions(data=("a",), **{name: 0})
+
+
+def test_no_text_at_all(checkpoint: Get, tmp_path: Path) -> None:
+    with pytest.raises(moetailor.CalibrationError, match="no batch of text given"):
+        moetailor.calibrate(checkpoint("olmoe"), tmp_path / "calibration", text=[])
+    assert not (tmp_path / "calibration").exists()
+
+
+def test_arguments_that_would_be_passed_over(calibration: GetCalibration, checkpoint: Get, tmp_path: Path) -> None:
+    made = calibration("olmoe")
+    with pytest.raises(moetailor.PlanError, match="--allocation eror; did you mean 'error'"):
+        moetailor.make_plan(made, "reap", KEEP, allocation="eror")  # type: ignore[arg-type]
+    plan = moetailor.make_plan(made, "reap", KEEP)
+    with pytest.raises(moetailor.MoetailorError, match="a model in memory is changed in place"):
+        moetailor.apply(plan, load(checkpoint("olmoe")), tmp_path / "out")  # type: ignore[call-overload]
+    other = moetailor.calibrate(checkpoint("olmoe"), tmp_path / "other", text=token_batches(length=10))
+    with pytest.raises(moetailor.PlanError, match="other: not the calibration that the plan was made from"):
+        moetailor.apply(plan, checkpoint("olmoe"), tmp_path / "out", calibration=other)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_budget_that_removes_nothing_says_so(calibration: GetCalibration) -> None:
+    with pytest.warns(moetailor.MoetailorWarning, match="remove 10%: takes no expert from any layer of 8"):
+        assert not moetailor.make_plan(calibration("olmoe"), "reap", Budget.parse(remove="10%")).layers

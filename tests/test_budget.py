@@ -152,7 +152,7 @@ def test_budget_reads_as_the_user_said_it(given: dict, text: str) -> None:
 
 
 def test_memory_as_stored_is_size() -> None:
-    assert Budget.parse(memory="24GB").on_disk({}, "BF16") == Budget(size=24 * 10**9)
+    assert Budget.parse(memory="24GB").on_disk({}, {"BF16"}) == Budget(size=24 * 10**9)
     assert str(Budget.parse(memory="1kB", load_dtype="float16")) == "memory 1000 bytes in float16"
 
 
@@ -170,12 +170,12 @@ def test_memory_as_stored_is_size() -> None:
 def test_memory_counts_numbers_in_the_dtype_they_are_loaded_in(
     dtypes: dict[str, int], experts: str, load: str, memory: int, size: int
 ) -> None:
-    assert Budget.parse(memory=memory, load_dtype=load).on_disk(dtypes, experts).size == size
+    assert Budget.parse(memory=memory, load_dtype=load).on_disk(dtypes, {experts}).size == size
 
 
 def test_what_cannot_be_loaded_in_another_dtype_is_refused() -> None:
     with pytest.raises(PlanError, match=r"experts are stored as F8_E4M3; leave it out"):
-        Budget.parse(memory=10, load_dtype="bfloat16").on_disk({"F8_E4M3": 20}, "F8_E4M3")
+        Budget.parse(memory=10, load_dtype="bfloat16").on_disk({"F8_E4M3": 20}, {"F8_E4M3"})
     with pytest.raises(PlanError, match=r"--load-dtype int8\. Known: bfloat16, float16, float32"):
         Budget.parse(memory=10, load_dtype="int8")
     with pytest.raises(PlanError, match="says how --memory is counted"):

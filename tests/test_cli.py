@@ -196,11 +196,15 @@ def test_a_signal_that_a_destructor_swallows_still_ends_the_run(number: int) -> 
             for _ in range(100):  # the signal's handler runs in here
                 pass
 
-    before = signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-    try:
-        with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit), _stoppable():
+    def go() -> None:
+        with _stoppable():
             Killing()
             time.sleep(30)
+
+    before = signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    try:
+        with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit):
+            go()
     finally:
         signal.signal(number, before)
 

@@ -149,7 +149,7 @@ def test_file_in_the_place_of_the_result_is_never_replaced(tmp_path: Path) -> No
     out.unlink()
     out.symlink_to(tmp_path / "nowhere")
     for overwrite in (False, True):
-        with pytest.raises(MoetailorError, match="is a file; choose another folder"):
+        with pytest.raises(MoetailorError, match="is a link to nothing; choose another folder"):
             write(out, "new", overwrite=overwrite)
     assert out.is_symlink()
 
@@ -574,7 +574,31 @@ def test_a_link_that_leads_to_itself_harms_nobody(tmp_path: Path) -> None:
     for loop in (model / "loop", tmp_path / "loop", tmp_path / "file.json"):
         loop.symlink_to(loop.name)
     check_place(tmp_path / "out", overwrite=False, inputs={"the original": model, "the text": [model / "loop"]})
-    with pytest.raises(MoetailorError, match="loop: is a file; choose another folder"):
+    with pytest.raises(MoetailorError, match="loop: is a link to nothing; choose another folder"):
         check_place(tmp_path / "loop", overwrite=True)
     write_json(tmp_path / "file.json", {})
     assert not (tmp_path / "file.json").is_symlink()
+
+
+def test_a_home_folder_that_no_shell_has_named_is_refused() -> None:
+    with pytest.raises(MoetailorError, match="no shell has put your home folder in place of ~"):
+        check_place(Path("~/result"), overwrite=False)
+
+
+def test_a_file_on_a_disk_that_is_read_only_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(MoetailorError, match=r"scores\.json: its place cannot be written to"):
+        check_file(tmp_path / "scores.json", "scores")
+    check_file(Path("/dev/null"), "scores")
+
+
+def test_a_disk_too_full_for_a_lock_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(MoetailorError, match="make room"):
+        write_json(tmp_path / "plan.json", {})
+    assert os.listdir(tmp_path) == []

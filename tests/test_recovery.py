@@ -14,11 +14,12 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 import moetailor
 from moetailor.checkpoint.anatomy import discover
-from moetailor.checkpoint.files import Checkpoint, open_checkpoint
+from moetailor.checkpoint.files import SINGLE, Checkpoint, open_checkpoint
 from moetailor.checkpoint.loader import quiet_transformers
 from moetailor.checkpoint.lock import claimed
 from moetailor.errors import MoetailorError
@@ -233,6 +234,30 @@ def test_the_result_is_what_was_trained(
                 assert means[name] == pytest.approx(float(total) / held.counted, rel=1e-4), name
     text = load(result.out).generate(held.input_ids[:1], max_new_tokens=3, min_new_tokens=3, do_sample=False)
     assert text.shape == (1, 13)
+
+
+@pytest.mark.parametrize("train", ["router", "experts"])
+def test_names_on_disk_stay_those_of_a_bare_decoder(compress: Compress, tmp_path: Path, train: str) -> None:
+    """Some checkpoints leave the `model.` of every name away; transformers puts it back."""
+    before = compress("reap")
+    named = before / SINGLE
+    save_file({k.removeprefix("model."): t for k, t in load_file(named).items()}, named, {"format": "pt"})
+    moetailor.recover(before, tmp_path / "out", examples=blocks(), loss="task", train=train, options=FEW)
+    assert changed(before, tmp_path / "out")
+
+
+def test_what_could_not_be_written_is_refused_before_the_training(
+    compress: Compress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def elsewhere(model: object, made: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {f"{name}.{part}": tensor for name, tensor in made.items() for part in ("one", "two")}
+
+    monkeypatch.setattr("moetailor.recovery.result.disk_tensors", elsewhere)
+    monkeypatch.setattr("moetailor.recovery.recover.train_student", lambda *args, **given: pytest.fail("it trained"))
+    with pytest.raises(moetailor.CheckpointError, match="does not lie there as transformers would write it"):
+        moetailor.recover(
+            compress("reap"), tmp_path / "out", examples=blocks(), loss="task", train="router", options=FEW
+        )
 
 
 @pytest.mark.slow
@@ -485,7 +510,7 @@ def test_what_cannot_train_is_refused(compress: Compress, tmp_path: Path) -> Non
     too_wide = moetailor.RecoveryOptions(lora_rank=33, steps=1)
     refused("--lora-rank 33: the model is 32 wide; use 1 to 32", before, out, train=["rest"], options=too_wide)
     refused("not torch.float16", before, tmp_path / "half", dtype="float16")
-    refused("training runs on cpu or cuda", before, out, device="meta")
+    refused("device 'meta' holds no numbers", before, out, device="meta")
     assert not out.exists()
     assert not out.with_name("out.training").exists()
 

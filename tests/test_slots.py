@@ -209,7 +209,7 @@ MAP = {"experts": 2, "rows": [0, 1, -1, -1], "constant": [2], "linear": [{"rank"
         ({"constant": []}, "slot 2 has row -1 of the pool and nothing else"),
         ({"constant": [2, 1]}, "slot 1 has row 1 of the pool and constant"),
         ({"constant": [2, 3]}, "slot 3 is named twice"),
-        ({"constant": [4]}, "slot 4 or its expert None is outside 0..3"),
+        ({"constant": [4]}, "slot 4 is outside 0..3"),
         ({"linear": [{"slots": [3]}]}, "it lacks rank"),
         ({"linear": [{"rank": 0, "slots": [3]}]}, "rank is 0, it must be 1 or more"),
         ({"linear": [{"rank": 4.5, "slots": [3]}]}, "rank is 4.5, not a whole number"),
@@ -233,8 +233,8 @@ def test_slot_map_that_does_not_add_up_is_refused(edit: dict, said: str) -> None
         ({"drop": []}, f"slots [1] are not named; each of 6 needs one of {KINDS}"),
         ({"keep": [], "remap": []}, f"slots [0, 3, 4, 5] are not named; each of 6 needs one of {KINDS}"),
         ({"experts": 7}, f"slots [6] are not named; each of 7 needs one of {KINDS}"),
-        ({"drop": [6]}, "slot 6 or its expert None is outside 0..5"),
-        ({"drop": [-1]}, "slot -1 or its expert None is outside 0..5"),
+        ({"drop": [6]}, "slot 6 is outside 0..5"),
+        ({"drop": [-1]}, "slot -1 is outside 0..5"),
         ({"remap": [{"to": 6, "slots": [4]}, {"to": 0, "slots": [5]}]}, "slot 4 or its expert 6 is outside 0..5"),
         ({"remap": [{"to": -1, "slots": [4]}, {"to": 0, "slots": [5]}]}, "slot 4 or its expert -1 is outside 0..5"),
         ({"dorp": [1]}, "unknown keys ['dorp']"),
@@ -429,9 +429,8 @@ def test_plan_fits_the_model_it_was_made_for() -> None:
             "its experts by layer is {0: 6, 1: 6}, this model has {0: 7, 1: 7}",
         ),
         (
-            # 96 and 192 bytes of 2 each
-            {"stacks": tuple(replace(stack, expert_bytes=192) for stack in FACTS.stacks)},
-            "its numbers of an expert by layer is {0: 48, 1: 48}, this model has {0: 96, 1: 96}",
+            {"stacks": tuple(replace(s, shape=ExpertShape(width=8, intermediate=4)) for s in FACTS.stacks)},
+            "its intermediate size by layer is {0: 2, 1: 2}, this model has {0: 4, 1: 4}",
         ),
     ],
 )

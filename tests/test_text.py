@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import random
 import sys
 from collections.abc import Sequence
@@ -666,3 +667,32 @@ def test_second_source_is_read_before_anything_runs(tmp_path: Path) -> None:
     for sequences in (None, 1):
         said = refusal_of(good, str(tmp_path / "bad.jsonl"), sequences=sequences)
         assert said.startswith(f"{tmp_path / 'bad.jsonl'}, line 1: ")
+
+
+@pytest.mark.parametrize("name", ["json", "text", "csv", "parquet", "@train", ",", ""])
+def test_names_that_mean_the_files_at_hand_are_no_sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The datasets library would read whatever lies in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    for kind in ("json", "txt", "csv"):
+        (tmp_path / f"notes.{kind}").write_text('{"text": "private"}\n')
+    with pytest.raises(CalibrationError, match="names neither a file nor a dataset" if name else "is a folder"):
+        read(name)
+
+
+def test_a_pipe_is_not_read_twice(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "text.txt")
+    with pytest.raises(CalibrationError, match=r"text\.txt: is no ordinary file"):
+        read(str(tmp_path / "text.txt"))
+
+
+def test_null_says_nothing_whatever_the_file(tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    rows = [{"messages": None, "text": "abcd"}, {"messages": None, "text": "efgh"}]
+    lines = jsonl(tmp_path / "t.jsonl", rows)
+    kind = pyarrow.schema([("messages", pyarrow.list_(pyarrow.string())), ("text", pyarrow.string())])
+    parquet.write_table(pyarrow.Table.from_pylist(rows, schema=kind), tmp_path / "t.parquet")
+    assert stream(read(lines)) == stream(read(str(tmp_path / "t.parquet")))

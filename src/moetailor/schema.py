@@ -12,6 +12,7 @@ import json
 import math
 import re
 import reprlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
@@ -81,7 +82,7 @@ def load_json(file: str | Path, *, error: type[MoetailorError], cure: str) -> di
             raise ValueError("no ordinary file")
         if (size := path.stat().st_size) > LARGEST:
             raise ValueError(f"{size:,} bytes, more than {LARGEST:,}")
-        content = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes(), object_pairs_hook=unique)
     except OSError as reason:
         raise error(f"{file}: cannot be read ({reason.strerror}); {cure}") from None
     except (ValueError, RecursionError) as reason:
@@ -89,6 +90,18 @@ def load_json(file: str | Path, *, error: type[MoetailorError], cure: str) -> di
     if not isinstance(content, dict):
         raise error(f"{file}: not a JSON object; {cure}")
     return content
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict:
+    """Return a JSON object of its pairs; a key that comes twice is an error, for readers differ on which one counts.
+
+    Raises:
+        ValueError: see above.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"key {Counter(key for key, _ in pairs).most_common(1)[0][0]!r} comes twice")
+    return found
 
 
 def find_json(file: str | Path, *, error: type[MoetailorError], cure: str) -> dict[str, Any] | None:

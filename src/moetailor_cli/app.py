@@ -104,13 +104,13 @@ def _stoppable() -> Iterator[None]:
     def swallowed(raised: Any) -> None:
         # Python drops what is raised while a destructor runs, so the signal is sent again a moment later.
         error = raised.exc_value
-        if isinstance(error, KeyboardInterrupt) or (isinstance(error, SystemExit) and error.code in STOPPED):
-            number = signal.SIGINT if isinstance(error, KeyboardInterrupt) else error.code - 128
-            for other in taken:
-                signal.signal(other, stop)
-            threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
-        else:
+        code = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "code", None)
+        if code not in STOPPED:
             hook(raised)
+            return
+        for other in taken:
+            signal.signal(other, stop)
+        threading.Timer(0.05, os.kill, (os.getpid(), SIGNALS[STOPPED.index(code)])).start()
 
     # Those that are ignored stay so: nohup wants that.
     before, hook = {number: signal.getsignal(number) for number in SIGNALS}, sys.unraisablehook

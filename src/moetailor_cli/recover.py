@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
@@ -75,6 +74,8 @@ def recover(
 
     [dim]moetailor recover OUT --teacher MODEL --data text.jsonl -o RECOVERED --train router --loss kd[/dim]
     """
+    from accelerate import PartialState
+
     import moetailor
     from moetailor.checkpoint.artifact import write_json
     from moetailor.checkpoint.place import check_file
@@ -117,7 +118,7 @@ def recover(
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
-    if os.environ.get("RANK", "0") != "0":
+    if not PartialState().is_main_process:
         return  # under torchrun the first process speaks for all
     output.recovery(result)
     if json is not None:

@@ -67,7 +67,8 @@ def read_groups(
             other = getattr(answer, kind.refers) if kind.refers else None
             for slot in named:
                 if not 0 <= slot < slots or not 0 <= (other or 0) < experts:
-                    raise error(f"{where}: slot {slot} or its expert {other} is outside 0..{slots - 1}; {cure}")
+                    told = f"slot {slot}" if other is None else f"slot {slot} or its expert {other}"
+                    raise error(f"{where}: {told} is outside 0..{slots - 1}; {cure}")
                 if slot in found:
                     raise error(f"{where}: slot {slot} is named twice; {cure}")
                 found[slot] = answer

@@ -89,6 +89,8 @@ def calibrate(
         measured = replace(measured, settings=measured.settings | read)
     else:
         batches = list(text)
+        if not batches:
+            raise CalibrationError("no batch of text given; give at least one")
     on_disk = states == "disk" or (states == "auto" and stream)
     calibration = run_calibration(
         measured, batches, Path(out), sample=sample, residual=residual, states_on_disk=on_disk, progress=progress

@@ -15,10 +15,11 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from moetailor.errors import CalibrationError
+from moetailor.errors import CalibrationError, reason_of
 
 DATASETS_HINT = "reading it needs the datasets library: pip install 'moetailor[datasets]'"
 EXPECTED = "a row with `messages`, with `prompt` and `completion`, or with `text`"
@@ -42,6 +43,11 @@ class Row:
         """Whether its text is there and empty."""
         given = [self.fields[name] for name in TEXT_FIELDS if name in self.fields]
         return bool(given) and all(isinstance(text, str) and not text.strip() for text in given)
+
+
+def _row(fields: dict[str, Any], where: Callable[[], str]) -> Row:
+    """Return a row with what it gives: null says nothing."""
+    return Row({name: value for name, value in fields.items() if name in FIELDS and value is not None}, where)
 
 
 @contextmanager
@@ -115,6 +121,8 @@ def _open(name: str, seed: int | None) -> Iterator[Iterable[Row]]:
         return iter([_dataset(name, seed)])
     if path.is_dir():
         raise CalibrationError(f"--data {name}: is a folder; give .jsonl, .txt or .parquet files")
+    if not path.is_file():
+        raise CalibrationError(f"--data {name}: is no ordinary file, and is read more than once; save it as one first")
     readers = {".jsonl": _lines, ".json": _lines, ".parquet": _parquet}
     readers |= {".jsonl.gz": _packed_lines, ".json.gz": _packed_lines}
     if _ending(path) not in readers:
@@ -166,7 +174,7 @@ def _json_lines(path: Path, lines: Any, start: int, stop: int | None) -> Iterato
                     fields = json.loads(line.decode())
                     if not isinstance(fields, dict):
                         raise TypeError("not an object")
-                yield Row(fields, where)
+                yield _row(fields, where)
 
 
 def _line_number(path: Path, offset: int) -> str:
@@ -209,8 +217,7 @@ def _parquet_rows(path: Path, file: Any, columns: list[str], groups: list[int]) 
             for batch in file.iter_batches(batch_size=256, row_groups=[group], columns=columns):
                 for fields in batch.to_pylist():
                     number += 1
-                    given = {name: value for name, value in fields.items() if value is not None}
-                    yield Row(given, partial("{}, row {}".format, path, number))
+                    yield _row(fields, partial("{}, row {}".format, path, number))
 
 
 def _dataset(name: str, seed: int | None) -> Iterator[Row]:
@@ -220,16 +227,18 @@ def _dataset(name: str, seed: int | None) -> Iterator[Row]:
         raise CalibrationError(f"--data {name}: no such file; if it names a dataset, {DATASETS_HINT}") from None
     rest, _, split = name.partition("@")
     dataset, _, config = rest.partition(",")
+    if not dataset or (dataset.isidentifier() and find_spec(f"datasets.packaged_modules.{dataset}")):
+        # The library takes its readers' names for the files of the working directory.
+        raise CalibrationError(f"--data {name}: names neither a file nor a dataset")
     try:
         found = load_dataset(dataset, config or None, split=split or "train", streaming=True)
         if seed is not None:
             found = found.shuffle(seed=seed, buffer_size=BUFFER)
         for number, fields in enumerate(found, start=1):
-            given = {field: fields[field] for field in FIELDS if fields.get(field) is not None}
-            yield Row(given, partial("--data {}, row {}".format, name, number))
+            yield _row(fields, partial("--data {}, row {}".format, name, number))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CalibrationError(f"--data {name}: neither a file nor a dataset that can be read ({reason})") from None
+        told = f"neither a file nor a dataset that can be read ({reason_of(error)})"
+        raise CalibrationError(f"--data {name}: {told}") from None
 
 
 def _opened(path: Path, mode: str, **options: Any) -> Any:
@@ -246,5 +255,6 @@ def _readable(path: Path) -> Iterator[None]:
     except (ValueError, EOFError, zlib.error, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the system's, with a reason of its own
-        reason = str(error).strip().splitlines()[0]
-        raise CalibrationError(f"{path}: no whole {_ending(path).rpartition('.')[2]} file ({reason})") from None
+        raise CalibrationError(
+            f"{path}: no whole {_ending(path).rpartition('.')[2]} file ({reason_of(error)})"
+        ) from None

@@ -31,6 +31,9 @@ class TextOptions:
             None.
         mask_special: leave the tokenizer's special tokens out of every statistic.
         batch_size: blocks of a batch.
+
+    Raises:
+        CalibrationError: a number that means nothing.
     """
 
     data: tuple[str, ...]
@@ -42,6 +45,9 @@ class TextOptions:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "data", words_of(self.data))
+        for name in ("sequences", "length", "batch_size"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise CalibrationError(f"--{name.replace('_', '-')} {value}: is not 1 or more")
 
 
 def words_of(given: str | Iterable[str]) -> tuple[str, ...]:

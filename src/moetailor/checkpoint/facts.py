@@ -62,9 +62,9 @@ class ModelFacts:
         """Return what two models must share for a plan of one to fit the other, whatever their dtypes."""
         run = [stack for stack in self.stacks if stack.index is not None]
         experts = {stack.index: stack.num_experts for stack in run}
-        numbers = {stack.index: stack.expert_bytes // DTYPES[stack.dtype].itemsize for stack in run}
+        widths = {stack.index: stack.shape and stack.shape.intermediate for stack in run}
         shared = {"model type": self.model_type, "width": self.width, "top-k": self.top_k}
-        return shared | {"experts by layer": experts, "numbers of an expert by layer": numbers}
+        return shared | {"experts by layer": experts, "intermediate size by layer": widths}
 
     def to_json(self) -> dict:
         """Return the facts as JSON values."""

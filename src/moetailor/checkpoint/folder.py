@@ -10,12 +10,12 @@ import fnmatch
 import json
 import os
 import re
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from moetailor.errors import CheckpointError
+from moetailor.errors import CheckpointError, reason_of
+from moetailor.schema import unique
 
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
 INDEX = "model.safetensors.index.json"
@@ -41,6 +41,8 @@ def find_folder(source: str | Path, *, revision: str | None = None, check: Check
         CheckpointError: there is no such folder or model, a link leads out of it, or `check` refuses it.
     """
     folder, name = Path(source), str(source)
+    if not name:
+        raise CheckpointError("no model is named; give its folder or hub name")
     local = folder.is_dir()
     if not local:
         if name.count("/") > 1 or name.startswith((".", "/", "~")):
@@ -64,8 +66,8 @@ def _download(name: str, **options: Any) -> Path:
     try:
         return Path(snapshot_download(name, **options))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{name}: neither a folder nor a model that the hub would give ({reason})") from None
+        told = f"neither a folder nor a model that the hub would give ({reason_of(error)})"
+        raise CheckpointError(f"{name}: {told}") from None
 
 
 def read_config(folder: Path) -> dict:
@@ -155,6 +157,8 @@ def weight_files(folder: Path, config: dict) -> list[Path]:
 
 
 def _without_weights(folder: Path) -> str:
+    if lost := [name for name in (SINGLE, INDEX) if (folder / name).is_symlink()]:
+        return f"{lost[0]} is a link to nothing; download it again"
     names = sorted(file.name for file in folder.iterdir())
     if pickles := [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in PICKLES)]:
         return f"weights are pickles ({pickles[0]}), which can run code when read; save the model as safetensors first"
@@ -184,15 +188,3 @@ def read_index(index: Path) -> tuple[dict[str, str], list[str]]:
         if str(path) != shard or path.is_absolute() or not path.name or ".." in path.parts or "\0" in shard:
             raise CheckpointError(f"{index}: names {shard!r}, which leaves the folder; refused")
     return weight_map, sorted(set(weight_map.values()))
-
-
-def unique(pairs: list[tuple[str, Any]]) -> dict:
-    """Return a JSON object of its pairs; a key that comes twice is an error, for readers differ on which one counts.
-
-    Raises:
-        ValueError: see above.
-    """
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError(f"key {Counter(key for key, _ in pairs).most_common(1)[0][0]!r} comes twice")
-    return found

@@ -6,6 +6,7 @@ A `Stack` is one MoE layer as it lies on disk. Experts may lie one tensor each (
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field, fields
 from moetailor.checkpoint.anatomy import Anatomy, MoELayer
 from moetailor.checkpoint.experts import ExpertShape
 from moetailor.checkpoint.family import UNQUANTIZED
-from moetailor.checkpoint.files import Checkpoint, TensorInfo
+from moetailor.checkpoint.files import DTYPES, Checkpoint, TensorInfo
 from moetailor.checkpoint.folder import CONFIG
 from moetailor.errors import CheckpointError
 from moetailor.schema import Count, Few
@@ -33,7 +34,7 @@ class Stack:
         num_experts: experts, which is also the number of slots.
         expert_bytes: bytes of one expert.
         slot_bytes: bytes of one slot's rows in the router.
-        dtype: safetensors dtype of the experts.
+        dtype: safetensors dtype of the experts; the widest where their matrices differ.
         shape: what an expert is made of; None where the model does not run the layer.
     """
 
@@ -190,10 +191,14 @@ def _measure(stack: DiskStack, checkpoint: Checkpoint) -> None:
     sizes = [fused + sum(tensors[name].nbytes for name in part) for part in parts]
     if min(sizes) != max(sizes) or not max(sizes):
         short = sizes.index(min(sizes))
+        numbers = {sum(math.prod(tensors[name].shape) for name in part) for part in parts}
+        cure = "the checkpoint is incomplete" if len(numbers) > 1 else "save them all in one dtype"
         raise CheckpointError(
             f"{checkpoint.source}: expert {short} of {stack.prefix} has {sizes[short]:,} bytes, others "
-            f"{max(sizes):,}; the checkpoint is incomplete"
+            f"{max(sizes):,}; {cure}"
         )
     stack.expert_bytes = sizes[0]
     stack.slot_bytes = sum(rows_nbytes(tensors[name], axis) for name, axis in stack.slots.items())
-    stack.dtype = tensors[next(iter([*stack.experts, *stack.fused]))].dtype
+    stack.dtype = max(
+        (tensors[name].dtype for name in [*stack.experts, *stack.fused]), key=lambda d: DTYPES[d].itemsize
+    )

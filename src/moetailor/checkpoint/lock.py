@@ -209,8 +209,12 @@ def _hold(handle: int, work: Path, place: Path) -> bool:
     command = textwrap.shorten(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), 200, placeholder=" ...")
     about = {"format": MARK, "process": os.getpid(), "host": socket.gethostname(), "command": command}
     line = json.dumps(about | {"since": time.strftime("%Y-%m-%d %H:%M:%S")}).encode() + b"\n"
-    os.pwrite(handle, line, 0)  # in one piece: a mark is never half written
-    os.ftruncate(handle, len(line))
+    try:
+        os.pwrite(handle, line, 0)  # in one piece: a mark is never half written
+        os.ftruncate(handle, len(line))
+    except OSError as error:
+        _leave(work)
+        raise UnwritableError(place, error) from None
     return True
 
 
@@ -227,8 +231,9 @@ def _sweep(work: Path) -> None:
 def _leave(work: Path) -> None:
     """Delete a work folder in which nothing is left; its lock goes last: nothing of ours is ever without its mark."""
     with suppress(OSError):
-        if os.listdir(work) == [LOCK]:
-            (work / LOCK).unlink()
+        with suppress(PermissionError):  # a umask may have shut us out; what has nothing in it can go even then
+            if os.listdir(work) == [LOCK]:
+                (work / LOCK).unlink()
         work.rmdir()
 
 

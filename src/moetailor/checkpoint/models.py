@@ -27,8 +27,10 @@ def resolve_device(name: str | None) -> str:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise MoetailorError(f"device {name!r} cannot be used here ({reason}); use another one, such as cpu") from None
+        told = f"cannot be used here ({reason_of(error)}); use another one, such as cpu"
+        raise MoetailorError(f"device {name!r} {told}") from None
+    if torch.device(name).type == "meta":
+        raise MoetailorError(f"device {name!r} holds no numbers; use another one, such as cpu")
     return name
 
 

@@ -33,10 +33,13 @@ def check_place(out: Path, *, overwrite: bool, inputs: Inputs | None = None) -> 
     """
     if out.name in ("", ".."):
         raise MoetailorError(f"{out}: has no name of its own; name the folder of the result")
+    if out.parts[0] == "~":
+        raise MoetailorError(f"{out}: no shell has put your home folder in place of ~; write the whole path")
     restore(out)
     check_inputs(out, inputs or {})
     if os.path.lexists(out) and not out.is_dir():
-        raise MoetailorError(f"{out}: is a file; choose another folder")
+        what = "a file" if out.exists() else "a link to nothing"
+        raise MoetailorError(f"{out}: is {what}; choose another folder")
     if out.exists() and not overwrite:
         raise MoetailorError(f"{out}: exists; choose another folder or pass --overwrite")
     if foreign := sorted(_files(out) - _written(out)):
@@ -88,6 +91,8 @@ def check_file(file: Path, kind: str) -> None:
     if file.is_dir() or not file.parent.is_dir():
         what = "is a folder" if file.is_dir() else f"there is no folder {file.parent}"
         raise MoetailorError(f"{file}: {what}; name a file that can be written")
+    if not os.access(file.parent if file.is_file() or not file.exists() else file, os.W_OK):
+        raise MoetailorError(f"{file}: its place cannot be written to; name a file that can be written")
     if file.is_file() and not _is_a(kind, file):
         raise MoetailorError(f"{file}: exists and is no {kind} of moetailor; name another file, or move that one away")
     if file.name in _written(file.parent):

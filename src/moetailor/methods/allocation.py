@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
 import torch
@@ -36,7 +37,7 @@ def read_allocation(text: str) -> Allocation:
     """
     if text in RULES:
         return text  # type: ignore[return-value]
-    if not text.endswith(".json"):
+    if not text.endswith(".json") and not Path(text).is_file():
         raise PlanError(f"--allocation {text}" + did_you_mean(text, RULES) + "; or name a .json file")
     cure = 'write layers to experts kept, such as {"0": 24, "1": "75%"}'
     content = load_json(text, error=PlanError, cure=cure)

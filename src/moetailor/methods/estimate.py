@@ -7,8 +7,8 @@ from typing import Any
 
 from moetailor.checkpoint.facts import ModelFacts
 from moetailor.checkpoint.layout import Stack
-from moetailor.errors import PlanError
-from moetailor.methods.allocation import Allocation, AllocationBounds, counts_of
+from moetailor.errors import PlanError, did_you_mean
+from moetailor.methods.allocation import RULES, Allocation, AllocationBounds, counts_of
 from moetailor.methods.choose import refuse_protected
 from moetailor.methods.method import Method
 from moetailor.planning.budget import Budget
@@ -48,6 +48,8 @@ def estimate_plan(
     """
     run = [stack for stack in facts.stacks if stack.index is not None]
     known = {stack.index: stack.num_experts for stack in facts.stacks if stack.index is not None}
+    if isinstance(allocation, str) and allocation not in RULES:
+        raise PlanError(f"--allocation {allocation}" + did_you_mean(allocation, RULES))
     selected, protect = set(known) if layers is None else set(layers), set(protect)
     if unknown := sorted(selected - set(known)):
         raise PlanError(f"--layers: {unknown} are no MoE layers; those are {', '.join(map(str, known))}")
@@ -145,7 +147,8 @@ def allocation_bounds(
 
 def method_budget(budget: Budget, method: Method, facts: ModelFacts) -> Budget:
     """Return the budget as a method takes it: bytes on disk where it is one of memory, or of a share of all bytes."""
-    within = budget.on_disk(facts.dtypes, facts.stacks[0].dtype)
+    router = sum(stack.num_experts * stack.slot_bytes for stack in facts.stacks)
+    within = budget.on_disk(facts.dtypes, {stack.dtype for stack in facts.stacks}, router)
     return within.of_total(facts.nbytes) if method.remove_counts_bytes else within
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ from moetailor.calibration.statistics import ON_REQUEST
 from moetailor.checkpoint.facts import ModelFacts
 from moetailor.checkpoint.layout import Stack
 from moetailor.checkpoint.weights import ExpertWeights
-from moetailor.errors import CheckpointError, PlanError
+from moetailor.errors import CheckpointError, MoetailorWarning, PlanError
 from moetailor.methods.allocation import Allocation, allocate_by_rule
 from moetailor.methods.estimate import (
     allocation_bounds,
@@ -106,6 +107,9 @@ def make_plan(
         layers={prefix: layer for prefix, layer in decided.items() if not layer.untouched},
     )
     check_plan(plan, facts)
+    if not plan.layers and budget.remove != 0:
+        told = f"{plan.budget}: takes no expert from any layer of {max(s.num_experts for s in facts.stacks)}"
+        warnings.warn(f"{told}; the result will be the original", MoetailorWarning, stacklevel=2)
     return plan
 
 

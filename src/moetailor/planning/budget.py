@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -75,13 +75,16 @@ class Budget:
         """
         return self if not self.remove else Budget(size=nbytes - int(nbytes * self.remove))
 
-    def on_disk(self, dtypes: Mapping[str, int], experts: str) -> Budget:
+    def on_disk(self, dtypes: Mapping[str, int], experts: Collection[str], router: int = 0) -> Budget:
         """Return the budget with bytes in memory turned into bytes on disk.
+
+        Each byte that goes from the disk is counted as one of the widest experts', which save the least in memory. Of
+        the router's rows, whose dtype may be wider, nothing is counted as saved.
 
         Args:
             dtypes: bytes of the original's tensors by dtype, as safetensors names them.
-            experts: dtype of the experts, which that of all that is removed or added is taken for; dropped router rows
-                of a wider dtype save less.
+            experts: dtypes of the experts.
+            router: bytes of the rows that may be dropped from routers.
 
         Raises:
             PlanError: the weights are not stored as floating-point numbers that could be loaded in another dtype.
@@ -92,12 +95,13 @@ class Budget:
             return Budget(size=self.memory)
         if not dtypes:
             raise PlanError(f"--load-dtype {self.load_dtype}: an older calibration does not say how weights are stored")
-        if experts not in STORED:
-            raise PlanError(f"--load-dtype {self.load_dtype}: experts are stored as {experts}; leave it out")
-        wide = WIDTHS[self.load_dtype]
+        if other := sorted(set(experts) - set(STORED)):
+            raise PlanError(f"--load-dtype {self.load_dtype}: experts are stored as {other[0]}; leave it out")
+        wide, stored = WIDTHS[self.load_dtype], max(STORED[dtype] for dtype in experts)
         loaded = sum(nbytes * wide // STORED.get(dtype, wide) for dtype, nbytes in dtypes.items())
-        # what goes from the disk goes from memory in the ratio of the widths
-        return Budget(size=max(0, sum(dtypes.values()) - -(-(loaded - self.memory) * STORED[experts] // wide)))
+        # What goes from the disk goes from memory in the ratio of the widths.
+        removed = -(-(loaded - self.memory) * stored // wide)
+        return Budget(size=max(0, sum(dtypes.values()) - removed - (router if removed > 0 and len(dtypes) > 1 else 0)))
 
     @classmethod
     def parse(

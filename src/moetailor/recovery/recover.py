@@ -29,7 +29,7 @@ from moetailor.recovery.examples import Blocks, ExampleOptions, files_of, read_b
 from moetailor.recovery.folder import begin_training, check_training, end_training, place_of, training_folder
 from moetailor.recovery.fsdp import check_shardable, shard
 from moetailor.recovery.loss import Loss, Objective, Student
-from moetailor.recovery.result import provenance_of, write_recovered
+from moetailor.recovery.result import check_writable, provenance_of, write_recovered
 from moetailor.recovery.train import RecoveryOptions, mean_losses, training_arguments
 from moetailor.recovery.train import train as train_student
 from moetailor.recovery.trainable import Adapters, Selection, check_words, select
@@ -204,6 +204,7 @@ def _begin(
     """Load the student as it is before the training, and say what of it trains."""
     student = Student(load(source), objective, teacher)
     selection = select(student.model, source.anatomy, train)
+    check_writable(source.checkpoint, student.model, selection.names)
     set_seed(options.seed)
     adapters = Adapters(student.model, source.anatomy, selection, rank=options.lora_rank, alpha=options.lora_alpha)
     return student, selection, adapters

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import shutil
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from moetailor._version import __version__
 from moetailor.checkpoint.anatomy import tensors_of
@@ -81,26 +83,59 @@ def provenance_of(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"moetailor": __version__} if told is None else told
 
 
+def check_writable(checkpoint: Checkpoint, model: Any, changed: Iterable[str]) -> None:
+    """Refuse, before a training, tensors that could not be written after it; see `write_recovered`."""
+    tensors, keys = tensors_of(model), _keys(checkpoint, model)
+    for name in changed:
+        _as_on_disk(checkpoint, model, name, tensors[name].detach().to("meta"), keys[name])
+
+
 def _save_changed(scratch: Path, checkpoint: Checkpoint, model: Any, changed: Iterable[str]) -> dict[str, TensorInfo]:
     """Write the changed tensors as they lie on disk, a file for each parameter; return where each one is."""
-    keys: dict[str, list[str]] = defaultdict(list)
-    for key, name in memory_names(checkpoint, model).items():
-        keys[name].append(key)
-    tensors, found = tensors_of(model), {}
+    tensors, keys, found = tensors_of(model), _keys(checkpoint, model), {}
     for number, name in enumerate(changed):
-        made = disk_tensors(model, {name: tensors[name].detach().cpu()})
-        if len(made) == len(keys[name]) == 1:
-            made = {keys[name][0]: next(iter(made.values()))}
-        fits = {key: key in made and made[key].shape == checkpoint.tensors[key].shape for key in keys[name]}
-        if not all(fits.values()) or len(made) != len(fits):
-            raise CheckpointError(
-                f"{checkpoint.source}: {name} does not lie there as transformers would write it "
-                f"({', '.join(list(made)[:2])}, ...); save the checkpoint again with this transformers, then recover"
-            )
+        made = _as_on_disk(checkpoint, model, name, tensors[name].detach().cpu(), keys[name])
         file = scratch / f"{number:05d}.safetensors"
-        stored = {key: made[key].to(DTYPES[checkpoint.tensors[key].dtype]) for key in made}
+        stored = {key: tensor.to(DTYPES[checkpoint.tensors[key].dtype]) for key, tensor in made.items()}
         for key, tensor in stored.items():
             check_stored(tensor, key)
         save_tensors(stored, file)
         found |= read_header(file)
     return found
+
+
+def _keys(checkpoint: Checkpoint, model: Any) -> Mapping[str, Sequence[str]]:
+    """Return the names on disk of what becomes each parameter."""
+    keys: dict[str, list[str]] = defaultdict(list)
+    for key, name in memory_names(checkpoint, model).items():
+        keys[name].append(key)
+    return keys
+
+
+def _as_on_disk(
+    checkpoint: Checkpoint, model: Any, name: str, tensor: torch.Tensor, keys: Sequence[str]
+) -> dict[str, torch.Tensor]:
+    """Return a parameter as its checkpoint has it.
+
+    Args:
+        checkpoint: what was trained.
+        model: it in memory.
+        name: the parameter.
+        tensor: its numbers.
+        keys: the names on disk of what becomes it.
+
+    Raises:
+        CheckpointError: transformers' rules do not give that back.
+    """
+    made = disk_tensors(model, {name: tensor})
+    if len(made) == len(keys) == 1:
+        return {keys[0]: next(iter(made.values()))}
+    # On disk the name of the decoder may have been left away.
+    named = {made_key: key for key in keys for made_key in made if f".{made_key}".endswith(f".{key}")}
+    shapes = {named[key]: part.shape for key, part in made.items() if key in named}
+    if len(named) < len(made) or shapes != {key: checkpoint.tensors[key].shape for key in keys}:
+        raise CheckpointError(
+            f"{checkpoint.source}: {name} does not lie there as transformers would write it "
+            f"({', '.join(list(made)[:2])}, ...); save the checkpoint again with this transformers, then recover"
+        )
+    return {named[key]: part for key, part in made.items()}

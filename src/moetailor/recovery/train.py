@@ -15,7 +15,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerState
 
 from moetailor.checkpoint.loader import quiet_transformers
-from moetailor.errors import MoetailorError
+from moetailor.errors import MoetailorError, reason_of
 from moetailor.progress import Progress
 from moetailor.recovery.examples import Blocks
 from moetailor.recovery.folder import check_parts, last_checkpoint
@@ -101,30 +101,31 @@ def training_arguments(folder: Path, options: RecoveryOptions, device: str) -> T
     """
     if device not in ("cpu", "cuda"):
         raise MoetailorError(f"device {device!r}: training runs on cpu or cuda; choose GPUs with CUDA_VISIBLE_DEVICES")
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        use_cpu=device == "cpu",
-        max_steps=options.steps or -1,
-        num_train_epochs=options.epochs,
-        per_device_train_batch_size=options.batch_size,
-        gradient_accumulation_steps=options.accumulate,
-        learning_rate=options.lr,
-        lr_scheduler_type="cosine",
-        # Below 1 it is a share; 0.03 of few steps still is one step.
-        warmup_steps=options.warmup,
-        weight_decay=options.weight_decay,
-        seed=options.seed,
-        save_steps=options.save_every,
-        save_total_limit=1,
-        # Each step: a loss that is not finite must stop the run before anything is saved after it.
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        average_tokens_across_devices=True,
-        include_num_input_tokens_seen="all",
-        disable_tqdm=True,
-        report_to="none",
-        fsdp=True if options.fsdp else None,  # type: ignore[arg-type]
-    )
+    with _processes():
+        arguments = TrainingArguments(
+            output_dir=str(folder),
+            use_cpu=device == "cpu",
+            max_steps=options.steps or -1,
+            num_train_epochs=options.epochs,
+            per_device_train_batch_size=options.batch_size,
+            gradient_accumulation_steps=options.accumulate,
+            learning_rate=options.lr,
+            lr_scheduler_type="cosine",
+            # Below 1 it is a share; 0.03 of few steps still is one step.
+            warmup_steps=options.warmup,
+            weight_decay=options.weight_decay,
+            seed=options.seed,
+            save_steps=options.save_every,
+            save_total_limit=1,
+            # Each step: a loss that is not finite must stop the run before anything is saved after it.
+            logging_steps=1,
+            logging_nan_inf_filter=False,
+            average_tokens_across_devices=True,
+            include_num_input_tokens_seen="all",
+            disable_tqdm=True,
+            report_to="none",
+            fsdp=True if options.fsdp else None,  # type: ignore[arg-type]
+        )
     if options.fsdp and arguments.world_size == 1:
         raise MoetailorError(
             "--fsdp shares the model out to several processes, and this is the only one; start them with "
@@ -133,6 +134,24 @@ def training_arguments(folder: Path, options: RecoveryOptions, device: str) -> T
     # One process drives one GPU; more of them take torchrun or accelerate.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
+
+
+@contextmanager
+def _processes() -> Iterator[None]:
+    """Say what is wrong when the environment speaks of other processes and nobody started them.
+
+    Raises:
+        MoetailorError: see above.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if "rendezvous" not in str(error):
+            raise
+        raise MoetailorError(
+            f"the environment speaks of several processes ({reason_of(error)}); start them with torchrun, or unset "
+            "RANK and WORLD_SIZE"
+        ) from None
 
 
 def train(

@@ -38,8 +38,11 @@ def apply(
         **options: see `apply_to_model` and `apply_to_checkpoint`.
 
     Raises:
-        MoetailorError: a checkpoint without a folder for the result, and all that the two functions raise.
+        MoetailorError: a checkpoint without a folder for the result, a model with one, and all that the two functions
+            raise.
     """
+    if isinstance(model, nn.Module) and out is not None:
+        raise MoetailorError(f"{out}: a model in memory is changed in place; leave out= away, and save it afterwards")
     if isinstance(model, nn.Module):
         return apply_to_model(plan, model, **options)
     if out is None:

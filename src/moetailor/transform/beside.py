@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
+from collections import defaultdict
 from collections.abc import Collection
 from fnmatch import fnmatch
 from pathlib import Path
@@ -19,6 +20,7 @@ TERMS = ("licen[cs]e*", "copying*", "copyright*", "notice*", "*policy*.md", "*te
 COPIED = (*TOKENIZER, *TEMPLATES, *TERMS)
 # Of these not: hidden files, indexes of other weights, adapters, whose weights stay behind, and what is no small file.
 NOT_COPIED, LARGEST = (".*", "*.index.json", "*.index.*.json", "adapter_config.json"), 2**28
+CODE = "code is copied with --trust-remote-code only; what loads with trust_remote_code needs it"
 
 
 def copy_others(source: Path, folder: Path, *, left_out: Collection[str], trust_remote_code: bool = False) -> None:
@@ -30,28 +32,25 @@ def copy_others(source: Path, folder: Path, *, left_out: Collection[str], trust_
         left_out: names of files that the result writes anew.
         trust_remote_code: copy code too.
     """
-    code, links, large = [], [], []
+    left: dict[str, list[str]] = defaultdict(list)
     for file in sorted(path for pattern in ("*", "*/*") for path in source.glob(pattern)):
         name = file.relative_to(source).as_posix()
         is_code = fnmatch(name, "*.py")
         if name in left_out or not (is_code or _is_beside(name)) or file.is_dir():
             continue
-        if not file.is_file() or not lies_inside(file, source):
-            links.append(name)
+        if not lies_inside(file, source):
+            left["links that lead out of the folder are not followed"].append(name)
+        elif not file.is_file():
+            left["they are no ordinary files"].append(name)
         elif file.stat().st_size > LARGEST:
-            large.append(name)
+            left[f"files above {LARGEST >> 20} MiB are not copied"].append(name)
         elif is_code and not trust_remote_code:
-            code.append(name)
+            left[CODE].append(name)
         else:
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(file, folder / name)
-    for names, reason in (
-        (code, "code is copied with --trust-remote-code only; what loads with trust_remote_code needs it"),
-        (links, "links that lead out of the folder are not followed"),
-        (large, f"files above {LARGEST >> 20} MiB are not copied"),
-    ):
-        if names:
-            warnings.warn(f"{source}: left out {', '.join(names)}: {reason}", MoetailorWarning, stacklevel=3)
+    for reason, names in left.items():
+        warnings.warn(f"{source}: left out {', '.join(names)}: {reason}", MoetailorWarning, stacklevel=3)
 
 
 def _is_beside(name: str) -> bool:

@@ -12,7 +12,7 @@ from torch import nn
 from moetailor.calibration.folder import Calibration
 from moetailor.checkpoint.anatomy import Anatomy
 from moetailor.checkpoint.experts import Experts, ExpertShape
-from moetailor.checkpoint.files import DTYPE_NAMES, DTYPES
+from moetailor.checkpoint.files import DTYPE_NAMES
 from moetailor.checkpoint.tensors import check_stored, is_finite
 from moetailor.checkpoint.weights import ExpertWeights
 from moetailor.errors import PlanError, did_you_mean
@@ -52,6 +52,10 @@ def check_calibration(plan: Plan, calibration: Calibration | None, propagate: Pr
     """
     if propagate not in get_args(Propagate):
         raise PlanError(f"propagate {propagate!r}" + did_you_mean(propagate, get_args(Propagate)))
+    if calibration is not None and calibration_hash(calibration.fingerprint) != plan.calibration:
+        raise PlanError(
+            f"{calibration.folder}: not the calibration that the plan was made from; give that one, or plan again"
+        )
     if not plan.computed:
         if propagate == "compressed":
             raise PlanError(f"--propagate compressed: a plan of {plan.method!r} has nothing to fit; leave it out")
@@ -74,10 +78,6 @@ def check_calibration(plan: Plan, calibration: Calibration | None, propagate: Pr
         raise PlanError(
             f"the plan has {sorted(plan.computed)[0]} slots, which are computed from the calibration; name it with "
             "--calibration"
-        )
-    if calibration_hash(calibration.fingerprint) != plan.calibration:
-        raise PlanError(
-            f"{calibration.folder}: not the calibration that the plan was made from; give that one, or plan again"
         )
 
 
@@ -116,24 +116,23 @@ def compute_layer(plan: Plan, view: LayerView) -> LayerTensors:
     return LayerTensors(added={name: given[name] for name in declared}, rebuilt=rebuilt)
 
 
-def stored_tensors(plan: Plan, layer: int, shape: ExpertShape, tensors: LayerTensors, dtype: str) -> LayerTensors:
-    """Return what was computed as it is stored: rounded, or turned into codes.
+def stored_tensors(plan: Plan, layer: int, shape: ExpertShape, added: Tensors, dtype: str) -> Tensors:
+    """Return the answers' tensors as they are stored: rounded, or turned into codes.
 
     Args:
         plan: the plan.
         layer: decoder layer.
         shape: what the layer's experts are made of.
-        tensors: the numbers.
+        added: the numbers, by the names that the answers declare.
         dtype: safetensors dtype of the layer's experts.
 
     Raises:
         CheckpointError: a number is larger than the dtype holds.
     """
-    declared, added = plan.slot_maps[layer].tensors(shape), {}
-    for name, numbers in tensors.added.items():
-        added |= declared[name].encode(name, numbers, dtype)
-    stored = LayerTensors(added=added, rebuilt={n: t.to(DTYPES[dtype]) for n, t in tensors.rebuilt.items()})
-    for name, tensor in (stored.added | stored.rebuilt).items():
+    declared, stored = plan.slot_maps[layer].tensors(shape), {}
+    for name, numbers in added.items():
+        stored |= declared[name].encode(name, numbers, dtype)
+    for name, tensor in stored.items():
         check_stored(tensor, f"layer {layer}: {name}")
     return stored
 
@@ -155,12 +154,13 @@ def change_layer(model: nn.Module, anatomy: Anatomy, plan: Plan, layer: int, ten
     if tensors is None:
         return
     module: nn.Module = model.get_submodule(moe.experts)
-    dtype = DTYPE_NAMES[Experts(module).dtype]
-    stored = stored_tensors(plan, layer, moe.expert_shape, tensors, dtype)
+    stored = stored_tensors(plan, layer, moe.expert_shape, tensors.added, DTYPE_NAMES[Experts(module).dtype])
     rows = [layer_plan.pool.index(expert) for expert in layer_plan.rebuilt]
     with torch.no_grad():
-        for name, tensor in stored.added.items():
+        for name, tensor in stored.items():
             getattr(module, name).copy_(tensor)
-        for name, tensor in stored.rebuilt.items():
+        for name, tensor in tensors.rebuilt.items():
             parameter = getattr(module, name)
-            parameter[rows] = tensor.to(parameter)
+            rounded = tensor.to(parameter)
+            check_stored(rounded, f"layer {layer}: {name}")
+            parameter[rows] = rounded

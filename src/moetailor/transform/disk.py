@@ -13,7 +13,7 @@ import torch
 from moetailor._version import __version__
 from moetailor.calibration.folder import Calibration
 from moetailor.checkpoint.artifact import save_tensors, write_json, write_text
-from moetailor.checkpoint.files import Checkpoint, TensorInfo, read_header
+from moetailor.checkpoint.files import DTYPES, Checkpoint, TensorInfo, read_header
 from moetailor.checkpoint.folder import INDEX
 from moetailor.checkpoint.layout import DiskStack
 from moetailor.checkpoint.loader import StreamedModel
@@ -21,6 +21,7 @@ from moetailor.checkpoint.models import resolve_device
 from moetailor.checkpoint.names import disk_tensors
 from moetailor.checkpoint.original import Original, open_original
 from moetailor.checkpoint.place import PLAN_FILE, PROVENANCE_FILE, check_place, new_folder
+from moetailor.checkpoint.tensors import check_stored
 from moetailor.checkpoint.weights import ExpertWeights
 from moetailor.checkpoint.writer import write_shards
 from moetailor.errors import CheckpointError, PlanError
@@ -153,12 +154,12 @@ def _compute(
     total = sum(bool(layer_plan.computed) for layer_plan in plan.by_layer.values())
     for done, (layer, tensors) in enumerate(_computed_layers(parts, calibration, source, scratch, propagate), start=1):
         stack, shape = stacks[layer], parts.anatomy.layers[layer].expert_shape
-        stored = stored_tensors(plan, layer, shape, tensors, stack.dtype)
+        stored = stored_tensors(plan, layer, shape, tensors.added, stack.dtype)
         file = scratch / f"{layer:04d}.safetensors"
-        on_disk = _as_on_disk(parts, stack, source, stored.rebuilt)
-        save_tensors({name: tensor.cpu().contiguous() for name, tensor in (stored.added | on_disk).items()}, file)
+        on_disk = _as_on_disk(parts, stack, source, tensors.rebuilt)
+        save_tensors({name: tensor.cpu().contiguous() for name, tensor in (stored | on_disk).items()}, file)
         header = read_header(file)
-        added[layer] = {name: header[name] for name in stored.added}
+        added[layer] = {name: header[name] for name in stored}
         rebuilt |= {name: header[name] for name in on_disk}
         if progress:
             progress("fit", done, total)
@@ -178,7 +179,7 @@ def _computed_layers(
 
 
 def _as_on_disk(parts: Parts, stack: DiskStack, source: StreamedModel, rebuilt: Tensors) -> Tensors:
-    """Return a layer's new experts by the names on disk that they will have.
+    """Return a layer's new experts by the names on disk that they will have, each in the dtype of what it replaces.
 
     Args:
         parts: plan and original.
@@ -187,7 +188,8 @@ def _as_on_disk(parts: Parts, stack: DiskStack, source: StreamedModel, rebuilt: 
         rebuilt: the family's parameters, with a row for each new expert.
 
     Raises:
-        CheckpointError: the experts lie on disk in a way that transformers' rules do not give back.
+        CheckpointError: the experts lie on disk in a way that transformers' rules do not give back, or a number is
+            larger than the dtype holds.
     """
     if not rebuilt:
         return {}
@@ -197,11 +199,17 @@ def _as_on_disk(parts: Parts, stack: DiskStack, source: StreamedModel, rebuilt: 
     for name, tensor in disk_tensors(source.model, {f"{path}.{name}": t for name, t in rebuilt.items()}).items():
         name, number = stack.named(name), stack.expert_number(name)
         found[name if number is None else stack.renamed(name, places[number])] = tensor
-    wanted = [name for name, expert in stack.experts.items() if expert in layer.rebuilt]
-    expected = {stack.renamed(name, layer.pool.index(stack.experts[name])) for name in wanted} | set(stack.fused)
-    if lost := sorted(expected - set(found)):
+    replaced = {name: name for name in stack.fused} | {
+        stack.renamed(name, layer.pool.index(expert)): name
+        for name, expert in stack.experts.items()
+        if expert in layer.rebuilt
+    }
+    if lost := sorted(replaced.keys() - found.keys()):
         raise CheckpointError(
             f"{source.checkpoint.source}: its experts lie as {lost[0]!r}, transformers would write them as "
             f"{sorted(found)[0]!r}; save the checkpoint again with this transformers, then merge"
         )
+    for name, original in replaced.items():
+        found[name] = found[name].to(DTYPES[parts.checkpoint.tensors[original].dtype])
+        check_stored(found[name], name)
     return found

@@ -24,7 +24,8 @@ def apply_to_model(
 ) -> nn.Module:
     """Compress a model in memory, in place, and return it.
 
-    It can then run, be saved with ``save_pretrained`` and loaded again.
+    It can then run, be saved with ``save_pretrained`` and loaded again. Layers change one after the other: when it is
+    interrupted, the model is of no more use.
 
     Args:
         plan: what becomes of the slots.

@@ -91,5 +91,5 @@ def resolve_format(plan: Plan, wanted: str) -> Format:
         return next(form for form in FORMATS.values() if form.automatic and form.refusal(plan) is None)
     if reason := (form := find_format(wanted)).refusal(plan):
         fits = next((other.name for other in FORMATS.values() if other.refusal(plan) is None), None)
-        raise PlanError(f"format {wanted} {reason}" + (f"; use --format {fits}" if fits else ""))
+        raise PlanError(f"format {wanted} {reason}" + (f"; format {fits} can hold it" if fits else ""))
     return form
