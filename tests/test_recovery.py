@@ -489,6 +489,17 @@ def test_processes_without_gpus_cannot_share_a_model(compress: Compress, checkpo
     assert not (tmp_path / "out").exists()
 
 
+def test_an_environment_of_processes_that_nobody_started(compress: Compress, checkpoint: Get, tmp_path: Path) -> None:
+    values = {"before": compress("linear"), "teacher": checkpoint("olmoe"), "out": tmp_path / "out"}
+    given = {name: value for name, value in os.environ.items() if not name.startswith("MASTER_")}
+    command = [sys.executable, str(script(tmp_path / "a.py", **values))]
+    environment = given | {"RANK": "0", "WORLD_SIZE": "2"}
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode != 0
+    assert "the environment speaks of several processes" in ran.stderr
+    assert not (tmp_path / "out").exists()
+
+
 # Bad input
 
 

@@ -79,6 +79,7 @@ def read_tensors(
     if not file.is_file():
         raise error(f"{file}: {'no ordinary file' if file.exists() else 'missing'}; {cure}")
     try:
+        file.open("rb").close()  # safetensors calls whatever it cannot open missing
         with safe_open(file, "pt") as tensors:
             there = [name for name in tensors.keys() if name.startswith(prefix)]
             found = {name.removeprefix(prefix): tensors.get_tensor(name) for name in there}

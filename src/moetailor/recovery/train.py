@@ -146,7 +146,7 @@ def _processes() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        if "rendezvous" not in str(error):
+        if "MASTER_" not in str(error):
             raise
         raise MoetailorError(
             f"the environment speaks of several processes ({reason_of(error)}); start them with torchrun, or unset "
