@@ -336,7 +336,7 @@ def test_ranking_and_correlation() -> None:
 
 def test_all_is_what_is_neither_trained_nor_slow() -> None:
     found = {cell.method for cell in cells_of(["all"], ["25%"])}
-    assert found == set(moetailor.METHODS) - {"compressed_experts", "lightmoe", "naee", "refit"}
+    assert found == set(moetailor.METHODS) - {"compressed_experts", "lightmoe", "naee", "quantize", "refit"}
     cells = cells_of(["mone", "all", "linear:rank=4:ranks=chosen", "mone:score=fusion", "naee"], ["50%", "0.5", "10%"])
     assert [cell.ratio for cell in cells] == sorted([cell.ratio for cell in cells])
     assert {cell.ratio for cell in cells} == {"10%", "50%"}

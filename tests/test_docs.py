@@ -79,8 +79,8 @@ def test_help_is_quick_and_loads_nothing_heavy() -> None:
 PUBLIC = """
 METHODS Allocated Batch Budget Calibration CalibrationError CheckpointError ExampleOptions ExpertWeights MoetailorConfig
 MoetailorError MoetailorWarning Plan PlanError RecoveryOptions RecoveryResult Redundancy SampleOptions Scores
-SearchOptions TaskOptions TextOptions __version__ allocate apply calibrate compare compress evaluate find_redundancy
-make_plan precheck read_batches recover
+SearchOptions TaskOptions TextOptions Width __version__ allocate apply calibrate compare compress evaluate
+find_redundancy make_plan precheck read_batches recover
 """.split()
 FLAGS = {
     "inspect": "--calibration --json --trust-remote-code",
@@ -88,17 +88,17 @@ FLAGS = {
     "--residual --sample-tokens --seed --sensitivity "
     "--sequences --states --stream --trust-remote-code",
     "methods": "",
-    "plan": "--allocation --guard-super-experts --keep --layers --load-dtype --memory --method --model --native --out "
-    "--param --protect --remove --size --trust-remote-code",
+    "plan": "--allocation --bits --guard-super-experts --keep --layers --load-dtype --memory --method --model --native "
+    "--out --param --protect --remove --size --trust-remote-code",
     "allocate": "--device --dtype --generations --keep --layers --load-dtype --memory --method --model --out "
     "--param --population --protect --remove --samples --seed --size --survivors --trust-remote-code",
     "show": "--scores",
     "diff": "",
     "apply": "--allow-other-weights --calibration --device --format --out --overwrite --propagate --trust-remote-code "
     "--verify",
-    "compress": "--allocation --batch-size --calibration --data --device --device-map --dry-run --dtype --format "
-    "--guard-super-experts --keep --layers --length --load-dtype --mask-special --memory --method --native --out "
-    "--overwrite --param --propagate --protect --remove --sample-tokens --seed "
+    "compress": "--allocation --batch-size --bits --calibration --data --device --device-map --dry-run --dtype "
+    "--format --guard-super-experts --keep --layers --length --load-dtype --mask-special --memory --method --native "
+    "--out --overwrite --param --propagate --protect --remove --sample-tokens --seed "
     "--sequences --size --states --stream --trust-remote-code",
     "evaluate": "--against --batch-size --data --device --device-map --dtype --json --length --limit --sequences "
     "--task-data --task-dir --tasks --trust-remote-code",

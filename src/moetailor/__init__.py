@@ -4,6 +4,7 @@ Importing it also lets transformers load what it writes.
 """
 
 from moetailor._version import __version__
+from moetailor.answers import Width
 from moetailor.calibration.batch import Batch
 from moetailor.calibration.calibrate import calibrate
 from moetailor.calibration.folder import Calibration
@@ -49,6 +50,7 @@ __all__ = [
     "SearchOptions",
     "TaskOptions",
     "TextOptions",
+    "Width",
     "__version__",
     "allocate",
     "apply",

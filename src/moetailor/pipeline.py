@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from moetailor.answers import Width
 from moetailor.calibration.calibrate import States, calibrate
 from moetailor.calibration.folder import Calibration
 from moetailor.calibration.sampling import SampleOptions
@@ -37,6 +38,7 @@ def precheck(
     layers: Iterable[int] | None = None,
     protect: Iterable[tuple[int, int]] = (),
     allocation: Allocation = "uniform",
+    width: Width | None = None,
     calibration: str | Path | None = None,
     text: TextOptions | None = None,
     format: str = "auto",
@@ -54,6 +56,7 @@ def precheck(
         layers: decoder layers to change.
         protect: (layer, expert) pairs that must stay.
         allocation: how many experts each layer keeps, see `make_plan`.
+        width: how all that stays of experts lies, see `make_plan`.
         calibration: calibration folder to use or to make, when it is named.
         text: calibration text; its files must stay, they are not read here.
         format: format of the result.
@@ -68,7 +71,7 @@ def precheck(
     inputs = {"the original": original.folder, "the calibration": Path(calibration) if calibration else None}
     check_place(Path(out), overwrite=overwrite, inputs=inputs | {"the text": files_of(text.data) if text else None})
     anatomy, facts = original.anatomy, original.facts
-    plan = estimate_plan(facts, chosen, budget, layers=layers, protect=protect, allocation=allocation)
+    plan = estimate_plan(facts, chosen, budget, layers=layers, protect=protect, allocation=allocation, width=width)
     ruled = allocation in ("error", "global")
     if ruled and format == "native":
         raise PlanError(f"--allocation {allocation}: layers keep different numbers of experts; use --format moetailor")
@@ -93,6 +96,7 @@ def compress(
     protect: Iterable[tuple[int, int]] = (),
     guard_super_experts: bool = False,
     allocation: Allocation = "uniform",
+    width: Width | None = None,
     calibration: str | Path | None = None,
     sample: SampleOptions = SampleOptions(),  # noqa: B008 (frozen)
     stream: bool = False,
@@ -119,6 +123,7 @@ def compress(
         protect: (layer, expert) pairs that must stay.
         guard_super_experts: protect experts with extreme outputs.
         allocation: how many experts each layer keeps, see `make_plan`.
+        width: how all that stays of experts lies, see `make_plan`.
         calibration: calibration folder to use or to make; ``OUT.calibration`` when None.
         sample: which tokens are kept whole.
         stream: hold one decoder layer in memory at a time.
@@ -137,6 +142,7 @@ def compress(
     """
     original = Original(model, trust_remote_code=trust_remote_code)
     given: dict[str, Any] = {"parameters": parameters, "allocation": allocation, "protect": pairs_of(protect)}
+    given |= {"width": width}
     given |= {"layers": None if layers is None else list(layers)}
     written: dict[str, Any] = {"format": format, "overwrite": overwrite}
     precheck(original, out, method=method, budget=budget, calibration=calibration, text=text, **given, **written)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -113,21 +114,26 @@ def summarise(source: str | Path, *, trust_remote_code: bool = False) -> Summary
     original = Original(source, takes="results", trust_remote_code=trust_remote_code)
     checkpoint, skeleton, anatomy = original.checkpoint, original.skeleton, original.anatomy
     maps = _slot_maps(checkpoint)
-    shared, slots = _shared_parameters(skeleton, anatomy), {i: layer.num_experts for i, layer in anatomy.layers.items()}
+    shared = _shared_parameters(skeleton, anatomy)
     # An expert has the same shape in original and compressed layers; its size is that of the skeleton's rows.
     tensors = tensors_of(skeleton.model)
     numbers = {
         index: sum(tensors[f"{layer.experts}.{name}"].numel() for name in layer.expert_rows) // layer.num_experts
         for index, layer in anatomy.layers.items()
     }
-    width = _stored_width(checkpoint, skeleton, anatomy)
+    width = _stored_width(checkpoint, skeleton, anatomy, maps)
     moe = tuple(
-        _moe(index, slots[index], anatomy.top_k, maps.get(index), numbers[index] * width)
+        _moe(index, anatomy.layers[index], anatomy.top_k, maps.get(index), numbers[index] * width)
         for index in sorted(anatomy.layers)
     )
-    parameters = checkpoint.parameters
+    # What lies as codes and scales counts as the numbers that it stands for.
+    parameters = checkpoint.parameters + sum(
+        math.prod(spec.shape) - sum(math.prod(shape) for _, shape in spec.parts("", "F32").values())
+        for index, slot_map in maps.items()
+        for spec in slot_map.tensors(anatomy.layers[index].expert_shape).values()
+    )
     routed = sum(layer.experts * numbers[layer.layer] for layer in moe)
-    light = {index: _light_parameters(checkpoint, anatomy.layers[index], slots) for index, slots in maps.items()}
+    light = {index: _light_parameters(anatomy.layers[index], slot_map) for index, slot_map in maps.items()}
     active = parameters - routed - sum(light.values())
     active += sum(layer.runs * numbers[layer.layer] for layer in moe)
     active += sum(anatomy.top_k * light.get(layer.layer, 0) // layer.slots for layer in moe)
@@ -150,13 +156,15 @@ def _slot_maps(checkpoint: Checkpoint) -> dict[int, SlotMap]:
     return MoetailorConfig(**entry).slot_maps() if entry.get("quant_method") == "moetailor" else {}
 
 
-def _moe(layer: int, experts: int, top_k: int, slot_map: SlotMap | None, expert_bytes: int) -> MoeSummary:
+def _moe(index: int, layer: MoELayer, top_k: int, slot_map: SlotMap | None, expert_bytes: int) -> MoeSummary:
     if slot_map is None:
-        return MoeSummary(layer, experts, experts, 0, (), top_k, 0, expert_bytes)
+        return MoeSummary(index, layer.num_experts, layer.num_experts, 0, (), top_k, 0, expert_bytes)
     others = [answer for answer in slot_map.answers if answer is not None]
     light = [answer for answer, row in zip(slot_map.answers, slot_map.rows, strict=True) if answer and row < 0]
+    if (plain := len(slot_map.plain_pool)) < slot_map.experts:
+        expert_bytes = (plain * expert_bytes + slot_map.packed_nbytes(layer.expert_shape)) // slot_map.experts
     return MoeSummary(
-        layer=layer,
+        layer=index,
         slots=len(slot_map.rows),
         experts=slot_map.whole_experts,
         stand_ins=sum(answer.lender() is None for answer in light),
@@ -167,13 +175,11 @@ def _moe(layer: int, experts: int, top_k: int, slot_map: SlotMap | None, expert_
     )
 
 
-def _light_parameters(checkpoint: Checkpoint, layer: MoELayer, slots: SlotMap) -> int:
+def _light_parameters(layer: MoELayer, slots: SlotMap) -> int:
     """Return the numbers that answers store beside the pool, those of whole experts left out."""
     shape = layer.expert_shape
-    stored = (spec.parts(f"{layer.experts}.{name}", "F32") for name, spec in slots.tensors(shape).items())
-    found = (checkpoint.tensors[name] for parts in stored for name in parts if name in checkpoint.tensors)
-    numbers = sum(info.nbytes // DTYPES[info.dtype].itemsize for info in found)
-    return numbers - (slots.whole_experts - slots.experts) * sum(map(math.prod, shape.tensors.values()))
+    numbers = sum(math.prod(spec.shape) for spec in slots.tensors(shape).values())
+    return numbers - (slots.whole_experts - len(slots.plain_pool)) * sum(map(math.prod, shape.tensors.values()))
 
 
 def _shared_parameters(skeleton: StreamedModel, anatomy: Anatomy) -> int:
@@ -193,12 +199,16 @@ def _shared_parameters(skeleton: StreamedModel, anatomy: Anatomy) -> int:
     return total
 
 
-def _stored_width(checkpoint: Checkpoint, skeleton: StreamedModel, anatomy: Anatomy) -> int:
-    """Return the bytes of one stored number of the experts."""
+def _stored_width(
+    checkpoint: Checkpoint, skeleton: StreamedModel, anatomy: Anatomy, maps: Mapping[int, SlotMap]
+) -> int:
+    """Return the bytes of one number of the experts that lie as the family has them, 0 where none do."""
     rows = {f"{layer.experts}.{name}" for layer in anatomy.layers.values() for name in layer.expert_rows}
     key = next((key for key, name in skeleton.names.items() if name in rows), None)
-    if key is None:
+    if key is not None:
+        return DTYPES[checkpoint.tensors[key].dtype].itemsize
+    if any(index not in maps or maps[index].plain_pool for index in anatomy.layers):
         raise CheckpointError(
             f"{checkpoint.source}: has no experts for MoE layers {sorted(anatomy.layers)}; the checkpoint is incomplete"
         )
-    return DTYPES[checkpoint.tensors[key].dtype].itemsize
+    return 0

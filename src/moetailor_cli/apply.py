@@ -11,6 +11,7 @@ from moetailor_cli import output
 from moetailor_cli.options import (
     Allocation,
     Batch,
+    Bits,
     Data,
     Device,
     DeviceMap,
@@ -39,7 +40,15 @@ from moetailor_cli.options import (
     Stream,
     Trust,
 )
-from moetailor_cli.reading import read_budget, read_format, read_menu, read_numbers, read_pairs, read_parameters
+from moetailor_cli.reading import (
+    read_bits,
+    read_budget,
+    read_format,
+    read_menu,
+    read_numbers,
+    read_pairs,
+    read_parameters,
+)
 
 VERIFIED = "opened again and run once: names, shapes and bytes are as planned, all values finite"
 
@@ -107,6 +116,7 @@ def compress(
     protect: Protect = None,
     guard_super_experts: Guard = False,
     allocation: Allocation = "uniform",
+    bits: Bits = None,
     sequences: Sequences = 128,
     length: Length = 2048,
     sample_tokens: SampleTokens = 16384,
@@ -138,6 +148,7 @@ def compress(
     method, format = read_menu(method, native), read_format(format, native)
     budget, parameters = read_budget(method, remove, keep, size, memory, load_dtype), read_parameters(param)
     selected, kept, allocated = read_numbers(layers), read_pairs(protect), read_allocation(allocation)
+    width = read_bits(bits)
     blocks = {"sequences": sequences, "length": length, "seed": seed, "batch_size": batch_size}
     text = moetailor.TextOptions(data=tuple(data), mask_special=mask_special, **blocks)
     checked = moetailor.precheck(
@@ -149,6 +160,7 @@ def compress(
         layers=selected,
         protect=kept,
         allocation=allocated,
+        width=width,
         calibration=calibration,
         text=text,
         format=format,
@@ -170,6 +182,7 @@ def compress(
             protect=kept,
             guard_super_experts=guard_super_experts,
             allocation=allocated,
+            width=width,
             calibration=calibration,
             sample=moetailor.SampleOptions(tokens=sample_tokens, seed=seed or 0),
             stream=stream,

@@ -85,6 +85,13 @@ Allocation = Annotated[
         '"1": "75%"}.',
     ),
 ]
+Bits = Annotated[
+    str | None,
+    typer.Option(
+        help="Keep what stays of experts in few bits: 2 to 8, or as 4/6 with those of the down projection. "
+        "[dim]default: as it lies[/dim]"
+    ),
+]
 Format = Annotated[
     Literal["auto", "native", "moetailor"],
     typer.Option(

@@ -157,9 +157,9 @@ def plan(made: Plan) -> None:
 
     kinds: dict[str, list[str]] = {}
     for prefix, layer in made.layers.items():
-        found = Counter(answer.label for answer in layer.slots)
-        ranks = {answer.label: set() for answer in layer.slots}
-        for answer in layer.slots:
+        found = Counter(answer.label for answer in layer.answers)
+        ranks = {answer.label: set() for answer in layer.answers}
+        for answer in layer.answers:
             ranks[answer.label] |= {getattr(answer, "rank", 0)} - {0}
         told = ", ".join(
             f"{number} {label}" + (f" of rank {_span(sorted(ranks[label]))}" if ranks[label] else "")

@@ -11,6 +11,7 @@ from moetailor_cli import output
 from moetailor_cli import show as show_module
 from moetailor_cli.options import (
     Allocation,
+    Bits,
     Device,
     Dtype,
     Guard,
@@ -26,7 +27,15 @@ from moetailor_cli.options import (
     Size,
     Trust,
 )
-from moetailor_cli.reading import read_budget, read_menu, read_numbers, read_pairs, read_parameters, read_plan
+from moetailor_cli.reading import (
+    read_bits,
+    read_budget,
+    read_menu,
+    read_numbers,
+    read_pairs,
+    read_parameters,
+    read_plan,
+)
 
 
 def plan(
@@ -44,6 +53,7 @@ def plan(
     protect: Protect = None,
     guard_super_experts: Guard = False,
     allocation: Allocation = "uniform",
+    bits: Bits = None,
     model: Annotated[str | None, typer.Option(help="Where the weights are, if the checkpoint was moved.")] = None,
     trust_remote_code: Trust = False,
 ) -> None:
@@ -59,6 +69,7 @@ def plan(
     method = read_menu(method, native)
     budget, parameters = read_budget(method, remove, keep, size, memory, load_dtype), read_parameters(param)
     selected, kept, allocated = read_numbers(layers), read_pairs(protect), read_allocation(allocation)
+    width = read_bits(bits)
     check_file(out, "plan")
     measured = moetailor.Calibration.open(calibration)
     source = model or measured.model.source
@@ -72,6 +83,7 @@ def plan(
             protect=kept,
             guard_super_experts=guard_super_experts,
             allocation=allocated,
+            width=width,
             weights=moetailor.ExpertWeights(source, trust_remote_code=trust_remote_code) if source else None,
             progress=progress,
         )

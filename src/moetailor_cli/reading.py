@@ -34,6 +34,13 @@ def read_budget(
     return moetailor.Budget.parse(remove=remove, keep=keep, size=size, memory=memory, load_dtype=load_dtype)
 
 
+def read_bits(bits: str | None) -> Any:
+    """Read the width that experts are kept in."""
+    from moetailor.answers import Width
+
+    return None if bits is None else Width.parse(bits)
+
+
 def read_plan(file: Path) -> Any:
     """Read a plan that works for the model that it is for."""
     import moetailor

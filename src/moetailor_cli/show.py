@@ -31,7 +31,7 @@ def show(name: str, plan: Plan, *, scores: bool = False) -> None:
 
     _header(name, plan)
     layers = _layers(plan)
-    found = Counter(type(answer) for layer in layers.values() for answer in layer.slots)
+    found = Counter(type(answer) for layer in layers.values() for answer in layer.answers)
     legend = [
         Text.assemble((kind.letter, kind.color), f" {kind.label} {found[kind]:,}")
         for kind in ANSWERS.values()
@@ -46,7 +46,7 @@ def show(name: str, plan: Plan, *, scores: bool = False) -> None:
         paragraph("", _answers(layer))
         if scores:
             ranked = sorted(enumerate(layer.scores), key=lambda at: (-at[1], at[0]))
-            listed = [f"{number}{layer.slots[number].letter} {score:.4g}" for number, score in ranked]
+            listed = [f"{number}{layer.answers[number].letter} {score:.4g}" for number, score in ranked]
             paragraph("", listed or ["the method gave no scores"], ", ")
     if whole := [label for label, layer in layers.items() if layer.untouched]:
         paragraph("whole", [f"layers {', '.join(whole)}"])
@@ -92,7 +92,7 @@ def _changes(before: LayerPlan, after: LayerPlan) -> tuple[int, list[str]]:
 
     changed: dict[str, list[int]] = {}
     for number in range(len(before.slots)):
-        was, becomes = (layer.slots[number].describe() for layer in (before, after))
+        was, becomes = (layer.answers[number].describe() for layer in (before, after))
         if was != becomes:
             changed.setdefault(f"{was} -> {becomes}", []).append(number)
     told = [f"{what}: {spans(numbers)}" for what, numbers in changed.items()]
@@ -123,7 +123,7 @@ def _layers(plan: Plan) -> dict[str, LayerPlan]:
 
 def _grid(label: str, layer: LayerPlan) -> None:
     """Print a character for each slot, in blocks of eight and as many lines as the terminal needs."""
-    slots = layer.slots
+    slots = layer.answers
     blocks = [
         Text.assemble(*((answer.letter, answer.color) for answer in slots[start : start + BLOCK]))
         for start in range(0, len(slots), BLOCK)
@@ -138,7 +138,7 @@ def _answers(layer: LayerPlan) -> list[str]:
     from moetailor.words import spans
 
     found: dict[str, list[int]] = {}
-    for number, answer in enumerate(layer.slots):
+    for number, answer in enumerate(layer.answers):
         if answer.describe() != answer.label:
             found.setdefault(answer.describe(), []).append(number)
     return [f"{said}: {spans(numbers)}" for said, numbers in sorted(found.items(), key=lambda item: item[1][0])]

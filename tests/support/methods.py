@@ -1,6 +1,10 @@
 """What the tests must know of single methods."""
 
+import moetailor
+
 # What a method needs to save anything on tiny experts.
 TINY_PARAMETERS = {"lightmoe": {"rank": 1, "bases": 1}, "compressed_experts": {"main": 1, "vectors": "layer"}}
+# Methods that take experts away, so that a number of experts to keep means something.
+REMOVING = sorted(name for name, method in moetailor.METHODS.items() if method.removes)
 # Families that a method refuses for what their router does.
 REFUSED_BY = {"naee": {"phimoe"}, "refit": {"phimoe"}}

@@ -4,6 +4,7 @@ from moetailor.answers.answer import ANSWERS, Answer, Call, Context
 
 from moetailor.answers.keep import Keep  # isort: skip (the order of the kinds in files and legends)
 from moetailor.answers.fitted import Fitted  # isort: skip
+from moetailor.answers.packed import Packed, Width  # isort: skip
 from moetailor.answers.drop import Drop  # isort: skip
 from moetailor.answers.constant import Constant  # isort: skip
 from moetailor.answers.linear import Linear  # isort: skip
@@ -28,6 +29,8 @@ __all__ = [
     "Linear",
     "LowRank",
     "Merged",
+    "Packed",
     "Remap",
     "SlotMap",
+    "Width",
 ]

@@ -33,6 +33,7 @@ class Answer:
         drops: whether the slot goes: the router's rows too.
         rebuilds: whether the weights in the place of `expert` are computed anew.
         refers: the field that names another expert of the layer, if any.
+        from_method: whether its tensors, if it has any, are computed by the plan's method.
     """
 
     kind: ClassVar[str]
@@ -42,6 +43,7 @@ class Answer:
     drops: ClassVar[bool] = False
     rebuilds: ClassVar[bool] = False
     refers: ClassVar[str] = ""
+    from_method: ClassVar[bool] = True
 
     def __init_subclass__(cls) -> None:
         assert cls.kind not in ANSWERS, f"answer {cls.kind} is registered twice"

@@ -11,6 +11,7 @@ import torch
 
 from moetailor.answers.answer import ANSWERS, Answer
 from moetailor.answers.groups import MOST_SLOTS, read_groups, write_groups
+from moetailor.answers.packed import Packed
 from moetailor.checkpoint.experts import ExpertShape
 from moetailor.checkpoint.storage import TensorSpec
 from moetailor.errors import CheckpointError
@@ -25,7 +26,7 @@ class SlotMap:
     """What the running model needs of one layer, as it stands in config.json.
 
     Attributes:
-        experts: rows of the pool.
+        experts: rows of the pool, those in few bits included.
         rows: row of the pool for each slot that is left, in the router's order; -1 for slots that have none.
         answers: what else stands behind each of them; None where the row is all.
         scales: factor on each slot's gate; None when all are 1.
@@ -49,9 +50,16 @@ class SlotMap:
         return tuple(kind for kind in ANSWERS.values() if kind in there)
 
     @cached_property
+    def plain_pool(self) -> tuple[int, ...]:
+        """The rows of the pool that lie as the family's own parameters."""
+        packed = {self.rows[slot] for slot in self.of(Packed)}
+        return tuple(row for row in range(self.experts) if row not in packed)
+
+    @cached_property
     def pool_rows(self) -> tuple[int, ...]:
-        """The row of each slot whose row is all, -1 for the others."""
-        return tuple(row if answer is None else -1 for row, answer in zip(self.rows, self.answers, strict=True))
+        """The row in the family's parameters of each slot whose row is all, -1 for the others."""
+        place = {row: number for number, row in enumerate(self.plain_pool)}
+        return tuple(place[row] if answer is None else -1 for row, answer in zip(self.rows, self.answers, strict=True))
 
     @cached_property
     def shared(self) -> bool:
@@ -98,6 +106,15 @@ class SlotMap:
             dtype: their safetensors dtype.
         """
         return sum(spec.nbytes(dtype) for spec in self.tensors(shape).values())
+
+    def packed_nbytes(self, shape: ExpertShape, dtype: str = "BF16") -> int:
+        """Return the bytes of the experts in few bits.
+
+        Args:
+            shape: the layer's experts.
+            dtype: safetensors dtype of scales and biases.
+        """
+        return sum(spec.nbytes(dtype) for spec in Packed.tensors(self, shape).values())
 
     @property
     def whole_experts(self) -> int:
@@ -148,4 +165,9 @@ class SlotMap:
             if needs_row != (row >= 0):
                 said = found[slot].label if slot in found else "nothing else"
                 raise CheckpointError(f"{where}: slot {slot} has row {row} of the pool and {said}; {CURE}")
-        return cls(experts=experts, rows=rows, answers=tuple(map(found.get, range(len(rows)))), scales=scales)
+        made = cls(experts=experts, rows=rows, answers=tuple(map(found.get, range(len(rows)))), scales=scales)
+        packed = {slot: answer.width for slot, answer in made.of(Packed).items()}
+        widths = {rows[slot]: width for slot, width in packed.items()}
+        if odd := [slot for slot, row in enumerate(rows) if row in widths and packed.get(slot) != widths[row]]:
+            raise CheckpointError(f"{where}: slot {odd[0]} has row {rows[odd[0]]} in another width than others; {CURE}")
+        return made

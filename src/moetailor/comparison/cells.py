@@ -51,7 +51,7 @@ def cells_of(methods: Iterable[str], remove: Iterable[str | float]) -> list[Cell
 
     Args:
         methods: names, each with parameters where they are not the defaults: ``linear:rank=4:ranks=chosen``; ``all``
-            stands for every method that is neither trained nor slow.
+            stands for every method that removes experts and is neither trained nor slow.
         remove: shares to remove.
 
     Raises:
@@ -73,7 +73,9 @@ def cells_of(methods: Iterable[str], remove: Iterable[str | float]) -> list[Cell
 def _read(word: str) -> list[tuple[str, dict[str, Any]]]:
     """Return the methods that one word names, with all their parameters."""
     if word == ALL:
-        quick = sorted(name for name, method in METHODS.items() if not (method.trained or method.slow))
+        quick = sorted(
+            name for name, method in METHODS.items() if method.removes and not (method.trained or method.slow)
+        )
         return [(name, METHODS[name]().parameters) for name in quick]
     name, *given = word.split(":")
     if name.lower() not in METHODS:

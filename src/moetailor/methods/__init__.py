@@ -16,6 +16,7 @@ from moetailor.methods import man as man
 from moetailor.methods import mergemoe as mergemoe
 from moetailor.methods import mone as mone
 from moetailor.methods import naee as naee
+from moetailor.methods import quantize as quantize
 from moetailor.methods import random as random
 from moetailor.methods import ream as ream
 from moetailor.methods import reap as reap

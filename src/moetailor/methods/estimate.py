@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from moetailor.answers import Width
 from moetailor.checkpoint.facts import ModelFacts
 from moetailor.checkpoint.layout import Stack
 from moetailor.errors import PlanError, did_you_mean
@@ -30,6 +32,7 @@ def estimate_plan(
     layers: Iterable[int] | None = None,
     protect: Iterable[tuple[int, int]] = (),
     allocation: Allocation = "uniform",
+    width: Width | None = None,
 ) -> Plan:
     """Return a plan of the right counts and bytes in which the first experts stay: all that can be said without data.
 
@@ -42,6 +45,7 @@ def estimate_plan(
         layers: decoder layers to change; all MoE layers when None.
         protect: (layer, expert) pairs that must stay.
         allocation: how many experts each layer keeps.
+        width: how all that stays of experts lies; as it lay when None.
 
     Raises:
         PlanError: a layer or expert that does not exist, or a budget that cannot be met.
@@ -59,18 +63,30 @@ def estimate_plan(
     stacks = [stack for stack in run if stack.index in selected]
     if allocation != "uniform" and method.decides_counts:
         raise PlanError(f"--allocation: {method.name} here decides itself what each layer keeps; leave it uniform")
+    _refuse_width(method, budget, width)
     groups = facts.groups.count if method.replaces_with.drops else 1
     if method.replaces_with.drops and len(stacks) == len(run) and allocation == "uniform":
         # Layers that the model does not run (multi-token prediction) share its expert count, so they are cut as well.
         stacks += [stack for stack in facts.stacks if stack.index is None]
 
+    # What is to be removed is said of the experts as they lay; a size is one of the result.
+    counts_bits = budget.size is not None or budget.memory is not None
+
     def at(kept: Mapping[str, int]) -> dict[str, LayerPlan]:
-        return {s.prefix: method.estimate(s.num_experts, kept[s.prefix], facts.groups.count) for s in stacks}
+        found = {s.prefix: method.estimate(s.num_experts, kept[s.prefix], facts.groups.count) for s in stacks}
+        return narrowed(found) if counts_bits else found
+
+    def narrowed(plans: Mapping[str, LayerPlan]) -> dict[str, LayerPlan]:
+        return {s.prefix: plans[s.prefix].narrowed(None if s.index is None else width) for s in stacks}
 
     limit = method_budget(budget, method, facts)
     if limit.size is None:
         _refuse_uneven(budget, method, facts.groups.count)
         planned = at({stack.prefix: budget.kept(stack.num_experts) for stack in stacks})
+        if not method.removes and any(budget.kept(stack.num_experts) < stack.num_experts for stack in stacks):
+            raise PlanError(
+                f"{budget}: {method.name} removes no expert; leave it out, or use --bits with another method"
+            )
     else:
         least = max(fewest(method, stack, facts) for stack in stacks)
         uniform = method.replaces_with.drops and allocation == "uniform"
@@ -80,13 +96,14 @@ def estimate_plan(
         planned = at(counts_of(allocation, stacks, step=groups))
         if (nbytes := planned_nbytes(facts, planned)) > most:
             raise PlanError(f"--allocation: takes {nbytes:,} bytes, {budget} allows {most:,}; keep fewer experts")
+    planned = narrowed(planned)
     for stack in stacks:
         inside = {expert for layer, expert in protect if layer == stack.index}
         refuse_protected(stack.index or 0, inside, stack.num_experts, len(planned[stack.prefix].pool), groups)
     plan = Plan(
         method=method.name,
         parameters=method.parameters,
-        budget=budget_words(budget, allocation),
+        budget=budget_words(budget, allocation, width),
         model=facts,
         calibration="",
         layers={prefix: layer for prefix, layer in planned.items() if not layer.untouched},
@@ -105,8 +122,10 @@ def layer_nbytes(facts: ModelFacts, estimate: Plan, budget: Budget) -> dict[str,
         budget: what `method_budget` gave.
     """
     stacks = {stack.prefix: stack for stack in facts.stacks if stack.prefix in estimate.layers}
-    spare = 0 if budget.size is None or not stacks else (budget.size - estimate.nbytes) // len(stacks)
-    return {prefix: spare + stored_nbytes(plan, stacks[prefix]) for prefix, plan in estimate.layers.items()}
+    rounded = any(plan.widths for plan in estimate.layers.values())  # at the end: bytes here are those before it
+    spare = 0 if budget.size is None or not stacks or rounded else (budget.size - estimate.nbytes) // len(stacks)
+    whole = {prefix: replace(plan, widths={}) for prefix, plan in estimate.layers.items()}
+    return {prefix: spare + stored_nbytes(plan, stacks[prefix]) for prefix, plan in whole.items()}
 
 
 def allocation_bounds(
@@ -152,11 +171,11 @@ def method_budget(budget: Budget, method: Method, facts: ModelFacts) -> Budget:
     return within.of_total(facts.nbytes) if method.remove_counts_bytes else within
 
 
-def budget_words(budget: Budget, allocation: Allocation) -> str:
+def budget_words(budget: Budget, allocation: Allocation, width: Width | None) -> str:
     """Return what was asked for, as a plan records it."""
-    if allocation == "uniform":
-        return str(budget)
-    return f"{budget}, allocation {'given' if isinstance(allocation, Mapping) else allocation}"
+    ruled = "given" if isinstance(allocation, Mapping) else allocation
+    said = [str(budget), "" if ruled == "uniform" else f"allocation {ruled}", "" if width is None else str(width)]
+    return ", ".join(part for part in said if part)
 
 
 def fewest(method: Method, stack: Stack, facts: ModelFacts) -> int:
@@ -199,6 +218,13 @@ def _within(
         )
     more = range(1 if uniform else len(stacks))
     return planned(max(fitting), max(n for n in more if planned_nbytes(facts, planned(max(fitting), n)) <= size))
+
+
+def _refuse_width(method: Method, budget: Budget, width: Width | None) -> None:
+    if width is not None and not method.removes:
+        raise PlanError(f"--bits: {method.name} says itself how experts lie; leave it out, and see its parameters")
+    if width is not None and method.decides_counts and budget.remove is None:
+        raise PlanError(f"--bits: {method.name} shares bytes out itself; say how many with --remove")
 
 
 def _refuse_uneven(budget: Budget, method: Method, groups: int) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from moetailor.answers import Answer, Drop
 from moetailor.errors import PlanError, did_you_mean
+from moetailor.fitting.widths import Rounding
 from moetailor.methods.choose import kept_of_group
 from moetailor.planning.layer_plan import LayerPlan, keep_first
 from moetailor.planning.view import LayerView
@@ -34,10 +35,12 @@ class Method(ABC):
         needs: the statistics it reads, a promise that the contract suite enforces.
         reads_weights: whether it reads expert weights or sampled tokens.
         remove_counts_bytes: whether ``--remove`` means a share of the checkpoint's bytes, not of each layer's experts.
+        removes: whether its plans take experts away, so that ``--remove`` and ``--keep`` mean something.
         useful_whole: whether it does something of use without removing an expert.
         trained: whether its result is meant to be trained (`moetailor recover`) before it is used or compared.
         slow: whether it searches: planning takes longer than running the model over held-out text.
         builds: the kinds of answers whose tensors `build` computes, see `LayerPlan.computed`.
+        rounding: how experts that its plans keep in few bits are rounded.
     """
 
     name: ClassVar[str]
@@ -46,10 +49,12 @@ class Method(ABC):
     needs: ClassVar[frozenset[str]] = frozenset()
     reads_weights: ClassVar[bool] = False
     remove_counts_bytes: ClassVar[bool] = False
+    removes: ClassVar[bool] = True
     useful_whole: ClassVar[bool] = False
     trained: ClassVar[bool] = False
     slow: ClassVar[bool] = False
     builds: ClassVar[frozenset[str]] = frozenset()
+    rounding: ClassVar[Rounding] = "gptq"
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self), include_extras=True).items():

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from moetailor.answers import Drop
+from moetailor.answers import Drop, Width
 from moetailor.calibration.folder import Calibration
 from moetailor.calibration.statistics import ON_REQUEST
 from moetailor.checkpoint.facts import ModelFacts
@@ -44,6 +44,7 @@ def make_plan(
     protect: Iterable[tuple[int, int]] = (),
     guard_super_experts: bool = False,
     allocation: Allocation = "uniform",
+    width: Width | None = None,
     weights: ExpertWeights | None = None,
     progress: Progress | None = None,
 ) -> Plan:
@@ -61,6 +62,8 @@ def make_plan(
             more where constants would lose more, weighted by the layer's sensitivity where calibration recorded it;
             ``global``, those that the method scores highest of all layers together, as shares of their layer's sum; or
             the number or share of experts that each layer keeps.
+        width: how all that stays of experts lies, in few bits: the plan is that of the method without it, and each
+            expert of its pool is rounded at the end. As they lay when None.
         weights: where methods that read weights find them; the calibrated checkpoint when None.
         progress: called with (layers done, layers in all).
 
@@ -75,14 +78,14 @@ def make_plan(
     _check_recorded(calibration, chosen)
     weights = weights or ExpertWeights(facts.source)
     given: dict[str, Any] = {"layers": layers, "protect": protected}
-    estimate = estimate_plan(facts, chosen, budget, allocation=allocation, **given)
+    estimate = estimate_plan(facts, chosen, budget, allocation=allocation, width=width, **given)
     if chosen.reads_weights:
         check_weights(weights, facts)
     if allocation in ("error", "global"):
         numbers = calibration.layers if layers is None else layers
         views = [view_of(calibration, number, weights, protected) for number in numbers]
         counts = allocate_by_rule(allocation, chosen, views, allocation_bounds(estimate, chosen, numbers))
-        estimate = estimate_plan(facts, chosen, budget, allocation=counts, **given)
+        estimate = estimate_plan(facts, chosen, budget, allocation=counts, width=width, **given)
     stacks = [stack for stack in facts.stacks if stack.index is not None and stack.prefix in estimate.layers]
     shares = layer_nbytes(facts, estimate, method_budget(budget, chosen, facts))
     views = [view_of(calibration, s.index or 0, weights, protected, shares[s.prefix]) for s in stacks]
@@ -92,7 +95,7 @@ def make_plan(
         plans.append(layer_plan)
         if progress:
             progress(len(plans), len(views))
-    decided = {stack.prefix: plan for stack, plan in zip(stacks, plans, strict=True)}
+    decided = {stack.prefix: plan.narrowed(width) for stack, plan in zip(stacks, plans, strict=True)}
     for stack in facts.stacks:
         if stack.index is None and stack.prefix in estimate.layers:
             decided[stack.prefix] = _plan_unrun(
@@ -101,7 +104,7 @@ def make_plan(
     plan = Plan(
         method=chosen.name,
         parameters=chosen.parameters,
-        budget=budget_words(budget, allocation),
+        budget=budget_words(budget, allocation, width),
         model=facts,
         calibration=calibration_hash(calibration.fingerprint),
         layers={prefix: layer for prefix, layer in decided.items() if not layer.untouched},

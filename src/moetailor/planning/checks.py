@@ -73,6 +73,10 @@ def check_layer(where: str, layer: LayerPlan, *, top_k: int, groups: Groups) -> 
         )
     if not layer.pool:
         raise PlanError(f"{where}: plan keeps no expert; keep at least 1")
+    if odd := sorted(layer.widths.keys() - set(layer.pool)):
+        raise PlanError(f"{where}: the plan says how expert {odd[0]} lies in few bits, which does not stay")
+    if layer.widths and (fixed := [a for a in layer.slots if a.expert(0) is not None and a.placed(lambda *_: 0)]):
+        raise PlanError(f"{where}: slots that are {fixed[0].label} need their experts as they are; leave widths out")
     pool_alone = not layer.slot_map().kinds
     if pool_alone and len(layer.pool) == len(layer.slots) and not layer.native:
         raise PlanError(f"{where}: plan changes slots but removes no expert; keep every slot as it is, or remove some")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Annotated, Any, TypeVar
 
-from moetailor.answers import ANSWERS, Answer, Drop, Keep, Merged, Remap, SlotMap
+from moetailor.answers import ANSWERS, Answer, Drop, Keep, Merged, Packed, Remap, SlotMap, Width
 from moetailor.answers.groups import MOST_SLOTS, read_groups, write_groups
 from moetailor.checkpoint.experts import ExpertShape
 from moetailor.errors import PlanError
@@ -27,11 +27,13 @@ class LayerPlan:
         slots: an answer for each slot, in the router's order.
         scores: what the method ranked by, one number a slot; empty when it had none.
         expected: KL that the method expects the layer to cost, nats a token; None when it does not say.
+        widths: how experts of the pool lie that are kept in few bits; the others lie as they lay.
     """
 
     slots: tuple[Answer, ...]
     scores: tuple[float, ...] = ()
     expected: float | None = None
+    widths: Mapping[int, Width] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         # Six digits, as in the file, so that a plan that was saved and loaded is the same plan.
@@ -49,10 +51,37 @@ class LayerPlan:
         """Those of the pool whose weights are computed anew, ascending."""
         return sorted({expert for expert, answer in self._in_pool if answer.rebuilds})
 
+    @cached_property
+    def plain(self) -> list[int]:
+        """Those of the pool that do not lie in few bits, ascending."""
+        return [expert for expert in self.pool if expert not in self.widths]
+
+    @cached_property
+    def packed(self) -> dict[Width, list[int]]:
+        """Those in few bits by their width, ascending."""
+        found: dict[Width, list[int]] = {}
+        for expert, width in sorted(self.widths.items()):
+            found.setdefault(width, []).append(expert)
+        return found
+
     @property
     def _in_pool(self) -> list[tuple[int, Answer]]:
         found = ((answer.expert(slot), answer) for slot, answer in enumerate(self.slots))
         return [(expert, answer) for expert, answer in found if expert is not None]
+
+    @cached_property
+    def answers(self) -> tuple[Answer, ...]:
+        """What stands behind each slot, as it lies: a slot's own expert in few bits is another answer than one as it
+        lay.
+        """
+        return tuple(
+            Packed.of(self.widths[slot]) if answer == Keep() and slot in self.widths else answer
+            for slot, answer in enumerate(self.slots)
+        )
+
+    def narrowed(self, width: Width | None) -> LayerPlan:
+        """Return the plan with the whole pool in one width; itself for None."""
+        return self if width is None else replace(self, widths=dict.fromkeys(self.pool, width))
 
     @property
     def kept_slots(self) -> list[int]:
@@ -79,13 +108,13 @@ class LayerPlan:
 
     @property
     def untouched(self) -> bool:
-        """Whether every slot keeps its own expert."""
-        return all(answer == Keep() for answer in self.slots)
+        """Whether every slot keeps its own expert as it lies."""
+        return not self.widths and all(answer == Keep() for answer in self.slots)
 
     @property
     def native(self) -> bool:
         """Whether an ordinary checkpoint with fewer experts can hold it."""
-        return all(answer.is_native(slot) for slot, answer in enumerate(self.slots))
+        return not self.widths and all(answer.is_native(slot) for slot, answer in enumerate(self.slots))
 
     def slot_map(self, slot_of: Callable[[int, int], int] = lambda layer, expert: expert) -> SlotMap:
         """Return the map from the slots that are left to rows of the pool and other answers.
@@ -96,17 +125,21 @@ class LayerPlan:
         row = {expert: number for number, expert in enumerate(self.pool)}
         left = [(slot, self.slots[slot]) for slot in self.kept_slots]
         scales = tuple(answer.scale for _, answer in left)
-        experts = (answer.expert(slot) for slot, answer in left)
+        experts = [answer.expert(slot) for slot, answer in left]
+        placed = [answer.placed(slot_of) for _, answer in left]
+        widths = [None if expert is None else self.widths.get(expert) for expert in experts]
         return SlotMap(
             experts=len(row),
             rows=tuple(-1 if expert is None else row[expert] for expert in experts),
-            answers=tuple(answer.placed(slot_of) for _, answer in left),
+            answers=tuple(Packed.of(width) if width else other for width, other in zip(widths, placed, strict=True)),
             scales=scales if any(scale != 1.0 for scale in scales) else None,
         )
 
     def to_json(self) -> dict:
         """Return the slots grouped by what became of them."""
         entry: dict[str, Any] = {"experts": len(self.slots)} | write_groups(dict(enumerate(self.slots)))
+        lying = [{"experts": experts, **asdict(width)} for width, experts in self.packed.items()]
+        entry |= {"widths": lying} if lying else {}
         entry |= {} if self.expected is None else {"expected": self.expected}
         return entry | ({"scores": list(self.scores)} if self.scores else {})
 
@@ -122,17 +155,32 @@ class LayerPlan:
             return read(kind, entry.get(name), f"{where}, {name}", error=PlanError, cure=CURE)
 
         read(dict[str, Any], entry, where, error=PlanError, cure=CURE)
-        if unknown := set(entry) - {"experts", "scores", "expected", *ANSWERS}:
+        if unknown := set(entry) - {"experts", "scores", "expected", "widths", *ANSWERS}:
             raise PlanError(f"{where}: unknown keys {sorted(unknown)}; {CURE}")
         size = checked(Annotated[int, Within(1, MOST_SLOTS)], "experts")
         found = read_groups(entry, size, where, experts=size, error=PlanError, cure=CURE)
         if lost := [slot for slot in range(size) if slot not in found]:
-            raise PlanError(f"{where}: slots {lost} are not named; each of {size} needs one of {', '.join(ANSWERS)}")
+            kinds = ", ".join(name for name, kind in ANSWERS.items() if kind.from_method)
+            raise PlanError(f"{where}: slots {lost} are not named; each of {size} needs one of {kinds}")
         return cls(
             slots=tuple(found[slot] for slot in range(size)),
             scores=checked(tuple[float, ...] | None, "scores") or (),
             expected=checked(float | None, "expected"),
+            widths=_read_widths(checked(list[dict[str, Any]] | None, "widths") or [], size, f"{where}, widths"),
         )
+
+
+def _read_widths(groups: Sequence[dict[str, Any]], size: int, where: str) -> dict[int, Width]:
+    """Read what `LayerPlan.to_json` gave of widths."""
+    found: dict[int, Width] = {}
+    for group in groups:
+        kind = list[Annotated[int, Within(0, size - 1)]]
+        stated = {name: value for name, value in group.items() if name != "experts"}
+        experts = read(kind, group.get("experts"), f"{where}, experts", error=PlanError, cure=CURE)
+        if twice := [expert for expert in experts if expert in found or experts.count(expert) > 1]:
+            raise PlanError(f"{where}: expert {twice[0]} is named twice; {CURE}")
+        found |= dict.fromkeys(experts, read(Width, stated, where, error=PlanError, cure=CURE))
+    return found
 
 
 def keep_only(experts: int, kept: Iterable[int], otherwise: Answer, scores: Sequence[float] = ()) -> LayerPlan:

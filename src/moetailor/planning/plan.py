@@ -160,7 +160,7 @@ def stored_nbytes(plan: LayerPlan, stack: Stack) -> int:
     """
     # Layers that the model does not run only lose slots.
     added = 0 if stack.shape is None else plan.slot_map().nbytes(stack.shape, stack.dtype)
-    return len(plan.pool) * stack.expert_bytes + added
+    return len(plan.plain) * stack.expert_bytes + added
 
 
 def answers_nbytes(answers: Iterable[Answer], shape: ExpertShape, dtype: str) -> int:

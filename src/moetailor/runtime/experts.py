@@ -72,10 +72,11 @@ class CompressedExperts(nn.Module):
         """Run rows of the pool by the family's own forward, [T, D]."""
         return super().forward(hidden_TD, row_TK, gate_TK)
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """Return the numbers of one of the added tensors."""
-        storage, parts = find_storage(self.added[name].storage), self.added[name].parts(name, "F32")
-        return storage.decode({part.removeprefix(name): getattr(self, part) for part in parts})
+    def tensor(self, name: str, rows: torch.Tensor | slice = slice(None)) -> torch.Tensor:
+        """Return the numbers of one of the added tensors, or of some of its rows."""
+        spec = self.added[name]
+        parts = {part.removeprefix(name): getattr(self, part)[rows] for part in spec.parts(name, "F32")}
+        return find_storage(spec.storage).decode(parts, spec.shape)
 
     def add_tensors(self, added: Mapping[str, TensorSpec]) -> None:
         """Make room for the tensors of the answers, empty, on the device and in the dtype of the weights."""
@@ -97,11 +98,23 @@ class CompressedExperts(nn.Module):
             buffers = self.slots.buffers()
         for name, buffer in buffers.items():
             self.register_buffer(name, buffer.to(self._device), persistent=False)
+        for name, buffer in list(self.named_buffers(recurse=False)):
+            if not buffer.numel() and name not in buffers:  # parameters without rows
+                empty = torch.empty(buffer.shape, dtype=self._stored.dtype, device=self._device)
+                self.register_buffer(name, empty, persistent=False)
+
+    @property
+    def _stored(self) -> torch.Tensor:
+        """A weight of the layer, wherever it is stored."""
+        if len(self.down_proj):
+            return self.down_proj
+        parts = (getattr(self, part) for name, spec in self.added.items() for part in spec.parts(name, "F32"))
+        return next((part for part in parts if part.is_floating_point()), self.down_proj)
 
     @property
     def _device(self) -> Any:
         """Where the layer runs: accelerate keeps offloaded weights elsewhere, and says so in its hook."""
         hook = getattr(self, "_hf_hook", None)
         hooks = getattr(hook, "hooks", (hook,))
-        found = (getattr(each, "execution_device", None) for each in hooks if self.down_proj.is_meta)
-        return next((device for device in found if device is not None), self.down_proj.device)
+        found = (getattr(each, "execution_device", None) for each in hooks if self._stored.is_meta)
+        return next((device for device in found if device is not None), self._stored.device)

@@ -91,7 +91,7 @@ def reshape_loaded(model: Any, maps: dict[int, SlotMap]) -> None:
     anatomy = discover(original_config(model.config), model)
     _check_maps(maps, anatomy)
     changes = {
-        layer: LayerChange(experts=range(slot_map.experts), slots=range(len(slot_map.rows)), slot_map=slot_map)
+        layer: LayerChange(experts=range(len(slot_map.plain_pool)), slots=range(len(slot_map.rows)), slot_map=slot_map)
         for layer, slot_map in maps.items()
     }
     reshape_model(model, anatomy, changes)

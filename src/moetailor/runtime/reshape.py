@@ -96,7 +96,7 @@ def _cut(model: nn.Module, path: str, axis: int, rows: Sequence[int]) -> None:
     if len(rows) == tensor.shape[axis] and list(rows) == list(range(len(rows))):
         return
     # A copy, never a view: a view would keep the whole original alive.
-    cut = tensor.detach().index_select(axis, torch.tensor(rows, device=tensor.device))
+    cut = tensor.detach().index_select(axis, torch.tensor(rows, dtype=torch.long, device=tensor.device))
     if isinstance(tensor, nn.Parameter):
         setattr(module, name, nn.Parameter(cut, requires_grad=tensor.requires_grad))
     else:
@@ -107,5 +107,11 @@ def _compress(model: nn.Module, layer: MoELayer, slot_map: SlotMap) -> None:
     module: Any = model.get_submodule(layer.experts)
     module.__class__ = compressed_class(type(module))
     module.slots = slot_map
+    if not slot_map.plain_pool:
+        # All its experts lie in few bits. No file has parameters without rows, but shapes and dtype are read off them.
+        for name in layer.expert_rows:
+            empty = getattr(module, name).detach()
+            delattr(module, name)
+            module.register_buffer(name, empty, persistent=False)
     module.add_tensors(slot_map.tensors(layer.expert_shape))
     module.fill_map()

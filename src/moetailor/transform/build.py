@@ -9,15 +9,19 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
+from moetailor.answers import ANSWERS, SlotMap
 from moetailor.calibration.folder import Calibration
 from moetailor.checkpoint.anatomy import Anatomy
 from moetailor.checkpoint.experts import Experts, ExpertShape
-from moetailor.checkpoint.files import DTYPE_NAMES
+from moetailor.checkpoint.files import DTYPE_NAMES, DTYPES
+from moetailor.checkpoint.storage import TensorSpec
 from moetailor.checkpoint.tensors import check_stored, is_finite
 from moetailor.checkpoint.weights import ExpertWeights
 from moetailor.errors import PlanError, did_you_mean
+from moetailor.fitting.widths import Rounding, quantized
 from moetailor.methods.registry import METHODS, find_method
 from moetailor.methods.run import view_of
+from moetailor.planning.layer_plan import LayerPlan
 from moetailor.planning.plan import Plan, calibration_hash
 from moetailor.planning.view import LayerView
 from moetailor.runtime.reshape import LayerChange, reshape_model
@@ -32,11 +36,13 @@ class LayerTensors:
 
     Attributes:
         added: the numbers of the answers' tensors, by the names that they declare.
-        rebuilt: experts whose weights are computed anew, as the family's parameters with a row for each of them.
+        rebuilt: experts whose weights are computed anew and lie plain, as the family's parameters with a row for each.
+        packed: experts in few bits, as they are stored.
     """
 
     added: Tensors
     rebuilt: Tensors
+    packed: Tensors
 
 
 def check_calibration(plan: Plan, calibration: Calibration | None, propagate: Propagate = "original") -> None:
@@ -67,7 +73,8 @@ def check_calibration(plan: Plan, calibration: Calibration | None, propagate: Pr
             "layers; leave it out"
         )
     method = find_method(plan.method)
-    if lost := sorted(plan.computed - method.builds):
+    by_method = {kind for kind in plan.computed if ANSWERS[kind].from_method}
+    if lost := sorted(by_method - method.builds):
         able = ", ".join(name for name, other in sorted(METHODS.items()) if lost[0] in other.builds)
         raise PlanError(
             f"the plan has {lost[0]} slots, which method {plan.method!r} does not compute; set its method to one that "
@@ -101,36 +108,71 @@ def compute_layer(plan: Plan, view: LayerView) -> LayerTensors:
     Raises:
         PlanError: a value is not finite.
     """
-    layer = plan.by_layer[view.index]
-    given = find_method(plan.method).of(plan.parameters).build(view, layer)
+    layer, method = plan.by_layer[view.index], find_method(plan.method).of(plan.parameters)
+    given = method.build(view, layer)
     for name, tensor in given.items():
         if not is_finite(tensor):
             raise PlanError(f"layer {view.index}: the new {name} is not finite; calibrate again in a wider --dtype")
-    declared = plan.slot_maps[view.index].tensors(view.shape)
+    declared = added_by_method(plan.slot_maps[view.index], view.shape)
     matrices = {name: tensor for name, tensor in given.items() if name not in declared}
     shapes = {name: tuple(tensor.shape) for name, tensor in given.items() if name in declared}
     assert shapes == {name: spec.shape for name, spec in declared.items()}, f"{plan.method} gave {shapes}"
     assert bool(matrices) == bool(layer.rebuilt), f"{plan.method} planned {len(layer.rebuilt)} experts with new weights"
     # Without new experts the weights need not be loaded.
-    rebuilt = view.experts.packed(matrices) if matrices else {}
-    return LayerTensors(added={name: given[name] for name in declared}, rebuilt=rebuilt)
+    plain = [row for row, expert in enumerate(layer.rebuilt) if expert in layer.plain]
+    rebuilt = view.experts.packed({name: stack[plain] for name, stack in matrices.items()}) if plain else {}
+    packed = _packed(view, layer, matrices, method.rounding) if layer.widths else {}
+    return LayerTensors(added={name: given[name] for name in declared}, rebuilt=rebuilt, packed=packed)
 
 
-def stored_tensors(plan: Plan, layer: int, shape: ExpertShape, added: Tensors, dtype: str) -> Tensors:
+def added_by_method(slots: SlotMap, shape: ExpertShape) -> dict[str, TensorSpec]:
+    """Return those of the tensors beside the pool that a method computes."""
+    every = ((kind, kind.tensors(slots, shape)) for kind in slots.kinds if kind.from_method)
+    return {name: spec for _, specs in every for name, spec in specs.items() if all(spec.shape)}
+
+
+def _packed(view: LayerView, layer: LayerPlan, rebuilt: Tensors, rounding: Rounding) -> Tensors:
+    """Return the experts in few bits as they are stored.
+
+    Args:
+        view: the layer.
+        layer: its plan.
+        rebuilt: matrices of the experts whose weights are computed anew, stacked.
+        rounding: how codes are found.
+    """
+    dtype, found = DTYPES[view.dtype], {}
+    behind: dict[int, dict[int, float]] = {expert: {} for expert in layer.pool}
+    for slot, answer in enumerate(layer.slots):
+        if (expert := answer.expert(slot)) is not None:
+            behind[expert][slot] = answer.scale
+    for width, experts in layer.packed.items():
+        matrices = {name: stack.clone() for name, stack in view.experts.matrices(experts).items()}
+        for row, expert in enumerate(experts):
+            for name, stack in rebuilt.items() if expert in layer.rebuilt else ():
+                matrices[name][row] = stack[layer.rebuilt.index(expert)]
+        storages, slots = width.storages(view.shape), [behind[expert] for expert in experts]
+        for name, codes in quantized(view, slots, matrices, storages, dtype=dtype, rounding=rounding).items():
+            found |= {f"{width.stem}_{name}{suffix}": part for suffix, part in storages[name].pack(codes).items()}
+        biases = matrices.keys() - storages.keys()
+        found |= {f"{width.stem}_{name}": matrices[name].to(dtype) for name in biases}
+    return found
+
+
+def stored_tensors(plan: Plan, layer: int, shape: ExpertShape, tensors: LayerTensors, dtype: str) -> Tensors:
     """Return the answers' tensors as they are stored: rounded, or turned into codes.
 
     Args:
         plan: the plan.
         layer: decoder layer.
         shape: what the layer's experts are made of.
-        added: the numbers, by the names that the answers declare.
+        tensors: what was computed.
         dtype: safetensors dtype of the layer's experts.
 
     Raises:
         CheckpointError: a number is larger than the dtype holds.
     """
-    declared, stored = plan.slot_maps[layer].tensors(shape), {}
-    for name, numbers in added.items():
+    declared, stored = plan.slot_maps[layer].tensors(shape), dict(tensors.packed)
+    for name, numbers in tensors.added.items():
         stored |= declared[name].encode(name, numbers, dtype)
     for name, tensor in stored.items():
         check_stored(tensor, f"layer {layer}: {name}")
@@ -149,13 +191,13 @@ def change_layer(model: nn.Module, anatomy: Anatomy, plan: Plan, layer: int, ten
     """
     layer_plan, moe = plan.by_layer[layer], anatomy.layers[layer]
     slot_map = None if plan.native else plan.slot_maps[layer]
-    change = LayerChange(experts=layer_plan.pool, slots=layer_plan.kept_slots, slot_map=slot_map)
+    change = LayerChange(experts=layer_plan.plain, slots=layer_plan.kept_slots, slot_map=slot_map)
     reshape_model(model, anatomy, {layer: change})
     if tensors is None:
         return
     module: nn.Module = model.get_submodule(moe.experts)
-    stored = stored_tensors(plan, layer, moe.expert_shape, tensors.added, DTYPE_NAMES[Experts(module).dtype])
-    rows = [layer_plan.pool.index(expert) for expert in layer_plan.rebuilt]
+    stored = stored_tensors(plan, layer, moe.expert_shape, tensors, DTYPE_NAMES[Experts(module).dtype])
+    rows = [row for row, expert in enumerate(layer_plan.plain) if expert in layer_plan.rebuilt]
     with torch.no_grad():
         for name, tensor in stored.items():
             getattr(module, name).copy_(tensor)

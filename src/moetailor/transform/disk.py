@@ -154,7 +154,7 @@ def _compute(
     total = sum(bool(layer_plan.computed) for layer_plan in plan.by_layer.values())
     for done, (layer, tensors) in enumerate(_computed_layers(parts, calibration, source, scratch, propagate), start=1):
         stack, shape = stacks[layer], parts.anatomy.layers[layer].expert_shape
-        stored = stored_tensors(plan, layer, shape, tensors.added, stack.dtype)
+        stored = stored_tensors(plan, layer, shape, tensors, stack.dtype)
         file = scratch / f"{layer:04d}.safetensors"
         on_disk = _as_on_disk(parts, stack, source, tensors.rebuilt)
         save_tensors({name: tensor.cpu().contiguous() for name, tensor in (stored | on_disk).items()}, file)
@@ -194,15 +194,14 @@ def _as_on_disk(parts: Parts, stack: DiskStack, source: StreamedModel, rebuilt: 
     if not rebuilt:
         return {}
     layer, path = parts.plan.layers[stack.prefix], parts.anatomy.layers[stack.index or 0].experts
-    places = [layer.pool.index(expert) for expert in layer.rebuilt]
+    anew = [expert for expert in layer.rebuilt if expert in layer.plain]
+    places = [layer.plain.index(expert) for expert in anew]
     found = {}
     for name, tensor in disk_tensors(source.model, {f"{path}.{name}": t for name, t in rebuilt.items()}).items():
         name, number = stack.named(name), stack.expert_number(name)
         found[name if number is None else stack.renamed(name, places[number])] = tensor
     replaced = {name: name for name in stack.fused} | {
-        stack.renamed(name, layer.pool.index(expert)): name
-        for name, expert in stack.experts.items()
-        if expert in layer.rebuilt
+        stack.renamed(name, layer.plain.index(expert)): name for name, expert in stack.experts.items() if expert in anew
     }
     if lost := sorted(replaced.keys() - found.keys()):
         raise CheckpointError(

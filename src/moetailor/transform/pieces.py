@@ -63,10 +63,11 @@ def _piece(parts: Parts, info: TensorInfo, stack: DiskStack | None) -> Piece | N
     if info.name in stack.slots:
         return rows(info, stack.slots[info.name], layer.kept_slots)
     if info.name in stack.fused:
-        other = {expert: (parts.rebuilt[info.name], row) for row, expert in enumerate(layer.rebuilt)}
-        return rows(info, stack.fused[info.name], layer.pool, other)
+        anew = [expert for expert in layer.rebuilt if expert in layer.plain]
+        other = {expert: (parts.rebuilt[info.name], row) for row, expert in enumerate(anew)}
+        return rows(info, stack.fused[info.name], layer.plain, other) if layer.plain else None
     expert = stack.experts[info.name]
-    if expert not in layer.pool:
+    if expert not in layer.plain:
         return None
-    name = stack.renamed(info.name, layer.pool.index(expert))
+    name = stack.renamed(info.name, layer.plain.index(expert))
     return whole(parts.rebuilt[name] if expert in layer.rebuilt else info, name)

@@ -21,5 +21,5 @@ class Rows8(Storage):
         scale = tensor.float().abs().amax(1, keepdim=True).clamp_min(1e-20) / 127
         return {"_codes": (tensor.float() / scale).round().to(torch.int8), "_scale": scale}
 
-    def decode(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def decode(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
         return parts["_codes"] * parts["_scale"]

@@ -24,7 +24,7 @@ class Plain(Storage):
         """Return the tensor in its dtype."""
         return {"": tensor.to(DTYPES[dtype])}
 
-    def decode(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def decode(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
         """Return the tensor."""
         return parts[""]
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,8 @@ from moetailor.checkpoint.files import tensor_nbytes
 from moetailor.errors import CheckpointError, did_you_mean
 
 STORAGES: dict[str, Storage] = {}
+# Ways that differ in numbers: what their names look like, and what makes one of its name.
+FAMILIES: dict[str, Callable[[re.Match[str]], Storage | None]] = {}
 
 
 class Storage(ABC):
@@ -46,8 +49,13 @@ class Storage(ABC):
         """
 
     @abstractmethod
-    def decode(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Return the numbers of stored tensors, differentiable where the storage trains."""
+    def decode(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
+        """Return the numbers of stored tensors, differentiable where the storage trains.
+
+        Args:
+            parts: the stored tensors by their suffixes, whole or some rows of each.
+            shape: of the tensor; its first axis may have more rows than there are here.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,12 +110,21 @@ def register_storage(storage: Storage) -> None:
     STORAGES[storage.name] = storage
 
 
+def register_storages(pattern: str, make: Callable[[re.Match[str]], Storage | None]) -> None:
+    """Make ways to store tensors known by names that match a pattern; `make` gives None for one that is none."""
+    assert pattern not in FAMILIES, f"storages {pattern} are registered twice"
+    FAMILIES[pattern] = make
+
+
 def find_storage(name: str) -> Storage:
     """Return a way to store tensors by name.
 
     Raises:
         CheckpointError: there is none of that name.
     """
-    if name not in STORAGES:
-        raise CheckpointError(f"no storage {name!r}" + did_you_mean(name, STORAGES))
-    return STORAGES[name]
+    if name in STORAGES:
+        return STORAGES[name]
+    for pattern, make in FAMILIES.items():
+        if (match := re.fullmatch(pattern, name)) and (found := make(match)):
+            return found
+    raise CheckpointError(f"no storage {name!r}" + did_you_mean(name, [*STORAGES, *FAMILIES]))

@@ -1,0 +1,188 @@
+"""Packed: an expert that stays in few bits, its matrices as integers in groups.
+
+A plan names the width of each expert that it keeps in few bits, whatever stands behind the slots (`LayerPlan.widths`);
+slots whose expert is one of these have this answer in config.json. Experts of one width are a class: they lie together,
+and the running model turns no more than `TOGETHER` of them into numbers at a time.
+
+Shapes: n experts of a class, T tokens, P pairs, D model width, F expert width.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+
+from moetailor.answers.answer import Answer, Call, Context
+from moetailor.answers.products import grouped, joined_gates, sorted_pairs
+from moetailor.checkpoint.experts import Experts, ExpertShape
+from moetailor.checkpoint.storage import Integers, TensorSpec
+from moetailor.errors import PlanError
+from moetailor.schema import Within
+
+if TYPE_CHECKING:
+    from moetailor.answers.slot_map import SlotMap
+
+# Experts that are numbers at the same time.
+TOGETHER = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Width:
+    """How an expert lies in few bits.
+
+    Attributes:
+        bits: of a weight of the gate and up projections.
+        down: of a weight of the down projection; `bits` when 0.
+        group: inputs that share a scale, at most; widths are cut into the fewest groups, as equal as they can be.
+        symmetric: whether codes lie around zero, without zero points.
+    """
+
+    bits: Annotated[int, Within(2, 8)]
+    down: Annotated[int, Within(0, 8)] = 0
+    group: Annotated[int, Within(1, 2**16)] = 128
+    symmetric: bool = False
+
+    def __post_init__(self) -> None:
+        for bits in (self.bits, self.down or self.bits):
+            if not 2 <= bits <= 8:
+                raise PlanError(f"{bits} bits: there are 2 to 8")
+
+    @classmethod
+    def parse(cls, text: str | int) -> Width:
+        """Read ``4``, or ``4/6`` where the down projection has other bits.
+
+        Raises:
+            PlanError: not such bits.
+        """
+        match = re.fullmatch(r"([2-8])(?:/([2-8]))?", str(text).strip())
+        if not match:
+            raise PlanError(f"--bits {text}: write 2 to 8, or as 4/6 with those of the down projection")
+        return cls(bits=int(match[1]), down=int(match[2] or 0))
+
+    def storages(self, shape: ExpertShape) -> dict[str, Integers]:
+        """Return how each matrix lies.
+
+        Args:
+            shape: the layer's experts.
+        """
+        bits = {name: self.down or self.bits if name == "down" else self.bits for name in shape.matrices}
+        return {name: Integers(bits=b, group=self.group, symmetric=self.symmetric) for name, b in bits.items()}
+
+    @property
+    def width(self) -> Width:
+        """The width alone."""
+        return Width(bits=self.bits, down=self.down, group=self.group, symmetric=self.symmetric)
+
+    @property
+    def stem(self) -> str:
+        """The start of the names of the tensors of this width."""
+        sign = "int" if self.symmetric else "uint"
+        return f"packed_{sign}{self.bits}_{self.down or self.bits}_g{self.group}"
+
+    def __str__(self) -> str:
+        bits = f"{self.bits} bits" if self.down in (0, self.bits) else f"{self.bits}/{self.down} bits"
+        return bits + (", symmetric" if self.symmetric else "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packed(Width, Answer):
+    """An expert in few bits: in config.json the answer of each slot whose row of the pool lies so.
+
+    Tensors, for the experts of one width: ``<stem>_<matrix>`` [n, ...] as integers and ``<stem>_<bias>`` plain.
+    """
+
+    kind = "packed"
+    letter = "4"
+    label = "kept in few bits"
+    color = "#5f6f80"
+    from_method = False
+
+    @classmethod
+    def of(cls, width: Width) -> Packed:
+        """Return the answer of a width."""
+        return cls(bits=width.bits, down=width.down, group=width.group, symmetric=width.symmetric)
+
+    def expert(self, slot: int) -> int:
+        """Return the slot's own expert: some row of the pool it is."""
+        return slot
+
+    def describe(self) -> str:
+        """Name the width."""
+        return f"kept in {Width.__str__(self)}"
+
+    def check(self, slot: int, context: Context) -> None:
+        """Refuse it in a plan."""
+        raise PlanError(f"{context.where}: slot {slot} is packed; keep its expert, and say its bits in `widths`")
+
+    @classmethod
+    def tensors(cls, slots: SlotMap, shape: ExpertShape) -> dict[str, TensorSpec]:
+        """Return the matrices, and biases where there are some, of each class."""
+        found = {}
+        for width, rows in classes(slots).items():
+            count, storages = len(set(rows.values())), width.storages(shape)
+            for name, size in shape.tensors.items():
+                how = {"storage": storages[name].name, "trainable": False} if name in storages else {}
+                found[f"{width.stem}_{name}"] = TensorSpec(shape=(count, *size), **how)
+        return found
+
+    @classmethod
+    def buffers(cls, slots: SlotMap) -> dict[str, torch.Tensor]:
+        """Return for each class the row of each slot, -1 for none."""
+        found = {}
+        for width, rows in classes(slots).items():
+            row = torch.full((len(slots.answers),), -1, dtype=torch.int32)
+            row[list(rows)] = torch.tensor(list(rows.values()), dtype=torch.int32)
+            found[f"{width.stem}_row"] = row
+        return found
+
+    @classmethod
+    def run(cls, module: Any, call: Call, out_TD: torch.Tensor) -> torch.Tensor:
+        """Add the gated outputs, a class at a time; slots with one expert run it once for a token."""
+        for width in classes(module.slots):
+            row_TK, gate_TK = joined_gates(call.of_slots(getattr(module, f"{width.stem}_row")), call.gate_TK)
+            token_P, place_P, row_P = sorted_pairs(row_TK)
+            hit, number_P = torch.unique_consecutive(row_P, return_inverse=True)
+            for start in range(0, len(hit), TOGETHER):
+                chosen = (number_P >= start) & (number_P < start + TOGETHER)
+                token, gate = token_P[chosen], gate_TK[token_P[chosen], place_P[chosen], None]
+                rows = hit[start : start + TOGETHER]
+                given_PD = _outputs(module, width.stem, rows, call.hidden_TD[token], number_P[chosen] - start) * gate
+                out_TD = out_TD.index_add(0, token, given_PD.to(out_TD))
+        return out_TD
+
+
+def classes(slots: SlotMap) -> dict[Width, dict[int, int]]:
+    """Return the widths of a layer, each with the number of the expert behind every slot of it.
+
+    Experts of one width are numbered as they follow each other in the pool.
+    """
+    slots_of: dict[Width, list[int]] = {}
+    for slot, answer in slots.of(Packed).items():
+        slots_of.setdefault(answer.width, []).append(slot)
+    found = {}
+    for width, behind in sorted(slots_of.items(), key=lambda item: item[0].stem):
+        pool = sorted({slots.rows[slot] for slot in behind})
+        found[width] = {slot: pool.index(slots.rows[slot]) for slot in behind}
+    return found
+
+
+def _outputs(module: Any, stem: str, rows: torch.Tensor, x_PD: torch.Tensor, number_P: torch.Tensor) -> torch.Tensor:
+    """Return the outputs of some experts of a class, [P, D].
+
+    Args:
+        module: the compressed experts.
+        stem: of the class.
+        rows: the experts.
+        x_PD: inputs, sorted by expert.
+        number_P: which of `rows` each goes through.
+    """
+    experts = Experts(module)
+
+    def given(part: str, inputs: torch.Tensor) -> torch.Tensor:
+        bias = module.tensor(f"{stem}_{part}_bias", rows) if experts.shape.biased else None
+        return grouped(inputs, module.tensor(f"{stem}_{part}", rows).to(inputs.dtype), number_P, bias)
+
+    return given("down", experts.activated([given(part, x_PD) for part in experts.inputs]))

@@ -1,0 +1,192 @@
+"""Integers of few bits in groups, as compressed-tensors' ``pack-quantized`` has them.
+
+A code q in -2^(b-1) .. 2^(b-1) - 1 stands for (q - z) s; the scale s and the zero point z (0 where codes are symmetric)
+are those of a group of inputs of one output. Shapes: n matrices, O outputs, I inputs, G groups.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from moetailor.checkpoint.files import DTYPES
+from moetailor.checkpoint.storage.storage import Storage, register_storages
+
+BITS = range(2, 9)
+# Shares of a group's range that its codes may cover.
+CLIPS = torch.linspace(1.0, 0.6, 17)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Codes:
+    """Matrices as integers.
+
+    Attributes:
+        code: int8 [n, O, I].
+        scale: [n, O, G].
+        zero: int8 [n, O, G]; None where codes are symmetric.
+    """
+
+    code: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor | None
+
+    @classmethod
+    def joined(cls, parts: Sequence[Codes]) -> Codes:
+        """Return several stacks of matrices as one."""
+        zeros = [part.zero for part in parts if part.zero is not None]
+        code, scale = torch.cat([part.code for part in parts]), torch.cat([part.scale for part in parts])
+        return cls(code=code, scale=scale, zero=torch.cat(zeros) if zeros else None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Integers(Storage):
+    """Integers in groups, named ``int4g128`` (symmetric) or ``uint4g128`` (with zero points).
+
+    Groups are as equal as they can be: a width is cut into the fewest that have at most `group` inputs.
+
+    Attributes:
+        bits: of a code, 2 to 8.
+        group: inputs that share a scale, at most.
+        symmetric: whether there are no zero points.
+    """
+
+    bits: int
+    group: int
+    symmetric: bool
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """As `TensorSpec` names it."""
+        return f"{'' if self.symmetric else 'u'}int{self.bits}g{self.group}"
+
+    def groups(self, inputs: int) -> int:
+        """Return how many groups a width has."""
+        return -(-inputs // self.group)
+
+    def size(self, inputs: int) -> int:
+        """Return the inputs of a group; the last one may have fewer."""
+        return -(-inputs // self.groups(inputs))
+
+    def parts(self, shape: tuple[int, ...], dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Return codes, scales and, unless symmetric, zero points; codes lie along the inputs, zero points along the
+        outputs, in words of 32 bits.
+        """
+        count, outputs, inputs = shape
+        groups = self.groups(inputs)
+        found = {
+            "_packed": ("I32", (count, outputs, -(-inputs * self.bits // 32))),
+            "_scale": (dtype, (count, outputs, groups)),
+        }
+        zero = {"_zero_point": ("I32", (count, -(-outputs * self.bits // 32), groups))}
+        return found | ({} if self.symmetric else zero)
+
+    def encode(self, tensor: torch.Tensor, dtype: str) -> dict[str, torch.Tensor]:
+        """Return the nearest codes, each group's scale searched."""
+        weight = tensor.float()
+        scale, zero = self.fit(weight, weight.new_ones(weight.shape[-1]), DTYPES[dtype])
+        return self.pack(Codes(code=self.round(weight, scale, zero), scale=scale, zero=zero))
+
+    def decode(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
+        """Return (q - z) s in the dtype of the scales."""
+        from compressed_tensors.compressors.pack_quantized import unpack_from_int32  # here: it takes seconds to import
+
+        outputs, inputs = shape[1:]
+        packed, scale = parts["_packed"], parts["_scale"]
+        rows = torch.Size((len(scale) * outputs, inputs))
+        code, zero = unpack_from_int32(packed.flatten(0, 1), self.bits, rows).view(len(scale), outputs, inputs), None
+        if not self.symmetric:
+            words = parts["_zero_point"].transpose(1, 2).flatten(0, 1)
+            zero = unpack_from_int32(words, self.bits, torch.Size((len(words), outputs)))
+            zero = zero.view(len(scale), -1, outputs).transpose(1, 2)
+        return self.numbers(Codes(code=code, scale=scale, zero=zero))
+
+    def numbers(self, codes: Codes) -> torch.Tensor:
+        """Return (q - z) s in the dtype of the scales."""
+        inputs, dtype = codes.code.shape[-1], codes.scale.dtype
+        code = codes.code.to(dtype)
+        if codes.zero is not None:
+            code = code - self.spread(codes.zero.to(dtype), inputs)
+        return code * self.spread(codes.scale, inputs)
+
+    def pack(self, codes: Codes) -> dict[str, torch.Tensor]:
+        """Return the stored tensors of some codes."""
+        from compressed_tensors.compressors.pack_quantized import pack_to_int32
+
+        count, outputs, _ = codes.code.shape
+        packed = pack_to_int32(codes.code.flatten(0, 1), self.bits).view(count, outputs, -1)
+        found = {"_packed": packed, "_scale": codes.scale}
+        if codes.zero is not None:
+            lying = codes.zero.transpose(1, 2)
+            words = pack_to_int32(lying.flatten(0, 1), self.bits).view(count, lying.shape[1], -1)
+            found["_zero_point"] = words.transpose(1, 2)
+        return found
+
+    def spread(self, each: torch.Tensor, inputs: int) -> torch.Tensor:
+        """Return what each group has for each of its inputs, [..., I].
+
+        Args:
+            each: [..., G].
+            inputs: I.
+        """
+        return each.repeat_interleave(self.size(inputs), -1)[..., :inputs]
+
+    def round(self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
+        """Return the nearest codes, int8 [n, O, I].
+
+        Args:
+            weight: float32 [n, O, I].
+            scale: [n, O, G].
+            zero: [n, O, G].
+        """
+        at = weight / self.spread(scale.float(), weight.shape[-1])
+        at = at.round() if zero is None else (at + self.spread(zero.float(), weight.shape[-1])).round()
+        return at.clamp(-(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1).to(torch.int8)
+
+    def fit(
+        self, weight: torch.Tensor, importance: torch.Tensor, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the scales and zero points with the least weighted squared error of rounding, among some shares of
+        each group's range.
+
+        Args:
+            weight: float32 [n, O, I].
+            importance: what errors of each input weigh, [I] or [n, I].
+            dtype: of the scales.
+
+        Returns:
+            Scales and zero points (None where codes are symmetric), [n, O, G].
+        """
+        inputs, size = weight.shape[-1], self.size(weight.shape[-1])
+        more = self.groups(inputs) * size - inputs
+        parted = torch.nn.functional.pad(weight, (0, more)).unflatten(-1, (-1, size))
+        worth = torch.nn.functional.pad(importance.float().expand(len(weight), -1), (0, more)).unflatten(-1, (-1, size))
+        low, high = parted.amin(-1).clamp_max(0), parted.amax(-1).clamp_min(0)
+        least, steps = -(2 ** (self.bits - 1)), 2**self.bits - 1
+        best = torch.full_like(low, torch.inf)
+        scale, zero = torch.ones_like(low, dtype=dtype), torch.zeros_like(low, dtype=torch.int8)
+        for clip in CLIPS.tolist():
+            # Symmetric codes reach one step further below zero than above it: the wider side decides.
+            spanned = torch.maximum(-low, high) * 2 if self.symmetric else high - low
+            tried = (spanned * clip / steps).clamp_min(torch.finfo(dtype).tiny).to(dtype)
+            tried = torch.where(spanned > 0, tried, torch.ones_like(tried))
+            at = torch.zeros_like(low) if self.symmetric else (least - low * clip / tried.float()).round()
+            at = at.clamp(least, -least - 1)
+            step = tried.float()[..., None]
+            code = (parted / step + at[..., None]).round().clamp(least, -least - 1)
+            error = (((code - at[..., None]) * step - parted).square() * worth[:, None]).sum(-1)
+            better = error < best
+            best, scale = torch.where(better, error, best), torch.where(better, tried, scale)
+            zero = torch.where(better, at.to(torch.int8), zero)
+        return scale, None if self.symmetric else zero
+
+
+def _named(match: re.Match[str]) -> Integers | None:
+    bits, group = int(match["bits"]), int(match["group"])
+    return Integers(bits=bits, group=group, symmetric=not match["u"]) if bits in BITS and group else None
+
+
+register_storages(r"(?P<u>u?)int(?P<bits>[0-9])g(?P<group>[0-9]{1,5})", _named)

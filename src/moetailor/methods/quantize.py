@@ -1,0 +1,53 @@
+"""Quantize: every expert stays, in few bits: what to compare with before anything is removed.
+
+GPTQ (arXiv:2210.17323) on moments weighted by squared gates, with searched scales and the down projection fitted to
+what the rounded gate and up projections give; or the nearest codes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from moetailor.answers import Keep, Width
+from moetailor.fitting.widths import Rounding
+from moetailor.methods.method import AtLeast, Method
+from moetailor.methods.registry import register
+from moetailor.planning.layer_plan import LayerPlan, untouched
+from moetailor.planning.view import LayerView
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class Quantize(Method):
+    """Keep every expert, all in the same few bits.
+
+    Attributes:
+        bits: of a weight of the gate and up projections, 2 to 8.
+        down: of a weight of the down projection; `bits` when 0.
+        group: inputs that share a scale, at most.
+        symmetric: do without zero points.
+        rounding: ``gptq`` or ``nearest``.
+    """
+
+    bits: Annotated[int, AtLeast(2)] = 4
+    down: Annotated[int, AtLeast(0)] = 0
+    group: Annotated[int, AtLeast(1)] = 128
+    symmetric: bool = False
+    rounding: Rounding = "gptq"  # type: ignore[misc]
+
+    name = "quantize"
+    paper = "arXiv:2210.17323"
+    reads_weights = True
+    replaces_with = Keep
+    removes = False
+    useful_whole = True
+
+    def plan(self, layer: LayerView, keep: int) -> LayerPlan:
+        """Keep all."""
+        return self.estimate(layer.num_experts, keep)
+
+    def estimate(self, experts: int, keep: int, groups: int = 1) -> LayerPlan:
+        """Return the plan, whatever the layer is."""
+        width = Width(bits=self.bits, down=self.down, group=self.group, symmetric=self.symmetric)
+        return untouched(experts).narrowed(width)
