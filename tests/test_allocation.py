@@ -116,7 +116,9 @@ def test_what_is_protected_stays_in_a_layer_that_would_keep_fewer(
             found.gated_norm[0] = 1e9
         return found
 
-    monkeypatch.setattr(moetailor.Calibration, "sensitivities", lambda self: {first: 1e-9} | dict.fromkeys(others, 1.0))
+    monkeypatch.setattr(
+        moetailor.Calibration, "sensitivities", lambda self, *_: {first: 1e-9} | dict.fromkeys(others, 1.0)
+    )
     monkeypatch.setattr(moetailor.Calibration, "sums", sums)
     groups, experts = calibrated.model.groups.count, calibrated.model.stacks[0].num_experts
     budget = Budget.parse(keep=keep)

@@ -10,8 +10,11 @@ import torch
 
 import moetailor
 from moetailor.calibration.batch import evenly_spaced_sequences
+from moetailor.calibration.folder import Errors
 from moetailor.calibration.layers import ResidentModel
 from moetailor.calibration.sensitivity import measure_sensitivities
+from moetailor.checkpoint.experts import Experts
+from moetailor.checkpoint.storage import Integers
 from support.families import tiny_model
 from support.tiny import anatomy_of, load, logits, token_batches
 
@@ -31,20 +34,27 @@ def masked_batches() -> list[moetailor.Batch]:
     ]
 
 
+@pytest.mark.parametrize("kind", ["constants", "rounding"])
 @pytest.mark.parametrize("name", ["olmoe", "gpt_oss", "granitemoe"])
 @pytest.mark.parametrize("text", [token_batches, masked_batches])
 def test_a_sensitivity_is_the_kl_of_a_model_with_one_layer_replaced(
-    name: str, text: Callable[[], list[moetailor.Batch]], checkpoint: Get, tmp_path: Path
+    name: str, text: Callable[[], list[moetailor.Batch]], kind: Errors, checkpoint: Get, tmp_path: Path
 ) -> None:
     batches = text()
-    model = load(checkpoint(name))
+    model, rounded = load(checkpoint(name)), load(checkpoint(name))
+    for layer in anatomy_of(rounded).layers.values():
+        round_experts(rounded.get_submodule(layer.experts))
     measured = moetailor.calibrate(checkpoint(name), tmp_path / "c", text=batches, sensitivity=True)
     for index, layer in anatomy_of(model).layers.items():
         sums, experts = measured.sums(index), model.get_submodule(layer.experts)
         constants = (sums.gate_sq_output / sums.gate_sq[:, None].clamp_min(1e-300)).float()
         errors: list[float] = []
+        other = rounded.get_submodule(layer.experts)
 
         def replace(module: object, args: tuple, y: torch.Tensor, constants: torch.Tensor = constants) -> torch.Tensor:
+            if kind == "rounding":
+                errors.extend((other(*args) - y).square().sum(1).tolist())  # noqa: B023
+                return other(*args)  # noqa: B023
             replaced = y.clone()
             for token, (chosen, gates) in enumerate(zip(args[1].tolist(), args[2].tolist(), strict=True)):
                 instead = sum(gate * constants[expert] for expert, gate in zip(chosen, gates, strict=True))
@@ -64,9 +74,25 @@ def test_a_sensitivity_is_the_kl_of_a_model_with_one_layer_replaced(
                     kl += float((before[0, place].exp() * (before[0, place] - after[0, place])).sum())
                     squared += errors[place]
                 errors.clear()
-        assert measured.sensitivities()[index] == pytest.approx(kl / squared, rel=0.02)
+        assert measured.sensitivities(kind)[index] == pytest.approx(kl / squared, rel=0.02)
     about = json.loads((measured.folder / "sensitivity.json").read_text())
     assert about["tokens"] == (36 if text is token_batches else 32)
+
+
+def round_experts(module: torch.nn.Module) -> None:
+    """Round every matrix to 4 bits, a row of one expert at a time; its width is one group."""
+    storage, experts = Integers(bits=4, group=128, symmetric=False), Experts(module)
+    matrices = {name: stack.clone() for name, stack in experts.matrices().items()}
+    for name in experts.shape.matrices:
+        for matrix in matrices[name]:
+            for row in matrix:
+                scale, zero = storage.fit(row[None, None], torch.ones(len(row)), torch.float32)
+                code = storage.round(row[None, None], scale, zero)
+                assert zero is not None
+                row.copy_(((code.float() - zero.float()) * scale)[0, 0])
+    with torch.no_grad():
+        for name, tensor in experts.packed(matrices).items():
+            getattr(module, name).copy_(tensor)
 
 
 def test_sequences_are_from_everywhere_in_the_text() -> None:
@@ -105,8 +131,9 @@ def test_tokens_that_do_not_count_are_in_neither_sum(checkpoint: Get, tmp_path: 
         found.append(json.loads((made.folder / "sensitivity.json").read_text()))
     plain, padded = found
     assert padded["tokens"] == plain["tokens"] == ids.numel()
-    for layer, sums in plain["layers"].items():
-        assert padded["layers"][layer] == pytest.approx(sums, rel=1e-3)
+    for layer, kinds in plain["layers"].items():
+        for kind, sums in kinds.items():
+            assert padded["layers"][layer][kind] == pytest.approx(sums, rel=1e-3)
 
 
 def test_states_on_disk_go_and_a_loss_that_balances_routers_is_not_asked_for(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any, Literal, TypedDict
 
 import torch
 
@@ -56,11 +56,21 @@ class Fingerprint(_Always, total=False):
     residual: bool
 
 
-class LayerSensitivity(TypedDict):
-    """What constants in one layer did, in sums over tokens: nats, and the squared error of its routed output."""
+class Effect(TypedDict):
+    """What errors in one layer did, in sums over tokens: nats, and the squared error of its routed output."""
 
     kl: Annotated[float, Within(0)]
     squared_error: Annotated[float, Within(0)]
+
+
+class LayerSensitivity(TypedDict):
+    """What constants in place of one layer's experts did, and what rounding all of these to few bits did."""
+
+    constants: Effect
+    rounding: Effect
+
+
+Errors = Literal["constants", "rounding"]
 
 
 class Sensitivities(TypedDict):
@@ -118,9 +128,12 @@ class Calibration:
         known = self._known(part_name(file, SAMPLE))
         return load_sample(file, experts, self.model.width, self.model.top_k, known=known)
 
-    def sensitivities(self) -> dict[int, float] | None:
+    def sensitivities(self, errors: Errors = "constants") -> dict[int, float] | None:
         """Return what errors of each layer cost: nats a token for each unit of squared error a token of its routed
         output, summed over its width; None where it was not recorded.
+
+        Args:
+            errors: of which kind: the coarse ones of ``constants``, or the noise of ``rounding``.
 
         Raises:
             CalibrationError: its file is damaged or of another calibration.
@@ -132,7 +145,8 @@ class Calibration:
         measured = read(Sensitivities, content, str(file), error=CalibrationError, cure=AGAIN)
         if _hash(measured) != self.hashes[SENSITIVITY] or set(measured["layers"]) != set(self.layers):
             raise CalibrationError(f"{file}: holds other values than were written; {AGAIN}")
-        return {layer: one["kl"] / max(one["squared_error"], 1e-300) for layer, one in measured["layers"].items()}
+        effects = {layer: found[errors] for layer, found in measured["layers"].items()}
+        return {layer: effect["kl"] / max(effect["squared_error"], 1e-300) for layer, effect in effects.items()}
 
     def holds(self, statistic: str) -> bool:
         """Say whether a statistic was recorded, see `statistics.ON_REQUEST`."""

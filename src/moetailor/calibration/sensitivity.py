@@ -5,6 +5,9 @@ states run on to the logits. KL is nearly quadratic in small errors, so KL divid
 prices any error of that layer. The errors of constants are large on purpose: several layers err together in a
 compressed model. Measured with errors of a quarter of that size, prices came out a third too low.
 
+What rounding to few bits adds is another kind of error: noise, which has no direction of its own. It is measured apart,
+with all experts of the layer rounded to the nearest codes of 4 bits.
+
 Shapes: B sequences, L tokens, T = B x L, D model width, K experts of a token, E experts, V vocabulary.
 """
 
@@ -14,22 +17,29 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
-from torch import nn
 
 from moetailor.calibration.batch import Batch, evenly_spaced_sequences
 from moetailor.calibration.capture import replaced_forward
-from moetailor.calibration.folder import Calibration, LayerSensitivity
+from moetailor.calibration.folder import Calibration, Effect, Errors, LayerSensitivity
 from moetailor.calibration.layers import PartlyLoaded
 from moetailor.calibration.states import HiddenStates
 from moetailor.calibration.walk import Walk
-from moetailor.checkpoint.anatomy import Anatomy, MoELayer
+from moetailor.checkpoint.anatomy import Anatomy
+from moetailor.checkpoint.experts import Experts
+from moetailor.checkpoint.files import DTYPE_NAMES
+from moetailor.checkpoint.storage import Integers
 from moetailor.errors import CalibrationError
 from moetailor.progress import Progress
 
+# What stands in for the experts of a layer: called with their own forward and its arguments.
+Instead = Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Key = TypeVar("Key")
 # Tokens that run.
 TOKENS = 4096
+ROUNDED = Integers(bits=4, group=128, symmetric=False)
 
 
 def measure_sensitivities(
@@ -42,8 +52,8 @@ def measure_sensitivities(
 ) -> Calibration:
     """Measure what errors of every MoE layer cost, write it into the folder, and return the calibration that holds it.
 
-    Each MoE layer adds a stream, in which constants answered for that layer alone, and that runs through all layers
-    after it: with n MoE layers about n / 2 forward passes over a few tokens.
+    Each MoE layer adds two streams, in which constants or rounded experts answered for that layer alone, and that run
+    through all layers after it: with n MoE layers about n forward passes over a few tokens.
 
     Args:
         calibration: a finished calibration.
@@ -58,24 +68,31 @@ def measure_sensitivities(
     batches = evenly_spaced_sequences(calibration.batches(), TOKENS)
     walk = Walk(source, batches, folder=states, progress=progress)
     original = walk.begin()
-    replaced: dict[int, HiddenStates] = {}
-    squared: dict[int, list[torch.Tensor]] = {}
+    replaced: dict[tuple[int, Errors], HiddenStates] = {}
+    squared: dict[tuple[int, Errors], list[torch.Tensor]] = {}
     for index in walk.layers():
         for stream in replaced.values():
             walk.advance(stream)
         if index in anatomy.layers:
-            replaced[index] = walk.fork(original, f"replaced-{index}")
-            with _replaced(walk.model, anatomy.layers[index], _constants(calibration, index)) as squared[index]:
-                walk.advance(replaced[index])
+            experts = walk.model.get_submodule(anatomy.layers[index].experts)
+            kinds: dict[Errors, Instead] = {"constants": _constants(calibration, index), "rounding": _rounded(experts)}
+            for errors, instead in kinds.items():
+                replaced[index, errors] = walk.fork(original, f"{errors}-{index}")
+                with _replaced(experts, instead) as squared[index, errors]:
+                    walk.advance(replaced[index, errors])
         walk.advance(original)
     kl = _kl(walk, original, replaced)
     walk.clear()
     counted = torch.cat([batch.counted.flatten() for batch in batches])
-    layers: dict[int, LayerSensitivity] = {
-        index: {"kl": max(kl[index], 0.0), "squared_error": float(torch.cat(squared[index])[counted].sum())}
-        for index in replaced
+    effects: dict[tuple[int, Errors], Effect] = {
+        key: {"kl": max(kl[key], 0.0), "squared_error": float(torch.cat(squared[key])[counted].sum())}
+        for key in replaced
     }
-    for index, found in layers.items():
+    layers: dict[int, LayerSensitivity] = {
+        index: {"constants": effects[index, "constants"], "rounding": effects[index, "rounding"]}
+        for index in anatomy.layers
+    }
+    for (index, _), found in effects.items():
         if not math.isfinite(found["kl"] + found["squared_error"]):
             raise CalibrationError(
                 f"layer {index}: what its errors cost is not finite, the logits overflow; calibrate in a wider --dtype"
@@ -83,45 +100,72 @@ def measure_sensitivities(
     return calibration.with_sensitivities({"tokens": int(counted.sum()), "layers": layers})
 
 
-def _constants(calibration: Calibration, layer: int) -> torch.Tensor:
-    """Return the constant that is nearest to each expert's gated output, float32 [E, D]."""
+def _constants(calibration: Calibration, layer: int) -> Instead:
+    """Let each expert give the constant that is nearest to its gated output."""
     sums = calibration.sums(layer)
     # c_e = sum g^2 y / sum g^2
-    return (sums.gate_sq_output / sums.gate_sq[:, None].clamp_min(1e-300)).float()
+    constants_ED = (sums.gate_sq_output / sums.gate_sq[:, None].clamp_min(1e-300)).float()
+
+    def give(inner: Any, hidden_TD: torch.Tensor, index_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
+        constants = constants_ED.to(hidden_TD.device)
+        return torch.einsum("tk,tkd->td", weight_TK.float(), constants[index_TK.long()])
+
+    return give
+
+
+def _rounded(module: Any) -> Instead:
+    """Let each expert run with its matrices rounded."""
+    experts, matrices = Experts(module), {}
+    for name, stack in experts.matrices().items():
+        if name in experts.shape.matrices:
+            stored = ROUNDED.encode(stack, DTYPE_NAMES[stack.dtype])
+            stack = ROUNDED.decode(stored, tuple(stack.shape))
+        matrices[name] = stack
+    rounded = experts.packed(matrices)
+
+    def give(inner: Any, hidden_TD: torch.Tensor, index_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
+        own = {name: getattr(module, name).data for name in rounded}
+        for name, tensor in rounded.items():
+            getattr(module, name).data = tensor
+        try:
+            return inner(hidden_TD, index_TK, weight_TK)
+        finally:
+            for name, tensor in own.items():
+                getattr(module, name).data = tensor
+
+    return give
 
 
 @contextmanager
-def _replaced(model: nn.Module, layer: MoELayer, constants_ED: torch.Tensor) -> Iterator[list[torch.Tensor]]:
-    """Replace what the experts of a layer give by constants while the context lasts.
+def _replaced(experts: Any, instead: Instead) -> Iterator[list[torch.Tensor]]:
+    """Replace what the experts of a layer give while the context lasts.
 
     Yields:
         A list to which each run adds the squared errors of its tokens, [T].
     """
-    experts, squared = model.get_submodule(layer.experts), []
-    inner = experts.forward
+    inner, squared = experts.forward, []
 
     def run(hidden_TD: torch.Tensor, index_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
         y_TD = inner(hidden_TD, index_TK, weight_TK)
-        constants = constants_ED.to(y_TD.device)
-        instead_TD = torch.einsum("tk,tkd->td", weight_TK.float(), constants[index_TK.long()])
-        squared.append((instead_TD - y_TD.float()).square().sum(-1).cpu())
+        instead_TD = instead(inner, hidden_TD, index_TK, weight_TK)
+        squared.append((instead_TD.float() - y_TD.float()).square().sum(-1).cpu())
         return instead_TD.to(y_TD.dtype)
 
     with replaced_forward(experts, run):
         yield squared
 
 
-def _kl(walk: Walk, original: HiddenStates, replaced: Mapping[int, HiddenStates]) -> dict[int, float]:
+def _kl(walk: Walk, original: HiddenStates, replaced: Mapping[Key, HiddenStates]) -> dict[Key, float]:
     """Return the sum over counted tokens of KL(original || replaced) for each stream."""
     found = dict.fromkeys(replaced, 0.0)
 
     def add(batch: Batch, logits: Callable[[HiddenStates], torch.Tensor]) -> None:
         true = torch.log_softmax(logits(original).float(), -1)
-        for index, stream in replaced.items():
+        for key, stream in replaced.items():
             other = torch.log_softmax(logits(stream).float(), -1)
             # KL(p || q) = sum_v p (log p - log q)
             kl_BL = (true.exp() * (true - other)).sum(-1).cpu()
-            found[index] += float(kl_BL[batch.counted].sum(dtype=torch.float64))
+            found[key] += float(kl_BL[batch.counted].sum(dtype=torch.float64))
 
     walk.predict(add)
     return found

@@ -21,8 +21,9 @@ from typing import Annotated
 import torch
 from torch.nn import functional as F
 
-from moetailor.answers import Answer, Constant, Drop, Keep, Linear, LowRank, Remap
+from moetailor.answers import Answer, Constant, Drop, Keep, Linear, LowRank, Packed, Remap, Width
 from moetailor.calibration.domains import balanced
+from moetailor.checkpoint.files import DTYPES
 from moetailor.errors import PlanError
 from moetailor.fitting import linear_maps, low_rank
 from moetailor.fitting.averages import Matrices
@@ -30,6 +31,7 @@ from moetailor.fitting.distances import functional_distances
 from moetailor.fitting.held_out import held_out_masks
 from moetailor.fitting.menu import Menu, cheapest
 from moetailor.fitting.whitened import approximate
+from moetailor.fitting.widths import WIDTHS, held_out_errors
 from moetailor.methods.method import AtLeast, JointMethod
 from moetailor.methods.registry import register
 from moetailor.planning.layer_plan import LayerPlan
@@ -49,26 +51,31 @@ class Choice:
     """What the slots of a layer may become.
 
     Attributes:
-        answers: the answers that each expert may become, in the order of the menu's entries; the last is the expert
-            itself, for which the menu has no entry.
+        answers: the answers that each expert may become, or the widths that it may stay in, in the order of the menu's
+            entries; the last is the expert itself, for which the menu has no entry.
         menu: what they cost, in nats times `weight`.
         weight: what errors of each expert weigh, [E].
+        scores: what a constant in place of each expert costs, in nats.
     """
 
-    answers: list[list[Answer]]
+    answers: list[list[Answer | Width]]
     menu: Menu
     weight: torch.Tensor
+    scores: tuple[float, ...]
 
     def plan(self, entries: Sequence[int]) -> LayerPlan:
         """Return the plan in which each expert becomes its answer of a number."""
         low = [expert for expert, at in enumerate(entries) if isinstance(self.answers[expert][at], LowRank)]
         # A base with a single member takes as many bytes as that expert, which loses nothing.
         entries = [len(self.menu.price) if low == [expert] else at for expert, at in enumerate(entries)]
-        chosen = [answers[at] for answers, at in zip(self.answers, entries, strict=True)]
+        found = [answers[at] for answers, at in zip(self.answers, entries, strict=True)]
+        widths = {expert: width for expert, width in enumerate(found) if isinstance(width, Width)}
+        chosen = [Keep() if isinstance(answer, Width) else answer for answer in found]
         base = next((expert for expert, answer in enumerate(chosen) if isinstance(answer, LowRank)), 0)
         slots = [replace(answer, base=base) if isinstance(answer, LowRank) else answer for answer in chosen]
         errors = self.menu.errors / self.weight[:, None]
-        return LayerPlan(slots=tuple(slots), scores=tuple(errors[:, 0].tolist()), expected=_cost(errors, entries))
+        expected = _cost(errors, entries)
+        return LayerPlan(slots=tuple(slots), scores=self.scores, expected=expected, widths=widths)
 
     def cost(self, entries: Sequence[int]) -> float:
         """Return what such a plan costs on the menu."""
@@ -91,9 +98,11 @@ class Auto(JointMethod):
 
     Attributes:
         balance: how domains of the calibration text share the budget: 0 by their tokens, 1 all alike.
+        bits: put experts in few bits on the menu, in place of low ranks over bases, which then are never chosen.
     """
 
     balance: Annotated[float, AtLeast(0)] = 0.75
+    bits: bool = False
 
     name = "auto"
     replaces_with = Constant
@@ -115,7 +124,7 @@ class Auto(JointMethod):
         """Decide for all layers, in the bytes of kept experts and novices for the others."""
         choices = []
         for layer in layers:
-            choices.append(_choice(layer, self.balance))
+            choices.append(_choice(layer, self.balance, self.bits))
             layer.close()
         nbytes = sum(layer.nbytes or _novices(layer, keep) for layer, keep in zip(layers, keeps, strict=True))
         for choice, entries in zip(choices, _cheapest(nbytes, choices), strict=True):
@@ -127,10 +136,17 @@ class Auto(JointMethod):
         return found | (low_rank.built_on(layer, plan, [_base(layer)], "fitted") if plan.of(LowRank) else {})
 
 
-def _choice(layer: LayerView, balance: float) -> Choice:
+def _choice(layer: LayerView, balance: float, bits: bool = False) -> Choice:
     """Return what the slots of a layer may become, errors in nats."""
-    slots, base, experts = _menu(layer), _base(layer), range(layer.num_experts)
-    errors = torch.stack([_errors(layer, expert, base, slots) for expert in experts])
+    slots, experts = _menu(layer, low=not bits), range(layer.num_experts)
+    if bits:
+        ranks = [getattr(answer, "rank", 0) for answer in slots]
+        errors = torch.stack([linear_maps.held_out_errors(layer, expert, ranks, RIDGE) for expert in experts])
+    else:
+        base = _base(layer)
+        errors = torch.stack([_errors(layer, expert, base, slots) for expert in experts])
+    widths = WIDTHS if bits else ()
+    noise = errors[:, :1] * held_out_errors(layer, widths, dtype=DTYPES[layer.dtype])
     others, scales, shares = _nearest(layer)
     sums, dead = layer.sums, layer.sums.count == 0
     lost = (sums.gate_sq_norm_sq / sums.tokens)[:, None] * shares
@@ -138,25 +154,39 @@ def _choice(layer: LayerView, balance: float) -> Choice:
     lost[dead] = torch.inf
     drop = torch.where(dead & (layer.groups == 1), 0.0, torch.inf)[:, None].double()
     assert layer.sensitivity is not None
+    scores = (layer.sensitivity * errors[:, 0]).tolist()
+    if bits:
+        assert layer.rounding is not None
+        # That no token reached it may be the text's doing, and in the fewest bits it costs little.
+        errors[dead], drop = torch.inf, torch.full_like(drop, torch.inf)
+    protected = sorted(layer.protected)
+    errors[protected], lost[protected], drop[protected] = torch.inf, torch.inf, torch.inf
     answers = [
         [
             *slots,
+            *widths,
             *map(_answered, others[expert].tolist(), scales[expert].tolist()),
             Drop(),
             Keep(),
         ]
         for expert in experts
     ]
-    requires = F.pad(others, (len(slots), 1), value=-1)
+    requires = F.pad(others, (len(slots) + len(widths), 1), value=-1)
     weight = _weight(layer, balance)
+    coarse, fine = layer.sensitivity, layer.rounding or 0.0
     menu = Menu(
-        errors=layer.sensitivity * weight[:, None] * torch.cat([errors, lost, drop], 1),
-        price=[*(_nbytes(layer, slot) for slot in slots), *[0] * (others.shape[1] + 1)],
+        errors=weight[:, None] * torch.cat([coarse * errors, fine * noise, coarse * lost, drop], 1),
+        price=[
+            *(_nbytes(layer, slot) for slot in slots),
+            *(_nbytes(layer, Packed.of(width)) for width in widths),
+            *[0] * (others.shape[1] + 1),
+        ],
         expert_nbytes=layer.expert_bytes,
-        must_keep=layer.protected,
+        must_keep=() if bits else layer.protected,
         requires=requires,
+        keeping=range(len(slots), len(slots) + len(widths)),
     )
-    return Choice(answers=answers, menu=menu, weight=weight)
+    return Choice(answers=answers, menu=menu, weight=weight, scores=tuple(scores))
 
 
 def _weight(layer: LayerView, balance: float) -> torch.Tensor:
@@ -169,10 +199,10 @@ def _weight(layer: LayerView, balance: float) -> torch.Tensor:
     return torch.where(mass > 0, total / mass, 1.0)
 
 
-def _menu(layer: LayerView) -> list[Answer]:
+def _menu(layer: LayerView, *, low: bool = True) -> list[Answer]:
     """Return what a slot may become beside its own expert, as far as it is smaller; a constant first."""
     answers: list[Answer] = [Linear(rank) if rank else Constant() for rank in LINEAR]
-    answers += [LowRank(0, rank) for rank in LOW]
+    answers += [LowRank(0, rank) for rank in LOW] if low else []
     return [answer for answer in answers if _nbytes(layer, answer) < layer.expert_bytes]
 
 
@@ -224,6 +254,8 @@ def _cheapest(nbytes: int, choices: Sequence[Choice]) -> list[list[int]]:
     menus = [choice.menu for choice in choices]
     bases = sum(menu.expert_nbytes for menu in menus)
     found = [cheapest([choice.without_base().menu for choice in choices], nbytes)]
+    if not any(isinstance(answer, LowRank) for answer in choices[0].answers[0]):
+        return found[0]
     kept = [max(1, len(menu.must_keep)) for menu in menus]
     least = sum(
         min(menu.price) * (len(menu.errors) - count) + menu.expert_nbytes * count

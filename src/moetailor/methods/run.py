@@ -138,6 +138,7 @@ def view_of(
         shape=stack.shape,
         dtype=stack.dtype,
         sensitivity=(calibration.sensitivities() or {}).get(layer),
+        rounding=(calibration.sensitivities("rounding") or {}).get(layer),
         read_sums=lambda: calibration.sums(layer),
         read_sample=lambda: calibration.sample(layer),
         read_correction=lambda: weights.correction(layer),

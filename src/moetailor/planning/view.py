@@ -34,6 +34,7 @@ class LayerView:
         shape: what an expert is made of.
         dtype: safetensors dtype of the experts.
         sensitivity: nats a token that a squared error of 1 a token costs in the end; None where it was not recorded.
+        rounding: the same for the noise of experts that are rounded to few bits.
         original: the inputs of the sampled tokens in the original model, [N, D], where `sample` has those that they
             have once the layers before this one are compressed; None where both are the same.
         read_sums: reads what calibration summed.
@@ -54,6 +55,7 @@ class LayerView:
     shape: ExpertShape = ExpertShape(width=0, intermediate=0)  # noqa: RUF009 (frozen)
     dtype: str = "F32"
     sensitivity: float | None = None
+    rounding: float | None = None
     original: torch.Tensor | None = None
     read_sums: Callable[[], Sums]
     read_sample: Callable[[], Sample]
