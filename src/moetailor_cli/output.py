@@ -153,9 +153,11 @@ def calibration(made: Calibration, wanted: int) -> None:
 
 def plan(made: Plan) -> None:
     """Print what becomes of the slots, a line for each kind of layer."""
+    from moetailor.answers import ANSWERS
     from moetailor.words import nbytes
 
     kinds: dict[str, list[str]] = {}
+    order = [kind.label for kind in ANSWERS.values()]
     for prefix, layer in made.layers.items():
         found = Counter(answer.label for answer in layer.answers)
         ranks = {answer.label: set() for answer in layer.answers}
@@ -163,7 +165,7 @@ def plan(made: Plan) -> None:
             ranks[answer.label] |= {getattr(answer, "rank", 0)} - {0}
         told = ", ".join(
             f"{number} {label}" + (f" of rank {_span(sorted(ranks[label]))}" if ranks[label] else "")
-            for label, number in found.items()
+            for label, number in sorted(found.items(), key=lambda item: order.index(item[0]))
             if label != "kept"
         )
         kinds.setdefault(f"{len(layer.pool)} of {len(layer.slots)} experts stay, {told}", []).append(prefix)
