@@ -3,16 +3,15 @@
 import json
 import os
 import signal
+import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
 import moetailor
-from moetailor_cli.app import _stoppable, main
-from support.kills import in_child
+from moetailor_cli.app import _stoppable
 from support.reference import REFERENCE, TEXT
 
 
@@ -157,34 +156,35 @@ def test_version(run) -> None:
     assert run("--version")[1].strip() == f"moetailor {moetailor.__version__}"
 
 
+# The tests themselves may run under nohup.
+FRESH = """
+import signal
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from moetailor_cli.app import main
+main()
+"""
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
-def test_a_run_that_is_ended_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int
-) -> None:
-    """Evaluation has the log-probabilities of all words among the temporary files, which may be many bytes."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+def test_a_run_that_is_ended_leaves_nothing(tmp_path: Path, number: int, code: int) -> None:
+    """Evaluation has the log-probabilities of all words among the temporary files, which may be many bytes.
+
+    In a process of its own: a child of this one could not go on with threads that torch has started here.
+    """
     (tmp_path / "tmp").mkdir()
     text = ["--data", str(REFERENCE / "heldout.jsonl"), "--sequences", "64", "--length", "64"]
     words = ["evaluate", str(REFERENCE), "--against", str(REFERENCE), *text, "--json", str(tmp_path / "scores.json")]
-
-    def run() -> None:
-        monkeypatch.setattr(sys, "argv", ["moetailor", *words])
-        sys.stderr = open(tmp_path / "said", "w")
-        # The tests themselves may run under nohup.
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        try:
-            main()
-        finally:
-            sys.stderr.close()
-
-    child, deadline = in_child(run), time.monotonic() + 60
+    environment = os.environ | {"TMPDIR": str(tmp_path / "tmp"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", FRESH, *words]
+    child, deadline = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL), time.monotonic() + 120
     while not list(tmp_path.glob("tmp/moetailor-*/*.safetensors")):
+        assert child.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    os.kill(child, number)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == code
-    assert sorted(os.listdir(tmp_path)) == ["said", "tmp"]
+    child.send_signal(number)
+    assert child.wait() == code
+    assert sorted(os.listdir(tmp_path)) == ["tmp"]
     assert os.listdir(tmp_path / "tmp") == []
 
 
