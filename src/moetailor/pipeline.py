@@ -142,8 +142,7 @@ def compress(
     """
     original = Original(model, trust_remote_code=trust_remote_code)
     given: dict[str, Any] = {"parameters": parameters, "allocation": allocation, "protect": pairs_of(protect)}
-    given |= {"width": width}
-    given |= {"layers": None if layers is None else list(layers)}
+    given |= {"layers": None if layers is None else list(layers), "width": width}
     written: dict[str, Any] = {"format": format, "overwrite": overwrite}
     precheck(original, out, method=method, budget=budget, calibration=calibration, text=text, **given, **written)
     folder = Path(calibration) if calibration is not None else Path(out).with_name(Path(out).name + ".calibration")

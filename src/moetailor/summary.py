@@ -123,7 +123,7 @@ def summarise(source: str | Path, *, trust_remote_code: bool = False) -> Summary
     }
     width = _stored_width(checkpoint, skeleton, anatomy, maps)
     moe = tuple(
-        _moe(index, anatomy.layers[index], anatomy.top_k, maps.get(index), numbers[index] * width)
+        _moe(checkpoint, anatomy.layers[index], anatomy.top_k, maps.get(index), numbers[index] * width)
         for index in sorted(anatomy.layers)
     )
     # What lies as codes and scales counts as the numbers that it stands for.
@@ -156,15 +156,19 @@ def _slot_maps(checkpoint: Checkpoint) -> dict[int, SlotMap]:
     return MoetailorConfig(**entry).slot_maps() if entry.get("quant_method") == "moetailor" else {}
 
 
-def _moe(index: int, layer: MoELayer, top_k: int, slot_map: SlotMap | None, expert_bytes: int) -> MoeSummary:
+def _moe(
+    checkpoint: Checkpoint, layer: MoELayer, top_k: int, slot_map: SlotMap | None, expert_bytes: int
+) -> MoeSummary:
     if slot_map is None:
-        return MoeSummary(index, layer.num_experts, layer.num_experts, 0, (), top_k, 0, expert_bytes)
+        return MoeSummary(layer.index, layer.num_experts, layer.num_experts, 0, (), top_k, 0, expert_bytes)
     others = [answer for answer in slot_map.answers if answer is not None]
     light = [answer for answer, row in zip(slot_map.answers, slot_map.rows, strict=True) if answer and row < 0]
     if (plain := len(slot_map.plain_pool)) < slot_map.experts:
-        expert_bytes = (plain * expert_bytes + slot_map.packed_nbytes(layer.expert_shape)) // slot_map.experts
+        own = tuple(f"{layer.experts}.{width.stem}_" for width in slot_map.packed)
+        packed = sum(info.nbytes for name, info in checkpoint.tensors.items() if name.startswith(own))
+        expert_bytes = (plain * expert_bytes + packed) // slot_map.experts
     return MoeSummary(
-        layer=index,
+        layer=layer.index,
         slots=len(slot_map.rows),
         experts=slot_map.whole_experts,
         stand_ins=sum(answer.lender() is None for answer in light),

@@ -107,6 +107,10 @@ def test_every_method_takes_bits_on_top(
     apart = (logits(load(out)) - logits(load(whole))).norm() / logits(load(whole)).norm()
     assert float(apart) < 0.3
     assert summarise(out).parameters == summarise(whole).parameters
+    stored = (info for name, info in open_checkpoint(out).tensors.items() if "packed_uint" in name)
+    packed = sum(layer.experts * layer.expert_bytes for layer in summarise(out).moe)
+    if method not in ("auto", "lightmoe"):  # whose bases are experts of another size
+        assert packed == sum(info.nbytes for info in stored)
 
 
 def test_auxiliary_slots_need_their_experts_as_they_are(calibration: GetCalibration) -> None:
@@ -135,6 +139,14 @@ def test_a_size_counts_bits(method: str, calibration: GetCalibration) -> None:
         ({"method": "auto", "budget": {"size": 10**5}, "width": Width(bits=4)}, "--bits: auto shares bytes out itself"),
         ({"method": "quantize", "parameters": {"bits": 9}}, "9 bits: there are 2 to 8"),
         ({"method": "quantize", "budget": {"size": 1000}}, "still .* bytes; ask for at least that"),
+        (
+            {"method": "quantize", "budget": {"memory": 10**6, "load_dtype": "bfloat16"}},
+            "--load-dtype bfloat16: experts in few bits stay integers in memory",
+        ),
+        (
+            {"method": "auto", "budget": {"memory": 90_000, "load_dtype": "float32"}, "parameters": {"bits": True}},
+            "--load-dtype float32: experts in few bits stay integers in memory",
+        ),
     ],
 )
 def test_what_cannot_be(given: dict, said: str, calibration: GetCalibration) -> None:

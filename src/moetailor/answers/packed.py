@@ -121,18 +121,18 @@ class Packed(Width, Answer):
     def tensors(cls, slots: SlotMap, shape: ExpertShape) -> dict[str, TensorSpec]:
         """Return the matrices, and biases where there are some, of each class."""
         found = {}
-        for width, rows in classes(slots).items():
+        for width, rows in slots.packed.items():
             count, storages = len(set(rows.values())), width.storages(shape)
             for name, size in shape.tensors.items():
-                how = {"storage": storages[name].name, "trainable": False} if name in storages else {}
-                found[f"{width.stem}_{name}"] = TensorSpec(shape=(count, *size), **how)
+                storage = storages[name].name if name in storages else "plain"
+                found[f"{width.stem}_{name}"] = TensorSpec(shape=(count, *size), storage=storage, trainable=False)
         return found
 
     @classmethod
     def buffers(cls, slots: SlotMap) -> dict[str, torch.Tensor]:
         """Return for each class the row of each slot, -1 for none."""
         found = {}
-        for width, rows in classes(slots).items():
+        for width, rows in slots.packed.items():
             row = torch.full((len(slots.answers),), -1, dtype=torch.int32)
             row[list(rows)] = torch.tensor(list(rows.values()), dtype=torch.int32)
             found[f"{width.stem}_row"] = row
@@ -141,7 +141,7 @@ class Packed(Width, Answer):
     @classmethod
     def run(cls, module: Any, call: Call, out_TD: torch.Tensor) -> torch.Tensor:
         """Add the gated outputs, a class at a time; slots with one expert run it once for a token."""
-        for width in classes(module.slots):
+        for width in module.slots.packed:
             row_TK, gate_TK = joined_gates(call.of_slots(getattr(module, f"{width.stem}_row")), call.gate_TK)
             token_P, place_P, row_P = sorted_pairs(row_TK)
             hit, number_P = torch.unique_consecutive(row_P, return_inverse=True)
@@ -152,21 +152,6 @@ class Packed(Width, Answer):
                 given_PD = _outputs(module, width.stem, rows, call.hidden_TD[token], number_P[chosen] - start) * gate
                 out_TD = out_TD.index_add(0, token, given_PD.to(out_TD))
         return out_TD
-
-
-def classes(slots: SlotMap) -> dict[Width, dict[int, int]]:
-    """Return the widths of a layer, each with the number of the expert behind every slot of it.
-
-    Experts of one width are numbered as they follow each other in the pool.
-    """
-    slots_of: dict[Width, list[int]] = {}
-    for slot, answer in slots.of(Packed).items():
-        slots_of.setdefault(answer.width, []).append(slot)
-    found = {}
-    for width, behind in sorted(slots_of.items(), key=lambda item: item[0].stem):
-        pool = sorted({slots.rows[slot] for slot in behind})
-        found[width] = {slot: pool.index(slots.rows[slot]) for slot in behind}
-    return found
 
 
 def _outputs(module: Any, stem: str, rows: torch.Tensor, x_PD: torch.Tensor, number_P: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 
 from moetailor.answers.answer import ANSWERS, Answer
 from moetailor.answers.groups import MOST_SLOTS, read_groups, write_groups
-from moetailor.answers.packed import Packed
+from moetailor.answers.packed import Packed, Width
 from moetailor.checkpoint.experts import ExpertShape
 from moetailor.checkpoint.storage import TensorSpec
 from moetailor.errors import CheckpointError
@@ -48,6 +48,20 @@ class SlotMap:
         """The kinds of answers beside rows of the pool, in the order in which they are registered."""
         there = {type(answer) for answer in self.answers}
         return tuple(kind for kind in ANSWERS.values() if kind in there)
+
+    @cached_property
+    def packed(self) -> dict[Width, dict[int, int]]:
+        """The widths of the experts in few bits, each with the number of the expert behind every slot of it: experts of
+        one width are numbered as they follow each other in the pool.
+        """
+        slots_of: dict[Width, list[int]] = {}
+        for slot, answer in self.of(Packed).items():
+            slots_of.setdefault(answer.width, []).append(slot)
+        found = {}
+        for width, behind in sorted(slots_of.items(), key=lambda item: item[0].stem):
+            pool = sorted({self.rows[slot] for slot in behind})
+            found[width] = {slot: pool.index(self.rows[slot]) for slot in behind}
+        return found
 
     @cached_property
     def plain_pool(self) -> tuple[int, ...]:
@@ -106,15 +120,6 @@ class SlotMap:
             dtype: their safetensors dtype.
         """
         return sum(spec.nbytes(dtype) for spec in self.tensors(shape).values())
-
-    def packed_nbytes(self, shape: ExpertShape, dtype: str = "BF16") -> int:
-        """Return the bytes of the experts in few bits.
-
-        Args:
-            shape: the layer's experts.
-            dtype: safetensors dtype of scales and biases.
-        """
-        return sum(spec.nbytes(dtype) for spec in Packed.tensors(self, shape).values())
 
     @property
     def whole_experts(self) -> int:

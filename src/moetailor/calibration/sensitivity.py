@@ -29,7 +29,6 @@ from moetailor.calibration.states import HiddenStates
 from moetailor.calibration.walk import Walk
 from moetailor.checkpoint.anatomy import Anatomy
 from moetailor.checkpoint.experts import Experts
-from moetailor.checkpoint.files import DTYPE_NAMES
 from moetailor.checkpoint.storage import Integers
 from moetailor.errors import CalibrationError
 from moetailor.progress import Progress
@@ -118,8 +117,7 @@ def _rounded(module: Any) -> Instead:
     experts, matrices = Experts(module), {}
     for name, stack in experts.matrices().items():
         if name in experts.shape.matrices:
-            stored = ROUNDED.encode(stack, DTYPE_NAMES[stack.dtype])
-            stack = ROUNDED.decode(stored, tuple(stack.shape))
+            stack = ROUNDED.numbers(ROUNDED.nearest(stack, stack.dtype))
         matrices[name] = stack
     rounded = experts.packed(matrices)
 

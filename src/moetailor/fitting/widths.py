@@ -53,17 +53,14 @@ def quantized(
     for start in range(0, len(behind), BATCH):
         some = {name: part[start : start + BATCH].float() for name, part in matrices.items()}
         if rounding == "nearest":
-            codes = {name: _nearest(some[name], storage, dtype) for name, storage in storages.items()}
+            codes = {name: storage.nearest(some[name], dtype) for name, storage in storages.items()}
         else:
-            codes = _fitted(layer, behind[start : start + BATCH], some, storages, dtype)
+            inputs = [_inputs(layer, slots) for slots in behind[start : start + BATCH]]
+            half = _half(layer, inputs, some, storages, dtype)
+            codes = {**half.codes, "down": gptq(half.down, half.moments, storages["down"], dtype)}
         for name in storages:
             found[name].append(codes[name])
     return {name: Codes.joined(parts) for name, parts in found.items()}
-
-
-def _nearest(weight: torch.Tensor, storage: Integers, dtype: torch.dtype) -> Codes:
-    scale, zero = storage.fit(weight, torch.ones(weight.shape[-1], device=weight.device), dtype)
-    return Codes(code=storage.round(weight, scale, zero), scale=scale, zero=zero)
 
 
 def held_out_errors(layer: LayerView, widths: Sequence[Width], *, dtype: torch.dtype) -> torch.Tensor:
@@ -90,17 +87,6 @@ def held_out_errors(layer: LayerView, widths: Sequence[Width], *, dtype: torch.d
                     down = storage.numbers(gptq(half.down, half.moments, storage, dtype)).float()
                     found[start : start + BATCH, at] = half.errors(layer, down, judges)
     return found
-
-
-def _fitted(
-    layer: LayerView,
-    behind: Sequence[Mapping[int, float]],
-    matrices: Matrices,
-    storages: Mapping[str, Integers],
-    dtype: torch.dtype,
-) -> dict[str, Codes]:
-    half = _half(layer, [_inputs(layer, slots) for slots in behind], matrices, storages, dtype)
-    return {**half.codes, "down": gptq(half.down, half.moments, storages["down"], dtype)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,12 +127,13 @@ class _Judge:
     @classmethod
     def of(cls, layer: LayerView, expert: int) -> _Judge:
         token, gate = layer.routed(expert)
-        judged = held_out(token)
-        judged = judged if int(judged.sum()) >= FEW else torch.ones_like(judged)
         weight = gate.double().square()[:, None].to(layer.experts.device)
         y = layer.outputs(expert, token).double()
-        fitted = weight[~judged] if bool((~judged).any()) else weight
-        mean = (fitted * (y[~judged] if bool((~judged).any()) else y)).sum(0) / fitted.sum().clamp_min(1e-300)
+        judged = held_out(token)
+        if int(judged.sum()) < FEW:  # all judge, and all say what the constant is
+            judged = torch.ones_like(judged)
+        fitted = ~judged if not bool(judged.all()) else judged
+        mean = (weight * y)[fitted].sum(0) / weight[fitted].sum().clamp_min(1e-300)
         constant = float((weight[judged] * (y[judged] - mean).square()).sum())
         x = layer.sample.hidden[token[judged]].float().to(layer.experts.device)
         return cls(x=x, weight=weight[judged], y=y[judged], constant=constant)

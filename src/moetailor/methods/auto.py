@@ -6,7 +6,7 @@ answer is priced in bytes, and in what it adds to the squared error of its layer
 fitted on, times what such an error costs the predictions, as calibration measured it (`--sensitivity`). Which answers
 to take is then one knapsack over all slots of all layers, so layers and experts get as much as they are worth. In it a
 domain of the calibration text that has few tokens counts for more than these, or what they alone need would go first.
-``--remove`` stands for the bytes that MoNE writes at that ratio.
+``--remove`` stands for the bytes that MoNE writes at that ratio. With ``bits`` experts may stay in few bits, too.
 
 Left out: experts made of several, which lose to a base with parts of low rank at all bytes that were measured, and take
 as long to price as to build.
@@ -146,7 +146,7 @@ def _choice(layer: LayerView, balance: float, bits: bool = False) -> Choice:
         base = _base(layer)
         errors = torch.stack([_errors(layer, expert, base, slots) for expert in experts])
     widths = WIDTHS if bits else ()
-    noise = errors[:, :1] * held_out_errors(layer, widths, dtype=DTYPES[layer.dtype])
+    noise = errors[:, :1] * (held_out_errors(layer, widths, dtype=DTYPES[layer.dtype]) if bits else errors[:, :0])
     others, scales, shares = _nearest(layer)
     sums, dead = layer.sums, layer.sums.count == 0
     lost = (sums.gate_sq_norm_sq / sums.tokens)[:, None] * shares

@@ -52,8 +52,6 @@ def estimate_plan(
     """
     run = [stack for stack in facts.stacks if stack.index is not None]
     known = {stack.index: stack.num_experts for stack in facts.stacks if stack.index is not None}
-    if isinstance(allocation, str) and allocation not in RULES:
-        raise PlanError(f"--allocation {allocation}" + did_you_mean(allocation, RULES))
     selected, protect = set(known) if layers is None else set(layers), set(protect)
     if unknown := sorted(selected - set(known)):
         raise PlanError(f"--layers: {unknown} are no MoE layers; those are {', '.join(map(str, known))}")
@@ -61,9 +59,7 @@ def estimate_plan(
         if layer not in known or not 0 <= expert < known[layer]:
             raise PlanError(f"--protect {layer}:{expert}: no such expert; MoE layers are {', '.join(map(str, known))}")
     stacks = [stack for stack in run if stack.index in selected]
-    if allocation != "uniform" and method.decides_counts:
-        raise PlanError(f"--allocation: {method.name} here decides itself what each layer keeps; leave it uniform")
-    _refuse_width(method, budget, width)
+    _refuse_unknown(method, budget, allocation, width)
     groups = facts.groups.count if method.replaces_with.drops else 1
     if method.replaces_with.drops and len(stacks) == len(run) and allocation == "uniform":
         # Layers that the model does not run (multi-token prediction) share its expert count, so they are cut as well.
@@ -97,6 +93,7 @@ def estimate_plan(
         if (nbytes := planned_nbytes(facts, planned)) > most:
             raise PlanError(f"--allocation: takes {nbytes:,} bytes, {budget} allows {most:,}; keep fewer experts")
     planned = narrowed(planned)
+    refuse_load_dtype(budget, planned)
     for stack in stacks:
         inside = {expert for layer, expert in protect if layer == stack.index}
         refuse_protected(stack.index or 0, inside, stack.num_experts, len(planned[stack.prefix].pool), groups)
@@ -220,11 +217,29 @@ def _within(
     return planned(max(fitting), max(n for n in more if planned_nbytes(facts, planned(max(fitting), n)) <= size))
 
 
-def _refuse_width(method: Method, budget: Budget, width: Width | None) -> None:
+def _refuse_unknown(method: Method, budget: Budget, allocation: Allocation, width: Width | None) -> None:
+    """Refuse what would mean nothing to a method."""
+    if isinstance(allocation, str) and allocation not in RULES:
+        raise PlanError(f"--allocation {allocation}" + did_you_mean(allocation, RULES))
+    if allocation != "uniform" and method.decides_counts:
+        raise PlanError(f"--allocation: {method.name} here decides itself what each layer keeps; leave it uniform")
     if width is not None and not method.removes:
         raise PlanError(f"--bits: {method.name} says itself how experts lie; leave it out, and see its parameters")
     if width is not None and method.decides_counts and budget.remove is None:
         raise PlanError(f"--bits: {method.name} shares bytes out itself; say how many with --remove")
+
+
+def refuse_load_dtype(budget: Budget, layers: Mapping[str, LayerPlan]) -> None:
+    """Refuse to count integers in a dtype that they are not loaded in.
+
+    Raises:
+        PlanError: see the message.
+    """
+    if budget.load_dtype is not None and any(layer.widths for layer in layers.values()):
+        raise PlanError(
+            f"--load-dtype {budget.load_dtype}: experts in few bits stay integers in memory; leave it out, and give "
+            "--memory the bytes that all has as it is stored"
+        )
 
 
 def _refuse_uneven(budget: Budget, method: Method, groups: int) -> None:

@@ -23,6 +23,7 @@ from moetailor.methods.estimate import (
     layer_nbytes,
     method_budget,
     pairs_of,
+    refuse_load_dtype,
 )
 from moetailor.methods.method import Method
 from moetailor.methods.registry import find_method
@@ -110,6 +111,7 @@ def make_plan(
         layers={prefix: layer for prefix, layer in decided.items() if not layer.untouched},
     )
     check_plan(plan, facts)
+    refuse_load_dtype(budget, plan.layers)
     if not plan.layers and budget.remove != 0:
         told = f"{plan.budget}: takes no expert from any layer of {max(s.num_experts for s in facts.stacks)}"
         warnings.warn(f"{told}; the result will be the original", MoetailorWarning, stacklevel=2)

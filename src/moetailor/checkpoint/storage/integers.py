@@ -86,9 +86,7 @@ class Integers(Storage):
 
     def encode(self, tensor: torch.Tensor, dtype: str) -> dict[str, torch.Tensor]:
         """Return the nearest codes, each group's scale searched."""
-        weight = tensor.float()
-        scale, zero = self.fit(weight, weight.new_ones(weight.shape[-1]), DTYPES[dtype])
-        return self.pack(Codes(code=self.round(weight, scale, zero), scale=scale, zero=zero))
+        return self.pack(self.nearest(tensor, DTYPES[dtype]))
 
     def decode(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
         """Return (q - z) s in the dtype of the scales."""
@@ -145,6 +143,20 @@ class Integers(Storage):
         at = weight / self.spread(scale.float(), weight.shape[-1])
         at = at.round() if zero is None else (at + self.spread(zero.float(), weight.shape[-1])).round()
         return at.clamp(-(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1).to(torch.int8)
+
+    def nearest(self, weight: torch.Tensor, dtype: torch.dtype) -> Codes:
+        """Return the nearest codes of some matrices, each group's scale searched; one matrix at a time, for memory.
+
+        Args:
+            weight: [n, O, I].
+            dtype: of the scales.
+        """
+        found = []
+        for matrix in weight.split(1):
+            matrix = matrix.float()
+            scale, zero = self.fit(matrix, matrix.new_ones(matrix.shape[-1]), dtype)
+            found.append(Codes(code=self.round(matrix, scale, zero), scale=scale, zero=zero))
+        return Codes.joined(found)
 
     def fit(
         self, weight: torch.Tensor, importance: torch.Tensor, dtype: torch.dtype
