@@ -151,6 +151,8 @@ class Bench:
         if child == 0:
             code = 70
             try:
+                # torch makes the pool of a child anew at its first use, which must not be by two threads at once.
+                torch.set_num_threads(1)
                 _silence(log)
                 tempfile.tempdir = str(self.work / "tmp")
                 die_at(step) if step else count_steps(steps)
