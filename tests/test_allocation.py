@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import moetailor
+from moetailor.calibration.effects import Prices
 from moetailor.calibration.statistics import Sums
 from moetailor.checkpoint.anatomy import discover
 from moetailor.checkpoint.experts import ExpertShape
@@ -30,7 +31,7 @@ from moetailor.planning.view import LayerView
 from moetailor_cli.app import main
 from support import naive
 from support.families import tiny_model
-from support.hand import layer_of, sums_of
+from support.hand import layer_of, prices_of, sums_of
 from support.methods import REFUSED_BY, REMOVING, TINY_PARAMETERS
 
 Get = Callable[[str], Path]
@@ -94,7 +95,7 @@ def test_the_error_of_a_constant_by_hand() -> None:
     # sum g^2 |y|^2 = 5, |sum g^2 y|^2 / sum g^2 = 9 / 5, so 3.2 over four tokens. Expert 2 is reached by none.
     pairs = [(0, 1.0, [3.0, 4.0]), (0, 2.0, [3.0, 4.0]), (1, 1.0, [1.0, 0.0]), (1, 2.0, [-1.0, 0.0])]
     sums = sums_of(pairs, experts=3, tokens=4)
-    (nats,) = weighted_errors([layer_of(sums, sensitivity=0.5)])
+    (nats,) = weighted_errors([layer_of(sums, prices=prices_of(0.5))])
     torch.testing.assert_close(nats, torch.tensor([0, 0.4, 0], dtype=torch.float64))
     (shares,) = weighted_errors([layer_of(sums)])
     torch.testing.assert_close(shares, torch.tensor([0, 1, 0], dtype=torch.float64))
@@ -116,9 +117,9 @@ def test_what_is_protected_stays_in_a_layer_that_would_keep_fewer(
             found.gated_norm[0] = 1e9
         return found
 
-    monkeypatch.setattr(
-        moetailor.Calibration, "sensitivities", lambda self, *_: {first: 1e-9} | dict.fromkeys(others, 1.0)
-    )
+    coarse = {first: 1e-9} | dict.fromkeys(others, 1.0)
+    prices = Prices(coarse=coarse, noise=coarse, flips=coarse, together=())
+    monkeypatch.setitem(calibrated.__dict__, "prices", prices)
     monkeypatch.setattr(moetailor.Calibration, "sums", sums)
     groups, experts = calibrated.model.groups.count, calibrated.model.stacks[0].num_experts
     budget = Budget.parse(keep=keep)

@@ -33,8 +33,9 @@ def compressed_experts(slots: list[Answer], name: str = "olmoe") -> tuple[nn.Mod
     change = LayerChange(experts=plan.pool, slots=plan.kept_slots, slot_map=plan.slot_map())
     reshape_model(model, anatomy, {layer.index: change})
     module = model.get_submodule(layer.experts)
-    for tensor in module.added:
-        nn.init.normal_(getattr(module, tensor))
+    for tensor, spec in module.added.items():
+        for part, stored in spec.encode(tensor, torch.randn(spec.shape), "F32").items():
+            getattr(module, part).data.copy_(stored)
     return original.get_submodule(layer.experts), module
 
 
@@ -170,13 +171,23 @@ def test_a_newer_format_is_refused(checkpoint: Get, calibration: GetCalibration,
         load(out)
 
 
+@pytest.mark.parametrize("int8", [False, True], ids=["plain", "int8"])
 @pytest.mark.parametrize("shared", [False, True], ids=["own-inputs", "shared-input"])
-def test_linear_maps_of_any_rank_cost_thin_products_alone(shared: bool) -> None:
+def test_linear_maps_of_any_rank_cost_thin_products_alone(shared: bool, int8: bool) -> None:
     ranks = [3, 0, 2]
-    slots = [*OWN[:5], Linear(3, shared), Constant(), Linear(2, shared)]
+    slots = [*OWN[:5], Linear(3, shared, int8), Constant(), Linear(2, shared, int8)]
     original, module = compressed_experts(slots)
-    assert module.linear_in.shape == (3 if shared else 5, 32)
-    assert module.linear_out.shape == (5, 32)
+    if int8:  # codes in words of 32 bits, with 128 added to each, and a scale a row
+        assert module.linear_in_packed.shape == (3 if shared else 5, 1, 8)
+        linear_in, linear_out = (
+            ((getattr(module, f"{name}_packed")[:, 0, :, None] >> torch.arange(0, 32, 8) & 255) - 128).flatten(1)
+            * getattr(module, f"{name}_scale")[:, 0]
+            for name in ("linear_in", "linear_out")
+        )
+    else:
+        linear_in, linear_out = module.linear_in, module.linear_out
+    assert linear_in.shape == (3 if shared else 5, 32)
+    assert linear_out.shape == (5, 32)
     starts = {0: 0, 2: 0 if shared else 3}
     generator = torch.Generator().manual_seed(0)
     for tokens in (1, 40):  # few tokens gather rows, many take two products over all maps
@@ -194,8 +205,8 @@ def test_linear_maps_of_any_rank_cost_thin_products_alone(shared: bool) -> None:
                 number, rank = slot - 5, ranks[slot - 5]
                 given, first = module.linear_constant[number // 2] if rank else module.constant[0], sum(ranks[:number])
                 if rank:
-                    inner = module.linear_in[starts[number] : starts[number] + rank] @ x[token]
-                    given = given + inner @ module.linear_out[first : first + rank]
+                    inner = linear_in[starts[number] : starts[number] + rank] @ x[token]
+                    given = given + inner @ linear_out[first : first + rank]
                 expected[token] += gate * given
         torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
 

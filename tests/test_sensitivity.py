@@ -10,7 +10,7 @@ import torch
 
 import moetailor
 from moetailor.calibration.batch import evenly_spaced_sequences
-from moetailor.calibration.folder import Errors
+from moetailor.calibration.effects import ERRORS, Errors
 from moetailor.calibration.layers import ResidentModel
 from moetailor.calibration.sensitivity import measure_sensitivities
 from moetailor.checkpoint.experts import Experts
@@ -34,7 +34,7 @@ def masked_batches() -> list[moetailor.Batch]:
     ]
 
 
-@pytest.mark.parametrize("kind", ["constants", "rounding"])
+@pytest.mark.parametrize("kind", ERRORS)
 @pytest.mark.parametrize("name", ["olmoe", "gpt_oss", "granitemoe"])
 @pytest.mark.parametrize("text", [token_batches, masked_batches])
 def test_a_sensitivity_is_the_kl_of_a_model_with_one_layer_replaced(
@@ -43,8 +43,10 @@ def test_a_sensitivity_is_the_kl_of_a_model_with_one_layer_replaced(
     batches = text()
     model, rounded = load(checkpoint(name)), load(checkpoint(name))
     for layer in anatomy_of(rounded).layers.values():
-        round_experts(rounded.get_submodule(layer.experts))
+        if kind != "constants":
+            round_experts(rounded.get_submodule(layer.experts), int(kind[-1]))
     measured = moetailor.calibrate(checkpoint(name), tmp_path / "c", text=batches, sensitivity=True)
+    about = json.loads((measured.folder / "sensitivity.json").read_text())
     for index, layer in anatomy_of(model).layers.items():
         sums, experts = measured.sums(index), model.get_submodule(layer.experts)
         constants = (sums.gate_sq_output / sums.gate_sq[:, None].clamp_min(1e-300)).float()
@@ -52,7 +54,7 @@ def test_a_sensitivity_is_the_kl_of_a_model_with_one_layer_replaced(
         other = rounded.get_submodule(layer.experts)
 
         def replace(module: object, args: tuple, y: torch.Tensor, constants: torch.Tensor = constants) -> torch.Tensor:
-            if kind == "rounding":
+            if kind != "constants":
                 errors.extend((other(*args) - y).square().sum(1).tolist())  # noqa: B023
                 return other(*args)  # noqa: B023
             replaced = y.clone()
@@ -74,14 +76,39 @@ def test_a_sensitivity_is_the_kl_of_a_model_with_one_layer_replaced(
                     kl += float((before[0, place].exp() * (before[0, place] - after[0, place])).sum())
                     squared += errors[place]
                 errors.clear()
-        assert measured.sensitivities(kind)[index] == pytest.approx(kl / squared, rel=0.02)
-    about = json.loads((measured.folder / "sensitivity.json").read_text())
+        found = about["layers"][str(index)][kind]
+        assert found["squared_error"] == pytest.approx(squared, rel=0.02)
+        assert found["kl"] == pytest.approx(kl, rel=0.02)
     assert about["tokens"] == (36 if text is token_batches else 32)
 
 
-def round_experts(module: torch.nn.Module) -> None:
-    """Round every matrix to 4 bits, a row of one expert at a time; its width is one group."""
-    storage, experts = Integers(bits=4, group=128, symmetric=False), Experts(module)
+@pytest.mark.parametrize("kind", ERRORS)
+def test_what_all_layers_together_lose_is_the_kl_of_a_model_with_all_replaced(
+    kind: Errors, checkpoint: Get, tmp_path: Path
+) -> None:
+    model, batches = load(checkpoint("olmoe")), token_batches()
+    measured = moetailor.calibrate(checkpoint("olmoe"), tmp_path / "c", text=batches, sensitivity=True)
+    other = load(checkpoint("olmoe"))
+    for index, layer in anatomy_of(other).layers.items():
+        module, sums = other.get_submodule(layer.experts), measured.sums(index)
+        if kind != "constants":
+            round_experts(module, int(kind[-1]))
+            continue
+        constants = (sums.gate_sq_output / sums.gate_sq[:, None].clamp_min(1e-300)).float()
+        module.register_forward_hook(
+            lambda module, args, y, constants=constants: (constants[args[1]] * args[2][..., None]).sum(1)
+        )
+    kl = 0.0
+    for batch in batches:
+        before, after = (logits(each, batch.input_ids).log_softmax(-1) for each in (model, other))
+        kl += float((before.exp() * (before - after)).sum())
+    about = json.loads((measured.folder / "sensitivity.json").read_text())
+    assert about["together"][kind] == pytest.approx(kl, rel=0.02)
+
+
+def round_experts(module: torch.nn.Module, bits: int) -> None:
+    """Round every matrix, a row of one expert at a time; its width is one group."""
+    storage, experts = Integers(bits=bits, group=128, symmetric=False), Experts(module)
     matrices = {name: stack.clone() for name, stack in experts.matrices().items()}
     for name in experts.shape.matrices:
         for matrix in matrices[name]:

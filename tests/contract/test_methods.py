@@ -93,7 +93,7 @@ def test_declared_statistics_suffice(method: str, calibration: GetCalibration) -
     spoiled = views(calibration("olmoe"))
     sums = STATISTICS - {"sensitivity"}
     for view in spoiled:
-        view.sensitivity = view.sensitivity if "sensitivity" in chosen.needs else torch.nan
+        view.prices = view.prices if "sensitivity" in chosen.needs else None
         hidden = {name: torch.full_like(getattr(view.sums, name), torch.nan) for name in sums - chosen.needs}
         view.__dict__["sums"] = dataclasses.replace(view.sums, **hidden)
     keeps = [5] * len(whole)

@@ -1,4 +1,4 @@
-"""Auto: prices against plain sums, budgets, and what goes first."""
+"""Auto without bits: prices against plain sums, budgets, and what goes first."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,10 +14,12 @@ from moetailor.calibration.domains import balanced
 from moetailor.checkpoint.experts import ExpertShape
 from moetailor.checkpoint.layout import Stack
 from moetailor.fitting.held_out import held_out_masks
-from moetailor.methods.auto import COMPARED, Auto, _base, _choice, _errors, _menu, _nearest
+from moetailor.methods.auto import Auto, _weight
+from moetailor.methods.mix_plain import COMPARED, Choice, _errors, _menu, _nearest, base_of, choice
 from moetailor.planning.layer_plan import LayerPlan
 from moetailor.planning.plan import stored_nbytes
 from moetailor.planning.view import LayerView
+from support.hand import prices_of
 from support.layers import INNER, WIDTH, layer_of_tokens, random_experts, with_copy
 from support.planted import Planted, planted_batches, planted_model
 
@@ -30,8 +32,12 @@ def layer(experts: int = 5, seed: int = 0, tokens: int = 400) -> LayerView:
     made = layer_of_tokens(random_experts(experts, seed), tokens, seed)
     made.index, made.expert_bytes = seed, WHOLE
     made.sums.gate.copy_(made.sums.gate_sq)
-    made.sensitivity = 1.0
+    made.prices = prices_of(1.0, 1.0, 1.0)
     return made
+
+
+def choice_of(made: LayerView, balance: float) -> Choice:
+    return choice(made, _weight(made, balance))
 
 
 def spent(plan: LayerPlan) -> int:
@@ -42,18 +48,18 @@ def spent(plan: LayerPlan) -> int:
 
 def predicted(made: LayerView, plan: LayerPlan) -> float:
     """Return what a plan's answers cost by their prices, slot by slot."""
-    choice, cost = _choice(made, 0.0), 0.0
+    found, cost = choice_of(made, 0.0), 0.0
     for expert, answer in enumerate(plan.slots):
         own = replace(answer, base=0) if isinstance(answer, LowRank) else answer
-        at = choice.answers[expert].index(own)
+        at = found.answers[expert].index(own)
         if own != Keep():
-            cost += float(choice.menu.errors[expert, at])
+            cost += float(found.menu.errors[expert, at])
     return cost
 
 
 def test_prices_are_plain_sums_over_tokens_that_were_held_out() -> None:
     made = layer()
-    slots, base = _menu(made), _base(made)
+    slots, base = _menu(made), base_of(made)
     errors = dict(zip(slots, _errors(made, 2, base, slots).tolist(), strict=True))
     token, gate = made.routed(2)
     matrices = made.experts.expert(2)
@@ -75,7 +81,7 @@ def test_errors_fall_with_the_rank_to_nothing() -> None:
     made = layer()
     made.expert_bytes *= 100  # so that every rank is on the menu
     slots = [slot for slot in _menu(made) if isinstance(slot, LowRank)]
-    errors = _errors(made, 0, _base(made), [Constant(), *slots])
+    errors = _errors(made, 0, base_of(made), [Constant(), *slots])
     assert errors[-1] < 1e-6 * errors[0]
 
 
@@ -85,7 +91,7 @@ def test_a_budget_is_met_and_more_of_it_loses_less() -> None:
         layers = [layer(6, seed=seed) for seed in (1, 2)]
         for made in layers:
             made.nbytes = int(6 * WHOLE * share)
-        plans = list(Auto().plan_layers(layers, [3, 3]))
+        plans = list(Auto(bits=False).plan_layers(layers, [3, 3]))
         total = sum(spent(plan) for plan in plans)
         assert total <= sum(made.nbytes for made in layers)
         lost = sum(map(predicted, layers, plans))
@@ -110,9 +116,9 @@ def test_what_no_token_reached_is_answered_by_no_other_expert(groups: int) -> No
     """On no token it costs nothing, which says nothing; only to drop it is safe, where the router may lose a slot."""
     dead, made = 3, silent(3)
     made.groups = groups
-    choice = _choice(made, 0.0)
-    for expert, answers in enumerate(choice.answers):
-        costs = dict(zip(answers, choice.menu.errors[expert].tolist(), strict=False))
+    found = choice_of(made, 0.0)
+    for expert, answers in enumerate(found.answers):
+        costs = dict(zip(answers, found.menu.errors[expert].tolist(), strict=False))
         others = [cost for slot, cost in costs.items() if isinstance(slot, Remap)]
         assert len(others) == 2
         assert [cost == torch.inf for cost in others] == [expert == dead] * 2
@@ -122,7 +128,7 @@ def test_what_no_token_reached_is_answered_by_no_other_expert(groups: int) -> No
 def test_a_slot_that_no_token_reached_is_dropped_before_anything_else() -> None:
     dead, made = 3, silent(3)
     made.nbytes = 4 * WHOLE
-    (plan,) = Auto().plan_layers([made], [4])
+    (plan,) = Auto(bits=False).plan_layers([made], [4])
     assert plan.pool == [0, 1, 2, 4]
     assert plan.slots[dead] == Drop()
     assert plan.expected == 0
@@ -132,10 +138,10 @@ def test_of_copies_one_stays_and_answers_for_the_others_in_their_scale() -> None
     module = with_copy(with_copy(random_experts(2)), 0)
     module.down_proj.data[3] *= 0.5
     made = layer_of_tokens(module, 400, 0)
-    made.expert_bytes, made.sensitivity = WHOLE, 1.0
+    made.expert_bytes, made.prices = WHOLE, prices_of(1.0)
     made.sums.gate.copy_(made.sums.gate_sq)
     made.nbytes = 2 * WHOLE
-    (plan,) = Auto().plan_layers([made], [2])
+    (plan,) = Auto(bits=False).plan_layers([made], [2])
     (stays,) = set(plan.pool) - {1}
     assert {answer.expert(slot) for slot, answer in enumerate(plan.slots)} == {1, stays}
     size = {0: 1.0, 2: 1.0, 3: 0.5}
@@ -147,9 +153,9 @@ def test_of_copies_one_stays_and_answers_for_the_others_in_their_scale() -> None
 def test_errors_count_by_what_they_do_to_the_predictions() -> None:
     """Of two equal layers the one whose errors cost ten times as much keeps more."""
     layers = [layer(6, seed=1), layer(6, seed=1)]
-    for made, sensitivity in zip(layers, (1.0, 10.0), strict=True):
-        made.sensitivity, made.nbytes = sensitivity, 3 * WHOLE
-    cheap, dear = Auto().plan_layers(layers, [3, 3])
+    for index, made in enumerate(layers):
+        made.index, made.prices, made.nbytes = index, prices_of(1.0, 10.0), 3 * WHOLE
+    cheap, dear = Auto(bits=False).plan_layers(layers, [3, 3])
     assert spent(cheap) < spent(dear)
     alone = layer(6, seed=1)
     assert dear.expected == pytest.approx(10 * predicted(alone, dear), rel=1e-5)
@@ -162,7 +168,7 @@ def test_what_a_small_domain_needs_weighs_more() -> None:
     assert balanced(domain, 1.0).tolist() == pytest.approx([2 / 3, 2 / 3, 2 / 3, 2])
     made = layer(5)
     made.read_domains = lambda: (made.sample.index == 2).any(1).long()
-    plain, evened = _choice(made, 0.0), _choice(made, 1.0)
+    plain, evened = choice_of(made, 0.0), choice_of(made, 1.0)
     weight = balanced(made.domains, 1.0)
     for expert in range(5):
         token, gate = made.routed(expert)
@@ -188,7 +194,7 @@ def test_a_domain_of_very_few_tokens_counts_as_one_percent() -> None:
 def test_remove_is_what_mone_writes(calibration: GetCalibration) -> None:
     budget = moetailor.Budget.parse(remove="50%")
     novices = moetailor.make_plan(calibration("olmoe"), "mone", budget)
-    found = moetailor.make_plan(calibration("olmoe"), "auto", budget)
+    found = moetailor.make_plan(calibration("olmoe"), "auto", budget, parameters={"bits": False})
     assert novices.nbytes - 2 * novices.model.width * 4 * 4 < found.nbytes <= novices.nbytes
 
 
@@ -196,7 +202,10 @@ def test_a_budget_of_memory_holds_for_the_loaded_model(checkpoint: Get, calibrat
     whole = AutoModelForCausalLM.from_pretrained(checkpoint("olmoe"), dtype=torch.bfloat16)
     memory = sum(tensor.nbytes for tensor in whole.state_dict().values()) * 7 // 10
     plan = moetailor.make_plan(
-        calibration("olmoe"), "auto", moetailor.Budget.parse(memory=memory, load_dtype="bfloat16")
+        calibration("olmoe"),
+        "auto",
+        moetailor.Budget.parse(memory=memory, load_dtype="bfloat16"),
+        parameters={"bits": False},
     )
     small = moetailor.apply(plan, whole, calibration=calibration("olmoe"))
     held = sum(tensor.nbytes for tensor in small.state_dict().values() if tensor.is_floating_point())
@@ -225,7 +234,9 @@ def test_all_that_is_redundant_goes_at_no_loss_before_anything_else(name: str, t
     gain = len(what.redundant) * stack.expert_bytes - least
     for share in (1.0, 0.5):
         budget = moetailor.Budget.parse(size=made.model.nbytes - int(layers * gain * share))
-        plan = moetailor.make_plan(made, "auto", budget, weights=moetailor.ExpertWeights(model))
+        plan = moetailor.make_plan(
+            made, "auto", budget, parameters={"bits": False}, weights=moetailor.ExpertWeights(model)
+        )
         assert budget.size is not None
         assert plan.nbytes <= budget.size
         assert plan.expected == pytest.approx(0, abs=1e-6)
@@ -244,13 +255,13 @@ def test_all_that_is_redundant_goes_at_no_loss_before_anything_else(name: str, t
 
 
 def test_a_base_that_only_one_leans_on_is_its_expert() -> None:
-    choice = _choice(layer(5), 0.0)
-    low = choice.answers[0].index(LowRank(0, 2))
-    whole = len(choice.menu.price)
-    plan = choice.plan([low, *[whole] * 4])
+    found = choice_of(layer(5), 0.0)
+    low = found.answers[0].index(LowRank(0, 2))
+    whole = len(found.menu.price)
+    plan = found.plan([low, *[whole] * 4])
     assert plan.slots == (Keep(),) * 5
     assert plan.expected == 0
-    assert choice.plan([low, low, *[whole] * 3]).of(LowRank) == {0: LowRank(0, 2), 1: LowRank(0, 2)}
+    assert found.plan([low, low, *[whole] * 3]).of(LowRank) == {0: LowRank(0, 2), 1: LowRank(0, 2)}
 
 
 def test_what_another_expert_misses_is_measured_on_other_tokens() -> None:

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 
+from moetailor.calibration.effects import Prices
 from moetailor.calibration.statistics import Sample, Sums
 from moetailor.checkpoint.experts import Experts, ExpertShape
 from moetailor.planning.view import LayerView
@@ -34,6 +35,17 @@ def sums_of(pairs: list[tuple[int, float, list[float]]], experts: int, tokens: i
         sums.gate_sq_output[expert] += g * g * y
         sums.norm_max[expert] = max(float(sums.norm_max[expert]), norm)
     return sums
+
+
+def prices_of(*coarse: float, noise: float = 1.0, flips: float = 0.0) -> Prices:
+    """Return prices of errors of layers 0, 1, ..."""
+    every = range(len(coarse))
+    return Prices(
+        coarse=dict(enumerate(coarse)),
+        noise=dict.fromkeys(every, noise),
+        flips=dict.fromkeys(every, flips),
+        together=(),
+    )
 
 
 def layer_of(

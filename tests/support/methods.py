@@ -2,8 +2,12 @@
 
 import moetailor
 
-# What a method needs to save anything on tiny experts.
-TINY_PARAMETERS = {"lightmoe": {"rank": 1, "bases": 1}, "compressed_experts": {"main": 1, "vectors": "layer"}}
+# What a method needs to save anything on tiny experts, or to leave them in the bits that they have.
+TINY_PARAMETERS = {
+    "lightmoe": {"rank": 1, "bases": 1},
+    "compressed_experts": {"main": 1, "vectors": "layer"},
+    "auto": {"bits": False},
+}
 # Methods that take experts away, so that a number of experts to keep means something.
 REMOVING = sorted(name for name, method in moetailor.METHODS.items() if method.removes)
 # Families that a method refuses for what their router does.

@@ -29,15 +29,17 @@ class Linear(Answer):
     b is the sum of the ranks before it, and a the same, or 0 where the input factor is shared.
 
     Tensors: ``linear_constant`` [n, D], ``linear_out`` [R, D], and ``linear_in`` of as many rows, or of the largest
-    rank where it is shared.
+    rank where it is shared; in 8 bits rows are matrices of one row, [R, 1, D].
 
     Attributes:
         rank: r.
         shared: whether the maps of the layer share their input factor: each takes its first rows.
+        int8: whether both factors lie as integers of 8 bits with a scale for each row.
     """
 
     rank: Annotated[int, Within(1)]
     shared: bool = False
+    int8: bool = False
 
     kind = "linear"
     letter = "l"
@@ -51,12 +53,15 @@ class Linear(Answer):
 
     def describe(self) -> str:
         """Name the rank."""
-        return f"linear of rank {self.rank}" + (", input shared" if self.shared else "")
+        return f"linear of rank {self.rank}" + (", input shared" if self.shared else "") + (", int8" * self.int8)
 
     def check(self, slot: int, context: Context) -> None:
-        """Refuse input factors of which only some are shared."""
-        if any(isinstance(other, Linear) and other.shared != self.shared for other in context.slots):
+        """Refuse input factors of which only some are shared, or only some lie in 8 bits."""
+        others = [other for other in context.slots if isinstance(other, Linear)]
+        if any(other.shared != self.shared for other in others):
             raise PlanError(f"{context.where}: some linear maps share their input and some do not; make all alike")
+        if any(other.int8 != self.int8 for other in others):
+            raise PlanError(f"{context.where}: some linear maps lie in 8 bits and some do not; make all alike")
 
     @classmethod
     def tensors(cls, slots: SlotMap, shape: ExpertShape) -> dict[str, TensorSpec]:
@@ -64,8 +69,14 @@ class Linear(Answer):
         maps = list(slots.of(cls).values())
         ranks = [map.rank for map in maps]
         inputs = max(ranks) if maps[0].shared else sum(ranks)
-        rows = {"constant": len(ranks), "in": inputs, "out": sum(ranks)}
-        return {f"linear_{name}": TensorSpec(shape=(count, shape.width)) for name, count in rows.items()}
+        found = {"linear_constant": TensorSpec(shape=(len(ranks), shape.width))}
+        for name, rows in (("linear_in", inputs), ("linear_out", sum(ranks))):
+            if maps[0].int8:
+                storage = f"int8g{shape.width}"
+                found[name] = TensorSpec(shape=(rows, 1, shape.width), storage=storage, trainable=False)
+            else:
+                found[name] = TensorSpec(shape=(rows, shape.width))
+        return found
 
     @classmethod
     def buffers(cls, slots: SlotMap) -> dict[str, torch.Tensor]:
@@ -98,10 +109,10 @@ class Linear(Answer):
 
 def _products(module: Any, hidden_TD: torch.Tensor, number_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
     """Return the gated sum of the linear maps of each token, [T, D]."""
-    inputs, outputs = module.tensor("linear_in"), module.tensor("linear_out")
-    count = len(module.linear_rank)
+    width, count = hidden_TD.shape[1], len(module.linear_rank)
     if number_TK.numel() > count:
         # y_t = sum_R g_(t, owner of R) <x_t, in_R> out_R: two thin products over all maps of the layer.
+        inputs, outputs = (module.tensor(f"linear_{name}").view(-1, width) for name in ("in", "out"))
         gate_Tn = weight_TK.new_zeros(len(hidden_TD), count).scatter_add(1, number_TK, weight_TK)
         inner_TR = F.linear(hidden_TD, inputs)[:, module.linear_input]
         return (inner_TR * gate_Tn[:, module.linear_owner]) @ outputs
@@ -109,6 +120,11 @@ def _products(module: Any, hidden_TD: torch.Tensor, number_TK: torch.Tensor, wei
     step_r = torch.arange(max(map.rank for map in module.slots.of(Linear).values()), device=number_TK.device)
     live_TKr = step_r < module.linear_rank[number_TK][..., None]
     row_TKr = (module.linear_start[number_TK][..., None] + step_r).where(live_TKr, 0)
-    inner_TKr = (inputs[module.linear_input[row_TKr]] @ hidden_TD[:, None, :, None])[..., 0]
-    weight_TKr = inner_TKr * live_TKr * weight_TK[..., None]
-    return F.embedding_bag(row_TKr.flatten(1), outputs, per_sample_weights=weight_TKr.flatten(1), mode="sum")
+    inputs_TPD, outputs_TPD = (
+        module.tensor(f"linear_{name}", rows.flatten()).view(len(hidden_TD), -1, width)
+        for name, rows in (("in", module.linear_input[row_TKr]), ("out", row_TKr))
+    )
+    weight_TP = (
+        (inputs_TPD @ hidden_TD[..., None])[..., 0].view_as(row_TKr) * live_TKr * weight_TK[..., None]
+    ).flatten(1)
+    return (weight_TP[:, None] @ outputs_TPD)[:, 0]

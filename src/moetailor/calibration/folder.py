@@ -8,19 +8,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Any, TypedDict
 
 import torch
 
 from moetailor.calibration.batch import AGAIN, Batch, load_batches
 from moetailor.calibration.domains import sampled_domains
+from moetailor.calibration.effects import Effects, Prices
 from moetailor.calibration.sampling import SampleOptions
 from moetailor.calibration.statistics import ON_REQUEST, SAMPLE, SUMS, Sample, Sums, load_sample, load_sums
 from moetailor.calibration.text import TextOptions
 from moetailor.checkpoint.artifact import write_json
 from moetailor.checkpoint.facts import ModelFacts
 from moetailor.errors import CalibrationError
-from moetailor.schema import Count, Few, Within, load, load_json, read
+from moetailor.schema import Count, load, load_json, read
 
 MANIFEST, RUN, TEXT, STATES = "calibration.json", "run.json", "text.safetensors", "states"
 SENSITIVITY = "sensitivity.json"
@@ -54,30 +55,6 @@ class Fingerprint(_Always, total=False):
     tokenizer: str
     options: dict[str, Any]
     residual: bool
-
-
-class Effect(TypedDict):
-    """What errors in one layer did, in sums over tokens: nats, and the squared error of its routed output."""
-
-    kl: Annotated[float, Within(0)]
-    squared_error: Annotated[float, Within(0)]
-
-
-class LayerSensitivity(TypedDict):
-    """What constants in place of one layer's experts did, and what rounding all of these to few bits did."""
-
-    constants: Effect
-    rounding: Effect
-
-
-Errors = Literal["constants", "rounding"]
-
-
-class Sensitivities(TypedDict):
-    """What is in sensitivity.json: how many tokens counted, and each layer by its number."""
-
-    tokens: Count
-    layers: Mapping[Few, LayerSensitivity]
 
 
 class _Manifest(TypedDict):
@@ -128,12 +105,9 @@ class Calibration:
         known = self._known(part_name(file, SAMPLE))
         return load_sample(file, experts, self.model.width, self.model.top_k, known=known)
 
-    def sensitivities(self, errors: Errors = "constants") -> dict[int, float] | None:
-        """Return what errors of each layer cost: nats a token for each unit of squared error a token of its routed
-        output, summed over its width; None where it was not recorded.
-
-        Args:
-            errors: of which kind: the coarse ones of ``constants``, or the noise of ``rounding``.
+    @cached_property
+    def prices(self) -> Prices | None:
+        """What errors cost the predictions; None where it was not measured.
 
         Raises:
             CalibrationError: its file is damaged or of another calibration.
@@ -142,16 +116,24 @@ class Calibration:
         if SENSITIVITY not in self.hashes or not file.exists():
             return None
         content = load_json(file, error=CalibrationError, cure=AGAIN)
-        measured = read(Sensitivities, content, str(file), error=CalibrationError, cure=AGAIN)
+        measured = read(Effects, content, str(file), error=CalibrationError, cure=AGAIN)
         if _hash(measured) != self.hashes[SENSITIVITY] or set(measured["layers"]) != set(self.layers):
             raise CalibrationError(f"{file}: holds other values than were written; {AGAIN}")
-        effects = {layer: found[errors] for layer, found in measured["layers"].items()}
-        return {layer: effect["kl"] / max(effect["squared_error"], 1e-300) for layer, effect in effects.items()}
+        return Prices.of(measured)
+
+    def sensitivities(self) -> dict[int, float] | None:
+        """Return what coarse errors of each layer cost: nats a token for each unit of squared error a token of its
+        routed output, summed over its width; None where it was not measured.
+
+        Raises:
+            CalibrationError: its file is damaged or of another calibration.
+        """
+        return None if self.prices is None else dict(self.prices.coarse)
 
     def holds(self, statistic: str) -> bool:
         """Say whether a statistic was recorded, see `statistics.ON_REQUEST`."""
         if statistic == "sensitivity":
-            return self.sensitivities() is not None
+            return self.prices is not None
         return statistic not in ON_REQUEST or bool(self.fingerprint.get(ON_REQUEST[statistic]))
 
     @cached_property
@@ -175,7 +157,7 @@ class Calibration:
         manifest = {"format": "moetailor-calibration", "version": VERSION, **content, "hash": _hash(content)}
         write_json(self.folder / MANIFEST, manifest)
 
-    def with_sensitivities(self, measured: Sensitivities) -> Calibration:
+    def with_sensitivities(self, measured: Effects) -> Calibration:
         """Write what was measured beside the rest, and return the calibration that holds it."""
         write_json(self.folder / SENSITIVITY, dict(measured))
         made = replace(self, hashes={**self.hashes, SENSITIVITY: _hash(measured)})

@@ -5,8 +5,10 @@ states run on to the logits. KL is nearly quadratic in small errors, so KL divid
 prices any error of that layer. The errors of constants are large on purpose: several layers err together in a
 compressed model. Measured with errors of a quarter of that size, prices came out a third too low.
 
-What rounding to few bits adds is another kind of error: noise, which has no direction of its own. It is measured apart,
-with all experts of the layer rounded to the nearest codes of 4 bits.
+What rounding to few bits adds is another kind of error: noise, which has no direction of its own, and so small that
+most of what it costs may come from tokens that later routers send elsewhere. It is measured apart and at two levels,
+with all experts of the layer rounded to the nearest codes of 6 and of 3 bits. And since errors of several layers do not
+simply add up, all three are measured once more in all layers together. `effects` makes prices of these numbers.
 
 Shapes: B sequences, L tokens, T = B x L, D model width, K experts of a token, E experts, V vocabulary.
 """
@@ -23,7 +25,8 @@ import torch
 
 from moetailor.calibration.batch import Batch, evenly_spaced_sequences
 from moetailor.calibration.capture import replaced_forward
-from moetailor.calibration.folder import Calibration, Effect, Errors, LayerSensitivity
+from moetailor.calibration.effects import ERRORS, Effect, Errors, LayerEffects, Together
+from moetailor.calibration.folder import Calibration
 from moetailor.calibration.layers import PartlyLoaded
 from moetailor.calibration.states import HiddenStates
 from moetailor.calibration.walk import Walk
@@ -38,7 +41,7 @@ Instead = Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor
 Key = TypeVar("Key")
 # Tokens that run.
 TOKENS = 4096
-ROUNDED = Integers(bits=4, group=128, symmetric=False)
+GROUP = 128
 
 
 def measure_sensitivities(
@@ -51,8 +54,9 @@ def measure_sensitivities(
 ) -> Calibration:
     """Measure what errors of every MoE layer cost, write it into the folder, and return the calibration that holds it.
 
-    Each MoE layer adds two streams, in which constants or rounded experts answered for that layer alone, and that run
-    through all layers after it: with n MoE layers about n forward passes over a few tokens.
+    Each MoE layer adds three streams, in which constants or rounded experts answered for that layer alone, and that run
+    through all layers after it: with n MoE layers about 1.5 n forward passes over a few tokens. In three more these
+    answered for all layers.
 
     Args:
         calibration: a finished calibration.
@@ -67,36 +71,43 @@ def measure_sensitivities(
     batches = evenly_spaced_sequences(calibration.batches(), TOKENS)
     walk = Walk(source, batches, folder=states, progress=progress)
     original = walk.begin()
-    replaced: dict[tuple[int, Errors], HiddenStates] = {}
+    together: dict[Errors, HiddenStates] = {errors: walk.fork(original, f"{errors}-together") for errors in ERRORS}
+    alone: dict[tuple[int, Errors], HiddenStates] = {}
     squared: dict[tuple[int, Errors], list[torch.Tensor]] = {}
     for index in walk.layers():
-        for stream in replaced.values():
+        for stream in alone.values():
             walk.advance(stream)
-        if index in anatomy.layers:
-            experts = walk.model.get_submodule(anatomy.layers[index].experts)
-            kinds: dict[Errors, Instead] = {"constants": _constants(calibration, index), "rounding": _rounded(experts)}
-            for errors, instead in kinds.items():
-                replaced[index, errors] = walk.fork(original, f"{errors}-{index}")
-                with _replaced(experts, instead) as squared[index, errors]:
-                    walk.advance(replaced[index, errors])
+        experts = walk.model.get_submodule(anatomy.layers[index].experts) if index in anatomy.layers else None
+        for errors, stream in together.items():
+            if experts is None:
+                walk.advance(stream)
+                continue
+            instead = _constants(calibration, index) if errors == "constants" else _rounded(experts, int(errors[-1]))
+            alone[index, errors] = walk.fork(original, f"{errors}-{index}")
+            with _replaced(experts, instead) as squared[index, errors]:
+                walk.advance(alone[index, errors])
+            with _replaced(experts, instead):
+                walk.advance(stream)
         walk.advance(original)
-    kl = _kl(walk, original, replaced)
+    kl, joint = _kl(walk, original, alone), _kl(walk, original, together)
     walk.clear()
     counted = torch.cat([batch.counted.flatten() for batch in batches])
-    effects: dict[tuple[int, Errors], Effect] = {
-        key: {"kl": max(kl[key], 0.0), "squared_error": float(torch.cat(squared[key])[counted].sum())}
-        for key in replaced
-    }
-    layers: dict[int, LayerSensitivity] = {
-        index: {"constants": effects[index, "constants"], "rounding": effects[index, "rounding"]}
-        for index in anatomy.layers
-    }
-    for (index, _), found in effects.items():
-        if not math.isfinite(found["kl"] + found["squared_error"]):
-            raise CalibrationError(
-                f"layer {index}: what its errors cost is not finite, the logits overflow; calibrate in a wider --dtype"
-            )
-    return calibration.with_sensitivities({"tokens": int(counted.sum()), "layers": layers})
+    layers: dict[int, LayerEffects] = {}
+    for index in anatomy.layers:
+        found: dict[Errors, Effect] = {}
+        for errors in ERRORS:
+            lost = float(torch.cat(squared[index, errors])[counted].sum())
+            found[errors] = {"kl": max(kl[index, errors], 0.0), "squared_error": lost}
+            if not math.isfinite(kl[index, errors] + lost + joint[errors]):
+                raise CalibrationError(
+                    f"layer {index}: what its errors cost is not finite, the logits overflow; calibrate in a wider "
+                    "--dtype"
+                )
+        layers[index] = {"constants": found["constants"], "bits6": found["bits6"], "bits3": found["bits3"]}
+    every: Together = {"constants": 0.0, "bits6": 0.0, "bits3": 0.0}
+    for errors in ERRORS:
+        every[errors] = max(joint[errors], 0.0)
+    return calibration.with_sensitivities({"tokens": int(counted.sum()), "layers": layers, "together": every})
 
 
 def _constants(calibration: Calibration, layer: int) -> Instead:
@@ -112,12 +123,12 @@ def _constants(calibration: Calibration, layer: int) -> Instead:
     return give
 
 
-def _rounded(module: Any) -> Instead:
+def _rounded(module: Any, bits: int) -> Instead:
     """Let each expert run with its matrices rounded."""
-    experts, matrices = Experts(module), {}
+    experts, matrices, storage = Experts(module), {}, Integers(bits=bits, group=GROUP, symmetric=False)
     for name, stack in experts.matrices().items():
         if name in experts.shape.matrices:
-            stack = ROUNDED.numbers(ROUNDED.nearest(stack, stack.dtype))
+            stack = storage.numbers(storage.nearest(stack, stack.dtype))
         matrices[name] = stack
     rounded = experts.packed(matrices)
 

@@ -26,8 +26,6 @@ class Menu:
         must_keep: experts that stay whole; at least one always does.
         requires: the expert of the same layer that must stay whole for an entry, -1 for entries that require none,
             [E, entries]; None when none does.
-        keeping: entries in which an expert stays, too, as it does in few bits: one of these is as good as whole for
-            those that need it.
     """
 
     errors: torch.Tensor
@@ -35,7 +33,6 @@ class Menu:
     expert_nbytes: int
     must_keep: Collection[int] = ()
     requires: torch.Tensor | None = None
-    keeping: Sequence[int] = ()
 
 
 def cheapest(menus: Sequence[Menu], nbytes: int) -> list[list[int]]:
@@ -66,7 +63,7 @@ def cheapest(menus: Sequence[Menu], nbytes: int) -> list[list[int]]:
         constraints=[
             LinearConstraint(block_diag(once, format="csr"), 1, 1),
             LinearConstraint(csr_array(nbytes_of[None] / unit), -np.inf, nbytes / unit),
-            LinearConstraint(block_diag([_staying(menu) for menu in menus], "csr"), 1, np.inf),
+            LinearConstraint(block_diag([_whole(menu, range(len(menu.errors))) for menu in menus], "csr"), 1, np.inf),
             *([LinearConstraint(required, -np.inf, 0)] if any(menu.requires is not None for menu in menus) else []),
         ],
         integrality=np.ones(cost.size),
@@ -90,17 +87,9 @@ def _requirements(menu: Menu) -> csr_array:
     expert, entry = (requires >= 0).nonzero().numpy().T
     other = requires[expert, entry].long().numpy()
     rows = np.arange(len(expert))
-    staying = [*menu.keeping, width - 1]
-    places = np.concatenate([expert * width + entry, *(other * width + column for column in staying)])
-    signs = np.concatenate([np.ones(len(rows)), -np.ones(len(rows) * len(staying))])
-    return csr_array((signs, (np.tile(rows, 1 + len(staying)), places)), shape=(len(rows), len(menu.errors) * width))
-
-
-def _staying(menu: Menu) -> np.ndarray:
-    """Return a row with ones where experts of a layer stay, whole or not, [1, E (entries + 1)]."""
-    row = np.zeros((len(menu.errors), len(menu.price) + 1))
-    row[:, [*menu.keeping, -1]] = 1
-    return row.reshape(1, -1)
+    places = np.concatenate([expert * width + entry, other * width + width - 1])
+    signs = np.concatenate([np.ones(len(rows)), -np.ones(len(rows))])
+    return csr_array((signs, (np.tile(rows, 2), places)), shape=(len(rows), len(menu.errors) * width))
 
 
 def _whole(menu: Menu, experts: Collection[int]) -> np.ndarray:

@@ -93,7 +93,7 @@ def estimate_plan(
         if (nbytes := planned_nbytes(facts, planned)) > most:
             raise PlanError(f"--allocation: takes {nbytes:,} bytes, {budget} allows {most:,}; keep fewer experts")
     planned = narrowed(planned)
-    refuse_load_dtype(budget, planned)
+    refuse_load_dtype(budget, planned, method)
     for stack in stacks:
         inside = {expert for layer, expert in protect if layer == stack.index}
         refuse_protected(stack.index or 0, inside, stack.num_experts, len(planned[stack.prefix].pool), groups)
@@ -223,22 +223,23 @@ def _refuse_unknown(method: Method, budget: Budget, allocation: Allocation, widt
         raise PlanError(f"--allocation {allocation}" + did_you_mean(allocation, RULES))
     if allocation != "uniform" and method.decides_counts:
         raise PlanError(f"--allocation: {method.name} here decides itself what each layer keeps; leave it uniform")
-    if width is not None and not method.removes:
+    if width is not None and method.decides_widths:
         raise PlanError(f"--bits: {method.name} says itself how experts lie; leave it out, and see its parameters")
     if width is not None and method.decides_counts and budget.remove is None:
         raise PlanError(f"--bits: {method.name} shares bytes out itself; say how many with --remove")
 
 
-def refuse_load_dtype(budget: Budget, layers: Mapping[str, LayerPlan]) -> None:
+def refuse_load_dtype(budget: Budget, layers: Mapping[str, LayerPlan], method: Method) -> None:
     """Refuse to count integers in a dtype that they are not loaded in.
 
     Raises:
         PlanError: see the message.
     """
-    if budget.load_dtype is not None and any(layer.widths for layer in layers.values()):
+    few = method.decides_widths or any(layer.widths for layer in layers.values())
+    if budget.load_dtype is not None and few:
         raise PlanError(
             f"--load-dtype {budget.load_dtype}: experts in few bits stay integers in memory; leave it out, and give "
-            "--memory the bytes that all has as it is stored"
+            "--memory the bytes that all has as it is stored; or, with --method auto, give -p bits=false"
         )
 
 

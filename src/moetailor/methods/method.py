@@ -85,6 +85,11 @@ class Method(ABC):
         """Whether it decides itself how many experts each layer keeps."""
         return False
 
+    @property
+    def decides_widths(self) -> bool:
+        """Whether it decides itself in how many bits experts lie."""
+        return False
+
     @abstractmethod
     def plan(self, layer: LayerView, keep: int) -> LayerPlan:
         """Decide for one layer.

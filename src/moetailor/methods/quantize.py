@@ -43,6 +43,11 @@ class Quantize(Method):
     removes = False
     useful_whole = True
 
+    @property
+    def decides_widths(self) -> bool:
+        """Always."""
+        return True
+
     def plan(self, layer: LayerView, keep: int) -> LayerPlan:
         """Keep all."""
         return self.estimate(layer.num_experts, keep)

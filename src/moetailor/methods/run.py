@@ -23,7 +23,6 @@ from moetailor.methods.estimate import (
     layer_nbytes,
     method_budget,
     pairs_of,
-    refuse_load_dtype,
 )
 from moetailor.methods.method import Method
 from moetailor.methods.registry import find_method
@@ -111,7 +110,6 @@ def make_plan(
         layers={prefix: layer for prefix, layer in decided.items() if not layer.untouched},
     )
     check_plan(plan, facts)
-    refuse_load_dtype(budget, plan.layers)
     if not plan.layers and budget.remove != 0:
         told = f"{plan.budget}: takes no expert from any layer of {max(s.num_experts for s in facts.stacks)}"
         warnings.warn(f"{told}; the result will be the original", MoetailorWarning, stacklevel=2)
@@ -139,8 +137,7 @@ def view_of(
         expert_bytes=stack.expert_bytes,
         shape=stack.shape,
         dtype=stack.dtype,
-        sensitivity=(calibration.sensitivities() or {}).get(layer),
-        rounding=(calibration.sensitivities("rounding") or {}).get(layer),
+        prices=calibration.prices,
         read_sums=lambda: calibration.sums(layer),
         read_sample=lambda: calibration.sample(layer),
         read_correction=lambda: weights.correction(layer),

@@ -13,6 +13,7 @@ from functools import cached_property
 import torch
 from torch import nn
 
+from moetailor.calibration.effects import Prices
 from moetailor.calibration.statistics import Sample, Sums
 from moetailor.checkpoint.experts import Experts, ExpertShape
 from moetailor.checkpoint.family import Groups
@@ -33,8 +34,7 @@ class LayerView:
         expert_bytes: bytes of one expert.
         shape: what an expert is made of.
         dtype: safetensors dtype of the experts.
-        sensitivity: nats a token that a squared error of 1 a token costs in the end; None where it was not recorded.
-        rounding: the same for the noise of experts that are rounded to few bits.
+        prices: what errors cost the predictions in the end; None where it was not measured.
         original: the inputs of the sampled tokens in the original model, [N, D], where `sample` has those that they
             have once the layers before this one are compressed; None where both are the same.
         read_sums: reads what calibration summed.
@@ -54,8 +54,7 @@ class LayerView:
     expert_bytes: int = 0
     shape: ExpertShape = ExpertShape(width=0, intermediate=0)  # noqa: RUF009 (frozen)
     dtype: str = "F32"
-    sensitivity: float | None = None
-    rounding: float | None = None
+    prices: Prices | None = None
     original: torch.Tensor | None = None
     read_sums: Callable[[], Sums]
     read_sample: Callable[[], Sample]
@@ -78,6 +77,11 @@ class LayerView:
     def domains(self) -> torch.Tensor:
         """The domain of the text that each sampled token comes from, by number, [N]."""
         return torch.zeros(len(self.sample.key)).long() if self.read_domains is None else self.read_domains()
+
+    @property
+    def sensitivity(self) -> float | None:
+        """Nats a token that a coarse squared error of 1 a token costs in the end; None where it was not measured."""
+        return None if self.prices is None else self.prices.coarse[self.index]
 
     @cached_property
     def correction(self) -> torch.Tensor | None:

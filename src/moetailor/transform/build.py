@@ -115,8 +115,7 @@ def compute_layer(plan: Plan, view: LayerView) -> LayerTensors:
             raise PlanError(f"layer {view.index}: the new {name} is not finite; calibrate again in a wider --dtype")
     declared = added_by_method(plan.slot_maps[view.index], view.shape)
     matrices = {name: tensor for name, tensor in given.items() if name not in declared}
-    shapes = {name: tuple(tensor.shape) for name, tensor in given.items() if name in declared}
-    assert shapes == {name: spec.shape for name, spec in declared.items()}, f"{plan.method} gave {shapes}"
+    given |= {name: given[name].reshape(spec.shape) for name, spec in declared.items()}
     assert bool(matrices) == bool(layer.rebuilt), f"{plan.method} planned {len(layer.rebuilt)} experts with new weights"
     # Without new experts the weights need not be loaded.
     plain = [row for row, expert in enumerate(layer.rebuilt) if expert in layer.plain]

@@ -1,0 +1,166 @@
+"""Auto's menu: every expert in some few bits, as a constant, as a linear map, or as it lay; one knapsack over all.
+
+Bases with parts of low rank and remaps are not on it: with widths there, the former were never chosen, and the latter
+saved a fortieth of the KL where hardly an expert is left and nothing elsewhere (docs/log.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from moetailor.answers import Answer, Constant, Keep, Linear, Packed, Width
+from moetailor.calibration.effects import Prices
+from moetailor.checkpoint.files import DTYPES
+from moetailor.fitting import linear_maps
+from moetailor.fitting.knapsack import Shelf, cheapest
+from moetailor.fitting.widths import WIDTHS, held_out_errors
+from moetailor.planning.layer_plan import LayerPlan
+from moetailor.planning.plan import answers_nbytes
+from moetailor.planning.view import LayerView
+
+RANKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128)
+RIDGE = 0.01
+# Solutions are sought from the errors of experts in so many bits on, and at most so many times from each.
+STARTS, ROUNDS = (6, 4, 2), 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Priced:
+    """What the experts of a layer may become.
+
+    Attributes:
+        index: number of the decoder layer.
+        entries: the answers, or the widths in which an expert stays; the last is the expert as it lay.
+        nbytes: bytes of each entry, int64 [entries].
+        errors: squared error a token that each adds to the layer's output, float64 [E, entries]; infinite for those
+            that an expert cannot become.
+        weight: what errors of each expert weigh, [E].
+        scores: nats that a constant in place of each expert costs.
+        alike: experts that each row stands for.
+    """
+
+    index: int
+    entries: Sequence[Answer | Width]
+    nbytes: torch.Tensor
+    errors: torch.Tensor
+    weight: torch.Tensor
+    scores: tuple[float, ...]
+    alike: int = 1
+
+    @property
+    def rounded(self) -> torch.Tensor:
+        """Which errors are noise, bool [entries]."""
+        return torch.tensor([isinstance(entry, Width) for entry in self.entries])
+
+    @property
+    def stays(self) -> torch.Tensor:
+        """Entries in which an expert stays, bool [entries]."""
+        return torch.tensor([isinstance(entry, Width | Keep) for entry in self.entries])
+
+    def weighed(self) -> torch.Tensor:
+        """Return the errors by what they weigh."""
+        return self.errors * self.weight[:, None]
+
+    def sums(self, errors: torch.Tensor, taken: Sequence[int]) -> tuple[float, float]:
+        """Return the coarse errors and the noise of some entries in all."""
+        at, rounded = torch.tensor(taken), self.rounded
+        each = errors.gather(1, at[:, None])[:, 0]
+        return float(each[~rounded[at]].sum()), float(each[rounded[at]].sum())
+
+    def uniform(self) -> Priced:
+        """Return the same for a layer whose experts all stay in one width, the same for each of their matrices."""
+        one = [isinstance(entry, Keep) or (isinstance(entry, Width) and not entry.down) for entry in self.entries]
+        return replace(
+            self,
+            entries=[entry for entry, allowed in zip(self.entries, one, strict=True) if allowed],
+            nbytes=len(self.errors) * self.nbytes[one],
+            errors=(self.errors * self.weight[:, None])[:, one].sum(0, keepdim=True),
+            weight=torch.ones(1, dtype=self.weight.dtype),
+            alike=len(self.errors),
+        )
+
+    def plan(self, taken: Sequence[int], expected: float) -> LayerPlan:
+        """Return the plan with some entries.
+
+        Args:
+            taken: the entry of each row.
+            expected: nats that it should cost.
+        """
+        found = [self.entries[at] for at in taken for _ in range(self.alike)]
+        slots = tuple(Keep() if isinstance(entry, Width) else entry for entry in found)
+        widths = {expert: entry for expert, entry in enumerate(found) if isinstance(entry, Width)}
+        return LayerPlan(slots=slots, scores=self.scores, expected=expected, widths=widths)
+
+
+def priced(layer: LayerView, weight: torch.Tensor) -> Priced:
+    """Return what the experts of a layer may become.
+
+    Args:
+        layer: the layer.
+        weight: what errors of each expert weigh, [E].
+    """
+    ranks = [rank for rank in RANKS if _nbytes(layer, Linear(rank, int8=True)) < layer.expert_bytes]
+    maps: list[Answer] = [Constant(), *(Linear(rank, int8=True) for rank in ranks)]
+    entries = [*maps, *WIDTHS, Keep()]
+    nbytes = [_nbytes(layer, Packed.of(entry) if isinstance(entry, Width) else entry) for entry in entries[:-1]]
+    experts, dead = range(layer.num_experts), layer.sums.count == 0
+    errors = torch.stack([linear_maps.held_out_errors(layer, expert, [0, *ranks], RIDGE) for expert in experts])
+    scores = ((layer.sensitivity or 0.0) * errors[:, 0]).tolist()
+    noise = errors[:, :1] * held_out_errors(layer, WIDTHS, dtype=DTYPES[layer.dtype])
+    # An expert that no token reached stays: that may be the text's doing, and in the fewest bits it costs little.
+    errors[dead] = torch.inf
+    errors[sorted(layer.protected)] = torch.inf
+    return Priced(
+        index=layer.index,
+        entries=entries,
+        nbytes=torch.tensor([*nbytes, layer.expert_bytes]),
+        errors=torch.cat([errors, noise, torch.zeros(len(errors), 1).double()], 1),
+        weight=weight,
+        scores=tuple(scores),
+    )
+
+
+def mixed(layers: Sequence[Priced], prices: Prices, nbytes: int) -> list[LayerPlan]:
+    """Return the plans that cost the predictions least.
+
+    Args:
+        layers: what the experts of each may become.
+        prices: what errors cost.
+        nbytes: bytes that experts and stand-ins of all layers may take.
+
+    Raises:
+        PlanError: the smallest entries take more.
+    """
+    weighed = {layer.index: layer.weighed() for layer in layers}
+
+    def sums(taken: Sequence[Sequence[int]], errors: Mapping[int, torch.Tensor]) -> dict[int, tuple[float, float]]:
+        return {each.index: each.sums(errors[each.index], at) for each, at in zip(layers, taken, strict=True)}
+
+    def solved(moved: float) -> list[list[int]]:
+        shelves = []
+        for layer in layers:
+            coarse, noise = prices.slopes(layer.index, moved)
+            slope = torch.where(layer.rounded, noise, coarse).double()
+            shelves.append(Shelf(errors=weighed[layer.index] * slope, nbytes=layer.nbytes, stays=layer.stays))
+        return cheapest(shelves, nbytes)
+
+    # The root in what errors cost is concave: with its slope at some point in its place no solution gets worse, but one
+    # can be the best nearby only.
+    found: list[tuple[float, list[list[int]]]] = []
+    for bits in STARTS:
+        taken = [[layer.entries.index(Width(bits=bits))] * len(layer.errors) for layer in layers]
+        for _ in range(ROUNDS):
+            before, taken = taken, solved(prices.moved(sums(taken, weighed)))
+            found.append((prices.sum(sums(taken, weighed)), taken))
+            if taken == before:
+                break
+    _, taken = min(found, key=lambda each: each[0])
+    expected = prices.expected(sums(taken, {layer.index: layer.errors for layer in layers}))
+    return [layer.plan(at, expected[layer.index]) for layer, at in zip(layers, taken, strict=True)]
+
+
+def _nbytes(layer: LayerView, answer: Answer) -> int:
+    return answers_nbytes([answer], layer.shape, layer.dtype)
