@@ -112,8 +112,8 @@ def failed(cell: Cell, error: Exception) -> dict:
 
 
 def letters(plan: LayerPlan) -> str:
-    """Return one letter a slot, see `Answer.letter`."""
-    return "".join(answer.letter for answer in plan.answers)
+    """Return one letter a slot, see `Answer.marks`."""
+    return "".join(answer.mark for answer in plan.answers)
 
 
 def usage(calibration: Calibration) -> dict[str, dict[str, list[float]]]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
-from moetailor.answers import ANSWERS
+from moetailor.answers import all_marks
 from moetailor.errors import MoetailorError
 from moetailor.schema import Count, Few, Within, load, load_json, read
 
@@ -218,6 +218,6 @@ def read_cell(cell: dict, where: str, layers: Mapping[str, int], *, failed: bool
         slots = {layer: part["slots"] for layer, part in cell["layers"].items()}
         if {layer: len(letters) for layer, letters in slots.items()} != dict(layers):
             raise MoetailorError(f"{where}.layers does not have a letter for each slot of the model; {cure}")
-        if unknown := {*"".join(slots.values())} - {kind.letter for kind in ANSWERS.values()}:
+        if unknown := {*"".join(slots.values())} - all_marks().keys():
             raise MoetailorError(f"{where}.layers has slots {sorted(unknown)}, which no version knows; {cure}")
     return dict(found)

@@ -8,7 +8,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from moetailor.answers import ANSWERS
+from moetailor.answers import all_marks
 from moetailor.checkpoint.artifact import write_text
 from moetailor.checkpoint.place import check_file
 from moetailor.report import figures, maps
@@ -75,7 +75,7 @@ def _shown(results: Mapping[str, Any]) -> dict[str, Any]:
         "failed": [cell for cell in cells if cell["error"] is not None],
         "reasons": reasons([cell for cell in cells if cell["error"] is not None]),
         "groups": groups,
-        "answers": [(kind.label, kind.color) for kind in ANSWERS.values() if kind.letter in found],
+        "answers": [shown for mark, shown in all_marks().items() if mark in found],
         "quality": measured and figures.quality(measured, original),
         "maps": results["usage"] and maps.usage(results["usage"]),
         "layer_errors": figures.layer_errors(measured),
