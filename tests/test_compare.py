@@ -25,6 +25,7 @@ from moetailor.answers import (
     LowRank,
     Merged,
     Remap,
+    all_marks,
 )
 from moetailor.calibration.statistics import sample_keys
 from moetailor.checkpoint.anatomy import discover
@@ -376,7 +377,9 @@ def test_usage_equals_a_loop_over_sampled_tokens(tmp_path: Path) -> None:
 def test_letters() -> None:
     every = (Keep(), Drop(), Constant(), Linear(2), Merged(4), Fitted(), Drop(4), Remap(0, 0.5), Borrowed(3, 1))
     assert letters(LayerPlan(slots=(*every, LowRank(9), Auxiliary(main=1)))) == "#.clmf.><bv"
-    assert len({kind.letter for kind in ANSWERS.values()}) == len({kind.kind for kind in ANSWERS.values()})
+    assert len(all_marks()) == sum(len(kind.marks()) for kind in ANSWERS.values())
+    widths = {0: moetailor.Width(bits=2, down=4), 2: moetailor.Width(bits=8)}
+    assert letters(LayerPlan(slots=(Keep(), Keep(), Keep(), Constant()), widths=widths)) == "2#8c"
 
 
 def row(kl: float | None, size: int = 10, expected: float | None = None, **fields: Any) -> dict:

@@ -307,9 +307,10 @@ def test_labels_cover_nothing() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
-def test_a_browser_shows_it_on_a_phone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("results", [RESULTS, SIZED], ids=["ratios", "sizes"])
+def test_a_browser_shows_it_on_a_phone(results: dict, tmp_path: Path) -> None:
     """Nothing but the tables' own boxes scrolls sideways, and the browser has no complaint."""
-    write_report(RESULTS, tmp_path / "report.html")
+    write_report(results, tmp_path / "report.html")
     probe = "<style>body { width: 360px }</style><script>document.title = document.body.scrollWidth</script></body>"
     (tmp_path / "probe.html").write_text((tmp_path / "report.html").read_text().replace("</body>", probe))
     options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0", "--dump-dom"]
