@@ -211,7 +211,7 @@ def test_rows_of_equal_bytes(tmp_path: Path) -> None:
         f"{every.nbytes / whole:.1%} of the original's: nothing is left to remove",
         ("reap", "size 30%"): f"takes at least {fewest.nbytes:,} bytes, {fewest.nbytes / whole:.1%} of the original's",
     }
-    assert results["recommendation"].startswith("Would 4 bits do? They lose ")
+    assert results["recommendation"].startswith("Would 4 bits do? At best (4 bits nearest) they lose ")
     assert results["front"] == front(cells)
 
 
@@ -444,12 +444,13 @@ def test_front_by_hand() -> None:
 
 def test_would_4_bits_do() -> None:
     plain = [bits(8, 4e-5, 63), bits(5, 6e-4, 49), bits(4, 0.002, 44), bits(3, 0.008, 39), bits(2, 0.04, 34)]
-    mixes = [row(1e-5, 59), row(6e-4, 40), row(0.0037, 35), row(0.05, 30), row(None)]
-    said = recommendation([*mixes, *plain], [60, 40, 35, 30, 20], 100)
+    mixes = [row(1e-5, 59), row(6e-4, 40), row(0.0037, 35), row(0.05, 30), row(0.3, 25), row(None)]
+    said = recommendation([*mixes, *plain], [60, 40, 35, 30, 25, 20], 100)
     assert said == (
         "Would 4 bits do? They lose 0.002 nats a token at 44% of the bytes; auto loses 0.0006 at 40%. Bits alone stay "
         "under 0.001 down to 49% of the bytes (5 bits: 0.0006). Least is lost at 40% by auto: 0.0006 (3 bits: 0.008), "
-        "at 35% by auto: 0.0037 (2 bits: 0.04), at 30% by auto: 0.05 (no bits alone are so small)."
+        "at 35% by auto: 0.0037 (2 bits: 0.04), at 30% by auto: 0.05 (no bits alone are so small). Nothing stays "
+        "under 0.1 at 25%, 20%."
     )
     # An interval that reaches .001 is not under it; one that reaches another's does not lose less.
     close = [bits(4, 0.00095, 44), bits(3, 0.008, 39), row(0.0007, 40), row(0.0078, 39)]
@@ -460,6 +461,10 @@ def test_would_4_bits_do() -> None:
     assert recommendation([bits(4, 0.002, 44), row(0.0019, 44)], [], 100) == (
         "Would 4 bits do? They lose 0.002 nats a token at 44% of the bytes, and nothing as small was seen to lose "
         "less. No bits alone stay under 0.001."
+    )
+    grouped32 = bits(4, 0.0015, 46) | {"name": "4 bits g32"}
+    assert str(recommendation([bits(4, 0.002, 44), grouped32], [], 100)).startswith(
+        "Would 4 bits do? At best (4 bits g32) they lose 0.0015 nats a token at 46% of the bytes, and nothing"
     )
     assert recommendation([bits(4, 0.0004, 44)], [60], 100) == (
         "Would 4 bits do? They lose 0.0004 nats a token at 44% of the bytes, under 0.001: yes."

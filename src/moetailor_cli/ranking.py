@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from rich.text import Text
@@ -18,19 +18,24 @@ def show(results: Mapping[str, Any]) -> None:
     Args:
         results: as in results.json.
     """
+    from moetailor.report.words import reasons
     from moetailor.words import nbytes
 
     original, whole = results["original"], results["model"]["nbytes"]
     front = set(results["front"])
+    failed = []
     for title, numbers in results["groups"].items():
         cells = {number: results["cells"][number] for number in numbers}
-        output.result(Text(title, "bold"))
+        failed += [dict(cell) | {"group": title} for cell in cells.values() if cell["error"] is not None]
         measured = {number: cell for number, cell in cells.items() if cell["error"] is None}
-        rows = [_row(cell, whole, original["decode"], number in front) for number, cell in measured.items()]
-        if rows:
+        if measured:
+            output.result(Text(title, "bold"))
+            rows = [_row(cell, whole, original["decode"], number in front) for number, cell in measured.items()]
             output.table(COLUMNS, rows)
-        for reason, names in _reasons(cells.values()).items():
-            output.text(f"{', '.join(names)}: {reason}")
+            output.result("")
+    for names, asked, reason in reasons(failed):
+        output.text(f"{names} ({asked}): {reason}")
+    if failed:
         output.result("")
     perplexity = f"perplexity {original['perplexity']['']:.2f}, " if original["perplexity"] else ""
     output.result(f"original: {perplexity}{nbytes(whole)}, decode {original['decode']:,.0f} tokens/s")
@@ -57,12 +62,3 @@ def _row(cell: Mapping[str, Any], whole: int, decode: float, best: bool) -> list
         f"{cell['seconds']['plan'] + cell['seconds']['apply']:.1f}",
         f"x {cell['speed']['decode'] / decode:.2f}",
     ]
-
-
-def _reasons(cells: Iterable[Mapping[str, Any]]) -> dict[str, list[str]]:
-    """Return the names of the cells that failed for each reason."""
-    found: dict[str, list[str]] = {}
-    for cell in cells:
-        if cell["error"] is not None:
-            found.setdefault(cell["error"], []).append(cell["name"])
-    return found

@@ -8,8 +8,8 @@ from typing import Any
 from moetailor.words import nats, share
 
 Row = Mapping[str, Any]
-# Nats a token that nobody misses: perplexity grows by a tenth of a percent.
-ENOUGH = 1e-3
+# Nats a token that nobody misses (perplexity grows by a tenth of a percent), and so many that nothing is advised.
+ENOUGH, TOO_MUCH = 1e-3, 0.1
 
 
 def front(cells: Sequence[Row]) -> list[int]:
@@ -61,7 +61,9 @@ def recommendation(cells: Sequence[Row], sizes: Sequence[int], whole: int) -> st
 
 def _would_do(four: Row, others: Sequence[Row], whole: int) -> str:
     """Say what 4 bits alone lose, and what the best of the others in as few bytes does."""
-    said = f"Would 4 bits do? They lose {nats(kl_of(four))} nats a token at {share(four['nbytes'], whole)} of the bytes"
+    they = "They" if four["name"] == "4 bits" else f"At best ({four['name']}) they"
+    at = share(four["nbytes"], whole)
+    said = f"Would 4 bits do? {they} lose {nats(kl_of(four))} nats a token at {at} of the bytes"
     rival = _best([cell for cell in others if cell["nbytes"] <= four["nbytes"]])
     if _interval(four)["high"] < ENOUGH:
         return f"{said}, under {nats(ENOUGH)}: yes."
@@ -72,18 +74,21 @@ def _would_do(four: Row, others: Sequence[Row], whole: int) -> str:
 
 def _below(sizes: Sequence[int], plain: Sequence[Row], others: Sequence[Row], whole: int) -> list[str]:
     """Say for each size what loses least, and what the best bits alone do there."""
-    said, worse = [], []
+    said, worse, beyond = [], [], []
     for size in sizes:
         bits, other = (_best([cell for cell in rows if cell["nbytes"] <= size]) for rows in (plain, others))
         at = f"at {share(size, whole)}"
-        if other is not None and (bits is None or _less(other, bits)):
+        if all(kl_of(cell) >= TOO_MUCH for cell in (bits, other) if cell):
+            beyond.append(share(size, whole))
+        elif other is not None and (bits is None or _less(other, bits)):
             said.append(f"{at} by {_loss(other)} ({_loss(bits) if bits else 'no bits alone are so small'})")
             lost = [] if bits is None else _lost(other, bits)
             worse += [f"{at} {other['name']} loses more than {bits['name']} on {name}" for name in lost if bits]
         elif bits is not None:
             said.append(f"{at} by {_loss(bits)}")
     found = [f"Least is lost {', '.join(said)}."] if said else []
-    return found + ([f"But {', '.join(worse)}."] if worse else [])
+    found += [f"But {', '.join(worse)}."] if worse else []
+    return found + ([f"Nothing stays under {nats(TOO_MUCH)} at {', '.join(beyond)}."] if beyond else [])
 
 
 def _lost(other: Row, bits: Row) -> list[str]:

@@ -70,9 +70,12 @@ def quality(cells: Sequence[Cell], original: int) -> Markup:
         axes.plot(sizes[n], means[n], mark, ms=across, color=color, mfc=face, mew=1.3, zorder=3 + cell["best"])
     axes.set_xlabel(f"size, % of the original's {nbytes(original)}")
     axes.set_title("KL from the original, nats a token")
-    # A name is written once: on the front where it is there, else at its smallest. Those of the front come first, then
-    # bits alone, then from the best to the worst.
-    named = [min(numbers, key=lambda n: (not cells[n]["best"], sizes[n])) for numbers in series.values()]
+    # A name is written once: at the largest on the front if one is there, else at the smallest, which is where there is
+    # room. Those of the front come first, then bits alone, then from the best to the worst.
+    named = [
+        max([n for n in numbers if cells[n]["best"]] or numbers[:1], key=sizes.__getitem__)
+        for numbers in series.values()
+    ]
     named.sort(key=lambda n: (not cells[n]["best"], cells[n]["removes"], means[n]))
     rest = [n for n in range(len(cells)) if n not in named]
     labels = [Label(sizes[n], means[n], cells[n]["name"], "bold" if cells[n]["best"] else "normal") for n in named]

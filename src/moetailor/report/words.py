@@ -33,7 +33,10 @@ def reasons(cells: Sequence[Cell]) -> list[tuple[str, str, str]]:
     groups: dict[tuple[str, str], list[str]] = {}
     for (reason, group), found in names.items():
         groups.setdefault((reason, ", ".join(sorted(found))), []).append(group)
-    return [(found, "; ".join(asked), reason) for (reason, found), asked in groups.items()]
+    return [
+        (found, "; ".join(group.removeprefix("at most ").removesuffix(" of the bytes") for group in asked), reason)
+        for (reason, found), asked in groups.items()
+    ]
 
 
 def verdict(cells: Sequence[Cell], original: int) -> str:
