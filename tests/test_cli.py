@@ -64,7 +64,7 @@ def test_compare_prints_a_ranking_and_what_failed(run, tmp_path: Path) -> None:
     assert max(map(len, lines)) <= 80
     assert lines[0] == "at most 75% of the bytes"
     # Bits alone are smaller here, and lose less.
-    assert [line[:17] for line in lines[2:4]] == ["* 4 bits nearest ", "  reap           "]
+    assert [line[:16] for line in lines[2:4]] == ["*4 bits nearest ", " reap           "]
     # With 4 of 32 experts: 18,536,832 - 4 x 28 x (3 x 192 x 96 + 192) x 2
     assert "reap (30%): takes at least 6,107,520 bytes, 32.9% of the original's" in lines
     results = json.loads((out / "results.json").read_text())

@@ -53,7 +53,7 @@ def _row(cell: Mapping[str, Any], whole: int, decode: float, best: bool) -> list
     found = cell["fidelity"][""]
     kl = found["kl"]
     return [
-        f"{'*' if best else ' '} {cell['name']}",
+        f"{'*' if best else ' '}{cell['name']}",
         f"{kl['mean']:.3g}",
         f"± {(kl['high'] - kl['low']) / 2:.1g}",
         f"{found['compressed']['perplexity']:.2f}",
