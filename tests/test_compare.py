@@ -207,7 +207,7 @@ def test_rows_of_equal_bytes(tmp_path: Path) -> None:
     every = moetailor.make_plan(calibration, "quantize", moetailor.Budget.parse(remove="0%"), parameters={"bits": 4})
     fewest = moetailor.make_plan(calibration, "reap", moetailor.Budget.parse(keep=4))
     assert failed == {
-        ("reap + 4 bits", "size 75%"): f"with every expert in 4 bits takes {every.nbytes:,} bytes, "
+        ("reap + 4 bits", "size 75%"): f"with every expert in 4 bits it takes {every.nbytes:,} bytes, "
         f"{every.nbytes / whole:.1%} of the original's: nothing is left to remove",
         ("reap", "size 30%"): f"takes at least {fewest.nbytes:,} bytes, {fewest.nbytes / whole:.1%} of the original's",
     }

@@ -42,7 +42,9 @@ def show(results: Mapping[str, Any]) -> None:
     if front:
         output.result("* no other row is as small and as close to the original")
     if found := results["spearman"]:
-        told = ", ".join(f"{name or 'all cells'} {rho:.2f}" for name, rho in found.items())
+        told = ", ".join(
+            f"{name.removesuffix(' of the bytes') or 'all cells'} {rho:.2f}" for name, rho in found.items()
+        )
         output.text(f"expected against measured KL, Spearman: {told}")
     if results["recommendation"]:
         output.result("")

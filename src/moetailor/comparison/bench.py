@@ -154,7 +154,7 @@ class Bench:
             every = estimate_plan(facts, cell.method, Budget.parse(remove="0%"), width=cell.width).nbytes
             if every <= size:
                 of_all = f"{every:,} bytes, {every / facts.nbytes:.1%} of the original's"
-                raise PlanError(f"with every expert in {cell.width} takes {of_all}: nothing is left to remove")
+                raise PlanError(f"with every expert in {cell.width} it takes {of_all}: nothing is left to remove")
         try:
             return make_plan(
                 self.calibration,

@@ -162,7 +162,9 @@ def domains(cells: Sequence[Cell], names: Sequence[str], title: str) -> Markup:
     found = [[cell["fidelity"].get(row) for row in rows] for cell in cells]
     values = [value for row in found for fidelity in row if fidelity for value in fidelity["kl"].values()]
     zero = bottom(values)
-    figure, axes = canvas(1.2 + 0.34 * len(rows))
+    # The names stand beside each other where the width has room for them, about 48 characters.
+    columns = max(n for n in (1, 2, 3) if n == 1 or n * (3 + max(len(cell["name"]) for cell in cells)) <= 48)
+    figure, axes = canvas(1.0 + 0.34 * len(rows) + 0.2 * -(-len(cells) // columns))
     log_axis(axes, "x", (max(value, zero) for value in values))
     axes.grid(axis="x")
     for number, (cell, measured) in enumerate(zip(cells, found, strict=True)):
@@ -179,7 +181,7 @@ def domains(cells: Sequence[Cell], names: Sequence[str], title: str) -> Markup:
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
     axes.set_xlabel("KL, nats a token")
-    figure.legend(loc="outside upper left", ncols=3, frameon=False, handletextpad=0.1, columnspacing=1.2)
+    figure.legend(loc="outside upper left", ncols=columns, frameon=False, handletextpad=0.1, columnspacing=1.2)
     return svg(figure, title)
 
 
