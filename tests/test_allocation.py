@@ -254,6 +254,18 @@ def test_a_size_is_met_within_one_expert(calibration: GetCalibration) -> None:
             assert size - each < plan.nbytes <= size
 
 
+@pytest.mark.parametrize(("method", "width"), [("reap", None), ("mone", None), ("mone", moetailor.Width(bits=4))])
+def test_a_share_of_the_bytes_is_that_many_bytes(
+    method: str, width: moetailor.Width | None, calibration: GetCalibration
+) -> None:
+    made = calibration("olmoe")
+    shared = moetailor.make_plan(made, method, Budget.parse(size="70%"), width=width)
+    given = moetailor.make_plan(made, method, Budget.parse(size=made.model.nbytes * 7 // 10), width=width)
+    assert (shared.layers, shared.nbytes) == (given.layers, given.nbytes)
+    assert shared.nbytes <= 0.7 * made.model.nbytes
+    assert shared.budget.startswith("size 70%")
+
+
 def test_files_are_read_and_bad_ones_refused(tmp_path: Path) -> None:
     file = tmp_path / "counts.json"
     file.write_text('{"0": 24, "1": "75%", "2": 0.5}')

@@ -223,9 +223,11 @@ def cell(**changes: Any) -> dict:
     perplexity = {"perplexity": 20.0, "perplexity_interval": [19.0, 21.0]}
     measured = {"tokens": 10, "original": perplexity, "compressed": perplexity, "kl": interval}
     return {
+        "name": "reap",
         "method": "reap",
-        "ratio": "25%",
         "parameters": {},
+        "bits": None,
+        "removes": True,
         "budget": "remove 25%",
         "error": None,
         "nbytes": 70,
@@ -241,7 +243,7 @@ def cell(**changes: Any) -> dict:
 
 RESULTS = {
     "format": "moetailor-comparison",
-    "version": 1,
+    "version": 2,
     "model": {"source": "m", "model_type": "olmoe", "nbytes": 100, "top_k": 2, "layers": {"0": 4}},
     "about": {
         "moetailor": "0", "torch": "2", "transformers": "5", "threads": 1, "device": "cpu",
@@ -254,6 +256,9 @@ RESULTS = {
     "sensitivities": None,
     "cells": [cell(), cell(error="no") | dict.fromkeys(
         ("nbytes", "seconds", "native", "fidelity", "speed", "resident", "expected_kl", "layers"))],
+    "groups": {"25% removed": [0, 1]},
+    "front": [0],
+    "recommendation": None,
     "spearman": None,
 }  # fmt: skip
 WRONG = [
@@ -273,6 +278,11 @@ WRONG = [
     (("cells", 0, "layers"), {}, "cells[0].layers does not have a letter for each slot of the model"),
     (("cells", 0, "layers", "0", "slots"), "##", "cells[0].layers does not have a letter for each slot"),
     (("cells", 0, "layers", "0", "slots"), "##.?", "cells[0].layers has slots ['?'], which no version knows"),
+    (("cells", 0, "bits"), 4, "cells[0]: bits is 4, not a text"),
+    (("groups", "25% removed"), [0], "groups do not name each of 2 cells once"),
+    (("groups", "x"), [1], "groups do not name each of 2 cells once"),
+    (("groups", "25% removed", 1), 2, "groups do not name each of 2 cells once"),
+    (("front",), [0, 1, 7], "front has cells [1, 7], which were not measured"),
     (("cells", 1, "nbytes"), 3, "cells[1]: nbytes is 3, not null"),
     (("original", "decode"), 0, "original.decode is 0, it must be 1e-300 to 1e+300"),
     (("spearman",), {"": math.nan}, "spearman[''] is nan, not a finite number"),

@@ -41,7 +41,7 @@ def test_every_public_argument_that_holds_several_is_tested_here() -> None:
         }
     assert found == {
         *((name, key) for name in ("make_plan", "precheck", "compress", "allocate") for key in ("layers", "protect")),
-        *(("compare", key) for key in ("methods", "remove")),
+        *(("compare", key) for key in ("methods", "remove", "sizes")),
         *(("recover", key) for key in ("train", "callbacks")),
         ("calibrate", "text"),
         ("TextOptions", "data"),
@@ -109,6 +109,9 @@ def test_comparisons(tmp_path: Path) -> None:
         said.append(str(refused.value))
     assert said[0].startswith("--methods moen: no method 'moen'; did you mean 'mone'?")
     assert said == said[:1] * 3
+    for sizes in (["40%", "x"], once(["40%", "x"]), "x"):
+        with pytest.raises(moetailor.PlanError, match=r"--size x: not a size"):
+            moetailor.compare(REFERENCE, tmp_path, text=text, held_out=text, methods="reap", sizes=sizes)
     for word, remove in (("reap", once(["0.25", "x"])), (once(["reap"]), "x"), (once(["reap"]), 25)):
         with pytest.raises(moetailor.PlanError, match=r"--remove (x: not a share|25: must be at least 0%)"):
             moetailor.compare(REFERENCE, tmp_path, text=text, held_out=text, methods=word, remove=remove)

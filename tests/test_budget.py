@@ -102,7 +102,8 @@ def test_text_that_is_no_size_is_refused_with_the_units(text: str | int) -> None
     with pytest.raises(PlanError) as refusal:
         parse_bytes(text)
     assert str(refusal.value) == (
-        f"--size {text}: not a size; write bytes, or a number with KB, MB, GB, TB, KiB, MiB, GiB or TiB"
+        f"--size {text}: not a size; write bytes, or a number with KB, MB, GB, TB, KiB, MiB, GiB or TiB, or a share of "
+        "the original's bytes, such as 60%"
     )
 
 
@@ -182,3 +183,44 @@ def test_what_cannot_be_loaded_in_another_dtype_is_refused() -> None:
         Budget.parse(size=10, load_dtype="bfloat16")
     with pytest.raises(PlanError, match=r"^--memory 3 apples: not a size"):
         Budget.parse(memory="3 apples")
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes", "size"),
+    [
+        ("60%", 1000, 600),
+        (" 60 % ", 1000, 600),
+        ("100%", 7, 7),
+        ("33.3%", 1000, 333),
+        ("29%", 101, 29),  # 29.29, rounded down
+        ("29%", 100, 29),  # in floats, 100 x 0.29 is a little less
+    ],
+)
+def test_a_share_of_the_bytes_is_a_size_of_the_original(text: str, nbytes: int, size: int) -> None:
+    assert Budget.parse(size=text).in_bytes(nbytes) == Budget(size=size)
+    assert Budget.parse(size=size).in_bytes(nbytes) == Budget(size=size)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("0%", "--size 0%: must be above 0% and at most 100% of the original's bytes"),
+        ("101%", "--size 101%: must be above 0% and at most 100% of the original's bytes"),
+        ("-5%", "--size -5%: must be above 0% and at most 100% of the original's bytes"),
+        ("half%", "--size half%: not a share of the bytes; write 60%"),
+        (0.6, "--size 0.6: bytes are whole; did you mean 60%?"),
+        ("1.5", "--size 1.5: bytes are whole"),
+    ],
+)
+def test_what_is_no_share_of_the_bytes_is_refused(text: str | float, said: str) -> None:
+    with pytest.raises(PlanError) as refusal:
+        Budget.parse(size=text)
+    assert str(refusal.value) == said
+
+
+def test_a_share_of_the_bytes_is_a_limit_like_others() -> None:
+    assert str(Budget.parse(size="62.5%")) == "size 62.5%"
+    with pytest.raises(PlanError, match="2 budgets given"):
+        Budget.parse(size="60%", keep=4)
+    with pytest.raises(PlanError, match="says nothing about one layer"):
+        Budget.parse(size="60%").kept(8)

@@ -51,11 +51,27 @@ def test_compare_prints_a_ranking_and_what_failed(run, tmp_path: Path) -> None:
     assert f"results are in {out / 'results.json'}" in err
     results = json.loads((out / "results.json").read_text())
     first, second = (shown.index(f"{ratio} removed") for ratio in ("25%", "95%"))
-    best = [cell["method"] for cell in results["cells"] if cell["ratio"] == "25%"]
-    places = [shown.index(name, first, second) for name in best]
+    best = [results["cells"][number]["name"] for number in results["groups"]["25% removed"]]
+    places = [shown.index(name.partition(":")[0], first, second) for name in best]
     assert places == sorted(places)
-    assert shown.index("reap: model.layers.0: plan leaves 2 slots but the router picks 4") > second
+    assert shown.index("reap (95% removed): model.layers.0: plan leaves 2 slots but the router picks 4") > second
+    assert max(len(line) for line in shown.splitlines()) <= 80
     assert f"{results['cells'][0]['fidelity']['']['kl']['mean']:.3g}" in shown
+    sized = [*words[:-4], "--methods", "reap,quantize:rounding=nearest@4", "--sizes", "75%,30%"]
+    code, shown, err = run(*sized)
+    assert code == 0, err
+    lines = shown.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[0] == "at most 75% of the bytes"
+    # Bits alone are smaller here, and lose less.
+    assert [line[:16] for line in lines[2:4]] == ["*4 bits nearest ", " reap           "]
+    # With 4 of 32 experts: 18,536,832 - 4 x 28 x (3 x 192 x 96 + 192) x 2
+    assert "reap (30%): takes at least 6,107,520 bytes, 32.9% of the original's" in lines
+    results = json.loads((out / "results.json").read_text())
+    assert " ".join(lines[-2:]).endswith(results["recommendation"][-60:])
+    code, _, err = run(*words[:-2], "--sizes", "75%", "--remove", "25%")
+    assert code == 1
+    assert "--remove and --sizes: rows are of equal ratios or of equal bytes; give one of them" in err
     code, _, err = run(*words, "--length", "32")
     assert code == 1
     assert "holds a comparison with another held-out text; choose another folder or delete it" in err

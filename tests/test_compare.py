@@ -25,7 +25,9 @@ from moetailor.answers import (
     LowRank,
     Merged,
     Remap,
+    all_marks,
 )
+from moetailor.calibration.effects import Prices
 from moetailor.calibration.statistics import sample_keys
 from moetailor.checkpoint.anatomy import discover
 from moetailor.checkpoint.models import load_tokenizer
@@ -33,9 +35,11 @@ from moetailor.checkpoint.original import Original
 from moetailor.checkpoint.weights import ExpertWeights
 from moetailor.comparison import compare as compare_module
 from moetailor.comparison.bench import Bench
-from moetailor.comparison.cells import cells_of
-from moetailor.comparison.probe import Probe
-from moetailor.comparison.results import letters, ranked, spearman, usage
+from moetailor.comparison.cells import Cell, cells_of
+from moetailor.comparison.frontier import front, recommendation
+from moetailor.comparison.probe import LayerError, Probe
+from moetailor.comparison.results import _expected, grouped, letters, spearman, usage
+from moetailor.evaluation.fidelity import Reference
 from moetailor.methods.run import view_of
 from moetailor.planning.layer_plan import LayerPlan
 from support.families import tiny_model
@@ -48,9 +52,9 @@ TEXT = moetailor.TextOptions(data=(str(REFERENCE / "calibration.jsonl"),), seque
 HELD_OUT = moetailor.TextOptions(data=(str(REFERENCE / "heldout.jsonl"),), sequences=4, length=64, batch_size=2)
 
 
-def run(out: Path, methods: str = "mone,conmoe:scope=2", remove: str = "25%,50%", **given: Any) -> dict:
-    options = {"model": REFERENCE, "text": TEXT, "held_out": HELD_OUT} | given
-    return moetailor.compare(out=out, methods=methods.split(","), remove=remove.split(","), **options)
+def run(out: Path, methods: str = "mone,conmoe:scope=2", remove: str | None = "25%,50%", **given: Any) -> dict:
+    options = {"model": REFERENCE, "text": TEXT, "held_out": HELD_OUT, "remove": remove and remove.split(",")} | given
+    return moetailor.compare(out=out, methods=methods.split(","), **options)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -107,8 +111,10 @@ def test_what_is_written_is_what_is_returned_and_nothing_else_stays(done: tuple[
     assert json.loads((folder / "results.json").read_text()) == results
     found = {path.name for path in folder.iterdir()}
     assert found == {"calibration", "cells", "comparison.json", "original.json", "report.html", "results.json"}
-    order = [(cell["ratio"], cell["fidelity"][""]["kl"]["mean"]) for cell in results["cells"]]
+    order = [(cell["budget"], cell["fidelity"][""]["kl"]["mean"]) for cell in results["cells"]]
     assert order == sorted(order)
+    assert results["groups"] == {"25% removed": [0, 1], "50% removed": [2, 3]}
+    assert results["recommendation"] is None
     assert sum(results["heldout"]["domains"].values()) == results["cells"][0]["fidelity"][""]["tokens"]
 
 
@@ -131,7 +137,7 @@ def test_killed_in_the_middle_and_run_again_gives_the_same(
     assert (tmp_path / "out" / ".moetailor" / "reference").is_dir()
     monkeypatch.setattr(Bench, "measure", lambda self, cell, *rest: measured.append(cell) or whole(self, cell, *rest))
     resumed = run(tmp_path / "out")
-    assert [cell.method for cell in measured] == ["mone", "conmoe"]
+    assert [cell.method.name for cell in measured] == ["mone", "conmoe"]
     assert timeless(resumed) == timeless(done[1])
 
 
@@ -142,7 +148,7 @@ def test_a_finished_comparison_runs_nothing_and_takes_more_methods(
     shutil.copytree(done[0], out)
     measured, whole = [], Bench.measure
     monkeypatch.setattr(
-        Bench, "measure", lambda self, cell, *rest: measured.append(cell.method) or whole(self, cell, *rest)
+        Bench, "measure", lambda self, cell, *rest: measured.append(cell.method.name) or whole(self, cell, *rest)
     )
     monkeypatch.setattr(Original, "load", lambda *_, **__: pytest.fail("loaded a model"))
     assert timeless(run(out)) == timeless(done[1])
@@ -167,6 +173,67 @@ def test_a_failing_cell_is_a_row_that_says_why_and_is_tried_again(
     monkeypatch.undo()
     again = run(tmp_path / "out", methods="reap", remove="25%,95%")
     assert [cell["error"] for cell in again["cells"]] == [None, few]
+
+
+def test_rows_of_equal_bytes(tmp_path: Path) -> None:
+    """Against the stages done by hand; what cannot be so small, or has nothing to remove, is a row that says so."""
+    nearest = "quantize:rounding=nearest@4"
+    results = run(tmp_path / "out", f"{nearest},mone,reap@4,reap", None, sizes=["75%", "40%", "30%"])
+    whole, cells = results["model"]["nbytes"], results["cells"]
+    calibration = moetailor.Calibration.open(tmp_path / "out" / "calibration")
+    measured = {(cell["name"], cell["budget"]): cell for cell in cells if cell["error"] is None}
+    assert {name for name, budget in measured if budget == "size 40%"} == {"mone", "reap", "reap + 4 bits"}
+    experts = sum(stack.num_experts * stack.expert_bytes for stack in calibration.model.stacks)
+    for (name, budget), cell in measured.items():
+        if name != "4 bits nearest":
+            share = int(budget.removeprefix("size ").removesuffix("%"))
+            # Whole experts go, the same number in each layer: at most one of 32 is too many.
+            assert -experts // 32 < cell["nbytes"] - whole * share // 100 <= 0
+    cell, asked = measured["reap + 4 bits", "size 40%"], moetailor.Budget.parse(size="40%")
+    plan = moetailor.make_plan(calibration, "reap", asked, width=moetailor.Width(bits=4))
+    model, original = (Original(REFERENCE).load(dtype=torch.float32, device="cpu") for _ in range(2))
+    moetailor.apply(plan, model, calibration=calibration)
+    batches = moetailor.read_batches(HELD_OUT, load_tokenizer(REFERENCE))
+    by_hand = Reference(tmp_path / "reference", batches).record(original).compare(model)
+    assert cell["fidelity"] == {name: found.to_json() for name, found in by_hand.items()}
+    assert set(cell["fidelity"]) == {"", *results["heldout"]["domains"]}
+    assert cell["nbytes"] == plan.nbytes
+    assert (cell["bits"], cell["layers"]["0"]["slots"]) == ("4", letters(plan.by_layer[0]))
+    assert set(cell["layers"]["0"]["slots"]) == {"4", "."}
+    # Bits alone are one row, whatever the sizes; it stands under the smallest that it fits.
+    (plain,) = (number for number, cell in enumerate(cells) if cell["name"] == "4 bits nearest")
+    assert plain in results["groups"]["at most 75% of the bytes"]
+    assert set(cells[plain]["layers"]["0"]["slots"]) == {"4"}
+    failed = {(cell["name"], cell["budget"]): cell["error"] for cell in cells if cell["error"]}
+    every = moetailor.make_plan(calibration, "quantize", moetailor.Budget.parse(remove="0%"), parameters={"bits": 4})
+    fewest = moetailor.make_plan(calibration, "reap", moetailor.Budget.parse(keep=4))
+    assert failed == {
+        ("reap + 4 bits", "size 75%"): f"with every expert in 4 bits it takes {every.nbytes:,} bytes, "
+        f"{every.nbytes / whole:.1%} of the original's: nothing is left to remove",
+        ("reap", "size 30%"): f"takes at least {fewest.nbytes:,} bytes, {fewest.nbytes / whole:.1%} of the original's",
+    }
+    assert results["recommendation"].startswith("Would 4 bits do? At best (4 bits nearest) they lose ")
+    assert results["front"] == front(cells)
+
+
+def test_noise_of_rounding_is_expected_to_cost_what_it_costs(calibration: GetCalibration) -> None:
+    made = calibration("olmoe")
+    errors = {layer: LayerError(expected=layer + 2.0, measured=0.0, energy=(1.0, 1.0)) for layer in made.layers}
+    assert list(errors) == [0, 1]  # errors of 2 and 3
+    prices = Prices(coarse={0: 10.0, 1: 11.0}, noise={0: 1.0, 1: 2.0}, flips={0: 1.0, 1: 3.0}, together=())
+    budget, four = moetailor.Budget.parse(remove="0%"), moetailor.Width(bits=4)
+    rounded = moetailor.make_plan(made, "quantize", budget)
+    moved = (2 + 9 * 3) ** 0.5
+    assert _expected(rounded, errors, prices) == pytest.approx(2 + 6 + moved)
+    dropped = moetailor.make_plan(made, "reap", moetailor.Budget.parse(keep=5), width=four)
+    assert _expected(dropped, errors, prices) == pytest.approx(20 + 33 + moved)
+    layers = {
+        prefix: replace(plan, slots=(Constant(), *plan.slots[1:]), widths={1: four}, expected=0.25)
+        for prefix, plan in rounded.layers.items()
+    }
+    mixed = replace(rounded, layers=layers)
+    assert _expected(mixed, errors, prices) == 0.25 * len(made.layers)
+    assert _expected(mixed, errors, None) is None
 
 
 def test_the_original_stays_what_it_is(calibration: GetCalibration, checkpoint: Get) -> None:
@@ -312,38 +379,146 @@ def test_usage_equals_a_loop_over_sampled_tokens(tmp_path: Path) -> None:
 def test_letters() -> None:
     every = (Keep(), Drop(), Constant(), Linear(2), Merged(4), Fitted(), Drop(4), Remap(0, 0.5), Borrowed(3, 1))
     assert letters(LayerPlan(slots=(*every, LowRank(9), Auxiliary(main=1)))) == "#.clmf.><bv"
-    assert len({kind.letter for kind in ANSWERS.values()}) == len({kind.kind for kind in ANSWERS.values()})
+    assert len(all_marks()) == sum(len(kind.marks()) for kind in ANSWERS.values())
+    widths = {0: moetailor.Width(bits=2, down=4), 2: moetailor.Width(bits=8)}
+    assert letters(LayerPlan(slots=(Keep(), Keep(), Keep(), Constant()), widths=widths)) == "2#8c"
 
 
-def row(ratio: str, kl: float | None, expected: float | None = None) -> dict:
-    fidelity = None if kl is None else {"": {"kl": {"mean": kl}}}
-    return {"ratio": ratio, "error": "no" if kl is None else None, "fidelity": fidelity, "expected_kl": expected}
+def row(kl: float | None, size: int = 10, expected: float | None = None, **fields: Any) -> dict:
+    """A result with a KL, whose interval reaches a tenth of it to both sides."""
+    found = None if kl is None else {"": {"kl": {"mean": kl, "low": 0.9 * kl, "high": 1.1 * kl}}}
+    measured = {"error": "no" if kl is None else None, "nbytes": None if kl is None else size, "fidelity": found}
+    return {"name": "auto", "removes": True, "parameters": {}, "expected_kl": expected} | measured | fields
 
 
-def test_ranking_and_correlation() -> None:
-    cells = [row("10%", None), row("10%", 2.0), row("10%", 1.0), row("50%", 0.5)]
-    assert [(cell["ratio"], cell["error"] or cell["fidelity"][""]["kl"]["mean"]) for cell in ranked(cells)] == [
-        ("10%", 1.0),
-        ("10%", 2.0),
-        ("10%", "no"),
-        ("50%", 0.5),
+def bits(number: int, kl: float, size: int) -> dict:
+    return row(kl, size, name=f"{number} bits", removes=False, parameters={"bits": number})
+
+
+def test_rows_stand_under_what_was_asked_for() -> None:
+    def cells(words: str, **asked: list[str]) -> list[Cell]:
+        return cells_of(words.split(","), **asked)
+
+    asked = cells("reap,mone,quantize", remove=["50%", "10%"])
+    assert [(cell.name, str(cell.budget)) for cell in asked] == [
+        ("4 bits", "remove 0%"),
+        ("reap", "remove 10%"),
+        ("mone", "remove 10%"),
+        ("reap", "remove 50%"),
+        ("mone", "remove 50%"),
     ]
-    assert spearman(cells) is None
+    results = [row(0.5), row(None), row(1.0), row(2.0), row(1.5)]
+    found = grouped(list(zip(asked, results, strict=True)), 100)
+    assert found == {
+        "0% removed": [results[0]],
+        "10% removed": [results[2], results[1]],
+        "50% removed": results[4:2:-1],
+    }
+
+    asked = cells("reap,reap@4,quantize@8,quantize@3,quantize@2", sizes=["40%", "75%", "60"])
+    assert [str(cell.budget) for cell in asked[3:]] == [f"size {at}" for at in "75% 75% 40% 40%".split()] + 2 * [
+        "size 60 bytes"
+    ]
+    # Of 100 bytes: 8 bits take more than is asked for, 3 bits fit 60 but not 40, 2 bits failed.
+    results = [row(0.1, 80), row(0.3, 50), row(None), *(row(n, 30) for n in (9, 8, 7, 6, 5, 4))]
+    found = grouped(list(zip(asked, results, strict=True)), 100)
+    assert found == {
+        "more bytes than asked for": [results[0], results[2]],
+        "at most 75% of the bytes": [results[4], results[3]],
+        "at most 60 bytes, 60% of the bytes": [results[1], results[8], results[7]],
+        "at most 40% of the bytes": [results[6], results[5]],
+    }
+
+
+def test_correlation() -> None:
     # Ranks 1 2 3 4 against 1 3 2 4: 1 - 6 (0 + 1 + 1 + 0) / (4 x 15)
-    known = [row("10%", 1.0, 0.1), row("10%", 3.0, 0.2), row("10%", 2.0, 0.3), row("50%", 4.0, 9.0), row("50%", None)]
-    assert spearman(known) == {"": pytest.approx(0.8), "10%": pytest.approx(0.5)}
+    known = [row(1.0, expected=0.1), row(3.0, expected=0.2), row(2.0, expected=0.3)]
+    groups = {"one": known, "two": [row(4.0, expected=9.0), row(None)]}
+    assert spearman(groups) == {"": pytest.approx(0.8), "one": pytest.approx(0.5)}
+    assert spearman({"one": [row(None), row(2.0), row(1.0)]}) is None
+
+
+def test_front_by_hand() -> None:
+    # Sizes 1 2 2 3 4, errors 9 5 6 7 1: the third is beaten by the second, the fourth by both before it.
+    cells = [row(1, 4), row(None), row(6, 2), row(7, 3), row(9, 1), row(5, 2)]
+    assert front(cells) == [4, 5, 0]
+
+
+def test_would_4_bits_do() -> None:
+    plain = [bits(8, 4e-5, 63), bits(5, 6e-4, 49), bits(4, 0.002, 44), bits(3, 0.008, 39), bits(2, 0.04, 34)]
+    mixes = [row(1e-5, 59), row(6e-4, 40), row(0.0037, 35), row(0.05, 30), row(0.3, 25), row(None)]
+    said = recommendation([*mixes, *plain], [60, 40, 35, 30, 25, 20], 100)
+    assert said == (
+        "Would 4 bits do? They lose 0.002 nats a token at 44% of the bytes; auto loses 0.0006 at 40%. Bits alone stay "
+        "under 0.001 down to 49% of the bytes (5 bits: 0.0006). Least is lost at 40% by auto: 0.0006 (3 bits: 0.008), "
+        "at 35% by auto: 0.0037 (2 bits: 0.04), at 30% by auto: 0.05 (no bits alone are so small). Nothing stays "
+        "under 0.1 at 25%, 20%."
+    )
+    # An interval that reaches .001 is not under it; one that reaches another's does not lose less.
+    close = [bits(4, 0.00095, 44), bits(3, 0.008, 39), row(0.0007, 40), row(0.0078, 39)]
+    assert recommendation(close, [44, 39], 100) == (
+        "Would 4 bits do? They lose 0.00095 nats a token at 44% of the bytes; auto loses 0.0007 at 40%. No bits alone "
+        "stay under 0.001. Least is lost at 44% by auto: 0.0007 (4 bits: 0.00095), at 39% by 3 bits: 0.008."
+    )
+    assert recommendation([bits(4, 0.002, 44), row(0.0019, 44)], [], 100) == (
+        "Would 4 bits do? They lose 0.002 nats a token at 44% of the bytes, and nothing as small was seen to lose "
+        "less. No bits alone stay under 0.001."
+    )
+    grouped32 = bits(4, 0.0015, 46) | {"name": "4 bits g32"}
+    assert str(recommendation([bits(4, 0.002, 44), grouped32], [], 100)).startswith(
+        "Would 4 bits do? At best (4 bits g32) they lose 0.0015 nats a token at 46% of the bytes, and nothing"
+    )
+    assert recommendation([bits(4, 0.0004, 44)], [60], 100) == (
+        "Would 4 bits do? They lose 0.0004 nats a token at 44% of the bytes, under 0.001: yes."
+    )
+    assert recommendation(mixes, [60], 100) is None
+
+
+def test_a_domain_that_loses_more_is_named() -> None:
+    mix, plain = row(0.01, 40), bits(4, 0.02, 40)
+    for cell, kl in ((mix, 0.09), (plain, 0.03)):
+        cell["fidelity"] |= {"code": row(kl)["fidelity"][""], "wiki": row(0.01)["fidelity"][""]}
+    said = recommendation([mix, plain], [40], 100)
+    assert said is not None
+    assert said.endswith("at 40% by auto: 0.01 (4 bits: 0.02). But at 40% auto loses more than 4 bits on code.")
 
 
 def test_all_is_what_is_neither_trained_nor_slow() -> None:
-    found = {cell.method for cell in cells_of(["all"], ["25%"])}
+    found = {cell.method.name for cell in cells_of(["all"], ["25%"])}
     assert found == set(moetailor.METHODS) - {"compressed_experts", "lightmoe", "naee", "quantize", "refit"}
-    cells = cells_of(["mone", "all", "linear:rank=4:ranks=chosen", "mone:score=fusion", "naee"], ["50%", "0.5", "10%"])
-    assert [cell.ratio for cell in cells] == sorted([cell.ratio for cell in cells])
-    assert {cell.ratio for cell in cells} == {"10%", "50%"}
-    half = [(cell.method, cell.parameters) for cell in cells if cell.ratio == "50%"]
-    assert [name for name, _ in half].count("mone") == 1
+    asked = ["mone", "all", "linear:rank=4:ranks=chosen", "mone:score=fusion", "naee"]
+    cells = cells_of(asked, ["50%", "0.5", "10%"])
+    assert [str(cell.budget) for cell in cells] == sorted(str(cell.budget) for cell in cells)
+    assert {str(cell.budget) for cell in cells} == {"remove 10%", "remove 50%"}
+    half = [cell for cell in cells if str(cell.budget) == "remove 50%"]
+    assert [cell.method.name for cell in half].count("mone") == 1
     assert len(half) == len(found) + 2
-    assert {given["rank"] for name, given in half if name == "linear"} == {4, 8}
+    assert {cell.method.parameters["rank"] for cell in half if cell.method.name == "linear"} == {4, 8}
+
+
+def test_all_has_bits_alone_and_composed_where_sizes_are_asked_for() -> None:
+    plain = {cell.method.name for cell in cells_of(["all"], ["25%"])}
+    cells = cells_of(["all"], sizes=["60%", "40%"])
+    assert [cell.name for cell in cells if not cell.method.removes] == [
+        *(f"{number} bits" for number in (8, 6, 5, 4, 3, 2)),
+        *("4 bits nearest", "3 bits nearest", "4 bits g32 sym"),
+    ]
+    for size in ("size 60%", "size 40%"):
+        here = [cell for cell in cells if str(cell.budget) == size]
+        assert {cell.method.name for cell in here if cell.width is None} == plain
+        composed = {cell.name for cell in here if cell.width is not None}
+        assert composed == {f"{name} + {number} bits" for name in ("reap", "mone") for number in (3, 4)}
+    assert len({cell.file for cell in cells}) == len(cells)
+
+
+def test_words_of_rows() -> None:
+    (cell,) = cells_of(["mone:score=exact:novice=optimal@4/6"], ["25%"])
+    assert (cell.name, cell.width) == ("mone:score=exact:novice=optimal + 4/6 bits", moetailor.Width(bits=4, down=6))
+    # The bits of what removes nothing are a parameter of its own; that of another method is not meant.
+    same = cells_of(["quantize@3/5", "quantize:bits=3:down=5", "QUANTIZE:down=5@3/5"], ["25%", "50%"])
+    assert [(cell.name, cell.width, str(cell.budget)) for cell in same] == [("3/5 bits", None, "remove 0%")]
+    (cell,) = cells_of(["auto:bits=true"], sizes=["12GB"])
+    assert (cell.width, str(cell.budget), cell.method.parameters["bits"]) == (None, "size 12000000000 bytes", True)
 
 
 @pytest.mark.parametrize(
@@ -351,6 +526,13 @@ def test_all_is_what_is_neither_trained_nor_slow() -> None:
     [
         ({"methods": "mnoe"}, "--methods mnoe: no method 'mnoe'; did you mean 'mone'"),
         ({"methods": "linear:rank"}, "--methods linear:rank: write parameters as linear:parameter=value"),
+        ({"methods": "reap@9"}, "--methods reap@9: write bits as reap@4, or reap@4/6 with those of down"),
+        ({"methods": "linear:rank=2@"}, "--methods linear:rank=2@: write bits as linear:rank=2@4, or"),
+        ({"methods": "auto@4", "remove": None, "sizes": "40%"}, "--bits: auto shares bytes out itself; say how many"),
+        ({"sizes": "40%"}, "--remove and --sizes: rows are of equal ratios or of equal bytes; give one of them"),
+        ({"remove": None, "sizes": 0.4}, "--size 0.4: bytes are whole; did you mean 40%?"),
+        ({"remove": None, "sizes": "140%"}, "--size 140%: must be above 0% and at most 100% of the original's bytes"),
+        ({"remove": None, "sizes": []}, "nothing to compare; name at least one, such as --sizes 75%,50%,35%"),
         ({"methods": "linear:rnak=2"}, "no parameter 'rnak'; did you mean 'rank'"),
         ({"remove": "25%,lots"}, "--remove lots: not a share"),
         ({"remove": "25%,110%"}, "--remove 110%: must be at least 0% and below 100%"),

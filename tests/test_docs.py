@@ -103,7 +103,7 @@ FLAGS = {
     "evaluate": "--against --batch-size --data --device --device-map --dtype --json --length --limit --sequences "
     "--task-data --task-dir --tasks --trust-remote-code",
     "compare": "--batch-size --calibration --data --device --dtype --held-out --held-out-sequences --length "
-    "--mask-special --methods --out --remove --sample-tokens --seed --sequences --trust-remote-code",
+    "--mask-special --methods --out --remove --sample-tokens --seed --sequences --sizes --trust-remote-code",
     "recover": "--accumulate --anneal --anneal-gamma --batch-size --data --device --dtype --epochs "
     "--fsdp --gradient-checkpointing --held-out --json "
     "--layer-weight --length --lora-alpha --lora-rank --loss --loss-on --lr --out --overwrite --save-every --seed "

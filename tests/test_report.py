@@ -15,15 +15,14 @@ from moetailor.comparison.stored import read_results
 from moetailor.errors import MoetailorError
 from moetailor.report import write_report
 from moetailor.report.drawing import Label, canvas, place
-from moetailor.report.figures import front
 from moetailor.report.maps import by_use
-from moetailor.report.words import digits, named, nbytes, verdict
+from moetailor.report.words import digits, nbytes, reasons, verdict
 from moetailor_cli.app import main
 
 VOID = {"meta", "link", "br", "img"}
 
 
-def cell(method: str, ratio: str, kl: float, size: int, **fields: object) -> dict:
+def cell(method: str, asked: str, kl: float, size: int, **fields: object) -> dict:
     """A cell whose every number follows from its KL."""
     fidelity = {
         "tokens": 1000,
@@ -33,10 +32,12 @@ def cell(method: str, ratio: str, kl: float, size: int, **fields: object) -> dic
         "top1_agreement": {"mean": 1 - kl, "low": 0.5, "high": 1.0},
     }
     return {
+        "name": method,
         "method": method,
-        "ratio": ratio,
         "parameters": {},
-        "budget": f"remove {ratio}",
+        "bits": None,
+        "removes": True,
+        "budget": f"remove {asked}",
         "error": None,
         "nbytes": size,
         "seconds": {"plan": 1.0, "apply": 2.0, "evaluate": 3.0},
@@ -58,7 +59,7 @@ FAILED = cell("naee", "25%", 1, 1, error="needs <script>alert(1)</script> & more
 SHARES = {"": [0.1, 0.4, 0.3, 0.2], "wiki": [0.0, 0.5, 0.3, 0.2], "code": [0.2, 0.3, 0.3, 0.2]}
 RESULTS = {
     "format": "moetailor-comparison",
-    "version": 1,
+    "version": 2,
     "model": {
         "source": "a/<b>model",
         "model_type": "olmoe",
@@ -88,7 +89,37 @@ RESULTS = {
         cell("mone", "50%", 0.13, 60_000_000),
         cell("auto", "50%", 0.14, 61_000_000),
     ],
-    "spearman": {"": 0.97, "25%": 1.0, "50%": 0.5},
+    "groups": {"25% removed": [0, 1, 2, 3, 4], "50% removed": [5, 6]},
+    "front": [5, 3, 2, 1, 0],
+    "recommendation": None,
+    "spearman": {"": 0.97, "25% removed": 1.0, "50% removed": 0.5},
+}
+
+
+def bits(number: int, kl: float, size: int) -> dict:
+    """A row of bits alone."""
+    slots = {layer: {"expected": kl, "measured": kl, "slots": str(number) * 4} for layer in "12"}
+    return cell("quantize", "0%", kl, size, name=f"{number} bits", removes=False, layers=slots)
+
+
+SIZED = RESULTS | {
+    "cells": [
+        cell("auto", "", 0.0001, 50_000_000, budget="size 50%"),
+        bits(4, 0.002, 44_000_000),
+        cell("reap", "", 0.3, 49_000_000, budget="size 50%"),
+        cell("auto", "", 0.0009, 40_000_000, budget="size 40%"),
+        cell("reap", "", 0.08, 39_000_000, budget="size 40%", name="reap + 4 bits", bits="4"),
+        *(FAILED | {"name": name, "error": "takes at least 45 bytes"} for name in ("reap", "ean")),
+        FAILED | {"name": "reap", "error": "takes at least 45 bytes"},
+    ],
+    "groups": {
+        "at most 50% of the bytes": [0, 1, 2],
+        "at most 40% of the bytes": [3, 4, 5, 6],
+        "at most 30% of the bytes": [7],
+    },
+    "front": [4, 3, 0],
+    "recommendation": "Would <4> bits do?",
+    "spearman": {"": 0.9},
 }
 
 
@@ -149,6 +180,7 @@ def test_the_page_holds_every_number(tmp_path: Path) -> None:
         "wiki 600, code 400",
         "moetailor 1.2.3",
         "0.97 over all",
+        "0.50 (50% removed)",
         "4,321",
     ):
         assert fact in found.text
@@ -177,7 +209,8 @@ def test_what_is_not_ours_is_escaped(tmp_path: Path) -> None:
     name = "<i>$x_1$"
     fidelity = RESULTS["cells"][0]["fidelity"] | {name: RESULTS["cells"][0]["fidelity"][""]}
     cells = [RESULTS["cells"][0] | {"fidelity": fidelity}]
-    found = page(tmp_path, cells=cells, heldout=RESULTS["heldout"] | {"domains": {name: 10}})
+    alone = {"cells": cells, "groups": {"25% removed": [0]}, "front": [0]}
+    found = page(tmp_path, **alone, heldout=RESULTS["heldout"] | {"domains": {name: 10}})
     assert name in found.drawn
     assert found.tags.count("i") == 4  # the keys of four kinds of slots, and no more
 
@@ -203,17 +236,18 @@ def test_missing_parts_are_said(tmp_path: Path) -> None:
         heldout={"data": ["b.jsonl"], "tokens": 1000, "domains": {}},
     )
     assert "names no domains" in found.text
-    found = page(tmp_path, cells=[FAILED])
+    found = page(tmp_path, cells=[FAILED], groups={"25% removed": [0]}, front=[])
     assert "All 1 cells failed" in found.text
     assert found.tags.count("svg") == 1
-    found = page(tmp_path, cells=[cell("auto", "25%", 0.0, 80_000_000)], spearman=None)
+    alone = {"cells": [cell("auto", "25%", 0.0, 80_000_000)], "groups": {"25% removed": [0]}, "front": [0]}
+    found = page(tmp_path, **alone, spearman=None)
     assert "auto stays closest to the original: KL 0.00" in found.text
     assert "What failed" not in found.text
 
 
 def test_verdict_in_words() -> None:
-    auto, mone, reap = named(
-        [cell("auto", "25%", 0.01, 80), cell("mone", "25%", 0.012, 80), cell("reap", "25%", 0.02, 75)]
+    auto, mone, reap = (
+        cell(name, "25%", kl, size) for name, kl, size in (("auto", 0.01, 80), ("mone", 0.012, 80), ("reap", 0.02, 75))
     )
     said = verdict([auto, mone, reap], 100)
     assert "KL 0.0100 nats a token (95% interval 0.00900 to 0.0110), perplexity 20.20 against 20.00 (+1.0%)" in said
@@ -223,18 +257,31 @@ def test_verdict_in_words() -> None:
     assert verdict([reap], 100).endswith("75% of the original. It loads in stock engines.")
 
 
-def test_cells_of_one_method_are_told_apart() -> None:
-    twins = [
-        cell("linear", "25%", 1, 1, parameters={"rank": 4, "seed": 0}),
-        cell("linear", "25%", 1, 1, parameters={"rank": 8, "seed": 0}),
-        cell("linear", "50%", 1, 1, parameters={"rank": 8, "seed": 0}),
-    ]
-    assert [found["name"] for found in named(twins)] == ["linear rank=4", "linear rank=8", "linear"]
+def test_a_comparison_at_equal_bytes(tmp_path: Path) -> None:
+    found = page(tmp_path, **SIZED)
+    for said in (
+        "Would <4> bits do?",
+        "At most 50% of the bytes",
+        "At most 40% of the bytes auto stays closest to the original: KL 9.00e-4",
+        "Squares are bits alone",
+        "0.90 over all",
+        "kept in 4 bits",
+        # Reasons that are alike stand in one row.
+        "ean, reap 40% takes at least 45 bytes reap 30% takes at least 45 bytes",
+    ):
+        assert said in found.text, said
+    assert found.text.count("on the front") == 3
+    assert "At most 30% of the bytes" not in found.text
+    assert {"auto", "4 bits", "reap + 4 bits", "size, % of the original's 100.00 MB"} <= set(found.drawn)
+    # A name is written once in the picture, whatever its sizes.
+    quality = (tmp_path / "report.html").read_text().partition("<svg")[2].partition("</svg>")[0]
+    assert quality.count(">auto<") == 1
 
 
-def test_front_by_hand() -> None:
-    # Sizes 1 2 2 3 4, errors 9 5 6 7 1: the third is beaten by the second, the fourth by both before it.
-    assert front([4, 2, 3, 1, 2], [1, 6, 7, 9, 5]) == [3, 4, 0]
+def test_why_rows_were_not_measured() -> None:
+    said = [("a", "40%", "x"), ("b", "40%", "x"), ("b", "30%", "x"), ("a", "30%", "x"), ("a", "30%", "y")]
+    cells = [{"name": name, "group": group, "error": reason} for name, group, reason in said]
+    assert reasons(cells) == [("a, b", "40%; 30%", "x"), ("a", "30%", "y")]
 
 
 def test_experts_stand_in_the_order_of_their_use() -> None:
@@ -260,9 +307,10 @@ def test_labels_cover_nothing() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
-def test_a_browser_shows_it_on_a_phone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("results", [RESULTS, SIZED], ids=["ratios", "sizes"])
+def test_a_browser_shows_it_on_a_phone(results: dict, tmp_path: Path) -> None:
     """Nothing but the tables' own boxes scrolls sideways, and the browser has no complaint."""
-    write_report(RESULTS, tmp_path / "report.html")
+    write_report(results, tmp_path / "report.html")
     probe = "<style>body { width: 360px }</style><script>document.title = document.body.scrollWidth</script></body>"
     (tmp_path / "probe.html").write_text((tmp_path / "report.html").read_text().replace("</body>", probe))
     options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0", "--dump-dom"]
@@ -280,7 +328,7 @@ def test_a_browser_shows_it_on_a_phone(tmp_path: Path) -> None:
         ("{", "not JSON"),
         ("[]", "not a JSON object; make it with `moetailor compare`"),
         ("{}", "not a moetailor comparison; make it with `moetailor compare`"),
-        (json.dumps(RESULTS | {"version": 2}), "a comparison of version 2, this moetailor reads 1; make it with"),
+        (json.dumps(RESULTS | {"version": 1}), "a comparison of version 1, this moetailor reads 2; make it with"),
     ],
 )
 def test_other_files_are_refused(content: str | None, message: str, tmp_path: Path) -> None:

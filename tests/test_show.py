@@ -71,6 +71,14 @@ def test_every_kind_of_answer_is_shown(run: Show) -> None:
     ]
 
 
+def test_experts_in_few_bits_are_shown_by_their_bits(run: Show) -> None:
+    four, mixed = moetailor.Width(bits=4), moetailor.Width(bits=2, down=4)
+    lines = run("show", plan("auto", layer(CONSTANT, widths={1: four, 2: mixed, 11: mixed})))
+    # 8 of the layer, and 36 of those that stay whole
+    assert lines[3] == "# kept 44   4 kept in 4 bits 1   2 kept in 2 bits 2   c constant 1"
+    assert lines[5:7] == ["   0  11 c42##### ###2", "         kept in 4 bits: 1; kept in 2/4 bits: 2 11"]
+
+
 def test_fitted_experts_are_shown_apart_from_merged_ones(run: Show) -> None:
     refit = plan("refit", layer(Fitted(), DROP, Fitted(), Merged(3), Drop(3)))
     lines = run("show", refit)

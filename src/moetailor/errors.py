@@ -27,6 +27,18 @@ class PlanError(MoetailorError):
     """The plan cannot work: for this model, this budget or this calibration."""
 
 
+class TooSmallError(PlanError):
+    """A budget of bytes is smaller than anything that a method can do.
+
+    Attributes:
+        least: bytes of the smallest result that it can make.
+    """
+
+    def __init__(self, message: str, least: int) -> None:
+        super().__init__(message)
+        self.least = least
+
+
 class UnwritableError(MoetailorError):
     """A file or folder cannot be written: the disk is full, or the place is not the user's to write to."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from decimal import Decimal
 
 
 def unit(number: int) -> tuple[float, str]:
@@ -28,3 +29,13 @@ def spans(numbers: Iterable[int], between: str = " ") -> str:
         else:
             runs.append([number, number])
     return between.join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
+
+
+def nats(number: float) -> str:
+    """Return a KL with two digits and without a power of ten, such as ``0.00021``."""
+    return f"{Decimal(f'{number:.2g}'):f}"
+
+
+def share(part: int, whole: int) -> str:
+    """Return a share in whole percents, such as ``44%``."""
+    return f"{part / whole:.0%}"

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moetailor_cli import output
+from moetailor_cli import output, ranking
 from moetailor_cli.options import Batch, Device, Dtype, Length, MaskSpecial, Model, SampleTokens, Seed, Sequences, Trust
 
 
@@ -22,11 +22,21 @@ def compare(
     methods: Annotated[
         list[str] | None,
         typer.Option(
-            help="Names with commas, with parameters as in mone:score=exact; all stands for those that are "
-            "neither trained nor slow. Repeatable. Default: all."
+            help="Names with commas, with parameters as in mone:score=exact, and bits of what stays as in reap@4; all "
+            "stands for those that are neither trained nor slow, with --sizes for bits, too. Repeatable. Default: all."
         ),
     ] = None,
-    remove: Annotated[str, typer.Option(help="Shares of each layer's experts to remove, with commas.")] = "10%,25%,50%",
+    remove: Annotated[
+        str | None,
+        typer.Option(
+            help="Shares of each layer's experts to remove, with commas. "
+            "[dim]default without --sizes: 10%,25%,50%[/dim]"
+        ),
+    ] = None,
+    sizes: Annotated[
+        str | None,
+        typer.Option(help="Instead of --remove: shares of the original's bytes, or bytes such as 12GB, with commas."),
+    ] = None,
     sequences: Sequences = 128,
     held_out_sequences: Annotated[int, typer.Option(min=1, help="Blocks of held-out text.")] = 64,
     length: Length = 2048,
@@ -38,9 +48,9 @@ def compare(
     dtype: Dtype = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Measure methods at several ratios from one calibration; no checkpoint is written. A stopped run resumes.
+    """Measure methods at several sizes or ratios from one calibration; writes no checkpoint. A stopped run resumes.
 
-    [dim]moetailor compare MODEL -o DIR --data calibration.jsonl --held-out heldout.jsonl --remove 25%,50%[/dim]
+    [dim]moetailor compare MODEL -o DIR --data calibration.jsonl --held-out heldout.jsonl --sizes 75%,50%,35%[/dim]
     """
     import moetailor
 
@@ -63,14 +73,15 @@ def compare(
             text=text if data else None,
             calibration=calibration,
             methods=_words(methods or ["all"]),
-            remove=_words([remove]),
+            remove=None if remove is None else _words([remove]),
+            sizes=None if sizes is None else _words([sizes]),
             sample=moetailor.SampleOptions(tokens=sample_tokens, seed=seed or 0),
             device=device,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
-    output.comparison(results)
+    ranking.show(results)
     output.say(f"results are in {out / 'results.json'}, to be looked at in {out / 'report.html'}")
 
 

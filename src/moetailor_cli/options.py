@@ -59,7 +59,10 @@ Native = Annotated[
 Remove = Annotated[str | None, typer.Option(help="Share of each layer's experts to remove, such as 25%.")]
 Keep = Annotated[int | None, typer.Option(help="Experts to keep in each layer.")]
 Size = Annotated[
-    str | None, typer.Option(help="Bytes the result's tensors may take, such as 12GB (10^9), 11GiB (2^30) or a number.")
+    str | None,
+    typer.Option(
+        help="Bytes the result's tensors may take, such as 12GB (10^9), 11GiB (2^30) or 60% of the original's."
+    ),
 ]
 Memory = Annotated[
     str | None, typer.Option(help="The same, for the tensors once they are loaded: what must be free to hold them.")

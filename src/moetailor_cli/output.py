@@ -57,7 +57,7 @@ def table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table: labels in the first column, numbers in the others."""
     shown = Table(box=None, pad_edge=False, header_style="dim")
     for number, name in enumerate(names):
-        shown.add_column(name, justify="right" if number else "left")
+        shown.add_column(name, justify="right" if number else "left", no_wrap=number > 0, overflow="fold")
     for row in rows:
         shown.add_row(*row)
     _out.print(shown)
@@ -225,58 +225,6 @@ def expected(compressed: str, measured: Scores) -> None:
 
     if (file := Path(compressed) / PLAN_FILE).is_file() and (cost := Plan.load(file).expected) is not None:
         say(f"KL: {cost:.2g} nats a token expected, {measured.overall.kl.mean:.2g} measured")
-
-
-def comparison(results: dict) -> None:
-    """Print the ranking of each ratio, what failed and why, and how well errors of layers foretold the KL."""
-    from moetailor.words import nbytes
-
-    original, cells = results["original"], results["cells"]
-    for ratio in dict.fromkeys(cell["ratio"] for cell in cells):
-        _out.print(f"{ratio} removed", style="bold")
-        table = Table(box=None, pad_edge=False, header_style="dim")
-        table.add_column("method", overflow="fold", min_width=14)
-        for name in ("KL, nats", "95%", "perplexity", "top-1", "size", "plan, s", "decode"):
-            table.add_column(name, justify="right", no_wrap=True)
-        here = [cell for cell in cells if cell["ratio"] == ratio]
-        for cell in here:
-            if cell["error"] is None:
-                table.add_row(*_comparison_row(cell, results["model"]["nbytes"], original["decode"]))
-        if table.row_count:
-            _out.print(table)
-        for cell in here:
-            if cell["error"] is not None:
-                result(f"{_candidate(cell)}: {cell['error']}")
-        _out.print()
-    perplexity = f"perplexity {original['perplexity']['']:.2f}, " if original["perplexity"] else ""
-    result(f"original: {perplexity}{nbytes(results['model']['nbytes'])}, decode {original['decode']:,.0f} tokens/s")
-    if found := results["spearman"]:
-        told = ", ".join(f"{name or 'all cells'} {rho:.2f}" for name, rho in found.items())
-        result(f"expected against measured KL, Spearman: {told}")
-
-
-def _comparison_row(cell: dict, whole: int, decode: float) -> list[str]:
-    found = cell["fidelity"][""]
-    kl = found["kl"]
-    return [
-        _candidate(cell),
-        f"{kl['mean']:.3g}",
-        f"± {(kl['high'] - kl['low']) / 2:.1g}",
-        f"{found['compressed']['perplexity']:.2f}",
-        f"{found['top1_agreement']['mean']:.1%}",
-        f"{cell['nbytes'] / whole:.1%}",
-        f"{cell['seconds']['plan'] + cell['seconds']['apply']:.1f}",
-        f"x {cell['speed']['decode'] / decode:.2f}",
-    ]
-
-
-def _candidate(cell: dict) -> str:
-    """Return a method with the parameters that are not its defaults."""
-    from moetailor import METHODS
-
-    defaults = METHODS[cell["method"]]().parameters if cell["method"] in METHODS else {}
-    changed = [f"{key}={value}" for key, value in cell["parameters"].items() if defaults.get(key) != value]
-    return ":".join([cell["method"], *changed])
 
 
 def recovery(done: RecoveryResult) -> None:

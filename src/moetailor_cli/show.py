@@ -27,15 +27,15 @@ def show(name: str, plan: Plan, *, scores: bool = False) -> None:
         plan: the plan.
         scores: also print what the method ranked the experts by.
     """
-    from moetailor.answers import ANSWERS
+    from moetailor.answers import all_marks
 
     _header(name, plan)
     layers = _layers(plan)
-    found = Counter(type(answer) for layer in layers.values() for answer in layer.answers)
+    found = Counter(answer.mark for layer in layers.values() for answer in layer.answers)
     legend = [
-        Text.assemble((kind.letter, kind.color), f" {kind.label} {found[kind]:,}")
-        for kind in ANSWERS.values()
-        if found[kind]
+        Text.assemble((mark, color), f" {label} {found[mark]:,}")
+        for mark, (label, color) in all_marks().items()
+        if found[mark]
     ]
     output.result(Text("   ").join(legend))
     output.result(Text("layer, experts that stay, slots:", "dim"))
@@ -46,7 +46,7 @@ def show(name: str, plan: Plan, *, scores: bool = False) -> None:
         paragraph("", _answers(layer))
         if scores:
             ranked = sorted(enumerate(layer.scores), key=lambda at: (-at[1], at[0]))
-            listed = [f"{number}{layer.answers[number].letter} {score:.4g}" for number, score in ranked]
+            listed = [f"{number}{layer.answers[number].mark} {score:.4g}" for number, score in ranked]
             paragraph("", listed or ["the method gave no scores"], ", ")
     if whole := [label for label, layer in layers.items() if layer.untouched]:
         paragraph("whole", [f"layers {', '.join(whole)}"])
@@ -125,7 +125,7 @@ def _grid(label: str, layer: LayerPlan) -> None:
     """Print a character for each slot, in blocks of eight and as many lines as the terminal needs."""
     slots = layer.answers
     blocks = [
-        Text.assemble(*((answer.letter, answer.color) for answer in slots[start : start + BLOCK]))
+        Text.assemble(*((answer.mark, answer.marks()[answer.mark][1]) for answer in slots[start : start + BLOCK]))
         for start in range(0, len(slots), BLOCK)
     ]
     row = max(1, (output.width() - LABEL + 1) // (BLOCK + 1))

@@ -1,6 +1,6 @@
 """What may stand behind one output of a router, a slot: one file for each kind, registered by being imported here."""
 
-from moetailor.answers.answer import ANSWERS, Answer, Call, Context
+from moetailor.answers.answer import ANSWERS, Answer, Call, Context, all_marks
 
 from moetailor.answers.keep import Keep  # isort: skip (the order of the kinds in files and legends)
 from moetailor.answers.fitted import Fitted  # isort: skip
@@ -33,4 +33,5 @@ __all__ = [
     "Remap",
     "SlotMap",
     "Width",
+    "all_marks",
 ]

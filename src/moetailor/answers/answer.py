@@ -27,7 +27,7 @@ class Answer:
 
     Attributes:
         kind: its name in plan.json and config.json, and the start of the names of its tensors and buffers.
-        letter: one character for it in maps of slots.
+        letter: one character for it in maps of slots, unless it has several `marks`.
         label: it in a few words.
         color: of its letter and its place in maps.
         drops: whether the slot goes: the router's rows too.
@@ -53,6 +53,16 @@ class Answer:
     def standing_for(cls, other: int) -> Answer:
         """Return the answer of this kind for a slot whose expert goes while `other` stays: for counts and bytes."""
         return cls(**({cls.refers: other} if cls.refers else {}))
+
+    @property
+    def mark(self) -> str:
+        """Its character in maps of slots, one of `marks`."""
+        return self.letter
+
+    @classmethod
+    def marks(cls) -> dict[str, tuple[str, str]]:
+        """Return what each character in maps stands for: words, and a color."""
+        return {cls.letter: (cls.label, cls.color)}
 
     @property
     def scale(self) -> float:
@@ -175,3 +185,8 @@ class Call:
             number_S: the number of each slot.
         """
         return number_S[self.slot_TK].long()
+
+
+def all_marks() -> dict[str, tuple[str, str]]:
+    """Return what each character in maps of slots stands for, of every kind: words, and a color."""
+    return {mark: shown for kind in ANSWERS.values() for mark, shown in kind.marks().items()}

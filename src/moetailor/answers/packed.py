@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 # Experts that are numbers at the same time.
 TOGETHER = 8
+# In pictures: the fewer bits, the lighter.
+SHADES = dict(zip(range(8, 1, -1), "#08306b #08519c #2171b5 #4292c6 #6baed6 #9ecae1 #c6dbef".split(), strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +101,16 @@ class Packed(Width, Answer):
     label = "kept in few bits"
     color = "#5f6f80"
     from_method = False
+
+    @property
+    def mark(self) -> str:
+        """The bits of its gate and up projections."""
+        return str(self.bits)
+
+    @classmethod
+    def marks(cls) -> dict[str, tuple[str, str]]:
+        """Return a digit for each number of bits."""
+        return {str(bits): (f"kept in {bits} bits", shade) for bits, shade in SHADES.items()}
 
     @classmethod
     def of(cls, width: Width) -> Packed:

@@ -23,9 +23,13 @@ from moetailor.comparison.cells import Cell
 from moetailor.comparison.probe import Probe
 from moetailor.comparison.results import cell_result
 from moetailor.comparison.stored import read_original
+from moetailor.errors import PlanError, TooSmallError
 from moetailor.evaluation.fidelity import Reference
 from moetailor.evaluation.speed import Speed, measure_speed, resident_nbytes
+from moetailor.methods.estimate import estimate_plan
 from moetailor.methods.run import make_plan
+from moetailor.planning.budget import Budget
+from moetailor.planning.plan import Plan
 from moetailor.progress import Progress
 from moetailor.transform.apply import apply
 
@@ -114,7 +118,7 @@ class Bench:
             RuntimeError: whatever torch does.
         """
         began = time.perf_counter()
-        plan = make_plan(self.calibration, cell.method, cell.budget, parameters=cell.parameters, weights=self.weights)
+        plan = self._plan(cell)
         planned = time.perf_counter() - began
         reference, probe = self.reference, self.probe
         began = time.perf_counter()
@@ -131,7 +135,7 @@ class Bench:
             speed=self._speed(model),
             resident=resident_nbytes(model),
             errors=probe.errors(model),
-            sensitivities=sensitivities_of(self.calibration),
+            prices=self.calibration.prices,
         )
 
     def close(self) -> None:
@@ -141,11 +145,27 @@ class Bench:
             self._place.rename(self._partial)
             shutil.rmtree(self._partial)
 
+    def _plan(self, cell: Cell) -> Plan:
+        """Plan a cell; refuses one with nothing to remove, and says how small it can be of one that is too small."""
+        facts = self.calibration.model
+        size = cell.budget.in_bytes(facts.nbytes).size
+        if cell.width is not None and size is not None:
+            every = estimate_plan(facts, cell.method, Budget.parse(remove="0%"), width=cell.width).nbytes
+            if every <= size:
+                of_all = f"{every:,} bytes, {every / facts.nbytes:.1%} of the original's"
+                raise PlanError(f"with every expert in {cell.width} it takes {of_all}: nothing is left to remove")
+        try:
+            return make_plan(
+                self.calibration,
+                cell.method.name,
+                cell.budget,
+                parameters=cell.method.parameters,
+                width=cell.width,
+                weights=self.weights,
+            )
+        except TooSmallError as error:
+            least = f"{error.least:,} bytes, {error.least / facts.nbytes:.1%} of the original's"
+            raise PlanError(f"takes at least {least}") from None
+
     def _speed(self, model: Any) -> Speed:
         return measure_speed(model, self.batches[0].input_ids[:1, :PROMPT], new_tokens=NEW_TOKENS)
-
-
-def sensitivities_of(calibration: Calibration) -> dict[str, float] | None:
-    """Return the sensitivity of each layer by its name in JSON; None where it was not measured."""
-    found = calibration.sensitivities()
-    return None if found is None else {str(layer): sensitivity for layer, sensitivity in found.items()}

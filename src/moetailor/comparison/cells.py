@@ -1,4 +1,4 @@
-"""The cells of a comparison: each method with its parameters, at each share to remove."""
+"""The cells of a comparison: each method with its parameters, at each share to remove or each size to fit."""
 
 from __future__ import annotations
 
@@ -8,81 +8,113 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from moetailor.answers import Width
 from moetailor.errors import PlanError, did_you_mean
+from moetailor.methods.estimate import refuse_unknown
+from moetailor.methods.method import Method
 from moetailor.methods.registry import METHODS, find_method
 from moetailor.planning.budget import Budget
 
 ALL = "all"
+# What `all` means beside methods where sizes are asked for: bits alone, and methods that leave experts in few bits.
+PLAIN = (*(f"quantize@{bits}" for bits in (8, 6, 5, 4, 3, 2)), "quantize:rounding=nearest@4")
+PLAIN += ("quantize:rounding=nearest@3", "quantize:group=32:symmetric=true@4")
+COMPOSED = tuple(f"{name}@{bits}" for name in ("reap", "mone") for bits in (4, 3))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One method at one share.
+    """One method within one budget.
 
     Attributes:
-        method: its name.
-        parameters: all its parameters.
-        budget: the share to remove.
+        method: the method, with its parameters.
+        budget: the share to remove, or the bytes; nothing to remove for what keeps every expert.
+        width: how all that stays of experts lies; as it lay when None.
     """
 
-    method: str
-    parameters: Mapping[str, Any]
+    method: Method
     budget: Budget
+    width: Width | None = None
 
     @property
-    def ratio(self) -> str:
-        """The share as people write it, such as ``25%``."""
-        return str(self.budget).removeprefix("remove ")
+    def name(self) -> str:
+        """What tables and pictures call it, within one budget."""
+        return self.method.label if self.width is None else f"{self.method.label} + {self.width}"
 
     @property
     def file(self) -> str:
-        """Name of its file: method, share and a hash of the parameters."""
-        given = json.dumps(self.parameters, sort_keys=True)
-        return f"{self.method}-{self.ratio.rstrip('%')}-{hashlib.sha256(given.encode()).hexdigest()[:8]}.json"
+        """Name of its file: method, budget and a hash of all of it."""
+        given, limit = json.dumps(self.to_json(), sort_keys=True), str(self.budget).split()[1].rstrip("%")
+        return f"{self.method.name}-{limit}-{hashlib.sha256(given.encode()).hexdigest()[:8]}.json"
 
     def to_json(self) -> dict:
         """Return what the cell is."""
-        named = {"method": self.method, "ratio": self.ratio, "parameters": dict(self.parameters)}
-        return named | {"budget": str(self.budget)}
+        return {
+            "name": self.name,
+            "method": self.method.name,
+            "parameters": self.method.parameters,
+            "bits": None if self.width is None else str(self.width).removesuffix(" bits"),
+            "removes": self.method.removes,
+            "budget": str(self.budget),
+        }
 
 
-def cells_of(methods: Iterable[str], remove: Iterable[str | float]) -> list[Cell]:
-    """Return the cells that some words ask for, ratio by ratio, each once.
+def cells_of(
+    methods: Iterable[str], remove: Iterable[str | float] = (), sizes: Iterable[str | float] = ()
+) -> list[Cell]:
+    """Return the cells that some words ask for, budget by budget from the mildest, each once.
 
     Args:
-        methods: names, each with parameters where they are not the defaults: ``linear:rank=4:ranks=chosen``; ``all``
-            stands for every method that removes experts and is neither trained nor slow.
+        methods: names, each with parameters where they are not the defaults, and with the bits of what stays:
+            ``linear:rank=4:ranks=chosen``, ``reap@4``, ``mone:score=exact@4/6``. ``all`` stands for every method that
+            removes experts and is neither trained nor slow; with sizes also for `PLAIN` and `COMPOSED`. What removes
+            no expert is one cell.
         remove: shares to remove.
+        sizes: bytes of the result, or shares of the original's.
 
     Raises:
-        PlanError: an unknown method or parameter, a share that cannot be read, or none of them.
+        PlanError: an unknown method or parameter, a share or size that cannot be read, bits for a method that shares
+            bytes out itself, both shares and sizes, or nothing to compare.
     """
-    chosen = [found for word in methods for found in _read(word)]
     budgets = {Budget.parse(remove=share) for share in remove}
-    if not chosen or not budgets:
-        lacking = "--remove 10%,25%,50%" if chosen else "--methods all"
+    limits = {Budget.parse(size=size) for size in sizes}
+    if budgets and limits:
+        raise PlanError("--remove and --sizes: rows are of equal ratios or of equal bytes; give one of them")
+    chosen = [found for word in methods for found in _read(word, sized=bool(limits))]
+    if not chosen or not (budgets or limits):
+        lacking = "--sizes 75%,50%,35% or --remove 10%,25%,50%" if chosen else "--methods all"
         raise PlanError(f"nothing to compare; name at least one, such as {lacking}")
-    cells = [
-        Cell(method=name, parameters=parameters, budget=budget)
-        for budget in sorted(budgets, key=lambda budget: budget.remove or 0)
-        for name, parameters in chosen
-    ]
+    cells = [Cell(method=m, budget=Budget.parse(remove="0%")) for m, _ in chosen if not m.removes]
+    # Shares of the original and bytes have no common order before the original is known: shares come first.
+    ordered = sorted(budgets, key=lambda budget: budget.remove or 0)
+    ordered += sorted(limits, key=lambda budget: (budget.share or 0, budget.size or 0), reverse=True)
+    for budget in ordered:
+        for method, width in chosen:
+            if method.removes:
+                refuse_unknown(method, budget, "uniform", width)
+                cells.append(Cell(method=method, budget=budget, width=width))
     return list({cell.file: cell for cell in cells}.values())
 
 
-def _read(word: str) -> list[tuple[str, dict[str, Any]]]:
-    """Return the methods that one word names, with all their parameters."""
+def _read(word: str, *, sized: bool) -> list[tuple[Method, Width | None]]:
+    """Return the methods that one word names, and the bits of what each leaves."""
     if word == ALL:
-        quick = sorted(
-            name for name, method in METHODS.items() if method.removes and not (method.trained or method.slow)
-        )
-        return [(name, METHODS[name]().parameters) for name in quick]
-    name, *given = word.split(":")
+        every = [METHODS[name]() for name in sorted(METHODS)]
+        quick = [(method, None) for method in every if method.removes and not (method.trained or method.slow)]
+        return quick + [found for more in (PLAIN + COMPOSED if sized else ()) for found in _read(more, sized=sized)]
+    whole, at, bits = word.partition("@")
+    name, *given = whole.split(":")
     if name.lower() not in METHODS:
         raise PlanError(f"--methods {word}: no method {name!r}" + did_you_mean(name, [*METHODS, ALL]))
     pairs = [entry.partition("=") for entry in given]
     for key, equals, value in pairs:
         if not (key and equals and value):
             raise PlanError(f"--methods {word}: write parameters as {name}:parameter=value")
-    method = find_method(name).of({key: value for key, _, value in pairs})
-    return [(method.name, method.parameters)]
+    try:
+        width = Width.parse(bits) if at else None
+    except PlanError:
+        raise PlanError(f"--methods {word}: write bits as {whole}@4, or {whole}@4/6 with those of down") from None
+    parameters: Mapping[str, Any] = {key: value for key, _, value in pairs}
+    if width is not None and not find_method(name).removes:  # its bits are parameters of its own
+        parameters, width = {**parameters, "bits": width.bits, "down": width.down}, None
+    return [(find_method(name).of(parameters), width)]

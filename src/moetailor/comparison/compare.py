@@ -23,13 +23,12 @@ from moetailor.checkpoint.models import longest_sequence, resolve_device, resolv
 from moetailor.checkpoint.original import Original
 from moetailor.checkpoint.place import check_empty
 from moetailor.checkpoint.weights import ExpertWeights
-from moetailor.comparison.bench import Bench, sensitivities_of
+from moetailor.comparison.bench import Bench
 from moetailor.comparison.cells import Cell, cells_of
-from moetailor.comparison.results import failed, layers_of, ranked, spearman, usage
+from moetailor.comparison.results import failed, layers_of, results_of, sensitivities_of
 from moetailor.comparison.stored import VERSION, Notes, read_cell
 from moetailor.errors import MoetailorError, MoetailorWarning
 from moetailor.evaluation.evaluate import check_predicts
-from moetailor.methods.registry import METHODS
 from moetailor.methods.run import check_weights
 from moetailor.planning.plan import calibration_hash
 from moetailor.progress import Stages, part
@@ -37,6 +36,7 @@ from moetailor.schema import load_json, read
 
 RUN, RESULTS, REPORT = "comparison.json", "results.json", "report.html"
 CELLS, CALIBRATION = "cells", "calibration"
+DEFAULT = ("10%", "25%", "50%")
 
 
 def compare(
@@ -47,14 +47,15 @@ def compare(
     text: TextOptions | None = None,
     calibration: str | Path | None = None,
     methods: str | Iterable[str] = ("all",),
-    remove: str | float | Iterable[str | float] = ("10%", "25%", "50%"),
+    remove: str | float | Iterable[str | float] | None = None,
+    sizes: str | float | Iterable[str | float] | None = None,
     sample: SampleOptions = SampleOptions(),  # noqa: B008 (frozen)
     device: str | None = None,
     dtype: str | None = None,
     trust_remote_code: bool = False,
     progress: Stages | None = None,
 ) -> dict:
-    """Measure methods at several ratios from one calibration, without writing a checkpoint.
+    """Measure methods at several ratios or sizes from one calibration, without writing a checkpoint.
 
     Each cell is planned, applied to a copy of the original in memory and measured on the held-out text. Finished cells
     lie in ``OUT/cells``; the same call after a stop goes on behind the last of them. A cell that fails becomes a row
@@ -67,9 +68,11 @@ def compare(
         held_out: text to measure on; its documents may name a ``domain``.
         text: calibration text, measured into ``OUT/calibration``.
         calibration: a finished calibration folder of the model, instead of text.
-        methods: names, with parameters as in ``linear:rank=4``; ``all`` stands for those that are neither trained nor
-            slow.
-        remove: shares of each layer's experts to remove.
+        methods: names, with parameters and bits as in ``linear:rank=4`` or ``reap@4``, see `cells_of`; ``all`` stands
+            for those that are neither trained nor slow.
+        remove: shares of each layer's experts to remove; 10%, 25% and 50% when neither these nor sizes are given.
+        sizes: bytes that each result may take, as ``60%`` of the original's or as ``12GB``, so that rows are of equal
+            bytes; ``all`` then means the bits of `PLAIN` and `COMPOSED`, too.
         sample: which calibration tokens are kept whole.
         device: where models run; CUDA when there is one.
         dtype: ``float32``, ``bfloat16`` or ``float16``; the checkpoint's on CUDA, else float32.
@@ -80,12 +83,12 @@ def compare(
         What is in results.json.
 
     Raises:
-        PlanError: an unknown method, parameter or share.
+        PlanError: an unknown method, parameter, share or size.
         CalibrationError: a text or the calibration cannot be used.
         MoetailorError: the folder holds something else, another run writes there, or a model cannot be used.
     """
     out = Path(out)
-    cells = cells_of(words_of(methods), [remove] if isinstance(remove, str | float | int) else remove)
+    cells = cells_of(words_of(methods), _entries(DEFAULT if remove is sizes is None else remove), _entries(sizes))
     if (text is None) == (calibration is None):
         raise MoetailorError("give either calibration text (--data) or a finished calibration folder (--calibration)")
     original = Original(model, trust_remote_code=trust_remote_code)
@@ -120,8 +123,8 @@ def compare(
             dtype=torch_dtype,
             progress=part(progress, "original"),
         )
-        found = ranked(_measured(bench, cells, out / CELLS, progress))
-        results = _results(bench, held_out, found, device, run["calibrate_seconds"])
+        found = _measured(bench, cells, out / CELLS, progress)
+        results = results_of(bench, held_out, cells, found, device, run["calibrate_seconds"])
         write_json(out / RESULTS, results)
         bench.close()
         from moetailor.report import write_report  # draws: no other stage should wait for that
@@ -130,11 +133,16 @@ def compare(
     return results
 
 
+def _entries(given: str | float | Iterable[str | float] | None) -> list[str | float]:
+    """Return what was given as a list."""
+    return [] if given is None else [given] if isinstance(given, str | float | int) else list(given)
+
+
 def _calibrated(
     model: Original, folder: Path, text: TextOptions, cells: Sequence[Cell], progress: Stages | None, options: dict
 ) -> Calibration:
     """Calibrate with all that the methods of the cells read, and with what errors of each layer cost."""
-    recorded = {ON_REQUEST[name] for cell in cells for name in METHODS[cell.method].needs & ON_REQUEST.keys()}
+    recorded = {ON_REQUEST[name] for cell in cells for name in cell.method.needs & ON_REQUEST.keys()}
     return calibrate(
         model,
         folder,
@@ -204,7 +212,12 @@ def _settings(checkpoint: Checkpoint, batches: Sequence[Batch], device: str, dty
         "held-out text": text_fingerprint(batches) | {"shapes": shapes},
         "device": device,
         "dtype": str(dtype),
-        "versions": {"moetailor": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": {
+            "moetailor": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "cells": str(VERSION),
+        },
     }
 
 
@@ -238,48 +251,3 @@ def _warn_of_shared(calibrated: Sequence[Batch], held_out: Sequence[Batch]) -> N
             MoetailorWarning,
             stacklevel=3,
         )
-
-
-def _results(bench: Bench, held_out: TextOptions, cells: Sequence[dict], device: str, calibrated: float) -> dict:
-    import transformers
-
-    calibration, original = bench.calibration, bench.original
-    facts, text = calibration.model, calibration.fingerprint["text"]
-    fidelity = next((cell["fidelity"] for cell in cells if not cell["error"]), {})
-    return {
-        "format": "moetailor-comparison",
-        "version": VERSION,
-        "model": {
-            "source": bench.source.source,
-            "model_type": facts.model_type,
-            "nbytes": facts.nbytes,
-            "top_k": facts.top_k,
-            "layers": layers_of(calibration),
-        },
-        "about": {
-            "moetailor": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "threads": torch.get_num_threads(),
-            "device": device,
-            "seconds": {"calibrate": calibrated, "reference": original["seconds"]},
-        },
-        "calibration": {
-            "data": calibration.fingerprint.get("options", {}).get("data", []),
-            "tokens": text["tokens"],
-            "folder": str(calibration.folder),
-        },
-        "heldout": {
-            "data": list(held_out.data),
-            "tokens": sum(batch.input_ids.numel() for batch in bench.batches),
-            "domains": {name: part["tokens"] for name, part in fidelity.items() if name},
-        },
-        "original": {
-            "perplexity": {name: part["original"]["perplexity"] for name, part in fidelity.items()},
-            **{name: original[name] for name in ("prefill", "decode", "resident")},
-        },
-        "usage": usage(calibration),
-        "sensitivities": sensitivities_of(calibration),
-        "cells": list(cells),
-        "spearman": spearman(cells),
-    }

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from scipy.stats import spearmanr
 
+from moetailor._version import __version__
+from moetailor.calibration.effects import Prices
 from moetailor.calibration.folder import Calibration
+from moetailor.calibration.text import TextOptions
 from moetailor.comparison.cells import Cell
+from moetailor.comparison.frontier import front, kl_of, recommendation
 from moetailor.comparison.probe import LayerError
+from moetailor.comparison.stored import VERSION
 from moetailor.evaluation.fidelity import Fidelity
 from moetailor.evaluation.speed import Speed
+from moetailor.planning.budget import Budget
 from moetailor.planning.layer_plan import LayerPlan, untouched
 from moetailor.planning.plan import Plan
+from moetailor.words import nbytes
+
+if TYPE_CHECKING:
+    from moetailor.comparison.bench import Bench
 
 MEASURED = "nbytes seconds native fidelity speed resident expected_kl layers".split()
 
@@ -29,7 +39,7 @@ def cell_result(
     speed: Speed,
     resident: int,
     errors: Mapping[int, LayerError],
-    sensitivities: Mapping[str, float] | None,
+    prices: Prices | None,
 ) -> dict:
     """Return a measured cell.
 
@@ -41,7 +51,7 @@ def cell_result(
         speed: of the compressed model.
         resident: bytes of its weights in memory.
         errors: of its layers.
-        sensitivities: nats a token for each unit of squared error a token, by layer.
+        prices: what errors cost the predictions; None where it was not measured.
     """
     experts = {stack.index: stack.num_experts for stack in plan.model.stacks}
     layers = {
@@ -52,9 +62,6 @@ def cell_result(
         }
         for index, error in errors.items()
     }
-    expected = None
-    if sensitivities is not None:
-        expected = sum(sensitivities[str(index)] * error.expected for index, error in errors.items())
     return cell.to_json() | {
         "error": None,
         "nbytes": plan.nbytes,
@@ -63,9 +70,26 @@ def cell_result(
         "fidelity": {name: found.to_json() for name, found in fidelity.items()},
         "speed": asdict(speed),
         "resident": resident,
-        "expected_kl": expected,
+        "expected_kl": _expected(plan, errors, prices),
         "layers": layers,
     }
+
+
+def _expected(plan: Plan, errors: Mapping[int, LayerError], prices: Prices | None) -> float | None:
+    """Return the KL that the errors of layers let expect.
+
+    Rounding makes errors of another kind than the loss of experts. In layers that have both they cannot be told apart
+    afterwards: there it is what the method expected, if it priced both.
+    """
+    if prices is None:
+        return None
+    rounded = {index: bool(layer.widths) for index, layer in plan.by_layer.items()}
+    whole = {index: replace(layer, widths={}).untouched for index, layer in plan.by_layer.items()}
+    if plan.expected is not None and any(rounded[index] and not whole[index] for index in rounded):
+        return plan.expected
+    noisy = {index for index in rounded if rounded[index] and whole[index]}
+    parts = {i: (0.0, each.expected) if i in noisy else (each.expected, 0.0) for i, each in errors.items()}
+    return sum(prices.expected(parts).values())
 
 
 def layers_of(calibration: Calibration) -> dict[str, int]:
@@ -80,8 +104,8 @@ def failed(cell: Cell, error: Exception) -> dict:
 
 
 def letters(plan: LayerPlan) -> str:
-    """Return one letter a slot, see `Answer.letter`."""
-    return "".join(answer.letter for answer in plan.answers)
+    """Return one letter a slot, see `Answer.marks`."""
+    return "".join(answer.mark for answer in plan.answers)
 
 
 def usage(calibration: Calibration) -> dict[str, dict[str, list[float]]]:
@@ -100,30 +124,122 @@ def usage(calibration: Calibration) -> dict[str, dict[str, list[float]]]:
     return found
 
 
-def ranked(cells: Sequence[dict]) -> list[dict]:
-    """Return cells ratio by ratio as they come, the lowest KL of each first, failed ones last."""
-    ratios = list(dict.fromkeys(cell["ratio"] for cell in cells))
-    return sorted(cells, key=lambda cell: (ratios.index(cell["ratio"]), cell["error"] is not None, kl_of(cell)))
+def grouped(cells: Sequence[tuple[Cell, dict]], whole: int) -> dict[str, list[dict]]:
+    """Return results under what was asked for, from the mildest down, the lowest KL of each first, failed ones last.
+
+    What was planned to a size stands under that size; a row that has its own bytes under the smallest size that it
+    fits.
+
+    Args:
+        cells: each cell with its result.
+        whole: bytes of the original.
+    """
+    asked = {cell.budget.in_bytes(whole).size: _title(cell.budget, whole) for cell, _ in cells}
+    sizes = sorted((size for size in asked if size is not None), reverse=True)
+    larger = "more bytes than asked for"
+    found: dict[str, list[dict]] = {title: [] for title in [larger, *(asked[size] for size in sizes)]}
+    for cell, result in cells:
+        title = _title(cell.budget, whole)
+        if sizes and not cell.method.removes:
+            title = next((asked[size] for size in reversed(sizes) if size >= (result["nbytes"] or whole)), larger)
+        found.setdefault(title, []).append(result)
+    return {
+        title: sorted(group, key=lambda c: (c["error"] is not None, kl_of(c)))
+        for title, group in found.items()
+        if group
+    }
 
 
-def kl_of(cell: dict) -> float:
-    """Return the KL of a cell on all text; infinite for a failed one."""
-    return float("inf") if cell["error"] else cell["fidelity"][""]["kl"]["mean"]
+def _title(budget: Budget, whole: int) -> str:
+    """Return what stands above the rows of a budget."""
+    size = budget.in_bytes(whole).size
+    if size is None:
+        return str(budget).removeprefix("remove ") + " removed"
+    part = f"{100 * size / whole:.4g}% of the bytes"
+    return f"at most {part}" if budget.share is not None else f"at most {nbytes(size)}, {part}"
 
 
-def spearman(cells: Sequence[dict]) -> dict[str, float] | None:
-    """Return the rank correlation of expected and measured KL, over all cells (``""``) and inside each ratio.
+def spearman(groups: Mapping[str, Sequence[dict]]) -> dict[str, float] | None:
+    """Return the rank correlation of expected and measured KL, over all cells (``""``) and inside each group.
 
     It says something of three cells or more that are not all alike; None when that is nowhere so.
     """
-    known = [cell for cell in cells if cell["expected_kl"] is not None]
-    groups = {"": known} | {
-        ratio: [cell for cell in known if cell["ratio"] == ratio] for ratio in dict.fromkeys(c["ratio"] for c in known)
-    }
     found = {}
-    for name, group in groups.items():
-        expected, measured = [cell["expected_kl"] for cell in group], [kl_of(cell) for cell in group]
-        if len(group) >= 3 and len(set(expected)) > 1 and len(set(measured)) > 1:
+    for name, group in {"": [cell for cells in groups.values() for cell in cells], **groups}.items():
+        known = [cell for cell in group if cell["expected_kl"] is not None]
+        expected, measured = [cell["expected_kl"] for cell in known], [kl_of(cell) for cell in known]
+        if len(known) >= 3 and len(set(expected)) > 1 and len(set(measured)) > 1:
             correlation: Any = spearmanr(expected, measured)
             found[name] = float(correlation.statistic)
     return found or None
+
+
+def sensitivities_of(calibration: Calibration) -> dict[str, float] | None:
+    """Return the sensitivity of each layer by its name in JSON; None where it was not measured."""
+    found = calibration.sensitivities()
+    return None if found is None else {str(layer): sensitivity for layer, sensitivity in found.items()}
+
+
+def results_of(
+    bench: Bench, held_out: TextOptions, asked: Sequence[Cell], found: Sequence[dict], device: str, calibrated: float
+) -> dict:
+    """Return what stands in results.json.
+
+    Args:
+        bench: where it was measured.
+        held_out: the text.
+        asked: the cells.
+        found: their results.
+        device: where models ran.
+        calibrated: seconds.
+    """
+    import transformers
+
+    calibration, original = bench.calibration, bench.original
+    facts, text = calibration.model, calibration.fingerprint["text"]
+    groups = grouped(list(zip(asked, found, strict=True)), facts.nbytes)
+    cells = [cell for group in groups.values() for cell in group]
+    numbers = iter(range(len(cells)))
+    limits = [cell.budget.in_bytes(facts.nbytes).size for cell in asked]
+    sizes = sorted({size for size in limits if size is not None})
+    fidelity = next((cell["fidelity"] for cell in cells if not cell["error"]), {})
+    return {
+        "format": "moetailor-comparison",
+        "version": VERSION,
+        "model": {
+            "source": bench.source.source,
+            "model_type": facts.model_type,
+            "nbytes": facts.nbytes,
+            "top_k": facts.top_k,
+            "layers": layers_of(calibration),
+        },
+        "about": {
+            "moetailor": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "threads": torch.get_num_threads(),
+            "device": device,
+            "seconds": {"calibrate": calibrated, "reference": original["seconds"]},
+        },
+        "calibration": {
+            "data": calibration.fingerprint.get("options", {}).get("data", []),
+            "tokens": text["tokens"],
+            "folder": str(calibration.folder),
+        },
+        "heldout": {
+            "data": list(held_out.data),
+            "tokens": sum(batch.input_ids.numel() for batch in bench.batches),
+            "domains": {name: part["tokens"] for name, part in fidelity.items() if name},
+        },
+        "original": {
+            "perplexity": {name: part["original"]["perplexity"] for name, part in fidelity.items()},
+            **{name: original[name] for name in ("prefill", "decode", "resident")},
+        },
+        "usage": usage(calibration),
+        "sensitivities": sensitivities_of(calibration),
+        "cells": cells,
+        "groups": {title: [next(numbers) for _ in group] for title, group in groups.items()},
+        "front": front(cells),
+        "recommendation": recommendation(cells, sizes, facts.nbytes) if sizes else None,
+        "spearman": spearman(groups),
+    }

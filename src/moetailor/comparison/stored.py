@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
-from moetailor.answers import ANSWERS
+from moetailor.answers import all_marks
 from moetailor.errors import MoetailorError
 from moetailor.schema import Count, Few, Within, load, load_json, read
 
-VERSION = 1
+VERSION = 2
 ANEW = "make it with `moetailor compare`"
 Positive = Annotated[float, Within(1e-300, 1e300)]
 Share = Annotated[float, Within(0, 1)]
@@ -67,9 +67,11 @@ class _Layer(TypedDict):
 
 
 class _Cell(TypedDict):
+    name: str
     method: str
-    ratio: str
     parameters: dict[str, int | float | str | bool]
+    bits: str | None
+    removes: bool
     budget: str
 
 
@@ -153,6 +155,9 @@ class Results(TypedDict):
     usage: dict[str, dict[str, list[Share]]]
     sensitivities: dict[str, Error] | None
     cells: list[dict]
+    groups: dict[str, list[Count]]
+    front: list[Count]
+    recommendation: str | None
     spearman: dict[str, Nats] | None
 
 
@@ -174,6 +179,11 @@ def read_results(file: str | Path) -> dict[str, Any]:
             raise MoetailorError(f"{file}: usage[{layer!r}] is not of a share for each expert of that layer; {ANEW}")
     for number, cell in enumerate(results["cells"]):
         read_cell(cell, f"{file}: cells[{number}]", layers, failed=cell.get("error") is not None)
+    if sorted(number for group in results["groups"].values() for number in group) != [*range(len(results["cells"]))]:
+        raise MoetailorError(f"{file}: groups do not name each of {len(results['cells'])} cells once; {ANEW}")
+    measured = [number for number, cell in enumerate(results["cells"]) if cell["error"] is None]
+    if strange := sorted(set(results["front"]) - set(measured)):
+        raise MoetailorError(f"{file}: front has cells {strange}, which were not measured; {ANEW}")
     return {"format": "moetailor-comparison", "version": VERSION, **results}
 
 
@@ -208,6 +218,6 @@ def read_cell(cell: dict, where: str, layers: Mapping[str, int], *, failed: bool
         slots = {layer: part["slots"] for layer, part in cell["layers"].items()}
         if {layer: len(letters) for layer, letters in slots.items()} != dict(layers):
             raise MoetailorError(f"{where}.layers does not have a letter for each slot of the model; {cure}")
-        if unknown := {*"".join(slots.values())} - {kind.letter for kind in ANSWERS.values()}:
+        if unknown := {*"".join(slots.values())} - all_marks().keys():
             raise MoetailorError(f"{where}.layers has slots {sorted(unknown)}, which no version knows; {cure}")
     return dict(found)

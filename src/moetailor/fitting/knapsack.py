@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from moetailor.errors import PlanError
+from moetailor.errors import TooSmallError
 
 STEPS = 200
 
@@ -66,16 +66,13 @@ def cheapest(shelves: Sequence[Shelf], nbytes: int) -> list[list[int]]:
         nbytes: bytes that all may take.
 
     Raises:
-        PlanError: the smallest entries take more.
+        TooSmallError: the smallest entries take more.
     """
     small, large = 1e-40, 1e20
     found = [shelf.taken(large) for shelf in shelves]
     least = _total(shelves, found)
     if least > nbytes:
-        raise PlanError(
-            f"experts and stand-ins get {nbytes:,} bytes, and the fewest that work take {least:,}; ask for "
-            f"{least - nbytes:,} more"
-        )
+        raise TooSmallError(f"experts and stand-ins get {nbytes:,} bytes, the fewest that work take {least:,}", least)
     for _ in range(STEPS):
         rate = (small * large) ** 0.5
         tried = [shelf.taken(rate) for shelf in shelves]

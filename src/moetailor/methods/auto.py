@@ -27,6 +27,7 @@ from moetailor.answers import Constant, Linear, LowRank
 from moetailor.calibration.domains import balanced
 from moetailor.errors import PlanError
 from moetailor.fitting import linear_maps, low_rank
+from moetailor.fitting.widths import WIDTHS
 from moetailor.methods import mix_bits, mix_plain
 from moetailor.methods.method import AtLeast, JointMethod
 from moetailor.methods.registry import register
@@ -74,6 +75,13 @@ class Auto(JointMethod):
     def decides_counts(self) -> bool:
         """Always."""
         return True
+
+    def estimate(self, experts: int, keep: int, groups: int = 1) -> LayerPlan:
+        """Return a plan with kept experts and novices; the last one that is kept may lie in the fewest bits."""
+        plan = super().estimate(experts, keep, groups)
+        return (
+            plan.narrowed(min(WIDTHS, key=lambda width: width.bits + width.down)) if self.bits and keep == 1 else plan
+        )
 
     def plan_layers(self, layers: Sequence[LayerView], keeps: Sequence[int]) -> Iterator[LayerPlan]:
         """Decide for all layers, in the bytes of kept experts and novices for the others."""

@@ -9,7 +9,7 @@ from typing import Any
 from moetailor.answers import Width
 from moetailor.checkpoint.facts import ModelFacts
 from moetailor.checkpoint.layout import Stack
-from moetailor.errors import PlanError, did_you_mean
+from moetailor.errors import PlanError, TooSmallError, did_you_mean
 from moetailor.methods.allocation import RULES, Allocation, AllocationBounds, counts_of
 from moetailor.methods.choose import refuse_protected
 from moetailor.methods.method import Method
@@ -59,14 +59,14 @@ def estimate_plan(
         if layer not in known or not 0 <= expert < known[layer]:
             raise PlanError(f"--protect {layer}:{expert}: no such expert; MoE layers are {', '.join(map(str, known))}")
     stacks = [stack for stack in run if stack.index in selected]
-    _refuse_unknown(method, budget, allocation, width)
+    refuse_unknown(method, budget, allocation, width)
     groups = facts.groups.count if method.replaces_with.drops else 1
     if method.replaces_with.drops and len(stacks) == len(run) and allocation == "uniform":
         # Layers that the model does not run (multi-token prediction) share its expert count, so they are cut as well.
         stacks += [stack for stack in facts.stacks if stack.index is None]
 
     # What is to be removed is said of the experts as they lay; a size is one of the result.
-    counts_bits = budget.size is not None or budget.memory is not None
+    counts_bits = budget.remove is None and budget.keep is None
 
     def at(kept: Mapping[str, int]) -> dict[str, LayerPlan]:
         found = {s.prefix: method.estimate(s.num_experts, kept[s.prefix], facts.groups.count) for s in stacks}
@@ -109,7 +109,7 @@ def estimate_plan(
     return plan
 
 
-def layer_nbytes(facts: ModelFacts, estimate: Plan, budget: Budget) -> dict[str, int]:
+def layer_nbytes(facts: ModelFacts, estimate: Plan, budget: Budget, method: Method) -> dict[str, int]:
     """Return the bytes that experts and stand-ins of each changed layer may take: those of an estimate, and an equal
     share of what it leaves of a budget in bytes.
 
@@ -117,11 +117,13 @@ def layer_nbytes(facts: ModelFacts, estimate: Plan, budget: Budget) -> dict[str,
         facts: the model.
         estimate: what `estimate_plan` gave.
         budget: what `method_budget` gave.
+        method: the method.
     """
     stacks = {stack.prefix: stack for stack in facts.stacks if stack.prefix in estimate.layers}
-    rounded = any(plan.widths for plan in estimate.layers.values())  # at the end: bytes here are those before it
+    # Of what is rounded at the end the bytes here are those before it.
+    rounded = not method.decides_widths and any(plan.widths for plan in estimate.layers.values())
     spare = 0 if budget.size is None or not stacks or rounded else (budget.size - estimate.nbytes) // len(stacks)
-    whole = {prefix: replace(plan, widths={}) for prefix, plan in estimate.layers.items()}
+    whole = {prefix: replace(plan, widths={}) if rounded else plan for prefix, plan in estimate.layers.items()}
     return {prefix: spare + stored_nbytes(plan, stacks[prefix]) for prefix, plan in whole.items()}
 
 
@@ -162,9 +164,9 @@ def allocation_bounds(
 
 
 def method_budget(budget: Budget, method: Method, facts: ModelFacts) -> Budget:
-    """Return the budget as a method takes it: bytes on disk where it is one of memory, or of a share of all bytes."""
+    """Return the budget as a method takes it: bytes on disk where it is one of memory, or of a share of bytes."""
     router = sum(stack.num_experts * stack.slot_bytes for stack in facts.stacks)
-    within = budget.on_disk(facts.dtypes, {stack.dtype for stack in facts.stacks}, router)
+    within = budget.in_bytes(facts.nbytes).on_disk(facts.dtypes, {stack.dtype for stack in facts.stacks}, router)
     return within.of_total(facts.nbytes) if method.remove_counts_bytes else within
 
 
@@ -209,16 +211,21 @@ def _within(
     fitting = [keep for keep in range(least, most + 1) if planned_nbytes(facts, planned(keep)) <= size]
     if not fitting:
         nbytes = planned_nbytes(facts, planned(least))
-        raise PlanError(
+        raise TooSmallError(
             f"a budget of {size:,} bytes: with {least} experts in each layer, the fewest that work, there are "
-            f"still {nbytes:,} bytes; ask for at least that"
+            f"still {nbytes:,} bytes; ask for at least that",
+            least=nbytes,
         )
     more = range(1 if uniform else len(stacks))
     return planned(max(fitting), max(n for n in more if planned_nbytes(facts, planned(max(fitting), n)) <= size))
 
 
-def _refuse_unknown(method: Method, budget: Budget, allocation: Allocation, width: Width | None) -> None:
-    """Refuse what would mean nothing to a method."""
+def refuse_unknown(method: Method, budget: Budget, allocation: Allocation, width: Width | None) -> None:
+    """Refuse what would mean nothing to a method.
+
+    Raises:
+        PlanError: see the message.
+    """
     if isinstance(allocation, str) and allocation not in RULES:
         raise PlanError(f"--allocation {allocation}" + did_you_mean(allocation, RULES))
     if allocation != "uniform" and method.decides_counts:

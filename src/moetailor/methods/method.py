@@ -81,6 +81,12 @@ class Method(ABC):
         return asdict(self)
 
     @property
+    def label(self) -> str:
+        """How a comparison calls it: its name, and the parameters that are not the defaults."""
+        changed = [f"{f.name}={value}" for f in fields(self) if (value := getattr(self, f.name)) != f.default]
+        return ":".join([self.name, *changed])
+
+    @property
     def decides_counts(self) -> bool:
         """Whether it decides itself how many experts each layer keeps."""
         return False

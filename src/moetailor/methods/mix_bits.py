@@ -132,7 +132,7 @@ def mixed(layers: Sequence[Priced], prices: Prices, nbytes: int) -> list[LayerPl
         nbytes: bytes that experts and stand-ins of all layers may take.
 
     Raises:
-        PlanError: the smallest entries take more.
+        TooSmallError: the smallest entries take more.
     """
     weighed = {layer.index: layer.weighed() for layer in layers}
 

@@ -6,7 +6,7 @@ what the rounded gate and up projections give; or the nearest codes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Annotated
 
 from moetailor.answers import Keep, Width
@@ -48,11 +48,22 @@ class Quantize(Method):
         """Always."""
         return True
 
+    @property
+    def width(self) -> Width:
+        """How every expert lies."""
+        return Width(bits=self.bits, down=self.down, group=self.group, symmetric=self.symmetric)
+
+    @property
+    def label(self) -> str:
+        """How a comparison calls it: its bits, and what else is not the default."""
+        words = {"rounding": self.rounding, "group": f"g{self.group}", "symmetric": "sym"}
+        changed = [words[f.name] for f in fields(self) if f.name in words and getattr(self, f.name) != f.default]
+        return " ".join([str(replace(self.width, symmetric=False)), *changed])
+
     def plan(self, layer: LayerView, keep: int) -> LayerPlan:
         """Keep all."""
         return self.estimate(layer.num_experts, keep)
 
     def estimate(self, experts: int, keep: int, groups: int = 1) -> LayerPlan:
         """Return the plan, whatever the layer is."""
-        width = Width(bits=self.bits, down=self.down, group=self.group, symmetric=self.symmetric)
-        return untouched(experts).narrowed(width)
+        return untouched(experts).narrowed(self.width)

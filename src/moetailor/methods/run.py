@@ -14,7 +14,7 @@ from moetailor.calibration.statistics import ON_REQUEST
 from moetailor.checkpoint.facts import ModelFacts
 from moetailor.checkpoint.layout import Stack
 from moetailor.checkpoint.weights import ExpertWeights
-from moetailor.errors import CheckpointError, MoetailorWarning, PlanError
+from moetailor.errors import CheckpointError, MoetailorWarning, PlanError, TooSmallError
 from moetailor.methods.allocation import Allocation, allocate_by_rule
 from moetailor.methods.estimate import (
     allocation_bounds,
@@ -87,14 +87,20 @@ def make_plan(
         counts = allocate_by_rule(allocation, chosen, views, allocation_bounds(estimate, chosen, numbers))
         estimate = estimate_plan(facts, chosen, budget, allocation=counts, width=width, **given)
     stacks = [stack for stack in facts.stacks if stack.index is not None and stack.prefix in estimate.layers]
-    shares = layer_nbytes(facts, estimate, method_budget(budget, chosen, facts))
+    limit = method_budget(budget, chosen, facts)
+    shares = layer_nbytes(facts, estimate, limit, chosen)
     views = [view_of(calibration, s.index or 0, weights, protected, shares[s.prefix]) for s in stacks]
     keeps = [estimate.layers[stack.prefix].stored for stack in stacks]
     plans: list[LayerPlan] = []
-    for layer_plan in chosen.plan_layers(views, keeps):
-        plans.append(layer_plan)
-        if progress:
-            progress(len(plans), len(views))
+    try:
+        for layer_plan in chosen.plan_layers(views, keeps):
+            plans.append(layer_plan)
+            if progress:
+                progress(len(plans), len(views))
+    except TooSmallError as error:  # which knows of the experts alone
+        least = (limit.size or estimate.nbytes) - sum(shares.values()) + error.least
+        told = f"{budget}: {error}; that makes {least:,} bytes in all: ask for at least that"
+        raise TooSmallError(told, least) from None
     decided = {stack.prefix: plan.narrowed(width) for stack, plan in zip(stacks, plans, strict=True)}
     for stack in facts.stacks:
         if stack.index is None and stack.prefix in estimate.layers:

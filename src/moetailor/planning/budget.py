@@ -18,12 +18,13 @@ UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 @dataclass(frozen=True)
 class Budget:
-    """Exactly one of four limits.
+    """Exactly one of five limits.
 
     Attributes:
         remove: share of each layer's experts to remove, 0 <= share < 1.
         keep: experts to keep in each layer.
         size: bytes that the tensors of the written checkpoint may take.
+        share: the same as a share of the original's, 0 < share <= 1.
         memory: bytes that they may take once loaded.
         load_dtype: dtype that they are loaded in, for `memory`; as they are stored when None.
     """
@@ -33,11 +34,12 @@ class Budget:
     size: int | None = None
     memory: int | None = None
     load_dtype: str | None = None
+    share: Fraction | None = None
 
     def __post_init__(self) -> None:
-        given = [value for value in (self.remove, self.keep, self.size, self.memory) if value is not None]
-        if len(given) != 1:
-            raise PlanError(f"{len(given)} budgets given; give exactly one of --remove, --keep, --size and --memory")
+        limits = (self.remove, self.keep, self.size, self.share, self.memory)
+        if (given := sum(limit is not None for limit in limits)) != 1:
+            raise PlanError(f"{given} budgets given; give exactly one of --remove, --keep, --size and --memory")
         if self.load_dtype is not None and self.memory is None:
             raise PlanError(f"--load-dtype {self.load_dtype}: says how --memory is counted; give that too")
         if self.load_dtype not in (None, *WIDTHS):
@@ -45,8 +47,9 @@ class Budget:
 
     def __str__(self) -> str:
         if self.remove is not None:
-            percent = self.remove * 100
-            return f"remove {percent if percent.denominator == 1 else float(percent)}%"
+            return f"remove {percent(self.remove)}"
+        if self.share is not None:
+            return f"size {percent(self.share)}"
         if self.keep is not None:
             return f"keep {self.keep}"
         if self.size is not None:
@@ -66,6 +69,14 @@ class Budget:
         if not 1 <= self.keep <= experts:
             raise PlanError(f"--keep {self.keep}: the layers have {experts} experts; keep 1 to {experts}")
         return self.keep
+
+    def in_bytes(self, nbytes: int) -> Budget:
+        """Return the budget with a share of the original's bytes as a size, rounded down.
+
+        Args:
+            nbytes: bytes of all tensors of the original.
+        """
+        return self if self.share is None else Budget(size=int(nbytes * self.share))
 
     def of_total(self, nbytes: int) -> Budget:
         """Return the budget with a share to remove taken of all bytes.
@@ -109,7 +120,7 @@ class Budget:
         *,
         remove: str | float | None = None,
         keep: int | None = None,
-        size: str | int | None = None,
+        size: str | float | None = None,
         memory: str | int | None = None,
         load_dtype: str | None = None,
     ) -> Budget:
@@ -118,17 +129,20 @@ class Budget:
         Args:
             remove: ``25%``, ``0.25`` or ``1/4``.
             keep: a number of experts.
-            size: bytes, or a number with a unit (``12GB`` is 12 x 10^9, ``12GiB`` is 12 x 2^30).
-            memory: the same.
+            size: bytes, a number with a unit (``12GB`` is 12 x 10^9, ``12GiB`` is 12 x 2^30), or ``60%`` of the
+                original's bytes.
+            memory: bytes, or a number with a unit.
             load_dtype: ``float32``, ``bfloat16`` or ``float16``.
 
         Raises:
             PlanError: not exactly one is given, or one cannot be read.
         """
+        of_original = str(size).strip().endswith("%")
         return cls(
             remove=None if remove is None else parse_share(remove),
             keep=keep,
-            size=None if size is None else parse_bytes(size),
+            size=None if size is None or of_original else parse_bytes(size),
+            share=parse_part(str(size)) if of_original else None,
             memory=None if memory is None else parse_bytes(memory, "--memory"),
             load_dtype=load_dtype,
         )
@@ -151,6 +165,27 @@ def parse_share(text: str | float) -> Fraction:
     return share
 
 
+def parse_part(text: str, flag: str = "--size") -> Fraction:
+    """Read ``60%`` exactly.
+
+    Raises:
+        PlanError: not a share, or not in (0, 1].
+    """
+    try:
+        share = read_fraction(text)
+    except ValueError:
+        raise PlanError(f"{flag} {text.strip()}: not a share of the bytes; write 60%") from None
+    if not 0 < share <= 1:
+        raise PlanError(f"{flag} {text.strip()}: must be above 0% and at most 100% of the original's bytes")
+    return share
+
+
+def percent(share: Fraction) -> str:
+    """Return a share as people write it, such as ``25%``."""
+    found = share * 100
+    return f"{found if found.denominator == 1 else float(found)}%"
+
+
 def read_fraction(text: str | float) -> Fraction:
     """Read ``25%``, ``0.25`` or ``1/4`` exactly.
 
@@ -167,7 +202,7 @@ def read_fraction(text: str | float) -> Fraction:
         raise ValueError(text) from None
 
 
-def parse_bytes(text: str | int, flag: str = "--size") -> int:
+def parse_bytes(text: str | float, flag: str = "--size") -> int:
     """Read a number of bytes; with a unit, fractions are allowed and rounded down.
 
     Raises:
@@ -177,5 +212,9 @@ def parse_bytes(text: str | int, flag: str = "--size") -> int:
     if not match or match[2].upper() not in UNITS:
         raise PlanError(
             f"{flag} {text}: not a size; write bytes, or a number with KB, MB, GB, TB, KiB, MiB, GiB or TiB"
+            + (", or a share of the original's bytes, such as 60%" if flag == "--size" else "")
         )
+    if not match[2] and "." in match[1]:
+        guess = f"; did you mean {percent(Fraction(match[1]))}?" if 0 < Fraction(match[1]) <= 1 else ""
+        raise PlanError(f"{flag} {text}: bytes are whole{guess}")
     return int(Fraction(match[1]) * UNITS[match[2].upper()])

@@ -134,7 +134,8 @@ def bottom(values: Iterable[float]) -> float:
 def place(axes: Axes, labels: Sequence[Label], lines: Iterable[Sequence[tuple[float, float]]] = ()) -> None:
     """Write labels beside their points, so that none covers a point, a line or another label.
 
-    A label that finds no room is left out: the important ones come first.
+    A label that finds no room is left out: the important ones come first. One without text is only a point that none
+    may cover.
 
     Args:
         axes: where the points are drawn.
@@ -148,6 +149,8 @@ def place(axes: Axes, labels: Sequence[Label], lines: Iterable[Sequence[tuple[fl
     strokes = [Path(axes.transData.transform(line)) for line in lines]
     rows = sorted(range(-STEPS, STEPS + 1), key=abs)
     for number, (label, point) in enumerate(zip(labels, points, strict=True)):
+        if not label.text:
+            continue
         others = taken[:number] + taken[number + 1 :]
         for row, side in itertools.product(rows, (1, -1)):
             shift = np.array([side * (FAR if row else NEAR), row * LINE])

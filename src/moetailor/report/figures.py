@@ -18,6 +18,7 @@ from moetailor.report.drawing import (
     PINK,
     RED,
     SKY,
+    YELLOW,
     Label,
     bottom,
     canvas,
@@ -26,52 +27,68 @@ from moetailor.report.drawing import (
     svg,
 )
 from moetailor.report.words import Cell
-from moetailor.words import nbytes, unit
+from moetailor.words import nbytes
 
-MARKS = ((BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), (PINK, "D"), (SKY, "v"))
+MARKS = ((BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), (PINK, "D"), (SKY, "v"), (RED, "P"), (YELLOW, "X"), (MUTED, "*"))
 # Below this an expected error says no more than that it is nothing.
 NOTHING = 1e-6
 DEPTH = LinearSegmentedColormap.from_list("depth", [SKY, RED])
 
 
 def quality(cells: Sequence[Cell], original: int) -> Markup:
-    """Draw KL against bytes, a point for each cell, with the cells that no smaller one beats joined.
+    """Draw KL against bytes: a point for each cell, those of one name joined; one line along the cells that no smaller
+    one beats, another along those of bits alone.
 
     Args:
-        cells: those that were measured, at least one.
+        cells: those that were measured, at least one; ``best`` says which no other beats in both.
         original: bytes of the original.
     """
-    scale, name = unit(original)
     kls = [cell["fidelity"][""]["kl"] for cell in cells]
     zero = bottom(value for kl in kls for value in kl.values())
     means, lows, highs = ([max(kl[key], zero) for kl in kls] for key in ("mean", "low", "high"))
-    sizes = [cell["nbytes"] / scale for cell in cells]
-    best = front(sizes, means)
-    # Labels are given in this order: the front, then from the best to the worst.
-    order = sorted(range(len(cells)), key=lambda n: (n not in best, means[n]))
-    figure, axes = canvas(min(3.6 + 0.05 * len(cells), 5.5))
+    sizes = [100 * cell["nbytes"] / original for cell in cells]
+    by_size = sorted(range(len(cells)), key=lambda n: sizes[n])
+    best = [n for n in by_size if cells[n]["best"]]
+    plain = [n for n in by_size if not cells[n]["removes"]]
+    series: dict[str, list[int]] = {}
+    for n in by_size:
+        series.setdefault(cells[n]["name"], []).append(n)
+    figure, axes = canvas(min(3.8 + 0.04 * len(cells), 5.5))
     axes.grid(axis="y")
     log_axis(axes, "y", [*lows, *highs])
     span = max(sizes) - min(sizes) or max(sizes)
     axes.set_xlim(min(sizes) - 0.25 * span, max(sizes) + 0.35 * span)
-    line = [(sizes[n], means[n]) for n in best]
-    axes.plot(*zip(*line, strict=True), color=BLUE, lw=1.2, alpha=0.6, zorder=2)
-    for n in order:
-        color = BLUE if n in best else MUTED
+    for numbers in series.values():
+        axes.plot([sizes[n] for n in numbers], [means[n] for n in numbers], color=MUTED, lw=0.6, alpha=0.5, zorder=1)
+    for numbers, color, width in ((_lowest(plain, means), ORANGE, 1.2), (best, BLUE, 1.6)):
+        axes.plot([sizes[n] for n in numbers], [means[n] for n in numbers], color=color, lw=width, alpha=0.7, zorder=2)
+    for n, cell in enumerate(cells):
+        color = BLUE if cell["best"] else MUTED if cell["removes"] else ORANGE
         axes.plot([sizes[n]] * 2, [lows[n], highs[n]], color=color, lw=1, zorder=2)
-        face = color if cells[n]["native"] else PAPER
-        axes.plot(sizes[n], means[n], "o", ms=6, color=color, mfc=face, mew=1.4, zorder=3)
-    axes.set_xlabel(f"size, {name}; the original has {nbytes(original)}")
+        face = color if cell["native"] else PAPER
+        mark, across = ("o", 5) if cell["removes"] else ("s", 5.5)
+        axes.plot(sizes[n], means[n], mark, ms=across, color=color, mfc=face, mew=1.3, zorder=3 + cell["best"])
+    axes.set_xlabel(f"size, % of the original's {nbytes(original)}")
     axes.set_title("KL from the original, nats a token")
-    named = [Label(sizes[n], means[n], cells[n]["name"], weight="bold" if n in best else "normal") for n in order]
-    place(axes, named, [line] if len(line) > 1 else [])
-    return svg(figure, "KL against size, a point for each method and ratio")
+    # A name is written once: at the largest on the front if one is there, else at the smallest, which is where there is
+    # room. Those of the front come first, then bits alone, then from the best to the worst.
+    named = [
+        max([n for n in numbers if cells[n]["best"]] or numbers[:1], key=sizes.__getitem__)
+        for numbers in series.values()
+    ]
+    named.sort(key=lambda n: (not cells[n]["best"], cells[n]["removes"], means[n]))
+    rest = [n for n in range(len(cells)) if n not in named]
+    labels = [Label(sizes[n], means[n], cells[n]["name"], "bold" if cells[n]["best"] else "normal") for n in named]
+    labels += [Label(sizes[n], means[n], "") for n in rest]
+    lines = [[(sizes[n], means[n]) for n in numbers] for numbers in (best, _lowest(plain, means))]
+    place(axes, labels, [line for line in lines if len(line) > 1])
+    return svg(figure, "KL against size, a point for each method and ratio or size")
 
 
-def front(sizes: Sequence[float], values: Sequence[float]) -> list[int]:
-    """Return the points that no other beats in both, from the smallest size up."""
+def _lowest(numbers: Sequence[int], values: Sequence[float]) -> list[int]:
+    """Return those numbers, from the smallest size up, whose value no one before has reached."""
     found: list[int] = []
-    for number in sorted(range(len(sizes)), key=lambda n: (sizes[n], values[n])):
+    for number in numbers:
         if not found or values[number] < values[found[-1]]:
             found.append(number)
     return found
@@ -119,18 +136,18 @@ def expected_kl(cells: Sequence[Cell]) -> Markup | None:
     pairs = [(cell["expected_kl"], cell["fidelity"][""]["kl"]["mean"]) for cell in known]
     zero = bottom(value for pair in pairs for value in pair)
     expected, measured = ([max(value, zero) for value in values] for values in zip(*pairs, strict=True))
-    ratios = list(dict.fromkeys(cell["ratio"] for cell in known))
+    groups = list(dict.fromkeys(cell["group"] for cell in known))
     figure, axes = canvas(4.2)
     _square(axes, expected, measured)
-    for number, ratio in enumerate(ratios):
+    for number, group in enumerate(groups):
         color, mark = MARKS[number % len(MARKS)]
-        at = [n for n, cell in enumerate(known) if cell["ratio"] == ratio]
+        at = [n for n, cell in enumerate(known) if cell["group"] == group]
         drawn = [[values[n] for n in at] for values in (expected, measured)]
-        axes.plot(*drawn, mark, color=color, ms=6, label=f"{ratio} removed")
+        axes.plot(*drawn, mark, color=color, ms=6, label=group.removesuffix(" of the bytes"))
     axes.legend(loc="best", frameon=False, handletextpad=0.2)
     axes.set_title("KL, nats a token, measured")
     axes.set_xlabel("expected")
-    return svg(figure, "Measured against expected KL of each method and ratio")
+    return svg(figure, "Measured against expected KL of each method and ratio or size")
 
 
 def domains(cells: Sequence[Cell], names: Sequence[str], title: str) -> Markup:
@@ -145,7 +162,9 @@ def domains(cells: Sequence[Cell], names: Sequence[str], title: str) -> Markup:
     found = [[cell["fidelity"].get(row) for row in rows] for cell in cells]
     values = [value for row in found for fidelity in row if fidelity for value in fidelity["kl"].values()]
     zero = bottom(values)
-    figure, axes = canvas(1.2 + 0.34 * len(rows))
+    # The names stand beside each other where the width has room for them, about 48 characters.
+    columns = max(n for n in (1, 2, 3) if n == 1 or n * (3 + max(len(cell["name"]) for cell in cells)) <= 48)
+    figure, axes = canvas(1.0 + 0.34 * len(rows) + 0.2 * -(-len(cells) // columns))
     log_axis(axes, "x", (max(value, zero) for value in values))
     axes.grid(axis="x")
     for number, (cell, measured) in enumerate(zip(cells, found, strict=True)):
@@ -162,7 +181,7 @@ def domains(cells: Sequence[Cell], names: Sequence[str], title: str) -> Markup:
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
     axes.set_xlabel("KL, nats a token")
-    figure.legend(loc="outside upper left", ncols=3, frameon=False, handletextpad=0.1, columnspacing=1.2)
+    figure.legend(loc="outside upper left", ncols=columns, frameon=False, handletextpad=0.1, columnspacing=1.2)
     return svg(figure, title)
 
 

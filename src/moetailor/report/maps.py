@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.image import AxesImage
 
-from moetailor.answers import ANSWERS
+from moetailor.answers import all_marks
 from moetailor.report.drawing import canvas, svg
 from moetailor.report.words import Cell
 
@@ -65,8 +65,8 @@ def slots(cells: Sequence[Cell], shares: Usage, title: str) -> Markup:
         title: of the picture, for screen readers.
     """
     order = by_use(shares)
-    letters = [kind.letter for kind in ANSWERS.values()]
-    colors = ListedColormap([kind.color for kind in ANSWERS.values()])
+    known = all_marks()
+    letters, colors = list(known), ListedColormap([color for _, color in known.values()])
     layers = len(cells[0]["layers"])
     figure, grid = canvas(len(cells) * (_height(layers, cell=0.11) + 0.3), len(cells), squeeze=False)
     for axes, cell in zip(grid.flat, cells, strict=True):

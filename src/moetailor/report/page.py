@@ -8,15 +8,15 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from moetailor.answers import ANSWERS
+from moetailor.answers import all_marks
 from moetailor.checkpoint.artifact import write_text
 from moetailor.checkpoint.place import check_file
 from moetailor.report import figures, maps
 from moetailor.report.drawing import style
-from moetailor.report.words import digits, named, verdict
+from moetailor.report.words import digits, reasons, verdict
 from moetailor.words import nbytes
 
-# Cells of a ratio that are drawn where all would be too many.
+# Cells of a group that are drawn where all would be too many.
 BEST = 3
 
 
@@ -34,7 +34,7 @@ def write_report(results: Mapping[str, Any], file: str | Path) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"digits": digits, "nbytes": nbytes}
+    environment.filters |= {"digits": digits, "nbytes": nbytes, "sentence": lambda text: text[:1].upper() + text[1:]}
     with style():
         page = environment.get_template("page.html").render(_shown(results))
     check_file(Path(file), "report")
@@ -43,32 +43,39 @@ def write_report(results: Mapping[str, Any], file: str | Path) -> None:
 
 def _shown(results: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the template takes: the results themselves, and what is made of them."""
-    cells = named(results["cells"])
+    front, titles = set(results["front"]), {n: title for title, group in results["groups"].items() for n in group}
+    cells = [
+        dict(cell) | {"group": titles[number], "best": number in front} for number, cell in enumerate(results["cells"])
+    ]
     measured = [cell for cell in cells if cell["error"] is None]
     original = results["model"]["nbytes"]
     names = list(results["heldout"]["domains"])
-    ratios = []
-    for ratio in dict.fromkeys(cell["ratio"] for cell in measured):
-        ranked = [cell for cell in measured if cell["ratio"] == ratio]
+    groups = []
+    for title in results["groups"]:
+        ranked = [cell for cell in measured if cell["group"] == title]
+        if not ranked:
+            continue
         best, others = ranked[:BEST], ranked[BEST:]
-        ratios.append(
+        groups.append(
             {
-                "name": ratio,
+                "name": title,
                 "cells": ranked,
                 "verdict": verdict(ranked, original),
-                "slots": maps.slots(best, results["usage"], f"What became of every slot, best methods at {ratio}"),
+                "slots": maps.slots(best, results["usage"], f"What became of every slot, best methods, {title}"),
                 "other_slots": others
-                and maps.slots(others, results["usage"], f"What became of every slot, other methods at {ratio}"),
-                "domains": names and figures.domains(best, names, f"KL by domain, best methods at {ratio}"),
+                and maps.slots(others, results["usage"], f"What became of every slot, other methods, {title}"),
+                "domains": names and figures.domains(best, names, f"KL by domain, best methods, {title}"),
             }
         )
     found = {letter for cell in measured for layer in cell["layers"].values() for letter in layer["slots"]}
     return {
         **results,
         "measured": measured,
+        "plain": any(not cell["removes"] for cell in measured),
         "failed": [cell for cell in cells if cell["error"] is not None],
-        "ratios": ratios,
-        "answers": [(kind.label, kind.color) for kind in ANSWERS.values() if kind.letter in found],
+        "reasons": reasons([cell for cell in cells if cell["error"] is not None]),
+        "groups": groups,
+        "answers": [shown for mark, shown in all_marks().items() if mark in found],
         "quality": measured and figures.quality(measured, original),
         "maps": results["usage"] and maps.usage(results["usage"]),
         "layer_errors": figures.layer_errors(measured),

@@ -21,17 +21,22 @@ def digits(number: float | None) -> str:
     return f"{number:#.3g}".rstrip(".")
 
 
-def named(cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    """Give each cell a name: its method, and those parameters that set it apart from others of its ratio."""
-    return [dict(cell) | {"name": _name(cell, cells)} for cell in cells]
+def reasons(cells: Sequence[Cell]) -> list[tuple[str, str, str]]:
+    """Return why cells failed: their names, what was asked for, and the reason, like ones in one row.
 
-
-def _name(cell: Cell, cells: Sequence[Cell]) -> str:
-    twins = [
-        other["parameters"] for other in cells if (other["method"], other["ratio"]) == (cell["method"], cell["ratio"])
+    Args:
+        cells: those that failed, each with its ``group``.
+    """
+    names: dict[tuple[str, str], list[str]] = {}
+    for cell in cells:
+        names.setdefault((cell["error"], cell["group"]), []).append(cell["name"])
+    groups: dict[tuple[str, str], list[str]] = {}
+    for (reason, group), found in names.items():
+        groups.setdefault((reason, ", ".join(sorted(found))), []).append(group)
+    return [
+        (found, "; ".join(group.removeprefix("at most ").removesuffix(" of the bytes") for group in asked), reason)
+        for (reason, found), asked in groups.items()
     ]
-    own = [f"{key}={value}" for key, value in cell["parameters"].items() if any(t.get(key) != value for t in twins)]
-    return f"{cell['method']} {', '.join(own)}".strip()
 
 
 def verdict(cells: Sequence[Cell], original: int) -> str:
