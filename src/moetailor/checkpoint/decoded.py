@@ -1,13 +1,13 @@
 """A compressed-tensors checkpoint as the numbers that its packed integers stand for, decoded as they are read.
 
 compressed-tensors does it, by the schemes that config.json gives each module. transformers' own loading has one scheme
-for the experts of all layers and leaves their zero points out, so it cannot read all such checkpoints.
+for the experts of all layers, leaves their zero points out and loses what else a family merges, so it cannot read all
+such checkpoints.
 """
 
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moetailor.checkpoint.files import DTYPES, Checkpoint, TensorInfo
+from moetailor.checkpoint.files import Checkpoint, TensorInfo
 from moetailor.checkpoint.folder import CONFIG
 from moetailor.checkpoint.original import Original
 from moetailor.errors import CheckpointError, reason_of
@@ -27,7 +27,7 @@ METHOD, PACKED = "compressed-tensors", "pack-quantized"
 
 @dataclass(frozen=True)
 class DecodedTensor(TensorInfo):
-    """A weight whose integers are decoded when it is read.
+    """A weight whose integers are decoded when it is read; its bytes are those of its parts.
 
     Attributes:
         parts: where its integers, scales, shape and zero points lie, by compressed-tensors' names.
@@ -70,8 +70,7 @@ class Decoded(Original):
 
     def __init__(self, folder: str | Path, *, trust_remote_code: bool = False) -> None:
         super().__init__(folder, takes="anything", trust_remote_code=trust_remote_code)
-        self.stored = self.checkpoint
-        self.checkpoint = replace(self.stored, tensors=_decoded(self.stored))
+        self.checkpoint = replace(self.checkpoint, tensors=_decoded(self.checkpoint))
 
     @cached_property
     def plain_config(self) -> Any:
@@ -88,25 +87,21 @@ class Decoded(Original):
         return source.model
 
 
-def schemes_of(config: dict) -> list[Any]:
-    """Return the schemes by which compressed-tensors reads packed weights, as its ``QuantizationScheme``.
+def open_any(source: str | Path, *, trust_remote_code: bool = False) -> Original:
+    """Open a checkpoint that is only loaded: decoded, where it is one of compressed-tensors' packed integers.
 
     Args:
-        config: config.json.
+        source: folder or hub name.
+        trust_remote_code: run code that comes with it.
+
+    Raises:
+        CheckpointError: it cannot be read.
     """
-    return list(_quantization(config).config_groups.values())
-
-
-def read_by_transformers(config: dict) -> bool:
-    """Say whether transformers' own loading gives experts right: one scheme for all of them, without zero points."""
-    schemes = schemes_of(config)
-    return len(schemes) == 1 and schemes[0].weights.symmetric
-
-
-def is_packed(config: dict) -> bool:
-    """Say whether config.json is of a compressed-tensors checkpoint of packed integers."""
-    entry = config.get("quantization_config")
-    return isinstance(entry, dict) and (entry.get("quant_method"), entry.get("format")) == (METHOD, PACKED)
+    opened = Original(source, takes="anything", trust_remote_code=trust_remote_code)
+    entry = opened.checkpoint.config.get("quantization_config")
+    if isinstance(entry, dict) and (entry.get("quant_method"), entry.get("format")) == (METHOD, PACKED):
+        return Decoded(opened.folder, trust_remote_code=trust_remote_code)
+    return opened
 
 
 def _quantization(config: dict) -> Any:
@@ -146,7 +141,7 @@ def _decoded(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
             shape=shape,
             file=scale.file,
             offset=scale.offset,
-            nbytes=math.prod(shape) * DTYPES[scale.dtype].itemsize,
+            nbytes=sum(info.nbytes for info in parts.values()),
             parts=parts,
             scheme=schemes[0],
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -85,12 +86,14 @@ class CompressedTensors(Format):
                 f"{original.source}: its experts lie as {other[0]!r}, transformers would write them as "
                 f"{min(names)!r}; save the checkpoint again with this transformers, or use --format moetailor"
             )
-        schemes = _schemes(plan)
+        schemes, lost = _schemes(plan), "vLLM loads it, transformers does not:"
         if len(schemes) > 1 or not all(scheme.symmetric for scheme in schemes):
             cure = "symmetric codes of one width and group, such as --bits int4g32, load in both"
-            _warn(
-                f"vLLM loads it, transformers does not: it has one scheme for all layers, without zero points; {cure}"
-            )
+            _warn(f"{lost} it has one scheme for all layers, without zero points; {cure}")
+        experts = tuple(f"{layer.experts}." for layer in original.anatomy.layers.values())
+        sources = Counter(name for name in original.skeleton.names.values() if not name.startswith(experts))
+        if merged := [name for name, count in sources.items() if count > 1]:
+            _warn(f"{lost} beside packed experts it loses {merged[0]!r}, which it merges")
         if other := [scheme.group for scheme in schemes if scheme.group not in (-1, *GROUPS)]:
             _warn(f"groups of {other[0]}: vLLM's GPU kernels take 32, 64 and 128; transformers takes any")
 
@@ -145,8 +148,8 @@ class CompressedTensors(Format):
             CheckpointError: bytes, names or shapes are not as planned, or a number is not finite.
         """
         result = Decoded(folder, trust_remote_code=trust_remote_code)
-        if result.stored.nbytes != self.nbytes(plan):
-            raise CheckpointError(f"{folder}: {result.stored.nbytes:,} bytes, not {self.nbytes(plan):,}")
+        if result.checkpoint.nbytes != self.nbytes(plan):
+            raise CheckpointError(f"{folder}: {result.checkpoint.nbytes:,} bytes, not {self.nbytes(plan):,}")
         _ = result.skeleton  # compares names and shapes with those of the model
         run_once(result, progress)
 
