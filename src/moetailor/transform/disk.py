@@ -40,6 +40,7 @@ from moetailor.transform.build import (
 )
 from moetailor.transform.card import model_card
 from moetailor.transform.formats import Format, resolve_format
+from moetailor.transform.gguf_recipe import write_gguf_recipe
 from moetailor.transform.pieces import Parts
 from moetailor.transform.propagate import propagated
 
@@ -58,6 +59,7 @@ def apply_to_checkpoint(
     trust_remote_code: bool = False,
     verify: bool = True,
     propagate: Propagate = "original",
+    gguf_recipe: str | Path | None = None,
     device: str | None = None,
     progress: Stages | None = None,
 ) -> Path:
@@ -75,6 +77,8 @@ def apply_to_checkpoint(
         verify: open the result and run it once before it takes its place.
         propagate: what stand-ins and merged experts are fitted on: the inputs of their layer in the ``original`` model,
             or those that the ``compressed`` layers before it give.
+        gguf_recipe: folder for what llama.cpp's quantizer needs, see `write_gguf_recipe`; the result is native then,
+            with experts as they lie.
         device: where they are computed; CUDA when there is one.
         progress: called with ("fit", layers done, layers in all) and ("write", bytes done, bytes in all).
 
@@ -87,6 +91,9 @@ def apply_to_checkpoint(
     out, original = Path(out), open_original(model, trust_remote_code=trust_remote_code)
     checkpoint = original.checkpoint
     inputs = {"the original": checkpoint.folder, "the calibration": calibration.folder if calibration else None}
+    if gguf_recipe is not None:
+        check_place(Path(gguf_recipe), overwrite=overwrite, inputs=inputs | {"the result": out})
+        inputs |= {"the recipe": Path(gguf_recipe)}
     check_place(out, overwrite=overwrite, inputs=inputs)
     source = original.streamed(dtype=torch.float32, device=resolve_device(device))
     anatomy, stacks, facts = original.anatomy, original.stacks, original.facts
@@ -97,6 +104,10 @@ def apply_to_checkpoint(
     # Other weights of the same shapes may have another dtype, hence other bytes; of the same ones the name is kept.
     if plan.model.stacks != facts.stacks or plan.model.nbytes != facts.nbytes:
         plan = replace(plan, model=facts)
+    if gguf_recipe is not None:
+        if format not in ("auto", "native"):
+            raise PlanError(f"--gguf-recipe: llama.cpp loads native results; leave --format {format} out")
+        plan = write_gguf_recipe(plan, original, gguf_recipe, calibration=calibration, overwrite=overwrite)
     form = resolve_format(plan, format)
     form.check(plan, original)
     from_original = {"checkpoint": checkpoint, "anatomy": anatomy, "stacks": stacks, "skeleton": source.model}
