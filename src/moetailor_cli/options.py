@@ -96,8 +96,8 @@ Bits = Annotated[
 Format = Annotated[
     Literal["auto", "native", "moetailor", "compressed-tensors"],
     typer.Option(
-        help="native loads anywhere, moetailor after `import moetailor`, compressed-tensors (every expert in 4 or 8 "
-        "bits) in vLLM and, of one symmetric scheme, in transformers; auto is native where the plan allows it."
+        help="native loads anywhere, moetailor after `import moetailor`, the last one (experts in 4 or 8 bits) in "
+        "vLLM and mostly in transformers; auto is native where the plan allows it, else moetailor."
     ),
 ]
 Propagate = Annotated[

@@ -39,7 +39,7 @@ EXPERT, REST = r".*\bexperts\.\d+\.\w+$", r"re:^(?!.*\bexperts\.\d+\.).*$"
 GUARD = r"re:^experts of several schemes, which transformers reads by one$"
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Scheme:
     """How the experts of a layer lie: bits of a weight, inputs that share a scale (-1 for a row), whether around 0."""
 
