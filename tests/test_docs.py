@@ -94,7 +94,8 @@ FLAGS = {
     "--param --population --protect --remove --samples --seed --size --survivors --trust-remote-code",
     "show": "--scores",
     "diff": "",
-    "apply": "--allow-other-weights --calibration --device --format --out --overwrite --propagate --trust-remote-code "
+    "apply": "--allow-other-weights --calibration --device --format --gguf-recipe --out --overwrite --propagate "
+    "--trust-remote-code "
     "--verify",
     "compress": "--allocation --batch-size --bits --calibration --data --device --device-map --dry-run --dtype "
     "--format --guard-super-experts --keep --layers --length --load-dtype --mask-special --memory --method --native "

@@ -75,7 +75,10 @@ def precheck(
     ruled = allocation in ("error", "global")
     if ruled and format == "native":
         raise PlanError(f"--allocation {allocation}: layers keep different numbers of experts; use --format moetailor")
-    written = "moetailor" if ruled else resolve_format(plan, format).name
+    if not ruled:
+        form = resolve_format(plan, format)
+        form.check(plan, original)
+    written = "moetailor" if ruled else form.name
     kept = sorted({len(layer.pool) for layer in plan.layers.values()}) or ["all"]
     return (
         f"{anatomy.model_type}: {len(anatomy.layers)} MoE layers, top-{anatomy.top_k}; {chosen.name} keeps "

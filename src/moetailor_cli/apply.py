@@ -66,6 +66,13 @@ def apply(
     allow_other_weights: Annotated[
         bool, typer.Option("--allow-other-weights", help="Apply the plan to another model of the same shapes.")
     ] = False,
+    gguf_recipe: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for an importance matrix and tensor types, with which llama-quantize gives the plan's bits to "
+            "the result, which is native then."
+        ),
+    ] = None,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Open the result again and run it once.")] = True,
     device: Device = None,
     trust_remote_code: Trust = False,
@@ -79,6 +86,8 @@ def apply(
     from moetailor.words import nbytes
 
     check_inputs(out, {"the plan": plan})
+    if gguf_recipe is not None:
+        check_inputs(gguf_recipe, {"the plan": plan})
     with output.stages() as progress:
         moetailor.apply(
             moetailor.Plan.load(plan),
@@ -89,6 +98,7 @@ def apply(
             format=format,
             overwrite=overwrite,
             allow_other_weights=allow_other_weights,
+            gguf_recipe=gguf_recipe,
             verify=verify,
             device=device,
             trust_remote_code=trust_remote_code,
@@ -98,6 +108,9 @@ def apply(
     output.say(f"{out}: {nbytes(carried.nbytes)}, the original has {nbytes(carried.model.nbytes)}")
     if verify:
         output.say(VERIFIED)
+    if gguf_recipe is not None:
+        made = f"--imatrix {gguf_recipe / 'imatrix.gguf'} --tensor-type-file {gguf_recipe / 'tensor-types.txt'}"
+        output.say(f"convert {out} to GGUF, then: llama-quantize {made} IN.gguf OUT.gguf Q8_0")
 
 
 def compress(

@@ -91,14 +91,16 @@ Allocation = Annotated[
 Bits = Annotated[
     str | None,
     typer.Option(
-        help="Keep what stays of experts in few bits: 2 to 8, or as 4/6 with those of the down projection. "
+        help="Keep what stays of experts in few bits: 2 to 8, as 4/6 with those of the down projection, or as int4g32: "
+        "symmetric, in groups of 32. "
         "[dim]default: as it lies[/dim]"
     ),
 ]
 Format = Annotated[
-    Literal["auto", "native", "moetailor"],
+    Literal["auto", "native", "moetailor", "compressed-tensors"],
     typer.Option(
-        help="native loads anywhere, moetailor after `import moetailor`; auto is native where the plan allows it."
+        help="native loads anywhere, moetailor after `import moetailor`, the last one (experts in 4 or 8 bits) in "
+        "vLLM and mostly in transformers; auto is native where the plan allows it, else moetailor."
     ),
 ]
 Propagate = Annotated[

@@ -17,8 +17,8 @@ def read_menu(method: str, native: bool) -> str:
 
 def read_format(format: str, native: bool) -> Any:
     """Return the format that is meant."""
-    if native and format == "moetailor":
-        raise typer.BadParameter("--native: is a format too; leave --format moetailor out")
+    if native and format not in ("auto", "native"):
+        raise typer.BadParameter(f"--native: is a format too; leave --format {format} out")
     return "native" if native else format
 
 

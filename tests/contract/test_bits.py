@@ -185,7 +185,9 @@ def test_widths_that_do_not_add_up_are_refused(
 
 def test_bits_are_read_as_they_are_written(run: Callable, tmp_path: Path) -> None:
     assert [Width.parse(text) for text in ("4", "4/6", 3)] == [Width(bits=4), Width(bits=4, down=6), Width(bits=3)]
-    for text in ("9", "4/1", "4/6/8", "four", "1", ""):
+    assert Width.parse("int4g32") == Width(bits=4, group=32, symmetric=True)
+    assert Width.parse("uint8g128") == Width(bits=8)
+    for text in ("9", "4/1", "4/6/8", "four", "1", "", "int9g32", "int4g0", "int4"):
         with pytest.raises(moetailor.PlanError, match="write 2 to 8, or as 4/6"):
             Width.parse(text)
     code, _, err = run("plan", tmp_path, "-o", tmp_path / "p.json", "-m", "reap", "--remove", "25%", "--bits", "16")

@@ -54,15 +54,20 @@ class Width:
 
     @classmethod
     def parse(cls, text: str | int) -> Width:
-        """Read ``4``, or ``4/6`` where the down projection has other bits.
+        """Read ``4``, ``4/6`` where the down projection has other bits, or the name of a storage such as ``int4g32``.
 
         Raises:
             PlanError: not such bits.
         """
-        match = re.fullmatch(r"([2-8])(?:/([2-8]))?", str(text).strip())
-        if not match:
-            raise PlanError(f"--bits {text}: write 2 to 8, or as 4/6 with those of the down projection")
-        return cls(bits=int(match[1]), down=int(match[2] or 0))
+        text = str(text).strip()
+        if match := re.fullmatch(r"([2-8])(?:/([2-8]))?", text):
+            return cls(bits=int(match[1]), down=int(match[2] or 0))
+        if match := re.fullmatch(r"(u?)int([2-8])g([1-9]\d{0,4})", text):
+            return cls(bits=int(match[2]), group=int(match[3]), symmetric=not match[1])
+        raise PlanError(
+            f"--bits {text}: write 2 to 8, or as 4/6 with those of the down projection, or as int4g32: symmetric, in "
+            "groups of 32 (uint4g32 with zero points)"
+        )
 
     def storages(self, shape: ExpertShape) -> dict[str, Integers]:
         """Return how each matrix lies.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,12 @@ def write_tensors(file: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Write tensors as one safetensors file; see `write_bytes`."""
     with _whole(file) as beside:
         _save(tensors, beside)
+
+
+def write_by(file: Path, write: Callable[[Path], None]) -> None:
+    """Have a library write a file, at the place that it is given; see `write_bytes`."""
+    with _whole(file) as beside:
+        write(beside)
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], file: Path) -> None:

@@ -100,13 +100,18 @@ class StreamedModel:
         """
         try:
             for path in paths:
-                self._load(path)
+                self.load(path)
             yield self.model
         finally:
             for path in paths:
                 self.model.get_submodule(path).to("meta")
 
-    def _load(self, path: str) -> None:
+    def load(self, path: str) -> None:
+        """Load the module at a path, which stays in memory.
+
+        Raises:
+            CheckpointError: see `loaded`.
+        """
         by_target: dict[str, list[str]] = defaultdict(list)
         for key, name in self.names.items():
             if name == path or name.startswith(path + "."):

@@ -17,6 +17,7 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
+from moetailor.checkpoint.experts import Experts
 from moetailor.checkpoint.files import Checkpoint
 from moetailor.errors import CheckpointError
 
@@ -61,3 +62,25 @@ def disk_tensors(skeleton: Any, tensors: dict[str, torch.Tensor]) -> dict[str, t
         tensors: name in memory -> tensor.
     """
     return {name: tensor.contiguous() for name, tensor in revert_weight_conversion(skeleton, tensors).items()}
+
+
+def expert_names(skeleton: Any, path: str) -> dict[str, str]:
+    """Return what transformers calls each matrix and bias of a layer's first expert when it saves the model.
+
+    Where all experts lie in one tensor, that tensor's name. Each is found by a number that it is filled with.
+
+    Args:
+        skeleton: the model, which knows the rules of its family.
+        path: the experts module.
+    """
+    experts = Experts(skeleton.get_submodule(path))
+    numbers = {name: number for number, name in enumerate(experts.shape.tensors)}
+    filled = {
+        name: torch.full((2, *(2 for _ in size)), float(numbers[name])) for name, size in experts.shape.tensors.items()
+    }
+    used, skeleton._weight_conversions = getattr(skeleton, "_weight_conversions", None), None
+    try:  # by the rules for new checkpoints, whatever this one made use of
+        made = disk_tensors(skeleton, {f"{path}.{name}": tensor for name, tensor in experts.packed(filled).items()})
+    finally:
+        skeleton._weight_conversions = used
+    return {part: next(name for name, tensor in made.items() if number in tensor) for part, number in numbers.items()}

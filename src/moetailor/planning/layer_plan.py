@@ -112,9 +112,14 @@ class LayerPlan:
         return not self.widths and all(answer == Keep() for answer in self.slots)
 
     @property
+    def only_drops(self) -> bool:
+        """Whether each slot is dropped or has an expert of its own, however that lies."""
+        return all(answer.is_native(slot) for slot, answer in enumerate(self.slots))
+
+    @property
     def native(self) -> bool:
         """Whether an ordinary checkpoint with fewer experts can hold it."""
-        return not self.widths and all(answer.is_native(slot) for slot, answer in enumerate(self.slots))
+        return not self.widths and self.only_drops
 
     def slot_map(self, slot_of: Callable[[int, int], int] = lambda layer, expert: expert) -> SlotMap:
         """Return the map from the slots that are left to rows of the pool and other answers.

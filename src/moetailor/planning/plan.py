@@ -78,10 +78,15 @@ class Plan:
         return None if None in found else sum(cost for cost in found if cost is not None)
 
     @property
+    def only_drops(self) -> bool:
+        """Whether a smaller expert count says what becomes of the slots: dropped, as many in every MoE layer."""
+        counts = {len(self._plan_of(stack.prefix, stack.num_experts)) for stack in self.model.stacks}
+        return all(plan.only_drops for plan in self.layers.values()) and len(counts) == 1
+
+    @property
     def native(self) -> bool:
         """Whether an ordinary checkpoint with a smaller expert count says it all."""
-        counts = {len(self._plan_of(stack.prefix, stack.num_experts)) for stack in self.model.stacks}
-        return all(plan.native for plan in self.layers.values()) and len(counts) == 1
+        return self.only_drops and all(plan.native for plan in self.layers.values())
 
     def _plan_of(self, prefix: str, experts: int) -> list[int]:
         plan = self.layers.get(prefix)

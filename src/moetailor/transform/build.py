@@ -124,6 +124,13 @@ def compute_layer(plan: Plan, view: LayerView) -> LayerTensors:
     return LayerTensors(added={name: given[name] for name in declared}, rebuilt=rebuilt, packed=packed)
 
 
+def built_matrices(plan: Plan, view: LayerView) -> Tensors:
+    """Return the new matrices and biases of a layer's experts, stacked in the order of `LayerPlan.rebuilt`."""
+    given = find_method(plan.method).of(plan.parameters).build(view, plan.by_layer[view.index])
+    declared = added_by_method(plan.slot_maps[view.index], view.shape)
+    return {name: tensor for name, tensor in given.items() if name not in declared}
+
+
 def added_by_method(slots: SlotMap, shape: ExpertShape) -> dict[str, TensorSpec]:
     """Return those of the tensors beside the pool that a method computes."""
     every = ((kind, kind.tensors(slots, shape)) for kind in slots.kinds if kind.from_method)

@@ -39,7 +39,8 @@ from moetailor.transform.build import (
     stored_tensors,
 )
 from moetailor.transform.card import model_card
-from moetailor.transform.formats import resolve_format
+from moetailor.transform.formats import Format, resolve_format
+from moetailor.transform.gguf_recipe import write_gguf_recipe
 from moetailor.transform.pieces import Parts
 from moetailor.transform.propagate import propagated
 
@@ -58,6 +59,7 @@ def apply_to_checkpoint(
     trust_remote_code: bool = False,
     verify: bool = True,
     propagate: Propagate = "original",
+    gguf_recipe: str | Path | None = None,
     device: str | None = None,
     progress: Stages | None = None,
 ) -> Path:
@@ -75,6 +77,8 @@ def apply_to_checkpoint(
         verify: open the result and run it once before it takes its place.
         propagate: what stand-ins and merged experts are fitted on: the inputs of their layer in the ``original`` model,
             or those that the ``compressed`` layers before it give.
+        gguf_recipe: folder for what llama.cpp's quantizer needs, see `write_gguf_recipe`; the result is native then,
+            with experts as they lie.
         device: where they are computed; CUDA when there is one.
         progress: called with ("fit", layers done, layers in all) and ("write", bytes done, bytes in all).
 
@@ -87,6 +91,9 @@ def apply_to_checkpoint(
     out, original = Path(out), open_original(model, trust_remote_code=trust_remote_code)
     checkpoint = original.checkpoint
     inputs = {"the original": checkpoint.folder, "the calibration": calibration.folder if calibration else None}
+    if gguf_recipe is not None:
+        check_place(Path(gguf_recipe), overwrite=overwrite, inputs=inputs | {"the result": out})
+        inputs |= {"the recipe": Path(gguf_recipe)}
     check_place(out, overwrite=overwrite, inputs=inputs)
     source = original.streamed(dtype=torch.float32, device=resolve_device(device))
     anatomy, stacks, facts = original.anatomy, original.stacks, original.facts
@@ -97,18 +104,25 @@ def apply_to_checkpoint(
     # Other weights of the same shapes may have another dtype, hence other bytes; of the same ones the name is kept.
     if plan.model.stacks != facts.stacks or plan.model.nbytes != facts.nbytes:
         plan = replace(plan, model=facts)
+    if gguf_recipe is not None:
+        if format not in ("auto", "native"):
+            raise PlanError(f"--gguf-recipe: llama.cpp loads native results; leave --format {format} out")
+        plan = write_gguf_recipe(plan, original, gguf_recipe, calibration=calibration, overwrite=overwrite)
     form = resolve_format(plan, format)
-    parts = Parts(plan=plan, checkpoint=checkpoint, anatomy=anatomy, stacks=stacks, rebuilt={}, added={})
-    with new_folder(out, overwrite=overwrite, nbytes=plan.nbytes) as folder:
+    form.check(plan, original)
+    from_original = {"checkpoint": checkpoint, "anatomy": anatomy, "stacks": stacks, "skeleton": source.model}
+    parts = Parts(plan=plan, **from_original, rebuilt={}, added={})
+    planned = form.nbytes(plan)
+    with new_folder(out, overwrite=overwrite, nbytes=planned) as folder:
         scratch = folder / "built"
-        parts = _compute(parts, calibration, source, scratch, propagate, progress)
+        parts = _compute(parts, form, calibration, source, scratch, propagate, progress)
         nbytes = write_shards(folder, form.shards(parts), part(progress, "write"))
         shutil.rmtree(scratch, ignore_errors=True)
-        assert nbytes == plan.nbytes, f"{nbytes} bytes written, {plan.nbytes} planned"
+        assert nbytes == planned, f"{nbytes} bytes written, {planned} planned"
         copy_others(checkpoint.folder, folder, left_out=WRITTEN_ANEW, trust_remote_code=original.trust_remote_code)
         write_json(folder / "config.json", form.config(copy.deepcopy(checkpoint.config), original.config, plan))
         plan.save(folder / PLAN_FILE)
-        write_json(folder / PROVENANCE_FILE, provenance(plan, checkpoint, calibration, form.name, propagate))
+        write_json(folder / PROVENANCE_FILE, provenance(plan, checkpoint, calibration, form, propagate))
         write_text(folder / "README.md", model_card(plan, checkpoint.folder, form))
         if verify:
             trusted = original.trust_remote_code
@@ -120,24 +134,25 @@ def apply_to_checkpoint(
 
 
 def provenance(
-    plan: Plan, checkpoint: Checkpoint, calibration: Calibration | None, written: str, propagate: Propagate
+    plan: Plan, checkpoint: Checkpoint, calibration: Calibration | None, form: Format, propagate: Propagate
 ) -> dict:
     """Return what the result was made from: versions, the original, the calibration."""
     return {
         "moetailor": __version__,
-        "format": written,
+        "format": form.name,
         "original": {"source": checkpoint.source, "fingerprint": checkpoint.fingerprint()},
         "calibration": None if calibration is None else calibration.fingerprint,
         "method": plan.method,
         "parameters": dict(plan.parameters),
         "fitted_on": propagate if plan.computed else None,
         "budget": plan.budget,
-        "bytes": {"original": checkpoint.nbytes, "compressed": plan.nbytes},
+        "bytes": {"original": checkpoint.nbytes, "compressed": form.nbytes(plan)},
     }
 
 
 def _compute(
     parts: Parts,
+    form: Format,
     calibration: Calibration | None,
     source: StreamedModel,
     scratch: Path,
@@ -154,7 +169,7 @@ def _compute(
     total = sum(bool(layer_plan.computed) for layer_plan in plan.by_layer.values())
     for done, (layer, tensors) in enumerate(_computed_layers(parts, calibration, source, scratch, propagate), start=1):
         stack, shape = stacks[layer], parts.anatomy.layers[layer].expert_shape
-        stored = stored_tensors(plan, layer, shape, tensors, stack.dtype)
+        stored = stored_tensors(plan, layer, shape, tensors, stack.dtype) | form.beside(shape)
         file = scratch / f"{layer:04d}.safetensors"
         on_disk = _as_on_disk(parts, stack, source, tensors.rebuilt)
         save_tensors({name: tensor.cpu().contiguous() for name, tensor in (stored | on_disk).items()}, file)

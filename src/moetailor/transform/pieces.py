@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from moetailor.checkpoint.anatomy import Anatomy
 from moetailor.checkpoint.files import Checkpoint, TensorInfo
@@ -23,6 +24,7 @@ class Parts:
         checkpoint: the original.
         anatomy: its MoE layers in memory.
         stacks: its MoE layers on disk, by prefix.
+        skeleton: it without weights, which knows its family's names.
         rebuilt: experts whose weights were computed anew, by the names that they have in the result; where experts are
             fused, with a row for each of them.
         added: what the answers of each decoder layer store beside the pool, by name and in the order of declaration.
@@ -32,14 +34,26 @@ class Parts:
     checkpoint: Checkpoint
     anatomy: Anatomy
     stacks: Mapping[str, DiskStack]
+    skeleton: Any
     rebuilt: Mapping[str, TensorInfo]
     added: Mapping[int, Mapping[str, TensorInfo]]
 
 
-def shards_of(parts: Parts) -> list[list[Piece]]:
+def under_experts(parts: Parts, stack: DiskStack) -> list[Piece]:
+    """Return what the answers of a layer store under the path of its experts module."""
+    assert stack.index is not None
+    path = parts.anatomy.layers[stack.index].experts
+    return [whole(info, f"{path}.{name}") for name, info in parts.added[stack.index].items()]
+
+
+def shards_of(parts: Parts, placed: Callable[[Parts, DiskStack], list[Piece]] = under_experts) -> list[list[Piece]]:
     """Return the tensors of each shard of the result, in the order of the original's shards and under its names.
 
-    What answers store lies with the router of its layer, under the path of the experts module.
+    What answers store lies with the router of its layer.
+
+    Args:
+        parts: what the result is put together from.
+        placed: gives what the answers of a layer store under its names in the result.
     """
     owner = {name: stack for stack in parts.stacks.values() for name in [*stack.experts, *stack.fused, *stack.slots]}
     shards: dict[Path, list[Piece]] = defaultdict(list)
@@ -50,8 +64,7 @@ def shards_of(parts: Parts) -> list[list[Piece]]:
     for stack in parts.stacks.values():
         if stack.index is not None and stack.index in parts.added:
             home = parts.checkpoint.tensors[next(iter(stack.slots))].file
-            path = parts.anatomy.layers[stack.index].experts
-            shards[home] += [whole(info, f"{path}.{name}") for name, info in parts.added[stack.index].items()]
+            shards[home] += placed(parts, stack)
     return [shards[file] for file in sorted(shards)]
 
 

@@ -39,10 +39,23 @@ def verify_result(
             finite.
     """
     result = Original(folder, takes="results", trust_remote_code=trust_remote_code)
-    checkpoint = result.checkpoint
-    if checkpoint.nbytes != plan.nbytes:
-        raise CheckpointError(f"{folder}: {checkpoint.nbytes:,} bytes, the plan says {plan.nbytes:,}")
-    entry = checkpoint.config.get("quantization_config")
+    if result.checkpoint.nbytes != plan.nbytes:
+        raise CheckpointError(f"{folder}: {result.checkpoint.nbytes:,} bytes, the plan says {plan.nbytes:,}")
+    run_once(result, progress)
+
+
+def run_once(result: Original, progress: Progress | None = None) -> None:
+    """Load a result part by part, and run a few tokens through it.
+
+    Args:
+        result: the opened result.
+        progress: called with (layers done, in all).
+
+    Raises:
+        CheckpointError: names or shapes are not as planned, or a weight or what layers and head give is not finite.
+    """
+    checkpoint, folder = result.checkpoint, result.folder
+    entry = checkpoint.config["quantization_config"] if result.written_here else None
     maps = {} if entry is None else MoetailorConfig(layers=entry["layers"], version=entry["version"]).slot_maps()
 
     def check_part(part: nn.Module) -> None:

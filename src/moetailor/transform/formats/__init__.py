@@ -4,5 +4,6 @@ from moetailor.transform.formats.format import FORMATS, Format, find_format, res
 
 from moetailor.transform.formats.native import Native  # isort: skip (the order in which `auto` tries them)
 from moetailor.transform.formats.moetailor import Moetailor  # isort: skip
+from moetailor.transform.formats.compressed_tensors import CompressedTensors  # isort: skip
 
-__all__ = ["FORMATS", "Format", "Moetailor", "Native", "find_format", "resolve_format"]
+__all__ = ["FORMATS", "CompressedTensors", "Format", "Moetailor", "Native", "find_format", "resolve_format"]

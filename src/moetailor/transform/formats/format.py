@@ -6,6 +6,10 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from moetailor.checkpoint.experts import ExpertShape
+from moetailor.checkpoint.original import Original
 from moetailor.checkpoint.writer import Piece
 from moetailor.errors import PlanError, did_you_mean
 from moetailor.planning.plan import Plan
@@ -44,6 +48,25 @@ class Format(ABC):
             config: the same as transformers reads it, for spellings that the file leaves to defaults.
             plan: what was done.
         """
+
+    def check(self, plan: Plan, original: Original) -> None:  # noqa: B027 (most have nothing to refuse)
+        """Refuse an original that cannot be written in this form, whatever the plan.
+
+        Raises:
+            PlanError: see the message.
+        """
+
+    def nbytes(self, plan: Plan) -> int:
+        """Return the bytes of all tensors that are written: those that the plan says, where this form adds none."""
+        return plan.nbytes
+
+    def beside(self, shape: ExpertShape) -> dict[str, torch.Tensor]:
+        """Return tensors that this form stores in each changed layer beside what the answers store, by name.
+
+        Args:
+            shape: the layer's experts.
+        """
+        return {}
 
     def shards(self, parts: Parts) -> list[list[Piece]]:
         """Return the tensors of each shard: what stays under the original's names, and what was computed.

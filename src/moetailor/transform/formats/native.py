@@ -18,21 +18,33 @@ class Native(Format):
 
     def refusal(self, plan: Plan) -> str | None:
         """Refuse all but dropped slots, the same number in every layer."""
-        if plan.native:
-            return None
-        counts = sorted({len(layer.pool) for layer in plan.layers.values()})
-        others = "" if all(layer.native for layer in plan.layers.values()) else " and has stand-ins or remaps"
-        return (
-            "holds dropped slots only, the same number in every MoE layer; this plan keeps "
-            f"{counts} experts in {len(plan.layers)} of {len(plan.model.stacks)} layers{others}"
-        )
+        if plan.only_drops and not plan.native:
+            return "holds experts as they lie in the original; this plan keeps some in few bits"
+        return other_than_drops(plan)
 
     def config(self, original: dict, config: Any, plan: Plan) -> dict:
         """Return the config with the smaller count under every spelling that it has."""
-        if not plan.layers:
-            return original
-        names = family.expert_count_spellings(original) or family.expert_count_spellings(config)[:1]
-        return original | dict.fromkeys(names, len(next(iter(plan.layers.values())).pool))
+        return with_count(original, config, plan)
+
+
+def other_than_drops(plan: Plan) -> str | None:
+    """Say what of a plan a smaller expert count does not say; None where it says what becomes of all slots."""
+    if plan.only_drops:
+        return None
+    counts = sorted({len(layer.pool) for layer in plan.layers.values()})
+    others = "" if all(layer.only_drops for layer in plan.layers.values()) else " and has stand-ins or remaps"
+    return (
+        "holds dropped slots only, the same number in every MoE layer; this plan keeps "
+        f"{counts} experts in {len(plan.layers)} of {len(plan.model.stacks)} layers{others}"
+    )
+
+
+def with_count(original: dict, config: Any, plan: Plan) -> dict:
+    """Return config.json with the smaller expert count, see `Format.config`."""
+    if not plan.layers:
+        return original
+    names = family.expert_count_spellings(original) or family.expert_count_spellings(config)[:1]
+    return original | dict.fromkeys(names, len(next(iter(plan.layers.values())).pool))
 
 
 register_format(Native())

@@ -1,0 +1,235 @@
+"""compressed-tensors: every expert in 4 or 8 bits, one by one, as vLLM, SGLang and stock transformers load them."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moetailor.answers import Width
+from moetailor.checkpoint.decoded import METHOD, PACKED, Decoded
+from moetailor.checkpoint.experts import ExpertShape
+from moetailor.checkpoint.layout import DiskStack, Stack
+from moetailor.checkpoint.names import expert_names
+from moetailor.checkpoint.original import Original
+from moetailor.checkpoint.writer import Piece, rows, whole
+from moetailor.errors import CheckpointError, MoetailorWarning, PlanError
+from moetailor.planning.plan import Plan
+from moetailor.progress import Progress
+from moetailor.transform.formats.format import Format, register_format
+from moetailor.transform.formats.native import other_than_drops, with_count
+from moetailor.transform.pieces import Parts, shards_of
+from moetailor.transform.verify import run_once
+
+# Bits for which engines have kernels, and inputs of a group for which vLLM's Marlin has them.
+BITS, GROUPS = (4, 8), (128, 64, 32)
+# What `Integers` stores, by compressed-tensors' names.
+STORED = {"_packed": "weight_packed", "_scale": "weight_scale", "_zero_point": "weight_zero_point"}
+# An expert's matrices by name; all else is ignored.
+EXPERT, REST = r".*\bexperts\.\d+\.\w+$", r"re:^(?!.*\bexperts\.\d+\.).*$"
+# transformers 5.23 reads all experts by the first scheme whose target says "experts". With several, this one comes
+# first, which no module has: it stops there, where it would else make other numbers of the codes.
+GUARD = r"re:^experts of several schemes, which transformers reads by one$"
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How the experts of a layer lie: bits of a weight, inputs that share a scale (-1 for a row), whether around 0."""
+
+    bits: int
+    group: int
+    symmetric: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as compressed-tensors says it."""
+        group = {"strategy": "channel"} if self.group < 0 else {"strategy": "group", "group_size": self.group}
+        return {"num_bits": self.bits, "type": "int", "symmetric": self.symmetric, "dynamic": False, **group}
+
+
+class CompressedTensors(Format):
+    """What compressed-tensors calls W4A16 and W8A16, of the experts alone."""
+
+    name = METHOD
+    loading = (
+        "Loads in vLLM; in stock transformers (`pip install compressed-tensors`) where all layers have one symmetric "
+        "scheme."
+    )
+
+    def refusal(self, plan: Plan) -> str | None:
+        """Refuse all but dropped slots, as many in every layer, and kept experts in one width of 4 or 8 bits each."""
+        if told := other_than_drops(plan):
+            return told
+        for stack in plan.model.stacks:
+            if stack.index is not None and (told := _unfit(plan, stack)):
+                return f"{told} ({stack.prefix})"
+        return None
+
+    def check(self, plan: Plan, original: Original) -> None:
+        """Refuse a family whose experts have no names one by one; say which engine does not load what is planned."""
+        layer = next(iter(original.anatomy.layers.values()))
+        stack = next(stack for stack in original.stacks.values() if stack.index == layer.index)
+        names = {stack.named(name) for name in expert_names(original.skeleton.model, layer.experts).values()}
+        if fused := sorted(name for name in names if not re.search(r"\bexperts\.\d+\.\w+\.weight$", name)):
+            raise PlanError(
+                f"format {self.name} stores experts one by one; transformers has all of a layer's in {fused[0]!r} in "
+                f"model type {plan.model.model_type!r}; format moetailor can hold it"
+            )
+        if other := sorted({stack.renamed(name, 0) for name in stack.experts} - {stack.renamed(n, 0) for n in names}):
+            raise PlanError(
+                f"{original.source}: its experts lie as {other[0]!r}, transformers would write them as "
+                f"{min(names)!r}; save the checkpoint again with this transformers, or use --format moetailor"
+            )
+        schemes, lost = _schemes(plan), "vLLM loads it, transformers does not:"
+        if len(schemes) > 1 or not all(scheme.symmetric for scheme in schemes):
+            cure = "symmetric codes of one width and group, such as --bits int4g32, load in both"
+            _warn(f"{lost} it has one scheme for all layers, without zero points; {cure}")
+        experts = tuple(f"{layer.experts}." for layer in original.anatomy.layers.values())
+        sources = Counter(name for name in original.skeleton.names.values() if not name.startswith(experts))
+        if merged := [name for name, count in sources.items() if count > 1]:
+            _warn(f"{lost} beside packed experts it loses {merged[0]!r}, which it merges")
+        if other := [scheme.group for scheme in schemes if scheme.group not in (-1, *GROUPS)]:
+            _warn(f"groups of {other[0]}: vLLM's GPU kernels take 32, 64 and 128; transformers takes any")
+
+    def nbytes(self, plan: Plan) -> int:
+        """Return the bytes of all tensors: those that the plan says, and the shape of each matrix."""
+        shapes = 0
+        for stack in plan.model.stacks:
+            if stack.shape is not None and stack.prefix in plan.layers:
+                of_one = sum(tensor.nbytes for tensor in self.beside(stack.shape).values())
+                shapes += len(plan.layers[stack.prefix].pool) * of_one
+        return plan.nbytes + shapes
+
+    def beside(self, shape: ExpertShape) -> dict[str, torch.Tensor]:
+        """Return the shape of each matrix, which compressed-tensors stores with its codes."""
+        return {f"{name}_shape": torch.tensor(size) for name, size in shape.matrices.items()}
+
+    def config(self, original: dict, config: Any, plan: Plan) -> dict:
+        """Return the config with the smaller count, and the schemes as compressed-tensors writes them."""
+        import compressed_tensors  # here: it takes seconds
+        from compressed_tensors.quantization import QuantizationConfig
+
+        schemes = _schemes(plan)
+        groups = [(_target(prefixes), scheme) for scheme, prefixes in schemes.items()]
+        if len(schemes) > 1:
+            groups.insert(0, (GUARD, Scheme(bits=4, group=32, symmetric=False)))
+        # Layers that the model does not run keep their experts as they lie.
+        unrun = [f"re:{re.escape(stack.prefix)}\\." for stack in plan.model.stacks if stack.index is None]
+        told = {
+            "config_groups": {
+                f"group_{number}": {"targets": [target], "weights": scheme.to_json(), "format": PACKED}
+                for number, (target, scheme) in enumerate(groups)
+            },
+            "format": PACKED,
+            "quantization_status": "compressed",
+            "ignore": ["lm_head", REST, *unrun],
+        }
+        made = QuantizationConfig.model_validate(told).model_dump(mode="json")
+        # For transformers, which then leaves no scheme behind in the loaded model.
+        made |= {"version": compressed_tensors.__version__, "dequantize": True}
+        return with_count(original, config, plan) | {"quantization_config": made}
+
+    def shards(self, parts: Parts) -> list[list[Piece]]:
+        """Return what stays under the original's names, and each expert's matrices under names of its own."""
+        return shards_of(parts, _one_by_one)
+
+    def verify(
+        self, folder: Path, plan: Plan, *, trust_remote_code: bool = False, progress: Progress | None = None
+    ) -> None:
+        """Decode every expert by compressed-tensors and the config's schemes, load the layers and run them once.
+
+        Raises:
+            CheckpointError: bytes, names or shapes are not as planned, or a number is not finite.
+        """
+        result = Decoded(folder, trust_remote_code=trust_remote_code)
+        if result.checkpoint.nbytes != self.nbytes(plan):
+            raise CheckpointError(f"{folder}: {result.checkpoint.nbytes:,} bytes, not {self.nbytes(plan):,}")
+        _ = result.skeleton  # compares names and shapes with those of the model
+        run_once(result, progress)
+
+
+def _unfit(plan: Plan, stack: Stack) -> str | None:
+    """Say why the experts of a layer cannot be written; None where they can."""
+    layer = plan.layers.get(stack.prefix)
+    if layer is None or layer.plain:
+        count = stack.num_experts if layer is None else len(layer.plain)
+        return f"needs all experts in 4 or 8 bits, such as with --bits int4g32; {count} lie as in the original"
+    if len(layer.packed) > 1:
+        return f"holds one width in each layer; this one has {', '.join(sorted(map(str, layer.packed)))}"
+    (width,), shape = layer.packed, stack.shape
+    assert shape is not None
+    if width.down not in (0, width.bits):
+        return f"holds one width for all matrices of an expert; the plan has {width}"
+    if width.bits not in BITS:
+        return f"holds 4 and 8 bits, for which engines have kernels (W4A16, W8A16); the plan has {width}"
+    if shape.biased:
+        return "holds experts without biases"
+    if _group(width, shape) is None:
+        inputs = sorted({inputs for _, inputs in shape.matrices.values()}, reverse=True)
+        fitting = [group for group in GROUPS if not any(size % group for size in inputs)] or [math.gcd(*inputs)]
+        real = " and ".join(f"{'+'.join(map(str, _sizes(width, size)))} of {size} inputs" for size in inputs)
+        return f"holds groups of one size; in groups of at most {width.group} there are {real}: use {fitting[0]}"
+    return None
+
+
+def _sizes(width: Width, inputs: int) -> list[int]:
+    """Return the inputs of each group of a row."""
+    size = width.storages(ExpertShape(width=inputs, intermediate=inputs))["down"].size(inputs)
+    return [min(size, inputs - start) for start in range(0, inputs, size)]
+
+
+def _group(width: Width, shape: ExpertShape) -> int | None:
+    """Return the inputs of a group of all matrices, -1 where each row is one; None where they are not all alike."""
+    sizes = [_sizes(width, inputs) for _, inputs in shape.matrices.values()]
+    if all(len(row) == 1 for row in sizes):
+        return -1
+    alike = {size for row in sizes for size in row}
+    return alike.pop() if len(alike) == 1 else None
+
+
+def _schemes(plan: Plan) -> dict[Scheme, list[str]]:
+    """Return the prefixes of the layers of each scheme, in the order of the layers."""
+    found: dict[Scheme, list[str]] = {}
+    for stack in plan.model.stacks:
+        if stack.index is not None and stack.shape is not None:
+            (width,) = plan.layers[stack.prefix].packed
+            group = _group(width, stack.shape)
+            assert group is not None
+            scheme = Scheme(bits=width.bits, group=group, symmetric=width.symmetric)
+            found.setdefault(scheme, []).append(stack.prefix)
+    return found
+
+
+def _target(prefixes: Iterable[str]) -> str:
+    """Return what matches the experts of some layers, wherever an engine puts the decoder."""
+    numbers = "|".join(prefix.rpartition(".")[2] for prefix in prefixes)
+    return rf"re:.*\blayers\.({numbers})\.{EXPERT}"
+
+
+def _one_by_one(parts: Parts, stack: DiskStack) -> list[Piece]:
+    """Return the matrices of each expert of a layer under names of its own."""
+    assert stack.index is not None
+    layer, added, found = parts.plan.layers[stack.prefix], parts.added[stack.index], []
+    names = expert_names(parts.skeleton, parts.anatomy.layers[stack.index].experts)
+    (width,) = layer.packed
+    for row in range(len(layer.pool)):
+        for part, name in names.items():
+            stem = stack.renamed(stack.named(name), row).removesuffix("weight")
+            for suffix, stored in STORED.items():
+                if info := added.get(f"{width.stem}_{part}{suffix}"):
+                    found.append(replace(rows(info, 0, [row]), name=stem + stored, shape=info.shape[1:]))
+            found.append(whole(added[f"{part}_shape"], f"{stem}weight_shape"))
+    return found
+
+
+def _warn(text: str) -> None:
+    warnings.warn(f"format {METHOD}: {text}", MoetailorWarning, stacklevel=4)
+
+
+register_format(CompressedTensors())

@@ -1,0 +1,159 @@
+"""What llama.cpp's quantizer gets: squared inputs as a loop over the sample sums them, and types by layer."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import moetailor
+from moetailor.answers import Width
+from moetailor.checkpoint.experts import ExpertShape
+from moetailor.transform.gguf_recipe import tensor_types
+from support.tiny import Get, GetCalibration
+
+
+def planned(calibration: moetailor.Calibration, method: str = "reap", bits: str | None = "4/6") -> moetailor.Plan:
+    width = None if bits is None else Width.parse(bits)
+    return moetailor.make_plan(calibration, method, moetailor.Budget.parse(keep=6), width=width)
+
+
+def read(file: Path) -> tuple[dict, dict[str, np.ndarray]]:
+    gguf = pytest.importorskip("gguf")
+    found = gguf.GGUFReader(file)
+    fields = {name: field.contents() for name, field in found.fields.items() if not name.startswith("GGUF.")}
+    return fields, {tensor.name: np.array(tensor.data) for tensor in found.tensors}
+
+
+def silu(x: np.ndarray) -> np.ndarray:
+    return x / (1 + np.exp(-x))
+
+
+@pytest.mark.parametrize(("method", "bits"), [("reap", "4/6"), ("ream", None)])
+def test_sums_are_those_of_a_loop_over_the_sample(
+    method: str, bits: str | None, checkpoint: Get, calibration: GetCalibration, tmp_path: Path
+) -> None:
+    """Of each token and each expert that it chose and that stays, through the weights of the result."""
+    pytest.importorskip("gguf")
+    measured = calibration("olmoe")
+    plan = planned(measured, method, bits)
+    out = moetailor.apply(
+        plan, checkpoint("olmoe"), tmp_path / "out", calibration=measured, gguf_recipe=tmp_path / "recipe"
+    )
+    weights = {name: tensor.double().numpy() for name, tensor in load_file(out / "model.safetensors").items()}
+    fields, got = read(tmp_path / "recipe" / "imatrix.gguf")
+    assert fields == {
+        "general.type": "imatrix",
+        "imatrix.datasets": ["moetailor calibration"],
+        "imatrix.chunk_count": 3,
+        "imatrix.chunk_size": 12,
+    }
+    assert len(got) == 2 * 3 * len(plan.model.stacks)
+    for index, layer in plan.by_layer.items() if bits else enumerate(plan.layers.values()):
+        sample, rows = measured.sample(index), {expert: row for row, expert in enumerate(layer.pool)}
+        sums, counts = {"gate": np.zeros((6, 32)), "down": np.zeros((6, 16))}, np.zeros(6)
+        for hidden, experts in zip(sample.hidden, sample.index.tolist(), strict=True):
+            x = hidden.double().numpy()
+            for row in (rows[expert] for expert in experts if expert in rows):
+                gate, up = (weights[f"model.layers.{index}.mlp.experts.{row}.{p}_proj.weight"] for p in ("gate", "up"))
+                counts[row] += 1
+                sums["gate"][row] += x**2
+                sums["down"][row] += (silu(gate @ x) * (up @ x)) ** 2
+        for part in ("gate", "up", "down"):
+            name = f"blk.{index}.ffn_{part}_exps.weight"
+            np.testing.assert_allclose(got[f"{name}.in_sum2"], sums[part if part == "down" else "gate"], rtol=1e-4)
+            np.testing.assert_array_equal(got[f"{name}.counts"], counts[:, None])
+    assert (counts > 0).any()
+
+
+@pytest.mark.filterwarnings("always::moetailor.MoetailorWarning")
+def test_the_result_is_native_and_the_types_are_the_plans(
+    checkpoint: Get, calibration: GetCalibration, tmp_path: Path, run: Callable
+) -> None:
+    pytest.importorskip("gguf")
+    measured = calibration("olmoe")
+    planned(measured).save(tmp_path / "plan.json")
+    words = ["apply", checkpoint("olmoe"), tmp_path / "plan.json", "-o", tmp_path / "out", "--calibration"]
+    code, _, said = run(*words, measured.folder, "--gguf-recipe", tmp_path / "recipe")
+    assert code == 0
+    assert "llama-quantize --imatrix" in said
+    assert "rows of 32 numbers are no whole blocks of q4_k; iq4_nl stands in its place" in " ".join(said.split())
+    native = moetailor.apply(planned(measured, bits=None), checkpoint("olmoe"), tmp_path / "native")
+    one, other = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", native))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert (tmp_path / "recipe" / "tensor-types.txt").read_text() == "".join(
+        rf"blk\.{index}\.ffn_gate_exps\.weight=iq4_nl"
+        "\n"
+        rf"blk\.{index}\.ffn_up_exps\.weight=iq4_nl"
+        "\n"
+        rf"blk\.{index}\.ffn_down_exps\.weight=f16"
+        "\n"
+        for index in (0, 1)
+    )
+
+
+@pytest.mark.parametrize(
+    ("bits", "wide", "inner", "types"),
+    [
+        ("4/6", 2048, 768, ("q4_k", "q4_k", "q6_k")),
+        ("8", 2048, 768, ("q8_0", "q8_0", "q8_0")),
+        ("7", 2048, 768, ("q8_0", "q8_0", "q8_0")),
+        ("5", 2048, 768, ("q5_k", "q5_k", "q5_k")),
+        ("2/3", 2048, 768, ("iq2_xs", "iq2_xs", "q3_k")),
+        ("4/6", 2880, 1408, ("iq4_nl", "iq4_nl", "q8_0")),
+        ("5", 2880, 1408, ("q5_0", "q5_0", "q5_0")),
+        ("2", 2048, 1000, ("iq2_xs", "iq2_xs", "f16")),
+        (None, 2048, 768, ("f32", "f32", "f32")),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::moetailor.MoetailorWarning")
+def test_types_by_bits_and_by_rows(
+    bits: str | None, wide: int, inner: int, types: tuple, calibration: GetCalibration
+) -> None:
+    plan = planned(calibration("olmoe"), bits=bits)
+    shape = ExpertShape(width=wide, intermediate=inner)
+    stacks = tuple(replace(stack, shape=shape) for stack in plan.model.stacks)
+    found = tensor_types(replace(plan, model=replace(plan.model, stacks=stacks)))
+    assert list(found.values()) == list(types) * 2
+    assert list(found)[:3] == [rf"blk\.0\.ffn_{part}_exps\.weight" for part in ("gate", "up", "down")]
+
+
+def test_what_is_refused(
+    checkpoint: Get, calibration: GetCalibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured, source = calibration("olmoe"), checkpoint("olmoe")
+    plan = planned(measured)
+    given = {"calibration": measured, "gguf_recipe": tmp_path / "recipe"}
+
+    def said(plan: moetailor.Plan, **options: object) -> str:
+        with pytest.raises(moetailor.MoetailorError) as refused:
+            moetailor.apply(plan, source, tmp_path / "out", **(given | options))
+        return str(refused.value)
+
+    assert said(planned(measured, bits=None), calibration=None).endswith(
+        "measured on the calibration's sample; --calibration"
+    )
+    assert said(plan, format="moetailor") == (
+        "--gguf-recipe: llama.cpp loads native results; leave --format moetailor out"
+    )
+    assert said(planned(measured, "mone")).startswith(
+        "--gguf-recipe: llama.cpp loads native results, and format native holds dropped slots only"
+    )
+    (name, layer), *_ = plan.layers.items()
+    two = replace(layer, widths=layer.widths | {layer.pool[0]: Width(bits=8)})
+    assert said(replace(plan, layers=plan.layers | {name: two})) == (
+        "--gguf-recipe: llama.cpp has one type for all experts of a layer, model.layers.0 has them in 4/6 bits, 8 "
+        "bits; plan one width for each layer"
+    )
+    assert said(plan, gguf_recipe=tmp_path / "out").endswith("is the result itself; choose another folder")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    assert said(plan) == (
+        "--gguf-recipe: writing an importance matrix needs the gguf library: pip install 'moetailor[gguf]'"
+    )
+    assert not (tmp_path / "recipe").exists()
+    assert not (tmp_path / "out").exists()
