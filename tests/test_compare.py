@@ -528,7 +528,7 @@ def test_words_of_rows() -> None:
         ({"methods": "linear:rank"}, "--methods linear:rank: write parameters as linear:parameter=value"),
         ({"methods": "reap@9"}, "--methods reap@9: write bits as reap@4, or reap@4/6 with those of down"),
         ({"methods": "linear:rank=2@"}, "--methods linear:rank=2@: write bits as linear:rank=2@4, or"),
-        ({"methods": "auto@4", "remove": None, "sizes": "40%"}, "--bits: auto shares bytes out itself; say how many"),
+        ({"methods": "auto@4", "remove": None, "sizes": "40%"}, "--bits: auto says itself how experts lie"),
         ({"sizes": "40%"}, "--remove and --sizes: rows are of equal ratios or of equal bytes; give one of them"),
         ({"remove": None, "sizes": 0.4}, "--size 0.4: bytes are whole; did you mean 40%?"),
         ({"remove": None, "sizes": "140%"}, "--size 140%: must be above 0% and at most 100% of the original's bytes"),

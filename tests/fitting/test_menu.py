@@ -44,28 +44,3 @@ def test_the_knapsack_is_the_best_of_all_choices(seed: int) -> None:
     found = cheapest(menus, 32)
     assert fits(found)
     assert cost(found) <= best * 1.001 + 1e-9
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_an_expert_that_stays_in_an_entry_is_there_for_the_others(seed: int) -> None:
-    """Entry 0 is cheap and keeps the expert, entry 1 is free and needs another one to stay."""
-    generator = torch.Generator().manual_seed(seed)
-    errors = torch.rand(3, 2, generator=generator).double()
-    requires = torch.tensor([[-1, 1], [-1, 2], [-1, 0]])
-    menu = Menu(errors=errors, price=[2, 0], expert_nbytes=9, requires=requires, keeping=[0])
-
-    def fits(taken: tuple[int, ...]) -> bool:
-        needed = [int(requires[expert, at]) for expert, at in enumerate(taken) if at == 1]
-        return (
-            sum((2, 0, 9)[at] for at in taken) <= 6
-            and 0 < sum(at != 1 for at in taken)
-            and 1 not in {taken[other] for other in needed}
-        )
-
-    def cost(taken: tuple[int, ...] | list[int]) -> float:
-        return sum(float(errors[expert, at]) for expert, at in enumerate(taken) if at < 2)
-
-    best = min(cost(taken) for taken in itertools.product(range(3), repeat=3) if fits(taken))
-    (found,) = cheapest([menu], 6)
-    assert fits(tuple(found))
-    assert cost(found) == pytest.approx(best, rel=1e-3)
