@@ -42,8 +42,7 @@ def verify_result(
     checkpoint = result.checkpoint
     if checkpoint.nbytes != plan.nbytes:
         raise CheckpointError(f"{folder}: {checkpoint.nbytes:,} bytes, the plan says {plan.nbytes:,}")
-    entry = checkpoint.config.get("quantization_config")
-    maps = {} if entry is None else MoetailorConfig(layers=entry["layers"], version=entry["version"]).slot_maps()
+    maps = MoetailorConfig(**checkpoint.config["quantization_config"]).slot_maps() if result.written_here else {}
 
     def check_part(part: nn.Module) -> None:
         fill_maps(part)
@@ -58,7 +57,7 @@ def verify_result(
     )
     named = (name for name, module in source.model.named_modules() if isinstance(module, CompressedExperts))
     paths = tuple(f"{name}." for name in named)
-    lost = [name for name in checkpoint.tensors if name.startswith(paths) and name not in source.names]
+    lost = [name for name in checkpoint.numbers if name.startswith(paths) and name not in source.names]
     if lost:
         raise CheckpointError(f"{folder}: {len(lost)} tensors have no place in the model, first {lost[0]}")
     ids = torch.arange(16)[None] % result.config.vocab_size
