@@ -103,9 +103,9 @@ def families_page() -> str:
             lines.append(f"| {name} | {error} |")
     lines += [
         "",
-        "Refused for now whatever the family: quantized sources (FP8, MXFP4 and others), and models wrapped in a",
+        "Refused for now whatever the family: models wrapped in a multi-modal one, and quantized originals in other",
     ]
-    lines += ["multi-modal one."]
+    lines += ["forms than those in [formats.md](formats.md#quantized-originals)."]
     return "\n".join(lines) + "\n"
 
 

@@ -364,7 +364,7 @@ def test_vision_wrapped_model_is_refused_by_name(cli: Cli, tmp_path: Path, name:
 
 
 @pytest.mark.parametrize(
-    ("name", "method"), [("qwen3_moe", "fp8"), ("gpt_oss", "mxfp4"), ("qwen3_moe", "gptq"), ("qwen3_moe", "unheard_of")]
+    ("name", "method"), [("qwen3_moe", "bitsandbytes"), ("gpt_oss", "quanto"), ("qwen3_moe", "unheard_of")]
 )
 def test_quantized_source_is_refused_by_name(cli: Cli, world: World, tmp_path: Path, name: str, method: str) -> None:
     config = tiny_config(name).to_dict() | {"quantization_config": {"quant_method": method, "bits": 4}}
@@ -398,7 +398,7 @@ def test_result_of_moetailor_is_refused_as_an_original(
 @pytest.mark.parametrize(
     ("edit", "said"),
     [
-        (lambda entry: entry.update(version=2), "is of moetailor format 2, this moetailor reads up to 1; update it"),
+        (lambda entry: entry.update(version=3), "is of moetailor format 3, this moetailor reads up to 2; update it"),
         (
             lambda entry: entry["layers"]["0"].update(bases=1),
             "layers, 0: unknown keys ['bases'], perhaps of a later moetailor",

@@ -358,16 +358,16 @@ def test_a_model_runs_in_a_dtype_that_models_run_in(stored: str, run: torch.dtyp
 @pytest.mark.parametrize(
     "config",
     [
-        {"quantization_config": {"quant_method": "fp8"}},
-        {"quantization_config": {"format": "fp8"}},
-        {"compression_config": {"format": "fp8"}},
-        {"quantization": {"quant_method": "fp8", "bits": 4}},
-        {"text": {"quantization_config": {"quant_method": "fp8"}}},
+        {"quantization_config": {"quant_method": "hqq"}},
+        {"quantization_config": {"format": "hqq"}},
+        {"compression_config": {"format": "hqq"}},
+        {"quantization": {"quant_method": "hqq", "bits": 4}},
+        {"text": {"quantization_config": {"quant_method": "hqq"}}},
     ],
 )
 def test_quantized_weights_are_refused_however_the_config_says_it(config: dict, copy: Callable[..., Path]) -> None:
     folder = copy("olmoe", **config)
-    said = "weights are quantized (fp8): not supported yet; give the bf16 or fp32 original"
+    said = "weights are quantized (hqq): not supported yet; give the bf16 or fp32 original"
     assert refusal(folder) == f"{folder / 'config.json'}: {said}"
 
 
@@ -443,7 +443,12 @@ def test_a_tokenizer_that_cannot_read_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "config", "said"),
     [
-        ("olmoe", {"quantization_config": {"quant_method": "fp8"}}, "weights are quantized (fp8)"),
+        ("olmoe", {"quantization_config": {"quant_method": "bitsandbytes"}}, "weights are quantized (bitsandbytes)"),
+        (
+            "olmoe",
+            {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128]}},
+            "weights are quantized (fp8): weight_block_size = [128]",
+        ),
         ("olmoe", {"model_type": "dbrx"}, "model type 'dbrx' is not supported"),
         ("olmoe", {"text_config": {}}, "wraps a text model inside a multi-modal one"),
         ("olmoe", {"model_type": "llama"}, "model type 'llama' has no MoE layers"),

@@ -165,9 +165,9 @@ def test_a_newer_format_is_refused(checkpoint: Get, calibration: GetCalibration,
     plan = mixed_plan(calibration("olmoe"), drop=False)
     out = moetailor.apply(plan, checkpoint("olmoe"), tmp_path / "out", calibration=calibration("olmoe"))
     config = json.loads((out / "config.json").read_text())
-    config["quantization_config"]["version"] = 2
+    config["quantization_config"]["version"] = 3
     (out / "config.json").write_text(json.dumps(config))
-    with pytest.raises(moetailor.CheckpointError, match="moetailor format 2, this moetailor reads up to 1"):
+    with pytest.raises(moetailor.CheckpointError, match="moetailor format 3, this moetailor reads up to 2"):
         load(out)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from moetailor.answers import SlotMap
 from moetailor.checkpoint.anatomy import Anatomy, MoELayer, tensors_of
-from moetailor.checkpoint.files import DTYPES, Checkpoint
+from moetailor.checkpoint.files import Checkpoint
 from moetailor.checkpoint.loader import StreamedModel
 from moetailor.checkpoint.original import Original
 from moetailor.errors import CheckpointError
@@ -72,6 +73,7 @@ class Summary:
         active_parameters: those that one token uses when each slot that runs has an expert; of what stands in for
             experts or modulates them, the mean over slots.
         nbytes: bytes of all tensors.
+        lies: how the experts lie, in words; ``plain`` as their numbers.
     """
 
     source: str
@@ -84,6 +86,7 @@ class Summary:
     shared_parameters: int
     active_parameters: int
     nbytes: int
+    lies: str = "plain"
 
     def groups(self) -> list[LayerSummary]:
         """Return the MoE layers, those of one make together."""
@@ -121,9 +124,9 @@ def summarise(source: str | Path, *, trust_remote_code: bool = False) -> Summary
         index: sum(tensors[f"{layer.experts}.{name}"].numel() for name in layer.expert_rows) // layer.num_experts
         for index, layer in anatomy.layers.items()
     }
-    width = _stored_width(checkpoint, skeleton, anatomy, maps)
+    sizes = _stored_sizes(checkpoint, skeleton, anatomy, maps)
     moe = tuple(
-        _moe(checkpoint, anatomy.layers[index], anatomy.top_k, maps.get(index), numbers[index] * width)
+        _moe(checkpoint, anatomy.layers[index], anatomy.top_k, maps.get(index), sizes[index])
         for index in sorted(anatomy.layers)
     )
     # What lies as codes and scales counts as the numbers that it stands for.
@@ -148,6 +151,7 @@ def summarise(source: str | Path, *, trust_remote_code: bool = False) -> Summary
         shared_parameters=shared,
         active_parameters=active,
         nbytes=checkpoint.nbytes,
+        lies=_how_experts_lie(checkpoint, skeleton, anatomy),
     )
 
 
@@ -203,16 +207,28 @@ def _shared_parameters(skeleton: StreamedModel, anatomy: Anatomy) -> int:
     return total
 
 
-def _stored_width(
+def _rows(anatomy: Anatomy) -> dict[str, int]:
+    """Return the layer of each parameter with a row for each expert."""
+    return {f"{layer.experts}.{name}": index for index, layer in anatomy.layers.items() for name in layer.expert_rows}
+
+
+def _how_experts_lie(checkpoint: Checkpoint, skeleton: StreamedModel, anatomy: Anatomy) -> str:
+    rows = _rows(anatomy)
+    found = {checkpoint.numbers[key].lies for key, name in skeleton.names.items() if name in rows} - {"plain"}
+    return ", ".join(sorted(found)) or "plain"
+
+
+def _stored_sizes(
     checkpoint: Checkpoint, skeleton: StreamedModel, anatomy: Anatomy, maps: Mapping[int, SlotMap]
-) -> int:
-    """Return the bytes of one number of the experts that lie as the family has them, 0 where none do."""
-    rows = {f"{layer.experts}.{name}" for layer in anatomy.layers.values() for name in layer.expert_rows}
-    key = next((key for key, name in skeleton.names.items() if name in rows), None)
-    if key is not None:
-        return DTYPES[checkpoint.tensors[key].dtype].itemsize
-    if any(index not in maps or maps[index].plain_pool for index in anatomy.layers):
+) -> dict[int, int]:
+    """Return by layer the bytes of an expert that lies as the original has it, 0 where none does."""
+    rows, total = _rows(anatomy), Counter()
+    for key, name in skeleton.names.items():
+        if name in rows:
+            total[rows[name]] += checkpoint.numbers[key].nbytes
+    counts = {i: len(maps[i].plain_pool) if i in maps else layer.num_experts for i, layer in anatomy.layers.items()}
+    if lost := [index for index, count in sorted(counts.items()) if count and not total[index]]:
         raise CheckpointError(
-            f"{checkpoint.source}: has no experts for MoE layers {sorted(anatomy.layers)}; the checkpoint is incomplete"
+            f"{checkpoint.source}: has no experts for MoE layers {lost}; the checkpoint is incomplete"
         )
-    return 0
+    return {index: total[index] // max(count, 1) for index, count in counts.items()}

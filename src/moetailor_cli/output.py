@@ -132,7 +132,7 @@ def summary(found: Summary) -> None:
         f"shared experts {count(found.shared_parameters)}; active for a token {count(found.active_parameters)}, "
         "2 FLOPs each"
     )
-    _out.print(f"on disk: {nbytes(found.nbytes)}")
+    _out.print(f"on disk: {nbytes(found.nbytes)}" + ("" if found.lies == "plain" else f"; experts are {found.lies}"))
 
 
 def calibration(made: Calibration, wanted: int) -> None:

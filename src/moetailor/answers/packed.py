@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 TOGETHER = 8
 # In pictures: the fewer bits, the lighter.
 SHADES = dict(zip(range(8, 1, -1), "#08306b #08519c #2171b5 #4292c6 #6baed6 #9ecae1 #c6dbef".split(), strict=True))
+# Bits that say that weights lie as numbers of the experts' dtype.
+NUMBERS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,21 +38,27 @@ class Width:
     """How an expert lies in few bits.
 
     Attributes:
-        bits: of a weight of the gate and up projections.
+        bits: of a weight of the gate and up projections; 16 where all matrices lie as numbers: experts that were
+            computed anew, where the others lie as the codes of a quantized original.
         down: of a weight of the down projection; `bits` when 0.
         group: inputs that share a scale, at most; widths are cut into the fewest groups, as equal as they can be.
         symmetric: whether codes lie around zero, without zero points.
     """
 
-    bits: Annotated[int, Within(2, 8)]
+    bits: Annotated[int, Within(2, NUMBERS)]
     down: Annotated[int, Within(0, 8)] = 0
     group: Annotated[int, Within(1, 2**16)] = 128
     symmetric: bool = False
 
     def __post_init__(self) -> None:
         for bits in (self.bits, self.down or self.bits):
-            if not 2 <= bits <= 8:
+            if not 2 <= bits <= 8 and not (self.whole and not self.down):
                 raise PlanError(f"{bits} bits: there are 2 to 8")
+
+    @property
+    def whole(self) -> bool:
+        """Whether weights lie as numbers."""
+        return self.bits == NUMBERS
 
     @classmethod
     def parse(cls, text: str | int) -> Width:
@@ -70,11 +78,13 @@ class Width:
         )
 
     def storages(self, shape: ExpertShape) -> dict[str, Integers]:
-        """Return how each matrix lies.
+        """Return how each matrix lies that lies in few bits.
 
         Args:
             shape: the layer's experts.
         """
+        if self.whole:
+            return {}
         bits = {name: self.down or self.bits if name == "down" else self.bits for name in shape.matrices}
         return {name: Integers(bits=b, group=self.group, symmetric=self.symmetric) for name, b in bits.items()}
 
@@ -87,11 +97,16 @@ class Width:
     def stem(self) -> str:
         """The start of the names of the tensors of this width."""
         sign = "int" if self.symmetric else "uint"
-        return f"packed_{sign}{self.bits}_{self.down or self.bits}_g{self.group}"
+        return "packed_whole" if self.whole else f"packed_{sign}{self.bits}_{self.down or self.bits}_g{self.group}"
 
     def __str__(self) -> str:
+        if self.whole:
+            return "16 bits"
         bits = f"{self.bits} bits" if self.down in (0, self.bits) else f"{self.bits}/{self.down} bits"
         return bits + (", symmetric" if self.symmetric else "")
+
+
+WHOLE = Width(bits=NUMBERS)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,7 @@ def stored_rows(checkpoint: Checkpoint, names: Mapping[str, str], stacks: Mappin
             axes = stack.fused | stack.slots
             for key in (key for key in (*stack.experts, *axes) if names.get(key) == parameter):
                 if stack.experts.get(key, row) == row:
-                    tensor = checkpoint.tensors[key].read()
+                    tensor = checkpoint.numbers[key].read()
                     if not is_finite(tensor.select(axes[key], row) if key in axes else tensor):
                         return False
         return True

@@ -18,10 +18,12 @@ import torch
 from moetailor.checkpoint import family
 from moetailor.checkpoint.anatomy import build_skeleton
 from moetailor.checkpoint.artifact import write_json
+from moetailor.checkpoint.coded import ways_in
 from moetailor.checkpoint.files import TensorInfo
 from moetailor.checkpoint.folder import CONFIG
 from moetailor.checkpoint.loader import quiet_transformers
 from moetailor.checkpoint.lock import scratch
+from moetailor.checkpoint.storage import READERS
 from moetailor.errors import CheckpointError, reason_of
 
 # Files beside the weights that say that they are quantized, where config.json does not.
@@ -40,10 +42,12 @@ def written_here(config: dict) -> bool:
 
 
 def original_config(config: Any) -> Any:
-    """Return a transformers config without how moetailor compressed the experts; any other is returned as it is."""
+    """Return a transformers config without how moetailor compressed the experts, or how weights lie that are read as
+    numbers; any other is returned as it is.
+    """
     entry = getattr(config, "quantization_config", None)
     method = entry.get("quant_method") if isinstance(entry, dict) else getattr(entry, "quant_method", None)
-    if method != family.QUANT_METHOD:
+    if method not in (family.QUANT_METHOD, *READERS):
         return config
     config = copy.copy(config)
     config.quantization_config = None
@@ -64,10 +68,12 @@ def check_config(folder: Path, config: dict) -> None:
         raise CheckpointError(f"{folder / CONFIG}: model_type = {config['model_type']!r}: not a name")
     try:
         family.check_family(config)
-        family.check_unquantized(config)
+        ways = ways_in(config)
+        handled = {"quantization_config"} if ways and not written_here(config) else set()
+        family.check_unquantized({name: value for name, value in config.items() if name not in handled})
     except CheckpointError as error:
         raise CheckpointError(f"{folder / CONFIG}: {error}") from None
-    if beside := sorted(file.name for file in folder.glob(QUANTIZED_FILES)):
+    if not ways and (beside := sorted(file.name for file in folder.glob(QUANTIZED_FILES))):
         raise CheckpointError(f"{folder}: weights are quantized, says {beside[0]}: {family.UNQUANTIZED}")
     counts = {name: config[name] for name in family.expert_count_spellings(config)}
     if len(set(map(repr, counts.values()))) > 1:

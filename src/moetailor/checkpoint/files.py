@@ -10,9 +10,11 @@ import hashlib
 import json
 import math
 import mmap
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,6 +34,9 @@ from moetailor.checkpoint.folder import (
 from moetailor.checkpoint.lock import restore
 from moetailor.errors import CheckpointError
 
+if TYPE_CHECKING:
+    from moetailor.checkpoint.coded import Coded
+
 # Numbers that torch computes with, or at least holds one by one.
 DTYPES = {
     "F64": torch.float64,
@@ -42,6 +47,7 @@ DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
     "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
     "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -66,7 +72,6 @@ BITS = {name: 8 * dtype.itemsize for name, dtype in DTYPES.items()} | {
     "F4": 4,
     "F6_E2M3": 6,
     "F6_E3M2": 6,
-    "F8_E8M0": 8,
 }
 MAX_HEADER = 100_000_000
 
@@ -81,6 +86,16 @@ class TensorInfo:
     file: Path
     offset: int
     nbytes: int
+
+    @property
+    def stored(self) -> tuple[TensorInfo, ...]:
+        """What lies on disk of it: itself, see `Coded`."""
+        return (self,)
+
+    @property
+    def lies(self) -> str:
+        """How it lies, in words: as its numbers."""
+        return "plain"
 
     def read(self) -> torch.Tensor:
         """Read the tensor into fresh memory, in its stored dtype.
@@ -105,7 +120,7 @@ class TensorInfo:
 class LazyTensor:
     """A tensor that is read when it is sliced with ``[...]``: what transformers' loader expects of a source."""
 
-    def __init__(self, info: TensorInfo) -> None:
+    def __init__(self, info: TensorInfo | Coded) -> None:
         self.info = info
 
     def __getitem__(self, key: object) -> torch.Tensor:
@@ -122,12 +137,27 @@ class LazyTensor:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened and checked checkpoint folder: its config.json and the place of every tensor."""
+    """An opened and checked checkpoint folder.
+
+    Attributes:
+        folder: where it lies.
+        source: as the user named it.
+        config: its config.json.
+        tensors: what lies on disk, by name.
+        coded: weights that lie as codes, by the names that an unquantized checkpoint has for them.
+    """
 
     folder: Path
     source: str
     config: dict
     tensors: dict[str, TensorInfo]
+    coded: Mapping[str, Coded] = field(default_factory=dict)
+
+    @cached_property
+    def numbers(self) -> dict[str, TensorInfo | Coded]:
+        """The tensors as the model knows them, each with how it lies: codes and scales are one weight."""
+        parts = {info.name for coded in self.coded.values() for info in coded.stored}
+        return {name: info for name, info in self.tensors.items() if name not in parts} | dict(self.coded)
 
     @property
     def shards(self) -> list[Path]:
@@ -141,8 +171,8 @@ class Checkpoint:
 
     @property
     def parameters(self) -> int:
-        """Numbers of all tensors."""
-        return sum(math.prod(info.shape) for info in self.tensors.values())
+        """Numbers of all tensors, of codes those that they stand for."""
+        return sum(math.prod(info.shape) for info in self.numbers.values())
 
     def fingerprint(self) -> dict:
         """Say what checkpoint this is: hashes of config.json and, for each shard, of its header and 1 MiB of data."""

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
 from moetailor.checkpoint.anatomy import Anatomy, MoELayer
+from moetailor.checkpoint.coded import Coded
 from moetailor.checkpoint.experts import ExpertShape
 from moetailor.checkpoint.family import UNQUANTIZED
 from moetailor.checkpoint.files import DTYPES, Checkpoint, TensorInfo
@@ -34,8 +35,9 @@ class Stack:
         num_experts: experts, which is also the number of slots.
         expert_bytes: bytes of one expert.
         slot_bytes: bytes of one slot's rows in the router.
-        dtype: safetensors dtype of the experts; the widest where their matrices differ.
+        dtype: safetensors dtype of the experts' numbers; the widest where their matrices differ.
         shape: what an expert is made of; None where the model does not run the layer.
+        lies: how they lie, in words; ``plain`` as their numbers.
     """
 
     prefix: str
@@ -45,6 +47,7 @@ class Stack:
     slot_bytes: Count = 0
     dtype: str = ""
     shape: ExpertShape | None = None
+    lies: str = "plain"
 
 
 @dataclass(kw_only=True)
@@ -52,7 +55,7 @@ class DiskStack(Stack):
     """A stack with the names of its tensors.
 
     Attributes:
-        experts: tensors that are part of one expert: name -> expert.
+        experts: tensors that are part of one expert: name -> expert. Names are those of `Checkpoint.numbers`.
         fused: tensors with a row for each expert: name -> axis.
         slots: tensors of the router with a row for each slot: name -> axis.
     """
@@ -106,7 +109,7 @@ def find_stacks(checkpoint: Checkpoint, anatomy: Anatomy, names: dict[str, str])
             _place(stacks.setdefault(prefix, empty), checkpoint, key, axis, of_experts)
     lost = sorted(set(anatomy.layers) - {s.index for s in stacks.values() if s.experts or s.fused})
     if lost:
-        unknown = next((key for key in sorted(checkpoint.tensors.keys() - names.keys()) if _EXPERTS.search(key)), None)
+        unknown = next((key for key in sorted(checkpoint.numbers.keys() - names.keys()) if _EXPERTS.search(key)), None)
         told = f"; it has {unknown!r}, which the model does not load" if unknown else "; the checkpoint is incomplete"
         raise CheckpointError(f"{checkpoint.source}: has no experts for MoE layers {lost}{told}")
     _find_unloaded(stacks, known, checkpoint, names)
@@ -131,8 +134,8 @@ def _find_unloaded(
     """
     blocks = {rest.split(".")[0] for rest in known}
     size = next(iter(stacks.values())).num_experts
-    for key in sorted(checkpoint.tensors.keys() - names.keys()):
-        match, info = _LAYER.match(key), checkpoint.tensors[key]
+    for key in sorted(checkpoint.numbers.keys() - names.keys()):
+        match, info = _LAYER.match(key), checkpoint.numbers[key]
         if not match:
             continue
         prefix, rest = match.groups()
@@ -149,7 +152,7 @@ def _find_unloaded(
             _place(stack, checkpoint, info.name, *like)
 
 
-def rows_nbytes(info: TensorInfo, axis: int) -> int:
+def rows_nbytes(info: TensorInfo | Coded, axis: int) -> int:
     """Return the bytes of one row of a tensor along an axis."""
     return info.nbytes // info.shape[axis]
 
@@ -162,7 +165,7 @@ def _split(key: str) -> tuple[str, str]:
 
 
 def _place(stack: DiskStack, checkpoint: Checkpoint, key: str, axis: int, of_experts: bool) -> None:
-    info = checkpoint.tensors[key]
+    info = checkpoint.numbers[key]
     if of_experts and (match := _EXPERT.search(info.name)):
         stack.experts[info.name] = int(match[1])
         return
@@ -171,14 +174,17 @@ def _place(stack: DiskStack, checkpoint: Checkpoint, key: str, axis: int, of_exp
     if axis < 0 or info.shape[axis] != stack.num_experts:
         raise CheckpointError(
             f"{checkpoint.folder / CONFIG}: layers have {stack.num_experts} experts, but {info.name!r} in "
-            f"{info.file.name} has shape {list(info.shape)} and one row for each of them on axis {max(axis, 0)}; put "
-            "right which of the two is wrong"
+            f"{info.stored[0].file.name} has shape {list(info.shape)} and one row for each of them on axis "
+            f"{max(axis, 0)}; put right which of the two is wrong"
         )
+    if isinstance(info, Coded) and (axis or any(part.shape[:1] != info.shape[:1] for part in info.stored)):
+        told = f"{info.name!r} is {info.lies}, which has no row of its own for each"
+        raise CheckpointError(f"{checkpoint.source}: {told}; give the bf16 or fp32 original")
     (stack.fused if of_experts else stack.slots)[info.name] = axis
 
 
 def _measure(stack: DiskStack, checkpoint: Checkpoint) -> None:
-    tensors = checkpoint.tensors
+    tensors = checkpoint.numbers
     fused = sum(rows_nbytes(tensors[name], axis) for name, axis in stack.fused.items())
     parts: list[list[str]] = [[] for _ in range(stack.num_experts)]
     for name, expert in stack.experts.items():
@@ -199,6 +205,6 @@ def _measure(stack: DiskStack, checkpoint: Checkpoint) -> None:
         )
     stack.expert_bytes = sizes[0]
     stack.slot_bytes = sum(rows_nbytes(tensors[name], axis) for name, axis in stack.slots.items())
-    stack.dtype = max(
-        (tensors[name].dtype for name in [*stack.experts, *stack.fused]), key=lambda d: DTYPES[d].itemsize
-    )
+    mine = [tensors[name] for name in [*stack.experts, *stack.fused]]
+    stack.dtype = max((tensor.dtype for tensor in mine), key=lambda dtype: DTYPES[dtype].itemsize)
+    stack.lies = next((tensor.lies for tensor in mine if isinstance(tensor, Coded)), "plain")

@@ -17,6 +17,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
 from moetailor.checkpoint.anatomy import tensors_of
+from moetailor.checkpoint.coded import Coded
 from moetailor.checkpoint.files import DTYPES, Checkpoint, LazyTensor, TensorInfo
 from moetailor.checkpoint.names import placed
 from moetailor.errors import CheckpointError
@@ -75,7 +76,7 @@ class StreamedModel:
         Raises:
             CheckpointError: see above.
         """
-        tensors = {key: self.checkpoint.tensors[key] for key in self.names}
+        tensors = {key: self.checkpoint.numbers[key] for key in self.names}
         makes: dict[int | None, set[tuple]] = defaultdict(set)
         for place in (tensors, self.model.state_dict()):
             for name, tensor in place.items():
@@ -86,7 +87,7 @@ class StreamedModel:
         missing = self._convert(sources, device="meta").missing_keys - self.tied.keys()
         lost = sorted(name for name in missing if _layer_of(name) in tried and not self._may_lack(name))
         if lost:
-            unknown = sorted(self.checkpoint.tensors.keys() - self.names.keys())
+            unknown = sorted(self.checkpoint.numbers.keys() - self.names.keys())
             told = f"; it has {unknown[0]}, which the model does not load" if unknown else ""
             more = ", among others" if lost[1:] else ""
             raise CheckpointError(f"{self.checkpoint.source}: the checkpoint has no tensor for {lost[0]}{more}{told}")
@@ -118,7 +119,7 @@ class StreamedModel:
                 by_target[name].append(key)
         # Stacking experts holds three copies of a parameter for a moment: one such parameter at a time, largest first.
         stacked = [keys for keys in by_target.values() if len(keys) > 1]
-        for keys in sorted(stacked, key=lambda keys: -sum(self.checkpoint.tensors[key].nbytes for key in keys)):
+        for keys in sorted(stacked, key=lambda keys: -sum(self.checkpoint.numbers[key].nbytes for key in keys)):
             self._load_tensors(keys)
         self._load_tensors([keys[0] for keys in by_target.values() if len(keys) == 1])
         self._initialise_rest(path)
@@ -146,12 +147,12 @@ class StreamedModel:
         narrow = {
             re.escape(self.names[key]): min(
                 wanted[self.names[key]],
-                DTYPES[self.checkpoint.tensors[key].dtype],
+                DTYPES[self.checkpoint.numbers[key].dtype],
                 key=lambda dtype: dtype.itemsize,
             )
             for key in keys
         }
-        self._convert({key: LazyTensor(self.checkpoint.tensors[key]) for key in keys}, narrow, device=self.device)
+        self._convert({key: LazyTensor(self.checkpoint.numbers[key]) for key in keys}, narrow, device=self.device)
         for name, dtype in wanted.items():
             tensor = tensors_of(self.model)[name]
             tensor.data = tensor.data.to(dtype)
@@ -220,7 +221,7 @@ def quiet_transformers() -> Iterator[None]:
 class _Numberless:
     """A tensor on disk as its shape alone, for transformers' loader."""
 
-    def __init__(self, info: TensorInfo) -> None:
+    def __init__(self, info: TensorInfo | Coded) -> None:
         self.info = info
 
     def __getitem__(self, key: object) -> torch.Tensor:

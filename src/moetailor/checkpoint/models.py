@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from moetailor.checkpoint.files import DTYPES, Checkpoint
+from moetailor.checkpoint.files import DTYPES, Checkpoint, LazyTensor
 from moetailor.checkpoint.loader import quiet_transformers
 from moetailor.errors import CheckpointError, MoetailorError, did_you_mean, reason_of
 
@@ -46,8 +47,8 @@ def resolve_dtype(name: str | None, device: str, checkpoint: Checkpoint) -> torc
         return DTYPE_CHOICES[name]
     if torch.device(device).type == "cpu":
         return torch.float32
-    stored = [DTYPES.get(info.dtype) for info in checkpoint.tensors.values()]
-    # Codes of quantized weights are no dtype to run in.
+    # Codes count as the numbers that they stand for, and those that are not known are no dtype to run in.
+    stored = [DTYPES.get(info.dtype) for info in checkpoint.numbers.values()]
     return (
         max(DTYPE_CHOICES.values(), key=stored.count) if set(stored) & set(DTYPE_CHOICES.values()) else torch.bfloat16
     )
@@ -70,23 +71,47 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
+    options = {"dtype": dtype, "device_map": device_map or device, "trust_remote_code": trust_remote_code}
+    return _loaded(str(folder), AutoModelForCausalLM, folder, **options)
+
+
+def load_numbers(
+    source: str,
+    kind: Any,
+    config: Any,
+    tensors: Mapping[str, LazyTensor],
+    *,
+    dtype: torch.dtype,
+    device_map: str,
+) -> nn.Module:
+    """Load a model whose weights lie as codes from their numbers, on any device: transformers' own way would need GPUs
+    or packages, or give other numbers on other devices.
+
+    Args:
+        source: what messages call the checkpoint.
+        kind: class of the model.
+        config: its transformers config, without quantization.
+        tensors: its tensors, by their names on disk; they are read when they are needed.
+        dtype: dtype to run in.
+        device_map: where to put it.
+
+    Raises:
+        CheckpointError: transformers cannot load it, or tensors are missing from it.
+    """
+    return _loaded(source, kind, None, config=config, state_dict=dict(tensors), dtype=dtype, device_map=device_map)
+
+
+def _loaded(source: str, kind: Any, folder: Path | None, **options: Any) -> nn.Module:
     with quiet_transformers():
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=dtype,
-                device_map=device_map or device,
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
-            )
+            model, info = kind.from_pretrained(folder, output_loading_info=True, **options)
         except MoetailorError:
             raise
         except Exception as error:  # whatever is raised, it is about what somebody wrote there
-            raise CheckpointError(f"{folder}: transformers cannot load it: {reason_of(error)}") from error
-    model, info = loaded
+            raise CheckpointError(f"{source}: transformers cannot load it: {reason_of(error)}") from error
     if info["missing_keys"]:
         names = sorted(info["missing_keys"])
-        raise CheckpointError(f"{folder}: {len(names)} tensors are missing, first {names[0]}")
+        raise CheckpointError(f"{source}: {len(names)} tensors are missing, first {names[0]}")
     return model.eval()
 
 

@@ -1,7 +1,8 @@
 """What a tensor on disk is called in memory, and the other way: transformers' conversion rules, read without weights.
 
-With loader.py the only file that leans on internal modules of transformers. The rules say which tensors on disk become
-which parameter (experts that lie one by one are stacked, names change), so no family needs a rule of ours.
+With loader.py and runtime/decode.py the only file that leans on internal modules of transformers. The rules say which
+tensors on disk become which parameter (experts that lie one by one are stacked, names change), so no family needs a
+rule of ours.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def placed(checkpoint: Checkpoint, skeleton: Any) -> tuple[dict[str, str], list[
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     state, names = skeleton.state_dict(), {}
     alone: dict[str, str] = {}
-    for key in checkpoint.tensors:
+    for key in checkpoint.numbers:
         name, pattern = rename_source_key(key, renamings, converters, skeleton.base_model_prefix, state)
         if name not in state:
             name, pattern = key, None

@@ -17,12 +17,13 @@ from torch import nn
 
 from moetailor.checkpoint import config as config_json
 from moetailor.checkpoint.anatomy import Anatomy, build_skeleton, discover
+from moetailor.checkpoint.coded import Coded, with_codes
 from moetailor.checkpoint.facts import ModelFacts, facts_of_checkpoint
 from moetailor.checkpoint.family import UNQUANTIZED
-from moetailor.checkpoint.files import CODES, DTYPES, open_checkpoint
+from moetailor.checkpoint.files import CODES, DTYPES, LazyTensor, open_checkpoint
 from moetailor.checkpoint.layout import DiskStack, find_stacks
 from moetailor.checkpoint.loader import StreamedModel
-from moetailor.checkpoint.models import load_model, load_tokenizer
+from moetailor.checkpoint.models import load_model, load_numbers, load_tokenizer
 from moetailor.errors import CheckpointError
 
 Takes = Literal["originals", "results", "anything"]
@@ -48,7 +49,7 @@ class Original:
     def __init__(self, source: str | Path, *, takes: Takes = "originals", trust_remote_code: bool = False) -> None:
         self.trust_remote_code = trust_remote_code
         self._takes, self._remote = takes, not Path(source).is_dir()
-        self.checkpoint = open_checkpoint(source, check=self._check)
+        self.checkpoint = with_codes(open_checkpoint(source, check=self._check))
         config_json.check_counts(self.folder, self.checkpoint.config, self.checkpoint.tensors.values())
 
     def _check(self, folder: Path, config: dict) -> None:
@@ -59,6 +60,7 @@ class Original:
         if self._remote:
             config_json.check_counts(folder, config)
             described = config_json.load_config(folder, config, trust_remote_code=self.trust_remote_code)
+            described = config_json.original_config(described)
             discover(described, self._built(folder, config, described))
 
     @property
@@ -84,7 +86,7 @@ class Original:
 
     @cached_property
     def plain_config(self) -> Any:
-        """Its config without how moetailor compressed it."""
+        """Its config without how it was compressed or quantized."""
         return config_json.original_config(self.config)
 
     @cached_property
@@ -121,7 +123,9 @@ class Original:
     def _check_numbers(self) -> None:
         """Refuse tensors that do not hold the numbers of a parameter: transformers would load codes as weights."""
         names, parameters = self._unchecked.names, self._unchecked.model.state_dict()
-        for info in self.checkpoint.tensors.values():
+        for info in self.checkpoint.numbers.values():
+            if isinstance(info, Coded):
+                continue
             if info.dtype in CODES:
                 told = f"{info.name!r} is {info.dtype}, {CODES[info.dtype]}"
                 raise CheckpointError(f"{self.source}: weights are quantized ({told}): {UNQUANTIZED}")
@@ -171,6 +175,10 @@ class Original:
         """
         trusted = self.trust_remote_code
         with self._wide_corrections():
+            if self.checkpoint.coded and not self.written_here:
+                sources = {name: LazyTensor(info) for name, info in self.checkpoint.numbers.items()}
+                kind, place = type(self._empty), device_map or device
+                return load_numbers(self.source, kind, self.plain_config, sources, dtype=dtype, device_map=place)
             return load_model(self.folder, dtype=dtype, device=device, device_map=device_map, trust_remote_code=trusted)
 
     def tokenizer(self) -> Any:

@@ -92,14 +92,14 @@ class ExpertWeights:
             return tensors_of(self._source)[path].detach().flatten().float().cpu()
         # A checkpoint may leave out a bias of zeros.
         keys = [key for key, name in self._streamed.names.items() if name == path]
-        return self.checkpoint.tensors[keys[0]].read().flatten().float() if keys else None
+        return self.checkpoint.numbers[keys[0]].read().flatten().float() if keys else None
 
     def norms(self, prefix: str) -> torch.Tensor:
         """Return the Frobenius norm of each expert of a layer on disk, float64 [E]: for layers that no text reaches."""
         stack = self.stacks[prefix]
         square = torch.zeros(stack.num_experts, dtype=torch.float64)
         for name, expert in stack.experts.items():
-            square[expert] += self.checkpoint.tensors[name].read().float().square().sum(dtype=torch.float64)
+            square[expert] += self.checkpoint.numbers[name].read().float().square().sum(dtype=torch.float64)
         for name in stack.fused:
-            square += self.checkpoint.tensors[name].read().float().square().flatten(1).sum(1, dtype=torch.float64)
+            square += self.checkpoint.numbers[name].read().float().square().flatten(1).sum(1, dtype=torch.float64)
         return square.sqrt()

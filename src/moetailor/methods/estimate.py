@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from moetailor.answers import Width
+from moetailor.answers import ANSWERS, WHOLE, Width
 from moetailor.checkpoint.facts import ModelFacts
 from moetailor.checkpoint.layout import Stack
 from moetailor.errors import PlanError, TooSmallError, did_you_mean
@@ -72,8 +72,10 @@ def estimate_plan(
         found = {s.prefix: method.estimate(s.num_experts, kept[s.prefix], facts.groups.count) for s in stacks}
         return narrowed(found) if counts_bits else found
 
+    anew = any(ANSWERS[kind].rebuilds for kind in {method.replaces_with.kind, *method.builds})
+
     def narrowed(plans: Mapping[str, LayerPlan]) -> dict[str, LayerPlan]:
-        return {s.prefix: plans[s.prefix].narrowed(None if s.index is None else width) for s in stacks}
+        return {s.prefix: _as_it_lies(plans[s.prefix], s, width, anew) for s in stacks}
 
     limit = method_budget(budget, method, facts)
     if limit.size is None:
@@ -107,6 +109,20 @@ def estimate_plan(
     )
     check_plan(plan, facts)
     return plan
+
+
+def _as_it_lies(plan: LayerPlan, stack: Stack, width: Width | None, anew: bool) -> LayerPlan:
+    """Return an estimate with the bytes that its experts take at most.
+
+    Args:
+        plan: the estimate.
+        stack: its layer.
+        width: how all that stays is to lie.
+        anew: whether the method may compute experts anew: beside codes they lie as numbers.
+    """
+    if stack.index is None or plan.untouched:
+        return plan if stack.index is None else plan.narrowed(width)
+    return plan.narrowed(WHOLE if width is None and anew and stack.lies != "plain" else width)
 
 
 def layer_nbytes(facts: ModelFacts, estimate: Plan, budget: Budget, method: Method) -> dict[str, int]:
@@ -165,6 +181,9 @@ def allocation_bounds(
 
 def method_budget(budget: Budget, method: Method, facts: ModelFacts) -> Budget:
     """Return the budget as a method takes it: bytes on disk where it is one of memory, or of a share of bytes."""
+    lies = next((stack.lies for stack in facts.stacks if stack.lies != "plain"), None)
+    if budget.memory is not None and lies:
+        raise PlanError(f"--memory: experts are {lies}, and what they take in memory is up to the engine; give --size")
     router = sum(stack.num_experts * stack.slot_bytes for stack in facts.stacks)
     within = budget.in_bytes(facts.nbytes).on_disk(facts.dtypes, {stack.dtype for stack in facts.stacks}, router)
     return within.of_total(facts.nbytes) if method.remove_counts_bytes else within

@@ -101,7 +101,9 @@ def make_plan(
         least = (limit.size or estimate.nbytes) - sum(shares.values()) + error.least
         told = f"{budget}: {error}; that makes {least:,} bytes in all: ask for at least that"
         raise TooSmallError(told, least) from None
-    decided = {stack.prefix: plan.narrowed(width) for stack, plan in zip(stacks, plans, strict=True)}
+    narrow = {stack.prefix: plan.narrowed(width) for stack, plan in zip(stacks, plans, strict=True)}
+    coded = {stack.prefix for stack in stacks if stack.lies != "plain"}
+    decided = {name: plan.beside_codes() if name in coded else plan for name, plan in narrow.items()}
     for stack in facts.stacks:
         if stack.index is None and stack.prefix in estimate.layers:
             decided[stack.prefix] = _plan_unrun(
@@ -116,6 +118,11 @@ def make_plan(
         layers={prefix: layer for prefix, layer in decided.items() if not layer.untouched},
     )
     check_plan(plan, facts)
+    if plan.nbytes > facts.nbytes and coded:
+        told = f"the result has {plan.nbytes:,} bytes, the original {facts.nbytes:,}"
+        lies = next(stack.lies for stack in stacks if stack.prefix in coded)
+        why = f"what is computed anew lies in 16 bits, other experts are {lies}; --bits makes all smaller"
+        warnings.warn(f"{told}: {why}", MoetailorWarning, stacklevel=2)
     if not plan.layers and budget.remove != 0:
         told = f"{plan.budget}: takes no expert from any layer of {max(s.num_experts for s in facts.stacks)}"
         warnings.warn(f"{told}; the result will be the original", MoetailorWarning, stacklevel=2)

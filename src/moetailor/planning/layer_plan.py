@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Annotated, Any, TypeVar
 
-from moetailor.answers import ANSWERS, Answer, Drop, Keep, Merged, Packed, Remap, SlotMap, Width
+from moetailor.answers import ANSWERS, WHOLE, Answer, Drop, Keep, Merged, Packed, Remap, SlotMap, Width
 from moetailor.answers.groups import MOST_SLOTS, read_groups, write_groups
 from moetailor.checkpoint.experts import ExpertShape
 from moetailor.errors import PlanError
@@ -82,6 +82,11 @@ class LayerPlan:
     def narrowed(self, width: Width | None) -> LayerPlan:
         """Return the plan with the whole pool in one width; itself for None."""
         return self if width is None else replace(self, widths=dict.fromkeys(self.pool, width))
+
+    def beside_codes(self) -> LayerPlan:
+        """Return the plan for a layer whose experts lie as codes: those computed anew lie beside as numbers."""
+        anew = {expert: WHOLE for expert in self.rebuilt if expert not in self.widths}
+        return replace(self, widths=anew | dict(self.widths)) if anew else self
 
     @property
     def kept_slots(self) -> list[int]:

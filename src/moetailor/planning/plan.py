@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypedDict
@@ -91,6 +91,16 @@ class Plan:
     def _plan_of(self, prefix: str, experts: int) -> list[int]:
         plan = self.layers.get(prefix)
         return list(range(experts)) if plan is None else plan.pool
+
+    def for_model(self, model: ModelFacts) -> Plan:
+        """Return the plan for a model of the same shapes, whose experts may lie otherwise.
+
+        Args:
+            model: its facts.
+        """
+        coded = {stack.prefix for stack in model.stacks if stack.lies != "plain"}
+        layers = {name: plan.beside_codes() if name in coded else plan for name, plan in self.layers.items()}
+        return replace(self, model=model, layers=layers)
 
     def to_json(self) -> dict:
         """Return the plan as JSON values."""

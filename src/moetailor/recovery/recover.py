@@ -113,6 +113,7 @@ def recover(
     train, callbacks = words_of(train), list(callbacks)
     words, objective = _check(train, loss, options, teacher, held_out)
     source = Original(model, takes="results", trust_remote_code=trust_remote_code)
+    _refuse_codes(source)
     wanted = objective.needs_teacher or callbacks or options.anneal
     original = None
     if teacher is not None and wanted:
@@ -272,6 +273,15 @@ def _settings(
         "dtype": dtype,
         "processes": PartialState().num_processes,
     }
+
+
+def _refuse_codes(source: Original) -> None:
+    """Refuse weights that are no numbers which an optimizer can move."""
+    if coded := next(iter(source.checkpoint.coded.values()), None):
+        raise MoetailorError(
+            f"{source.source}: weights lie as codes ({coded.lies}), and only numbers are trained; recover a result of "
+            "the bf16 or fp32 original"
+        )
 
 
 def _result(

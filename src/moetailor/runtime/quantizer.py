@@ -6,6 +6,7 @@ weights come, so weight conversion, device maps, PEFT and saving stay transforme
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -16,14 +17,18 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from moetailor.answers import SlotMap
 from moetailor.answers.slot_map import CURE
 from moetailor.checkpoint.anatomy import Anatomy, discover
+from moetailor.checkpoint.coded import described_ways, ways_in
 from moetailor.checkpoint.config import original_config
 from moetailor.checkpoint.family import QUANT_METHOD
+from moetailor.checkpoint.storage import Quantized
 from moetailor.errors import CheckpointError
+from moetailor.runtime.decode import Decode
 from moetailor.runtime.experts import CompressedExperts
 from moetailor.runtime.reshape import LayerChange, reshape_model
 from moetailor.schema import read
 
-FORMAT_VERSION = 1
+# The second version holds what stays of a quantized original as codes; all else is of the first.
+FORMAT_VERSION = 2
 
 
 class MoetailorConfig(QuantizationConfigMixin):
@@ -32,9 +37,14 @@ class MoetailorConfig(QuantizationConfigMixin):
     Args:
         layers: decoder layer -> slot map, see `SlotMap.to_json`.
         version: version of the format.
+        source: the `quantization_config` of a quantized original, whose codes stay.
     """
 
-    def __init__(self, layers: dict[str, dict] | None = None, version: int = FORMAT_VERSION, **kwargs: Any) -> None:
+    source: dict | None = None
+
+    def __init__(
+        self, layers: dict[str, dict] | None = None, version: int = 1, source: dict | None = None, **kwargs: Any
+    ) -> None:
         if type(version) is not int or version > FORMAT_VERSION:
             raise CheckpointError(
                 f"the checkpoint is of moetailor format {version}, this moetailor reads up to {FORMAT_VERSION}; "
@@ -43,11 +53,14 @@ class MoetailorConfig(QuantizationConfigMixin):
         self.quant_method: Any = QUANT_METHOD
         self.version = version
         self.layers = layers or {}
+        if source:
+            self.source = source
 
     @classmethod
-    def of(cls, maps: dict[int, SlotMap]) -> MoetailorConfig:
+    def of(cls, maps: dict[int, SlotMap], source: dict | None = None) -> MoetailorConfig:
         """Return the entry for some slot maps."""
-        return cls(layers={str(layer): slot_map.to_json() for layer, slot_map in maps.items()})
+        layers = {str(layer): slot_map.to_json() for layer, slot_map in maps.items()}
+        return cls(layers=layers, version=2 if source else 1, source=source)
 
     def slot_maps(self) -> dict[int, SlotMap]:
         """Return the slot maps by decoder layer."""
@@ -64,10 +77,27 @@ class MoetailorQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         reshape_loaded(model, self.quantization_config.slot_maps())
+        if self.quantization_config.source:
+            # Each parameter that may lie as codes, with the parts that transformers must gather for it.
+            self.serialized_names = described_ways(self.ways)
         return model
+
+    @cached_property
+    def ways(self) -> list[Quantized]:
+        """The ways in which weights of a quantized original may lie; none of any other."""
+        return ways_in({"quantization_config": vars(self.quantization_config)})
+
+    def get_load_operations(self) -> dict:
+        """Return what turns the codes of a quantized original into numbers."""
+        return {"deserialize": Decode, "dequantize": Decode} if self.quantization_config.source else {}
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         fill_maps(model)
+        if self.quantization_config.source:
+            # What was loaded are numbers, and so is what is saved of it, by the family's own rules.
+            del self.quantization_config.source
+            self.quantization_config.version = 1
+            model._weight_conversions = None
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:

@@ -157,10 +157,11 @@ def _packed(view: LayerView, layer: LayerPlan, rebuilt: Tensors, rounding: Round
             for name, stack in rebuilt.items() if expert in layer.rebuilt else ():
                 matrices[name][row] = stack[layer.rebuilt.index(expert)]
         storages, slots = width.storages(view.shape), [behind[expert] for expert in experts]
-        for name, codes in quantized(view, slots, matrices, storages, dtype=dtype, rounding=rounding).items():
+        rounded = quantized(view, slots, matrices, storages, dtype=dtype, rounding=rounding) if storages else {}
+        for name, codes in rounded.items():
             found |= {f"{width.stem}_{name}{suffix}": part for suffix, part in storages[name].pack(codes).items()}
-        biases = matrices.keys() - storages.keys()
-        found |= {f"{width.stem}_{name}": matrices[name].to(dtype) for name in biases}
+        plain = matrices.keys() - storages.keys()
+        found |= {f"{width.stem}_{name}": matrices[name].to(dtype) for name in plain}
     return found
 
 

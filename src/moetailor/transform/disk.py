@@ -102,8 +102,8 @@ def apply_to_checkpoint(
     if unknown := plan.layers.keys() - {stack.prefix for stack in facts.stacks}:
         raise PlanError(f"{checkpoint.source}: has no {', '.join(sorted(unknown))}, which the plan changes")
     # Other weights of the same shapes may have another dtype, hence other bytes; of the same ones the name is kept.
-    if plan.model.stacks != facts.stacks or plan.model.nbytes != facts.nbytes:
-        plan = replace(plan, model=facts)
+    same = plan.model.stacks == facts.stacks and plan.model.nbytes == facts.nbytes
+    plan = plan.for_model(plan.model if same else facts)
     if gguf_recipe is not None:
         if format not in ("auto", "native"):
             raise PlanError(f"--gguf-recipe: llama.cpp loads native results; leave --format {format} out")

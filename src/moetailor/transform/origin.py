@@ -46,8 +46,10 @@ def unlike(config: Any, other: Any) -> str | None:
         if mine != theirs:
             return f"{what}: {theirs}, the model's: {mine}"
     count = family.expert_count_spellings(config)
-    plain = getattr(config, "quantization_config", None) is None
-    if plain and count and getattr(config, count[0]) > getattr(other, count[0], 0):
+    # Slot maps may give a result of moetailor's own form any number of experts.
+    entry = getattr(config, "quantization_config", None)
+    method = entry.get("quant_method") if isinstance(entry, dict) else getattr(entry, "quant_method", None)
+    if method != family.QUANT_METHOD and count and getattr(config, count[0]) > getattr(other, count[0], 0):
         return f"experts: {getattr(other, count[0], 0)}, the model's: {getattr(config, count[0])}"
     return None
 

@@ -55,10 +55,13 @@ def shards_of(parts: Parts, placed: Callable[[Parts, DiskStack], list[Piece]] = 
         parts: what the result is put together from.
         placed: gives what the answers of a layer store under its names in the result.
     """
-    owner = {name: stack for stack in parts.stacks.values() for name in [*stack.experts, *stack.fused, *stack.slots]}
+    numbers, owner = parts.checkpoint.numbers, {}
+    for stack in parts.stacks.values():
+        for name in [*stack.experts, *stack.fused, *stack.slots]:
+            owner |= {info.name: (stack, name) for info in numbers[name].stored}
     shards: dict[Path, list[Piece]] = defaultdict(list)
     for info in sorted(parts.checkpoint.tensors.values(), key=lambda info: (info.file, info.offset)):
-        piece = _piece(parts, info, owner.get(info.name))
+        piece = _piece(parts, info, *owner.get(info.name, (None, info.name)))
         if piece is not None:
             shards[info.file].append(piece)
     for stack in parts.stacks.values():
@@ -68,18 +71,25 @@ def shards_of(parts: Parts, placed: Callable[[Parts, DiskStack], list[Piece]] = 
     return [shards[file] for file in sorted(shards)]
 
 
-def _piece(parts: Parts, info: TensorInfo, stack: DiskStack | None) -> Piece | None:
-    """Return what stays of a tensor of the original; None where nothing does."""
+def _piece(parts: Parts, info: TensorInfo, stack: DiskStack | None, name: str) -> Piece | None:
+    """Return what stays of a tensor of the original; None where nothing does.
+
+    Args:
+        parts: what the result is put together from.
+        info: the tensor.
+        stack: the layer whose experts or slots it belongs to, if any.
+        name: of the weight that it is, or is a part of.
+    """
     layer = parts.plan.layers.get(stack.prefix) if stack else None
     if stack is None or layer is None:
         return whole(info)
-    if info.name in stack.slots:
-        return rows(info, stack.slots[info.name], layer.kept_slots)
-    if info.name in stack.fused:
+    if name in stack.slots:
+        return rows(info, stack.slots[name], layer.kept_slots)
+    if name in stack.fused:
         anew = [expert for expert in layer.rebuilt if expert in layer.plain]
         other = {expert: (parts.rebuilt[info.name], row) for row, expert in enumerate(anew)}
-        return rows(info, stack.fused[info.name], layer.plain, other) if layer.plain else None
-    expert = stack.experts[info.name]
+        return rows(info, stack.fused[name], layer.plain, other) if layer.plain else None
+    expert = stack.experts[name]
     if expert not in layer.plain:
         return None
     name = stack.renamed(info.name, layer.plain.index(expert))

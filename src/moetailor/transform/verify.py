@@ -55,8 +55,7 @@ def run_once(result: Original, progress: Progress | None = None) -> None:
         CheckpointError: names or shapes are not as planned, or a weight or what layers and head give is not finite.
     """
     checkpoint, folder = result.checkpoint, result.folder
-    entry = checkpoint.config["quantization_config"] if result.written_here else None
-    maps = {} if entry is None else MoetailorConfig(layers=entry["layers"], version=entry["version"]).slot_maps()
+    maps = MoetailorConfig(**checkpoint.config["quantization_config"]).slot_maps() if result.written_here else {}
 
     def check_part(part: nn.Module) -> None:
         fill_maps(part)
@@ -71,7 +70,7 @@ def run_once(result: Original, progress: Progress | None = None) -> None:
     )
     named = (name for name, module in source.model.named_modules() if isinstance(module, CompressedExperts))
     paths = tuple(f"{name}." for name in named)
-    lost = [name for name in checkpoint.tensors if name.startswith(paths) and name not in source.names]
+    lost = [name for name in checkpoint.numbers if name.startswith(paths) and name not in source.names]
     if lost:
         raise CheckpointError(f"{folder}: {len(lost)} tensors have no place in the model, first {lost[0]}")
     ids = torch.arange(16)[None] % result.config.vocab_size

@@ -1,7 +1,13 @@
 """How a tensor may lie in a checkpoint and in a module: one file for each way, registered by being imported here."""
 
+from moetailor.checkpoint.storage import awq as awq
+from moetailor.checkpoint.storage import compressed as compressed
+from moetailor.checkpoint.storage import fp8 as fp8
+from moetailor.checkpoint.storage import gptq as gptq
+from moetailor.checkpoint.storage import mxfp4 as mxfp4
 from moetailor.checkpoint.storage import plain as plain
 from moetailor.checkpoint.storage.integers import Integers
+from moetailor.checkpoint.storage.quantized import READERS, Quantized, ways_of
 from moetailor.checkpoint.storage.storage import STORAGES, Storage, TensorSpec, find_storage
 
-__all__ = ["STORAGES", "Integers", "Storage", "TensorSpec", "find_storage"]
+__all__ = ["READERS", "STORAGES", "Integers", "Quantized", "Storage", "TensorSpec", "find_storage", "ways_of"]

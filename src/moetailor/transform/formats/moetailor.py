@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from moetailor.checkpoint.coded import source_entry
 from moetailor.planning.plan import Plan
 from moetailor.runtime.quantizer import MoetailorConfig
 from moetailor.transform.formats.format import Format, register_format
@@ -28,12 +29,11 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
         """Refuse nothing."""
 
     def config(self, original: dict, config: Any, plan: Plan) -> dict:
-        """Return the config with the slot maps as its quantization."""
+        """Return the config with the slot maps as its quantization, and in them how the original's weights lie."""
         if not plan.layers:
             return original
-        entry = MoetailorConfig.of(plan.slot_maps)
-        quantization = {"quant_method": entry.quant_method, "version": entry.version, "layers": entry.layers}
-        return original | {"quantization_config": quantization}
+        entry = MoetailorConfig.of(plan.slot_maps, source=source_entry(original))
+        return original | {"quantization_config": entry.to_dict()}
 
 
 register_format(Moetailor())
