@@ -6,7 +6,7 @@ import torch
 from moetailor.answers import Width
 from moetailor.checkpoint.storage import Integers
 from moetailor.checkpoint.storage.integers import Codes
-from moetailor.fitting.gptq import DAMPING, gptq
+from moetailor.fitting.gptq import BLOCK, DAMPING, Seen, gptq
 from moetailor.fitting.widths import RIDGE, quantized
 from support.layers import layer_of_tokens, random_experts
 
@@ -39,8 +39,17 @@ def moments(count: int, width: int) -> torch.Tensor:
 def test_it_is_optimal_brain_quantization(bits: int, symmetric: bool) -> None:
     storage = Integers(bits=bits, group=8, symmetric=symmetric)
     weight, moment = torch.randn(3, 5, 22), moments(3, 22)
-    codes = gptq(weight, moment, storage, torch.float32)
+    codes = gptq(weight, Seen.of(moment), storage, torch.float32)
     for n in range(3):
+        expected = input_by_input(weight[n], moment[n], storage)
+        torch.testing.assert_close(storage.numbers(codes)[n], expected.float(), rtol=1e-3, atol=1e-3)
+
+
+def test_a_group_of_several_blocks_is_no_other() -> None:
+    storage, width = Integers(bits=8, group=128, symmetric=False), 2 * BLOCK + 7
+    weight, moment = torch.randn(2, 4, width), moments(2, width)
+    codes = gptq(weight, Seen.of(moment), storage, torch.float32)
+    for n in range(2):
         expected = input_by_input(weight[n], moment[n], storage)
         torch.testing.assert_close(storage.numbers(codes)[n], expected.float(), rtol=1e-3, atol=1e-3)
 
@@ -56,14 +65,14 @@ def test_outputs_err_less_than_with_the_nearest_codes(bits: int) -> None:
 
     scale, zero = storage.fit(weight, torch.ones(48), torch.float32)
     nearest = storage.numbers(Codes(code=storage.round(weight, scale, zero), scale=scale, zero=zero))
-    assert error(storage.numbers(gptq(weight, moment, storage, torch.float32))) < 0.7 * error(nearest)
+    assert error(storage.numbers(gptq(weight, Seen.of(moment), storage, torch.float32))) < 0.7 * error(nearest)
 
 
 def test_moments_that_say_nothing_of_some_directions_do_no_harm() -> None:
     storage, weight = Integers(bits=4, group=16, symmetric=False), torch.randn(2, 6, 32)
     x = torch.randn(2, 3, 32)  # fewer tokens than inputs
     for moment in (x.transpose(1, 2) @ x, torch.zeros(2, 32, 32)):
-        found = storage.numbers(gptq(weight, moment, storage, torch.float32))
+        found = storage.numbers(gptq(weight, Seen.of(moment), storage, torch.float32))
         assert float((found - weight).abs().max()) < float(weight.abs().max())
 
 

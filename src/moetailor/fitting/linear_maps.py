@@ -16,8 +16,9 @@ from moetailor.fitting.reduced_rank import Regression, shared_inputs
 from moetailor.planning.layer_plan import LayerPlan
 from moetailor.planning.view import LayerView
 
-# Where an expert has fewer tokens than this times the model's width, four folds choose instead of an eighth of them.
-SCARCE = 8
+# Where an expert has fewer tokens than this times the model's width, and than these, four folds choose instead of an
+# eighth of them.
+SCARCE, ENOUGH = 8, 2048
 
 
 def map_of_rank(rank: int, shared: bool = False) -> Answer:
@@ -59,14 +60,15 @@ def held_out_errors(layer: LayerView, expert: int, ranks: Sequence[int], ridge: 
     """
     token, gate = layer.routed(expert)
     constant = map_error(layer, expert, 0, ridge)
-    total = torch.zeros(len(ranks), dtype=torch.float64)
-    for chooses in held_out_masks(token, SCARCE * layer.sample.hidden.shape[1]):
-        regression = _regression(layer, expert, ~chooses)
-        if regression is None or not bool(chooses.any()):
+    total, x_TD = torch.zeros(len(ranks), dtype=torch.float64), _inputs(layer, token)
+    y_TD = layer.outputs(expert, token).to(x_TD.dtype)
+    weight_T = gate.double().square().to(x_TD.device)
+    for chooses in folds(layer, token):
+        held = chooses.to(x_TD.device)
+        if not bool(held.any()) or bool(held.all()):
             continue
-        weight = gate[chooses].double().square().to(layer.experts.device)
-        found = regression.solve(max(ranks), ridge)
-        errors = found.errors(_inputs(layer, token[chooses]), layer.outputs(expert, token[chooses]), weight).cpu()
+        found = Regression(x_TD[~held], y_TD[~held], weight_T[~held]).solve(max(ranks), ridge)
+        errors = found.errors(x_TD[held], y_TD[held], weight_T[held]).cpu()
         total += torch.stack([errors[min(rank, len(errors) - 1)] for rank in ranks])
     return constant * total / total[0] if float(total[0]) > 0 else torch.full_like(total, constant)
 
@@ -114,15 +116,18 @@ def build_maps(layer: LayerView, plan: LayerPlan, ridge: float, shrinkage: float
     return built | {"linear_constant": constant, "linear_in": linear_in, "linear_out": torch.cat(outputs)}
 
 
+def folds(layer: LayerView, token: torch.Tensor) -> list[torch.Tensor]:
+    """Return masks of an expert's tokens, each of those that judge what was fitted to the others, bool [T]."""
+    return held_out_masks(token, min(SCARCE * layer.sample.hidden.shape[1], ENOUGH))
+
+
 def _inputs(layer: LayerView, token: torch.Tensor) -> torch.Tensor:
     return layer.sample.hidden[token].to(layer.experts.device, torch.promote_types(layer.experts.dtype, torch.float32))
 
 
-def _regression(layer: LayerView, expert: int, which: torch.Tensor | None = None) -> Regression | None:
-    """Return the regression of an expert's outputs on its sampled tokens, or some of them; None without tokens."""
+def _regression(layer: LayerView, expert: int) -> Regression | None:
+    """Return the regression of an expert's outputs on its sampled tokens; None without tokens."""
     token, gate = layer.routed(expert)
-    if which is not None:
-        token, gate = token[which], gate[which]
     if not len(token):
         return None
     x_TD = _inputs(layer, token)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from moetailor.answers import Width
 from moetailor.checkpoint.storage.integers import Codes, Integers
-from moetailor.fitting.gptq import gptq
+from moetailor.fitting.gptq import Seen, gptq
 from moetailor.fitting.held_out import held_out
 from moetailor.planning.view import LayerView
 
@@ -24,10 +24,12 @@ Matrices = Mapping[str, torch.Tensor]
 # Bits of gate and up, and of the down projection, which wants about two more.
 PAIRS = ((8, 8), (6, 6), (5, 6), (5, 5), (4, 6), (4, 5), (4, 4), (3, 5), (3, 4), (3, 3), (2, 4), (2, 3), (2, 2))
 WIDTHS = tuple(Width(bits=bits, down=0 if down == bits else down) for bits, down in PAIRS)
+# Wider ones are not measured: each bit more takes a quarter of the noise.
+WIDEST = 5
 # What is added to the diagonal of the moments that the down projection is fitted on, as a share of its mean.
 RIDGE = 0.02
-# Experts that are computed together, and the fewest held-out tokens that judge one.
-BATCH, FEW = 16, 8
+# Experts are computed together, as many as work in so many bytes, and the fewest held-out tokens that judge one.
+TOGETHER, FEW = 2**31, 8
 
 
 def quantized(
@@ -50,14 +52,15 @@ def quantized(
         rounding: ``nearest`` takes the nearest codes, whatever the inputs are.
     """
     found: dict[str, list[Codes]] = {name: [] for name in storages}
-    for start in range(0, len(behind), BATCH):
-        some = {name: part[start : start + BATCH].float() for name, part in matrices.items()}
+    batch = _batch(layer)
+    for start in range(0, len(behind), batch):
+        some = {name: part[start : start + batch].float() for name, part in matrices.items()}
         if rounding == "nearest":
             codes = {name: storage.nearest(some[name], dtype) for name, storage in storages.items()}
         else:
-            inputs = [_inputs(layer, slots) for slots in behind[start : start + BATCH]]
-            half = _half(layer, inputs, some, storages, dtype)
-            codes = {**half.codes, "down": gptq(half.down, half.moments, storages["down"], dtype)}
+            inputs = [_inputs(layer, slots) for slots in behind[start : start + batch]]
+            half = _Batch.of(layer, some, inputs).half(storages, dtype)
+            codes = {**half.codes, "down": gptq(half.down, half.seen, storages["down"], dtype)}
         for name in storages:
             found[name].append(codes[name])
     return {name: Codes.joined(parts) for name, parts in found.items()}
@@ -73,20 +76,42 @@ def held_out_errors(layer: LayerView, widths: Sequence[Width], *, dtype: torch.d
         widths: which.
         dtype: of the scales.
     """
-    found = torch.zeros(layer.num_experts, len(widths), dtype=torch.float64)
-    for start in range(0, layer.num_experts, BATCH):
-        numbers = range(start, min(start + BATCH, layer.num_experts))
+    found, batch = torch.zeros(layer.num_experts, len(widths), dtype=torch.float64), _batch(layer)
+    for start in range(0, layer.num_experts, batch):
+        numbers = range(start, min(start + batch, layer.num_experts))
         matrices = {name: stack.float() for name, stack in layer.experts.matrices(numbers).items()}
         inputs = [_inputs(layer, {expert: 1.0}, held_out_too=False) for expert in numbers]
-        judges = [_Judge.of(layer, expert) for expert in numbers]
-        for like in {replace(width, down=0): width for width in widths}:
-            half = _half(layer, inputs, matrices, like.storages(layer.shape), dtype)
-            for at, width in enumerate(widths):
+        together, judges = _Batch.of(layer, matrices, inputs), [_Judge.of(layer, expert) for expert in numbers]
+        del inputs
+        measured = {_measured(width): None for width in widths}
+        for like in {replace(width, down=0): None for width in measured}:
+            half = together.half(like.storages(layer.shape), dtype)
+            states = [half.states(layer, number, judge.x) for number, judge in enumerate(judges)]
+            for width in measured:
                 if replace(width, down=0) == like:
                     storage = width.storages(layer.shape)["down"]
-                    down = storage.numbers(gptq(half.down, half.moments, storage, dtype)).float()
-                    found[start : start + BATCH, at] = half.errors(layer, down, judges)
+                    down = storage.numbers(gptq(half.down, half.seen, storage, dtype)).float()
+                    biases = matrices.get("down_bias", [None] * len(judges))
+                    each = zip(judges, states, down, biases, strict=True)
+                    shares = [judge.share(F.linear(state, one, bias)) for judge, state, one, bias in each]
+                    for at, wanted in enumerate(widths):
+                        if _measured(wanted) == width:
+                            less = torch.tensor(shares, dtype=torch.float64) * 4.0 ** (width.bits - wanted.bits)
+                            found[start : start + len(shares), at] = less
     return found
+
+
+def _measured(width: Width) -> Width:
+    """Return the width whose errors say what those of another one are."""
+    return replace(width, bits=WIDEST) if width.bits > WIDEST and not width.down else width
+
+
+def _batch(layer: LayerView) -> int:
+    """Return how many experts are computed together."""
+    width, inner = layer.shape.width, layer.shape.intermediate
+    tokens = len(layer.sample.key) * layer.top_k // layer.num_experts + width
+    numbers = 4 * width**2 + 4 * inner**2 + 12 * width * inner + tokens * (width + 2 * inner)
+    return max(1, TOGETHER // (4 * numbers))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,22 +122,61 @@ class _Half:
         codes: those of the matrices that are.
         matrices: all, with what the codes stand for.
         down: down projections for what they then give, [n, D, F].
-        moments: of that, [n, F, F].
+        seen: what is known of that.
     """
 
     codes: Mapping[str, Codes]
     matrices: Matrices
     down: torch.Tensor
-    moments: torch.Tensor
+    seen: Seen
 
-    def errors(self, layer: LayerView, down: torch.Tensor, judges: Sequence[_Judge]) -> torch.Tensor:
-        """Return what is lost with some down projections, float64 [n]."""
-        found = torch.zeros(len(judges), dtype=torch.float64)
-        for number, judge in enumerate(judges):
-            mine = {name: part[number] for name, part in self.matrices.items()}
-            given = F.linear(layer.experts.hidden(mine, judge.x), down[number], mine.get("down_bias"))
-            found[number] = judge.share(given)
-        return found
+    def states(self, layer: LayerView, number: int, x: torch.Tensor) -> torch.Tensor:
+        """Return what an expert's down projection gets, [T, F]."""
+        return layer.experts.hidden({name: part[number] for name, part in self.matrices.items()}, x)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Batch:
+    """Experts that are rounded together, and what does not depend on the width.
+
+    Attributes:
+        layer: the layer.
+        matrices: theirs, stacked.
+        inputs: of each, [T, D], and what an error weighs there, [T].
+        given: what the down projection of each gets, [T, F].
+        seen: what is known of the inputs.
+    """
+
+    layer: LayerView
+    matrices: Matrices
+    inputs: Sequence[tuple[torch.Tensor, torch.Tensor]]
+    given: Sequence[torch.Tensor]
+    seen: Seen
+
+    @classmethod
+    def of(cls, layer: LayerView, matrices: Matrices, inputs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> _Batch:
+        each = [{name: part[number] for name, part in matrices.items()} for number in range(len(inputs))]
+        given = [layer.experts.hidden(own, x) for own, (x, _) in zip(each, inputs, strict=True)]
+        seen = Seen.of(torch.stack([_moment(x, x, weight) for x, weight in inputs]))
+        return cls(layer=layer, matrices=matrices, inputs=inputs, given=given, seen=seen)
+
+    def half(self, storages: Mapping[str, Integers], dtype: torch.dtype) -> _Half:
+        """Round gate and up projections, and fit down projections to what they then give.
+
+        Args:
+            storages: how each matrix lies; gate and up alike.
+            dtype: of the scales.
+        """
+        names, down, storage = self.layer.experts.inputs, self.matrices["down"], storages["up"]
+        # They have the same inputs, so their outputs are as those of one matrix.
+        both = gptq(torch.cat([self.matrices[name] for name in names], 1), self.seen, storage, dtype)
+        codes = dict(zip(names, both.split(len(names)), strict=True))
+        rounded = dict(self.matrices) | {name: storage.numbers(part).float() for name, part in codes.items()}
+        own, cross = (down.new_empty(len(down), down.shape[2], down.shape[2]) for _ in range(2))
+        for number, (x, weight) in enumerate(self.inputs):
+            now = self.layer.experts.hidden({name: part[number] for name, part in rounded.items()}, x)
+            own[number], cross[number] = _moment(now, now, weight), _moment(self.given[number], now, weight)
+        return _Half(codes=codes, matrices=rounded, down=_refitted(down, own, cross), seen=Seen.of(own))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,35 +205,6 @@ class _Judge:
     def share(self, given: torch.Tensor) -> float:
         """Return the squared error of some outputs over that of the constant."""
         return float((self.weight * (self.y - given.double()).square()).sum()) / self.constant if self.constant else 0.0
-
-
-def _half(
-    layer: LayerView,
-    inputs: Sequence[tuple[torch.Tensor, torch.Tensor]],
-    matrices: Matrices,
-    storages: Mapping[str, Integers],
-    dtype: torch.dtype,
-) -> _Half:
-    """Round gate and up projections, and fit down projections to what they then give.
-
-    Args:
-        layer: the layer.
-        inputs: of each expert, and what an error weighs there.
-        matrices: the experts', stacked.
-        storages: how each matrix lies.
-        dtype: of the scales.
-    """
-    experts, down = layer.experts, matrices["down"]
-    moments = torch.stack([_moment(x, x, weight) for x, weight in inputs])
-    codes = {name: gptq(matrices[name], moments, storages[name], dtype) for name in experts.inputs}
-    rounded = dict(matrices) | {name: storages[name].numbers(codes[name]).float() for name in codes}
-    own, cross = (down.new_empty(len(down), down.shape[2], down.shape[2]) for _ in range(2))
-    for number, (x, weight) in enumerate(inputs):
-        was, now = (
-            experts.hidden({name: part[number] for name, part in given.items()}, x) for given in (matrices, rounded)
-        )
-        own[number], cross[number] = _moment(now, now, weight), _moment(was, now, weight)
-    return _Half(codes=codes, matrices=rounded, down=_refitted(down, own, cross), moments=own)
 
 
 def _inputs(
@@ -216,4 +251,5 @@ def _refitted(down: torch.Tensor, own: torch.Tensor, cross: torch.Tensor) -> tor
     # W* = W (C_hh' + l I) (C_h'h' + l I)^-1
     more = RIDGE * own.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
     ridge = more[:, None, None] * torch.eye(own.shape[-1], device=own.device)
-    return torch.linalg.solve(own + ridge, (down @ (cross + ridge)).transpose(1, 2)).transpose(1, 2)
+    factor = torch.linalg.cholesky(own + ridge)
+    return torch.cholesky_solve((down @ (cross + ridge)).transpose(1, 2), factor).transpose(1, 2)

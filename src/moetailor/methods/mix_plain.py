@@ -16,7 +16,6 @@ from moetailor.answers import Answer, Constant, Drop, Keep, Linear, LowRank, Rem
 from moetailor.fitting import linear_maps, low_rank
 from moetailor.fitting.averages import Matrices
 from moetailor.fitting.distances import functional_distances
-from moetailor.fitting.held_out import held_out_masks
 from moetailor.fitting.menu import Menu, cheapest
 from moetailor.fitting.whitened import approximate
 from moetailor.planning.layer_plan import LayerPlan
@@ -183,7 +182,7 @@ def _errors(layer: LayerView, expert: int, base: Matrices, slots: Sequence[Answe
     token, gate = layer.routed(expert)
     matrices = layer.experts.expert(expert)
     total, constant = torch.zeros(len(low), dtype=torch.float64), 0.0
-    for chooses in held_out_masks(token, linear_maps.SCARCE * layer.sample.hidden.shape[1]):
+    for chooses in linear_maps.folds(layer, token):
         if not bool(chooses.any()) or bool(chooses.all()):
             continue
         weight = gate.double().square()[:, None].to(layer.experts.device)

@@ -17,7 +17,7 @@ from moetailor.checkpoint.storage.storage import Storage, register_storages
 
 BITS = range(2, 9)
 # Shares of a group's range that its codes may cover.
-CLIPS = torch.linspace(1.0, 0.6, 17)
+CLIPS = torch.linspace(1.0, 0.6, 9)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +40,12 @@ class Codes:
         zeros = [part.zero for part in parts if part.zero is not None]
         code, scale = torch.cat([part.code for part in parts]), torch.cat([part.scale for part in parts])
         return cls(code=code, scale=scale, zero=torch.cat(zeros) if zeros else None)
+
+    def split(self, count: int) -> list[Codes]:
+        """Return as many matrices with an equal share of the outputs each."""
+        zeros = [None] * count if self.zero is None else self.zero.chunk(count, 1)
+        parts = zip(self.code.chunk(count, 1), self.scale.chunk(count, 1), zeros, strict=True)
+        return [Codes(code=code, scale=scale, zero=zero) for code, scale, zero in parts]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,8 +147,11 @@ class Integers(Storage):
             zero: [n, O, G].
         """
         at = weight / self.spread(scale.float(), weight.shape[-1])
-        at = at.round() if zero is None else (at + self.spread(zero.float(), weight.shape[-1])).round()
-        return at.clamp(-(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1).to(torch.int8)
+        return self.codes_at(at if zero is None else at + self.spread(zero.float(), weight.shape[-1])).to(torch.int8)
+
+    def codes_at(self, at: torch.Tensor) -> torch.Tensor:
+        """Return the codes next to some numbers, as numbers."""
+        return at.round().clamp_(-(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1)
 
     def nearest(self, weight: torch.Tensor, dtype: torch.dtype) -> Codes:
         """Return the nearest codes of some matrices, each group's scale searched; one matrix at a time, for memory.
