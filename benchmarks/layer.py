@@ -1,4 +1,4 @@
-"""What merging and fitting cost on one layer with the shapes of OLMoE-1B-7B: 64 experts to 32, random weights.
+"""What choosing, rounding, merging and fitting cost on one layer with the shapes of a known model, random weights.
 
 Each method plans and builds in a process of its own. Beside its seconds stands what its matrix products alone would
 take at the float32 rate of this machine, measured in the same process on products of the layer's own shapes, and the
@@ -21,9 +21,12 @@ import torch
 
 from measure import provenance, run_process
 
-EXPERTS, KEEP, TOP_K, WIDTH, INNER = 64, 32, 8, 2048, 1024
+# Experts, top-k, width and expert width; of DeepSeek-V3 a sixteenth of the experts.
+SHAPES = {"olmoe": (64, 8, 2048, 1024), "qwen3-30b": (128, 8, 2048, 768), "deepseek-v3": (16, 2, 7168, 2048)}
 BEST_MERGE = {"fit": "ridge", "target": "gated", "features": "best"}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "auto": ("auto", {}),
+    "quantize, 4 bits": ("quantize", {}),
     "mergemoe, ridge, gated, centre": ("mergemoe", BEST_MERGE | {"features": "centre"}),
     "mergemoe, ridge, gated, best features": ("mergemoe", BEST_MERGE),
     "mergemoe, ridge, gated, centre, by outputs": (
@@ -35,39 +38,42 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def layer_view(tokens: int) -> Any:
-    """Return a layer with random weights, a random sample, and the sums that go with it."""
+def layer_view(tokens: int, shape: str, device: str) -> Any:
+    """Return a layer with random weights, a random sample, and the sums that go with it; half of its bytes may stay."""
     from transformers.models.olmoe.configuration_olmoe import OlmoeConfig
     from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
+    from moetailor.calibration.effects import Prices
     from moetailor.calibration.statistics import Sample, Sums
     from moetailor.checkpoint.experts import ExpertShape
     from moetailor.planning.view import LayerView
 
-    generator = torch.Generator().manual_seed(0)
-    sizes = {"hidden_size": WIDTH, "intermediate_size": INNER, "num_experts": EXPERTS, "num_experts_per_tok": TOP_K}
+    generator, (experts, top_k, width, inner) = torch.Generator().manual_seed(0), SHAPES[shape]
+    sizes = {"hidden_size": width, "intermediate_size": inner, "num_experts": experts, "num_experts_per_tok": top_k}
     module = OlmoeExperts(OlmoeConfig(**sizes))
     for parameter in module.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator) * 0.02
         parameter.requires_grad_(False)
-    logits = torch.randn(tokens, EXPERTS, generator=generator)
-    gate, index = logits.softmax(1).topk(TOP_K, 1)
-    hidden = torch.randn(tokens, WIDTH, generator=generator)
+    module.to(device)
+    logits = torch.randn(tokens, experts, generator=generator)
+    gate, index = logits.softmax(1).topk(top_k, 1)
+    hidden = torch.randn(tokens, width, generator=generator)
     sample = Sample(key=torch.arange(tokens), hidden=hidden, index=index.int(), gate=gate, logits=logits)
-    sums = Sums.zeros(EXPERTS, WIDTH)
+    sums = Sums.zeros(experts, width)
     sums.tokens += tokens
-    sums.count += torch.bincount(index.flatten(), minlength=EXPERTS)
+    sums.count += torch.bincount(index.flatten(), minlength=experts)
     for name, values in (("gate", gate), ("gate_sq", gate.square()), ("gate_sq_norm_sq", gate.square())):
         getattr(sums, name).index_add_(0, index.flatten(), values.flatten().double())
-    expert_bytes = 3 * WIDTH * INNER * 4
+    expert_bytes = 3 * width * inner * 4
     return LayerView(
         index=0,
-        num_experts=EXPERTS,
-        top_k=TOP_K,
+        num_experts=experts,
+        top_k=top_k,
         groups=1,
-        nbytes=KEEP * (expert_bytes + (1 + 2 * 32) * WIDTH * 4),
+        nbytes=experts // 2 * (expert_bytes + (1 + 2 * 32) * width * 4),
         expert_bytes=expert_bytes,
-        shape=ExpertShape(width=WIDTH, intermediate=INNER),
+        shape=ExpertShape(width=width, intermediate=inner),
+        prices=Prices(coarse={0: 1e-3}, noise={0: 1e-3}, flips={0: 1e-3}, together=()),
         read_sums=lambda: sums,
         read_sample=lambda: sample,
         read_correction=lambda: None,
@@ -75,39 +81,50 @@ def layer_view(tokens: int) -> Any:
     )
 
 
-def matrix_rate() -> float:
+def matrix_rate(shape: str, device: str) -> float:
     """Return float32 operations a second of the products of an expert on 4,096 tokens, the best of five."""
-    x, weight = torch.randn(4096, WIDTH), torch.randn(INNER, WIDTH)
+    _, _, width, inner = SHAPES[shape]
+    x, weight = torch.randn(4096, width, device=device), torch.randn(inner, width, device=device)
     best = float("inf")
     for _ in range(5):
-        began = time.perf_counter()
+        began = now(device)
         torch.nn.functional.linear(x, weight)
-        best = min(best, time.perf_counter() - began)
-    return 2 * 4096 * WIDTH * INNER / best
+        best = min(best, now(device) - began)
+    return 2 * 4096 * width * inner / best
 
 
-def measure(name: str, tokens: int) -> dict[str, float]:
+def now(device: str) -> float:
+    """Return the time when all that was asked of the device is done."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def measure(name: str, tokens: int, shape: str, device: str) -> dict[str, float]:
     """Plan and build once; return seconds, counted operations and the machine's rate."""
     from torch.utils.flop_counter import FlopCounterMode
 
     import moetailor
+    from moetailor.transform.build import _packed
 
     warnings.simplefilter("ignore", moetailor.MoetailorWarning)
     method = moetailor.METHODS[CASES[name][0]].of(CASES[name][1])
-    layer = layer_view(tokens)
-    rate = matrix_rate()
+    layer = layer_view(tokens, shape, device)
+    rate = matrix_rate(shape, device)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        began = time.perf_counter()
-        plan = method.plan(layer, KEEP)
-        planned = time.perf_counter()
-        method.build(layer, plan)
-        built = time.perf_counter()
-    rate = max(rate, matrix_rate())
+        began = now(device)
+        plan = method.plan(layer, layer.num_experts // 2)
+        planned = now(device)
+        given = method.build(layer, plan)
+        _packed(layer, plan, {name: given[name] for name in given if name in layer.shape.tensors}, method.rounding)
+        built = now(device)
+    rate = max(rate, matrix_rate(shape, device))
     return {
         "plan": planned - began,
         "build": built - planned,
         "operations": float(counter.get_total_flops()),
         "rate": rate,
+        "device_bytes": torch.cuda.max_memory_allocated() if device.startswith("cuda") else 0,
     }
 
 
@@ -115,23 +132,29 @@ def main() -> None:
     """Measure every case in a process of its own and print a line for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=32768, help="sampled tokens (default %(default)s)")
+    parser.add_argument("--shape", choices=SHAPES, default="olmoe", help="(default %(default)s)")
+    parser.add_argument("--device", default="cpu", help="where it is computed (default %(default)s)")
+    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), help="the cases to measure")
     parser.add_argument("--case", choices=CASES, help="measure one case in this process, and print JSON")
     options = parser.parse_args()
     if options.case:
-        print(json.dumps(measure(options.case, options.tokens)))
+        print(json.dumps(measure(options.case, options.tokens, options.shape, options.device)))
         return
     print(" ".join(f"{key} {value}" for key, value in provenance().items()))
     print(f"{'case':40} {'plan':>7} {'build':>7} {'products alone':>15} {'share':>6} {'peak':>8}")
     with tempfile.TemporaryDirectory() as scratch:
-        for name in CASES:
+        for name in options.only:
             out = Path(scratch) / "out.json"
-            script = f"{sys.executable} {__file__} --case '{name}' --tokens {options.tokens} > {out}"
+            where = f"--tokens {options.tokens} --shape {options.shape} --device {options.device}"
+            script = f"{sys.executable} {__file__} --case '{name}' {where} > {out}"
             ran = run_process(["bash", "-c", f"exec {script}"])
             found = json.loads(out.read_text())
             alone, took = found["operations"] / found["rate"], found["plan"] + found["build"]
             print(
                 f"{name:40} {found['plan']:6.1f}s {found['build']:6.1f}s {alone:14.1f}s {alone / took:6.2f} "
-                f"{ran.peak_bytes / 1e9:5.2f} GB",
+                f"{ran.peak_bytes / 1e9:5.2f} GB"
+                + f" + {found['device_bytes'] / 1e9:.2f} GB"
+                * bool(found["device_bytes"]),
                 flush=True,
             )
 

@@ -55,6 +55,7 @@ def plan(
     allocation: Allocation = "uniform",
     bits: Bits = None,
     model: Annotated[str | None, typer.Option(help="Where the weights are, if the checkpoint was moved.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; CUDA when there is one.")] = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Decide what stands behind every slot. Exactly one of --remove, --keep, --size and --memory.
@@ -84,7 +85,9 @@ def plan(
             guard_super_experts=guard_super_experts,
             allocation=allocated,
             width=width,
-            weights=moetailor.ExpertWeights(source, trust_remote_code=trust_remote_code) if source else None,
+            weights=moetailor.ExpertWeights(source, trust_remote_code=trust_remote_code, device=device)
+            if source
+            else None,
             progress=progress,
         )
     if native:

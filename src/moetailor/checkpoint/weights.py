@@ -15,6 +15,7 @@ from moetailor.checkpoint.anatomy import Anatomy, discover, tensors_of
 from moetailor.checkpoint.files import Checkpoint
 from moetailor.checkpoint.layout import DiskStack, find_stacks
 from moetailor.checkpoint.loader import StreamedModel
+from moetailor.checkpoint.models import resolve_device
 from moetailor.checkpoint.original import Original
 
 
@@ -25,6 +26,7 @@ class ExpertWeights:
         source: folder, hub name, opened checkpoint, or a model: streamed from one or in memory.
         anatomy: the MoE layers, of a model that is changed while its weights are read; else they are discovered.
         trust_remote_code: run code that comes with the checkpoint.
+        device: where weights of a checkpoint are put; CUDA when there is one.
     """
 
     def __init__(
@@ -33,9 +35,10 @@ class ExpertWeights:
         *,
         anatomy: Anatomy | None = None,
         trust_remote_code: bool = False,
+        device: str | None = None,
     ) -> None:
         self._source = source
-        self._trust = trust_remote_code
+        self._trust, self._device = trust_remote_code, device
         if anatomy is not None:
             self.anatomy = anatomy
 
@@ -56,9 +59,12 @@ class ExpertWeights:
         """The opened checkpoint."""
         return self._source.checkpoint if isinstance(self._source, StreamedModel) else self._original.checkpoint
 
-    @property
+    @cached_property
     def _streamed(self) -> StreamedModel:
-        return self._source if isinstance(self._source, StreamedModel) else self._original.skeleton
+        if isinstance(self._source, StreamedModel):
+            return self._source
+        checked, device = self._original.skeleton, torch.device(resolve_device(self._device))
+        return checked if checked.device == device else self._original.streamed(dtype=torch.float32, device=device)
 
     @cached_property
     def anatomy(self) -> Anatomy:

@@ -46,6 +46,7 @@ def make_plan(
     allocation: Allocation = "uniform",
     width: Width | None = None,
     weights: ExpertWeights | None = None,
+    device: str | None = None,
     progress: Progress | None = None,
 ) -> Plan:
     """Decide what becomes of every slot.
@@ -65,6 +66,7 @@ def make_plan(
         width: how all that stays of experts lies, in few bits: the plan is that of the method without it, and each
             expert of its pool is rounded at the end. As they lay when None.
         weights: where methods that read weights find them; the calibrated checkpoint when None.
+        device: where it computes with them; CUDA when there is one.
         progress: called with (layers done, layers in all).
 
     Raises:
@@ -76,7 +78,7 @@ def make_plan(
     if weights is None and chosen.reads_weights and not facts.source:
         raise PlanError(f"{chosen.name} reads expert weights, and the model was calibrated in memory; pass weights=")
     _check_recorded(calibration, chosen)
-    weights = weights or ExpertWeights(facts.source)
+    weights = weights or ExpertWeights(facts.source, device=device)
     given: dict[str, Any] = {"layers": layers, "protect": protected}
     estimate = estimate_plan(facts, chosen, budget, allocation=allocation, width=width, **given)
     if chosen.reads_weights:

@@ -1,0 +1,72 @@
+"""Another device than the CPU, where there is one: plans and results are those of the CPU, to rounding."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import moetailor
+from moetailor.checkpoint.files import open_checkpoint
+from support.methods import REMOVING, TINY_PARAMETERS
+from support.reference import REFERENCE
+from support.tiny import token_batches
+
+Get = Callable[[str], Path]
+GetCalibration = Callable[[str], moetailor.Calibration]
+every_device = pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA"))]
+)
+
+
+@every_device
+@pytest.mark.parametrize("method", sorted(moetailor.METHODS))
+def test_every_method_plans_and_builds_there(
+    method: str, device: str, checkpoint: Get, calibration: GetCalibration, tmp_path: Path
+) -> None:
+    measured = calibration("olmoe")
+    budget = moetailor.Budget.parse(keep=6 if method in REMOVING else 8)
+    parameters = TINY_PARAMETERS.get(method)
+    plans = [moetailor.make_plan(measured, method, budget, parameters=parameters, device=d) for d in ("cpu", device)]
+    assert [layer.pool for layer in plans[0].layers.values()] == [layer.pool for layer in plans[1].layers.values()]
+    made = []
+    for number, where in enumerate(("cpu", device)):
+        out = tmp_path / str(number)
+        moetailor.apply(plans[0], checkpoint("olmoe"), out, calibration=measured, device=where)
+        made.append({name: info.read() for name, info in open_checkpoint(out).tensors.items()})
+    assert made[0].keys() == made[1].keys()
+    for name, tensor in made[0].items():
+        if tensor.is_floating_point():
+            torch.testing.assert_close(made[1][name], tensor, rtol=1e-3, atol=1e-4)
+
+
+@every_device
+def test_bits_are_chosen_and_rounded_there(device: str, tmp_path: Path) -> None:
+    """On the reference model: nearly all codes and widths are those of the CPU, and what is lost is the same."""
+    data = moetailor.TextOptions(data=(str(REFERENCE / "calibration.jsonl"),), sequences=24, length=256)
+    held = moetailor.TextOptions(data=(str(REFERENCE / "heldout.jsonl"),), sequences=8, length=256)
+    measured = moetailor.calibrate(REFERENCE, tmp_path / "c", text=data, sensitivity=True, device=device)
+    other = moetailor.calibrate(REFERENCE, tmp_path / "o", text=data, sensitivity=True, device="cpu")
+    for index in measured.layers:
+        for name in ("gate_sq", "gate_sq_norm_sq"):
+            one, two = (getattr(each.sums(index), name) for each in (measured, other))
+            torch.testing.assert_close(one, two, rtol=1e-2, atol=1e-3)
+    assert measured.sensitivities() == pytest.approx(other.sensitivities(), rel=0.05)
+    found = {}
+    for where in ("cpu", device):
+        plan = moetailor.make_plan(measured, "auto", moetailor.Budget.parse(size="40%"), device=where)
+        out = moetailor.apply(plan, REFERENCE, tmp_path / where, calibration=measured, device=where, overwrite=True)
+        found[where] = moetailor.evaluate(out, against=REFERENCE, text=held, device=where).overall.kl.mean
+    assert found[device] == pytest.approx(found["cpu"], rel=0.1)
+
+
+@every_device
+def test_a_model_is_calibrated_there(device: str, checkpoint: Get, tmp_path: Path) -> None:
+    batches = token_batches()
+    made = moetailor.calibrate(checkpoint("olmoe"), tmp_path / "a", text=batches, device=device, stream=True)
+    other = moetailor.calibrate(checkpoint("olmoe"), tmp_path / "b", text=batches, device="cpu")
+    for index in made.layers:
+        assert torch.equal(made.sums(index).count, other.sums(index).count)
+        torch.testing.assert_close(
+            made.sums(index).gate_sq_output, other.sums(index).gate_sq_output, rtol=1e-3, atol=1e-5
+        )
