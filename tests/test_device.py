@@ -7,10 +7,9 @@ import pytest
 import torch
 
 import moetailor
-from moetailor.checkpoint.files import open_checkpoint
 from support.methods import REMOVING, TINY_PARAMETERS
 from support.reference import REFERENCE
-from support.tiny import token_batches
+from support.tiny import load, logits, token_batches
 
 Get = Callable[[str], Path]
 GetCalibration = Callable[[str], moetailor.Calibration]
@@ -33,11 +32,9 @@ def test_every_method_plans_and_builds_there(
     for number, where in enumerate(("cpu", device)):
         out = tmp_path / str(number)
         moetailor.apply(plans[0], checkpoint("olmoe"), out, calibration=measured, device=where)
-        made.append({name: info.read() for name, info in open_checkpoint(out).tensors.items()})
-    assert made[0].keys() == made[1].keys()
-    for name, tensor in made[0].items():
-        if tensor.is_floating_point():
-            torch.testing.assert_close(made[1][name], tensor, rtol=1e-3, atol=1e-4)
+        made.append(logits(load(out)))
+    # Of so few tokens some fits are nearly singular, and factors have no sign: what they give is compared.
+    assert float((made[0] - made[1]).norm() / made[0].norm()) < 0.02
 
 
 @every_device

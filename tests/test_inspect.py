@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 import moetailor
 from moetailor.checkpoint.anatomy import discover
 from moetailor.inspection.redundancy import FEW, RANKS, REMOVE, RIDGE, STAND_INS, layer_redundancy
-from moetailor.inspection.verdict import verdict, weighed
+from moetailor.inspection.verdict import spread, verdict, weighed, widths_told
 from moetailor.methods.run import view_of
 from moetailor_cli import output, redundancy
 from support.families import tiny_model
@@ -304,3 +304,29 @@ def test_inspect_refuses_what_does_not_belong_together(run, checkpoint, calibrat
     assert (code, shown) == (1, "")
     assert "not finished; run the same calibrate command again" in err
     assert "no calibration folder" in run("inspect", checkpoint("olmoe"), "--calibration", tmp_path / "none")[2]
+
+
+def test_the_spread_of_prices_is_what_mixed_widths_can_bring() -> None:
+    """Prices 1 and 16 at b bits each lose 17 x 4^-b; with one bit less and one more 1 x 4 + 16 / 4 = 8 of these."""
+    assert spread([1.0, 16.0]) == pytest.approx(17 / 8)
+    assert spread([3.0, 3.0, 0.0]) == pytest.approx(1)
+    assert spread([0.0]) == 1
+    assert "up to 2.1 times less than equal ones in the same bytes, widths by layer 1.0 times" in widths_told(
+        {"experts": 2.1, "layers": 1.0}
+    )
+    assert widths_told({"experts": 2.1, "layers": 1.0}).endswith("to mix widths is worth it.")
+    assert widths_told({"experts": 1.2, "layers": 1.1}).endswith("to mix widths is hardly worth it.")
+
+
+def test_the_spread_is_of_what_noise_in_each_expert_costs(calibration: Callable) -> None:
+    made = calibration("olmoe")
+    found = moetailor.find_redundancy(made)
+    costs = []
+    for layer in found.layers:
+        sums = made.sums(layer.layer)
+        costs += [made.prices.noise[layer.layer] * float(e) for e in sums.gate_sq_norm_sq / sums.tokens if e > 0]
+    mean = sum(costs) / len(costs)
+    assert found.spread is not None
+    assert found.spread["experts"] == pytest.approx(
+        mean / math.prod(cost ** (1 / len(costs)) for cost in costs), rel=1e-5
+    )

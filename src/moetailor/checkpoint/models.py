@@ -17,6 +17,11 @@ from moetailor.errors import CheckpointError, MoetailorError, did_you_mean, reas
 DTYPE_CHOICES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+def working_nbytes(device: torch.device) -> int:
+    """Return the bytes that work done together may take on a device: 2 GiB, and a quarter of a GPU's free memory."""
+    return torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else 2**31
+
+
 def resolve_device(name: str | None) -> str:
     """Return the device to run on: the one named, else ``cuda`` where there is one, else ``cpu``.
 

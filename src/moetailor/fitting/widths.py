@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from moetailor.answers import Width
+from moetailor.checkpoint.models import working_nbytes
 from moetailor.checkpoint.storage.integers import Codes, Integers
 from moetailor.fitting.gptq import Seen, gptq
 from moetailor.fitting.held_out import held_out
@@ -28,8 +29,8 @@ WIDTHS = tuple(Width(bits=bits, down=0 if down == bits else down) for bits, down
 WIDEST = 5
 # What is added to the diagonal of the moments that the down projection is fitted on, as a share of its mean.
 RIDGE = 0.02
-# Experts are computed together, as many as work in so many bytes, and the fewest held-out tokens that judge one.
-TOGETHER, FEW = 2**31, 8
+# The fewest held-out tokens that judge an expert.
+FEW = 8
 
 
 def quantized(
@@ -107,11 +108,11 @@ def _measured(width: Width) -> Width:
 
 
 def _batch(layer: LayerView) -> int:
-    """Return how many experts are computed together."""
+    """Return how many experts are computed together, each step of all at once: the more, the fewer the steps."""
     width, inner = layer.shape.width, layer.shape.intermediate
     tokens = len(layer.sample.key) * layer.top_k // layer.num_experts + width
     numbers = 4 * width**2 + 4 * inner**2 + 12 * width * inner + tokens * (width + 2 * inner)
-    return max(1, TOGETHER // (4 * numbers))
+    return max(1, working_nbytes(layer.experts.device) // (4 * numbers))
 
 
 @dataclass(frozen=True, kw_only=True)

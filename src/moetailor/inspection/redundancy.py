@@ -9,6 +9,7 @@ Shapes: E experts, R stand-ins (a constant, then maps of rising rank).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -19,7 +20,7 @@ from moetailor.checkpoint.weights import ExpertWeights
 from moetailor.errors import PlanError
 from moetailor.fitting.distances import functional_distances
 from moetailor.fitting.linear_maps import held_out_errors
-from moetailor.inspection.verdict import Lost, verdict, weighed
+from moetailor.inspection.verdict import Lost, spread, verdict, weighed, widths_told
 from moetailor.methods.run import check_weights, view_of
 from moetailor.planning.budget import Budget
 from moetailor.planning.view import LayerView
@@ -127,6 +128,7 @@ class Redundancy:
         layers: its MoE layers.
         lost: mean over layers of what they lose.
         kl: what the predictions are expected to lose, nats a token; None when sensitivities were not recorded.
+        spread: see `verdict.spread`, over ``experts`` and over ``layers``; None when sensitivities were not recorded.
         verdict: how far it is safe to go, in words.
     """
 
@@ -134,6 +136,7 @@ class Redundancy:
     layers: tuple[LayerRedundancy, ...]
     lost: Lost
     kl: Lost | None
+    spread: dict[str, float] | None
     verdict: str
 
     def to_json(self) -> dict:
@@ -176,13 +179,26 @@ def find_redundancy(
     # The sum over layers of sensitivity x squared error.
     costs = [(layer.sensitivity * layer.energy, layer.lost) for layer in layers if layer.sensitivity is not None]
     kl = weighed(costs) if costs else None
+    noise = None if calibration.prices is None else calibration.prices.noise
+    spreads = None if noise is None else spread_of([(noise[layer.layer], layer) for layer in layers])
     return Redundancy(
         tokens=calibration.fingerprint["text"]["counted"],
         layers=tuple(layers),
         lost=lost,
         kl=kl,
-        verdict=verdict(lost, kl),
+        spread=spreads,
+        verdict=" ".join([verdict(lost, kl), *([] if spreads is None else [widths_told(spreads)])]),
     )
+
+
+def spread_of(layers: Sequence[tuple[float, LayerRedundancy]]) -> dict[str, float]:
+    """Return how much what rounding an expert costs differs, see `spread`: an expert's noise is a share of its energy.
+
+    Args:
+        layers: what noise costs in each layer, and the layer.
+    """
+    each = [[price * expert.energy for expert in layer.experts] for price, layer in layers]
+    return {"experts": spread([cost for costs in each for cost in costs]), "layers": spread([sum(c) for c in each])}
 
 
 @torch.no_grad()
