@@ -54,7 +54,7 @@ def methods_page() -> str:
         lines += ["", f"## {found.name}", "", found.summary]
         lines += ["", *found.text.splitlines()] if found.text else []
         lines += ["", *found.about.splitlines()]
-        parameters = [f"- `{one.name}` (default `{one.default}`): {one.meaning}" for one in found.parameters]
+        parameters = [f"- `{one.name}` (default {_shown(one.default)}): {one.meaning}" for one in found.parameters]
         lines += ["", *parameters] if parameters else []
         reads = ", ".join(found.statistics) or "nothing"
         more = "; and the experts or sampled tokens" if found.reads_weights else ""
@@ -62,6 +62,10 @@ def methods_page() -> str:
         mine = [row for row in rows if row["method"] == found.name]
         lines += ["", *_table(mine)] if mine else []
     return "\n".join(lines) + "\n"
+
+
+def _shown(default: object) -> str:
+    return "empty" if default == "" else f"`{default}`"
 
 
 def _table(rows: list[dict]) -> list[str]:

@@ -119,7 +119,7 @@ def test_what_is_protected_stays_in_a_layer_that_would_keep_fewer(
 
     coarse = {first: 1e-9} | dict.fromkeys(others, 1.0)
     prices = Prices(coarse=coarse, noise=coarse, flips=coarse, together=())
-    monkeypatch.setitem(calibrated.__dict__, "prices", prices)
+    monkeypatch.setattr(moetailor.Calibration, "prices", prices)
     monkeypatch.setattr(moetailor.Calibration, "sums", sums)
     groups, experts = calibrated.model.groups.count, calibrated.model.stacks[0].num_experts
     budget = Budget.parse(keep=keep)

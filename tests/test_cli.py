@@ -159,6 +159,33 @@ def test_a_method_is_found_however_it_is_capitalised(run, tmp_path: Path) -> Non
     assert run(*words, "--method", "AUTO", "--native", "--remove", "25%")[0] == 0
 
 
+def test_uniform_layers_for_engines(run, tmp_path: Path) -> None:
+    out, words = tmp_path / "out", ["-p", "widths=8,4", "-p", "group=32", "-p", "symmetric=true", "--size", "55%"]
+    given = ["--method", "Auto", "--uniform-layers", *words, "--format", "compressed-tensors", *TEXT]
+    code, _, err = run("compress", REFERENCE, "-o", out, *given)
+    assert code == 0, err
+    folder = tmp_path / "out.calibration"
+    assert run("plan", folder, "-o", tmp_path / "plan.json", "-m", "auto", "--uniform-layers", *words)[0] == 0
+    made = moetailor.Plan.load(tmp_path / "plan.json")
+    assert made.parameters["uniform_layers"]
+    assert made.layers == moetailor.Plan.load(out / "moetailor_plan.json").layers
+    bits = [{width.bits for width in layer.widths.values()} for layer in made.layers.values()]
+    assert sorted(map(sorted, bits)) == [[4], [4], [8], [8]]
+    recipe = ["--calibration", folder, "--gguf-recipe", tmp_path / "recipe"]
+    code, _, err = run("apply", REFERENCE, tmp_path / "plan.json", "-o", tmp_path / "native", *recipe)
+    assert code == 0, err
+    types = (tmp_path / "recipe" / "tensor-types.txt").read_text().split()
+    assert sorted(line.partition("=")[2] for line in types) == ["iq4_nl"] * 6 + ["q8_0"] * 6
+    code, shown, err = run("inspect", out)
+    assert code == 0, err
+    assert "experts are int4, groups of 32, int8, groups of 32" in " ".join(shown.split())
+    code, _, err = run("evaluate", out, "--against", REFERENCE, *TEXT)
+    assert code == 0, err
+    code, _, err = run("plan", folder, "-o", tmp_path / "p.json", "-m", "reap", "--uniform-layers", "--remove", "25%")
+    assert code == 2
+    assert "--uniform-layers: says how auto chooses bits" in " ".join(err.split())
+
+
 def test_wrong_usage_exits_with_2_and_wrong_input_with_1(run, tmp_path: Path) -> None:
     assert run("plan")[0] == 2
     assert run("plan", tmp_path, "-o", tmp_path / "p", "-m", "mone", "--remove", "25%", "-p", "novice")[0] == 2

@@ -89,7 +89,7 @@ FLAGS = {
     "--sequences --states --stream --trust-remote-code",
     "methods": "",
     "plan": "--allocation --bits --device --guard-super-experts --keep --layers --load-dtype --memory --method --model "
-    "--native --out --param --protect --remove --size --trust-remote-code",
+    "--native --out --param --protect --remove --size --trust-remote-code --uniform-layers",
     "allocate": "--device --dtype --generations --keep --layers --load-dtype --memory --method --model --out "
     "--param --population --protect --remove --samples --seed --size --survivors --trust-remote-code",
     "show": "--scores",
@@ -100,7 +100,7 @@ FLAGS = {
     "compress": "--allocation --batch-size --bits --calibration --data --device --device-map --dry-run --dtype "
     "--format --guard-super-experts --keep --layers --length --load-dtype --mask-special --memory --method --native "
     "--out --overwrite --param --propagate --protect --remove --sample-tokens --seed "
-    "--sequences --size --states --stream --trust-remote-code",
+    "--sequences --size --states --stream --trust-remote-code --uniform-layers",
     "evaluate": "--against --batch-size --data --device --device-map --dtype --json --length --limit --sequences "
     "--task-data --task-dir --tasks --trust-remote-code",
     "compare": "--batch-size --calibration --data --device --dtype --held-out --held-out-sequences --length "

@@ -39,6 +39,7 @@ from moetailor_cli.options import (
     States,
     Stream,
     Trust,
+    Uniform,
 )
 from moetailor_cli.reading import (
     read_bits,
@@ -130,6 +131,7 @@ def compress(
     guard_super_experts: Guard = False,
     allocation: Allocation = "uniform",
     bits: Bits = None,
+    uniform_layers: Uniform = False,
     sequences: Sequences = 128,
     length: Length = 2048,
     sample_tokens: SampleTokens = 16384,
@@ -159,7 +161,8 @@ def compress(
     from moetailor.words import nbytes
 
     method, format = read_menu(method, native), read_format(format, native)
-    budget, parameters = read_budget(method, remove, keep, size, memory, load_dtype), read_parameters(param)
+    budget = read_budget(method, remove, keep, size, memory, load_dtype)
+    parameters = read_parameters(param, method.lower() if uniform_layers else None)
     selected, kept, allocated = read_numbers(layers), read_pairs(protect), read_allocation(allocation)
     width = read_bits(bits)
     blocks = {"sequences": sequences, "length": length, "seed": seed, "batch_size": batch_size}

@@ -56,6 +56,14 @@ Method = Annotated[
 Native = Annotated[
     bool, typer.Option("--native", help="With --method auto: only what stock engines load, which is --method refit.")
 ]
+Uniform = Annotated[
+    bool,
+    typer.Option(
+        "--uniform-layers",
+        help="With --method auto: keep every expert, those of a layer in one number of bits, as engines and GGUF hold "
+        "them; -p widths=8,4 says which.",
+    ),
+]
 Remove = Annotated[str | None, typer.Option(help="Share of each layer's experts to remove, such as 25%.")]
 Keep = Annotated[int | None, typer.Option(help="Experts to keep in each layer.")]
 Size = Annotated[

@@ -26,6 +26,7 @@ from moetailor_cli.options import (
     Remove,
     Size,
     Trust,
+    Uniform,
 )
 from moetailor_cli.reading import (
     read_bits,
@@ -54,6 +55,7 @@ def plan(
     guard_super_experts: Guard = False,
     allocation: Allocation = "uniform",
     bits: Bits = None,
+    uniform_layers: Uniform = False,
     model: Annotated[str | None, typer.Option(help="Where the weights are, if the checkpoint was moved.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; CUDA when there is one.")] = None,
     trust_remote_code: Trust = False,
@@ -68,7 +70,8 @@ def plan(
     from moetailor.transform.formats import resolve_format
 
     method = read_menu(method, native)
-    budget, parameters = read_budget(method, remove, keep, size, memory, load_dtype), read_parameters(param)
+    budget = read_budget(method, remove, keep, size, memory, load_dtype)
+    parameters = read_parameters(param, method.lower() if uniform_layers else None)
     selected, kept, allocated = read_numbers(layers), read_pairs(protect), read_allocation(allocation)
     width = read_bits(bits)
     check_file(out, "plan")

@@ -51,13 +51,22 @@ def read_plan(file: Path) -> Any:
     return plan
 
 
-def read_parameters(entries: list[str] | None) -> dict[str, str]:
-    """Read ``name=value``, repeated."""
+def read_parameters(entries: list[str] | None, uniform_layers: str | None = None) -> dict[str, str]:
+    """Read ``name=value``, repeated.
+
+    Args:
+        entries: what was given.
+        uniform_layers: the method, where it is to give each layer one number of bits.
+    """
+    if uniform_layers not in (None, "auto"):
+        told = f"--uniform-layers: says how auto chooses bits; leave it out for {uniform_layers}"
+        raise typer.BadParameter(told)
     pairs = [entry.partition("=") for entry in entries or ()]
     for name, equals, value in pairs:
         if not (name and equals and value):
             raise typer.BadParameter(f"--param {name}{equals}{value}: write name=value")
-    return {name: value for name, _, value in pairs}
+    found = {name: value for name, _, value in pairs}
+    return found if uniform_layers is None else found | {"uniform_layers": "true"}
 
 
 def read_numbers(text: str | None) -> list[int] | None:

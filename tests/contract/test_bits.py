@@ -159,7 +159,7 @@ def test_what_cannot_be(given: dict, said: str, calibration: GetCalibration) -> 
     ("widths", "said"),
     [
         ([{"experts": [1], "bits": 4}], "expert 1 lies in few bits, which does not stay"),
-        ([{"experts": [0], "bits": 9}], "bits is 9, it must be 2 to 8"),
+        ([{"experts": [0], "bits": 9}], "9 bits: there are 2 to 8"),
         ([{"experts": [0], "bits": 4, "down": 1}], "1 bits: there are 2 to 8"),
         ([{"experts": [0, 0], "bits": 4}], "expert 0 is named twice"),
         ([{"experts": [8], "bits": 4}], "it must be 0 to 7"),

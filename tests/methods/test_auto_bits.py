@@ -1,6 +1,7 @@
 """Auto with bits on its menu: widths priced on tokens that they were not fitted on, and one knapsack over all."""
 
 import itertools
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 import moetailor
 from moetailor.answers import Constant, Keep, Width
 from moetailor.calibration.text import TextOptions
+from moetailor.checkpoint.original import Original
 from moetailor.fitting.held_out import held_out
 from moetailor.fitting.widths import WIDTHS, held_out_errors, quantized
 from moetailor.methods.mix_bits import Priced, mixed
@@ -19,6 +21,7 @@ from moetailor.planning.view import LayerView
 from support.hand import prices_of
 from support.layers import layer_of_tokens, random_experts
 from support.reference import REFERENCE
+from support.tiny import eager, load, logits
 
 Get = Callable[[str], Path]
 GetCalibration = Callable[[str], moetailor.Calibration]
@@ -111,6 +114,80 @@ def test_uniform_layers_keep_all_experts_each_layer_in_one_width(
     assert (free.expected or 0) <= (plan.expected or 0) * (1 + 1e-6)
     with pytest.raises(moetailor.PlanError, match="uniform_layers=true: says in how many bits"):
         moetailor.make_plan(measured, "auto", budget, parameters={"uniform_layers": True, "bits": False})
+
+
+def all_in(calibration: moetailor.Calibration, **width: int | bool) -> int:
+    """Return the bytes with all experts in one width."""
+    nothing = moetailor.Budget.parse(remove=0)
+    return moetailor.make_plan(calibration, "quantize", nothing, parameters=width | {"rounding": "nearest"}).nbytes
+
+
+@pytest.mark.parametrize("wide", [0, 1, 2])
+def test_uniform_layers_of_the_widths_that_engines_have(
+    wide: int, checkpoint: Get, calibration: GetCalibration, tmp_path: Path
+) -> None:
+    """Bytes for so many layers in 8 bits, the others in 4: written for engines, and the same numbers as in memory."""
+    measured, lying = calibration("qwen3_moe"), {"group": 8, "symmetric": True}
+    count = len(measured.layers)
+    small, large = (all_in(measured, bits=bits, **lying) for bits in (4, 8))
+    size = small + wide * ((large - small) // count) + 1
+    given = {"uniform_layers": True, "widths": "8,4", **lying}
+    plan = moetailor.make_plan(measured, "auto", moetailor.Budget.parse(size=size), parameters=given)
+    found = [set(layer.widths.values()) for layer in plan.layers.values()]
+    assert sorted(found, key=str) == [{Width(bits=4, **lying)}] * (count - wide) + [{Width(bits=8, **lying)}] * wide
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", moetailor.MoetailorWarning)  # of groups, and of layers that differ
+        out = moetailor.apply(
+            plan, checkpoint("qwen3_moe"), tmp_path / "out", calibration=measured, format="compressed-tensors"
+        )
+    ours = logits(eager(moetailor.apply(plan, load(checkpoint("qwen3_moe")), calibration=measured)))
+    read = eager(Original(out).load(dtype=torch.float32, device="cpu"))
+    torch.testing.assert_close(logits(read), ours, rtol=1e-5, atol=1e-5)
+    if wide in (0, count):
+        torch.testing.assert_close(logits(load(out)), ours, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("listed", "allowed"), [("8,4", {"8", "4"}), ("4+6", {"4", "6", "4/6"}), ("3,16", {"3"})])
+def test_only_listed_widths_are_taken(listed: str, allowed: set[str], calibration: GetCalibration) -> None:
+    measured, seen, whole = calibration("olmoe"), set(), 0
+    for share in ("64%", "75%", "85%", "95%"):
+        plan = moetailor.make_plan(
+            measured, "auto", moetailor.Budget.parse(size=share), parameters={"widths": listed, "group": 8}
+        )
+        for layer in plan.layers.values():
+            seen |= set(layer.widths.values())
+            whole += sum(answer == Keep() and slot not in layer.widths for slot, answer in enumerate(layer.slots))
+    assert {str(width).removesuffix(" bits") for width in seen} <= allowed
+    assert {width.group for width in seen} == {8}
+    assert bool(whole) == ("16" in listed)
+
+
+def test_widths_that_are_not_on_the_menu(calibration: GetCalibration) -> None:
+    measured, size = calibration("olmoe"), moetailor.Budget.parse(size="50%")
+    menu = "list some of 8, 6, 5, 4, 3, 2, such as 8,4; with 16 experts may stay as they lay"
+    for given in ("7", "16", "8;4", "4/6", "8,,4"):
+        with pytest.raises(moetailor.PlanError) as refused:
+            moetailor.make_plan(measured, "auto", size, parameters={"widths": given})
+        assert str(refused.value) == f"widths={given}: {menu}"
+    with pytest.raises(moetailor.PlanError, match="widths=8: says in how many bits a layer lies, and bits=false"):
+        moetailor.make_plan(measured, "auto", size, parameters={"widths": "8", "bits": False})
+
+
+def test_uniform_layers_are_asked_for_in_bytes(checkpoint: Get, calibration: GetCalibration, tmp_path: Path) -> None:
+    measured, given = calibration("olmoe"), {"parameters": {"uniform_layers": True, "widths": "8,4"}}
+    with pytest.raises(moetailor.PlanError, match="remove 25%: auto removes no expert here; give --size"):
+        moetailor.make_plan(measured, "auto", moetailor.Budget.parse(remove="25%"), **given)
+    whole = moetailor.make_plan(measured, "auto", moetailor.Budget.parse(remove=0), **given)
+    assert {width for layer in whole.layers.values() for width in layer.widths.values()} == {Width(bits=8)}
+    small, large = all_in(measured, bits=4), all_in(measured, bits=8)
+    with pytest.raises(moetailor.PlanError, match=f"there are still {small:,} bytes; ask for at least that"):
+        moetailor.make_plan(measured, "auto", moetailor.Budget.parse(size=small - 1), **given)
+    for size in (small, large - 1, large):
+        told = moetailor.precheck(
+            checkpoint("olmoe"), tmp_path / "out", method="auto", budget=moetailor.Budget.parse(size=size), **given
+        )
+        nbytes = small + (large - small) * (size >= large) + (large - small) // 2 * (size == large - 1)
+        assert f"keeps 8 experts in 2 of them: {nbytes:,} of" in told
 
 
 def priced(index: int, errors: torch.Tensor) -> Priced:

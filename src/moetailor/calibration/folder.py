@@ -105,7 +105,7 @@ class Calibration:
         known = self._known(part_name(file, SAMPLE))
         return load_sample(file, experts, self.model.width, self.model.top_k, known=known)
 
-    @cached_property
+    @property
     def prices(self) -> Prices | None:
         """What errors cost the predictions; None where it was not measured.
 

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from moetailor.calibration.text import TextOptions, read_batches, words_of
-from moetailor.checkpoint.decoded import open_any
 from moetailor.checkpoint.lock import scratch
 from moetailor.checkpoint.models import longest_sequence, resolve_device, resolve_dtype
+from moetailor.checkpoint.original import Original
 from moetailor.errors import MoetailorError
 from moetailor.evaluation.fidelity import Fidelity, Reference
 from moetailor.evaluation.speed import Speed, measure_speed, resident_nbytes
@@ -115,7 +115,9 @@ def evaluate(
         CalibrationError: the text cannot be used.
         MoetailorError: no room for the original's predictions, or a prediction is not finite.
     """
-    original, compressed = (open_any(source, trust_remote_code=trust_remote_code) for source in (against, model))
+    original, compressed = (
+        Original(source, takes="anything", trust_remote_code=trust_remote_code) for source in (against, model)
+    )
     if original.written_here:
         raise MoetailorError(f"{against}: was written by moetailor; --against takes the original")
     check_predicts(text)

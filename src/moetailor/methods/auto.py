@@ -23,15 +23,14 @@ from typing import Annotated, TypeVar
 
 import torch
 
-from moetailor.answers import Constant, Linear, LowRank
+from moetailor.answers import Constant, Keep, Linear, LowRank, Width
 from moetailor.calibration.domains import balanced
 from moetailor.errors import PlanError
 from moetailor.fitting import linear_maps, low_rank
-from moetailor.fitting.widths import WIDTHS
 from moetailor.methods import mix_bits, mix_plain
 from moetailor.methods.method import AtLeast, JointMethod
 from moetailor.methods.registry import register
-from moetailor.planning.layer_plan import LayerPlan
+from moetailor.planning.layer_plan import LayerPlan, untouched
 from moetailor.planning.plan import answers_nbytes
 from moetailor.planning.view import LayerView
 
@@ -46,12 +45,19 @@ class Auto(JointMethod):
     Attributes:
         balance: how domains of the calibration text share the budget: 0 by their tokens, 1 all alike.
         bits: whether experts may stay in few bits; without it all is stored as it lay.
-        uniform_layers: keep all experts, those of a layer in one width, which engines can load.
+        uniform_layers: keep all experts, those of a layer in one width, which engines can load; ``--uniform-layers``.
+        widths: bits of gate, up and down projections that are on the menu, such as ``8,4``, and 16 for experts as they
+            lay; all when empty.
+        group: inputs that share a scale, at most.
+        symmetric: do without zero points.
     """
 
     balance: Annotated[float, AtLeast(0)] = 0.75
     bits: bool = True
     uniform_layers: bool = False
+    widths: str = ""
+    group: Annotated[int, AtLeast(1)] = 128
+    symmetric: bool = False
 
     name = "auto"
     replaces_with = Constant
@@ -63,8 +69,15 @@ class Auto(JointMethod):
         super().__post_init__()
         if self.balance > 1:
             raise PlanError(f"balance={self.balance}: at 1 all domains count alike; give a number from 0 to 1")
-        if self.uniform_layers and not self.bits:
-            raise PlanError("uniform_layers=true: says in how many bits a layer lies, and bits=false allows none")
+        for told in ["uniform_layers=true"] * self.uniform_layers + [f"widths={self.widths}"] * bool(self.widths):
+            if not self.bits:
+                raise PlanError(f"{told}: says in how many bits a layer lies, and bits=false allows none")
+        _ = self.stays  # which refuses what is not on the menu
+
+    @property
+    def stays(self) -> list[Width | Keep]:
+        """How experts that stay may lie where bits are on the menu."""
+        return mix_bits.ways_to_stay(self.widths, group=self.group, symmetric=self.symmetric)
 
     @property
     def decides_widths(self) -> bool:
@@ -76,12 +89,21 @@ class Auto(JointMethod):
         """Always."""
         return True
 
+    @property
+    def keeps_all(self) -> bool:
+        """Where layers are uniform."""
+        return self.uniform_layers
+
     def estimate(self, experts: int, keep: int, groups: int = 1) -> LayerPlan:
-        """Return a plan with kept experts and novices; the last one that is kept may lie in the fewest bits."""
+        """Return a plan with kept experts and novices, the last one that is kept in the fewest bits; or, where layers
+        are uniform, one with all experts, in more bits the more are to be kept.
+        """
+        widths = [entry for entry in self.stays if isinstance(entry, Width) and not entry.down]
+        narrowest, *_ = widths = sorted(widths, key=lambda width: width.bits)
+        if self.uniform_layers:
+            return untouched(experts).narrowed(widths[(len(widths) - 1) * (keep - 1) // max(experts - 1, 1)])
         plan = super().estimate(experts, keep, groups)
-        return (
-            plan.narrowed(min(WIDTHS, key=lambda width: width.bits + width.down)) if self.bits and keep == 1 else plan
-        )
+        return plan.narrowed(narrowest) if self.bits and keep == 1 else plan
 
     def plan_layers(self, layers: Sequence[LayerView], keeps: Sequence[int]) -> Iterator[LayerPlan]:
         """Decide for all layers, in the bytes of kept experts and novices for the others."""
@@ -96,7 +118,10 @@ class Auto(JointMethod):
             ]
             yield from mix_plain.mixed(choices, nbytes)
             return
-        found = [_closed(layer, mix_bits.priced(layer, weight)) for layer, weight in zip(layers, weights, strict=True)]
+        found = [
+            _closed(layer, mix_bits.priced(layer, weight, self.stays))
+            for layer, weight in zip(layers, weights, strict=True)
+        ]
         yield from mix_bits.mixed([each.uniform() for each in found] if self.uniform_layers else found, prices, nbytes)
 
     def build(self, layer: LayerView, plan: LayerPlan) -> dict[str, torch.Tensor]:

@@ -81,10 +81,9 @@ def estimate_plan(
     if limit.size is None:
         _refuse_uneven(budget, method, facts.groups.count)
         planned = at({stack.prefix: budget.kept(stack.num_experts) for stack in stacks})
-        if not method.removes and any(budget.kept(stack.num_experts) < stack.num_experts for stack in stacks):
-            raise PlanError(
-                f"{budget}: {method.name} removes no expert; leave it out, or use --bits with another method"
-            )
+        if method.keeps_all and any(budget.kept(stack.num_experts) < stack.num_experts for stack in stacks):
+            cure = "give --size" if method.removes else "leave it out, or use --bits with another method"
+            raise PlanError(f"{budget}: {method.name} removes no expert{' here' * method.removes}; {cure}")
     else:
         least = max(fewest(method, stack, facts) for stack in stacks)
         uniform = method.replaces_with.drops and allocation == "uniform"
@@ -229,7 +228,8 @@ def _within(
     most = max(stack.num_experts for stack in stacks)
     fitting = [keep for keep in range(least, most + 1) if planned_nbytes(facts, planned(keep)) <= size]
     if not fitting:
-        nbytes = planned_nbytes(facts, planned(least))
+        smallest = planned(least)
+        nbytes, least = planned_nbytes(facts, smallest), max(least, max(len(plan.pool) for plan in smallest.values()))
         raise TooSmallError(
             f"a budget of {size:,} bytes: with {least} experts in each layer, the fewest that work, there are "
             f"still {nbytes:,} bytes; ask for at least that",

@@ -92,6 +92,11 @@ class Method(ABC):
         return False
 
     @property
+    def keeps_all(self) -> bool:
+        """Whether it takes no expert away, with its parameters."""
+        return not self.removes
+
+    @property
     def decides_widths(self) -> bool:
         """Whether it decides itself in how many bits experts lie."""
         return False

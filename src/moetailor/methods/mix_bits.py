@@ -6,14 +6,16 @@ saved a fortieth of the KL where hardly an expert is left and nothing elsewhere 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from moetailor.answers import Answer, Constant, Keep, Linear, Packed, Width
+from moetailor.answers import WHOLE, Answer, Constant, Keep, Linear, Packed, Width
 from moetailor.calibration.effects import Prices
 from moetailor.checkpoint.files import DTYPES
+from moetailor.errors import PlanError
 from moetailor.fitting import linear_maps
 from moetailor.fitting.knapsack import Shelf, cheapest
 from moetailor.fitting.widths import WIDTHS, held_out_errors
@@ -23,8 +25,8 @@ from moetailor.planning.view import LayerView
 
 RANKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128)
 RIDGE = 0.01
-# Solutions are sought from the errors of experts in so many bits on, and at most so many times from each.
-STARTS, ROUNDS = (6, 4, 2), 8
+# Solutions are sought at most so many times from each start.
+ROUNDS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +35,7 @@ class Priced:
 
     Attributes:
         index: number of the decoder layer.
-        entries: the answers, or the widths in which an expert stays; the last is the expert as it lay.
+        entries: the answers, or the widths in which an expert stays; where there is `Keep`, it is the last.
         nbytes: bytes of each entry, int64 [entries].
         errors: squared error a token that each adds to the layer's output, float64 [E, entries]; infinite for those
             that an expert cannot become.
@@ -95,29 +97,55 @@ class Priced:
         return LayerPlan(slots=slots, scores=self.scores, expected=expected, widths=widths)
 
 
-def priced(layer: LayerView, weight: torch.Tensor) -> Priced:
+def ways_to_stay(bits: str, *, group: int, symmetric: bool) -> list[Width | Keep]:
+    """Return how experts that stay may lie: in the widths of which all bits are listed, and for 16 as they lay.
+
+    Args:
+        bits: such as ``8,4``, or ``8+4`` where commas stand between methods; all and 16 when it is empty.
+        group: of each width, see `Width`.
+        symmetric: of each width.
+
+    Raises:
+        PlanError: bits that are not on the menu, or none but 16.
+    """
+    known = [width.bits for width in WIDTHS if not width.down]
+    listed = set(map(int, re.split("[,+]", bits))) if re.fullmatch(r"\d{1,3}([,+]\d{1,3})*", bits) else set()
+    if bits and (not listed & set(known) or listed - {*known, WHOLE.bits}):
+        told = f"list some of {', '.join(map(str, known))}, such as 8,4; with {WHOLE.bits} experts may stay as they lay"
+        raise PlanError(f"widths={bits}: {told}")
+    found: list[Width | Keep] = [
+        replace(width, group=group, symmetric=symmetric)
+        for width in WIDTHS
+        if not bits or {width.bits, width.down or width.bits} <= listed
+    ]
+    return [*found, Keep()] if not bits or WHOLE.bits in listed else found
+
+
+def priced(layer: LayerView, weight: torch.Tensor, stays: Sequence[Width | Keep]) -> Priced:
     """Return what the experts of a layer may become.
 
     Args:
         layer: the layer.
         weight: what errors of each expert weigh, [E].
+        stays: how those that stay may lie, from `ways_to_stay`.
     """
+    widths = [entry for entry in stays if isinstance(entry, Width)]
     ranks = [rank for rank in RANKS if _nbytes(layer, Linear(rank, int8=True)) < layer.expert_bytes]
     maps: list[Answer] = [Constant(), *(Linear(rank, int8=True) for rank in ranks)]
-    entries = [*maps, *WIDTHS, Keep()]
-    nbytes = [_nbytes(layer, Packed.of(entry) if isinstance(entry, Width) else entry) for entry in entries[:-1]]
+    entries = [*maps, *stays]
+    nbytes = [_nbytes(layer, entry) for entry in entries]
     experts, dead = range(layer.num_experts), layer.sums.count == 0
     errors = torch.stack([linear_maps.held_out_errors(layer, expert, [0, *ranks], RIDGE) for expert in experts])
     scores = ((layer.sensitivity or 0.0) * errors[:, 0]).tolist()
-    noise = errors[:, :1] * held_out_errors(layer, WIDTHS, dtype=DTYPES[layer.dtype])
+    noise = errors[:, :1] * held_out_errors(layer, widths, dtype=DTYPES[layer.dtype])
     # An expert that no token reached stays: that may be the text's doing, and in the fewest bits it costs little.
     errors[dead] = torch.inf
     errors[sorted(layer.protected)] = torch.inf
     return Priced(
         index=layer.index,
         entries=entries,
-        nbytes=torch.tensor([*nbytes, layer.expert_bytes]),
-        errors=torch.cat([errors, noise, torch.zeros(len(errors), 1).double()], 1),
+        nbytes=torch.tensor(nbytes),
+        errors=torch.cat([errors, noise, torch.zeros(len(errors), len(stays) - len(widths)).double()], 1),
         weight=weight,
         scores=tuple(scores),
     )
@@ -150,8 +178,8 @@ def mixed(layers: Sequence[Priced], prices: Prices, nbytes: int) -> list[LayerPl
     # The root in what errors cost is concave: with its slope at some point in its place no solution gets worse, but one
     # can be the best nearby only.
     found: list[tuple[float, list[list[int]]]] = []
-    for bits in STARTS:
-        taken = [[layer.entries.index(Width(bits=bits))] * len(layer.errors) for layer in layers]
+    for start in _starts(layers):
+        taken = [[layer.entries.index(start)] * len(layer.errors) for layer in layers]
         for _ in range(ROUNDS):
             before, taken = taken, solved(prices.moved(sums(taken, weighed)))
             found.append((prices.sum(sums(taken, weighed)), taken))
@@ -162,5 +190,13 @@ def mixed(layers: Sequence[Priced], prices: Prices, nbytes: int) -> list[LayerPl
     return [layer.plan(at, expected[layer.index]) for layer, at in zip(layers, taken, strict=True)]
 
 
-def _nbytes(layer: LayerView, answer: Answer) -> int:
-    return answers_nbytes([answer], layer.shape, layer.dtype)
+def _starts(layers: Sequence[Priced]) -> list[Width]:
+    """Return the entries that solutions are sought from: every other width that is the same for all matrices."""
+    alike = {e for layer in layers for e in layer.entries if isinstance(e, Width) and not e.down}
+    return sorted(alike, key=lambda width: width.bits)[::2]
+
+
+def _nbytes(layer: LayerView, entry: Answer | Width) -> int:
+    if isinstance(entry, Keep):
+        return layer.expert_bytes
+    return answers_nbytes([entry if isinstance(entry, Answer) else Packed.of(entry)], layer.shape, layer.dtype)

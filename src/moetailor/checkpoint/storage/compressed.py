@@ -13,11 +13,12 @@ from moetailor.checkpoint.storage.packs import Packs
 from moetailor.checkpoint.storage.quantized import Quantized, register_reader
 from moetailor.errors import CheckpointError, reason_of
 
-FORMATS = ("pack-quantized", "float-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized")
+METHOD, PACKED = "compressed-tensors", "pack-quantized"
+FORMATS = (PACKED, "float-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized")
 CURE = "give the bf16 or fp32 original"
 
 
-@register_reader("compressed-tensors")
+@register_reader(METHOD)
 def read_compressed(entry: Mapping[str, Any]) -> list[Quantized]:
     """Read the groups; those that name modules come before those that name all linear ones."""
     from compressed_tensors.quantization import QuantizationConfig
@@ -51,7 +52,7 @@ def _way(scheme: Any, form: str) -> Quantized:
         raise CheckpointError(f"format {form!r} is not handled, {', '.join(FORMATS)} are; {CURE}")
     given: dict[str, Any] = {"targets": tuple(scheme.targets)}
     strategy, group = str(getattr(weights.strategy, "value", weights.strategy)), weights.group_size or -1
-    if form == "pack-quantized" and strategy in ("group", "channel") and 1 <= weights.num_bits <= 8:
+    if form == PACKED and strategy in ("group", "channel") and 1 <= weights.num_bits <= 8:
         return Packs(bits=weights.num_bits, group=group, symmetric=weights.symmetric, **given)
     if form == "float-quantized" and strategy in ("tensor", "channel", "block") and weights.num_bits == 8:
         outputs, inputs = weights.block_structure or (1, 1)

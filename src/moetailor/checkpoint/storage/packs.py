@@ -58,6 +58,10 @@ class Packs(Quantized):
         }
         return found | zeros
 
+    def numbers_dtype(self, parts: Mapping[str, TensorInfo]) -> str:
+        """Return the dtype of the scales, as compressed-tensors does."""
+        return parts[self.scale].dtype
+
     def decode(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...], dtype: str) -> torch.Tensor:
         """Return (code - zero point) x scale."""
         from compressed_tensors.compressors.pack_quantized import unpack_from_int32  # here: seconds to import

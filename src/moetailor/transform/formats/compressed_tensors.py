@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from moetailor.answers import Width
-from moetailor.checkpoint.decoded import METHOD, PACKED, Decoded
 from moetailor.checkpoint.experts import ExpertShape
 from moetailor.checkpoint.layout import DiskStack, Stack
 from moetailor.checkpoint.names import expert_names
 from moetailor.checkpoint.original import Original
+from moetailor.checkpoint.storage.compressed import METHOD, PACKED
 from moetailor.checkpoint.writer import Piece, rows, whole
 from moetailor.errors import CheckpointError, MoetailorWarning, PlanError
 from moetailor.planning.plan import Plan
@@ -142,12 +142,12 @@ class CompressedTensors(Format):
     def verify(
         self, folder: Path, plan: Plan, *, trust_remote_code: bool = False, progress: Progress | None = None
     ) -> None:
-        """Decode every expert by compressed-tensors and the config's schemes, load the layers and run them once.
+        """Open it as the quantized original that it now is: every part fits its scheme; load the layers, run them once.
 
         Raises:
             CheckpointError: bytes, names or shapes are not as planned, or a number is not finite.
         """
-        result = Decoded(folder, trust_remote_code=trust_remote_code)
+        result = Original(folder, trust_remote_code=trust_remote_code)
         if result.checkpoint.nbytes != self.nbytes(plan):
             raise CheckpointError(f"{folder}: {result.checkpoint.nbytes:,} bytes, not {self.nbytes(plan):,}")
         _ = result.skeleton  # compares names and shapes with those of the model
