@@ -107,7 +107,7 @@ class Integers(Storage):
         return self.numbers(Codes(code=code, scale=parts["_scale"], zero=zero))
 
     def numbers(self, codes: Codes) -> torch.Tensor:
-        """Return (q - z) s in the dtype of the scales; float32 holds it exactly and computes fast, then it is rounded."""
+        """Return (q - z) s in the dtype of the scales: exact in float32, which is fast, then rounded once."""
         numbers = self.parted(codes.code).float()
         if codes.zero is not None:
             numbers -= codes.zero.float()[..., None]
@@ -213,14 +213,15 @@ def unpacked(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
         bits: of a code.
         count: codes of a row.
     """
-    unit = math.gcd(bits, 8)  # bytes that move as one
-    packed = words.contiguous().view(torch.uint8)
-    packed = _longer(packed, -(-count // 8) * bits - packed.shape[-1]).view(OF_BYTES[unit])
-    eight = _longer(packed.unflatten(-1, (-1, bits // unit)), (8 - bits) // unit).view(torch.int64)
+    unit, eights = math.gcd(bits, 8), -(-count // 8)  # bytes that move as one
+    # A copy whose strides are plain, also those of axes of length one: only such bytes can be viewed as others.
+    packed = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)
+    packed = _longer(packed, eights * bits - packed.shape[-1]).flatten().view(OF_BYTES[unit])
+    eight = _longer(packed.view(-1, bits // unit), (8 - bits) // unit).view(torch.int64)
     for codes in (4, 2, 1) if bits < 8 else ():
         upper = sum((1 << codes * bits) - 1 << lane + codes * bits for lane in range(0, 64, 16 * codes))
         eight.add_(eight & upper, alpha=(1 << codes * (8 - bits)) - 1)  # as upper << codes (8 - bits) alone
-    each = eight.view(torch.uint8).flatten(-2)[..., :count]
+    each = eight.view(torch.uint8).view(*words.shape[:-1], 8 * eights)[..., :count]
     return (each - 2 ** (bits - 1)).view(torch.int8)  # bytes wrap around
 
 
