@@ -5,15 +5,16 @@ import re
 
 import pytest
 import torch
+from compressed_tensors.compressors.pack_quantized import unpack_from_int32
 
 from moetailor.checkpoint.storage import Integers, TensorSpec, find_storage
-from moetailor.checkpoint.storage.integers import BITS, CLIPS, Codes
+from moetailor.checkpoint.storage.integers import BITS, CLIPS, Codes, unpacked
 from moetailor.errors import CheckpointError
 
 every_storage = pytest.mark.parametrize("name", [f"{sign}int{bits}g24" for bits in BITS for sign in ("", "u")])
 
 
-def unpacked(words: torch.Tensor, bits: int, count: int) -> list[int]:
+def bit_by_bit(words: torch.Tensor, bits: int, count: int) -> list[int]:
     """Return the first numbers of a row of words, bit by bit; signed, as they are stored with an offset."""
     stream = [int(word) >> bit & 1 for word in words.tolist() for bit in range(32)]
     found = [sum(bit << place for place, bit in enumerate(stream[at * bits : (at + 1) * bits])) for at in range(count)]
@@ -35,9 +36,11 @@ def test_stored_tensors_are_what_is_declared_and_mean_what_is_decoded(name: str)
     expected = torch.empty(3, 10, 70)
     for n in range(3):
         for o in range(10):
-            codes = unpacked(stored["w_packed"][n, o], storage.bits, 70)
+            codes = bit_by_bit(stored["w_packed"][n, o], storage.bits, 70)
             for i, code in enumerate(codes):
-                zero = 0 if storage.symmetric else unpacked(stored["w_zero_point"][n, :, i // 24], storage.bits, 10)[o]
+                zero = (
+                    0 if storage.symmetric else bit_by_bit(stored["w_zero_point"][n, :, i // 24], storage.bits, 10)[o]
+                )
                 expected[n, o, i] = (code - zero) * stored["w_scale"][n, o, i // 24]
     torch.testing.assert_close(storage.decode({k[1:]: v for k, v in stored.items()}, (3, 10, 70)), expected)
 
@@ -104,10 +107,29 @@ def test_what_is_no_storage_is_refused(name: str) -> None:
         find_storage(name)
 
 
+@pytest.mark.parametrize("bits", BITS)
+def test_words_are_unpacked_as_the_library_does(bits: int) -> None:
+    """Rows of every length, that end inside a word or not, to the bit; also of words that do not lie in a row."""
+    for count, rows in itertools.product((1, 4, 5, 31, 32, 33, 70, 256), (1, 3)):
+        words = torch.randint(-(2**31), 2**31, (2, -(-count * bits // 32), rows)).int().transpose(1, 2)
+        lying = words.flatten(0, 1).clone(memory_format=torch.contiguous_format)
+        expected = unpack_from_int32(lying, bits, torch.Size((2 * rows, count)))
+        assert torch.equal(unpacked(words, bits, count), expected.view(2, rows, count))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_numbers_are_rounded_once(dtype: torch.dtype) -> None:
+    """To the bit what products in float64, rounded to the dtype, give: also where 8-bit codes are far from zero."""
+    storage = Integers(bits=8, group=24, symmetric=False)
+    code, zero = (torch.randint(-128, 128, size).to(torch.int8) for size in ((2, 6, 70), (2, 6, 3)))
+    scale = torch.rand(2, 6, 3).to(dtype)
+    each = torch.arange(70) // 24
+    exact = (code.double() - zero.double()[..., each]) * scale.double()[..., each]
+    assert torch.equal(storage.numbers(Codes(code=code, scale=scale, zero=zero)), exact.to(dtype))
+
+
 def test_the_library_that_engines_read_with_agrees() -> None:
     """compressed-tensors takes one matrix apart as we do."""
-    from compressed_tensors.compressors.pack_quantized import unpack_from_int32
-
     storage = Integers(bits=4, group=32, symmetric=True)
     stored = storage.encode(torch.randn(1, 8, 64), "F32")
     code = unpack_from_int32(stored["_packed"][0], 4, torch.Size((8, 64)))

@@ -2,13 +2,14 @@
 
 A plan names the width of each expert that it keeps in few bits, whatever stands behind the slots (`LayerPlan.widths`);
 slots whose expert is one of these have this answer in config.json. Experts of one width are a class: they lie together,
-and the running model turns no more than `TOGETHER` of them into numbers at a time.
+and the running model turns few of them into numbers at a time.
 
 Shapes: n experts of a class, T tokens, P pairs, D model width, F expert width.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,8 +26,9 @@ from moetailor.schema import Within
 if TYPE_CHECKING:
     from moetailor.answers.slot_map import SlotMap
 
-# Experts that are numbers at the same time.
-TOGETHER = 8
+# Weights of a matrix that are numbers at the same time, of one expert at least: what stays in caches is several times
+# faster than what is written to fresh memory.
+TOGETHER = 2**21
 # In pictures: the fewer bits, the lighter.
 SHADES = dict(zip(range(8, 1, -1), "#08306b #08519c #2171b5 #4292c6 #6baed6 #9ecae1 #c6dbef".split(), strict=True))
 # Bits that say that weights lie as numbers of the experts' dtype.
@@ -173,33 +175,38 @@ class Packed(Width, Answer):
     @classmethod
     def run(cls, module: Any, call: Call, out_TD: torch.Tensor) -> torch.Tensor:
         """Add the gated outputs, a class at a time; slots with one expert run it once for a token."""
+        experts = Experts(module)
+        at_once = max(TOGETHER // math.prod(experts.shape.matrices["down"]), 1)
         for width in module.slots.packed:
             row_TK, gate_TK = joined_gates(call.of_slots(getattr(module, f"{width.stem}_row")), call.gate_TK)
             token_P, place_P, row_P = sorted_pairs(row_TK)
-            hit, number_P = torch.unique_consecutive(row_P, return_inverse=True)
-            for start in range(0, len(hit), TOGETHER):
-                chosen = (number_P >= start) & (number_P < start + TOGETHER)
-                token, gate = token_P[chosen], gate_TK[token_P[chosen], place_P[chosen], None]
-                rows = hit[start : start + TOGETHER]
-                given_PD = _outputs(module, width.stem, rows, call.hidden_TD[token], number_P[chosen] - start) * gate
-                out_TD = out_TD.index_add(0, token, given_PD.to(out_TD))
+            hit, number_P = row_P.unique_consecutive(return_inverse=True)
+            if not len(hit):
+                continue
+            pairs = (number_P // at_once).bincount().tolist()
+            parts = (each.split(pairs) for each in (token_P, place_P, number_P % at_once))
+            for rows, token, place, number in zip(hit.split(at_once), *parts, strict=True):
+                given_PD = _outputs(experts, width.stem, rows, call.hidden_TD[token], number)
+                given_PD = given_PD * gate_TK[token, place, None]
+                out_TD = out_TD.index_add_(0, token, given_PD.to(out_TD))
         return out_TD
 
 
-def _outputs(module: Any, stem: str, rows: torch.Tensor, x_PD: torch.Tensor, number_P: torch.Tensor) -> torch.Tensor:
+def _outputs(
+    experts: Experts, stem: str, rows: torch.Tensor, x_PD: torch.Tensor, number_P: torch.Tensor
+) -> torch.Tensor:
     """Return the outputs of some experts of a class, [P, D].
 
     Args:
-        module: the compressed experts.
+        experts: the compressed ones.
         stem: of the class.
         rows: the experts.
         x_PD: inputs, sorted by expert.
         number_P: which of `rows` each goes through.
     """
-    experts = Experts(module)
 
     def given(part: str, inputs: torch.Tensor) -> torch.Tensor:
-        bias = module.tensor(f"{stem}_{part}_bias", rows) if experts.shape.biased else None
-        return grouped(inputs, module.tensor(f"{stem}_{part}", rows).to(inputs.dtype), number_P, bias)
+        bias = experts.module.tensor(f"{stem}_{part}_bias", rows) if experts.shape.biased else None
+        return grouped(inputs, experts.module.tensor(f"{stem}_{part}", rows).to(inputs.dtype), number_P, bias)
 
     return given("down", experts.activated([given(part, x_PD) for part in experts.inputs]))

@@ -6,11 +6,13 @@ are those of a group of inputs of one output. Shapes: n matrices, O outputs, I i
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional as F
 
 from moetailor.checkpoint.files import DTYPES
 from moetailor.checkpoint.storage.storage import Storage, register_storages
@@ -18,6 +20,8 @@ from moetailor.checkpoint.storage.storage import Storage, register_storages
 BITS = range(2, 9)
 # Shares of a group's range that its codes may cover.
 CLIPS = torch.linspace(1.0, 0.6, 9)
+# Integers of some bytes.
+OF_BYTES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,25 +100,19 @@ class Integers(Storage):
 
     def decode(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
         """Return (q - z) s in the dtype of the scales."""
-        from compressed_tensors.compressors.pack_quantized import unpack_from_int32  # here: it takes seconds to import
-
         outputs, inputs = shape[1:]
-        packed, scale = parts["_packed"], parts["_scale"]
-        rows = torch.Size((len(scale) * outputs, inputs))
-        code, zero = unpack_from_int32(packed.flatten(0, 1), self.bits, rows).view(len(scale), outputs, inputs), None
+        code, zero = unpacked(parts["_packed"], self.bits, inputs), None
         if not self.symmetric:
-            words = parts["_zero_point"].transpose(1, 2).flatten(0, 1)
-            zero = unpack_from_int32(words, self.bits, torch.Size((len(words), outputs)))
-            zero = zero.view(len(scale), -1, outputs).transpose(1, 2)
-        return self.numbers(Codes(code=code, scale=scale, zero=zero))
+            zero = unpacked(parts["_zero_point"].transpose(1, 2), self.bits, outputs).transpose(1, 2).contiguous()
+        return self.numbers(Codes(code=code, scale=parts["_scale"], zero=zero))
 
     def numbers(self, codes: Codes) -> torch.Tensor:
-        """Return (q - z) s in the dtype of the scales."""
-        inputs, dtype = codes.code.shape[-1], codes.scale.dtype
-        code = codes.code.to(dtype)
+        """Return (q - z) s in the dtype of the scales: exact in float32, which is fast, then rounded once."""
+        numbers = self.parted(codes.code).float()
         if codes.zero is not None:
-            code = code - self.spread(codes.zero.to(dtype), inputs)
-        return code * self.spread(codes.scale, inputs)
+            numbers -= codes.zero.float()[..., None]
+        numbers *= codes.scale.float()[..., None]
+        return numbers.to(codes.scale.dtype).flatten(-2)[..., : codes.code.shape[-1]].contiguous()
 
     def pack(self, codes: Codes) -> dict[str, torch.Tensor]:
         """Return the stored tensors of some codes."""
@@ -129,14 +127,15 @@ class Integers(Storage):
             found["_zero_point"] = words.transpose(1, 2)
         return found
 
-    def spread(self, each: torch.Tensor, inputs: int) -> torch.Tensor:
-        """Return what each group has for each of its inputs, [..., I].
+    def parted(self, each: torch.Tensor) -> torch.Tensor:
+        """Return what each input has by groups, [..., G, inputs of a group], zeros where the last one has fewer.
 
         Args:
-            each: [..., G].
-            inputs: I.
+            each: [..., I].
         """
-        return each.repeat_interleave(self.size(inputs), -1)[..., :inputs]
+        inputs = each.shape[-1]
+        more = self.groups(inputs) * self.size(inputs) - inputs
+        return _longer(each, more).unflatten(-1, (-1, self.size(inputs)))
 
     def round(self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
         """Return the nearest codes, int8 [n, O, I].
@@ -146,8 +145,9 @@ class Integers(Storage):
             scale: [n, O, G].
             zero: [n, O, G].
         """
-        at = weight / self.spread(scale.float(), weight.shape[-1])
-        return self.codes_at(at if zero is None else at + self.spread(zero.float(), weight.shape[-1])).to(torch.int8)
+        at = self.parted(weight) / scale.float()[..., None]
+        code = self.codes_at(at if zero is None else at + zero.float()[..., None]).to(torch.int8)
+        return code.flatten(-2)[..., : weight.shape[-1]]
 
     def codes_at(self, at: torch.Tensor) -> torch.Tensor:
         """Return the codes next to some numbers, as numbers."""
@@ -181,10 +181,7 @@ class Integers(Storage):
         Returns:
             Scales and zero points (None where codes are symmetric), [n, O, G].
         """
-        inputs, size = weight.shape[-1], self.size(weight.shape[-1])
-        more = self.groups(inputs) * size - inputs
-        parted = torch.nn.functional.pad(weight, (0, more)).unflatten(-1, (-1, size))
-        worth = torch.nn.functional.pad(importance.float().expand(len(weight), -1), (0, more)).unflatten(-1, (-1, size))
+        parted, worth = self.parted(weight), self.parted(importance.float().expand(len(weight), -1))
         low, high = parted.amin(-1).clamp_max(0), parted.amax(-1).clamp_min(0)
         least, steps = -(2 ** (self.bits - 1)), 2**self.bits - 1
         best = torch.full_like(low, torch.inf)
@@ -203,6 +200,34 @@ class Integers(Storage):
             best, scale = torch.where(better, error, best), torch.where(better, tried, scale)
             zero = torch.where(better, at.to(torch.int8), zero)
         return scale, None if self.symmetric else zero
+
+
+def unpacked(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
+    """Return the first codes of rows of words, int8 [..., count]: what compressed-tensors' `unpack_from_int32` gives.
+
+    Eight codes lie in as many bytes as a code has bits. Put into eight bytes, their halves are moved apart, then
+    quarters, then single codes, until each has a byte: whole words at a time, for any number of bits.
+
+    Args:
+        words: int32 [..., W].
+        bits: of a code.
+        count: codes of a row.
+    """
+    unit, eights = math.gcd(bits, 8), -(-count // 8)  # bytes that move as one
+    # A copy whose strides are plain, also those of axes of length one: only such bytes can be viewed as others.
+    packed = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)
+    packed = _longer(packed, eights * bits - packed.shape[-1]).flatten().view(OF_BYTES[unit])
+    eight = _longer(packed.view(-1, bits // unit), (8 - bits) // unit).view(torch.int64)
+    for codes in (4, 2, 1) if bits < 8 else ():
+        upper = sum((1 << codes * bits) - 1 << lane + codes * bits for lane in range(0, 64, 16 * codes))
+        eight.add_(eight & upper, alpha=(1 << codes * (8 - bits)) - 1)  # as upper << codes (8 - bits) alone
+    each = eight.view(torch.uint8).view(*words.shape[:-1], 8 * eights)[..., :count]
+    return (each - 2 ** (bits - 1)).view(torch.int8)  # bytes wrap around
+
+
+def _longer(each: torch.Tensor, more: int) -> torch.Tensor:
+    """Return rows with so many zeros more, or numbers less; no copy where there is nothing to do."""
+    return F.pad(each, (0, more)) if more else each
 
 
 def _named(match: re.Match[str]) -> Integers | None:
