@@ -190,6 +190,22 @@ def test_uniform_layers_are_asked_for_in_bytes(checkpoint: Get, calibration: Get
         assert f"keeps 8 experts in 2 of them: {nbytes:,} of" in told
 
 
+def test_without_stand_ins_all_experts_stay_each_in_bits_of_its_own(calibration: GetCalibration) -> None:
+    measured = calibration("olmoe")
+    stack = measured.model.stacks[0]
+    spared = len(measured.layers) * stack.num_experts * stack.expert_bytes * 83 // 100
+    budget = moetailor.Budget.parse(size=measured.model.nbytes - spared)
+    plan = moetailor.make_plan(measured, "auto", budget, parameters={"stand_ins": False})
+    assert budget.size is not None
+    assert budget.size * 0.98 < plan.nbytes <= budget.size
+    assert all(set(layer.slots) == {Keep()} for layer in plan.layers.values())
+    assert len({width for layer in plan.layers.values() for width in layer.widths.values()}) > 1
+    free = moetailor.make_plan(measured, "auto", budget)
+    assert (free.expected or 0) <= (plan.expected or 0) * (1 + 1e-6)
+    with pytest.raises(moetailor.PlanError, match="stand_ins=false: leaves experts in few bits alone"):
+        moetailor.make_plan(measured, "auto", budget, parameters={"stand_ins": False, "bits": False})
+
+
 def priced(index: int, errors: torch.Tensor) -> Priced:
     """Return a layer that knows constants, 2, 4 and 6 bits, and whole experts."""
     entries = [Constant(), Width(bits=2), Width(bits=4), Width(bits=6), Keep()]

@@ -45,6 +45,7 @@ class Auto(JointMethod):
     Attributes:
         balance: how domains of the calibration text share the budget: 0 by their tokens, 1 all alike.
         bits: whether experts may stay in few bits; without it all is stored as it lay.
+        stand_ins: whether constants and linear maps may take the place of experts; without them all experts stay.
         uniform_layers: keep all experts, those of a layer in one width, which engines can load; ``--uniform-layers``.
         widths: bits of gate, up and down projections that are on the menu, such as ``8,4``, and 16 for experts as they
             lay; all when empty.
@@ -54,6 +55,7 @@ class Auto(JointMethod):
 
     balance: Annotated[float, AtLeast(0)] = 0.75
     bits: bool = True
+    stand_ins: bool = True
     uniform_layers: bool = False
     widths: str = ""
     group: Annotated[int, AtLeast(1)] = 128
@@ -72,6 +74,8 @@ class Auto(JointMethod):
         for told in ["uniform_layers=true"] * self.uniform_layers + [f"widths={self.widths}"] * bool(self.widths):
             if not self.bits:
                 raise PlanError(f"{told}: says in how many bits a layer lies, and bits=false allows none")
+        if not self.stand_ins and not self.bits:
+            raise PlanError("stand_ins=false: leaves experts in few bits alone, and bits=false allows none")
         _ = self.stays  # which refuses what is not on the menu
 
     @property
@@ -91,16 +95,16 @@ class Auto(JointMethod):
 
     @property
     def keeps_all(self) -> bool:
-        """Where layers are uniform."""
-        return self.uniform_layers
+        """Where nothing may stand in for experts."""
+        return self.uniform_layers or not self.stand_ins
 
     def estimate(self, experts: int, keep: int, groups: int = 1) -> LayerPlan:
-        """Return a plan with kept experts and novices, the last one that is kept in the fewest bits; or, where layers
-        are uniform, one with all experts, in more bits the more are to be kept.
+        """Return a plan with kept experts and novices, the last one that is kept in the fewest bits; or, where all
+        experts stay, one with these, in more bits the more are to be kept.
         """
         widths = [entry for entry in self.stays if isinstance(entry, Width) and not entry.down]
         narrowest, *_ = widths = sorted(widths, key=lambda width: width.bits)
-        if self.uniform_layers:
+        if self.keeps_all:
             return untouched(experts).narrowed(widths[(len(widths) - 1) * (keep - 1) // max(experts - 1, 1)])
         plan = super().estimate(experts, keep, groups)
         return plan.narrowed(narrowest) if self.bits and keep == 1 else plan
@@ -122,7 +126,11 @@ class Auto(JointMethod):
             _closed(layer, mix_bits.priced(layer, weight, self.stays))
             for layer, weight in zip(layers, weights, strict=True)
         ]
-        yield from mix_bits.mixed([each.uniform() for each in found] if self.uniform_layers else found, prices, nbytes)
+        if self.uniform_layers:
+            found = [each.uniform() for each in found]
+        elif not self.stand_ins:
+            found = [each.staying() for each in found]
+        yield from mix_bits.mixed(found, prices, nbytes)
 
     def build(self, layer: LayerView, plan: LayerPlan) -> dict[str, torch.Tensor]:
         """Return the tensors of constants and linear maps, and of low-rank experts over the layer's base."""

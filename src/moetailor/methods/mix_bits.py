@@ -72,6 +72,11 @@ class Priced:
         each = errors.gather(1, at[:, None])[:, 0]
         return float(each[~rounded[at]].sum()), float(each[rounded[at]].sum())
 
+    def staying(self) -> Priced:
+        """Return the same where all experts stay."""
+        entries = [entry for entry, stays in zip(self.entries, self.stays.tolist(), strict=True) if stays]
+        return replace(self, entries=entries, nbytes=self.nbytes[self.stays], errors=self.errors[:, self.stays])
+
     def uniform(self) -> Priced:
         """Return the same for a layer whose experts all stay in one width, the same for each of their matrices."""
         one = [isinstance(entry, Keep) or (isinstance(entry, Width) and not entry.down) for entry in self.entries]
