@@ -95,8 +95,8 @@ def measure(work: Path, options: argparse.Namespace) -> None:
         for dtype in DTYPES.values() if folder != checkpoint else ():
             models: list[Any] = [load_model(each, dtype=dtype, device="cpu") for each in (checkpoint, folder)]
             for run in (prefill_seconds, decode_seconds):
-                sides = (lambda model=model, run=run: run(model, ids, options.new_tokens) for model in models)
-                found = in_turns(name, *sides, options.turns)
+                first, second = (lambda model=model, run=run: run(model, ids, options.new_tokens) for model in models)
+                found = in_turns(name, first, second, options.turns)
                 print(f"  {found.median:5.2f} [{found.low:.2f}, {found.high:.2f}]", end="", flush=True)
         print(flush=True)
 
