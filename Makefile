@@ -2,6 +2,7 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
+REFERENCE := examples/reference-moe
 # Processes that share the tests, a file at a time.
 WORKERS ?= 2
 # Tests and the demo need no network once packages are there.
@@ -11,7 +12,7 @@ export TOKENIZERS_PARALLELISM := false
 
 .PHONY: help setup test check docs demo bench floor clean
 help:
-	@echo "make demo     compress the reference model with seven methods and print the table"
+	@echo "make demo     compare bits, methods and both on the reference model at five sizes"
 	@echo "make test     the test suite, in two processes; WORKERS=8 for more"
 	@echo "make check    formatting, lint and types"
 	@echo "make docs     write the generated pages"
@@ -40,7 +41,9 @@ check: setup
 	$(BIN)/pyright
 
 demo: setup
-	$(BIN)/python examples/demo.py
+	$(BIN)/moetailor compare $(REFERENCE) -o demo --data $(REFERENCE)/calibration.jsonl \
+		--held-out $(REFERENCE)/heldout.jsonl --length 256 --sizes 60%,50%,40%,35%,30% \
+		--methods quantize@8,quantize@6,quantize@4,quantize@3,quantize@2,reap,reap@4,mone@4,auto
 
 .venv-floor/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-floor

@@ -444,6 +444,11 @@ def test_front_by_hand() -> None:
     assert front(cells) == [4, 5, 0]
 
 
+def test_hardly_smaller_rows_are_on_no_front() -> None:
+    """1,000 bytes at 7 nats and 1,001 at 2 are of one size; 1,100 at 1 is another, and 990 at 9 no less than one."""
+    assert front([row(7, 1000), row(2, 1001), row(1, 1100), row(9, 990)]) == [3, 1, 2]
+
+
 def test_would_4_bits_do() -> None:
     plain = [bits(8, 4e-5, 63), bits(5, 6e-4, 49), bits(4, 0.002, 44), bits(3, 0.008, 39), bits(2, 0.04, 34)]
     mixes = [row(1e-5, 59), row(6e-4, 40), row(0.0037, 35), row(0.05, 30), row(0.3, 25), row(None)]

@@ -10,10 +10,14 @@ from moetailor.words import nats, share
 Row = Mapping[str, Any]
 # Nats a token that nobody misses (perplexity grows by a tenth of a percent), and so many that nothing is advised.
 ENOUGH, TOO_MUCH = 1e-3, 0.1
+# Bytes that differ by less than this share are as many.
+SAME = 0.005
 
 
 def front(cells: Sequence[Row]) -> list[int]:
     """Return the numbers of the rows that no other beats in bytes and KL, from the smallest up; of equals the first.
+
+    Rows that were planned to one size differ by less than an expert: so little smaller is not smaller.
 
     Args:
         cells: as in results.json; those that failed are on no front.
@@ -22,6 +26,8 @@ def front(cells: Sequence[Row]) -> list[int]:
     measured = [number for number, cell in enumerate(cells) if cell["error"] is None]
     for number in sorted(measured, key=lambda n: (cells[n]["nbytes"], kl_of(cells[n]))):
         if not found or kl_of(cells[number]) < kl_of(cells[found[-1]]):
+            while found and cells[found[-1]]["nbytes"] > (1 - SAME) * cells[number]["nbytes"]:
+                found.pop()
             found.append(number)
     return found
 

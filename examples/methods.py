@@ -1,6 +1,6 @@
-"""Compress the reference model with six methods at two ratios, from one calibration, and print what each one cost.
+"""Compress the reference model with every method at two ratios, from one calibration, and print what each one cost.
 
-Takes a minute or two on two CPU cores and needs no network. The same steps serve a real model: give its folder or hub
+Takes some minutes on two CPU cores and needs no network. The same steps serve a real model: give its folder or hub
 name with --model, and text of your own.
 """
 
@@ -23,10 +23,7 @@ OPTIMAL = {"score": "exact", "novice": "optimal"}
 FUNCTIONAL = {"distance": "functional"}
 FITTED = {"fit": "ridge", "target": "gated", "features": "best", "cluster": "outputs"}
 # name in the table, method, parameters
-SHORT: list[tuple[str, str, dict]] = [(name, name, {}) for name in ("frequency", "reap", "mone", "conmoe")]
-SHORT += [("refit", "refit", {}), ("mergemoe, best parameters", "mergemoe", FITTED)]
-SHORT += [("linear", "linear", {}), ("auto", "auto", {})]
-EVERYTHING = [
+METHODS: list[tuple[str, str, dict]] = [
     *((name, name, {}) for name in ("random", "frequency", "soft_frequency", "ean", "man", "msan", "reap", "mone")),
     *((name, name, {}) for name in ("seer_moe", "easy_ep", "diep", "aimer", "refit")),
     ("mone, zero vectors", "mone", {"novice": "zero"}),
@@ -38,6 +35,7 @@ EVERYTHING = [
     *((name, name, {}) for name in ("m_smoe", "hc_smoe", "sub_moe", "ream", "mergemoe")),
     ("mergemoe, best parameters", "mergemoe", FITTED),
     *((f"linear, rank {rank}", "linear", {"rank": rank}) for rank in (4, 8, 16)),
+    ("auto, nothing rounded", "auto", {"bits": False}),
     ("auto", "auto", {}),
 ]
 RATIOS = ("25%", "50%")
@@ -50,7 +48,6 @@ def main() -> None:
     parser.add_argument("--calibration-data", default=str(HERE / "calibration.jsonl"))
     parser.add_argument("--heldout-data", default=str(HERE / "heldout.jsonl"))
     parser.add_argument("--length", type=int, default=256, help="tokens of a block")
-    parser.add_argument("--all", action="store_true", help="every method, and the parameters that go beyond the papers")
     options = parser.parse_args()
     console, began = Console(), time.time()
 
@@ -63,7 +60,7 @@ def main() -> None:
         )
         with console.status(f"calibrating on {text.sequences} x {text.length} tokens"):
             calibration = moetailor.calibrate(
-                options.model, Path(scratch) / "calibration", text=text, residual=options.all, sensitivity=True
+                options.model, Path(scratch) / "calibration", text=text, residual=True, sensitivity=True
             )
 
         heldout = moetailor.TextOptions(data=(options.heldout_data,), sequences=64, length=options.length, batch_size=4)
@@ -73,7 +70,7 @@ def main() -> None:
         table = Table("removed", "method", "size", "perplexity", "KL, nats", "95% interval", "top-1", box=None)
         original = calibration.model.nbytes
         for ratio in RATIOS:
-            for name, method, parameters in EVERYTHING if options.all else SHORT:
+            for name, method, parameters in METHODS:
                 console.print(f"{name}, {ratio} removed", style="dim")
                 budget = moetailor.Budget.parse(remove=ratio)
                 plan = moetailor.make_plan(calibration, method, budget, parameters=parameters)
