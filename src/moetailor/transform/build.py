@@ -152,7 +152,7 @@ def _packed(view: LayerView, layer: LayerPlan, rebuilt: Tensors, rounding: Round
         if (expert := answer.expert(slot)) is not None:
             behind[expert][slot] = answer.scale
     for width, experts in layer.packed.items():
-        matrices = {name: stack.clone() for name, stack in view.experts.matrices(experts).items()}
+        matrices = view.experts.matrices(experts)  # of a list: a copy
         for row, expert in enumerate(experts):
             for name, stack in rebuilt.items() if expert in layer.rebuilt else ():
                 matrices[name][row] = stack[layer.rebuilt.index(expert)]
