@@ -67,6 +67,7 @@ def estimate_plan(
 
     # What is to be removed is said of the experts as they lay; a size is one of the result.
     counts_bits = budget.remove is None and budget.keep is None
+    shares_bits = method.decides_counts and method.decides_widths
 
     def at(kept: Mapping[str, int]) -> dict[str, LayerPlan]:
         found = {s.prefix: method.estimate(s.num_experts, kept[s.prefix], facts.groups.count) for s in stacks}
@@ -84,6 +85,8 @@ def estimate_plan(
         if method.keeps_all and any(budget.kept(stack.num_experts) < stack.num_experts for stack in stacks):
             cure = "give --size" if method.removes else "leave it out, or use --bits with another method"
             raise PlanError(f"{budget}: {method.name} removes no expert{' here' * method.removes}; {cure}")
+        if shares_bits and not method.keeps_all:  # the bytes that are shared out are those of experts as they lay
+            planned = {prefix: replace(plan, widths={}) for prefix, plan in planned.items()}
     else:
         least = max(fewest(method, stack, facts) for stack in stacks)
         uniform = method.replaces_with.drops and allocation == "uniform"
@@ -95,7 +98,7 @@ def estimate_plan(
             raise PlanError(f"--allocation: takes {nbytes:,} bytes, {budget} allows {most:,}; keep fewer experts")
     planned = narrowed(planned)
     refuse_load_dtype(budget, planned, method)
-    for stack in stacks:
+    for stack in stacks if not shares_bits else ():  # which keeps what is protected, in fewer bits where that must be
         inside = {expert for layer, expert in protect if layer == stack.index}
         refuse_protected(stack.index or 0, inside, stack.num_experts, len(planned[stack.prefix].pool), groups)
     plan = Plan(
