@@ -128,7 +128,7 @@ def check_codes(plan: Plan, source: Path, out: Path) -> None:
 def test_codes_beside_experts_are_not_given_the_scheme_of_experts(name: str, made: Get, tmp_path: Path) -> None:
     """Attention in FP8 would else be read as numbers without scales."""
     plan = moetailor.make_plan(made(name).measured, "quantize", moetailor.Budget.parse(remove="0%"))
-    with pytest.raises(PlanError, match="lies as codes too .*--format moetailor"):
+    with pytest.raises(PlanError, match=r"lies as codes too .*--format moetailor"):
         moetailor.apply(
             plan, made(name).source, tmp_path / "out", calibration=made(name).measured, format="compressed-tensors"
         )

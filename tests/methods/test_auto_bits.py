@@ -93,6 +93,22 @@ def test_more_experts_are_protected_than_would_fit_whole(calibration: GetCalibra
     assert moetailor.make_plan(measured, "auto", least, protect=protect).nbytes <= refused.value.least
 
 
+def test_what_is_protected_stays_where_errors_cost_nothing() -> None:
+    """As in a layer whose experts give nothing."""
+    errors = torch.tensor([[torch.inf, 0.2, 0.0], [1.0, 0.2, 0.0]], dtype=torch.float64)
+    layer = Priced(
+        index=0,
+        entries=[Constant(), Width(bits=2), Keep()],
+        nbytes=torch.tensor([10, 50, 200]),
+        errors=errors,
+        weight=torch.ones(2, dtype=torch.float64),
+        scores=(0.0, 0.0),
+    )
+    (plan,) = mixed([layer], prices_of(0.0, noise=0.0), 160)
+    assert plan.slots == (Keep(), Constant())
+    assert plan.expected == 0
+
+
 @pytest.mark.parametrize("keep", [1, 2])
 def test_what_is_kept_is_counted_as_it_lay(keep: int, calibration: GetCalibration) -> None:
     """Else the bytes of a single expert would be those that it has in the fewest bits."""

@@ -72,8 +72,8 @@ class CompressedTensors(Format):
         return None
 
     def check(self, plan: Plan, original: Original) -> None:
-        """Refuse a family whose experts have no names one by one, and an original of which more than the experts lies as
-        codes; say which engine does not load what is planned.
+        """Refuse a family whose experts have no names one by one, and an original of which more than the experts lies
+        as codes; say which engine does not load what is planned.
         """
         replaced = {name for s in original.stacks.values() if s.index is not None for name in (*s.experts, *s.fused)}
         if beside := sorted(original.checkpoint.coded.keys() - replaced):
