@@ -20,6 +20,7 @@ from moetailor.checkpoint.anatomy import Anatomy
 from moetailor.checkpoint.files import open_checkpoint
 from moetailor.checkpoint.loader import quiet_transformers
 from moetailor.checkpoint.original import Original
+from moetailor.errors import PlanError
 from moetailor.planning.plan import Plan
 from moetailor.summary import summarise
 from support import naive
@@ -121,6 +122,17 @@ def check_codes(plan: Plan, source: Path, out: Path) -> None:
     own = {name for name in after if re.search(r"experts\.(constant|linear|packed)", name)}
     assert after.keys() - own == expected.keys()
     assert all(torch.equal(after[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("name", ["fp8-blocks", "w4a16", "awq"])
+def test_codes_beside_experts_are_not_given_the_scheme_of_experts(name: str, made: Get, tmp_path: Path) -> None:
+    """Attention in FP8 would else be read as numbers without scales."""
+    plan = moetailor.make_plan(made(name).measured, "quantize", moetailor.Budget.parse(remove="0%"))
+    with pytest.raises(PlanError, match=r"lies as codes too .*--format moetailor"):
+        moetailor.apply(
+            plan, made(name).source, tmp_path / "out", calibration=made(name).measured, format="compressed-tensors"
+        )
+    assert not list(tmp_path.iterdir())
 
 
 @every_layout

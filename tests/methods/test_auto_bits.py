@@ -14,6 +14,7 @@ import moetailor
 from moetailor.answers import Constant, Keep, Width
 from moetailor.calibration.text import TextOptions
 from moetailor.checkpoint.original import Original
+from moetailor.errors import TooSmallError
 from moetailor.fitting.held_out import held_out
 from moetailor.fitting.widths import WIDTHS, held_out_errors, quantized
 from moetailor.methods.mix_bits import Priced, mixed
@@ -61,6 +62,59 @@ def test_a_price_is_the_share_of_the_constants_error_on_tokens_that_were_not_fit
                 assert 0.25 < float(prices[expert, at]) / (error / lost) < 4
     torch.testing.assert_close(prices[:, 3:], prices[:, 2:3] / torch.tensor([4.0, 64.0]).double())
     assert bool((prices[:, 0] > prices[:, 1]).all() and (prices[:, 1] > prices[:, 2]).all())
+
+
+@pytest.mark.parametrize("sampled", [0, 1])
+def test_an_expert_with_hardly_a_sampled_token_is_priced_as_with_many(sampled: int) -> None:
+    # What a constant loses on one token is nothing but how its product with the gate was rounded.
+    widths = [Width(bits=bits, group=16) for bits in (2, 4, 8)]
+    for seed in range(4):
+        layer = layer_of_tokens(random_experts(3), tokens=600, seed=seed)
+        often = held_out_errors(layer, widths, dtype=torch.float32)[2]
+        index = layer.sample.index.clone()
+        for token in layer.routed(2)[0][sampled:].tolist():
+            index[token][index[token] == 2] = 1 - index[token][index[token] != 2]
+        sample = replace(layer.sample, index=index)
+        found = held_out_errors(replace(layer, read_sample=lambda one=sample: one), widths, dtype=torch.float32)[2]
+        ratio = found / often
+        assert bool((ratio > 1 / 50).all()), found
+        assert bool((ratio < 50).all()), found
+
+
+def test_more_experts_are_protected_than_would_fit_whole(calibration: GetCalibration) -> None:
+    measured, protect = calibration("olmoe"), [(0, expert) for expert in range(6)]
+    budget = moetailor.Budget.parse(size="50%")
+    plan = moetailor.make_plan(measured, "auto", budget, protect=protect)
+    assert plan.nbytes <= measured.model.nbytes // 2
+    assert all(plan.by_layer[0].slots[expert] == Keep() for expert in range(6))
+    with pytest.raises(TooSmallError, match="ask for at least that") as refused:
+        moetailor.make_plan(measured, "auto", moetailor.Budget.parse(size="41%"), protect=protect)
+    least = moetailor.Budget.parse(size=refused.value.least)
+    assert moetailor.make_plan(measured, "auto", least, protect=protect).nbytes <= refused.value.least
+
+
+def test_what_is_protected_stays_where_errors_cost_nothing() -> None:
+    """As in a layer whose experts give nothing."""
+    errors = torch.tensor([[torch.inf, 0.2, 0.0], [1.0, 0.2, 0.0]], dtype=torch.float64)
+    layer = Priced(
+        index=0,
+        entries=[Constant(), Width(bits=2), Keep()],
+        nbytes=torch.tensor([10, 50, 200]),
+        errors=errors,
+        weight=torch.ones(2, dtype=torch.float64),
+        scores=(0.0, 0.0),
+    )
+    (plan,) = mixed([layer], prices_of(0.0, noise=0.0), 160)
+    assert plan.slots == (Keep(), Constant())
+    assert plan.expected == 0
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_what_is_kept_is_counted_as_it_lay(keep: int, calibration: GetCalibration) -> None:
+    """Else the bytes of a single expert would be those that it has in the fewest bits."""
+    measured, budget = calibration("olmoe"), moetailor.Budget.parse(keep=keep)
+    most = moetailor.make_plan(measured, "mone", budget).nbytes
+    assert most - 400 < moetailor.make_plan(measured, "auto", budget).nbytes <= most
 
 
 @pytest.mark.parametrize("family", ["olmoe", "deepseek_v3", "gpt_oss"])

@@ -57,7 +57,7 @@ def calibrate(
         residual: also measure how far the routed experts turn the residual stream, which easy_ep reads; everything
             but the routed experts then runs twice.
         sensitivity: also measure what errors of each layer do to the predictions, by which `auto` weighs layers; about
-            half as many runs of a few thousand tokens as there are layers.
+            one and a half times as many runs of a few thousand tokens as there are layers.
         stream: keep one decoder layer in memory at a time, for checkpoints larger than memory.
         states: where hidden states wait between layers; ``auto`` is the disk when streaming, else memory.
         device: where the model runs; CUDA when there is one.

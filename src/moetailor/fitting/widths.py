@@ -192,7 +192,11 @@ class _Judge:
     @classmethod
     def of(cls, layer: LayerView, expert: int) -> _Judge:
         token, gate = layer.routed(expert)
-        weight = gate.double().square()[:, None].to(layer.experts.device)
+        weight = gate.double().square()
+        if len(token) < FEW and layer.sums.count[expert]:
+            # So few may all be alike, and then no share of what a constant loses there says anything.
+            token, weight = _tokens(layer, {expert: 1.0})
+        weight = weight[:, None].to(layer.experts.device)
         y = layer.outputs(expert, token).double()
         judged = held_out(token)
         if int(judged.sum()) < FEW:  # all judge, and all say what the constant is
@@ -211,7 +215,16 @@ class _Judge:
 def _inputs(
     layer: LayerView, slots: Mapping[int, float], *, held_out_too: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return inputs of an expert, float32 [T, D], and what an error of its output weighs there, [T].
+    """Return inputs of an expert, float32 [T, D], and what an error of its output weighs there, [T]; see `_tokens`."""
+    token, weight = _tokens(layer, slots, held_out_too=held_out_too)
+    device = layer.experts.device
+    return layer.sample.hidden[token].float().to(device), weight.float().to(device)
+
+
+def _tokens(
+    layer: LayerView, slots: Mapping[int, float], *, held_out_too: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return tokens that say what an expert gets, as places in the sample, and what its error weighs there, [T].
 
     The sampled tokens that chose it weigh as their squared gates. Where they are fewer than the expert is wide, tokens
     from all of the sample make up for them, each with the mean squared gate of the layer: moments of so few tokens
@@ -227,13 +240,13 @@ def _inputs(
     weight = torch.cat([(gate.double() * factor).square() for _, gate, factor in routed])
     if not held_out_too:
         token, weight = token[~held_out(token)], weight[~held_out(token)]
-    sample, device = layer.sample, layer.experts.device
+    sample = layer.sample
     missing = min(sample.hidden.shape[1] - len(token), len(sample.hidden))
     if missing > 0:
         spread = torch.arange(missing) * len(sample.hidden) // missing
         token = torch.cat([token, spread])
         weight = torch.cat([weight, sample.gate.double().square().mean().expand(missing)])
-    return sample.hidden[token].float().to(device), weight.float().to(device)
+    return token, weight
 
 
 def _moment(one: torch.Tensor, other: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -70,7 +70,7 @@ def estimate_plan(
 
     def at(kept: Mapping[str, int]) -> dict[str, LayerPlan]:
         found = {s.prefix: method.estimate(s.num_experts, kept[s.prefix], facts.groups.count) for s in stacks}
-        return narrowed(found) if counts_bits else found
+        return narrowed(found) if counts_bits else _as_counted(found, method)
 
     anew = any(ANSWERS[kind].rebuilds for kind in {method.replaces_with.kind, *method.builds})
 
@@ -95,7 +95,9 @@ def estimate_plan(
             raise PlanError(f"--allocation: takes {nbytes:,} bytes, {budget} allows {most:,}; keep fewer experts")
     planned = narrowed(planned)
     refuse_load_dtype(budget, planned, method)
-    for stack in stacks:
+    for stack in (
+        stacks if not _shares_bits(method) else ()
+    ):  # which keeps what is protected, in fewer bits where that must be
         inside = {expert for layer, expert in protect if layer == stack.index}
         refuse_protected(stack.index or 0, inside, stack.num_experts, len(planned[stack.prefix].pool), groups)
     plan = Plan(
@@ -108,6 +110,17 @@ def estimate_plan(
     )
     check_plan(plan, facts)
     return plan
+
+
+def _shares_bits(method: Method) -> bool:
+    """Return whether a method shares a number of bytes out among experts in few bits."""
+    return method.decides_counts and method.decides_widths
+
+
+def _as_counted(plans: dict[str, LayerPlan], method: Method) -> dict[str, LayerPlan]:
+    """Return estimates for a number of experts: where bytes are shared out, they are those of experts as they lay."""
+    counts_all = method.keeps_all or not _shares_bits(method)
+    return plans if counts_all else {prefix: replace(plan, widths={}) for prefix, plan in plans.items()}
 
 
 def _as_it_lies(plan: LayerPlan, stack: Stack, width: Width | None, anew: bool) -> LayerPlan:

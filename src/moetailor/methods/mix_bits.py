@@ -177,7 +177,10 @@ def mixed(layers: Sequence[Priced], prices: Prices, nbytes: int) -> list[LayerPl
         for layer in layers:
             coarse, noise = prices.slopes(layer.index, moved)
             slope = torch.where(layer.rounded, noise, coarse).double()
-            shelves.append(Shelf(errors=weighed[layer.index] * slope, nbytes=layer.nbytes, stays=layer.stays))
+            errors = weighed[layer.index]
+            # What cannot be taken cannot where errors cost nothing either.
+            errors = torch.where(errors.isinf(), errors, errors * slope)
+            shelves.append(Shelf(errors=errors, nbytes=layer.nbytes, stays=layer.stays))
         return cheapest(shelves, nbytes)
 
     # The root in what errors cost is concave: with its slope at some point in its place no solution gets worse, but one

@@ -72,7 +72,15 @@ class CompressedTensors(Format):
         return None
 
     def check(self, plan: Plan, original: Original) -> None:
-        """Refuse a family whose experts have no names one by one; say which engine does not load what is planned."""
+        """Refuse a family whose experts have no names one by one, and an original of which more than the experts lies
+        as codes; say which engine does not load what is planned.
+        """
+        replaced = {name for s in original.stacks.values() if s.index is not None for name in (*s.experts, *s.fused)}
+        if beside := sorted(original.checkpoint.coded.keys() - replaced):
+            raise PlanError(
+                f"format {self.name} has a scheme for experts alone, and {beside[0]!r} lies as codes too "
+                f"({original.checkpoint.coded[beside[0]].lies}), which would be read as numbers; use --format moetailor"
+            )
         layer = next(iter(original.anatomy.layers.values()))
         stack = next(stack for stack in original.stacks.values() if stack.index == layer.index)
         names = {stack.named(name) for name in expert_names(original.skeleton.model, layer.experts).values()}
