@@ -105,7 +105,7 @@ def measure(name: str, tokens: int, shape: str, device: str) -> dict[str, float]
     from torch.utils.flop_counter import FlopCounterMode
 
     import moetailor
-    from moetailor.transform.build import _packed
+    from moetailor.transform.build import rounded_experts
 
     warnings.simplefilter("ignore", moetailor.MoetailorWarning)
     method = moetailor.METHODS[CASES[name][0]].of(CASES[name][1])
@@ -116,7 +116,9 @@ def measure(name: str, tokens: int, shape: str, device: str) -> dict[str, float]
         plan = method.plan(layer, layer.num_experts // 2)
         planned = now(device)
         given = method.build(layer, plan)
-        _packed(layer, plan, {name: given[name] for name in given if name in layer.shape.tensors}, method.rounding)
+        rounded_experts(
+            layer, plan, {name: given[name] for name in given if name in layer.shape.tensors}, method.rounding
+        )
         built = now(device)
     rate = max(rate, matrix_rate(shape, device))
     return {

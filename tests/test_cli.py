@@ -184,6 +184,10 @@ def test_uniform_layers_for_engines(run, tmp_path: Path) -> None:
     code, _, err = run("plan", folder, "-o", tmp_path / "p.json", "-m", "reap", "--uniform-layers", "--remove", "25%")
     assert code == 2
     assert "--uniform-layers: says how auto chooses bits" in " ".join(err.split())
+    odd = ("-m", "auto", "--uniform-layers", "-p", "uniform_layers=false", "--size", "40%")
+    code, _, err = run("plan", folder, "-o", tmp_path / "p.json", *odd)
+    assert code == 2
+    assert "uniform_layers=false: leave one of them out" in " ".join(err.replace("│", " ").split())
 
 
 def test_wrong_usage_exits_with_2_and_wrong_input_with_1(run, tmp_path: Path) -> None:

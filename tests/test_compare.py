@@ -532,6 +532,7 @@ def test_words_of_rows() -> None:
         ({"methods": "mnoe"}, "--methods mnoe: no method 'mnoe'; did you mean 'mone'"),
         ({"methods": "linear:rank"}, "--methods linear:rank: write parameters as linear:parameter=value"),
         ({"methods": "reap@9"}, "--methods reap@9: write bits as reap@4, or reap@4/6 with those of down"),
+        ({"methods": "quantize@4/6:group=32"}, "write bits as quantize:group=32@4/6, last"),
         ({"methods": "linear:rank=2@"}, "--methods linear:rank=2@: write bits as linear:rank=2@4, or"),
         ({"methods": "auto@4", "remove": None, "sizes": "40%"}, "--bits: auto says itself how experts lie"),
         ({"sizes": "40%"}, "--remove and --sizes: rows are of equal ratios or of equal bytes; give one of them"),

@@ -66,7 +66,11 @@ def read_parameters(entries: list[str] | None, uniform_layers: str | None = None
         if not (name and equals and value):
             raise typer.BadParameter(f"--param {name}{equals}{value}: write name=value")
     found = {name: value for name, _, value in pairs}
-    return found if uniform_layers is None else found | {"uniform_layers": "true"}
+    if uniform_layers is not None and found.setdefault("uniform_layers", "true").lower() not in ("true", "1"):
+        raise typer.BadParameter(
+            f"--uniform-layers and uniform_layers={found['uniform_layers']}: leave one of them out"
+        )
+    return found
 
 
 def read_numbers(text: str | None) -> list[int] | None:

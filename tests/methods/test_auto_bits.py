@@ -37,7 +37,7 @@ def fitted_part(layer: LayerView) -> LayerView:
     return other
 
 
-def test_a_price_is_the_share_of_the_constants_error_on_tokens_that_were_not_fitted() -> None:
+def test_a_price_is_the_constants_error_times_the_share_that_is_left_on_tokens_that_were_not_fitted() -> None:
     layer = layer_of_tokens(random_experts(3), tokens=600)
     widths = [Width(bits=bits, down=down, group=16) for bits, down in ((2, 0), (4, 6), (5, 0), (6, 0), (8, 0))]
     prices = held_out_errors(layer, widths, dtype=torch.float32)
@@ -49,7 +49,11 @@ def test_a_price_is_the_share_of_the_constants_error_on_tokens_that_were_not_fit
         x, weight = layer.sample.hidden[token], gate.double().square()[:, None]
         y = layer.experts.outputs(expert, x).double()
         constant = (weight * y)[~judged].sum(0) / weight[~judged].sum()
-        lost = float((weight * (y - constant).square())[judged].sum())
+        sums = layer.sums
+        # sum g^2 |y|^2 - |sum g^2 y|^2 / sum g^2, what the best constant loses on all tokens
+        saved = float(sums.gate_sq_output[expert].square().sum() / sums.gate_sq[expert])
+        whole = (float(sums.gate_sq_norm_sq[expert]) - saved) / float(sums.tokens)
+        lost = float((weight * (y - constant).square())[judged].sum()) / whole
         for at, width in enumerate(widths):
             storages = width.storages(layer.shape)
             codes = quantized(part, [{expert: 1.0}], layer.experts.matrices([expert]), storages, dtype=torch.float32)
@@ -62,6 +66,26 @@ def test_a_price_is_the_share_of_the_constants_error_on_tokens_that_were_not_fit
                 assert 0.25 < float(prices[expert, at]) / (error / lost) < 4
     torch.testing.assert_close(prices[:, 3:], prices[:, 2:3] / torch.tensor([4.0, 64.0]).double())
     assert bool((prices[:, 0] > prices[:, 1]).all() and (prices[:, 1] > prices[:, 2]).all())
+
+
+def test_an_expert_whose_tokens_are_all_alike_is_priced_by_its_energy() -> None:
+    """A constant loses nothing there, and shares of nothing say nothing."""
+    layer, widths = layer_of_tokens(random_experts(3), tokens=600), [Width(bits=bits, group=16) for bits in (2, 4)]
+    token, gate = layer.routed(1)
+    layer.sample.hidden[token] = layer.sample.hidden[token[0]].clone()
+    layer.sample.gate[(layer.sample.index == 1)] = gate[0]
+    prices = held_out_errors(layer, widths, dtype=torch.float32)[1]
+    x = layer.sample.hidden[token[:1]]
+    y = layer.experts.outputs(1, x)
+    for at, width in enumerate(widths):
+        storages = width.storages(layer.shape)
+        matrices = layer.experts.matrices([1])
+        codes = quantized(fitted_part(layer), [{1: 1.0}], matrices, storages, dtype=torch.float32)
+        own = {name: storages[name].numbers(codes[name])[0] for name in codes}
+        given = F.linear(layer.experts.hidden(own, x), own["down"])
+        share = float((y - given).square().sum() / y.square().sum())
+        energy = float(layer.sums.gate_sq_norm_sq[1] / layer.sums.tokens)
+        assert float(prices[at]) == pytest.approx(share * energy, rel=1e-2)
 
 
 @pytest.mark.parametrize("sampled", [0, 1])
@@ -166,7 +190,7 @@ def test_uniform_layers_keep_all_experts_each_layer_in_one_width(
     moetailor.apply(plan, checkpoint("olmoe"), tmp_path / "out", calibration=measured)
     free = moetailor.make_plan(measured, "auto", budget)
     assert (free.expected or 0) <= (plan.expected or 0) * (1 + 1e-6)
-    with pytest.raises(moetailor.PlanError, match="uniform_layers=true: says in how many bits"):
+    with pytest.raises(moetailor.PlanError, match="uniform_layers=true: is about experts in few bits"):
         moetailor.make_plan(measured, "auto", budget, parameters={"uniform_layers": True, "bits": False})
 
 
@@ -223,7 +247,7 @@ def test_widths_that_are_not_on_the_menu(calibration: GetCalibration) -> None:
         with pytest.raises(moetailor.PlanError) as refused:
             moetailor.make_plan(measured, "auto", size, parameters={"widths": given})
         assert str(refused.value) == f"widths={given}: {menu}"
-    with pytest.raises(moetailor.PlanError, match="widths=8: says in how many bits a layer lies, and bits=false"):
+    with pytest.raises(moetailor.PlanError, match="widths=8: is about experts in few bits, and bits=false"):
         moetailor.make_plan(measured, "auto", size, parameters={"widths": "8", "bits": False})
 
 
@@ -256,7 +280,7 @@ def test_without_stand_ins_all_experts_stay_each_in_bits_of_its_own(calibration:
     assert len({width for layer in plan.layers.values() for width in layer.widths.values()}) > 1
     free = moetailor.make_plan(measured, "auto", budget)
     assert (free.expected or 0) <= (plan.expected or 0) * (1 + 1e-6)
-    with pytest.raises(moetailor.PlanError, match="stand_ins=false: leaves experts in few bits alone"):
+    with pytest.raises(moetailor.PlanError, match="stand_ins=false: is about experts in few bits"):
         moetailor.make_plan(measured, "auto", budget, parameters={"stand_ins": False, "bits": False})
 
 

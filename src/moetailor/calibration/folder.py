@@ -128,7 +128,7 @@ class Calibration:
         Raises:
             CalibrationError: its file is damaged or of another calibration.
         """
-        return None if self.prices is None else dict(self.prices.coarse)
+        return None if (prices := self.prices) is None else dict(prices.coarse)
 
     def holds(self, statistic: str) -> bool:
         """Say whether a statistic was recorded, see `statistics.ON_REQUEST`."""

@@ -92,21 +92,27 @@ def measure_sensitivities(
     kl, joint = _kl(walk, original, alone), _kl(walk, original, together)
     walk.clear()
     counted = torch.cat([batch.counted.flatten() for batch in batches])
-    layers: dict[int, LayerEffects] = {}
-    for index in anatomy.layers:
-        found: dict[Errors, Effect] = {}
-        for errors in ERRORS:
-            lost = float(torch.cat(squared[index, errors])[counted].sum())
-            found[errors] = {"kl": max(kl[index, errors], 0.0), "squared_error": lost}
-            if not math.isfinite(kl[index, errors] + lost + joint[errors]):
-                raise CalibrationError(
-                    f"layer {index}: what its errors cost is not finite, the logits overflow; calibrate in a wider "
-                    "--dtype"
-                )
-        layers[index] = {"constants": found["constants"], "bits6": found["bits6"], "bits3": found["bits3"]}
-    every: Together = {"constants": 0.0, "bits6": 0.0, "bits3": 0.0}
-    for errors in ERRORS:
-        every[errors] = max(joint[errors], 0.0)
+
+    def effect(index: int, errors: Errors) -> Effect:
+        found: Effect = {
+            "kl": max(kl[index, errors], 0.0),
+            "squared_error": float(torch.cat(squared[index, errors])[counted].sum()),
+        }
+        if not math.isfinite(kl[index, errors] + found["squared_error"] + joint[errors]):
+            told = "what its errors cost is not finite, the logits overflow; calibrate in a wider --dtype"
+            raise CalibrationError(f"layer {index}: {told}")
+        return found
+
+    layers: dict[int, LayerEffects] = {
+        index: {
+            "constants": effect(index, "constants"),
+            "bits6": effect(index, "bits6"),
+            "bits3": effect(index, "bits3"),
+        }
+        for index in anatomy.layers
+    }
+    nats = {errors: max(joint[errors], 0.0) for errors in ERRORS}
+    every: Together = {"constants": nats["constants"], "bits6": nats["bits6"], "bits3": nats["bits3"]}
     return calibration.with_sensitivities({"tokens": int(counted.sum()), "layers": layers, "together": every})
 
 

@@ -113,7 +113,9 @@ def _read(word: str, *, sized: bool) -> list[tuple[Method, Width | None]]:
     try:
         width = Width.parse(bits) if at else None
     except PlanError:
-        raise PlanError(f"--methods {word}: write bits as {whole}@4, or {whole}@4/6 with those of down") from None
+        few, colon, more = bits.partition(":")
+        cure = f"{whole}:{more}@{few}" if colon else f"{whole}@4, or {whole}@4/6 with those of down"
+        raise PlanError(f"--methods {word}: write bits as {cure}{', last' * bool(colon)}") from None
     parameters: Mapping[str, Any] = {key: value for key, _, value in pairs}
     if width is not None and not find_method(name).removes:  # its bits are parameters of its own
         parameters, width = {**parameters, "bits": width.bits, "down": width.down}, None

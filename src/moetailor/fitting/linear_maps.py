@@ -112,8 +112,10 @@ def build_maps(layer: LayerView, plan: LayerPlan, ridge: float, shrinkage: float
             MoetailorWarning,
             stacklevel=2,
         )
-    linear_in = common.T.cpu() if common is not None else torch.cat(inputs)
-    return built | {"linear_constant": constant, "linear_in": linear_in, "linear_out": torch.cat(outputs)}
+    factors = {"in": common.T.cpu() if common is not None else torch.cat(inputs), "out": torch.cat(outputs)}
+    if next(iter(maps.values())).int8:  # where each row is a matrix with a scale of its own
+        factors = {name: rows[:, None] for name, rows in factors.items()}
+    return built | {"linear_constant": constant} | {f"linear_{name}": rows for name, rows in factors.items()}
 
 
 def folds(layer: LayerView, token: torch.Tensor) -> list[torch.Tensor]:

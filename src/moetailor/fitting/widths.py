@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from moetailor.answers import Width
 from moetailor.checkpoint.models import working_nbytes
 from moetailor.checkpoint.storage.integers import Codes, Integers
+from moetailor.fitting.constants import constant_errors
 from moetailor.fitting.gptq import Seen, gptq
 from moetailor.fitting.held_out import held_out
 from moetailor.planning.view import LayerView
@@ -29,8 +30,9 @@ WIDTHS = tuple(Width(bits=bits, down=0 if down == bits else down) for bits, down
 WIDEST = 5
 # What is added to the diagonal of the moments that the down projection is fitted on, as a share of its mean.
 RIDGE = 0.02
-# The fewest held-out tokens that judge an expert.
-FEW = 8
+# The fewest held-out tokens that judge an expert, and the share of its energy that a constant must lose to measure by:
+# where it loses less, the tokens were all alike.
+FEW, ALIKE = 8, 1e-3
 
 
 def quantized(
@@ -70,7 +72,7 @@ def quantized(
 def held_out_errors(layer: LayerView, widths: Sequence[Width], *, dtype: torch.dtype) -> torch.Tensor:
     """Return what each expert adds to the layer's error in some widths, on tokens that it was not fitted on.
 
-    As a share of what its best constant adds there, float64 [E, widths]; zeros for experts that no token reached.
+    Squared errors a token, float64 [E, widths]; zeros for experts that no token reached.
 
     Args:
         layer: the layer.
@@ -78,27 +80,27 @@ def held_out_errors(layer: LayerView, widths: Sequence[Width], *, dtype: torch.d
         dtype: of the scales.
     """
     found, batch = torch.zeros(layer.num_experts, len(widths), dtype=torch.float64), _batch(layer)
+    # What is measured: by how gate and up lie, by how the down projection does, the widths that it tells of.
+    halves: dict[Width, dict[Width, list[int]]] = {}
+    for at, width in enumerate(widths):
+        told_by = _measured(width)
+        halves.setdefault(replace(told_by, down=0), {}).setdefault(told_by, []).append(at)
     for start in range(0, layer.num_experts, batch):
         numbers = range(start, min(start + batch, layer.num_experts))
         matrices = {name: stack.float() for name, stack in layer.experts.matrices(numbers).items()}
         inputs = [_inputs(layer, {expert: 1.0}, held_out_too=False) for expert in numbers]
         together, judges = _Batch.of(layer, matrices, inputs), [_Judge.of(layer, expert) for expert in numbers]
-        del inputs
-        measured = {_measured(width): None for width in widths}
-        for like in {replace(width, down=0): None for width in measured}:
+        biases = matrices.get("down_bias", [None] * len(judges))
+        for like, measured in halves.items():
             half = together.half(like.storages(layer.shape), dtype)
             states = [half.states(layer, number, judge.x) for number, judge in enumerate(judges)]
-            for width in measured:
-                if replace(width, down=0) == like:
-                    storage = width.storages(layer.shape)["down"]
-                    down = storage.numbers(gptq(half.down, half.seen, storage, dtype)).float()
-                    biases = matrices.get("down_bias", [None] * len(judges))
-                    each = zip(judges, states, down, biases, strict=True)
-                    shares = [judge.share(F.linear(state, one, bias)) for judge, state, one, bias in each]
-                    for at, wanted in enumerate(widths):
-                        if _measured(wanted) == width:
-                            less = torch.tensor(shares, dtype=torch.float64) * 4.0 ** (width.bits - wanted.bits)
-                            found[start : start + len(shares), at] = less
+            for width, told in measured.items():
+                storage = width.storages(layer.shape)["down"]
+                down = storage.numbers(gptq(half.down, half.seen, storage, dtype)).float()
+                each = zip(judges, states, down, biases, strict=True)
+                errors = [judge.error(F.linear(state, one, bias)) for judge, state, one, bias in each]
+                for at in told:
+                    found[numbers, at] = torch.tensor(errors, dtype=found.dtype) * 4.0 ** (width.bits - widths[at].bits)
     return found
 
 
@@ -182,19 +184,27 @@ class _Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class _Judge:
-    """Tokens that judge an expert: inputs [T, D], weights [T, 1], its own outputs, and what a constant loses there."""
+    """Tokens that judge an expert.
+
+    Attributes:
+        x: inputs, [T, D].
+        weight: what an error weighs there, [T, 1].
+        y: the expert's outputs, [T, D].
+        part: what a constant in its place loses there, or its energy.
+        whole: the same on all tokens of the calibration, for each of these.
+    """
 
     x: torch.Tensor
     weight: torch.Tensor
     y: torch.Tensor
-    constant: float
+    part: float
+    whole: float
 
     @classmethod
     def of(cls, layer: LayerView, expert: int) -> _Judge:
         token, gate = layer.routed(expert)
-        weight = gate.double().square()
-        if len(token) < FEW and layer.sums.count[expert]:
-            # So few may all be alike, and then no share of what a constant loses there says anything.
+        weight, sums = gate.double().square(), layer.sums
+        if len(token) < FEW and sums.count[expert]:
             token, weight = _tokens(layer, {expert: 1.0})
         weight = weight[:, None].to(layer.experts.device)
         y = layer.outputs(expert, token).double()
@@ -203,13 +213,16 @@ class _Judge:
             judged = torch.ones_like(judged)
         fitted = ~judged if not bool(judged.all()) else judged
         mean = (weight * y)[fitted].sum(0) / weight[fitted].sum().clamp_min(1e-300)
-        constant = float((weight[judged] * (y[judged] - mean).square()).sum())
-        x = layer.sample.hidden[token[judged]].float().to(layer.experts.device)
-        return cls(x=x, weight=weight[judged], y=y[judged], constant=constant)
+        x, weight, y = layer.sample.hidden[token[judged]].float().to(weight.device), weight[judged], y[judged]
+        part, whole = float((weight * (y - mean).square()).sum()), float(constant_errors(sums)[expert])
+        energy, energies = float((weight * y.square()).sum()), float(sums.gate_sq_norm_sq[expert] / sums.tokens)
+        if min(part * energies, whole * energy) <= ALIKE * energy * energies:
+            part, whole = energy, energies
+        return cls(x=x, weight=weight, y=y, part=part, whole=whole)
 
-    def share(self, given: torch.Tensor) -> float:
-        """Return the squared error of some outputs over that of the constant."""
-        return float((self.weight * (self.y - given.double()).square()).sum()) / self.constant if self.constant else 0.0
+    def error(self, given: torch.Tensor) -> float:
+        """Return the squared error of some outputs, for each token of the calibration."""
+        return self.whole * float((self.weight * (self.y - given.double()).square()).sum()) / max(self.part, 1e-300)
 
 
 def _inputs(

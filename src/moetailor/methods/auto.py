@@ -71,11 +71,10 @@ class Auto(JointMethod):
         super().__post_init__()
         if self.balance > 1:
             raise PlanError(f"balance={self.balance}: at 1 all domains count alike; give a number from 0 to 1")
-        for told in ["uniform_layers=true"] * self.uniform_layers + [f"widths={self.widths}"] * bool(self.widths):
-            if not self.bits:
-                raise PlanError(f"{told}: says in how many bits a layer lies, and bits=false allows none")
-        if not self.stand_ins and not self.bits:
-            raise PlanError("stand_ins=false: leaves experts in few bits alone, and bits=false allows none")
+        few = {"uniform_layers=true": self.uniform_layers, "stand_ins=false": not self.stand_ins}
+        few[f"widths={self.widths}"] = bool(self.widths)
+        if not self.bits and (told := next((words for words, given in few.items() if given), None)):
+            raise PlanError(f"{told}: is about experts in few bits, and bits=false allows none")
         _ = self.stays  # which refuses what is not on the menu
 
     @property
@@ -98,39 +97,45 @@ class Auto(JointMethod):
         """Where nothing may stand in for experts."""
         return self.uniform_layers or not self.stand_ins
 
+    @property
+    def _plain_widths(self) -> list[Width]:
+        """The widths on the menu that are the same for all matrices, narrowest first."""
+        alike = (entry for entry in self.stays if isinstance(entry, Width) and not entry.down)
+        return sorted(alike, key=lambda width: width.bits)
+
     def estimate(self, experts: int, keep: int, groups: int = 1) -> LayerPlan:
-        """Return a plan with kept experts and novices, the last one that is kept in the fewest bits; or, where all
-        experts stay, one with these, in more bits the more are to be kept.
+        """Return a plan with kept experts and novices; or, where all experts stay, one with these, in more bits the
+        more are to be kept.
         """
-        widths = [entry for entry in self.stays if isinstance(entry, Width) and not entry.down]
-        narrowest, *_ = widths = sorted(widths, key=lambda width: width.bits)
-        if self.keeps_all:
-            return untouched(experts).narrowed(widths[(len(widths) - 1) * (keep - 1) // max(experts - 1, 1)])
-        plan = super().estimate(experts, keep, groups)
-        return plan.narrowed(narrowest) if self.bits and keep == 1 else plan
+        if not self.keeps_all:
+            return super().estimate(experts, keep, groups)
+        widths = self._plain_widths
+        return untouched(experts).narrowed(widths[(len(widths) - 1) * (keep - 1) // max(experts - 1, 1)])
+
+    def narrowest(self, plan: LayerPlan) -> LayerPlan:
+        """Return it in the fewest bits on the menu."""
+        return plan.narrowed(self._plain_widths[0]) if self.bits else plan
 
     def plan_layers(self, layers: Sequence[LayerView], keeps: Sequence[int]) -> Iterator[LayerPlan]:
         """Decide for all layers, in the bytes of kept experts and novices for the others."""
         nbytes = sum(layer.nbytes or _novices(layer, keep) for layer, keep in zip(layers, keeps, strict=True))
         if not layers:
             return
-        prices, weights = layers[0].prices, (_weight(layer, self.balance) for layer in layers)
-        assert prices is not None
         if not self.bits:
-            choices = [
-                _closed(layer, mix_plain.choice(layer, weight)) for layer, weight in zip(layers, weights, strict=True)
-            ]
-            yield from mix_plain.mixed(choices, nbytes)
+            yield from mix_plain.mixed([_closed(layer, self._choice(layer)) for layer in layers], nbytes)
             return
-        found = [
-            _closed(layer, mix_bits.priced(layer, weight, self.stays))
-            for layer, weight in zip(layers, weights, strict=True)
-        ]
+        prices = layers[0].prices
+        assert prices is not None
+        yield from mix_bits.mixed([_closed(layer, self._priced(layer)) for layer in layers], prices, nbytes)
+
+    def _choice(self, layer: LayerView) -> mix_plain.Choice:
+        return mix_plain.choice(layer, _weight(layer, self.balance))
+
+    def _priced(self, layer: LayerView) -> mix_bits.Priced:
+        found = mix_bits.priced(layer, _weight(layer, self.balance), self.stays)
         if self.uniform_layers:
-            found = [each.uniform() for each in found]
-        elif not self.stand_ins:
-            found = [each.staying() for each in found]
-        yield from mix_bits.mixed(found, prices, nbytes)
+            return found.uniform()
+        return found if self.stand_ins else found.staying()
 
     def build(self, layer: LayerView, plan: LayerPlan) -> dict[str, torch.Tensor]:
         """Return the tensors of constants and linear maps, and of low-rank experts over the layer's base."""

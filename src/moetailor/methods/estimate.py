@@ -70,7 +70,7 @@ def estimate_plan(
 
     def at(kept: Mapping[str, int]) -> dict[str, LayerPlan]:
         found = {s.prefix: method.estimate(s.num_experts, kept[s.prefix], facts.groups.count) for s in stacks}
-        return narrowed(found) if counts_bits else _as_counted(found, method)
+        return narrowed(found) if counts_bits else found
 
     anew = any(ANSWERS[kind].rebuilds for kind in {method.replaces_with.kind, *method.builds})
 
@@ -87,7 +87,7 @@ def estimate_plan(
     else:
         least = max(fewest(method, stack, facts) for stack in stacks)
         uniform = method.replaces_with.drops and allocation == "uniform"
-        planned = _within(limit.size, facts, stacks, at, least, uniform=uniform)
+        planned = _within(limit.size, facts, stacks, at, method, least, uniform=uniform)
     if isinstance(allocation, Mapping):
         most = planned_nbytes(facts, planned) if limit.size is None else limit.size
         planned = at(counts_of(allocation, stacks, step=groups))
@@ -95,9 +95,8 @@ def estimate_plan(
             raise PlanError(f"--allocation: takes {nbytes:,} bytes, {budget} allows {most:,}; keep fewer experts")
     planned = narrowed(planned)
     refuse_load_dtype(budget, planned, method)
-    for stack in (
-        stacks if not _shares_bits(method) else ()
-    ):  # which keeps what is protected, in fewer bits where that must be
+    # Where bytes are shared out among widths too, what is protected stays, in fewer bits if it must.
+    for stack in [] if method.decides_counts and method.decides_widths else stacks:
         inside = {expert for layer, expert in protect if layer == stack.index}
         refuse_protected(stack.index or 0, inside, stack.num_experts, len(planned[stack.prefix].pool), groups)
     plan = Plan(
@@ -110,17 +109,6 @@ def estimate_plan(
     )
     check_plan(plan, facts)
     return plan
-
-
-def _shares_bits(method: Method) -> bool:
-    """Return whether a method shares a number of bytes out among experts in few bits."""
-    return method.decides_counts and method.decides_widths
-
-
-def _as_counted(plans: dict[str, LayerPlan], method: Method) -> dict[str, LayerPlan]:
-    """Return estimates for a number of experts: where bytes are shared out, they are those of experts as they lay."""
-    counts_all = method.keeps_all or not _shares_bits(method)
-    return plans if counts_all else {prefix: replace(plan, widths={}) for prefix, plan in plans.items()}
 
 
 def _as_it_lies(plan: LayerPlan, stack: Stack, width: Width | None, anew: bool) -> LayerPlan:
@@ -227,7 +215,7 @@ def fewest(method: Method, stack: Stack, facts: ModelFacts) -> int:
 
 
 def _within(
-    size: int, facts: ModelFacts, stacks: Sequence[Stack], at: Any, least: int, *, uniform: bool
+    size: int, facts: ModelFacts, stacks: Sequence[Stack], at: Any, method: Method, least: int, *, uniform: bool
 ) -> dict[str, LayerPlan]:
     """Return the plans with the most experts a layer, at least some, whose checkpoint has at most `size` bytes.
 
@@ -241,7 +229,9 @@ def _within(
     most = max(stack.num_experts for stack in stacks)
     fitting = [keep for keep in range(least, most + 1) if planned_nbytes(facts, planned(keep)) <= size]
     if not fitting:
-        smallest = planned(least)
+        smallest = {prefix: method.narrowest(plan) for prefix, plan in planned(least).items()}
+        if planned_nbytes(facts, smallest) <= size:
+            return smallest
         nbytes, least = planned_nbytes(facts, smallest), max(least, max(len(plan.pool) for plan in smallest.values()))
         raise TooSmallError(
             f"a budget of {size:,} bytes: with {least} experts in each layer, the fewest that work, there are "

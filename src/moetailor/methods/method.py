@@ -146,6 +146,14 @@ class Method(ABC):
         kept = [group * size + number for group in range(groups) for number in range(each)]
         return keep_first(experts, kept, self.replaces_with)
 
+    def narrowest(self, plan: LayerPlan) -> LayerPlan:
+        """Return an estimate with what stays in the fewest bytes that the method may leave it in.
+
+        Args:
+            plan: what `estimate` gave.
+        """
+        return plan
+
 
 class JointMethod(Method):
     """A method that decides for several layers together."""

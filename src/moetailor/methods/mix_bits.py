@@ -142,7 +142,7 @@ def priced(layer: LayerView, weight: torch.Tensor, stays: Sequence[Width | Keep]
     experts, dead = range(layer.num_experts), layer.sums.count == 0
     errors = torch.stack([linear_maps.held_out_errors(layer, expert, [0, *ranks], RIDGE) for expert in experts])
     scores = ((layer.sensitivity or 0.0) * errors[:, 0]).tolist()
-    noise = errors[:, :1] * held_out_errors(layer, widths, dtype=DTYPES[layer.dtype])
+    noise = held_out_errors(layer, widths, dtype=DTYPES[layer.dtype])
     # An expert that no token reached stays: that may be the text's doing, and in the fewest bits it costs little.
     errors[dead] = torch.inf
     errors[sorted(layer.protected)] = torch.inf

@@ -115,12 +115,13 @@ def compute_layer(plan: Plan, view: LayerView) -> LayerTensors:
             raise PlanError(f"layer {view.index}: the new {name} is not finite; calibrate again in a wider --dtype")
     declared = added_by_method(plan.slot_maps[view.index], view.shape)
     matrices = {name: tensor for name, tensor in given.items() if name not in declared}
-    given |= {name: given[name].reshape(spec.shape) for name, spec in declared.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in given.items() if name in declared}
+    assert shapes == {name: spec.shape for name, spec in declared.items()}, f"{plan.method} gave {shapes}"
     assert bool(matrices) == bool(layer.rebuilt), f"{plan.method} planned {len(layer.rebuilt)} experts with new weights"
     # Without new experts the weights need not be loaded.
     plain = [row for row, expert in enumerate(layer.rebuilt) if expert in layer.plain]
     rebuilt = view.experts.packed({name: stack[plain] for name, stack in matrices.items()}) if plain else {}
-    packed = _packed(view, layer, matrices, method.rounding) if layer.widths else {}
+    packed = rounded_experts(view, layer, matrices, method.rounding) if layer.widths else {}
     return LayerTensors(added={name: given[name] for name in declared}, rebuilt=rebuilt, packed=packed)
 
 
@@ -137,7 +138,7 @@ def added_by_method(slots: SlotMap, shape: ExpertShape) -> dict[str, TensorSpec]
     return {name: spec for _, specs in every for name, spec in specs.items() if all(spec.shape)}
 
 
-def _packed(view: LayerView, layer: LayerPlan, rebuilt: Tensors, rounding: Rounding) -> Tensors:
+def rounded_experts(view: LayerView, layer: LayerPlan, rebuilt: Tensors, rounding: Rounding) -> Tensors:
     """Return the experts in few bits as they are stored.
 
     Args:

@@ -12,9 +12,9 @@ from moetailor.checkpoint.files import TensorInfo
 from moetailor.checkpoint.storage.quantized import (
     FLOATS,
     Allowed,
+    Grouped,
     Quantized,
     grouped,
-    groups_of,
     number,
     register_reader,
     word,
@@ -27,14 +27,8 @@ PLACE = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Awq(Quantized):
-    """Codes [I, O / 8], zero points [G, O / 8] and scales [G, O].
-
-    Attributes:
-        group: inputs that share a scale; -1 for all.
-    """
-
-    group: int
+class Awq(Grouped):
+    """Codes [I, O / 8], zero points [G, O / 8] and scales [G, O]."""
 
     code = "qweight"
     code_dtypes = ("I32",)
@@ -43,7 +37,7 @@ class Awq(Quantized):
     @property
     def label(self) -> str:
         """Groups."""
-        return "AWQ int4, " + (f"groups of {self.group}" if self.group > 0 else "by row")
+        return f"AWQ int4, {self.grouping}"
 
     def shape(self, parts: Mapping[str, TensorInfo]) -> tuple[int, ...]:
         """Return [O, I]."""
@@ -53,7 +47,7 @@ class Awq(Quantized):
     def expected(self, shape: tuple[int, ...]) -> dict[str, Allowed]:
         """Return codes, zero points and scales."""
         outputs, inputs = shape[-2:]
-        groups, words = groups_of(inputs, self.group), outputs // len(PLACE)
+        groups, words = self.groups(inputs), outputs // len(PLACE)
         return {
             "qweight": (("I32",), [(inputs, words)]),
             "qzeros": (("I32",), [(groups, words)]),
@@ -62,10 +56,8 @@ class Awq(Quantized):
 
     def decode(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...], dtype: str) -> torch.Tensor:
         """Return (code - zero point) x scale."""
-        inputs = shape[1]
-        order = torch.arange(inputs) // (self.group if self.group > 0 else inputs)
         code, zero = _unpacked(parts["qweight"]), _unpacked(parts["qzeros"])
-        return grouped(code.T, parts["scales"].T, zero.T, order, dtype)
+        return grouped(code.T, parts["scales"].T, zero.T, self.order(shape[1]), dtype)
 
 
 def _unpacked(words: torch.Tensor) -> torch.Tensor:

@@ -12,9 +12,9 @@ from moetailor.checkpoint.files import TensorInfo
 from moetailor.checkpoint.storage.quantized import (
     FLOATS,
     Allowed,
+    Grouped,
     Quantized,
     grouped,
-    groups_of,
     number,
     register_reader,
     word,
@@ -23,17 +23,15 @@ from moetailor.errors import CheckpointError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gptq(Quantized):
+class Gptq(Grouped):
     """Codes [I bits / 32, O], zero points [G, O bits / 32], scales [G, O] and the group of each input.
 
     Attributes:
         bits: of a code.
-        group: inputs that share a scale; -1 for all.
         less: what is taken from zero points when they are stored: 1 in the first version of the format.
     """
 
     bits: int
-    group: int
     less: int
 
     code = "qweight"
@@ -44,7 +42,7 @@ class Gptq(Quantized):
     @property
     def label(self) -> str:
         """Bits and groups."""
-        return f"GPTQ int{self.bits}, " + (f"groups of {self.group}" if self.group > 0 else "by row")
+        return f"GPTQ int{self.bits}, {self.grouping}"
 
     def shape(self, parts: Mapping[str, TensorInfo]) -> tuple[int, ...]:
         """Return [O, I]."""
@@ -54,7 +52,7 @@ class Gptq(Quantized):
     def expected(self, shape: tuple[int, ...]) -> dict[str, Allowed]:
         """Return codes, zero points, scales and groups."""
         outputs, inputs = shape[-2:]
-        groups = groups_of(inputs, self.group)
+        groups = self.groups(inputs)
         return {
             "qweight": (("I32",), [(-(-inputs * self.bits // 32), outputs)]),
             "qzeros": (("I32",), [(groups, -(-outputs * self.bits // 32))]),
@@ -70,8 +68,7 @@ class Gptq(Quantized):
         # Both come with 2^(bits - 1) taken off, which is gone in the difference.
         code = unpack_from_int32(parts["qweight"], self.bits, torch.Size((inputs, outputs)), packed_dim=0).T
         zero = unpack_from_int32(parts["qzeros"], self.bits, torch.Size((scale.shape[1], outputs))).T
-        order = torch.arange(inputs) // (self.group if self.group > 0 else inputs)
-        return grouped(code, scale, zero.float() + self.less, parts.get("g_idx", order), dtype)
+        return grouped(code, scale, zero.float() + self.less, parts.get("g_idx", self.order(inputs)), dtype)
 
 
 @register_reader("gptq")

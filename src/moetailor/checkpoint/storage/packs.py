@@ -8,22 +8,20 @@ from dataclasses import dataclass
 import torch
 
 from moetailor.checkpoint.files import TensorInfo
-from moetailor.checkpoint.storage.quantized import FLOATS, Allowed, Quantized, grouped, groups_of
+from moetailor.checkpoint.storage.quantized import FLOATS, Allowed, Grouped, grouped
 from moetailor.errors import CheckpointError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Packs(Quantized):
+class Packs(Grouped):
     """Codes along the inputs, zero points along the outputs, scales [O, G], and the shape of the matrix.
 
     Attributes:
         bits: of a code.
-        group: inputs that share a scale; -1 for all.
         symmetric: whether there are no zero points.
     """
 
     bits: int
-    group: int
     symmetric: bool
 
     code = "weight_packed"
@@ -34,7 +32,7 @@ class Packs(Quantized):
     @property
     def label(self) -> str:
         """Bits and groups."""
-        return f"int{self.bits}, " + (f"groups of {self.group}" if self.group > 0 else "by row")
+        return f"int{self.bits}, {self.grouping}"
 
     def shape(self, parts: Mapping[str, TensorInfo]) -> tuple[int, ...]:
         """Return the shape that is stored with the codes, which may end inside a word."""
@@ -47,7 +45,7 @@ class Packs(Quantized):
     def expected(self, shape: tuple[int, ...]) -> dict[str, Allowed]:
         """Return codes, scales, zero points where there are some, and groups where inputs are not in order."""
         outputs, inputs = shape[-2:]
-        groups = groups_of(inputs, self.group)
+        groups = self.groups(inputs)
         words = (-(-outputs * self.bits // 32), groups)
         zeros: dict[str, Allowed] = {} if self.symmetric else {"weight_zero_point": (("I32",), [words])}
         found: dict[str, Allowed] = {
@@ -72,5 +70,4 @@ class Packs(Quantized):
         if not self.symmetric:
             size = torch.Size((outputs, scale.shape[1]))
             zero = unpack_from_int32(parts["weight_zero_point"], self.bits, size, packed_dim=0)
-        order = torch.arange(inputs) // (self.group if self.group > 0 else inputs)
-        return grouped(code, scale, zero, parts.get("weight_g_idx", order), dtype)
+        return grouped(code, scale, zero, parts.get("weight_g_idx", self.order(inputs)), dtype)

@@ -133,6 +133,30 @@ class Quantized(ABC):
         return "F16" if parts[self.scale].dtype == "F16" else "BF16"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Grouped(Quantized):
+    """Integers whose scales and zero points are those of groups of inputs.
+
+    Attributes:
+        group: inputs that share a scale; -1 for all.
+    """
+
+    group: int
+
+    @property
+    def grouping(self) -> str:
+        """The groups in words."""
+        return f"groups of {self.group}" if self.group > 0 else "by row"
+
+    def groups(self, inputs: int) -> int:
+        """Return how many groups there are."""
+        return -(-inputs // self.group) if self.group > 0 else 1
+
+    def order(self, inputs: int) -> torch.Tensor:
+        """Return the group of each input where they lie in order, [I]."""
+        return torch.arange(inputs) // (self.group if self.group > 0 else inputs)
+
+
 def grouped(
     code: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, group_I: torch.Tensor, dtype: str
 ) -> torch.Tensor:
@@ -148,11 +172,6 @@ def grouped(
     group_I = group_I.long()
     numbers = code.float() if zero is None else code.float() - zero.float()[:, group_I]
     return (numbers * scale.float()[:, group_I]).to(DTYPES[dtype])
-
-
-def groups_of(inputs: int, size: int) -> int:
-    """Return how many groups there are; `size` is -1 for one of all inputs."""
-    return 1 if size < 0 else -(-inputs // size)
 
 
 def number(entry: Mapping[str, Any], name: str, default: int, allowed: Callable[[int], bool]) -> int:
