@@ -7,8 +7,10 @@ compressed model. Measured with errors of a quarter of that size, prices came ou
 
 What rounding to few bits adds is another kind of error: noise, which has no direction of its own, and so small that
 most of what it costs may come from tokens that later routers send elsewhere. It is measured apart and at two levels,
-with all experts of the layer rounded to the nearest codes of 6 and of 3 bits. And since errors of several layers do not
-simply add up, all three are measured once more in all layers together. `effects` makes prices of these numbers.
+with all experts of the layer rounded to the nearest codes of about 6 and about 3 bits: as a mix of widths would do it,
+more bits for experts whose errors weigh more. The same error costs up to twice as much there as where all experts have
+3 bits. And since errors of several layers do not simply add up, all three are measured once more in all layers
+together. `effects` makes prices of these numbers.
 
 Shapes: B sequences, L tokens, T = B x L, D model width, K experts of a token, E experts, V vocabulary.
 """
@@ -29,10 +31,11 @@ from moetailor.calibration.effects import ERRORS, Effect, Errors, LayerEffects, 
 from moetailor.calibration.folder import Calibration
 from moetailor.calibration.layers import PartlyLoaded
 from moetailor.calibration.states import HiddenStates
+from moetailor.calibration.statistics import Sums
 from moetailor.calibration.walk import Walk
 from moetailor.checkpoint.anatomy import Anatomy
 from moetailor.checkpoint.experts import Experts
-from moetailor.checkpoint.storage import Integers
+from moetailor.checkpoint.storage import BITS, Integers
 from moetailor.errors import CalibrationError
 from moetailor.progress import Progress
 
@@ -82,7 +85,8 @@ def measure_sensitivities(
             if experts is None:
                 walk.advance(stream)
                 continue
-            instead = _constants(calibration, index) if errors == "constants" else _rounded(experts, int(errors[-1]))
+            sums = calibration.sums(index)
+            instead = _constants(sums) if errors == "constants" else _rounded(experts, _bits(sums, int(errors[-1])))
             alone[index, errors] = walk.fork(original, f"{errors}-{index}")
             with _replaced(experts, instead) as squared[index, errors]:
                 walk.advance(alone[index, errors])
@@ -116,9 +120,8 @@ def measure_sensitivities(
     return calibration.with_sensitivities({"tokens": int(counted.sum()), "layers": layers, "together": every})
 
 
-def _constants(calibration: Calibration, layer: int) -> Instead:
+def _constants(sums: Sums) -> Instead:
     """Let each expert give the constant that is nearest to its gated output."""
-    sums = calibration.sums(layer)
     # c_e = sum g^2 y / sum g^2
     constants_ED = (sums.gate_sq_output / sums.gate_sq[:, None].clamp_min(1e-300)).float()
 
@@ -129,13 +132,27 @@ def _constants(calibration: Calibration, layer: int) -> Instead:
     return give
 
 
-def _rounded(module: Any, bits: int) -> Instead:
-    """Let each expert run with its matrices rounded."""
-    experts, matrices, storage = Experts(module), {}, Integers(bits=bits, group=GROUP, symmetric=False)
+def _bits(sums: Sums, mean: int) -> torch.Tensor:
+    """Return bits of each expert with which all of them err about alike, [E].
+
+    Args:
+        sums: the layer's.
+        mean: of the bits, where none is cut off.
+    """
+    energy = sums.gate_sq_norm_sq
+    # b_e with sum g^2 |y_e|^2 4^-b_e the same for all
+    level = energy.clamp_min(1e-4 * float(energy.max())).clamp_min(1e-300).log2() / 2
+    return (mean + level - level.mean()).round().int().clamp(BITS[0], BITS[-1])
+
+
+def _rounded(module: Any, bits: torch.Tensor) -> Instead:
+    """Let each expert run with its matrices rounded to its bits."""
+    experts, matrices = Experts(module), {}
     for name, stack in experts.matrices().items():
-        if name in experts.shape.matrices:
-            stack = storage.numbers(storage.nearest(stack, stack.dtype))
-        matrices[name] = stack
+        matrices[name] = stack.clone()
+        for each in bits.unique().tolist() if name in experts.shape.matrices else ():
+            storage, some = Integers(bits=each, group=GROUP, symmetric=False), stack[bits == each]
+            matrices[name][bits == each] = storage.numbers(storage.nearest(some, some.dtype), some.shape[-1])
     rounded = experts.packed(matrices)
 
     def give(inner: Any, hidden_TD: torch.Tensor, index_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
