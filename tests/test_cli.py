@@ -160,7 +160,7 @@ def test_a_method_is_found_however_it_is_capitalised(run, tmp_path: Path) -> Non
 
 
 def test_uniform_layers_for_engines(run, tmp_path: Path) -> None:
-    out, words = tmp_path / "out", ["-p", "widths=8,4", "-p", "group=32", "-p", "symmetric=true", "--size", "55%"]
+    out, words = tmp_path / "out", ["-p", "widths=8,4", "-p", "group=32", "-p", "codes=int", "--size", "55%"]
     given = ["--method", "Auto", "--uniform-layers", *words, "--format", "compressed-tensors", *TEXT]
     code, _, err = run("compress", REFERENCE, "-o", out, *given)
     assert code == 0, err

@@ -506,7 +506,7 @@ def test_all_has_bits_alone_and_composed_where_sizes_are_asked_for() -> None:
     cells = cells_of(["all"], sizes=["60%", "40%"])
     assert [cell.name for cell in cells if not cell.method.removes] == [
         *(f"{number} bits" for number in (8, 6, 5, 4, 3, 2)),
-        *("4 bits nearest", "3 bits nearest", "4 bits g32 sym"),
+        *("4 bits nearest", "3 bits nearest", "4 bits g32 sym", "4 bits vq", "3 bits vq", "2 bits vq"),
     ]
     for size in ("size 60%", "size 40%"):
         here = [cell for cell in cells if str(cell.budget) == size]

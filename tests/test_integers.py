@@ -7,8 +7,8 @@ import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized import unpack_from_int32
 
-from moetailor.checkpoint.storage import Integers, TensorSpec, find_storage
-from moetailor.checkpoint.storage.integers import BITS, CLIPS, Codes, unpacked
+from moetailor.checkpoint.storage import Codes, Integers, TensorSpec, find_storage
+from moetailor.checkpoint.storage.integers import BITS, CLIPS, unpacked
 from moetailor.errors import CheckpointError
 
 every_storage = pytest.mark.parametrize("name", [f"{sign}int{bits}g24" for bits in BITS for sign in ("", "u")])
@@ -52,7 +52,7 @@ def test_numbers_on_the_grid_are_kept(name: str) -> None:
     code = torch.randint(-(2 ** (storage.bits - 1)), 2 ** (storage.bits - 1), (2, 5, 48)).to(torch.int8)
     zero = None if storage.symmetric else torch.randint(-2, 2, (2, 5, 2)).to(torch.int8)
     codes = Codes(code=code, scale=torch.rand(2, 5, 2) + 0.1, zero=zero)
-    weight = storage.numbers(codes)
+    weight = storage.numbers(codes, 48)
     torch.testing.assert_close(storage.decode(storage.pack(codes), (2, 5, 48)), weight)
     assert torch.equal(storage.round(weight, codes.scale, codes.zero), code)
 
@@ -72,7 +72,7 @@ def test_scales_are_the_best_of_those_that_are_tried(name: str) -> None:
     assert isinstance(storage, Integers)
     weight, worth = torch.randn(2, 3, 48), torch.rand(2, 48)
     scale, zero = storage.fit(weight, worth, torch.float32)
-    found = storage.numbers(Codes(code=storage.round(weight, scale, zero), scale=scale, zero=zero))
+    found = storage.numbers(Codes(code=storage.round(weight, scale, zero), scale=scale, zero=zero), 48)
     least, most = -(2 ** (storage.bits - 1)), 2 ** (storage.bits - 1) - 1
     for n, o, group in itertools.product(range(2), range(3), (slice(0, 24), slice(24, 48))):
         numbers, weights = weight[n, o, group].tolist(), worth[n, group].tolist()
@@ -125,7 +125,7 @@ def test_numbers_are_rounded_once(dtype: torch.dtype) -> None:
     scale = torch.rand(2, 6, 3).to(dtype)
     each = torch.arange(70) // 24
     exact = (code.double() - zero.double()[..., each]) * scale.double()[..., each]
-    assert torch.equal(storage.numbers(Codes(code=code, scale=scale, zero=zero)), exact.to(dtype))
+    assert torch.equal(storage.numbers(Codes(code=code, scale=scale, zero=zero), 70), exact.to(dtype))
 
 
 def test_the_library_that_engines_read_with_agrees() -> None:

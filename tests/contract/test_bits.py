@@ -23,7 +23,8 @@ from support.tiny import IDS, anatomy_of, eager, every_family, load, logits
 Get = Callable[[str], Path]
 GetCalibration = Callable[[str], moetailor.Calibration]
 # Experts in two widths, one as it lies, and one that answers two slots: everything that the runtime tells apart.
-WIDTHS = {0: Width(bits=4, down=6), 1: Width(bits=3, symmetric=True), 2: Width(bits=4, down=6)}
+VQ = Width(bits=2, down=6, codes="vq")  # codebooks, and integers with zero points
+WIDTHS = {0: VQ, 1: Width(bits=3, codes="int"), 2: VQ}
 
 
 def mixed(calibration: moetailor.Calibration) -> moetailor.Plan:
@@ -70,11 +71,14 @@ def test_they_give_what_their_numbers_give(name: str, checkpoint: Get, calibrati
 
 
 @every_family
-@pytest.mark.parametrize("every", [False, True])
-def test_they_round_trip(name: str, every: bool, checkpoint: Get, calibration: GetCalibration, tmp_path: Path) -> None:
+@pytest.mark.parametrize("every", [None, "4", "vq1/2", "fp8"])
+def test_they_round_trip(
+    name: str, every: str | None, checkpoint: Get, calibration: GetCalibration, tmp_path: Path
+) -> None:
     plan = mixed(calibration(name))
     if every:  # no expert lies as the family has it
-        plan = moetailor.make_plan(calibration(name), "quantize", moetailor.Budget.parse(remove=0))
+        width = vars(Width.parse(every))
+        plan = moetailor.make_plan(calibration(name), "quantize", moetailor.Budget.parse(remove=0), parameters=width)
     plan.save(tmp_path / "plan.json")
     assert moetailor.Plan.load(tmp_path / "plan.json") == plan
     out = moetailor.apply(plan, checkpoint(name), tmp_path / "out", calibration=calibration(name))
@@ -134,7 +138,10 @@ def test_a_size_counts_bits(method: str, calibration: GetCalibration) -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"method": "quantize", "budget": {"remove": "25%"}}, "remove 25%: quantize removes no expert; leave it out"),
+        (
+            {"method": "quantize", "budget": {"remove": "25%"}},
+            "remove 25%: quantize removes no expert; leave it out",
+        ),
         ({"method": "quantize", "width": Width(bits=4)}, "--bits: quantize says itself how experts lie"),
         ({"method": "auto", "width": Width(bits=4)}, "--bits: auto says itself how experts lie"),
         ({"method": "quantize", "parameters": {"bits": 9}}, "9 bits: there are 2 to 8"),
@@ -185,10 +192,16 @@ def test_widths_that_do_not_add_up_are_refused(
 
 def test_bits_are_read_as_they_are_written(run: Callable, tmp_path: Path) -> None:
     assert [Width.parse(text) for text in ("4", "4/6", 3)] == [Width(bits=4), Width(bits=4, down=6), Width(bits=3)]
-    assert Width.parse("int4g32") == Width(bits=4, group=32, symmetric=True)
+    assert Width.parse("int4g32") == Width(bits=4, group=32, codes="int")
     assert Width.parse("uint8g128") == Width(bits=8)
-    for text in ("9", "4/1", "4/6/8", "four", "1", "", "int9g32", "int4g0", "int4"):
+    assert Width.parse("vq2") == Width(bits=2, codes="vq")
+    assert Width.parse("vq1/6g64") == Width(bits=1, down=6, group=64, codes="vq")
+    assert Width.parse("fp8") == Width(bits=8, codes="fp8")
+    for text in ("9", "4/1", "4/6/8", "four", "1", "", "int9g32", "int4g0", "fp8g32", "fp6"):
         with pytest.raises(moetailor.PlanError, match="write 2 to 8, or as 4/6"):
+            Width.parse(text)
+    for text in ("vq5", "vq6/8"):
+        with pytest.raises(moetailor.PlanError, match=r"vq of . bits: it has 1 to 4; take uint or int"):
             Width.parse(text)
     code, _, err = run("plan", tmp_path, "-o", tmp_path / "p.json", "-m", "reap", "--remove", "25%", "--bits", "16")
     assert code == 1

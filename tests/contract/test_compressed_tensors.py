@@ -39,15 +39,15 @@ MERGING = {"bailing_hybrid", "kimi_linear"}
 
 
 def planned(
-    calibration: moetailor.Calibration, bits: int = 4, symmetric: bool = True, remove: str | None = None
+    calibration: moetailor.Calibration, bits: int = 4, codes: str = "int", remove: str | None = None
 ) -> moetailor.Plan:
     """Return a plan in groups that divide both widths of the experts."""
     shape = calibration.model.stacks[0].shape
     assert shape is not None
-    width = Width(bits=bits, group=math.gcd(shape.width, shape.intermediate, 16), symmetric=symmetric)
+    width = Width(bits=bits, group=math.gcd(shape.width, shape.intermediate, 16), codes=codes)
     if remove:
         return moetailor.make_plan(calibration, "reap", moetailor.Budget.parse(remove=remove), width=width)
-    given = {"bits": bits, "group": width.group, "symmetric": symmetric}
+    given = {"bits": bits, "group": width.group, "codes": codes}
     return moetailor.make_plan(calibration, "quantize", moetailor.Budget.parse(remove=0), parameters=given)
 
 
@@ -70,10 +70,11 @@ def greedy(model: torch.nn.Module) -> torch.Tensor:
 
 
 @every_family
+@pytest.mark.parametrize(("bits", "codes"), [(4, "int"), (8, "fp8")])
 def test_stock_transformers_gives_what_our_runtime_gives(
-    name: str, checkpoint: Get, calibration: GetCalibration, tmp_path: Path
+    name: str, bits: int, codes: str, checkpoint: Get, calibration: GetCalibration, tmp_path: Path
 ) -> None:
-    plan, folder = planned(calibration(name)), checkpoint(name)
+    plan, folder = planned(calibration(name), bits, codes), checkpoint(name)
     if name in FUSED:
         with pytest.raises(moetailor.PlanError) as refused:
             moetailor.apply(plan, folder, tmp_path / "out", calibration=calibration(name), format=FORMAT)
@@ -83,14 +84,15 @@ def test_stock_transformers_gives_what_our_runtime_gives(
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", moetailor.MoetailorWarning)
         out = moetailor.apply(plan, folder, tmp_path / "out", calibration=calibration(name), format=FORMAT)
-    assert (name in MERGING) == any("beside packed experts it loses" in str(one.message) for one in said)
-    if name in MERGING:
+    lost = name in MERGING and codes == "int"
+    assert lost == any("beside packed experts it loses" in str(one.message) for one in said)
+    if lost:
         with pytest.raises(RuntimeError, match="issues during automatic conversion"):
             load(out)
-    model = eager(Original(out).load(dtype=torch.float32, device="cpu")) if name in MERGING else load(out)
+    model = eager(Original(out).load(dtype=torch.float32, device="cpu")) if lost else load(out)
     torch.testing.assert_close(logits(model), ours(plan, folder, calibration(name)), rtol=1e-5, atol=1e-5)
     shapes = sum(len(layer.pool) for layer in plan.by_layer.values()) * len(plan.model.stacks[0].shape.matrices) * 16
-    assert open_checkpoint(out).nbytes == plan.nbytes + shapes
+    assert open_checkpoint(out).nbytes == plan.nbytes + shapes * (codes == "int")
 
 
 @pytest.mark.parametrize("name", ["olmoe", "qwen3_moe"])
@@ -124,14 +126,12 @@ def by_library(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("kind", ["int", "uint"])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_every_code_arrives(
-    bits: int, symmetric: bool, checkpoint: Get, calibration: GetCalibration, tmp_path: Path
-) -> None:
+def test_every_code_arrives(bits: int, kind: str, checkpoint: Get, calibration: GetCalibration, tmp_path: Path) -> None:
     """Read by the library; one weight also word by word: (code - zero point) x scale, codes from the lowest bit up."""
     measured = calibration("qwen3_moe")
-    plan = planned(measured, bits, symmetric, remove="25%")
+    plan = planned(measured, bits, kind, remove="25%")
     out = moetailor.apply(plan, checkpoint("qwen3_moe"), tmp_path / "out", calibration=measured, format=FORMAT)
     model = eager(moetailor.apply(plan, load(checkpoint("qwen3_moe")), calibration=measured))
     decoded, seen = by_library(out), 0
@@ -151,13 +151,42 @@ def test_every_code_arrives(
     for row, column in ((0, 0), (3, 9), (decoded[module].shape[0] - 1, decoded[module].shape[1] - 1)):
         code = (int(codes[row, column // each]) >> bits * (column % each)) % 2**bits - half
         zero = 0
-        if not symmetric:
+        if kind == "uint":
             word = int(tensors[f"{module}.weight_zero_point"][row // each, column // size])
             zero = (word >> bits * (row % each)) % 2**bits - half
         assert float(decoded[module][row, column]) == pytest.approx(
             (code - zero) * float(scale[row, column // size]), rel=1e-6
         )
-    assert symmetric == (f"{module}.weight_zero_point" not in tensors)
+    assert (kind == "int") == (f"{module}.weight_zero_point" not in tensors)
+
+
+def test_every_float_arrives(checkpoint: Get, calibration: GetCalibration, tmp_path: Path) -> None:
+    """Each weight is the float next to w 448 / (the largest of its row), times that scale again; the library agrees."""
+    measured = calibration("qwen3_moe")
+    plan = planned(measured, 8, "fp8")
+    out = moetailor.apply(plan, checkpoint("qwen3_moe"), tmp_path / "out", calibration=measured, format=FORMAT)
+    told = QuantizationConfig.model_validate(json.loads((out / "config.json").read_text())["quantization_config"])
+    (scheme,), tensors = told.config_groups.values(), load_file(out / "model.safetensors")
+    assert scheme.format == told.format == "float-quantized"
+    assert (scheme.weights.num_bits, scheme.weights.type, scheme.weights.strategy) == (8, "float", "channel")
+    assert (scheme.input_activations.num_bits, scheme.input_activations.strategy) == (8, "token")
+    assert scheme.input_activations.dynamic is True
+    model = eager(moetailor.apply(plan, load(checkpoint("qwen3_moe")), calibration=measured))
+    seen, compressor = 0, BaseCompressor.get_value_from_registry("float-quantized")
+    for index, layer in anatomy_of(load(checkpoint("qwen3_moe"))).layers.items():
+        module, (width,) = model.get_submodule(layer.experts), plan.by_layer[index].packed
+        for name in ("gate", "up", "down"):
+            for row, weight in enumerate(module.tensor(f"{width.stem}_{name}")):
+                stem = f"{layer.experts}.{row}.{name}_proj."
+                parts = {part: tensors[stem + part] for part in ("weight", "weight_scale")}
+                assert parts["weight"].dtype == torch.float8_e4m3fn
+                assert parts["weight_scale"].shape == (len(weight), 1)
+                assert torch.equal(parts["weight"].float() * parts["weight_scale"], weight)
+                assert 256 < float(parts["weight"].float().abs().amax(1).min()) <= 448  # GPTQ moves them
+                assert torch.equal(compressor.decompress(parts, scheme)["weight"], weight)
+                seen += 1
+    assert not [name for name in tensors if name.endswith("weight_shape")]
+    assert seen == sum(tensor.dtype == torch.float8_e4m3fn for tensor in tensors.values())
 
 
 def test_schemes_are_of_the_experts_alone(checkpoint: Get, calibration: GetCalibration, tmp_path: Path) -> None:
@@ -222,22 +251,22 @@ def test_experts_that_lie_fused_are_written_one_by_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("symmetric", "widths"),
+    ("codes", "widths"),
     [
-        (False, []),
-        (True, [{"bits": 8}]),
-        (True, [{}, {"bits": 8}]),
-        (True, [{"symmetric": False}]),
-        (True, [{}, {"symmetric": False}]),
-        (True, [{"group": 4}]),
+        ("uint", []),
+        ("int", [{"bits": 8}]),
+        ("int", [{}, {"bits": 8}]),
+        ("int", [{"codes": "uint"}]),
+        ("int", [{}, {"codes": "uint"}]),
+        ("int", [{"group": 4}]),
     ],
 )
 def test_what_transformers_cannot_read_stops_it_and_is_decoded_and_inspected_here(
-    symmetric: bool, widths: list[dict], checkpoint: Get, calibration: GetCalibration, tmp_path: Path
+    codes: str, widths: list[dict], checkpoint: Get, calibration: GetCalibration, tmp_path: Path
 ) -> None:
     """It has one scheme for all experts and no zero points: layers in 8 and in 4 bits would become wrong numbers."""
     measured = calibration("olmoe")
-    plan = with_widths(planned(measured, symmetric=symmetric), *widths)
+    plan = with_widths(planned(measured, codes=codes), *widths)
     with pytest.warns(moetailor.MoetailorWarning, match="vLLM loads it, transformers does not: it has one scheme"):
         out = moetailor.apply(plan, checkpoint("olmoe"), tmp_path / "out", calibration=measured, format=FORMAT)
     with pytest.raises(RuntimeError, match="issues during automatic conversion"):
@@ -256,7 +285,7 @@ def test_what_transformers_cannot_read_stops_it_and_is_decoded_and_inspected_her
 
 @pytest.mark.parametrize(
     ("bits", "widths"),
-    [("int4g32", []), ("uint4g32", []), ("int4g32", [{"bits": 8}, {}, {"symmetric": False}])],
+    [("int4g32", []), ("uint4g32", []), ("int4g32", [{"bits": 8}, {}, {"codes": "uint"}])],
 )
 def test_results_are_evaluated(bits: str, widths: list[dict], tmp_path: Path) -> None:
     """KL as a loop over our own runtime's predictions gives it."""
@@ -300,10 +329,10 @@ def test_refusals(checkpoint: Get, calibration: GetCalibration, tmp_path: Path) 
         "holds one width in each layer; this one has 4 bits, symmetric, 8 bits, symmetric": (
             replace(plan, layers=plan.layers | {first: two})
         ),
-        "needs all experts in 4 or 8 bits, such as with --bits int4g32; 3 lie as in the original": (
+        "needs all experts in 4 or 8 bits, such as with --bits int4g32 or fp8; 3 lie as in the original": (
             replace(plan, layers=plan.layers | {first: some})
         ),
-        "needs all experts in 4 or 8 bits, such as with --bits int4g32; 8 lie as in the original": (
+        "needs all experts in 4 or 8 bits, such as with --bits int4g32 or fp8; 8 lie as in the original": (
             replace(plan, layers={name: layer for name, layer in plan.layers.items() if name != first})
         ),
         "holds groups of one size; in groups of at most 12 there are 11+11+10 of 32 inputs and 8+8 of 16 inputs: use "
@@ -368,7 +397,7 @@ def test_a_damaged_result_is_found(
     damage: Callable, part: str, said: str, checkpoint: Get, calibration: GetCalibration, tmp_path: Path
 ) -> None:
     measured = calibration("olmoe")
-    plan = planned(measured, symmetric=False)
+    plan = planned(measured, codes="uint")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", moetailor.MoetailorWarning)
         out = moetailor.apply(plan, checkpoint("olmoe"), tmp_path / "out", calibration=measured, format=FORMAT)

@@ -1,31 +1,53 @@
-"""fitting/gptq.py and widths.py: one matrix at a time, input by input, with the inverse updated by its formula."""
+"""fitting/gptq.py and widths.py: one matrix at a time, code by code, with the inverse updated by its formula."""
+
+from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from moetailor.answers import Width
-from moetailor.checkpoint.storage import Integers
-from moetailor.checkpoint.storage.integers import Codes
+from moetailor.checkpoint.storage import Codebook, Codes, FewBits, Integers, codebooks, find_storage
 from moetailor.fitting.gptq import BLOCK, DAMPING, Seen, gptq
 from moetailor.fitting.widths import RIDGE, quantized
 from support.layers import layer_of_tokens, random_experts
 
 
-def input_by_input(weight: torch.Tensor, moment: torch.Tensor, storage: Integers) -> torch.Tensor:
-    """Optimal brain quantization in the order of the inputs: round one, move the rest, take it out of the inverse."""
-    rest = weight.double().clone()
+def listed(storage: FewBits, scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
+    """Return all that a code of each output may stand for, [O, codes, inputs of a code].
+
+    Args:
+        storage: how codes lie.
+        scale: [1, O, 1].
+        zero: [1, O, 1].
+    """
+    if isinstance(storage, Integers):
+        code = torch.arange(-(2 ** (storage.bits - 1)), 2 ** (storage.bits - 1))
+        return ((code - (0 if zero is None else zero[0])) * scale[0])[..., None].double()
+    table = safetensors.torch.load_file(Path(codebooks.__file__).with_name("codebooks.safetensors"))
+    return table[f"vq{storage.bits}"].double() * scale[0, :, :, None]
+
+
+def code_by_code(weight: torch.Tensor, moment: torch.Tensor, storage: FewBits) -> torch.Tensor:
+    """Optimal brain quantization in the order of the inputs: of all that the next ones may be, take what costs least
+    when the rest makes up for it, move the rest, take them out of the inverse.
+    """
+    rest, step = weight.double().clone(), storage.step
     damped = moment.double() + DAMPING * moment.double().diagonal().mean() * torch.eye(len(moment)).double()
     inverse, found, size = torch.linalg.inv(damped), torch.zeros_like(rest), storage.size(len(moment))
-    for i in range(len(moment)):
+    for i in range(0, len(moment), step):
         if i % size == 0:
             group = slice(i, min(i + size, len(moment)))
             scale, zero = storage.fit(rest[None, :, group].float(), moment.diagonal()[group], torch.float32)
-        code = storage.round(rest[None, :, i : i + 1].float(), scale, zero)
-        found[:, i] = storage.numbers(Codes(code=code, scale=scale, zero=zero))[0, :, 0]
-        error = (rest[:, i] - found[:, i]) / inverse[i, i]
-        rest -= error[:, None] * inverse[i][None]
-        inverse = inverse - inverse[:, i : i + 1] @ inverse[i : i + 1] / inverse[i, i]
-        inverse[i] = inverse[:, i] = 0
+        here = slice(i, i + step)
+        own = torch.linalg.inv(inverse[here, here])
+        for output, choices in enumerate(listed(storage, scale, zero)):
+            error = rest[output, here] - choices
+            found[output, here] = choices[((error @ own) * error).sum(1).argmin()]
+        error = rest[:, here] - found[:, here]
+        rest -= error @ own @ inverse[here]
+        inverse = inverse - inverse[:, here] @ own @ inverse[here]
+        inverse[here] = inverse[:, here] = 0
     return found
 
 
@@ -34,45 +56,68 @@ def moments(count: int, width: int) -> torch.Tensor:
     return x.transpose(1, 2) @ x
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_it_is_optimal_brain_quantization(bits: int, symmetric: bool) -> None:
-    storage = Integers(bits=bits, group=8, symmetric=symmetric)
-    weight, moment = torch.randn(3, 5, 22), moments(3, 22)
+STORAGES = [f"{sign}int{bits}g8" for sign in ("", "u") for bits in (2, 3, 4, 8)] + [
+    f"vq{bits}g8" for bits in range(1, 5)
+]
+
+
+@pytest.mark.parametrize("name", STORAGES)
+def test_it_is_optimal_brain_quantization(name: str) -> None:
+    storage = find_storage(name)
+    assert isinstance(storage, FewBits)
+    weight, moment = torch.randn(3, 5, 24), moments(3, 24)
     codes = gptq(weight, Seen.of(moment), storage, torch.float32)
     for n in range(3):
-        expected = input_by_input(weight[n], moment[n], storage)
-        torch.testing.assert_close(storage.numbers(codes)[n], expected.float(), rtol=1e-3, atol=1e-3)
+        expected = code_by_code(weight[n], moment[n], storage)
+        torch.testing.assert_close(storage.numbers(codes, 24)[n], expected.float(), rtol=1e-3, atol=1e-3)
 
 
-def test_a_group_of_several_blocks_is_no_other() -> None:
-    storage, width = Integers(bits=8, group=128, symmetric=False), 2 * BLOCK + 7
+@pytest.mark.parametrize("storage", [Integers(bits=8, group=128, symmetric=False), Codebook(bits=2, group=128)])
+def test_a_group_of_several_blocks_is_no_other(storage: FewBits) -> None:
+    width = 2 * BLOCK + 8
     weight, moment = torch.randn(2, 4, width), moments(2, width)
     codes = gptq(weight, Seen.of(moment), storage, torch.float32)
     for n in range(2):
-        expected = input_by_input(weight[n], moment[n], storage)
-        torch.testing.assert_close(storage.numbers(codes)[n], expected.float(), rtol=1e-3, atol=1e-3)
+        expected = code_by_code(weight[n], moment[n], storage)
+        torch.testing.assert_close(storage.numbers(codes, width)[n], expected.float(), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
-def test_outputs_err_less_than_with_the_nearest_codes(bits: int) -> None:
-    storage = Integers(bits=bits, group=16, symmetric=False)
+@pytest.mark.parametrize("bits", [1, 2, 3])
+def test_a_last_code_of_fewer_inputs_is_as_one_with_inputs_that_are_zero(bits: int) -> None:
+    """What is added says nothing of any other input, and nothing may be seen of it."""
+    storage = Codebook(bits=bits, group=16)
+    weight, moment = torch.randn(2, 5, 21), moments(2, 21)
+    longer, wider = torch.zeros(2, 5, 24), torch.zeros(2, 24, 24)
+    longer[..., :21], wider[:, :21, :21] = weight, moment
+    # The mean of the diagonal, by which moments are damped, must be the same.
+    seen, more = Seen.of(moment), torch.eye(24).expand(2, -1, -1).clone()
+    more[:, :21, :21] = seen.upper
+    expected = gptq(longer, Seen(importance=wider.diagonal(dim1=1, dim2=2), upper=more), storage, torch.float32)
+    found = gptq(weight, seen, storage, torch.float32)
+    assert found.code.shape == (2, 5, storage.codes(21))
+    torch.testing.assert_close(storage.numbers(found, 21), storage.numbers(expected, 24)[..., :21])
+
+
+@pytest.mark.parametrize("name", ["uint2g16", "uint3g16", "uint4g16", "vq1g16", "vq2g16", "vq4g16"])
+def test_outputs_err_less_than_with_the_nearest_codes(name: str) -> None:
+    storage = find_storage(name)
+    assert isinstance(storage, FewBits)
     weight, moment = torch.randn(4, 12, 48), moments(4, 48)
 
-    def error(found: torch.Tensor) -> float:
-        apart = found - weight
+    def error(codes: Codes) -> float:
+        apart = storage.numbers(codes, 48) - weight
         return float((apart @ moment * apart).sum())
 
-    scale, zero = storage.fit(weight, torch.ones(48), torch.float32)
-    nearest = storage.numbers(Codes(code=storage.round(weight, scale, zero), scale=scale, zero=zero))
-    assert error(storage.numbers(gptq(weight, Seen.of(moment), storage, torch.float32))) < 0.7 * error(nearest)
+    nearest = storage.nearest(weight, torch.float32)
+    assert error(gptq(weight, Seen.of(moment), storage, torch.float32)) < 0.7 * error(nearest)
 
 
-def test_moments_that_say_nothing_of_some_directions_do_no_harm() -> None:
-    storage, weight = Integers(bits=4, group=16, symmetric=False), torch.randn(2, 6, 32)
+@pytest.mark.parametrize("storage", [Integers(bits=4, group=16, symmetric=False), Codebook(bits=4, group=16)])
+def test_moments_that_say_nothing_of_some_directions_do_no_harm(storage: FewBits) -> None:
+    weight = torch.randn(2, 6, 32)
     x = torch.randn(2, 3, 32)  # fewer tokens than inputs
     for moment in (x.transpose(1, 2) @ x, torch.zeros(2, 32, 32)):
-        found = storage.numbers(gptq(weight, Seen.of(moment), storage, torch.float32))
+        found = storage.numbers(gptq(weight, Seen.of(moment), storage, torch.float32), 32)
         assert float((found - weight).abs().max()) < float(weight.abs().max())
 
 
@@ -82,7 +127,7 @@ def test_the_down_projection_gives_for_rounded_states_what_it_gave_for_exact_one
     layer = layer_of_tokens(module)
     storages = Width(bits=2, down=8, group=4).storages(layer.shape)
     found = quantized(layer, [{0: 1.0}], layer.experts.matrices([0]), storages, dtype=torch.float32)
-    numbers = {name: storages[name].numbers(codes)[0] for name, codes in found.items()}
+    numbers = {name: storages[name].numbers(codes, layer.shape.matrices[name][1])[0] for name, codes in found.items()}
     exact = layer.experts.expert(0)
     token, gate = layer.routed(0)
     x, weight = layer.sample.hidden[token], gate.square()[:, None]

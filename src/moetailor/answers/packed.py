@@ -1,4 +1,4 @@
-"""Packed: an expert that stays in few bits, its matrices as integers in groups.
+"""Packed: an expert that stays in few bits, its matrices as integers or as codes of tables, in groups.
 
 A plan names the width of each expert that it keeps in few bits, whatever stands behind the slots (`LayerPlan.widths`);
 slots whose expert is one of these have this answer in config.json. Experts of one width are a class: they lie together,
@@ -12,14 +12,14 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 
 from moetailor.answers.answer import Answer, Call, Context
 from moetailor.answers.products import grouped, joined_gates, sorted_pairs
 from moetailor.checkpoint.experts import Experts, ExpertShape
-from moetailor.checkpoint.storage import Integers, TensorSpec
+from moetailor.checkpoint.storage import WEIGHTS, Codebook, FewBits, Float8, Integers, TensorSpec
 from moetailor.errors import PlanError
 from moetailor.schema import Within
 
@@ -30,9 +30,15 @@ if TYPE_CHECKING:
 # faster than what is written to fresh memory.
 TOGETHER = 2**21
 # In pictures: the fewer bits, the lighter.
-SHADES = dict(zip(range(8, 1, -1), "#08306b #08519c #2171b5 #4292c6 #6baed6 #9ecae1 #c6dbef".split(), strict=True))
+SHADES = dict(
+    zip(range(8, 0, -1), "#08306b #08519c #2171b5 #4292c6 #6baed6 #9ecae1 #c6dbef #deebf7".split(), strict=True)
+)
 # Bits that say that weights lie as numbers of the experts' dtype.
 NUMBERS = 16
+# What codes are, see `Width`.
+Kind = Literal["uint", "int", "vq", "fp8"]
+# The most bits that codebooks have: wider matrices lie as integers.
+VQ_BITS = max(WEIGHTS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,18 +50,25 @@ class Width:
             computed anew, where the others lie as the codes of a quantized original.
         down: of a weight of the down projection; `bits` when 0.
         group: inputs that share a scale, at most; widths are cut into the fewest groups, as equal as they can be.
-        symmetric: whether codes lie around zero, without zero points.
+        codes: what they are: integers with zero points or around zero, floats of 8 bits with a scale for each row, or
+            for matrices in 1 to 4 bits codes of tables, each of several weights, beside integers with zero points.
     """
 
-    bits: Annotated[int, Within(2, NUMBERS)]
+    bits: Annotated[int, Within(1, NUMBERS)]
     down: Annotated[int, Within(0, 8)] = 0
     group: Annotated[int, Within(1, 2**16)] = 128
-    symmetric: bool = False
+    codes: Kind = "uint"
 
     def __post_init__(self) -> None:
-        for bits in (self.bits, self.down or self.bits):
-            if not 2 <= bits <= 8 and not (self.whole and not self.down):
-                raise PlanError(f"{bits} bits: there are 2 to 8")
+        both = (self.bits, self.down or self.bits)
+        if self.whole and not self.down and self.codes == "uint":
+            return
+        if any(not 2 - (self.codes == "vq") <= bits <= 8 for bits in both):
+            raise PlanError(f"{min(both)} bits: there are 2 to 8 as integers, 1 to {VQ_BITS} by vq")
+        if self.codes == "vq" and min(both) > VQ_BITS:
+            raise PlanError(f"vq of {min(both)} bits: it has 1 to {VQ_BITS}; take uint or int")
+        if self.codes == "fp8" and both != (8, 8):
+            raise PlanError(f"fp8 of {min(both)} bits: it has 8")
 
     @property
     def whole(self) -> bool:
@@ -64,7 +77,7 @@ class Width:
 
     @classmethod
     def parse(cls, text: str | int) -> Width:
-        """Read ``4``, ``4/6`` where the down projection has other bits, or the name of a storage such as ``int4g32``.
+        """Read ``4``, ``4/6`` where the down projection has other bits, ``int4g32``, or ``vq2/4`` and ``vq2g64``.
 
         Raises:
             PlanError: not such bits.
@@ -72,14 +85,17 @@ class Width:
         text = str(text).strip()
         if match := re.fullmatch(r"([2-8])(?:/([2-8]))?", text):
             return cls(bits=int(match[1]), down=int(match[2] or 0))
-        if match := re.fullmatch(r"(u?)int([2-8])g([1-9]\d{0,4})", text):
-            return cls(bits=int(match[2]), group=int(match[3]), symmetric=not match[1])
+        if match := re.fullmatch(r"(uint|int|vq)([1-8])(?:/([1-8]))?(?:g([1-9]\d{0,4}))?", text):
+            kind: Any = match[1]
+            return cls(bits=int(match[2]), down=int(match[3] or 0), group=int(match[4] or cls.group), codes=kind)
+        if text == "fp8":
+            return cls(bits=8, codes="fp8")
         raise PlanError(
             f"--bits {text}: write 2 to 8, or as 4/6 with those of the down projection, or as int4g32: symmetric, in "
-            "groups of 32 (uint4g32 with zero points)"
+            f"groups of 32 (uint4g32 with zero points), as vq2 or vq2/4: 1 to {VQ_BITS} bits from codebooks, or fp8"
         )
 
-    def storages(self, shape: ExpertShape) -> dict[str, Integers]:
+    def storages(self, shape: ExpertShape) -> dict[str, FewBits]:
         """Return how each matrix lies that lies in few bits.
 
         Args:
@@ -88,24 +104,32 @@ class Width:
         if self.whole:
             return {}
         bits = {name: self.down or self.bits if name == "down" else self.bits for name in shape.matrices}
-        return {name: Integers(bits=b, group=self.group, symmetric=self.symmetric) for name, b in bits.items()}
+        return {name: self._storage(b) for name, b in bits.items()}
+
+    def _storage(self, bits: int) -> FewBits:
+        if self.codes == "fp8":
+            return Float8()
+        if self.codes == "vq" and bits <= VQ_BITS:
+            return Codebook(bits=bits, group=self.group)
+        return Integers(bits=bits, group=self.group, symmetric=self.codes == "int")
 
     @property
     def width(self) -> Width:
         """The width alone."""
-        return Width(bits=self.bits, down=self.down, group=self.group, symmetric=self.symmetric)
+        return Width(bits=self.bits, down=self.down, group=self.group, codes=self.codes)
 
     @property
     def stem(self) -> str:
         """The start of the names of the tensors of this width."""
-        sign = "int" if self.symmetric else "uint"
-        return "packed_whole" if self.whole else f"packed_{sign}{self.bits}_{self.down or self.bits}_g{self.group}"
+        bits = f"{self.codes}{self.bits}_{self.down or self.bits}_g{self.group}"
+        return "packed_whole" if self.whole else f"packed_{bits}"
 
     def __str__(self) -> str:
         if self.whole:
             return "16 bits"
-        bits = f"{self.bits} bits" if self.down in (0, self.bits) else f"{self.bits}/{self.down} bits"
-        return bits + (", symmetric" if self.symmetric else "")
+        alike = self.down in (0, self.bits)
+        bits = f"{self.bits} bit{'s' * (self.bits > 1)}" if alike else f"{self.bits}/{self.down} bits"
+        return bits + {"uint": "", "int": ", symmetric", "vq": ", vq", "fp8": ", floats"}[self.codes]
 
 
 WHOLE = Width(bits=NUMBERS)
@@ -137,7 +161,7 @@ class Packed(Width, Answer):
     @classmethod
     def of(cls, width: Width) -> Packed:
         """Return the answer of a width."""
-        return cls(bits=width.bits, down=width.down, group=width.group, symmetric=width.symmetric)
+        return cls(**vars(width.width))
 
     def expert(self, slot: int) -> int:
         """Return the slot's own expert: some row of the pool it is."""

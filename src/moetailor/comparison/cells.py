@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from moetailor.answers import Width
@@ -18,7 +18,8 @@ from moetailor.planning.budget import Budget
 ALL = "all"
 # What `all` means beside methods where sizes are asked for: bits alone, and methods that leave experts in few bits.
 PLAIN = (*(f"quantize@{bits}" for bits in (8, 6, 5, 4, 3, 2)), "quantize:rounding=nearest@4")
-PLAIN += ("quantize:rounding=nearest@3", "quantize:group=32:symmetric=true@4")
+PLAIN += ("quantize:rounding=nearest@3", "quantize@int4g32")
+PLAIN += tuple(f"quantize@vq{bits}" for bits in (4, 3, 2))
 COMPOSED = tuple(f"{name}@{bits}" for name in ("reap", "mone") for bits in (4, 3))
 
 
@@ -118,5 +119,7 @@ def _read(word: str, *, sized: bool) -> list[tuple[Method, Width | None]]:
         raise PlanError(f"--methods {word}: write bits as {cure}{', last' * bool(colon)}") from None
     parameters: Mapping[str, Any] = {key: value for key, _, value in pairs}
     if width is not None and not find_method(name).removes:  # its bits are parameters of its own
-        parameters, width = {**parameters, "bits": width.bits, "down": width.down}, None
+        given = {each.name: getattr(width, each.name) for each in fields(width)}
+        said = {name: value for name, value in given.items() if name == "bits" or value != getattr(Width, name)}
+        parameters, width = {**parameters, **said}, None
     return [(find_method(name).of(parameters), width)]

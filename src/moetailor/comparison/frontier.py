@@ -53,7 +53,9 @@ def recommendation(cells: Sequence[Row], sizes: Sequence[int], whole: int) -> st
     if not plain:
         return None
     enough = next((cell for cell in plain if _interval(cell)["high"] < ENOUGH), None)
-    four = _best([cell for cell in plain if cell["parameters"].get("bits") == 4])
+    given = [(cell, cell["parameters"]) for cell in plain]
+    # As integers, which engines load.
+    four = _best([cell for cell, each in given if each.get("bits") == 4 and each.get("codes") != "vq"])
     said = [] if four is None else [_would_do(four, others, whole)]
     if enough is None:
         said.append(f"No bits alone stay under {nats(ENOUGH)}.")

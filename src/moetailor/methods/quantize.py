@@ -6,15 +6,18 @@ what the rounded gate and up projections give; or the nearest codes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Annotated
 
-from moetailor.answers import Keep, Width
+from moetailor.answers import Keep, Kind, Width
 from moetailor.fitting.widths import Rounding
 from moetailor.methods.method import AtLeast, Method
 from moetailor.methods.registry import register
 from moetailor.planning.layer_plan import LayerPlan, untouched
 from moetailor.planning.view import LayerView
+
+# Codes in names of rows.
+SHORT = {"int": "sym"}
 
 
 @register
@@ -23,17 +26,18 @@ class Quantize(Method):
     """Keep every expert, all in the same few bits.
 
     Attributes:
-        bits: of a weight of the gate and up projections, 2 to 8.
+        bits: of a weight of the gate and up projections, 2 to 8; by `vq` from 1 on.
         down: of a weight of the down projection; `bits` when 0.
         group: inputs that share a scale, at most.
-        symmetric: do without zero points.
+        codes: ``uint`` for integers with zero points, ``int`` for integers around zero, ``vq`` for 1 to 4 bits from
+            codebooks, each code of several weights, ``fp8`` for floats of 8 bits with a scale for each row.
         rounding: ``gptq`` or ``nearest``.
     """
 
-    bits: Annotated[int, AtLeast(2)] = 4
+    bits: Annotated[int, AtLeast(1)] = 4
     down: Annotated[int, AtLeast(0)] = 0
     group: Annotated[int, AtLeast(1)] = 128
-    symmetric: bool = False
+    codes: Kind = "uint"  # type: ignore[misc]
     rounding: Rounding = "gptq"  # type: ignore[misc]
 
     name = "quantize"
@@ -51,14 +55,14 @@ class Quantize(Method):
     @property
     def width(self) -> Width:
         """How every expert lies."""
-        return Width(bits=self.bits, down=self.down, group=self.group, symmetric=self.symmetric)
+        return Width(bits=self.bits, down=self.down, group=self.group, codes=self.codes)
 
     @property
     def label(self) -> str:
         """How a comparison calls it: its bits, and what else is not the default."""
-        words = {"rounding": self.rounding, "group": f"g{self.group}", "symmetric": "sym"}
+        words = {"rounding": self.rounding, "group": f"g{self.group}", "codes": SHORT.get(self.codes, self.codes)}
         changed = [words[f.name] for f in fields(self) if f.name in words and getattr(self, f.name) != f.default]
-        return " ".join([str(replace(self.width, symmetric=False)), *changed])
+        return " ".join([str(self.width).partition(",")[0], *changed])
 
     def plan(self, layer: LayerView, keep: int) -> LayerPlan:
         """Keep all."""

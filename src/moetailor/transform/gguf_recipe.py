@@ -34,8 +34,8 @@ MATRIX_FILE, TYPES_FILE = "imatrix.gguf", "tensor-types.txt"
 GGUF_HINT = "writing an importance matrix needs the gguf library: pip install 'moetailor[gguf]'"
 # Types by bits, for rows of whole superblocks of 256 numbers; for rows of whole blocks of 32; and for all others.
 SUPERBLOCK, BLOCK = 256, 32
-TYPES = {8: "q8_0", 7: "q8_0", 6: "q6_k", 5: "q5_k", 4: "q4_k", 3: "q3_k", 2: "iq2_xs"}
-BLOCK_TYPES = {8: "q8_0", 7: "q8_0", 6: "q8_0", 5: "q5_0", 4: "iq4_nl", 3: "iq4_nl", 2: "iq4_nl"}
+TYPES = {8: "q8_0", 7: "q8_0", 6: "q6_k", 5: "q5_k", 4: "q4_k", 3: "q3_k", 2: "iq2_xs", 1: "iq1_s"}
+BLOCK_TYPES = {8: "q8_0", 7: "q8_0", 6: "q8_0", 5: "q5_0", 4: "iq4_nl", 3: "iq4_nl", 2: "iq4_nl", 1: "iq4_nl"}
 OTHER = "f16"
 AS_THEY_LIE = {"BF16": "bf16", "F16": "f16", "F32": "f32"}
 

@@ -6,8 +6,26 @@ from moetailor.checkpoint.storage import fp8 as fp8
 from moetailor.checkpoint.storage import gptq as gptq
 from moetailor.checkpoint.storage import mxfp4 as mxfp4
 from moetailor.checkpoint.storage import plain as plain
-from moetailor.checkpoint.storage.integers import Integers
+from moetailor.checkpoint.storage.codebooks import WEIGHTS, Codebook
+from moetailor.checkpoint.storage.few_bits import Codes, FewBits
+from moetailor.checkpoint.storage.float8 import Float8
+from moetailor.checkpoint.storage.integers import BITS, Integers
 from moetailor.checkpoint.storage.quantized import READERS, Quantized, ways_of
 from moetailor.checkpoint.storage.storage import STORAGES, Storage, TensorSpec, find_storage
 
-__all__ = ["READERS", "STORAGES", "Integers", "Quantized", "Storage", "TensorSpec", "find_storage", "ways_of"]
+__all__ = [
+    "BITS",
+    "READERS",
+    "STORAGES",
+    "WEIGHTS",
+    "Codebook",
+    "Codes",
+    "FewBits",
+    "Float8",
+    "Integers",
+    "Quantized",
+    "Storage",
+    "TensorSpec",
+    "find_storage",
+    "ways_of",
+]

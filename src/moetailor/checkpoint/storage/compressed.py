@@ -13,8 +13,8 @@ from moetailor.checkpoint.storage.packs import Packs
 from moetailor.checkpoint.storage.quantized import Quantized, register_reader
 from moetailor.errors import CheckpointError, reason_of
 
-METHOD, PACKED = "compressed-tensors", "pack-quantized"
-FORMATS = (PACKED, "float-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized")
+METHOD, PACKED, FLOATS = "compressed-tensors", "pack-quantized", "float-quantized"
+FORMATS = (PACKED, FLOATS, "nvfp4-pack-quantized", "mxfp4-pack-quantized")
 CURE = "give the bf16 or fp32 original"
 
 
@@ -54,7 +54,7 @@ def _way(scheme: Any, form: str) -> Quantized:
     strategy, group = str(getattr(weights.strategy, "value", weights.strategy)), weights.group_size or -1
     if form == PACKED and strategy in ("group", "channel") and 1 <= weights.num_bits <= 8:
         return Packs(bits=weights.num_bits, group=group, symmetric=weights.symmetric, **given)
-    if form == "float-quantized" and strategy in ("tensor", "channel", "block") and weights.num_bits == 8:
+    if form == FLOATS and strategy in ("tensor", "channel", "block") and weights.num_bits == 8:
         outputs, inputs = weights.block_structure or (1, 1)
         blocks = {"tensor": (0, 0), "channel": (1, 0), "block": (max(outputs, 1), max(inputs, 1))}
         return ScaledFp8(block=blocks[strategy], **given)

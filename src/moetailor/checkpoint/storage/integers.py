@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional as F
 
-from moetailor.checkpoint.files import DTYPES
-from moetailor.checkpoint.storage.storage import Storage, register_storages
+from moetailor.checkpoint.storage.few_bits import Codes, FewBits, longer
+from moetailor.checkpoint.storage.storage import register_storages
 
 BITS = range(2, 9)
 # Shares of a group's range that its codes may cover.
@@ -25,47 +24,14 @@ OF_BYTES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Codes:
-    """Matrices as integers.
-
-    Attributes:
-        code: int8 [n, O, I].
-        scale: [n, O, G].
-        zero: int8 [n, O, G]; None where codes are symmetric.
-    """
-
-    code: torch.Tensor
-    scale: torch.Tensor
-    zero: torch.Tensor | None
-
-    @classmethod
-    def joined(cls, parts: Sequence[Codes]) -> Codes:
-        """Return several stacks of matrices as one."""
-        zeros = [part.zero for part in parts if part.zero is not None]
-        code, scale = torch.cat([part.code for part in parts]), torch.cat([part.scale for part in parts])
-        return cls(code=code, scale=scale, zero=torch.cat(zeros) if zeros else None)
-
-    def split(self, count: int) -> list[Codes]:
-        """Return as many matrices with an equal share of the outputs each."""
-        zeros = [None] * count if self.zero is None else self.zero.chunk(count, 1)
-        parts = zip(self.code.chunk(count, 1), self.scale.chunk(count, 1), zeros, strict=True)
-        return [Codes(code=code, scale=scale, zero=zero) for code, scale, zero in parts]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Integers(Storage):
+class Integers(FewBits):
     """Integers in groups, named ``int4g128`` (symmetric) or ``uint4g128`` (with zero points).
-
-    Groups are as equal as they can be: a width is cut into the fewest that have at most `group` inputs.
 
     Attributes:
         bits: of a code, 2 to 8.
-        group: inputs that share a scale, at most.
         symmetric: whether there are no zero points.
     """
 
-    bits: int
-    group: int
     symmetric: bool
 
     @property
@@ -73,13 +39,10 @@ class Integers(Storage):
         """As `TensorSpec` names it."""
         return f"{'' if self.symmetric else 'u'}int{self.bits}g{self.group}"
 
-    def groups(self, inputs: int) -> int:
-        """Return how many groups a width has."""
-        return -(-inputs // self.group)
-
-    def size(self, inputs: int) -> int:
-        """Return the inputs of a group; the last one may have fewer."""
-        return -(-inputs // self.groups(inputs))
+    @property
+    def noise(self) -> float:
+        """Each bit more halves the steps."""
+        return 4.0**-self.bits
 
     def parts(self, shape: tuple[int, ...], dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Return codes, scales and, unless symmetric, zero points; codes lie along the inputs, zero points along the
@@ -94,25 +57,21 @@ class Integers(Storage):
         zero = {"_zero_point": ("I32", (count, -(-outputs * self.bits // 32), groups))}
         return found | ({} if self.symmetric else zero)
 
-    def encode(self, tensor: torch.Tensor, dtype: str) -> dict[str, torch.Tensor]:
-        """Return the nearest codes, each group's scale searched."""
-        return self.pack(self.nearest(tensor, DTYPES[dtype]))
-
     def decode(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
         """Return (q - z) s in the dtype of the scales."""
         outputs, inputs = shape[1:]
         code, zero = unpacked(parts["_packed"], self.bits, inputs), None
         if not self.symmetric:
             zero = unpacked(parts["_zero_point"].transpose(1, 2), self.bits, outputs).transpose(1, 2).contiguous()
-        return self.numbers(Codes(code=code, scale=parts["_scale"], zero=zero))
+        return self.numbers(Codes(code=code, scale=parts["_scale"], zero=zero), inputs)
 
-    def numbers(self, codes: Codes) -> torch.Tensor:
-        """Return (q - z) s in the dtype of the scales: exact in float32, which is fast, then rounded once."""
+    def numbers(self, codes: Codes, inputs: int) -> torch.Tensor:
+        """Return (q - z) s."""
         numbers = self.parted(codes.code).float()
         if codes.zero is not None:
             numbers -= codes.zero.float()[..., None]
         numbers *= codes.scale.float()[..., None]
-        return numbers.to(codes.scale.dtype).flatten(-2)[..., : codes.code.shape[-1]].contiguous()
+        return numbers.to(codes.scale.dtype).flatten(-2)[..., :inputs].contiguous()
 
     def pack(self, codes: Codes) -> dict[str, torch.Tensor]:
         """Return the stored tensors of some codes."""
@@ -127,59 +86,29 @@ class Integers(Storage):
             found["_zero_point"] = words.transpose(1, 2)
         return found
 
-    def parted(self, each: torch.Tensor) -> torch.Tensor:
-        """Return what each input has by groups, [..., G, inputs of a group], zeros where the last one has fewer.
-
-        Args:
-            each: [..., I].
-        """
-        inputs = each.shape[-1]
-        more = self.groups(inputs) * self.size(inputs) - inputs
-        return _longer(each, more).unflatten(-1, (-1, self.size(inputs)))
-
     def round(self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
-        """Return the nearest codes, int8 [n, O, I].
-
-        Args:
-            weight: float32 [n, O, I].
-            scale: [n, O, G].
-            zero: [n, O, G].
-        """
+        """Return the nearest codes, int8 [n, O, I]."""
         at = self.parted(weight) / scale.float()[..., None]
         code = self.codes_at(at if zero is None else at + zero.float()[..., None]).to(torch.int8)
         return code.flatten(-2)[..., : weight.shape[-1]]
 
+    def choose(
+        self, weight: torch.Tensor, metric: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the nearest codes, whatever the metric is, and (q - z) s."""
+        at = weight[0] / scale
+        code = self.codes_at(at if zero is None else at + zero)
+        return code, ((code if zero is None else code - zero) * scale)[None]
+
     def codes_at(self, at: torch.Tensor) -> torch.Tensor:
         """Return the codes next to some numbers, as numbers."""
         return at.round().clamp_(-(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1)
-
-    def nearest(self, weight: torch.Tensor, dtype: torch.dtype) -> Codes:
-        """Return the nearest codes of some matrices, each group's scale searched; one matrix at a time, for memory.
-
-        Args:
-            weight: [n, O, I].
-            dtype: of the scales.
-        """
-        found = []
-        for matrix in weight.split(1):
-            matrix = matrix.float()
-            scale, zero = self.fit(matrix, matrix.new_ones(matrix.shape[-1]), dtype)
-            found.append(Codes(code=self.round(matrix, scale, zero), scale=scale, zero=zero))
-        return Codes.joined(found)
 
     def fit(
         self, weight: torch.Tensor, importance: torch.Tensor, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the scales and zero points with the least weighted squared error of rounding, among some shares of
         each group's range.
-
-        Args:
-            weight: float32 [n, O, I].
-            importance: what errors of each input weigh, [I] or [n, I].
-            dtype: of the scales.
-
-        Returns:
-            Scales and zero points (None where codes are symmetric), [n, O, G].
         """
         parted, worth = self.parted(weight), self.parted(importance.float().expand(len(weight), -1))
         low, high = parted.amin(-1).clamp_max(0), parted.amax(-1).clamp_min(0)
@@ -216,18 +145,13 @@ def unpacked(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     unit, eights = math.gcd(bits, 8), -(-count // 8)  # bytes that move as one
     # A copy whose strides are plain, also those of axes of length one: only such bytes can be viewed as others.
     packed = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)
-    packed = _longer(packed, eights * bits - packed.shape[-1]).flatten().view(OF_BYTES[unit])
-    eight = _longer(packed.view(-1, bits // unit), (8 - bits) // unit).view(torch.int64)
+    packed = longer(packed, eights * bits - packed.shape[-1]).flatten().view(OF_BYTES[unit])
+    eight = longer(packed.view(-1, bits // unit), (8 - bits) // unit).view(torch.int64)
     for codes in (4, 2, 1) if bits < 8 else ():
         upper = sum((1 << codes * bits) - 1 << lane + codes * bits for lane in range(0, 64, 16 * codes))
         eight.add_(eight & upper, alpha=(1 << codes * (8 - bits)) - 1)  # as upper << codes (8 - bits) alone
     each = eight.view(torch.uint8).view(*words.shape[:-1], 8 * eights)[..., :count]
     return (each - 2 ** (bits - 1)).view(torch.int8)  # bytes wrap around
-
-
-def _longer(each: torch.Tensor, more: int) -> torch.Tensor:
-    """Return rows with so many zeros more, or numbers less; no copy where there is nothing to do."""
-    return F.pad(each, (0, more)) if more else each
 
 
 def _named(match: re.Match[str]) -> Integers | None:

@@ -1,4 +1,4 @@
-"""compressed-tensors: every expert in 4 or 8 bits, one by one, as vLLM, SGLang and stock transformers load them."""
+"""compressed-tensors: every expert in 4 or 8 bits or in FP8, as vLLM, SGLang and stock transformers load."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from moetailor.answers import Width
+from moetailor.answers import Kind, Width
 from moetailor.checkpoint.experts import ExpertShape
 from moetailor.checkpoint.layout import DiskStack, Stack
 from moetailor.checkpoint.names import expert_names
 from moetailor.checkpoint.original import Original
-from moetailor.checkpoint.storage.compressed import METHOD, PACKED
+from moetailor.checkpoint.storage.compressed import FLOATS, METHOD, PACKED
 from moetailor.checkpoint.writer import Piece, rows, whole
 from moetailor.errors import CheckpointError, MoetailorWarning, PlanError
 from moetailor.planning.plan import Plan
@@ -30,8 +30,9 @@ from moetailor.transform.verify import run_once
 
 # Bits for which engines have kernels, and inputs of a group for which vLLM's Marlin has them.
 BITS, GROUPS = (4, 8), (128, 64, 32)
-# What `Integers` stores, by compressed-tensors' names.
+# What our storages store, by compressed-tensors' names; beside floats it has no shapes.
 STORED = {"_packed": "weight_packed", "_scale": "weight_scale", "_zero_point": "weight_zero_point"}
+STORED_FLOATS = {"_packed": "weight", "_scale": "weight_scale"}
 # An expert's matrices by name; all else is ignored.
 EXPERT, REST = r".*\bexperts\.\d+\.\w+$", r"re:^(?!.*\bexperts\.\d+\.).*$"
 # transformers 5.23 reads all experts by the first scheme whose target says "experts". With several, this one comes
@@ -41,20 +42,28 @@ GUARD = r"re:^experts of several schemes, which transformers reads by one$"
 
 @dataclass(frozen=True)
 class Scheme:
-    """How the experts of a layer lie: bits of a weight, inputs that share a scale (-1 for a row), whether around 0."""
+    """How the experts of a layer lie: bits of a weight, inputs that share a scale (-1 for a row), what codes are."""
 
     bits: int
     group: int
-    symmetric: bool
+    codes: Kind
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether there are no zero points."""
+        return self.codes != "uint"
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as compressed-tensors says it."""
+        """Return it as compressed-tensors says it: weights, and for floats activations, which engines round to them."""
         group = {"strategy": "channel"} if self.group < 0 else {"strategy": "group", "group_size": self.group}
-        return {"num_bits": self.bits, "type": "int", "symmetric": self.symmetric, "dynamic": False, **group}
+        floats = self.codes == "fp8"
+        about = {"num_bits": self.bits, "symmetric": self.symmetric, "type": "float" if floats else "int"}
+        inputs = {"input_activations": about | {"dynamic": True, "strategy": "token"}} if floats else {}
+        return {"weights": about | {"dynamic": False, **group}, **inputs, "format": FLOATS if floats else PACKED}
 
 
 class CompressedTensors(Format):
-    """What compressed-tensors calls W4A16 and W8A16, of the experts alone."""
+    """What compressed-tensors calls W4A16, W8A16 and FP8, of the experts alone."""
 
     name = METHOD
     loading = (
@@ -63,7 +72,7 @@ class CompressedTensors(Format):
     )
 
     def refusal(self, plan: Plan) -> str | None:
-        """Refuse all but dropped slots, as many in every layer, and kept experts in one width of 4 or 8 bits each."""
+        """Refuse all but dropped slots, as many in every layer, and experts in one width of 4 or 8 bits in each."""
         if told := other_than_drops(plan):
             return told
         for stack in plan.model.stacks:
@@ -100,7 +109,8 @@ class CompressedTensors(Format):
             _warn(f"{lost} it has one scheme for all layers, without zero points; {cure}")
         experts = tuple(f"{layer.experts}." for layer in original.anatomy.layers.values())
         sources = Counter(name for name in original.skeleton.names.values() if not name.startswith(experts))
-        if merged := [name for name, count in sources.items() if count > 1]:
+        merged = [name for name, count in sources.items() if count > 1]
+        if merged and any(scheme.codes != "fp8" for scheme in schemes):
             _warn(f"{lost} beside packed experts it loses {merged[0]!r}, which it merges")
         if other := [scheme.group for scheme in schemes if scheme.group not in (-1, *GROUPS)]:
             _warn(f"groups of {other[0]}: vLLM's GPU kernels take 32, 64 and 128; transformers takes any")
@@ -110,8 +120,9 @@ class CompressedTensors(Format):
         shapes = 0
         for stack in plan.model.stacks:
             if stack.shape is not None and stack.prefix in plan.layers:
+                layer = plan.layers[stack.prefix]
                 of_one = sum(tensor.nbytes for tensor in self.beside(stack.shape).values())
-                shapes += len(plan.layers[stack.prefix].pool) * of_one
+                shapes += len(layer.pool) * of_one * all(width.codes != "fp8" for width in layer.packed)
         return plan.nbytes + shapes
 
     def beside(self, shape: ExpertShape) -> dict[str, torch.Tensor]:
@@ -126,15 +137,15 @@ class CompressedTensors(Format):
         schemes = _schemes(plan)
         groups = [(_target(prefixes), scheme) for scheme, prefixes in schemes.items()]
         if len(schemes) > 1:
-            groups.insert(0, (GUARD, Scheme(bits=4, group=32, symmetric=False)))
+            groups.insert(0, (GUARD, Scheme(bits=4, group=32, codes="uint")))
         # Layers that the model does not run keep their experts as they lie.
         unrun = [f"re:{re.escape(stack.prefix)}\\." for stack in plan.model.stacks if stack.index is None]
         told = {
             "config_groups": {
-                f"group_{number}": {"targets": [target], "weights": scheme.to_json(), "format": PACKED}
+                f"group_{number}": {"targets": [target], **scheme.to_json()}
                 for number, (target, scheme) in enumerate(groups)
             },
-            "format": PACKED,
+            "format": groups[-1][1].to_json()["format"],
             "quantization_status": "compressed",
             "ignore": ["lm_head", REST, *unrun],
         }
@@ -167,11 +178,13 @@ def _unfit(plan: Plan, stack: Stack) -> str | None:
     layer = plan.layers.get(stack.prefix)
     if layer is None or layer.plain:
         count = stack.num_experts if layer is None else len(layer.plain)
-        return f"needs all experts in 4 or 8 bits, such as with --bits int4g32; {count} lie as in the original"
+        return f"needs all experts in 4 or 8 bits, such as with --bits int4g32 or fp8; {count} lie as in the original"
     if len(layer.packed) > 1:
         return f"holds one width in each layer; this one has {', '.join(sorted(map(str, layer.packed)))}"
     (width,), shape = layer.packed, stack.shape
     assert shape is not None
+    if width.codes == "vq":
+        return f"holds integers and floats, no codebooks; the plan has {width}: take another of its codes"
     if width.down not in (0, width.bits):
         return f"holds one width for all matrices of an expert; the plan has {width}"
     if width.bits not in BITS:
@@ -209,7 +222,7 @@ def _schemes(plan: Plan) -> dict[Scheme, list[str]]:
             (width,) = plan.layers[stack.prefix].packed
             group = _group(width, stack.shape)
             assert group is not None
-            scheme = Scheme(bits=width.bits, group=group, symmetric=width.symmetric)
+            scheme = Scheme(bits=width.bits, group=group, codes=width.codes)
             found.setdefault(scheme, []).append(stack.prefix)
     return found
 
@@ -229,10 +242,12 @@ def _one_by_one(parts: Parts, stack: DiskStack) -> list[Piece]:
     for row in range(len(layer.pool)):
         for part, name in names.items():
             stem = stack.renamed(stack.named(name), row).removesuffix("weight")
-            for suffix, stored in STORED.items():
+            floats = width.codes == "fp8"
+            for suffix, stored in (STORED_FLOATS if floats else STORED).items():
                 if info := added.get(f"{width.stem}_{part}{suffix}"):
                     found.append(replace(rows(info, 0, [row]), name=stem + stored, shape=info.shape[1:]))
-            found.append(whole(added[f"{part}_shape"], f"{stem}weight_shape"))
+            if not floats:
+                found.append(whole(added[f"{part}_shape"], f"{stem}weight_shape"))
     return found
 
 

@@ -1,0 +1,167 @@
+"""Matrices in few bits: codes, each of one weight or of several, and a scale for each group of inputs of an output.
+
+Shapes: n matrices, O outputs, I inputs, G groups, C codes of a row.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from moetailor.checkpoint.files import DTYPES
+from moetailor.checkpoint.storage.storage import Storage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Codes:
+    """Matrices as codes.
+
+    Attributes:
+        code: int8 [n, O, C].
+        scale: [n, O, G].
+        zero: int8 [n, O, G]; None where codes have no zero points.
+    """
+
+    code: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor | None
+
+    @classmethod
+    def joined(cls, parts: Sequence[Codes]) -> Codes:
+        """Return several stacks of matrices as one."""
+        zeros = [part.zero for part in parts if part.zero is not None]
+        code, scale = torch.cat([part.code for part in parts]), torch.cat([part.scale for part in parts])
+        return cls(code=code, scale=scale, zero=torch.cat(zeros) if zeros else None)
+
+    def split(self, count: int) -> list[Codes]:
+        """Return as many matrices with an equal share of the outputs each."""
+        zeros = [None] * count if self.zero is None else self.zero.chunk(count, 1)
+        parts = zip(self.code.chunk(count, 1), self.scale.chunk(count, 1), zeros, strict=True)
+        return [Codes(code=code, scale=scale, zero=zero) for code, scale, zero in parts]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FewBits(Storage):
+    """A way to store matrices in few bits.
+
+    Groups are as equal as they can be: a width is cut into the fewest that have at most `group` inputs, and one
+    code at least.
+
+    Attributes:
+        bits: of a weight.
+        group: inputs that share a scale, at most.
+    """
+
+    bits: int
+    group: int
+
+    @property
+    @abstractmethod
+    def noise(self) -> float:
+        """Mean squared error of normal weights with a mean square of one, up to a factor for each kind of storage."""
+
+    @property
+    def step(self) -> int:
+        """Inputs of a code."""
+        return 1
+
+    def groups(self, inputs: int) -> int:
+        """Return how many groups a width has."""
+        return -(-self.codes(inputs) // max(self.group // self.step, 1))
+
+    def size(self, inputs: int) -> int:
+        """Return the inputs of a group; the last one may have fewer."""
+        return -(-self.codes(inputs) // self.groups(inputs)) * self.step
+
+    def codes(self, inputs: int) -> int:
+        """Return how many codes a row has."""
+        return -(-inputs // self.step)
+
+    def parted(self, each: torch.Tensor) -> torch.Tensor:
+        """Return what each input has by groups, [..., G, inputs of a group], zeros where the last one has fewer.
+
+        Args:
+            each: [..., I].
+        """
+        inputs = each.shape[-1]
+        more = self.groups(inputs) * self.size(inputs) - inputs
+        return longer(each, more).unflatten(-1, (-1, self.size(inputs)))
+
+    def encode(self, tensor: torch.Tensor, dtype: str) -> dict[str, torch.Tensor]:
+        """Return the nearest codes, each group's scale searched."""
+        return self.pack(self.nearest(tensor, DTYPES[dtype]))
+
+    def nearest(self, weight: torch.Tensor, dtype: torch.dtype) -> Codes:
+        """Return the nearest codes of some matrices, each group's scale searched; one matrix at a time, for memory.
+
+        Args:
+            weight: [n, O, I].
+            dtype: of the scales.
+        """
+        found = []
+        for matrix in weight.split(1):
+            matrix = matrix.float()
+            scale, zero = self.fit(matrix, matrix.new_ones(matrix.shape[-1]), dtype)
+            found.append(Codes(code=self.round(matrix, scale, zero), scale=scale, zero=zero))
+        return Codes.joined(found)
+
+    @abstractmethod
+    def fit(
+        self, weight: torch.Tensor, importance: torch.Tensor, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the scales and zero points with the least weighted squared error of rounding, of those that are tried.
+
+        Args:
+            weight: float32 [n, O, I].
+            importance: what errors of each input weigh, [I] or [n, I].
+            dtype: of the scales.
+
+        Returns:
+            Scales and zero points (None where there are none), [n, O, G].
+        """
+
+    @abstractmethod
+    def round(self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
+        """Return the nearest codes, int8 [n, O, C].
+
+        Args:
+            weight: float32 [n, O, I].
+            scale: [n, O, G].
+            zero: [n, O, G].
+        """
+
+    @abstractmethod
+    def choose(
+        self, weight: torch.Tensor, metric: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the codes q of the inputs of one code with the least |(w - q) M|^2, as numbers [n, O], and what they
+        stand for, [inputs, n, O].
+
+        Args:
+            weight: float32 [inputs, n, O].
+            metric: M, [n, inputs, inputs].
+            scale: float32 [n, O].
+            zero: float32 [n, O].
+        """
+
+    @abstractmethod
+    def numbers(self, codes: Codes, inputs: int) -> torch.Tensor:
+        """Return what some codes stand for, [n, O, I] in the dtype of the scales: exact in float32, then rounded once.
+
+        Args:
+            codes: the codes.
+            inputs: of a matrix.
+        """
+
+    @abstractmethod
+    def pack(self, codes: Codes) -> dict[str, torch.Tensor]:
+        """Return the stored tensors of some codes."""
+
+
+def longer(each: torch.Tensor, more: int) -> torch.Tensor:
+    """Return rows with so many zeros more, or numbers less; no copy where there is nothing to do."""
+    return F.pad(each, (0, more)) if more else each

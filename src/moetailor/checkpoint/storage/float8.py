@@ -1,0 +1,71 @@
+"""Floats of 8 bits, e4m3, with a scale for each row: what compressed-tensors calls FP8 by channel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from moetailor.checkpoint.storage.few_bits import Codes, FewBits
+from moetailor.checkpoint.storage.storage import register_storage
+
+FLOAT8 = torch.float8_e4m3fn
+MOST = torch.finfo(FLOAT8).max
+
+
+@dataclass(frozen=True, kw_only=True)
+class Float8(FewBits):
+    """A float of 8 bits times the scale of its row, which takes the row's largest weight to the largest float."""
+
+    bits: int = 8
+    group: int = 2**31
+
+    name = "fp8"
+
+    @property
+    def noise(self) -> float:
+        """Three bits behind the leading one: errors of up to a sixteenth, squared, a third of it over all."""
+        return 2.0**-8 / 3
+
+    def parts(self, shape: tuple[int, ...], dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Return codes and scales."""
+        return {"_packed": ("F8_E4M3", shape), "_scale": (dtype, (*shape[:2], 1))}
+
+    def decode(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
+        """Return the floats times their scales, in the dtype of the scales."""
+        return (parts["_packed"].float() * parts["_scale"].float()).to(parts["_scale"].dtype)
+
+    def numbers(self, codes: Codes, inputs: int) -> torch.Tensor:
+        """Return the floats times their scales."""
+        return self.decode(self.pack(codes), ())
+
+    def pack(self, codes: Codes) -> dict[str, torch.Tensor]:
+        """Return the stored tensors of some codes."""
+        return {"_packed": codes.code.view(FLOAT8), "_scale": codes.scale}
+
+    def fit(
+        self, weight: torch.Tensor, importance: torch.Tensor, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the largest of each row over the largest float: smaller numbers have as many bits as larger ones."""
+        scale = (weight.abs().amax(-1, keepdim=True) / MOST).to(dtype)
+        return torch.where(scale > 0, scale, torch.ones_like(scale)), None
+
+    def round(self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
+        """Return the bits of the nearest floats, int8 [n, O, I]."""
+        return _float8(weight / scale.float()).view(torch.int8)
+
+    def choose(
+        self, weight: torch.Tensor, metric: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the nearest floats, whatever the metric is."""
+        near = _float8(weight / scale)
+        return near[0].view(torch.int8).float(), near.float() * scale
+
+
+def _float8(at: torch.Tensor) -> torch.Tensor:
+    # Scales are rounded, too, and what is larger than the largest float would be none.
+    return at.clamp(-MOST, MOST).to(FLOAT8)
+
+
+register_storage(Float8())
