@@ -14,9 +14,12 @@ import moetailor
 from moetailor.answers import Constant, Keep, Width
 from moetailor.calibration.text import TextOptions
 from moetailor.checkpoint.original import Original
+from moetailor.checkpoint.storage import Codes, FewBits, find_storage
+from moetailor.checkpoint.storage.codebooks import NOISE
 from moetailor.errors import TooSmallError
 from moetailor.fitting.held_out import held_out
-from moetailor.fitting.widths import WIDTHS, held_out_errors, quantized
+from moetailor.fitting.noise import held_out_errors
+from moetailor.fitting.widths import RIDGE, quantized
 from moetailor.methods.mix_bits import Priced, mixed
 from moetailor.planning.view import LayerView
 from support.hand import prices_of
@@ -28,6 +31,11 @@ Get = Callable[[str], Path]
 GetCalibration = Callable[[str], moetailor.Calibration]
 
 
+def numbers_of(storage: FewBits, layer: LayerView, name: str, codes: dict[str, Codes]) -> torch.Tensor:
+    """Return a matrix of the first expert of some codes."""
+    return storage.numbers(codes[name], layer.shape.matrices[name][1])[0]
+
+
 def fitted_part(layer: LayerView) -> LayerView:
     """Return a layer whose sample has only the tokens that are fitted."""
     sample = layer.sample
@@ -37,35 +45,58 @@ def fitted_part(layer: LayerView) -> LayerView:
     return other
 
 
-def test_a_price_is_the_constants_error_times_the_share_that_is_left_on_tokens_that_were_not_fitted() -> None:
+@pytest.mark.parametrize("expert", range(3))
+def test_a_price_is_the_constants_error_times_the_share_that_is_left_on_tokens_that_were_not_fitted(
+    expert: int,
+) -> None:
     layer = layer_of_tokens(random_experts(3), tokens=600)
-    widths = [Width(bits=bits, down=down, group=16) for bits, down in ((2, 0), (4, 6), (5, 0), (6, 0), (8, 0))]
-    prices = held_out_errors(layer, widths, dtype=torch.float32)
-    assert prices.shape == (3, 5)
     part = fitted_part(layer)
-    for expert in range(3):
-        token, gate = layer.routed(expert)
-        judged = held_out(token)
-        x, weight = layer.sample.hidden[token], gate.double().square()[:, None]
-        y = layer.experts.outputs(expert, x).double()
-        constant = (weight * y)[~judged].sum(0) / weight[~judged].sum()
-        sums = layer.sums
-        # sum g^2 |y|^2 - |sum g^2 y|^2 / sum g^2, what the best constant loses on all tokens
-        saved = float(sums.gate_sq_output[expert].square().sum() / sums.gate_sq[expert])
-        whole = (float(sums.gate_sq_norm_sq[expert]) - saved) / float(sums.tokens)
-        lost = float((weight * (y - constant).square())[judged].sum()) / whole
-        for at, width in enumerate(widths):
-            storages = width.storages(layer.shape)
-            codes = quantized(part, [{expert: 1.0}], layer.experts.matrices([expert]), storages, dtype=torch.float32)
-            own = {name: storages[name].numbers(codes[name])[0] for name in codes}
-            given = F.linear(layer.experts.hidden(own, x[judged]), own["down"]).double()
-            error = float((weight[judged] * (y[judged] - given).square()).sum())
-            if width.bits <= 5:
-                assert float(prices[expert, at]) == pytest.approx(error / lost, rel=1e-3)
-            else:  # known from those of 5: so small an expert is off it by chance
-                assert 0.25 < float(prices[expert, at]) / (error / lost) < 4
-    torch.testing.assert_close(prices[:, 3:], prices[:, 2:3] / torch.tensor([4.0, 64.0]).double())
-    assert bool((prices[:, 0] > prices[:, 1]).all() and (prices[:, 1] > prices[:, 2]).all())
+    token, gate = layer.routed(expert)
+    judged = held_out(token)
+    x, weight = layer.sample.hidden[token], gate.double().square()[:, None]
+    y = layer.experts.outputs(expert, x).double()
+    constant = (weight * y)[~judged].sum(0) / weight[~judged].sum()
+    sums = layer.sums
+    # sum g^2 |y|^2 - |sum g^2 y|^2 / sum g^2, what the best constant loses on all tokens
+    saved = float(sums.gate_sq_output[expert].square().sum() / sums.gate_sq[expert])
+    whole = (float(sums.gate_sq_norm_sq[expert]) - saved) / float(sums.tokens)
+    lost = float((weight * (y - constant).square())[judged].sum()) / whole
+
+    def error(gate: FewBits, down: FewBits | None) -> float:
+        """Return the error with matrices rounded, or with the down projection as it is fitted to the others."""
+        exact = layer.experts.expert(expert)
+        storages = {name: gate for name in layer.experts.inputs} | {"down": down or gate}
+        codes = quantized(part, [{expert: 1.0}], layer.experts.matrices([expert]), storages, dtype=torch.float32)
+        own = {name: numbers_of(storages[name], layer, name, codes) for name in codes}
+        state = layer.experts.hidden(own, x)
+        if down is None:
+            before, now, by = layer.experts.hidden(exact, x)[~judged], state[~judged], weight[~judged].float()
+            ridge = RIDGE * (by * now.square()).sum(0).mean() * torch.eye(now.shape[1])
+            cross, inner = (by * before).T @ now + ridge, (by * now).T @ now + ridge
+            own["down"] = exact["down"] @ cross @ torch.linalg.inv(inner)
+        given = F.linear(state[judged], own["down"]).double()
+        return float((weight[judged] * (y[judged] - given).square()).sum()) / lost
+
+    int2, int4, int5, vq1, vq2 = (
+        find_storage(name) for name in ("uint2g16", "uint4g16", "uint5g16", "vq1g16", "vq2g16")
+    )
+    # What gate and up add is measured in at most 5 bits, 2 of codebooks, as is what the down projection then adds.
+    alone4, alone5, alone2 = error(int4, None), error(int5, None), error(vq2, None)
+    more5, more2 = error(int5, int5) - alone5, error(vq2, vq2) - alone2
+    expected = {
+        Width(bits=2): error(int2, int2),
+        Width(bits=5): error(int5, int5),
+        Width(bits=4, down=6): alone4 + (error(int4, int5) - alone4) / 4,
+        Width(bits=6): (alone5 + more5) / 4,
+        Width(bits=8): (alone5 + more5) / 64,
+        Width(bits=6, down=8): alone5 / 4 + more5 / 64,
+        Width(bits=1, codes="vq"): error(vq1, vq1),
+        Width(bits=2, down=3, codes="vq"): alone2 + more2 * NOISE[3] / NOISE[2],
+        Width(bits=4, down=6, codes="vq"): alone2 * NOISE[4] / NOISE[2] + more5 / 4,
+    }
+    prices = held_out_errors(layer, [replace(width, group=16) for width in expected], dtype=torch.float32)
+    assert prices.shape == (3, len(expected))
+    torch.testing.assert_close(prices[expert], torch.tensor(list(expected.values())).double(), rtol=2e-3, atol=0)
 
 
 def test_an_expert_whose_tokens_are_all_alike_is_priced_by_its_energy() -> None:
@@ -81,7 +112,7 @@ def test_an_expert_whose_tokens_are_all_alike_is_priced_by_its_energy() -> None:
         storages = width.storages(layer.shape)
         matrices = layer.experts.matrices([1])
         codes = quantized(fitted_part(layer), [{1: 1.0}], matrices, storages, dtype=torch.float32)
-        own = {name: storages[name].numbers(codes[name])[0] for name in codes}
+        own = {name: numbers_of(storages[name], layer, name, codes) for name in codes}
         given = F.linear(layer.experts.hidden(own, x), own["down"])
         share = float((y - given).square().sum() / y.square().sum())
         energy = float(layer.sums.gate_sq_norm_sq[1] / layer.sums.tokens)
@@ -162,7 +193,7 @@ def test_a_budget_is_met_in_widths_and_stand_ins(
     for index, layer in plan.by_layer.items():
         for expert in dead[index].nonzero().flatten().tolist():
             assert layer.slots[expert] == Keep()  # that no text reached it may be the text's doing
-            assert layer.widths[expert] in WIDTHS
+            assert layer.widths[expert] in moetailor.METHODS["auto"]().stays
     plan.save(tmp_path / "plan.json")
     assert moetailor.Plan.load(tmp_path / "plan.json") == plan
     moetailor.apply(plan, checkpoint(family), tmp_path / "out", calibration=measured)
@@ -205,7 +236,7 @@ def test_uniform_layers_of_the_widths_that_engines_have(
     wide: int, checkpoint: Get, calibration: GetCalibration, tmp_path: Path
 ) -> None:
     """Bytes for so many layers in 8 bits, the others in 4: written for engines, and the same numbers as in memory."""
-    measured, lying = calibration("qwen3_moe"), {"group": 8, "symmetric": True}
+    measured, lying = calibration("qwen3_moe"), {"group": 8, "codes": "int"}
     count = len(measured.layers)
     small, large = (all_in(measured, bits=bits, **lying) for bits in (4, 8))
     size = small + wide * ((large - small) // count) + 1
@@ -235,18 +266,21 @@ def test_only_listed_widths_are_taken(listed: str, allowed: set[str], calibratio
         for layer in plan.layers.values():
             seen |= set(layer.widths.values())
             whole += sum(answer == Keep() and slot not in layer.widths for slot, answer in enumerate(layer.slots))
-    assert {str(width).removesuffix(" bits") for width in seen} <= allowed
+    assert {str(width).removesuffix(", vq").removesuffix(" bits") for width in seen} <= allowed
+    # Codebooks have up to 4 bits, of gate and up.
+    assert all((width.codes == "vq") == (width.bits <= 4) for width in seen)
     assert {width.group for width in seen} == {8}
     assert bool(whole) == ("16" in listed)
 
 
 def test_widths_that_are_not_on_the_menu(calibration: GetCalibration) -> None:
     measured, size = calibration("olmoe"), moetailor.Budget.parse(size="50%")
-    menu = "list some of 8, 6, 5, 4, 3, 2, such as 8,4; with 16 experts may stay as they lay"
-    for given in ("7", "16", "8;4", "4/6", "8,,4"):
-        with pytest.raises(moetailor.PlanError) as refused:
-            moetailor.make_plan(measured, "auto", size, parameters={"widths": given})
-        assert str(refused.value) == f"widths={given}: {menu}"
+    for codes, bits in (("vq", "8, 6, 5, 4, 3, 2, 1"), ("uint", "8, 6, 5, 4, 3, 2")):
+        menu = f"list some of {bits}, such as 8,4; with 16 experts may stay as they lay"
+        for given in ("7", "16", "8;4", "4/6", "8,,4"):
+            with pytest.raises(moetailor.PlanError) as refused:
+                moetailor.make_plan(measured, "auto", size, parameters={"widths": given, "codes": codes})
+            assert str(refused.value) == f"widths={given}: {menu}"
     with pytest.raises(moetailor.PlanError, match="widths=8: is about experts in few bits, and bits=false"):
         moetailor.make_plan(measured, "auto", size, parameters={"widths": "8", "bits": False})
 

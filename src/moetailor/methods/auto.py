@@ -23,7 +23,7 @@ from typing import Annotated, TypeVar
 
 import torch
 
-from moetailor.answers import Constant, Keep, Linear, LowRank, Width
+from moetailor.answers import Constant, Keep, Kind, Linear, LowRank, Width
 from moetailor.calibration.domains import balanced
 from moetailor.errors import PlanError
 from moetailor.fitting import linear_maps, low_rank
@@ -50,7 +50,8 @@ class Auto(JointMethod):
         widths: bits of gate, up and down projections that are on the menu, such as ``8,4``, and 16 for experts as they
             lay; all when empty.
         group: inputs that share a scale, at most.
-        symmetric: do without zero points.
+        codes: of experts in few bits: ``vq`` takes 1 to 4 bits from codebooks, ``uint`` integers with zero points,
+            ``int`` integers around zero; in uniform layers, which engines load, ``uint`` stands in for ``vq``.
     """
 
     balance: Annotated[float, AtLeast(0)] = 0.75
@@ -59,7 +60,7 @@ class Auto(JointMethod):
     uniform_layers: bool = False
     widths: str = ""
     group: Annotated[int, AtLeast(1)] = 128
-    symmetric: bool = False
+    codes: Kind = "vq"  # type: ignore[misc]
 
     name = "auto"
     replaces_with = Constant
@@ -80,7 +81,8 @@ class Auto(JointMethod):
     @property
     def stays(self) -> list[Width | Keep]:
         """How experts that stay may lie where bits are on the menu."""
-        return mix_bits.ways_to_stay(self.widths, group=self.group, symmetric=self.symmetric)
+        codes = "uint" if self.codes == "vq" and self.uniform_layers else self.codes
+        return mix_bits.ways_to_stay(self.widths, group=self.group, codes=codes)
 
     @property
     def decides_widths(self) -> bool:

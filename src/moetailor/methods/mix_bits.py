@@ -12,17 +12,21 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from moetailor.answers import WHOLE, Answer, Constant, Keep, Linear, Packed, Width
+from moetailor.answers import VQ_BITS, WHOLE, Answer, Constant, Keep, Kind, Linear, Packed, Width
 from moetailor.calibration.effects import Prices
 from moetailor.checkpoint.files import DTYPES
 from moetailor.errors import PlanError
 from moetailor.fitting import linear_maps
 from moetailor.fitting.knapsack import Shelf, cheapest
-from moetailor.fitting.widths import WIDTHS, held_out_errors
+from moetailor.fitting.noise import held_out_errors
 from moetailor.planning.layer_plan import LayerPlan
 from moetailor.planning.plan import answers_nbytes
 from moetailor.planning.view import LayerView
 
+# Bits of gate and up, and of the down projection, which wants about two more.
+PAIRS = ((8, 8), (6, 8), (6, 6), (5, 6), (5, 5), (4, 6), (4, 5), (4, 4), (3, 5), (3, 4), (3, 3), (2, 4), (2, 3), (2, 2))
+# By codebooks also these.
+VQ_PAIRS = ((1, 3), (1, 2), (1, 1))
 RANKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128)
 RIDGE = 0.01
 # Solutions are sought at most so many times from each start.
@@ -102,27 +106,28 @@ class Priced:
         return LayerPlan(slots=slots, scores=self.scores, expected=expected, widths=widths)
 
 
-def ways_to_stay(bits: str, *, group: int, symmetric: bool) -> list[Width | Keep]:
+def ways_to_stay(bits: str, *, group: int, codes: Kind) -> list[Width | Keep]:
     """Return how experts that stay may lie: in the widths of which all bits are listed, and for 16 as they lay.
 
     Args:
         bits: such as ``8,4``, or ``8+4`` where commas stand between methods; all and 16 when it is empty.
         group: of each width, see `Width`.
-        symmetric: of each width.
+        codes: of each width; ``vq`` where there are few enough bits for it.
 
     Raises:
         PlanError: bits that are not on the menu, or none but 16.
     """
-    known = [width.bits for width in WIDTHS if not width.down]
+    pairs = PAIRS + VQ_PAIRS * (codes == "vq")
+    known = [bits for bits, down in pairs if bits == down]
     listed = set(map(int, re.split("[,+]", bits))) if re.fullmatch(r"\d{1,3}([,+]\d{1,3})*", bits) else set()
     if bits and (not listed & set(known) or listed - {*known, WHOLE.bits}):
         told = f"list some of {', '.join(map(str, known))}, such as 8,4; with {WHOLE.bits} experts may stay as they lay"
         raise PlanError(f"widths={bits}: {told}")
-    found: list[Width | Keep] = [
-        replace(width, group=group, symmetric=symmetric)
-        for width in WIDTHS
-        if not bits or {width.bits, width.down or width.bits} <= listed
-    ]
+    found: list[Width | Keep] = []
+    for one, other in pairs:
+        kind = "uint" if codes == "vq" and one > VQ_BITS else codes
+        if not bits or {one, other} <= listed:
+            found.append(Width(bits=one, down=other * (other != one), group=group, codes=kind))
     return [*found, Keep()] if not bits or WHOLE.bits in listed else found
 
 

@@ -1,0 +1,146 @@
+"""What experts in few bits add to their layer's error: each rounded on most of its tokens, judged on the others.
+
+Shapes: n experts, E experts of a layer, T tokens, D model width, F expert width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from moetailor.answers import Width
+from moetailor.checkpoint.storage import Codebook, FewBits
+from moetailor.fitting.constants import constant_errors
+from moetailor.fitting.gptq import gptq
+from moetailor.fitting.held_out import held_out
+from moetailor.fitting.widths import Half, Together, at_once, inputs_of, tokens_of
+from moetailor.planning.view import LayerView
+
+# The fewest held-out tokens that judge an expert, and the share of its energy that a constant must lose to measure by:
+# where it loses less, the tokens were all alike.
+FEW, ALIKE = 8, 1e-3
+# Wider integers are not measured, as each bit more takes a quarter of the noise, nor wider codebooks, whose noise is
+# that of their tables.
+WIDEST, VQ_WIDEST = 5, 2
+
+
+def held_out_errors(layer: LayerView, widths: Sequence[Width], *, dtype: torch.dtype) -> torch.Tensor:
+    """Return what each expert adds to the layer's error in some widths, on tokens that it was not fitted on.
+
+    Squared errors a token, float64 [E, widths]; zeros for experts that no token reached. Few widths are measured: what
+    rounding gate and up adds, and what rounding the down projection then adds, go as the noise of their storages.
+
+    Args:
+        layer: the layer.
+        widths: which.
+        dtype: of the scales.
+    """
+    parts = [_Parts.of(width.storages(layer.shape)) for width in widths]
+    halves: dict[FewBits, list[FewBits]] = {part.gate_by: [] for part in parts}
+    for part in parts:
+        halves.setdefault(part.down_after, []).append(part.down_by)
+    found, batch = torch.zeros(layer.num_experts, len(widths), dtype=torch.float64), at_once(layer)
+    for start in range(0, layer.num_experts, batch):
+        numbers = range(start, min(start + batch, layer.num_experts))
+        matrices = {name: stack.float() for name, stack in layer.experts.matrices(numbers).items()}
+        inputs = [inputs_of(layer, {expert: 1.0}, held_out_too=False) for expert in numbers]
+        together, judges = Together.of(layer, matrices, inputs), [Judge.of(layer, expert) for expert in numbers]
+        alone: dict[FewBits, torch.Tensor] = {}
+        more: dict[tuple[FewBits, FewBits], torch.Tensor] = {}
+        for gate, downs in halves.items():
+            half = together.half({name: gate for name in layer.experts.inputs}, dtype)
+            alone[gate] = _errors(layer, half, half.down, judges)
+            for down in dict.fromkeys(downs):
+                codes = gptq(half.down, half.seen, down, dtype)
+                rounded = down.numbers(codes, layer.shape.intermediate).float()
+                more[gate, down] = (_errors(layer, half, rounded, judges) - alone[gate]).clamp_min(0)
+        for at, part in enumerate(parts):
+            gates = part.gate.noise / part.gate_by.noise * alone[part.gate_by]
+            downs = part.down.noise / part.down_by.noise * more[part.down_after, part.down_by]
+            found[list(numbers), at] = gates + downs
+    return found
+
+
+def _errors(layer: LayerView, half: Half, down: torch.Tensor, judges: Sequence[Judge]) -> torch.Tensor:
+    """Return what each expert adds to the layer's error with some down projections, [n, D, F], float64 [n]."""
+    each = enumerate(zip(judges, down, strict=True))
+    errors = [judge.error(half.given(layer, number, judge.x, own)) for number, (judge, own) in each]
+    return torch.tensor(errors, dtype=torch.float64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Parts:
+    """By which storages it is measured what a width adds.
+
+    Attributes:
+        gate: that of gate and up.
+        gate_by: the one that is measured for it.
+        down: that of the down projection.
+        down_by: the one that is measured for it.
+        down_after: that of gate and up in this measurement.
+    """
+
+    gate: FewBits
+    gate_by: FewBits
+    down: FewBits
+    down_by: FewBits
+    down_after: FewBits
+
+    @classmethod
+    def of(cls, storages: Mapping[str, FewBits]) -> _Parts:
+        gate, down = storages["up"], storages["down"]
+        gate_by, down_by = _measured(gate), _measured(down)
+        after = gate_by if type(gate) is type(down) else down_by
+        return cls(gate=gate, gate_by=gate_by, down=down, down_by=down_by, down_after=after)
+
+
+def _measured(storage: FewBits) -> FewBits:
+    """Return the storage whose errors say what those of another one of its kind are."""
+    most = VQ_WIDEST if isinstance(storage, Codebook) else WIDEST
+    return replace(storage, bits=min(storage.bits, most))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judge:
+    """Tokens that judge an expert.
+
+    Attributes:
+        x: inputs, [T, D].
+        weight: what an error weighs there, [T, 1].
+        y: the expert's outputs, [T, D].
+        part: what a constant in its place loses there, or its energy.
+        whole: the same on all tokens of the calibration, for each of these.
+    """
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    y: torch.Tensor
+    part: float
+    whole: float
+
+    @classmethod
+    def of(cls, layer: LayerView, expert: int) -> Judge:
+        """Return it for one expert: its held-out tokens, or all that it has where they are too few."""
+        token, gate = layer.routed(expert)
+        weight, sums = gate.double().square(), layer.sums
+        if len(token) < FEW and sums.count[expert]:
+            token, weight = tokens_of(layer, {expert: 1.0})
+        weight = weight[:, None].to(layer.experts.device)
+        y = layer.outputs(expert, token).double()
+        judged = held_out(token)
+        if int(judged.sum()) < FEW:  # all judge, and all say what the constant is
+            judged = torch.ones_like(judged)
+        fitted = ~judged if not bool(judged.all()) else judged
+        mean = (weight * y)[fitted].sum(0) / weight[fitted].sum().clamp_min(1e-300)
+        x, weight, y = layer.sample.hidden[token[judged]].float().to(weight.device), weight[judged], y[judged]
+        part, whole = float((weight * (y - mean).square()).sum()), float(constant_errors(sums)[expert])
+        energy, energies = float((weight * y.square()).sum()), float(sums.gate_sq_norm_sq[expert] / sums.tokens)
+        if min(part * energies, whole * energy) <= ALIKE * energy * energies:
+            part, whole = energy, energies
+        return cls(x=x, weight=weight, y=y, part=part, whole=whole)
+
+    def error(self, given: torch.Tensor) -> float:
+        """Return the squared error of some outputs, for each token of the calibration."""
+        return self.whole * float((self.weight * (self.y - given.double()).square()).sum()) / max(self.part, 1e-300)
