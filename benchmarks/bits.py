@@ -28,16 +28,18 @@ from moetailor.checkpoint.models import load_model
 from run import decode_seconds, in_turns, prefill_seconds, random_ids
 
 # Bits of the first experts of each layer; the others have them in turn.
-CASES = {"8 bits": (8,), "4 bits": (4,), "2 bits": (2,), "8, 4 and 2 bits": (8, 4, 2)}
+CASES = {f"{bits} bits": (bits,) for bits in ("8", "4", "2")} | {f"{bits} bits, vq": (f"vq{bits}",) for bits in "421"}
+CASES |= {"8 bits, floats": ("fp8",), "8, 4 and 2 bits": ("8", "vq4", "vq2")}
 DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
 
 
-def rounded(checkpoint: Path, calibration: moetailor.Calibration, bits: tuple[int, ...], out: Path) -> Path:
+def rounded(checkpoint: Path, calibration: moetailor.Calibration, bits: tuple[str, ...], out: Path) -> Path:
     """Write a result with such experts and return its folder."""
     whole, given = moetailor.Budget.parse(remove=0), {"rounding": "nearest"}
     plan = moetailor.make_plan(calibration, "quantize", whole, parameters=given)
+    widths = [Width.parse(each) for each in bits]
     layers = {
-        prefix: replace(layer, widths={expert: Width(bits=bits[expert % len(bits)]) for expert in layer.pool})
+        prefix: replace(layer, widths={expert: widths[expert % len(widths)] for expert in layer.pool})
         for prefix, layer in plan.layers.items()
     }
     return moetailor.apply(replace(plan, layers=layers), checkpoint, out, calibration=calibration, verify=False)

@@ -19,9 +19,10 @@ from moetailor.calibration.sampling import SampleOptions
 from moetailor.calibration.sensitivity import measure_sensitivities
 from moetailor.calibration.text import TextOptions, read_batches
 from moetailor.checkpoint.anatomy import discover
+from moetailor.checkpoint.devices import resolve_device
 from moetailor.checkpoint.facts import facts_of_model
 from moetailor.checkpoint.lock import growing
-from moetailor.checkpoint.models import longest_sequence, resolve_device, resolve_dtype
+from moetailor.checkpoint.models import longest_sequence, resolve_dtype
 from moetailor.checkpoint.original import Original, open_original
 from moetailor.errors import CalibrationError, did_you_mean
 from moetailor.progress import Progress

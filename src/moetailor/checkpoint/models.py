@@ -17,29 +17,6 @@ from moetailor.errors import CheckpointError, MoetailorError, did_you_mean, reas
 DTYPE_CHOICES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def working_nbytes(device: torch.device) -> int:
-    """Return the bytes that work done together may take on a device: 2 GiB, and a quarter of a GPU's free memory."""
-    return torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else 2**31
-
-
-def resolve_device(name: str | None) -> str:
-    """Return the device to run on: the one named, else ``cuda`` where there is one, else ``cpu``.
-
-    Raises:
-        MoetailorError: the device cannot be used here.
-    """
-    if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        told = f"cannot be used here ({reason_of(error)}); use another one, such as cpu"
-        raise MoetailorError(f"device {name!r} {told}") from None
-    if torch.device(name).type == "meta":
-        raise MoetailorError(f"device {name!r} holds no numbers; use another one, such as cpu")
-    return name
-
-
 def resolve_dtype(name: str | None, device: str, checkpoint: Checkpoint) -> torch.dtype:
     """Return the dtype to run in: the one named, else the checkpoint's on an accelerator and float32 on the CPU.
 

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from moetailor.checkpoint.anatomy import Anatomy, discover, tensors_of
+from moetailor.checkpoint.devices import resolve_device
 from moetailor.checkpoint.files import Checkpoint
 from moetailor.checkpoint.layout import DiskStack, find_stacks
 from moetailor.checkpoint.loader import StreamedModel
-from moetailor.checkpoint.models import resolve_device
 from moetailor.checkpoint.original import Original
 
 

@@ -17,9 +17,10 @@ from moetailor.calibration.sampling import SampleOptions
 from moetailor.calibration.statistics import ON_REQUEST
 from moetailor.calibration.text import TextOptions, read_batches, words_of
 from moetailor.checkpoint.artifact import write_json
+from moetailor.checkpoint.devices import resolve_device
 from moetailor.checkpoint.files import Checkpoint
 from moetailor.checkpoint.lock import growing
-from moetailor.checkpoint.models import longest_sequence, resolve_device, resolve_dtype
+from moetailor.checkpoint.models import longest_sequence, resolve_dtype
 from moetailor.checkpoint.original import Original
 from moetailor.checkpoint.place import check_empty
 from moetailor.checkpoint.weights import ExpertWeights

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from moetailor.calibration.text import TextOptions, read_batches, words_of
+from moetailor.checkpoint.devices import resolve_device
 from moetailor.checkpoint.lock import scratch
-from moetailor.checkpoint.models import longest_sequence, resolve_device, resolve_dtype
+from moetailor.checkpoint.models import longest_sequence, resolve_dtype
 from moetailor.checkpoint.original import Original
 from moetailor.errors import MoetailorError
 from moetailor.evaluation.fidelity import Fidelity, Reference

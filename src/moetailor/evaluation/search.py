@@ -23,8 +23,9 @@ from moetailor.calibration.batch import Batch, text_fingerprint
 from moetailor.calibration.folder import Calibration
 from moetailor.checkpoint.anatomy import Anatomy
 from moetailor.checkpoint.artifact import write_json
+from moetailor.checkpoint.devices import resolve_device
 from moetailor.checkpoint.lock import claimed, scratch
-from moetailor.checkpoint.models import copy_sharing_tensors, resolve_device, resolve_dtype
+from moetailor.checkpoint.models import copy_sharing_tensors, resolve_dtype
 from moetailor.checkpoint.original import Original
 from moetailor.checkpoint.place import check_file
 from moetailor.checkpoint.weights import ExpertWeights

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch.nn import functional as F
 
-from moetailor.checkpoint.models import working_nbytes
+from moetailor.checkpoint.devices import working_nbytes
 from moetailor.checkpoint.storage import Codes, FewBits
 from moetailor.fitting.gptq import Seen, gptq
 from moetailor.fitting.held_out import held_out

@@ -18,8 +18,9 @@ from transformers.trainer_callback import TrainerState
 from moetailor._version import __version__
 from moetailor.calibration.text import words_of
 from moetailor.checkpoint.anatomy import Anatomy
+from moetailor.checkpoint.devices import resolve_device
 from moetailor.checkpoint.files import Checkpoint
-from moetailor.checkpoint.models import longest_sequence, resolve_device, resolve_dtype
+from moetailor.checkpoint.models import longest_sequence, resolve_dtype
 from moetailor.checkpoint.original import Original
 from moetailor.errors import MoetailorError, did_you_mean
 from moetailor.progress import Progress, Stages

@@ -13,11 +13,11 @@ import torch
 from moetailor._version import __version__
 from moetailor.calibration.folder import Calibration
 from moetailor.checkpoint.artifact import save_tensors, write_json, write_text
+from moetailor.checkpoint.devices import resolve_device
 from moetailor.checkpoint.files import DTYPES, Checkpoint, TensorInfo, read_header
 from moetailor.checkpoint.folder import INDEX
 from moetailor.checkpoint.layout import DiskStack
 from moetailor.checkpoint.loader import StreamedModel
-from moetailor.checkpoint.models import resolve_device
 from moetailor.checkpoint.names import disk_tensors
 from moetailor.checkpoint.original import Original, open_original
 from moetailor.checkpoint.place import PLAN_FILE, PROVENANCE_FILE, check_place, new_folder

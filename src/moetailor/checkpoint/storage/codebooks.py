@@ -18,6 +18,7 @@ import safetensors.torch
 import torch
 from torch.nn import functional as F
 
+from moetailor.checkpoint.devices import passing_nbytes
 from moetailor.checkpoint.storage.few_bits import Codes, FewBits, longer
 from moetailor.checkpoint.storage.integers import unpacked
 from moetailor.checkpoint.storage.storage import register_storages
@@ -26,8 +27,6 @@ from moetailor.checkpoint.storage.storage import register_storages
 WEIGHTS = {1: 8, 2: 4, 3: 2, 4: 2}
 # Mean squared error of normal weights, as `benchmarks/codebooks.py` measured it.
 NOISE = {1: 0.3217, 2: 0.0969, 3: 0.02985, 4: 0.00783}
-# Distances that are computed at the same time.
-TOGETHER = 2**22
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,14 +140,17 @@ def nearest(rows: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         rows: float32 [n, R, V].
         table: float32 [n, K, V], with no more rows than 256.
     """
-    # |x - c|^2 without |x|^2, which is the same for all c
-    length, turned = table.square().sum(-1)[:, None], table.transpose(1, 2)
+    # |x - c|^2 with the largest |x|^2 in the place of each, which is the same for all c, as one product; no number is
+    # below zero: (x, 1) . (-2 c, |c|^2 + max |x|^2)
+    length = table.square().sum(-1, keepdim=True) + rows.square().sum(-1).amax()
+    turned = torch.cat([-2 * table, length], -1).transpose(1, 2)
+    rows = torch.cat([rows, torch.ones_like(rows[..., :1])], -1)
+    at_once = passing_nbytes(table.device) // (4 * table[..., 0].numel())
     number, found = torch.arange(table.shape[1], dtype=torch.int32, device=table.device), []
-    for some in rows.split(max(TOGETHER // table[..., 0].numel(), 1), 1):
-        apart = torch.baddbmm(length, some, turned, alpha=-2)
-        # Numbers from zero up are in the order of their bits: with its own number in the last 8 of these the least one
-        # tells where it is, several times sooner than argmin does.
-        order = apart.sub_(apart.amin()).view(torch.int32).bitwise_and_(~255).bitwise_or_(number)
+    for some in rows.split(max(at_once, 1), 1):
+        # Such numbers are in the order of their bits: with its own number in the last 8 of these the least one tells
+        # where it is, several times sooner than argmin does.
+        order = (some @ turned).view(torch.int32).bitwise_and_(~255).bitwise_or_(number)
         found.append(order.amin(-1).bitwise_and_(255))
     return torch.cat(found, 1)
 

@@ -17,8 +17,8 @@ from moetailor.checkpoint.storage.few_bits import Codes, FewBits, longer
 from moetailor.checkpoint.storage.storage import register_storages
 
 BITS = range(2, 9)
-# Shares of a group's range that its codes may cover.
-CLIPS = torch.linspace(1.0, 0.6, 9)
+# Shares of a group's range that its codes may cover; from 5 bits up nothing is won by cutting any off.
+CLIPS = (torch.linspace(1.0, 0.6, 9), torch.ones(1))
 # Integers of some bytes.
 OF_BYTES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -115,7 +115,7 @@ class Integers(FewBits):
         least, steps = -(2 ** (self.bits - 1)), 2**self.bits - 1
         best = torch.full_like(low, torch.inf)
         scale, zero = torch.ones_like(low, dtype=dtype), torch.zeros_like(low, dtype=torch.int8)
-        for clip in CLIPS.tolist():
+        for clip in CLIPS[self.bits > 4].tolist():
             # Symmetric codes reach one step further below zero than above it: the wider side decides.
             spanned = torch.maximum(-low, high) * 2 if self.symmetric else high - low
             tried = (spanned * clip / steps).clamp_min(torch.finfo(dtype).tiny).to(dtype)

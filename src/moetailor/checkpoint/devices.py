@@ -1,0 +1,37 @@
+"""Devices: which one a name means, and how much work is best done together there."""
+
+from __future__ import annotations
+
+import torch
+
+from moetailor.errors import MoetailorError, reason_of
+
+
+def resolve_device(name: str | None) -> str:
+    """Return the device to run on: the one named, else ``cuda`` where there is one, else ``cpu``.
+
+    Raises:
+        MoetailorError: the device cannot be used here.
+    """
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        told = f"cannot be used here ({reason_of(error)}); use another one, such as cpu"
+        raise MoetailorError(f"device {name!r} {told}") from None
+    if torch.device(name).type == "meta":
+        raise MoetailorError(f"device {name!r} holds no numbers; use another one, such as cpu")
+    return name
+
+
+def working_nbytes(device: torch.device) -> int:
+    """Return the bytes that work done together may take on a device: 2 GiB, and a quarter of a GPU's free memory."""
+    return torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else 2**31
+
+
+def passing_nbytes(device: torch.device) -> int:
+    """Return the bytes of numbers that are made and soon needed no more at which a device is fastest: as many as caches
+    hold; on a GPU, where each step costs a launch, more.
+    """
+    return 2**26 if device.type == "cuda" else 2**20
