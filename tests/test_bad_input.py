@@ -401,7 +401,7 @@ def test_result_of_moetailor_is_refused_as_an_original(
         (lambda entry: entry.update(version=3), "is of moetailor format 3, this moetailor reads up to 2; update it"),
         (
             lambda entry: entry["layers"]["0"].update(bases=1),
-            "layers, 0: unknown keys ['bases'], perhaps of a later moetailor",
+            "layers, 0: unknown keys ['bases'], perhaps of another moetailor",
         ),
         (
             lambda entry: entry["layers"].update({"9": entry["layers"]["0"]}),

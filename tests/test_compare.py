@@ -522,6 +522,11 @@ def test_words_of_rows() -> None:
     # The bits of what removes nothing are a parameter of its own; that of another method is not meant.
     same = cells_of(["quantize@3/5", "quantize:bits=3:down=5", "QUANTIZE:down=5@3/5"], ["25%", "50%"])
     assert [(cell.name, cell.width, str(cell.budget)) for cell in same] == [("3/5 bits", None, "remove 0%")]
+    groups = cells_of(["reap@vq2g32", "reap@vq2", "reap@int4g64"], sizes=["50%"])
+    names = ["reap + 2 bits, vq g32", "reap + 2 bits, vq", "reap + 4 bits, symmetric g64"]
+    assert [(cell.name, cell.to_json()["bits"]) for cell in groups] == [
+        (name, bits) for name, bits in zip(names, ("vq2g32", "vq2g128", "int4g64"), strict=True)
+    ]
     (cell,) = cells_of(["auto:bits=true"], sizes=["12GB"])
     assert (cell.width, str(cell.budget), cell.method.parameters["bits"]) == (None, "size 12000000000 bytes", True)
 
@@ -531,9 +536,12 @@ def test_words_of_rows() -> None:
     [
         ({"methods": "mnoe"}, "--methods mnoe: no method 'mnoe'; did you mean 'mone'"),
         ({"methods": "linear:rank"}, "--methods linear:rank: write parameters as linear:parameter=value"),
-        ({"methods": "reap@9"}, "--methods reap@9: write bits as reap@4, or reap@4/6 with those of down"),
+        ({"methods": "reap@9"}, "--methods reap@9: write 2 to 8, or as 4/6 with those of the down projection"),
         ({"methods": "quantize@4/6:group=32"}, "write bits as quantize:group=32@4/6, last"),
-        ({"methods": "linear:rank=2@"}, "--methods linear:rank=2@: write bits as linear:rank=2@4, or"),
+        ({"methods": "linear:rank=2@"}, "--methods linear:rank=2@: write 2 to 8, or as 4/6"),
+        ({"methods": "reap@vq9"}, "--methods reap@vq9: write 2 to 8, or as 4/6"),
+        ({"methods": "reap@vq5"}, "--methods reap@vq5: vq5: codebooks have 1 to 4 bits of gate and up"),
+        ({"methods": "quantize:codes=vq@uint4"}, "--methods quantize:codes=vq@uint4: says codes in two ways"),
         ({"methods": "auto@4", "remove": None, "sizes": "40%"}, "--bits: auto says itself how experts lie"),
         ({"sizes": "40%"}, "--remove and --sizes: rows are of equal ratios or of equal bytes; give one of them"),
         ({"remove": None, "sizes": 0.4}, "--size 0.4: bytes are whole; did you mean 40%?"),

@@ -24,7 +24,7 @@ def test_weights_are_the_nearest_of_the_grid_times_the_scale_of_their_row(dtype:
     assert spec.nbytes(dtype) == 2 * 5 * 70 + 2 * 5 * (4 if dtype == "F32" else 2)
     scale, largest = stored["w_scale"].double(), weight.abs().amax(-1, keepdim=True).double()
     torch.testing.assert_close(scale, (largest / 448).where(largest > 0, 1.0), rtol=2**-8, atol=0)
-    code = stored["w_packed"].double()
+    code = stored["w_packed"].view(torch.float8_e4m3fn).double()
     assert bool(torch.isin(code.abs(), grid()).all())
     apart = (grid() * scale[..., None] - weight.double().abs()[..., None]).abs().amin(-1)
     # Nothing on the grid is nearer, but by how numbers over scales were rounded.

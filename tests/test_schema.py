@@ -76,7 +76,7 @@ WRONG = [
     ({"parts": [{"kind": "a", "ends": [1]}]}, "parts[0].ends has 1 entries, it must have 2"),
     ({"parts": [{"kind": "a", "ends": "12"}]}, "parts[0].ends is '12', not a list"),
     ({"parts": [{"kind": "a", "ends": [2, 1]}]}, "parts[0] does not add up: ends (2, 1) do not ascend"),
-    ({"parts": [{"kind": "a", "x": 1}]}, "parts[0] has the unknown keys ['x'], perhaps of a later version"),
+    ({"parts": [{"kind": "a", "x": 1}]}, "parts[0] has the unknown keys ['x'], perhaps of another version"),
     ({"layers": {"x": {"kind": "a"}}}, "layers has the key 'x', not a whole number"),
     ({"layers": {"-1": {"kind": "a"}}}, "layers has the key '-1', not a whole number"),
     ({"layers": {"01": {"kind": "a"}}}, "layers has the key '01', not a whole number"),

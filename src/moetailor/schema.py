@@ -186,7 +186,7 @@ def _read_list(origin: Any, kinds: Sequence[Any], values: list, at: str) -> Any:
 def _read_fields(kind: Any, value: dict, at: str) -> Any:
     hints, needed = _schema(kind)
     if unknown := value.keys() - hints.keys():
-        raise _MisfitError(at, f"has the unknown keys {sorted(unknown)}, perhaps of a later version of moetailor")
+        raise _MisfitError(at, f"has the unknown keys {sorted(unknown)}, perhaps of another version of moetailor")
     if missing := needed - value.keys():
         raise _MisfitError(at, f"lacks {', '.join(sorted(missing))}")
     found = {name: _read(hints[name], one, f"{at}.{name}") for name, one in value.items()}

@@ -167,7 +167,7 @@ def test_what_cannot_be(given: dict, said: str, calibration: GetCalibration) -> 
     [
         ([{"experts": [1], "bits": 4}], "expert 1 lies in few bits, which does not stay"),
         ([{"experts": [0], "bits": 9}], "9 bits: there are 2 to 8"),
-        ([{"experts": [0], "bits": 4, "down": 1}], "1 bits: there are 2 to 8"),
+        ([{"experts": [0], "bits": 4, "down": 1}], "1 bit: there are 2 to 8; codebooks have 1, as vq1"),
         ([{"experts": [0, 0], "bits": 4}], "expert 0 is named twice"),
         ([{"experts": [8], "bits": 4}], "it must be 0 to 7"),
         ([{"bits": 4}], "is None, not a list"),
@@ -201,7 +201,7 @@ def test_bits_are_read_as_they_are_written(run: Callable, tmp_path: Path) -> Non
         with pytest.raises(moetailor.PlanError, match="write 2 to 8, or as 4/6"):
             Width.parse(text)
     for text in ("vq5", "vq6/8"):
-        with pytest.raises(moetailor.PlanError, match=r"vq of . bits: it has 1 to 4; take uint or int"):
+        with pytest.raises(moetailor.PlanError, match=r"--bits vq\S+: vq.: codebooks have 1 to 4 bits"):
             Width.parse(text)
     code, _, err = run("plan", tmp_path, "-o", tmp_path / "p.json", "-m", "reap", "--remove", "25%", "--bits", "16")
     assert code == 1

@@ -44,7 +44,8 @@ def planned(
     """Return a plan in groups that divide both widths of the experts."""
     shape = calibration.model.stacks[0].shape
     assert shape is not None
-    width = Width(bits=bits, group=math.gcd(shape.width, shape.intermediate, 16), codes=codes)
+    group = Width.group if codes == "fp8" else math.gcd(shape.width, shape.intermediate, 16)
+    width = Width(bits=bits, group=group, codes=codes)
     if remove:
         return moetailor.make_plan(calibration, "reap", moetailor.Budget.parse(remove=remove), width=width)
     given = {"bits": bits, "group": width.group, "codes": codes}

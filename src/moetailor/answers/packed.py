@@ -63,12 +63,14 @@ class Width:
         both = (self.bits, self.down or self.bits)
         if self.whole and not self.down and self.codes == "uint":
             return
-        if any(not 2 - (self.codes == "vq") <= bits <= 8 for bits in both):
-            raise PlanError(f"{min(both)} bits: there are 2 to 8 as integers, 1 to {VQ_BITS} by vq")
-        if self.codes == "vq" and min(both) > VQ_BITS:
-            raise PlanError(f"vq of {min(both)} bits: it has 1 to {VQ_BITS}; take uint or int")
-        if self.codes == "fp8" and both != (8, 8):
-            raise PlanError(f"fp8 of {min(both)} bits: it has 8")
+        if self.codes == "vq" and not 1 <= self.bits <= VQ_BITS:
+            raise PlanError(f"vq{self.bits}: codebooks have 1 to {VQ_BITS} bits of gate and up")
+        if self.codes == "fp8" and (both != (8, 8) or self.group != Width.group):
+            raise PlanError("fp8 has 8 bits and a scale for each row: say bits=8, and neither down nor group")
+        for bits in both:
+            if not 2 - (self.codes == "vq") <= bits <= 8:
+                more = "; codebooks have 1, as vq1" if bits == 1 else ""
+                raise PlanError(f"{bits} bit{'s' * (bits != 1)}: there are 2 to 8{more}")
 
     @property
     def whole(self) -> bool:
@@ -87,7 +89,10 @@ class Width:
             return cls(bits=int(match[1]), down=int(match[2] or 0))
         if match := re.fullmatch(r"(uint|int|vq)([1-8])(?:/([1-8]))?(?:g([1-9]\d{0,4}))?", text):
             kind: Any = match[1]
-            return cls(bits=int(match[2]), down=int(match[3] or 0), group=int(match[4] or cls.group), codes=kind)
+            try:
+                return cls(bits=int(match[2]), down=int(match[3] or 0), group=int(match[4] or cls.group), codes=kind)
+            except PlanError as error:
+                raise PlanError(f"--bits {text}: {error}") from None
         if text == "fp8":
             return cls(bits=8, codes="fp8")
         raise PlanError(
@@ -122,7 +127,15 @@ class Width:
     def stem(self) -> str:
         """The start of the names of the tensors of this width."""
         bits = f"{self.codes}{self.bits}_{self.down or self.bits}_g{self.group}"
-        return "packed_whole" if self.whole else f"packed_{bits}"
+        return "packed_whole" if self.whole else "packed_fp8" if self.codes == "fp8" else f"packed_{bits}"
+
+    @property
+    def text(self) -> str:
+        """As `parse` reads it."""
+        bits = f"{self.bits}/{self.down}" if self.down else str(self.bits)
+        if self.codes == "fp8" or (self.codes == "uint" and self.group == Width.group):
+            return "fp8" if self.codes == "fp8" else bits
+        return f"{self.codes}{bits}g{self.group}"
 
     def __str__(self) -> str:
         if self.whole:

@@ -158,7 +158,7 @@ class SlotMap:
 
         read(dict[str, Any], entry, where, error=CheckpointError, cure=CURE)
         if unknown := set(entry) - {"experts", "rows", "scales", *ANSWERS}:
-            raise CheckpointError(f"{where}: unknown keys {sorted(unknown)}, perhaps of a later moetailor; {CURE}")
+            raise CheckpointError(f"{where}: unknown keys {sorted(unknown)}, perhaps of another moetailor; {CURE}")
         experts = checked(Annotated[int, Within(1, MOST_SLOTS)], "experts")
         rows = checked(tuple[Annotated[int, Within(-1, experts - 1)], ...], "rows")
         scales = checked(tuple[float, ...] | None, "scales")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from moetailor.answers import Width
@@ -40,7 +40,10 @@ class Cell:
     @property
     def name(self) -> str:
         """What tables and pictures call it, within one budget."""
-        return self.method.label if self.width is None else f"{self.method.label} + {self.width}"
+        if self.width is None:
+            return self.method.label
+        group = f" g{self.width.group}" * (self.width.group != Width.group)
+        return f"{self.method.label} + {self.width}{group}"
 
     @property
     def file(self) -> str:
@@ -54,7 +57,7 @@ class Cell:
             "name": self.name,
             "method": self.method.name,
             "parameters": self.method.parameters,
-            "bits": None if self.width is None else str(self.width).removesuffix(" bits"),
+            "bits": None if self.width is None else self.width.text,
             "removes": self.method.removes,
             "budget": str(self.budget),
         }
@@ -113,13 +116,16 @@ def _read(word: str, *, sized: bool) -> list[tuple[Method, Width | None]]:
             raise PlanError(f"--methods {word}: write parameters as {name}:parameter=value")
     try:
         width = Width.parse(bits) if at else None
-    except PlanError:
+    except PlanError as error:
         few, colon, more = bits.partition(":")
-        cure = f"{whole}:{more}@{few}" if colon else f"{whole}@4, or {whole}@4/6 with those of down"
-        raise PlanError(f"--methods {word}: write bits as {cure}{', last' * bool(colon)}") from None
+        if colon:
+            raise PlanError(f"--methods {word}: write bits as {whole}:{more}@{few}, last") from None
+        raise PlanError(f"--methods {word}: {str(error).removeprefix(f'--bits {bits}: ')}") from None
     parameters: Mapping[str, Any] = {key: value for key, _, value in pairs}
     if width is not None and not find_method(name).removes:  # its bits are parameters of its own
-        given = {each.name: getattr(width, each.name) for each in fields(width)}
-        said = {name: value for name, value in given.items() if name == "bits" or value != getattr(Width, name)}
+        spelled = {"bits": True, "down": width.down, "codes": bits[0].isalpha(), "group": "g" in bits}
+        said = {each: getattr(width, each) for each, is_said in spelled.items() if is_said}
+        if twice := sorted(each for each in said if str(parameters.get(each, said[each])) != str(said[each])):
+            raise PlanError(f"--methods {word}: says {', '.join(twice)} in two ways")
         parameters, width = {**parameters, **said}, None
     return [(find_method(name).of(parameters), width)]

@@ -52,10 +52,10 @@ def recommendation(cells: Sequence[Row], sizes: Sequence[int], whole: int) -> st
     others = [cell for cell in measured if cell["removes"]]
     if not plain:
         return None
-    enough = next((cell for cell in plain if _interval(cell)["high"] < ENOUGH), None)
-    given = [(cell, cell["parameters"]) for cell in plain]
-    # As integers, which engines load.
-    four = _best([cell for cell, each in given if each.get("bits") == 4 and each.get("codes") != "vq"])
+    # Engines load no codebooks.
+    loaded = [cell for cell in plain if cell["parameters"].get("codes") != "vq"]
+    enough = next((cell for cell in loaded if _interval(cell)["high"] < ENOUGH), None)
+    four = _best([cell for cell in loaded if cell["parameters"].get("bits") == 4])
     said = [] if four is None else [_would_do(four, others, whole)]
     if enough is None:
         said.append(f"No bits alone stay under {nats(ENOUGH)}.")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from moetailor.answers import Width
-from moetailor.checkpoint.storage import Codebook, FewBits
+from moetailor.checkpoint.storage import Codebook, FewBits, Integers
 from moetailor.fitting.constants import constant_errors
 from moetailor.fitting.gptq import gptq
 from moetailor.fitting.held_out import held_out
@@ -23,7 +23,7 @@ from moetailor.planning.view import LayerView
 FEW, ALIKE = 8, 1e-3
 # Wider integers are not measured, as each bit more takes a quarter of the noise, nor wider codebooks, whose noise is
 # that of their tables.
-WIDEST, VQ_WIDEST = 5, 2
+WIDEST: dict[type[FewBits], int] = {Integers: 5, Codebook: 2}
 
 
 def held_out_errors(layer: LayerView, widths: Sequence[Width], *, dtype: torch.dtype) -> torch.Tensor:
@@ -98,8 +98,7 @@ class _Parts:
 
 def _measured(storage: FewBits) -> FewBits:
     """Return the storage whose errors say what those of another one of its kind are."""
-    most = VQ_WIDEST if isinstance(storage, Codebook) else WIDEST
-    return replace(storage, bits=min(storage.bits, most))
+    return replace(storage, bits=min(storage.bits, WIDEST.get(type(storage), storage.bits)))
 
 
 @dataclass(frozen=True, kw_only=True)

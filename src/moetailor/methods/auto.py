@@ -19,11 +19,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import torch
 
-from moetailor.answers import Constant, Keep, Kind, Linear, LowRank, Width
+from moetailor.answers import Constant, Keep, Linear, LowRank, Width
 from moetailor.calibration.domains import balanced
 from moetailor.errors import PlanError
 from moetailor.fitting import linear_maps, low_rank
@@ -51,7 +51,8 @@ class Auto(JointMethod):
             lay; all when empty.
         group: inputs that share a scale, at most.
         codes: of experts in few bits: ``vq`` takes 1 to 4 bits from codebooks, ``uint`` integers with zero points,
-            ``int`` integers around zero; in uniform layers, which engines load, ``uint`` stands in for ``vq``.
+            ``int`` integers around zero, ``fp8`` floats of 8 bits; ``vq`` when empty, and ``uint`` in uniform layers,
+            which engines load.
     """
 
     balance: Annotated[float, AtLeast(0)] = 0.75
@@ -60,7 +61,7 @@ class Auto(JointMethod):
     uniform_layers: bool = False
     widths: str = ""
     group: Annotated[int, AtLeast(1)] = 128
-    codes: Kind = "vq"  # type: ignore[misc]
+    codes: Literal["", "uint", "int", "vq", "fp8"] = ""
 
     name = "auto"
     replaces_with = Constant
@@ -73,15 +74,17 @@ class Auto(JointMethod):
         if self.balance > 1:
             raise PlanError(f"balance={self.balance}: at 1 all domains count alike; give a number from 0 to 1")
         few = {"uniform_layers=true": self.uniform_layers, "stand_ins=false": not self.stand_ins}
-        few[f"widths={self.widths}"] = bool(self.widths)
+        few |= {f"widths={self.widths}": bool(self.widths), f"codes={self.codes}": bool(self.codes)}
         if not self.bits and (told := next((words for words, given in few.items() if given), None)):
             raise PlanError(f"{told}: is about experts in few bits, and bits=false allows none")
+        if self.uniform_layers and self.codes == "vq":
+            raise PlanError("codes=vq: uniform layers are what engines load, which is no codebooks; take uint or int")
         _ = self.stays  # which refuses what is not on the menu
 
     @property
     def stays(self) -> list[Width | Keep]:
         """How experts that stay may lie where bits are on the menu."""
-        codes = "uint" if self.codes == "vq" and self.uniform_layers else self.codes
+        codes = self.codes or ("uint" if self.uniform_layers else "vq")
         return mix_bits.ways_to_stay(self.widths, group=self.group, codes=codes)
 
     @property

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Annotated
 
 from moetailor.answers import Keep, Kind, Width
+from moetailor.errors import PlanError
 from moetailor.fitting.widths import Rounding
 from moetailor.methods.method import AtLeast, Method
 from moetailor.methods.registry import register
@@ -46,6 +47,11 @@ class Quantize(Method):
     replaces_with = Keep
     removes = False
     useful_whole = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.width.whole:
+            raise PlanError(f"bits={self.bits}: there are 2 to 8, and 1 to 4 with codes=vq")
 
     @property
     def decides_widths(self) -> bool:

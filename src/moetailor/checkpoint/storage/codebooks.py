@@ -95,8 +95,8 @@ class Codebook(FewBits):
         # s = sum h w c / sum h c^2 over a group, h what an error weighs
         best = (given * parted * worth).sum(-1) / (given.square() * worth).sum(-1)
         scale = torch.where(best > 0, best, scale)
-        # No table has zeros: where all weights are, the scale is next to it.
-        return torch.where(square > 0, scale, 0.0).clamp_min(torch.finfo(dtype).tiny).to(dtype), None
+        # No table has zeros: where all weights are, the scale is.
+        return torch.where(square > 0, scale, 0.0).to(dtype), None
 
     def round(self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
         """Return the nearest codes, int8 [n, O, C]."""
@@ -140,16 +140,15 @@ def nearest(rows: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         rows: float32 [n, R, V].
         table: float32 [n, K, V], with no more rows than 256.
     """
-    # |x - c|^2 with the largest |x|^2 in the place of each, which is the same for all c, as one product; no number is
-    # below zero: (x, 1) . (-2 c, |c|^2 + max |x|^2)
-    length = table.square().sum(-1, keepdim=True) + rows.square().sum(-1).amax()
-    turned = torch.cat([-2 * table, length], -1).transpose(1, 2)
-    rows = torch.cat([rows, torch.ones_like(rows[..., :1])], -1)
+    # |x - c|^2 = (x, |x|^2, 1) . (-2 c, 1, |c|^2)
+    length, square = (each.square().sum(-1, keepdim=True) for each in (table, rows))
+    turned = torch.cat([-2 * table, torch.ones_like(length), length], -1).transpose(1, 2)
+    rows = torch.cat([rows, square, torch.ones_like(square)], -1)
     at_once = passing_nbytes(table.device) // (4 * table[..., 0].numel())
     number, found = torch.arange(table.shape[1], dtype=torch.int32, device=table.device), []
     for some in rows.split(max(at_once, 1), 1):
-        # Such numbers are in the order of their bits: with its own number in the last 8 of these the least one tells
-        # where it is, several times sooner than argmin does.
+        # Numbers from zero up are in the order of their bits: with its own number in the last 8 of these the least one
+        # of a row tells where it is, several times sooner than argmin does.
         order = (some @ turned).view(torch.int32).bitwise_and_(~255).bitwise_or_(number)
         found.append(order.amin(-1).bitwise_and_(255))
     return torch.cat(found, 1)

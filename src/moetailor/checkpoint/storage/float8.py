@@ -29,12 +29,12 @@ class Float8(FewBits):
         return 2.0**-8 / 3
 
     def parts(self, shape: tuple[int, ...], dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Return codes and scales."""
-        return {"_packed": ("F8_E4M3", shape), "_scale": (dtype, (*shape[:2], 1))}
+        """Return codes, as bytes: what casts a model or sends it elsewhere leaves these alone, and scales."""
+        return {"_packed": ("U8", shape), "_scale": (dtype, (*shape[:2], 1))}
 
     def decode(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
         """Return the floats times their scales, in the dtype of the scales."""
-        return (parts["_packed"].float() * parts["_scale"].float()).to(parts["_scale"].dtype)
+        return (parts["_packed"].view(FLOAT8).float() * parts["_scale"].float()).to(parts["_scale"].dtype)
 
     def numbers(self, codes: Codes, inputs: int) -> torch.Tensor:
         """Return the floats times their scales."""
@@ -42,7 +42,7 @@ class Float8(FewBits):
 
     def pack(self, codes: Codes) -> dict[str, torch.Tensor]:
         """Return the stored tensors of some codes."""
-        return {"_packed": codes.code.view(FLOAT8), "_scale": codes.scale}
+        return {"_packed": codes.code.view(torch.uint8), "_scale": codes.scale}
 
     def fit(
         self, weight: torch.Tensor, importance: torch.Tensor, dtype: torch.dtype

@@ -78,6 +78,8 @@ class CompressedTensors(Format):
         for stack in plan.model.stacks:
             if stack.index is not None and (told := _unfit(plan, stack)):
                 return f"{told} ({stack.prefix})"
+        if len({scheme.codes == "fp8" for scheme in _schemes(plan)}) > 1:
+            return "holds floats in all layers or in none; the plan has some in fp8 and others in integers"
         return None
 
     def check(self, plan: Plan, original: Original) -> None:
@@ -245,7 +247,8 @@ def _one_by_one(parts: Parts, stack: DiskStack) -> list[Piece]:
             floats = width.codes == "fp8"
             for suffix, stored in (STORED_FLOATS if floats else STORED).items():
                 if info := added.get(f"{width.stem}_{part}{suffix}"):
-                    found.append(replace(rows(info, 0, [row]), name=stem + stored, shape=info.shape[1:]))
+                    piece = replace(rows(info, 0, [row]), name=stem + stored, shape=info.shape[1:])
+                    found.append(replace(piece, dtype="F8_E4M3") if floats and suffix == "_packed" else piece)
             if not floats:
                 found.append(whole(added[f"{part}_shape"], f"{stem}weight_shape"))
     return found
