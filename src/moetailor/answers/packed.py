@@ -132,10 +132,11 @@ class Width:
     @property
     def text(self) -> str:
         """As `parse` reads it."""
+        if self.codes == "fp8":
+            return "fp8"
         bits = f"{self.bits}/{self.down}" if self.down else str(self.bits)
-        if self.codes == "fp8" or (self.codes == "uint" and self.group == Width.group):
-            return "fp8" if self.codes == "fp8" else bits
-        return f"{self.codes}{bits}g{self.group}"
+        plain = self.codes == Width.codes and self.group == Width.group
+        return bits if plain else f"{self.codes}{bits}g{self.group}"
 
     def __str__(self) -> str:
         if self.whole:

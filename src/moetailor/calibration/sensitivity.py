@@ -8,9 +8,9 @@ compressed model. Measured with errors of a quarter of that size, prices came ou
 What rounding to few bits adds is another kind of error: noise, which has no direction of its own, and so small that
 most of what it costs may come from tokens that later routers send elsewhere. It is measured apart and at two levels,
 with all experts of the layer rounded to the nearest codes of about 6 and about 3 bits: as a mix of widths would do it,
-more bits for experts whose errors weigh more. The same error costs up to twice as much there as where all experts have
-3 bits. And since errors of several layers do not simply add up, all three are measured once more in all layers
-together. `effects` makes prices of these numbers.
+more bits for experts whose errors weigh more. In the first layer of the reference model, noise of one size costs a
+quarter more there than where all experts have as many bits. And since errors of several layers do not simply add up,
+all three are measured once more in all layers together. `effects` makes prices of these numbers.
 
 Shapes: B sequences, L tokens, T = B x L, D model width, K experts of a token, E experts, V vocabulary.
 """
@@ -81,11 +81,11 @@ def measure_sensitivities(
         for stream in alone.values():
             walk.advance(stream)
         experts = walk.model.get_submodule(anatomy.layers[index].experts) if index in anatomy.layers else None
+        sums = None if experts is None else calibration.sums(index)
         for errors, stream in together.items():
-            if experts is None:
+            if sums is None:
                 walk.advance(stream)
                 continue
-            sums = calibration.sums(index)
             instead = _constants(sums) if errors == "constants" else _rounded(experts, _bits(sums, int(errors[-1])))
             alone[index, errors] = walk.fork(original, f"{errors}-{index}")
             with _replaced(experts, instead) as squared[index, errors]:

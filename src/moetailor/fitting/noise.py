@@ -9,13 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch.nn import functional as F
 
 from moetailor.answers import Width
 from moetailor.checkpoint.storage import Codebook, FewBits, Integers
 from moetailor.fitting.constants import constant_errors
 from moetailor.fitting.gptq import gptq
 from moetailor.fitting.held_out import held_out
-from moetailor.fitting.widths import Half, Together, at_once, inputs_of, tokens_of
+from moetailor.fitting.widths import Together, at_once, inputs_of, tokens_of
 from moetailor.planning.view import LayerView
 
 # The fewest held-out tokens that judge an expert, and the share of its energy that a constant must lose to measure by:
@@ -47,15 +48,17 @@ def held_out_errors(layer: LayerView, widths: Sequence[Width], *, dtype: torch.d
         matrices = {name: stack.float() for name, stack in layer.experts.matrices(numbers).items()}
         inputs = [inputs_of(layer, {expert: 1.0}, held_out_too=False) for expert in numbers]
         together, judges = Together.of(layer, matrices, inputs), [Judge.of(layer, expert) for expert in numbers]
+        biases = matrices.get("down_bias", [None] * len(judges))
         alone: dict[FewBits, torch.Tensor] = {}
         more: dict[tuple[FewBits, FewBits], torch.Tensor] = {}
         for gate, downs in halves.items():
             half = together.half({name: gate for name in layer.experts.inputs}, dtype)
-            alone[gate] = _errors(layer, half, half.down, judges)
+            states = [half.states(layer, number, judge.x) for number, judge in enumerate(judges)]
+            alone[gate] = _errors(judges, states, half.down, biases)
             for down in dict.fromkeys(downs):
                 codes = gptq(half.down, half.seen, down, dtype)
                 rounded = down.numbers(codes, layer.shape.intermediate).float()
-                more[gate, down] = (_errors(layer, half, rounded, judges) - alone[gate]).clamp_min(0)
+                more[gate, down] = (_errors(judges, states, rounded, biases) - alone[gate]).clamp_min(0)
         for at, part in enumerate(parts):
             gates = part.gate.noise / part.gate_by.noise * alone[part.gate_by]
             downs = part.down.noise / part.down_by.noise * more[part.down_after, part.down_by]
@@ -63,10 +66,15 @@ def held_out_errors(layer: LayerView, widths: Sequence[Width], *, dtype: torch.d
     return found
 
 
-def _errors(layer: LayerView, half: Half, down: torch.Tensor, judges: Sequence[Judge]) -> torch.Tensor:
+def _errors(
+    judges: Sequence[Judge],
+    states: Sequence[torch.Tensor],
+    down: torch.Tensor,
+    biases: Sequence[torch.Tensor | None] | torch.Tensor,
+) -> torch.Tensor:
     """Return what each expert adds to the layer's error with some down projections, [n, D, F], float64 [n]."""
-    each = enumerate(zip(judges, down, strict=True))
-    errors = [judge.error(half.given(layer, number, judge.x, own)) for number, (judge, own) in each]
+    each = zip(judges, states, down, biases, strict=True)
+    errors = [judge.error(F.linear(state, own, bias)) for judge, state, own, bias in each]
     return torch.tensor(errors, dtype=torch.float64)
 
 

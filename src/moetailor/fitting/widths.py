@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch.nn import functional as F
 
 from moetailor.checkpoint.devices import working_nbytes
 from moetailor.checkpoint.storage import Codes, FewBits
@@ -83,17 +82,9 @@ class Half:
     down: torch.Tensor
     seen: Seen
 
-    def given(self, layer: LayerView, number: int, x: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-        """Return the outputs of an expert with some down projection, [T, D].
-
-        Args:
-            layer: the layer.
-            number: which of the experts.
-            x: inputs, [T, D].
-            down: [D, F].
-        """
-        own = {name: part[number] for name, part in self.matrices.items()}
-        return F.linear(layer.experts.hidden(own, x), down, own.get("down_bias"))
+    def states(self, layer: LayerView, number: int, x: torch.Tensor) -> torch.Tensor:
+        """Return what an expert's down projection gets, [T, F]."""
+        return layer.experts.hidden({name: part[number] for name, part in self.matrices.items()}, x)
 
 
 @dataclass(frozen=True, kw_only=True)
