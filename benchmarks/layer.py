@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ import torch
 
 from measure import provenance, run_process
 
-# Experts, top-k, width and expert width; of DeepSeek-V3 a sixteenth of the experts.
+# Experts, top-k, width and expert width; of DeepSeek-V3 a sixteenth of the experts. The smallest tries the script.
 SHAPES = {"olmoe": (64, 8, 2048, 1024), "qwen3-30b": (128, 8, 2048, 768), "deepseek-v3": (16, 2, 7168, 2048)}
+SHAPES |= {"tiny": (8, 2, 128, 64)}
 BEST_MERGE = {"fit": "ridge", "target": "gated", "features": "best"}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "auto": ("auto", {}),
@@ -110,8 +112,9 @@ def measure(name: str, tokens: int, shape: str, device: str) -> dict[str, float]
     warnings.simplefilter("ignore", moetailor.MoetailorWarning)
     method = moetailor.METHODS[CASES[name][0]].of(CASES[name][1])
     layer = layer_view(tokens, shape, device)
-    rate = matrix_rate(shape, device)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    counter, rate = FlopCounterMode(display=False), matrix_rate(shape, device)
+
+    def run() -> tuple[float, float, float]:
         began = now(device)
         plan = method.plan(layer, layer.num_experts // 2)
         planned = now(device)
@@ -119,7 +122,13 @@ def measure(name: str, tokens: int, shape: str, device: str) -> dict[str, float]
         rounded_experts(
             layer, plan, {name: given[name] for name in given if name in layer.shape.tensors}, method.rounding
         )
-        built = now(device)
+        return began, planned, now(device)
+
+    with torch.no_grad():
+        with counter:
+            began, planned, built = run()
+        if device != "cpu":  # counting takes as long as launching, and libraries start at their first use
+            began, planned, built = run()
     rate = max(rate, matrix_rate(shape, device))
     return {
         "plan": planned - began,
@@ -128,6 +137,23 @@ def measure(name: str, tokens: int, shape: str, device: str) -> dict[str, float]
         "rate": rate,
         "device_bytes": torch.cuda.max_memory_allocated() if device.startswith("cuda") else 0,
     }
+
+
+def lines(names: Sequence[str], tokens: int, shape: str, device: str) -> Iterator[str]:
+    """Measure each case in a process of its own; yield the lines of a table."""
+    yield f"{'case':40} {'plan':>7} {'build':>7} {'products alone':>15} {'share':>6} {'peak':>8}"
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in names:
+            out = Path(scratch) / "out.json"
+            where = f"--tokens {tokens} --shape {shape} --device {device}"
+            ran = run_process(["bash", "-c", f"exec {sys.executable} {__file__} --case '{name}' {where} > {out}"])
+            found = json.loads(out.read_text())
+            alone, took = found["operations"] / found["rate"], found["plan"] + found["build"]
+            on_device = f" + {found['device_bytes'] / 1e9:.2f} GB" * bool(found["device_bytes"])
+            yield (
+                f"{name:40} {found['plan']:6.1f}s {found['build']:6.1f}s {alone:14.1f}s {alone / took:6.2f} "
+                f"{ran.peak_bytes / 1e9:5.2f} GB{on_device}"
+            )
 
 
 def main() -> None:
@@ -143,22 +169,8 @@ def main() -> None:
         print(json.dumps(measure(options.case, options.tokens, options.shape, options.device)))
         return
     print(" ".join(f"{key} {value}" for key, value in provenance().items()))
-    print(f"{'case':40} {'plan':>7} {'build':>7} {'products alone':>15} {'share':>6} {'peak':>8}")
-    with tempfile.TemporaryDirectory() as scratch:
-        for name in options.only:
-            out = Path(scratch) / "out.json"
-            where = f"--tokens {options.tokens} --shape {options.shape} --device {options.device}"
-            script = f"{sys.executable} {__file__} --case '{name}' {where} > {out}"
-            ran = run_process(["bash", "-c", f"exec {script}"])
-            found = json.loads(out.read_text())
-            alone, took = found["operations"] / found["rate"], found["plan"] + found["build"]
-            print(
-                f"{name:40} {found['plan']:6.1f}s {found['build']:6.1f}s {alone:14.1f}s {alone / took:6.2f} "
-                f"{ran.peak_bytes / 1e9:5.2f} GB"
-                + f" + {found['device_bytes'] / 1e9:.2f} GB"
-                * bool(found["device_bytes"]),
-                flush=True,
-            )
+    for line in lines(options.only, options.tokens, options.shape, options.device):
+        print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,8 +43,9 @@ def test_bits_are_chosen_and_rounded_there(device: str, tmp_path: Path) -> None:
     """On the reference model: nearly all codes and widths are those of the CPU, and what is lost is the same."""
     data = moetailor.TextOptions(data=(str(REFERENCE / "calibration.jsonl"),), sequences=24, length=256)
     held = moetailor.TextOptions(data=(str(REFERENCE / "heldout.jsonl"),), sequences=8, length=256)
-    measured = moetailor.calibrate(REFERENCE, tmp_path / "c", text=data, sensitivity=True, device=device)
-    other = moetailor.calibrate(REFERENCE, tmp_path / "o", text=data, sensitivity=True, device="cpu")
+    given: dict[str, Any] = {"text": data, "sensitivity": True, "dtype": "float32"}
+    measured = moetailor.calibrate(REFERENCE, tmp_path / "c", device=device, **given)
+    other = moetailor.calibrate(REFERENCE, tmp_path / "o", device="cpu", **given)
     for index in measured.layers:
         for name in ("gate_sq", "gate_sq_norm_sq"):
             one, two = (getattr(each.sums(index), name) for each in (measured, other))

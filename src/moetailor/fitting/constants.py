@@ -44,3 +44,26 @@ def constant_errors(sums: Sums) -> torch.Tensor:
     """
     error = sums.gate_sq_norm_sq - sums.gate_sq_output.square().sum(1) / sums.gate_sq.clamp_min(1e-300)
     return error.clamp_min(0) / sums.tokens
+
+
+def on_new_text(sums: Sums, errors: torch.Tensor) -> torch.Tensor:
+    """Return what errors of experts should be on other text, float64 [E, answers].
+
+    Most of what an expert puts out comes from few tokens. One that few tokens reached may have met none of those, and a
+    choice among many experts takes those of which too little was seen. So each counts as if one more token had reached
+    it, with an output as large as the largest of the layer's experts typically are. One that no token reached errs in
+    proportion to that as the layer's other experts do to what they put out.
+
+    Args:
+        sums: the layer's.
+        errors: squared errors a token that answers add to the layer's output, on the text of the calibration.
+    """
+    energy = sums.gate_sq_norm_sq / sums.tokens
+    live = energy > 0
+    if not bool(live.any()):
+        return errors
+    # max |y|^2 mean g^2 / T, in the middle of the experts
+    more = (sums.norm_max.double().square() * sums.gate_sq / sums.count)[live].median() / sums.tokens
+    shares = (errors[live].sum(0) / energy[live].sum()).repeat(len(errors), 1)
+    shares[live] = errors[live] / energy[live, None]
+    return errors + more * shares

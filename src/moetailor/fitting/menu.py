@@ -56,14 +56,15 @@ def cheapest(menus: Sequence[Menu], nbytes: int) -> list[list[int]]:
     priced = np.isfinite(cost)
     cost = np.where(priced, cost, 0)
     required = block_diag([_requirements(menu) for menu in menus], "csr")
-    once = [np.ones((1, len(menu.price) + 1)) for menu in menus for _ in menu.errors]
+    once = [csr_array(np.ones((1, len(menu.price) + 1))) for menu in menus for _ in menu.errors]
+    whole = [csr_array(_whole(menu, range(len(menu.errors)))) for menu in menus]
     found = milp(
         # Of answers that lose the same, as for experts that no token reached, the smaller one.
         cost / max(float(cost.max()), 1e-300) + TIE * nbytes_of / unit,
         constraints=[
             LinearConstraint(block_diag(once, format="csr"), 1, 1),
             LinearConstraint(csr_array(nbytes_of[None] / unit), -np.inf, nbytes / unit),
-            LinearConstraint(block_diag([_whole(menu, range(len(menu.errors))) for menu in menus], "csr"), 1, np.inf),
+            LinearConstraint(block_diag(whole, "csr"), 1, np.inf),
             *([LinearConstraint(required, -np.inf, 0)] if any(menu.requires is not None for menu in menus) else []),
         ],
         integrality=np.ones(cost.size),

@@ -17,6 +17,7 @@ from moetailor.calibration.effects import Prices
 from moetailor.checkpoint.files import DTYPES
 from moetailor.errors import PlanError
 from moetailor.fitting import linear_maps
+from moetailor.fitting.constants import on_new_text
 from moetailor.fitting.knapsack import Shelf, cheapest
 from moetailor.fitting.noise import held_out_errors
 from moetailor.planning.layer_plan import LayerPlan
@@ -149,7 +150,8 @@ def priced(layer: LayerView, weight: torch.Tensor, stays: Sequence[Width | Keep]
     errors = torch.stack([linear_maps.held_out_errors(layer, expert, [0, *ranks], RIDGE) for expert in experts])
     scores = ((layer.sensitivity or 0.0) * errors[:, 0]).tolist()
     noise = held_out_errors(layer, widths, dtype=DTYPES[layer.dtype])
-    # An expert that no token reached stays: that may be the text's doing, and in the fewest bits it costs little.
+    errors, noise = on_new_text(layer.sums, errors), on_new_text(layer.sums, noise)
+    # An expert that no token reached stays: that may be the text's doing, and few bits cost little.
     errors[dead] = torch.inf
     errors[sorted(layer.protected)] = torch.inf
     return Priced(

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from moetailor.answers import Answer, Constant, Drop, Keep, Linear, LowRank, Remap
 from moetailor.fitting import linear_maps, low_rank
 from moetailor.fitting.averages import Matrices
+from moetailor.fitting.constants import on_new_text
 from moetailor.fitting.distances import functional_distances
 from moetailor.fitting.menu import Menu, cheapest
 from moetailor.fitting.whitened import approximate
@@ -84,7 +85,8 @@ def choice(layer: LayerView, weight: torch.Tensor) -> Choice:
     errors = torch.stack([_errors(layer, expert, base, slots) for expert in experts])
     others, scales, shares = _nearest(layer)
     sums, dead = layer.sums, layer.sums.count == 0
-    lost = (sums.gate_sq_norm_sq / sums.tokens)[:, None] * shares
+    lost = on_new_text(sums, (sums.gate_sq_norm_sq / sums.tokens)[:, None] * shares)
+    errors = on_new_text(sums, errors)
     # A slot that no token reached is dropped: what another expert would do there is not known.
     lost[dead] = torch.inf
     drop = torch.where(dead & (layer.groups == 1), 0.0, torch.inf)[:, None].double()
