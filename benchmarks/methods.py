@@ -77,11 +77,11 @@ def measure(row: tuple, ratio: str, calibration: moetailor.Calibration, referenc
     size = moetailor.make_plan(calibration, "mone", moetailor.Budget.parse(remove=ratio)).nbytes
     began = time.process_time()  # of one thread; other work on the machine does not count
     plan = moetailor.make_plan(calibration, method, moetailor.Budget.parse(size=size), parameters=parameters)
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype="float32").eval()
+    loaded, original = (AutoModelForCausalLM.from_pretrained(model, dtype="float32").eval() for _ in range(2))
     options = {"propagate": propagate} if propagate != "original" else {}
     compressed = moetailor.apply(plan, loaded, calibration=calibration, **options)
     seconds = time.process_time() - began
-    domains = reference.compare(compressed)
+    domains = reference.compare(compressed, original)
     found = domains.pop("")
     return {
         "row": name,

@@ -72,8 +72,10 @@ def measure(
     plan = moetailor.make_plan(
         calibration, method, moetailor.Budget.parse(remove=remove), parameters=parameters, layers=layers
     )
-    model = AutoModelForCausalLM.from_pretrained(calibration.model.source, dtype="float32").eval()
-    fidelity = reference.compare(moetailor.apply(plan, model, calibration=calibration))[""]
+    model, original = (
+        AutoModelForCausalLM.from_pretrained(calibration.model.source, dtype="float32").eval() for _ in range(2)
+    )
+    fidelity = reference.compare(moetailor.apply(plan, model, calibration=calibration), original)[""]
     parts = [(layer, layer.lost[remove][answer]) for layer in found.layers if layer.layer in layers]
     return Cell(
         layers=layers,

@@ -6,6 +6,7 @@ import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -347,27 +348,22 @@ def test_from_the_command_line(
 # The search
 
 
-class Says(nn.Module):
-    """A model that predicts the same words everywhere."""
-
-    def __init__(self, probabilities: list[float]) -> None:
-        super().__init__()
-        self.logits = nn.Parameter(torch.tensor(probabilities).log())
-        self.config = type("Config", (), {"vocab_size": len(probabilities)})
-
-    def get_input_embeddings(self) -> nn.Module:
-        return nn.Embedding(1, 1)
-
-    def forward(self, input_ids: torch.Tensor, **_: object) -> object:
-        return type("Output", (), {"logits": self.logits.expand(*input_ids.shape, -1)})
+def says(probabilities: list[float]) -> nn.Module:
+    """Return a model that predicts the same words everywhere, the first ones of its vocabulary."""
+    model: Any = tiny_model("olmoe")
+    rest = [1e-30] * (model.config.vocab_size - len(probabilities))
+    model.lm_head = nn.Linear(model.config.hidden_size, model.config.vocab_size)
+    model.lm_head.weight.data.zero_()
+    model.lm_head.bias.data = torch.tensor(probabilities + rest).log()
+    return model
 
 
 def test_overlap_by_hand(tmp_path: Path) -> None:
     # min(.5, .2) + min(.3, .3) + min(.2, .5) = .7
-    batch = moetailor.Batch.of(torch.tensor([[0, 1, 2], [2, 1, 0]]))
-    reference = Reference(tmp_path / "r", [batch]).record(Says([0.5, 0.3, 0.2]))
-    assert reference.overlap(Says([0.2, 0.3, 0.5])) == pytest.approx(0.7)
-    assert reference.overlap(Says([0.5, 0.3, 0.2])) == pytest.approx(1.0)
+    batch, original = moetailor.Batch.of(torch.tensor([[0, 1, 2], [2, 1, 0]])), says([0.5, 0.3, 0.2])
+    reference = Reference(tmp_path / "r", [batch]).record(original)
+    assert reference.overlap(says([0.2, 0.3, 0.5]), original) == pytest.approx(0.7)
+    assert reference.overlap(says([0.5, 0.3, 0.2]), original) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("family", ["olmoe", "deepseek_v3", "gpt_oss"])

@@ -1281,8 +1281,8 @@ def test_too_small_a_disk_is_refused_before_writing(
     assert state(tmp_path) == OLD
     refusal = cli(*world.evaluate(world.original, world.original)).refusal
     assert "evaluate on less text" in refusal
-    # 96 tokens of 4,096 words of 4 bytes
-    assert f"{96 * 4096 * 4:,} bytes" in refusal
+    # 96 tokens of a width of 32 in 4 bytes
+    assert f"{96 * 32 * 4:,} bytes" in refusal
     assert "1,000 are free" in refusal
 
 

@@ -194,7 +194,7 @@ def test_rows_of_equal_bytes(tmp_path: Path) -> None:
     model, original = (Original(REFERENCE).load(dtype=torch.float32, device="cpu") for _ in range(2))
     moetailor.apply(plan, model, calibration=calibration)
     batches = moetailor.read_batches(HELD_OUT, load_tokenizer(REFERENCE))
-    by_hand = Reference(tmp_path / "reference", batches).record(original).compare(model)
+    by_hand = Reference(tmp_path / "reference", batches).record(original).compare(model, original)
     assert cell["fidelity"] == {name: found.to_json() for name, found in by_hand.items()}
     assert set(cell["fidelity"]) == {"", *results["heldout"]["domains"]}
     assert cell["nbytes"] == plan.nbytes

@@ -101,8 +101,8 @@ FLAGS = {
     "--format --guard-super-experts --keep --layers --length --load-dtype --mask-special --memory --method --native "
     "--out --overwrite --param --propagate --protect --remove --sample-tokens --seed "
     "--sequences --size --states --stream --trust-remote-code --uniform-layers",
-    "evaluate": "--against --batch-size --data --device --device-map --dtype --json --length --limit --sequences "
-    "--task-data --task-dir --tasks --trust-remote-code",
+    "evaluate": "--against --batch-size --data --device --device-map --dtype --json --length --limit --scratch "
+    "--sequences --stream --task-data --task-dir --tasks --trust-remote-code",
     "compare": "--batch-size --calibration --data --device --dtype --held-out --held-out-sequences --length "
     "--mask-special --methods --out --remove --sample-tokens --seed --sequences --sizes --trust-remote-code",
     "recover": "--accumulate --anneal --anneal-gamma --batch-size --data --device --dtype --epochs "

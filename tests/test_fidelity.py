@@ -4,24 +4,29 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import moetailor
+from moetailor.checkpoint.original import Original
 from moetailor.evaluation import fidelity as fidelity_module
 from moetailor.evaluation.fidelity import Reference
 from moetailor.evaluation.speed import measure_speed
+from moetailor.runtime.parts import in_parts
+from moetailor_cli import output
 from support.families import tiny_model
 from support.tiny import token_batches
 
 Get = Callable[[str], Path]
+HELD_OUT = Path(__file__).parent.parent / "examples" / "reference-moe" / "heldout.jsonl"
 
 
 def test_numbers_equal_a_loop_over_tokens(tmp_path: Path) -> None:
     one, other = tiny_model("olmoe", seed=0), tiny_model("olmoe", seed=1)
     batches = token_batches(2)
-    found = Reference(tmp_path / "r", batches).record(one).compare(other)[""]
+    found = Reference(tmp_path / "r", batches).record(one).compare(other, one)[""]
     kl, agree, nll, other_nll = [], [], [], []
     for batch in batches:
         with torch.no_grad():
@@ -44,7 +49,7 @@ def test_numbers_equal_a_loop_over_tokens(tmp_path: Path) -> None:
 
 def test_a_model_agrees_with_itself(tmp_path: Path) -> None:
     model = tiny_model("olmoe")
-    found = Reference(tmp_path / "r", token_batches()).record(model).compare(model)[""]
+    found = Reference(tmp_path / "r", token_batches()).record(model).compare(model, model)[""]
     assert found.kl == fidelity_module.Interval(0, 0, 0)
     assert found.top1_agreement.mean == 1
     assert found.original_perplexity == found.compressed_perplexity
@@ -56,7 +61,7 @@ def test_domains_split_the_tokens(tmp_path: Path) -> None:
     domain = torch.zeros(2, 12, dtype=torch.long)
     domain[:, 5:] = 1
     batches = [replace(token_batches(1)[0], domain=domain, domains=("fiction", "code"))]
-    found = Reference(tmp_path / "r", batches).record(one).compare(other)
+    found = Reference(tmp_path / "r", batches).record(one).compare(other, one)
     assert set(found) == {"", "fiction", "code"}
     assert (found["fiction"].tokens, found["code"].tokens) == (8, 14)
     weighted = (8 * found["fiction"].kl.mean + 14 * found["code"].kl.mean) / 22
@@ -67,7 +72,7 @@ def test_intervals_narrow_with_more_blocks(tmp_path: Path) -> None:
     one, other = tiny_model("olmoe", seed=0), tiny_model("olmoe", seed=1)
 
     def width(count: int) -> float:
-        found = Reference(tmp_path / str(count), token_batches(count)).record(one).compare(other)[""]
+        found = Reference(tmp_path / str(count), token_batches(count)).record(one).compare(other, one)[""]
         return found.kl.high - found.kl.low
 
     assert width(64) < 0.6 * width(8)
@@ -78,7 +83,7 @@ def test_padding_is_not_predicted(tmp_path: Path) -> None:
     ids = token_batches(1)[0].input_ids
     mask = torch.ones_like(ids)
     mask[1, 8:] = 0
-    found = Reference(tmp_path / "r", [moetailor.Batch.of(ids, mask)]).record(one).compare(other)[""]
+    found = Reference(tmp_path / "r", [moetailor.Batch.of(ids, mask)]).record(one).compare(other, one)[""]
     assert found.tokens == 11 + 7
 
 
@@ -93,7 +98,7 @@ def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     reference = Reference(tmp_path / "r", token_batches()).record(one)
     other.lm_head.weight.data[0, 0] = float("nan")
     with pytest.raises(moetailor.MoetailorError, match="not finite"):
-        reference.compare(other)
+        reference.compare(other, one)
 
 
 def test_speed_is_positive() -> None:
@@ -114,3 +119,61 @@ def test_scores_have_the_keys_that_people_read(checkpoint: Get, tmp_path: Path) 
     assert set(scores["domains"]) == {"dialogue"}
     assert scores["tokens_per_second"]["compressed"]["decode"] > 0
     assert {"low", "high"} <= set(scores["top1_agreement"])
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "remove"),
+    [("mone", {}, "50%"), ("conmoe", {"scope": 2}, "50%"), ("reap", {}, "25%"), ("auto", {}, "65%")],
+)
+def test_streamed_equals_in_memory(
+    method: str, parameters: dict, remove: str, calibration: Callable[[str], moetailor.Calibration], tmp_path: Path
+) -> None:
+    """Experts of other layers among them."""
+    measured = calibration("olmoe")
+    plan = moetailor.make_plan(measured, method, moetailor.Budget.parse(remove=remove), parameters=parameters)
+    out = moetailor.apply(plan, measured.model.source, tmp_path / "out", calibration=measured)
+    original, small = Original(measured.model.source), Original(out, takes="anything")
+    run: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+    loaded = Reference(tmp_path / "m", token_batches()).record(original.load(**run))
+    streamed = Reference(tmp_path / "s", token_batches()).record(in_parts(original, **run))
+    found = loaded.compare(small.load(**run), original.load(**run))[""]
+    other = streamed.compare(in_parts(small, **run), in_parts(original, **run))[""]
+    assert found.kl.mean > 0
+    for name in ("kl", "original_perplexity", "compressed_perplexity"):
+        assert getattr(other, name).mean == pytest.approx(getattr(found, name).mean, rel=1e-5)
+
+
+def test_what_is_streamed_has_no_speed(tmp_path: Path) -> None:
+    text, scratch = moetailor.TextOptions(data=(str(HELD_OUT),), sequences=2, length=64), tmp_path / "a" / "b"
+    found = moetailor.evaluate(HELD_OUT.parent, HELD_OUT.parent, text=text, stream=True, scratch=scratch)
+    assert (found.speed, found.resident, found.overall.kl.mean) == (None, None, 0)
+    assert "tokens_per_second" not in found.to_json()
+    assert list(scratch.iterdir()) == []
+    output.scores(found)
+
+
+@pytest.mark.parametrize(("given", "flag"), [({"device_map": "auto"}, "--device-map"), ({"tasks": "arc"}, "--tasks")])
+def test_what_needs_the_whole_model_is_refused_beside_stream(given: dict, flag: str) -> None:
+    text = moetailor.TextOptions(data=(str(HELD_OUT),), sequences=1, length=32)
+    if "tasks" in given:
+        given = {"tasks": moetailor.TaskOptions(tasks=(given["tasks"],))}
+    with pytest.raises(moetailor.MoetailorError, match=rf"--stream {flag}: needs the whole model in memory"):
+        moetailor.evaluate("any", "other", text=text, stream=True, **given)
+
+
+@pytest.mark.parametrize("family", ["olmoe", "glm4_moe", "gpt_oss", "granitemoe", "deepseek_v3"])
+@pytest.mark.parametrize("size", [1, 7, 2**24])
+def test_heads_run_on_some_tokens_at_a_time(
+    family: str, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a family does to its logits."""
+    one, other = tiny_model(family, seed=0), tiny_model(family, seed=1)
+    batches = token_batches(2)
+    monkeypatch.setattr(fidelity_module, "PREDICTIONS", size * 2 * one.config.vocab_size)
+    found = Reference(tmp_path / "r", batches).record(one).compare(other, one)[""]
+    total, count = 0.0, 0
+    for batch in batches:
+        with torch.no_grad():
+            p, q = (model(batch.input_ids).logits.double().log_softmax(-1)[:, :-1] for model in (one, other))
+        total, count = total + float((p.exp() * (p - q)).sum()), count + p[..., 0].numel()
+    assert found.kl.mean == pytest.approx(total / count, rel=1e-4)

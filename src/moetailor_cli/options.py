@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -31,6 +32,10 @@ Stream = Annotated[
 States = Annotated[
     Literal["auto", "memory", "disk"],
     typer.Option(help="Where hidden states wait between layers; auto is the disk when streaming, else memory."),
+]
+Scratch = Annotated[
+    Path | None,
+    typer.Option(help="Folder for hidden states while they are needed. [dim]default: the system's temporary one[/dim]"),
 ]
 Device = Annotated[
     str | None, typer.Option(help="Where the model runs. [dim]default: cuda if there is one, else cpu[/dim]")

@@ -201,13 +201,14 @@ def scores(measured: Scores) -> None:
     sizes = Table(box=None, pad_edge=False, header_style="dim")
     for name in ("", "original", "compressed", "ratio"):
         sizes.add_column(name, justify="left" if name == "" else "right")
-    first, second = measured.speed
-    rows = [("bytes on disk", measured.nbytes, nbytes), ("bytes in memory", measured.resident, nbytes)]
-    for name, pair, shown in rows:
-        sizes.add_row(name, shown(pair[0]), shown(pair[1]), f"{pair[1] / pair[0]:.3f}")
-    for name in ("prefill", "decode"):
-        pair = getattr(first, name), getattr(second, name)
-        sizes.add_row(f"{name}, tokens/s", f"{pair[0]:,.0f}", f"{pair[1]:,.0f}", f"{pair[1] / pair[0]:.3f}")
+    for name, pair in {"bytes on disk": measured.nbytes, "bytes in memory": measured.resident}.items():
+        if pair is not None:
+            sizes.add_row(name, nbytes(pair[0]), nbytes(pair[1]), f"{pair[1] / pair[0]:.3f}")
+    if measured.speed is not None:
+        first, second = measured.speed
+        for name in ("prefill", "decode"):
+            pair = getattr(first, name), getattr(second, name)
+            sizes.add_row(f"{name}, tokens/s", f"{pair[0]:,.0f}", f"{pair[1]:,.0f}", f"{pair[1] / pair[0]:.3f}")
     for task, metrics in measured.tasks.items():
         for metric, (before, after) in metrics.items():
             if metric in ("acc", "acc_norm", "perplexity"):

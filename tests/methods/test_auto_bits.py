@@ -94,7 +94,7 @@ def test_a_price_is_the_constants_error_times_the_share_that_is_left_on_tokens_t
         Width(bits=2, down=3, codes="vq"): alone2 + more2 * NOISE[3] / NOISE[2],
         Width(bits=4, down=6, codes="vq"): alone2 * NOISE[4] / NOISE[2] + more5 / 4,
     }
-    prices = held_out_errors(layer, [replace(width, group=16) for width in expected], dtype=torch.float32)
+    prices = held_out_errors(layer, range(3), [replace(width, group=16) for width in expected], dtype=torch.float32)
     assert prices.shape == (3, len(expected))
     torch.testing.assert_close(prices[expert], torch.tensor(list(expected.values())).double(), rtol=2e-3, atol=0)
 
@@ -105,7 +105,7 @@ def test_an_expert_whose_tokens_are_all_alike_is_priced_by_its_energy() -> None:
     token, gate = layer.routed(1)
     layer.sample.hidden[token] = layer.sample.hidden[token[0]].clone()
     layer.sample.gate[(layer.sample.index == 1)] = gate[0]
-    prices = held_out_errors(layer, widths, dtype=torch.float32)[1]
+    prices = held_out_errors(layer, range(3), widths, dtype=torch.float32)[1]
     x = layer.sample.hidden[token[:1]]
     y = layer.experts.outputs(1, x)
     for at, width in enumerate(widths):
@@ -125,12 +125,14 @@ def test_an_expert_with_hardly_a_sampled_token_is_priced_as_with_many(sampled: i
     widths = [Width(bits=bits, group=16) for bits in (2, 4, 8)]
     for seed in range(4):
         layer = layer_of_tokens(random_experts(3), tokens=600, seed=seed)
-        often = held_out_errors(layer, widths, dtype=torch.float32)[2]
+        often = held_out_errors(layer, range(3), widths, dtype=torch.float32)[2]
         index = layer.sample.index.clone()
         for token in layer.routed(2)[0][sampled:].tolist():
             index[token][index[token] == 2] = 1 - index[token][index[token] != 2]
         sample = replace(layer.sample, index=index)
-        found = held_out_errors(replace(layer, read_sample=lambda one=sample: one), widths, dtype=torch.float32)[2]
+        found = held_out_errors(
+            replace(layer, read_sample=lambda one=sample: one), range(3), widths, dtype=torch.float32
+        )[2]
         ratio = found / often
         assert bool((ratio > 1 / 50).all()), found
         assert bool((ratio < 50).all()), found

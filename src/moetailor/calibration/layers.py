@@ -7,7 +7,7 @@ in which every decoder layer is a tap, so no family needs code here.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
 import torch
@@ -93,6 +93,7 @@ class LayerRunner:
         self._base = base
         self._path = next(name for name, module in source.model.named_modules() if module is base)
         self._others = [f"{self._path}.{name}" for name, _ in base.named_children() if name != "layers"]
+        self._layers = base.layers
         self.count = len(base.layers)
         self._arguments: dict[Any, list[dict[str, Any]]] = {}
 
@@ -113,7 +114,7 @@ class LayerRunner:
     @torch.no_grad()
     def run(self, index: int, number: int, hidden: torch.Tensor) -> torch.Tensor:
         """Run batch `number` through decoder layer `index`, which has its weights, and return its output [B, L, D]."""
-        layer = self._base.layers[index]
+        layer = self._layers[index]
         # What waited on the disk was read into the CPU's memory; an offloaded layer's hooks fetch for themselves.
         device = next((parameter.device for parameter in layer.parameters()), hidden.device)
         hidden = hidden if device.type == "meta" else hidden.to(device)
@@ -124,25 +125,44 @@ class LayerRunner:
             raise CheckpointError("decoder layers of this family pass on more than hidden states; not supported")
         return out[0]
 
+    @torch.no_grad()
+    def final(self, number: int) -> torch.Tensor:
+        """Run batch `number` through a model that is all in memory, by its own forward; return what the last decoder
+        layer gives, [B, L, D].
+        """
+        batch, found = self.batches[number], []
+        device = self._base.get_input_embeddings().weight.device
+        mask = None if batch.attention_mask is None else batch.attention_mask.to(device)
+        with _with_layers(self._base, self._layers):
+            handle = self._layers[-1].register_forward_hook(lambda module, args, out: found.append(out))
+            try:
+                self._base(input_ids=batch.input_ids.to(device), attention_mask=mask, use_cache=False)
+            finally:
+                handle.remove()
+        return found[0][0] if isinstance(found[0], tuple) else found[0]
+
     @contextmanager
-    def head(self) -> Iterator[Callable[[int, torch.Tensor], torch.Tensor]]:
-        """Give a function from batch `number` and its output of the last decoder layer to logits [B, L, V]."""
-        model, layers = self.source.model, self._base.layers
+    def head(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+        """Give a function from some tokens' output of the last decoder layer, [B, L, D], to logits, [B, L, V]."""
+        model = self.source.model
         head, embeddings = model.get_output_embeddings(), self._base.get_input_embeddings()
         outside = [name for name, module in model.named_modules() if module is head]
+        taps = nn.ModuleList([_Given(layer, False) for layer in self._layers])
 
-        def logits(number: int, hidden: torch.Tensor) -> torch.Tensor:
-            batch, device = self.batches[number], embeddings.weight.device
+        def logits(hidden: torch.Tensor) -> torch.Tensor:
+            device = embeddings.weight.device
             for tap in taps:
-                tap.hidden = hidden.to(device)
-            mask = None if batch.attention_mask is None else batch.attention_mask.to(device)
-            return model(input_ids=batch.input_ids.to(device), attention_mask=mask, use_cache=False).logits
+                tap.hidden = hidden.to(device)  # type: ignore[assignment]
+            # Which words they are matters to no layer that runs here.
+            return model(input_ids=torch.zeros(hidden.shape[:2]).long().to(device), use_cache=False).logits
 
         # The loss that balances routers wants those of layers that do not run here.
         balancing = getattr(model.config, "output_router_logits", None)
-        with self.source.loaded(*self._others, *outside), torch.no_grad():
-            taps = [_Given(layer, False) for layer in layers]
-            self._base.layers = nn.ModuleList(taps)
+        with (
+            self.source.loaded(*self._others, *outside),
+            torch.no_grad(),
+            _with_layers(self._base, nn.ModuleList(taps)),
+        ):
             try:
                 if balancing:
                     model.config.output_router_logits = False
@@ -150,24 +170,27 @@ class LayerRunner:
             finally:
                 if balancing:
                     model.config.output_router_logits = balancing
-                self._base.layers = layers
 
     @torch.no_grad()
     def _tapped(self, batch: Batch) -> list[_Tap]:
         """Run the model's own forward on a batch with a tap in place of every decoder layer, and return the taps."""
-        layers = self._base.layers
-        taps = [_Tap(layer, layer is layers[-1]) for layer in layers]
-        self._base.layers = nn.ModuleList(taps)
+        taps = [_Tap(layer, layer is self._layers[-1]) for layer in self._layers]
         device = self._base.get_input_embeddings().weight.device
         mask = None if batch.attention_mask is None else batch.attention_mask.to(device)
-        try:
+        with _with_layers(self._base, nn.ModuleList(taps)), suppress(_Done):
             self._base(input_ids=batch.input_ids.to(device), attention_mask=mask, use_cache=False)
-        except _Done:
-            pass
-        finally:
-            self._base.layers = layers
         return taps
 
     def _signature(self, number: int) -> Any:
         batch = self.batches[number]
         return tuple(batch.input_ids.shape) if batch.attention_mask is None else number
+
+
+@contextmanager
+def _with_layers(base: Any, layers: nn.ModuleList) -> Iterator[None]:
+    """Let a decoder run with some layers while the context lasts."""
+    before, base.layers = base.layers, layers
+    try:
+        yield
+    finally:
+        base.layers = before

@@ -134,7 +134,7 @@ class Walk:
         """
         with self._runner.head() as logits:
             for number, batch in enumerate(self.batches):
-                use(batch, lambda stream, number=number: logits(number, stream[number]))
+                use(batch, lambda stream, number=number: logits(stream[number]))
 
     def clear(self) -> None:
         """Delete all hidden states on disk, also what a stopped walk left."""

@@ -87,18 +87,23 @@ def growing(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def scratch() -> Iterator[Path]:
-    """Give a folder among the system's temporary files, which goes at the end; those of killed runs go first.
+def scratch(place: Path | None = None) -> Iterator[Path]:
+    """Give a folder for what is needed for a while, which goes at the end; those of killed runs go first.
+
+    Args:
+        place: the folder that it is made in; the system's for temporary files when None.
 
     Raises:
         MoetailorError: it cannot be written.
     """
-    for left in Path(tempfile.gettempdir()).glob("moetailor-????????"):
+    place = Path(tempfile.gettempdir()) if place is None else place
+    for left in place.glob("moetailor-????????"):
         _sweep(left)
     try:
-        folder = Path(tempfile.mkdtemp(prefix="moetailor-"))
+        place.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix="moetailor-", dir=place))
     except OSError as error:
-        raise UnwritableError(tempfile.gettempdir(), error) from None
+        raise UnwritableError(place, error) from None
     with _locked(folder, folder):
         try:
             yield folder

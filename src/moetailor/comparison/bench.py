@@ -125,7 +125,7 @@ class Bench:
         model = apply(plan, self.copy(), calibration=self.calibration)
         applied = time.perf_counter() - began
         began = time.perf_counter()
-        fidelity = reference.compare(model, progress)
+        fidelity = reference.compare(model, self.model, progress)
         seconds = {"plan": planned, "apply": applied, "evaluate": time.perf_counter() - began}
         return cell_result(
             cell,

@@ -12,7 +12,8 @@ from torch import nn
 
 from moetailor.calibration.text import TextOptions, read_batches, words_of
 from moetailor.checkpoint.devices import resolve_device
-from moetailor.checkpoint.lock import scratch
+from moetailor.checkpoint.loader import StreamedModel
+from moetailor.checkpoint.lock import scratch as scratch_folder
 from moetailor.checkpoint.models import longest_sequence, resolve_dtype
 from moetailor.checkpoint.original import Original
 from moetailor.errors import MoetailorError
@@ -20,6 +21,7 @@ from moetailor.evaluation.fidelity import Fidelity, Reference
 from moetailor.evaluation.speed import Speed, measure_speed, resident_nbytes
 from moetailor.evaluation.tasks import check_tasks, run_tasks
 from moetailor.progress import Stages, part
+from moetailor.runtime.parts import in_parts
 from moetailor.transform.origin import check_origin, unlike
 
 
@@ -56,28 +58,36 @@ class Scores:
         overall: on all tokens.
         domains: on the tokens of each domain.
         nbytes: bytes of all tensors on disk: original, compressed.
-        resident: bytes of weights in memory, in the dtype of the run: original, compressed.
-        speed: original, compressed.
+        resident: bytes of weights in memory, in the dtype of the run: original, compressed; None where they were
+            streamed.
+        speed: original, compressed; None where they were streamed.
         tasks: task -> metric -> (original, compressed).
     """
 
     overall: Fidelity
     domains: dict[str, Fidelity]
     nbytes: tuple[int, int]
-    resident: tuple[int, int]
-    speed: tuple[Speed, Speed]
+    resident: tuple[int, int] | None
+    speed: tuple[Speed, Speed] | None
     tasks: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
 
     def to_json(self) -> dict:
         """Return the scores as they stand in scores.json."""
-        pair = ("original", "compressed")
+        pair, loaded = ("original", "compressed"), {}
+        if self.resident is not None and self.speed is not None:
+            loaded["resident_bytes"] = dict(zip(pair, self.resident, strict=True))
+            loaded["tokens_per_second"] = dict(zip(pair, map(asdict, self.speed), strict=True))
         return {
             "format": "moetailor-scores",
             "version": 1,
             **self.overall.to_json(),
             "bytes": dict(zip(pair, self.nbytes, strict=True)),
-            "resident_bytes": dict(zip(pair, self.resident, strict=True)),
-            "tokens_per_second": dict(zip(pair, map(asdict, self.speed), strict=True)),
+            **({} if self.resident is None else {"resident_bytes": dict(zip(pair, self.resident, strict=True))}),
+            **(
+                {}
+                if self.speed is None
+                else {"tokens_per_second": dict(zip(pair, map(asdict, self.speed), strict=True))}
+            ),
             "domains": {name: fidelity.to_json() for name, fidelity in self.domains.items()},
             "tasks": {
                 task: {metric: dict(zip(pair, values, strict=True)) for metric, values in metrics.items()}
@@ -92,19 +102,24 @@ def evaluate(
     *,
     text: TextOptions,
     tasks: TaskOptions | None = None,
+    stream: bool = False,
+    scratch: Path | None = None,
     device: str | None = None,
     dtype: str | None = None,
     device_map: str | None = None,
     trust_remote_code: bool = False,
     progress: Stages | None = None,
 ) -> Scores:
-    """Compare a compressed checkpoint with its original, one model in memory at a time.
+    """Compare a compressed checkpoint with its original, one model in memory at a time, or one layer.
 
     Args:
         model: folder of the compressed checkpoint.
         against: folder or hub name of the original.
         text: held-out text; its documents may name a ``domain``.
         tasks: tasks to run on both.
+        stream: hold one decoder layer in memory at a time; speeds are not measured then.
+        scratch: folder for the original's hidden states while they are needed; the system's for temporary files when
+            None.
         device: where the models run; CUDA when there is one.
         dtype: ``float32``, ``bfloat16`` or ``float16``; the checkpoint's on CUDA, else float32.
         device_map: as transformers takes it.
@@ -114,8 +129,10 @@ def evaluate(
     Raises:
         CheckpointError: a model cannot be loaded.
         CalibrationError: the text cannot be used.
-        MoetailorError: no room for the original's predictions, or a prediction is not finite.
+        MoetailorError: no room for the original's hidden states, or a prediction is not finite.
     """
+    if stream and (given := "device_map" if device_map else "tasks" if tasks is not None and tasks.tasks else ""):
+        raise MoetailorError(f"--stream --{given.replace('_', '-')}: needs the whole model in memory; give one of them")
     original, compressed = (
         Original(source, takes="anything", trust_remote_code=trust_remote_code) for source in (against, model)
     )
@@ -131,19 +148,27 @@ def evaluate(
     tokenizer = original.tokenizer()
     batches = read_batches(text, tokenizer, max_length=longest_sequence(config), vocab_size=config.vocab_size)
     device = resolve_device(device)
-    run = {"dtype": resolve_dtype(dtype, device, original.checkpoint), "device": device, "device_map": device_map}
+    run = {"dtype": resolve_dtype(dtype, device, original.checkpoint), "device": device}
+    prompt, measured = batches[0].input_ids[:1], []
 
-    with scratch() as folder:
-        reference = Reference(folder, batches)
-        first = original.load(**run)
-        reference.record(first, part(progress, "original"))
-        measured = [_measure(first, batches[0].input_ids[:1], tokenizer, tasks, trust_remote_code)]
+    def opened(source: Original) -> nn.Module | StreamedModel:
+        return in_parts(source, **run) if stream else source.load(**run, device_map=device_map)
+
+    def measure(model: nn.Module | StreamedModel) -> None:
+        if isinstance(model, nn.Module):
+            measured.append(_measure(model, prompt, tokenizer, tasks, trust_remote_code))
+
+    with scratch_folder(scratch) as folder:
+        first = opened(original)
+        reference = Reference(folder, batches).record(first, part(progress, "original"))
+        measure(first)
         del first
         gc.collect()
-        second = compressed.load(**run)
-        fidelity = reference.compare(second, part(progress, "compressed"))
-        measured.append(_measure(second, batches[0].input_ids[:1], tokenizer, tasks, trust_remote_code))
-    resident, speed, scores = zip(*measured, strict=True)
+        second = opened(compressed)
+        # The original's head is applied again beside the compressed model.
+        fidelity = reference.compare(second, in_parts(original, **run), part(progress, "compressed"))
+        measure(second)
+    resident, speed, scores = zip(*measured, strict=True) if measured else (None, None, ({}, {}))
     return Scores(
         overall=fidelity.pop(""),
         domains=fidelity,

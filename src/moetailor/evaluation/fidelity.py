@@ -1,28 +1,39 @@
 """How far a compressed model's predictions are from the original's, with bootstrap intervals over blocks.
 
-The original's log-probabilities are kept on disk, so only one model is in memory at a time.
-Shapes: B sequences, L tokens, V vocabulary; each block predicts its last L - 1 tokens.
+What the original's last layer gave is kept on disk, and only its head beside the compressed model: of real models that
+is a fiftieth of the bytes that their predictions would take. Both heads run on some tokens at a time.
+Shapes: B sequences, L tokens, C of them, D model width, V vocabulary; each block predicts its last L - 1 tokens.
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from moetailor.calibration.batch import Batch
 from moetailor.calibration.finite import not_finite
+from moetailor.calibration.layers import LayerRunner, PartlyLoaded, ResidentModel
+from moetailor.calibration.walk import Walk
 from moetailor.checkpoint.artifact import save_tensors
-from moetailor.checkpoint.tensors import read_tensors
+from moetailor.checkpoint.tensors import is_finite, read_tensors
 from moetailor.errors import MoetailorError
 from moetailor.progress import Progress
+from moetailor.runtime.parts import lenders_of
 
 RESAMPLES = 1000
+# Numbers of the predictions that are made at once.
+PREDICTIONS = 2**25
+
+Head = Callable[[torch.Tensor], torch.Tensor]
+Judge = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], dict[str, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -64,10 +75,12 @@ class Fidelity:
 
 
 class Reference:
-    """The original model's predictions on some text, in a folder.
+    """What the original gives on some text in front of its head, in a folder: its predictions are made of that again.
+
+    Models are in memory, or streamed from disk with a layer in memory at a time.
 
     Args:
-        folder: where they lie; made by `record`, deleted by `close`.
+        folder: where it lies; made by `record`, deleted by `close`.
         batches: the text.
     """
 
@@ -75,57 +88,57 @@ class Reference:
         self.folder = folder
         self.batches = list(batches)
 
-    @torch.no_grad()
     def record(self, model: Any, progress: Progress | None = None) -> Reference:
-        """Run the original model and keep its log-probabilities, float32 [B, L - 1, V] a batch.
+        """Run the original model and keep what its last decoder layer gives, [B, L, D] a batch.
 
         Raises:
-            MoetailorError: the disk has no room for them.
+            MoetailorError: the disk has no room for that, or it is not finite.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        need = sum(batch.input_ids.numel() for batch in self.batches) * model.config.vocab_size * 4
-        free = shutil.disk_usage(self.folder).free
-        if need > free:
+        source = _partly(model)
+        weight, streams = source.model.get_input_embeddings().weight, 1 + 2 * (not isinstance(source, ResidentModel))
+        need = sum(batch.input_ids.numel() for batch in self.batches) * weight.shape[1] * weight.element_size()
+        if need * streams > (free := shutil.disk_usage(self.folder).free):
             raise MoetailorError(
-                f"{self.folder}: the original's log-probabilities take {need:,} bytes, {free:,} are "
-                "free; evaluate on less text"
+                f"{self.folder}: hidden states take {need * streams:,} bytes, {free:,} are free; evaluate on less text, or where there is more"
             )
-        for number, batch in enumerate(self.batches):
-            save_tensors({"logp": _log_probabilities(model, batch, "original").cpu()}, self._file(number))
-            if progress:
-                progress(number + 1, len(self.batches))
+        for number, hidden in enumerate(self._states(source, progress)):
+            if not bool(torch.isfinite(hidden).all()):
+                raise _not_finite(source.model, "original", hidden.dtype)
+            save_tensors({"hidden": hidden.contiguous().cpu()}, self._file(number))
         return self
 
-    @torch.no_grad()
-    def compare(self, model: Any, progress: Progress | None = None) -> dict[str, Fidelity]:
+    def compare(self, model: Any, original: Any, progress: Progress | None = None) -> dict[str, Fidelity]:
         """Run the compressed model and compare; returns ``""`` for all tokens, and each domain by name.
+
+        Args:
+            model: the compressed model.
+            original: the original, of which only the head runs.
+            progress: called with (batches done, batches in all).
 
         Raises:
             MoetailorError: the models have other vocabularies, or a prediction is not finite.
         """
         parts = []
-        for number, (batch, original, compressed) in enumerate(self._pairs(model)):
-            parts.append(_per_token(batch, original, compressed))
-            if progress:
-                progress(number + 1, len(self.batches))
+        for batch, found in self._each(model, original, _per_token, progress):
+            parts += _blocks(batch, found)
         domains = sorted({name for batch in self.batches for name in batch.domains if name})
         overall = {"": _summary(parts, None)}
         return overall | {name: found for name in domains if (found := _summary(parts, name)).tokens}
 
-    @torch.no_grad()
-    def overlap(self, model: Any) -> float:
+    def overlap(self, model: Any, original: Any) -> float:
         """Run the compressed model and return what both predict alike, between 0 and 1: the share of words that
-        speculative decoding would accept of it.
-
-        Raises:
-            MoetailorError: the models have other vocabularies.
+        speculative decoding would accept of it; see `compare`.
         """
         total, tokens = 0.0, 0
-        for batch, original, compressed in self._pairs(model):
+
+        def common(a: torch.Tensor, b: torch.Tensor, word: torch.Tensor) -> dict[str, torch.Tensor]:
+            # sum_v min(p_v, q_v)
+            return {"common": torch.minimum(a.softmax(-1), b.softmax(-1)).sum(-1)}
+
+        for batch, found in self._each(model, original, common):
             counted = batch.counted[:, 1:]
-            # mean over tokens of sum_v min(p_v, q_v)
-            common = torch.minimum(original, compressed).exp().sum(-1)
-            total += float(common[counted].sum(dtype=torch.float64))
+            total += float(found["common"][counted].sum(dtype=torch.float64))
             tokens += int(counted.sum())
         return total / max(tokens, 1)
 
@@ -133,67 +146,110 @@ class Reference:
         """Delete the folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _pairs(self, model: Any) -> Iterator[tuple[Batch, torch.Tensor, torch.Tensor]]:
-        """Yield each batch with the log-probabilities of the original and of another model, [B, L - 1, V]."""
-        for number, batch in enumerate(self.batches):
-            cure = f"delete {self.folder} and run the same command again"
-            original = read_tensors(self._file(number), names=["logp"], error=MoetailorError, cure=cure)["logp"]
-            compressed = _log_probabilities(model, batch, "compressed model").cpu()
-            if original.shape != compressed.shape:
-                raise MoetailorError(
-                    f"the original has {original.shape[-1]} words, the compressed model {compressed.shape[-1]}"
-                )
-            yield batch, original, compressed
+    @torch.no_grad()
+    def _each(
+        self, model: Any, original: Any, judge: Judge, progress: Progress | None = None
+    ) -> Iterator[tuple[Batch, dict[str, torch.Tensor]]]:
+        """Yield each batch with what is said of each of its words but the first, [B, L - 1] by name.
+
+        Args:
+            model: the compressed model.
+            original: the original.
+            judge: called with logits of both for some tokens, float32 [B, C, V], and the words that follow, [B, C];
+                what it returns is not finite where a logit is not.
+            progress: called with (batches done, batches in all).
+        """
+        source, first = _partly(model), _partly(original)
+        states = self._states(source, progress)
+        with ExitStack() as heads:
+            true = heads.enter_context(LayerRunner(first, self.batches).head())
+            same = source.model is first.model
+            other = true if same else heads.enter_context(LayerRunner(source, self.batches).head())
+            for number, after in enumerate(states):
+                batch, before, parts = self.batches[number], self._recorded(number), []
+                words = batch.input_ids[:, 1:]
+                size = max(PREDICTIONS // (len(words) * source.model.config.get_text_config().vocab_size), 1)
+                for start in range(0, words.shape[1], size):
+                    here = slice(start, min(start + size, words.shape[1]))
+                    a, b = true(before[:, here]), other(after[:, here])
+                    if a.shape != b.shape:
+                        told = f"the original has {a.shape[-1]} words, the compressed model {b.shape[-1]}"
+                        raise MoetailorError(told)
+                    found = judge(a.float(), b.to(a.device).float(), words[:, here].to(a.device))
+                    if not all(bool(torch.isfinite(value).all()) for value in found.values()):
+                        at_fault = (first, "original", a) if not is_finite(a) else (source, "compressed model", b)
+                        raise _not_finite(at_fault[0].model, at_fault[1], at_fault[2].dtype)
+                    parts.append(found)
+                yield batch, {name: torch.cat([part[name].cpu() for part in parts], 1) for name in parts[0]}
+
+    def _states(self, source: PartlyLoaded, progress: Progress | None) -> Iterator[torch.Tensor]:
+        """Return what the last decoder layer gives for each batch, [B, L, D]; a walk is over when this returns."""
+        count = len(self.batches)
+        if isinstance(source, ResidentModel):
+            runner, done = LayerRunner(source, self.batches), progress or (lambda number, every: None)
+
+            def run(number: int) -> torch.Tensor:
+                hidden = runner.final(number)
+                done(number + 1, count)
+                return hidden
+
+            return map(run, range(count))
+        walk = Walk(source, self.batches, folder=self.folder / "walk", progress=progress)
+        stream = walk.begin()
+        for _ in walk.layers(beside=lenders_of(source.model)):
+            walk.advance(stream)
+        return map(stream.__getitem__, range(count))
+
+    def _recorded(self, number: int) -> torch.Tensor:
+        cure = f"delete {self.folder} and run the same command again"
+        return read_tensors(self._file(number), names=["hidden"], error=MoetailorError, cure=cure)["hidden"]
 
     def _file(self, number: int) -> Path:
         return self.folder / f"{number:05d}.safetensors"
 
 
-def _log_probabilities(model: Any, batch: Batch, what: str) -> torch.Tensor:
-    """Return the log-probabilities of all words but the first, [B, L - 1, V].
-
-    Raises:
-        MoetailorError: one is not finite, with what is known of the reason.
-    """
-    device = model.get_input_embeddings().weight.device
-    mask = None if batch.attention_mask is None else batch.attention_mask.to(device)
-    logits = model(input_ids=batch.input_ids.to(device), attention_mask=mask, use_cache=False).logits
-    found = torch.log_softmax(logits[:, :-1].float(), -1)
-    if not bool(torch.isfinite(found).all()):
-        dtype, bad = str(logits.dtype).removeprefix("torch."), not_finite(model)
-        if bad is None:
-            why = f"though its weights are: activations overflow in {dtype}; evaluate in a wider --dtype"
-        elif logits.dtype == torch.float16:
-            why = f"since its {bad} is not, in {dtype}; evaluate in a wider --dtype, which shows whether it is damaged"
-        else:
-            why = f"since its {bad} holds NaN or Inf; it is damaged"
-        raise MoetailorError(f"a prediction of the {what} is not finite, {why}")
-    return found
+def _partly(model: Any) -> PartlyLoaded:
+    return ResidentModel(model) if isinstance(model, nn.Module) else model
 
 
-def _per_token(batch: Batch, original: torch.Tensor, compressed: torch.Tensor) -> list[dict]:
-    target = batch.input_ids[:, 1:, None]
-    # KL(p || q) = sum_v p (log p - log q)
-    kl = (original.exp() * (original - compressed)).sum(-1)
-    values = {
-        "kl": kl,
-        "agree": (original.argmax(-1) == compressed.argmax(-1)).float(),
-        "original": -original.gather(2, target)[..., 0],
-        "compressed": -compressed.gather(2, target)[..., 0],
+def _not_finite(model: Any, what: str, dtype: torch.dtype) -> MoetailorError:
+    name, bad = str(dtype).removeprefix("torch."), not_finite(model)
+    if bad is None:
+        why = f"though its weights are: activations overflow in {name}; evaluate in a wider --dtype"
+    elif dtype == torch.float16:
+        why = f"since its {bad} is not, in {name}; evaluate in a wider --dtype, which shows whether it is damaged"
+    else:
+        why = f"since its {bad} holds NaN or Inf; it is damaged"
+    return MoetailorError(f"a prediction of the {what} is not finite, {why}")
+
+
+def _per_token(a: torch.Tensor, b: torch.Tensor, word: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return what is said of each word, of the logits of the original and of the compressed model."""
+    z_a, z_b = a.logsumexp(-1), b.logsumexp(-1)
+    said = {
+        "agree": (a.argmax(-1) == b.argmax(-1)).float(),
+        "original": z_a - a.gather(2, word[..., None])[..., 0],
+        "compressed": z_b - b.gather(2, word[..., None])[..., 0],
     }
+    # KL(p || q) = sum_v p (log p - log q) = sum_v p (a - b) - (log sum_v e^a - log sum_v e^b)
+    return said | {"kl": torch.linalg.vecdot(a.softmax(-1), a - b) - (z_a - z_b)}
+
+
+def _blocks(batch: Batch, values: dict[str, torch.Tensor]) -> list[dict]:
     names = np.array(batch.domains)[batch.domain[:, 1:].numpy()]
     counted = (
-        torch.ones_like(kl, dtype=torch.bool) if batch.attention_mask is None else batch.attention_mask[:, 1:].bool()
+        torch.ones_like(values["kl"], dtype=torch.bool)
+        if batch.attention_mask is None
+        else batch.attention_mask[:, 1:].bool()
     )
     return [
         {name: value[row].double().numpy() for name, value in values.items()}
         | {"domain": names[row], "counted": counted[row].numpy()}
-        for row in range(len(kl))
+        for row in range(len(counted))
     ]
 
 
-def _summary(parts: list[list[dict]], domain: str | None) -> Fidelity:
-    blocks = [block for part in parts for block in part]
+def _summary(blocks: list[dict], domain: str | None) -> Fidelity:
     masks = [block["counted"] & ((block["domain"] == domain) | (domain is None)) for block in blocks]
     weight = np.array([mask.sum() for mask in masks], dtype=float)
     if not weight.sum():

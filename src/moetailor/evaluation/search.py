@@ -135,7 +135,7 @@ def allocate(
 
         def measure(counts: Counts) -> float:
             slots = {number: kept(at, count) for at, (number, count) in enumerate(zip(numbers, counts, strict=True))}
-            return reference.overlap(with_slots(original, anatomy, slots))
+            return reference.overlap(with_slots(original, anatomy, slots), original)
 
         def fitness(counts: Counts) -> float:
             return file.get(counts, measure)

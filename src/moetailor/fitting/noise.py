@@ -27,14 +27,17 @@ FEW, ALIKE = 8, 1e-3
 WIDEST: dict[type[FewBits], int] = {Integers: 5, Codebook: 2}
 
 
-def held_out_errors(layer: LayerView, widths: Sequence[Width], *, dtype: torch.dtype) -> torch.Tensor:
-    """Return what each expert adds to the layer's error in some widths, on tokens that it was not fitted on.
+def held_out_errors(
+    layer: LayerView, experts: Sequence[int], widths: Sequence[Width], *, dtype: torch.dtype
+) -> torch.Tensor:
+    """Return what some experts add to the layer's error in some widths, on tokens that they were not fitted on.
 
-    Squared errors a token, float64 [E, widths]; zeros for experts that no token reached. Few widths are measured: what
+    Squared errors a token, float64 [n, widths]; zeros for experts that no token reached. Few widths are measured: what
     rounding gate and up adds, and what rounding the down projection then adds, go as the noise of their storages.
 
     Args:
         layer: the layer.
+        experts: which.
         widths: which.
         dtype: of the scales.
     """
@@ -42,9 +45,9 @@ def held_out_errors(layer: LayerView, widths: Sequence[Width], *, dtype: torch.d
     halves: dict[FewBits, list[FewBits]] = {part.gate_by: [] for part in parts}
     for part in parts:
         halves.setdefault(part.down_after, []).append(part.down_by)
-    found, batch = torch.zeros(layer.num_experts, len(widths), dtype=torch.float64), at_once(layer)
-    for start in range(0, layer.num_experts, batch):
-        numbers = range(start, min(start + batch, layer.num_experts))
+    found, batch = torch.zeros(len(experts), len(widths), dtype=torch.float64), at_once(layer)
+    for start in range(0, len(experts), batch):
+        numbers = experts[start : start + batch]
         matrices = {name: stack.float() for name, stack in layer.experts.matrices(numbers).items()}
         inputs = [inputs_of(layer, {expert: 1.0}, held_out_too=False) for expert in numbers]
         together, judges = Together.of(layer, matrices, inputs), [Judge.of(layer, expert) for expert in numbers]
@@ -62,7 +65,7 @@ def held_out_errors(layer: LayerView, widths: Sequence[Width], *, dtype: torch.d
         for at, part in enumerate(parts):
             gates = part.gate.noise / part.gate_by.noise * alone[part.gate_by]
             downs = part.down.noise / part.down_by.noise * more[part.down_after, part.down_by]
-            found[list(numbers), at] = gates + downs
+            found[start : start + batch, at] = gates + downs
     return found
 
 

@@ -65,7 +65,9 @@ class Auto(JointMethod):
 
     name = "auto"
     replaces_with = Constant
-    needs = frozenset({"tokens", "count", "gate", "gate_sq", "gate_sq_output", "gate_sq_norm_sq", "sensitivity"})
+    needs = frozenset(
+        {"tokens", "count", "gate", "gate_sq", "gate_sq_output", "gate_sq_norm_sq", "norm_max", "sensitivity"}
+    )
     reads_weights = True
     builds = frozenset({"constant", "linear", "low_rank"})
 

@@ -11,6 +11,7 @@ its own, so that the error on held-out tokens is least at the bytes that the giv
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -84,8 +85,11 @@ class Linear(Method):
         row = (nbytes[1] - nbytes[0]) // 2
         spare = layer.nbytes - (self.rank * row if self.shared else 0)
         price = [nbytes[rank] - (rank * row if self.shared else 0) for rank in ranks]
-        experts = range(layer.num_experts)
-        errors = torch.stack([held_out_errors(layer, expert, ranks, self.ridge) for expert in experts])
+
+        def measure(experts: Sequence[int]) -> torch.Tensor:
+            return torch.stack([held_out_errors(layer, expert, ranks, self.ridge) for expert in experts])
+
+        errors = layer.each_expert({"ranks": ranks, "ridge": self.ridge}, measure)
         menu = Menu(errors=errors, price=price, expert_nbytes=layer.expert_bytes, must_keep=layer.protected)
         (entries,) = cheapest([menu], spare)
         slots = tuple(Keep() if at == len(ranks) else map_of_rank(ranks[at], self.shared) for at in entries)

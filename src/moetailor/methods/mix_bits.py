@@ -20,6 +20,7 @@ from moetailor.fitting import linear_maps
 from moetailor.fitting.constants import on_new_text
 from moetailor.fitting.knapsack import Shelf, cheapest
 from moetailor.fitting.noise import held_out_errors
+from moetailor.fitting.widths import at_once
 from moetailor.planning.layer_plan import LayerPlan
 from moetailor.planning.plan import answers_nbytes
 from moetailor.planning.view import LayerView
@@ -146,10 +147,15 @@ def priced(layer: LayerView, weight: torch.Tensor, stays: Sequence[Width | Keep]
     maps: list[Answer] = [Constant(), *(Linear(rank, int8=True) for rank in ranks)]
     entries = [*maps, *stays]
     nbytes = [_nbytes(layer, entry) for entry in entries]
-    experts, dead = range(layer.num_experts), layer.sums.count == 0
-    errors = torch.stack([linear_maps.held_out_errors(layer, expert, [0, *ranks], RIDGE) for expert in experts])
+    dead = layer.sums.count == 0
+
+    def measure(experts: Sequence[int]) -> torch.Tensor:
+        linear = [linear_maps.held_out_errors(layer, expert, [0, *ranks], RIDGE) for expert in experts]
+        return torch.cat([torch.stack(linear), held_out_errors(layer, experts, widths, dtype=DTYPES[layer.dtype])], 1)
+
+    what = {"ranks": ranks, "ridge": RIDGE, "widths": [f"{width.text} g{width.group}" for width in widths]}
+    errors, noise = layer.each_expert(what, measure, at_once(layer)).split([1 + len(ranks), len(widths)], 1)
     scores = ((layer.sensitivity or 0.0) * errors[:, 0]).tolist()
-    noise = held_out_errors(layer, widths, dtype=DTYPES[layer.dtype])
     errors, noise = on_new_text(layer.sums, errors), on_new_text(layer.sums, noise)
     # An expert that no token reached stays: that may be the text's doing, and few bits cost little.
     errors[dead] = torch.inf

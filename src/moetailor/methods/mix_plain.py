@@ -82,7 +82,11 @@ def choice(layer: LayerView, weight: torch.Tensor) -> Choice:
         weight: what errors of each expert weigh, [E].
     """
     slots, experts, base = _menu(layer), range(layer.num_experts), base_of(layer)
-    errors = torch.stack([_errors(layer, expert, base, slots) for expert in experts])
+
+    def measure(experts: Sequence[int]) -> torch.Tensor:
+        return torch.stack([_errors(layer, expert, base, slots) for expert in experts])
+
+    errors = layer.each_expert({"answers": list(map(str, slots)), "ridge": RIDGE}, measure)
     others, scales, shares = _nearest(layer)
     sums, dead = layer.sums, layer.sums.count == 0
     lost = on_new_text(sums, (sums.gate_sq_norm_sq / sums.tokens)[:, None] * shares)

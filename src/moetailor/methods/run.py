@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
 from moetailor.answers import Drop, Width
 from moetailor.calibration.folder import Calibration
+from moetailor.calibration.kept import Kept
 from moetailor.calibration.statistics import ON_REQUEST
 from moetailor.checkpoint.facts import ModelFacts
 from moetailor.checkpoint.layout import Stack
@@ -67,7 +69,7 @@ def make_plan(
             expert of its pool is rounded at the end. As they lay when None.
         weights: where methods that read weights find them; the calibrated checkpoint when None.
         device: where it computes with them; CUDA when there is one.
-        progress: called with (layers done, layers in all).
+        progress: called with (experts done, experts in all), over all layers.
 
     Raises:
         PlanError: an unknown method, parameter, layer or expert, or a plan that cannot work.
@@ -94,11 +96,11 @@ def make_plan(
     views = [view_of(calibration, s.index or 0, weights, protected, shares[s.prefix]) for s in stacks]
     keeps = [estimate.layers[stack.prefix].stored for stack in stacks]
     plans: list[LayerPlan] = []
+    looked_at = _counted(views, progress)
     try:
-        for layer_plan in chosen.plan_layers(views, keeps):
+        for view, layer_plan in zip(views, chosen.plan_layers(views, keeps), strict=True):
             plans.append(layer_plan)
-            if progress:
-                progress(len(plans), len(views))
+            looked_at(view.index, view.num_experts)
     except TooSmallError as error:  # which knows of the experts alone
         least = (limit.size or estimate.nbytes) - sum(shares.values()) + error.least
         told = f"{budget}: {error}; that makes {least:,} bytes in all: ask for at least that"
@@ -157,8 +159,24 @@ def view_of(
         read_sample=lambda: calibration.sample(layer),
         read_correction=lambda: weights.correction(layer),
         open_experts=lambda: weights.open(layer),
+        kept=None if weights.in_memory else Kept(calibration=calibration, layer=layer),
         read_domains=lambda: calibration.domains[1],
     )
+
+
+def _counted(views: Sequence[LayerView], progress: Progress | None) -> Callable[[int, int], None]:
+    """Let layers tell how many of their experts were looked at; return what else tells it, by layer."""
+    done = {view.index: 0 for view in views}
+    every = {view.index: view.num_experts for view in views}
+
+    def tell(layer: int, experts: int) -> None:
+        done[layer] = min(done[layer] + experts, every[layer])
+        if progress:
+            progress(sum(done.values()), sum(every.values()))
+
+    for view in views:
+        view.advance = partial(tell, view.index)
+    return tell
 
 
 def super_experts(calibration: Calibration) -> set[tuple[int, int]]:

@@ -5,15 +5,17 @@ Shapes: N sampled tokens, n of them, E experts, D model width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import nn
 
 from moetailor.calibration.effects import Prices
+from moetailor.calibration.kept import Kept
 from moetailor.calibration.statistics import Sample, Sums
 from moetailor.checkpoint.experts import Experts, ExpertShape
 from moetailor.checkpoint.family import Groups
@@ -42,6 +44,8 @@ class LayerView:
         read_correction: reads the router's correction bias.
         read_domains: reads which domain of the text each sampled token comes from; None where there is but one.
         open_experts: opens the experts.
+        kept: where what is measured of each expert is kept; None where nowhere is.
+        advance: told how many experts were looked at, in work that takes long.
     """
 
     index: int
@@ -61,6 +65,8 @@ class LayerView:
     read_correction: Callable[[], torch.Tensor | None]
     open_experts: Callable[[], AbstractContextManager[nn.Module]]
     read_domains: Callable[[], torch.Tensor] | None = None
+    kept: Kept | None = None
+    advance: Callable[[int], None] | None = None
     _opened: ExitStack = field(default_factory=ExitStack)
 
     @cached_property
@@ -103,6 +109,32 @@ class LayerView:
         """Return the sampled tokens that chose an expert, [n], and its gates there, float32 [n]."""
         token, place = (self.sample.index == expert).nonzero().unbind(1)
         return token, self.sample.gate[token, place]
+
+    def each_expert(
+        self, what: Mapping[str, Any], measure: Callable[[list[int]], torch.Tensor], at_once: int = 1
+    ) -> torch.Tensor:
+        """Return a row of numbers for each expert, as they were kept or measured now, float64 [E, columns].
+
+        Args:
+            what: all that the numbers depend on, beside calibration and model.
+            measure: returns the rows of some experts.
+            at_once: how many of them, at most.
+        """
+        rows = None if self.kept is None else self.kept.read(what)
+        for start in range(0, self.num_experts, at_once):
+            some = list(range(start, min(start + at_once, self.num_experts)))
+            missing = [expert for expert in some if rows is None or bool(rows[expert].isnan().any())]
+            if missing:
+                measured = measure(missing)
+                if rows is None:
+                    rows = torch.full((self.num_experts, measured.shape[1]), torch.nan, dtype=torch.float64)
+                rows[missing] = measured
+                if self.kept is not None:
+                    self.kept.write(what, rows)
+            if self.advance is not None:
+                self.advance(len(some))
+        assert rows is not None  # a layer has experts
+        return rows
 
     def outputs(self, expert: int, token: torch.Tensor) -> torch.Tensor:
         """Return what an expert of the original gives for sampled tokens, [n, D]: what a stand-in has to give."""

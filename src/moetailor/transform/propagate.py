@@ -109,6 +109,7 @@ class _Fit:
             read_sample=lambda: measured.sample,
             open_experts=lambda: nullcontext(experts),
             original=torch.cat(self.originals)[order],
+            kept=None,
         )
 
 

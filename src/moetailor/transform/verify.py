@@ -20,7 +20,7 @@ from moetailor.errors import CheckpointError
 from moetailor.planning.plan import Plan
 from moetailor.progress import Progress
 from moetailor.runtime.experts import CompressedExperts
-from moetailor.runtime.quantizer import MoetailorConfig, fill_maps, reshape_loaded
+from moetailor.runtime.parts import in_parts, lenders_of
 
 
 def verify_result(
@@ -55,19 +55,15 @@ def run_once(result: Original, progress: Progress | None = None) -> None:
         CheckpointError: names or shapes are not as planned, or a weight or what layers and head give is not finite.
     """
     checkpoint, folder = result.checkpoint, result.folder
-    maps = MoetailorConfig(**checkpoint.config["quantization_config"]).slot_maps() if result.written_here else {}
 
     def check_part(part: nn.Module) -> None:
-        fill_maps(part)
         if name := not_finite(source.model, but=corrections):
             raise CheckpointError(f"{folder}: {name} holds NaN or Inf; where the original's does, download it again")
 
     # Infinite corrections may be meant: they close a slot.
     corrections = {layer.correction for layer in result.anatomy.layers.values() if layer.correction}
     # bfloat16 holds numbers as large as float32 does, in half the memory.
-    source = result.streamed(
-        dtype=torch.bfloat16, prepare=lambda model: reshape_loaded(model, maps), complete=check_part
-    )
+    source = in_parts(result, dtype=torch.bfloat16, complete=check_part)
     named = (name for name, module in source.model.named_modules() if isinstance(module, CompressedExperts))
     paths = tuple(f"{name}." for name in named)
     lost = [name for name in checkpoint.numbers if name.startswith(paths) and name not in source.names]
@@ -76,7 +72,7 @@ def run_once(result: Original, progress: Progress | None = None) -> None:
     ids = torch.arange(16)[None] % result.config.vocab_size
     walk = Walk(source, [Batch.of(ids)], progress=progress)
     stream = walk.begin()
-    for index in walk.layers(beside={layer: slots.lenders for layer, slots in maps.items()}):
+    for index in walk.layers(beside=lenders_of(source.model)):
         walk.advance(stream)
         if not bool(torch.isfinite(stream[0]).all()):
             raise CheckpointError(f"{folder}: decoder layer {index} gives values that are not finite")

@@ -1,0 +1,115 @@
+"""What planning measured is kept: measured once, whatever is asked for, and never taken for another calibration's."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import moetailor
+from moetailor.calibration import kept
+from moetailor.methods import mix_bits
+
+GetCalibration = Callable[[str], moetailor.Calibration]
+PLANS = {
+    "auto": ("auto", {}),
+    "auto, nothing rounded": ("auto", {"bits": False}),
+    "linear": ("linear", {"rank": 4, "ranks": "chosen"}),
+}
+
+
+@pytest.fixture
+def measured(calibration: GetCalibration, tmp_path: Path) -> moetailor.Calibration:
+    """Return a calibration of its own, of which nothing is kept."""
+    folder = tmp_path / "calibration"
+    shutil.copytree(calibration("olmoe").folder, folder, ignore=shutil.ignore_patterns(kept.FOLDER))
+    return moetailor.Calibration.open(folder)
+
+
+def planned(measured: moetailor.Calibration, name: str = "auto", remove: str = "60%", **more: Any) -> moetailor.Plan:
+    method, parameters = PLANS[name]
+    budget = moetailor.Budget.parse(remove=remove)
+    return moetailor.make_plan(measured, method, budget, parameters=parameters, device="cpu", **more)
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_each_expert_is_measured_once(
+    name: str, measured: moetailor.Calibration, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    first = planned(measured, name)
+    other = planned(measured, name, "30%")
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("measured again")
+
+    for where in ("moetailor.fitting.linear_maps", "moetailor.methods.linear", "moetailor.methods.mix_bits"):
+        monkeypatch.setattr(f"{where}.held_out_errors", refuse)
+    assert planned(measured, name) == first
+    assert planned(measured, name, "30%") == other != first
+    with pytest.raises(AssertionError, match="measured again"):
+        planned(moetailor.Calibration.open(shutil.copytree(measured.folder, tmp_path / "b", ignore=_kept)), name)
+
+
+def _kept(folder: str, names: list[str]) -> list[str]:
+    return [name for name in names if name == kept.FOLDER]
+
+
+def test_a_run_that_was_stopped_goes_on(measured: moetailor.Calibration, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    inner, limit = mix_bits.held_out_errors, 6
+    monkeypatch.setattr(mix_bits, "at_once", lambda layer: 3)
+
+    def measure(layer: Any, experts: Sequence[int], *given: Any, **named: Any) -> torch.Tensor:
+        if len(seen) >= limit:
+            raise KeyboardInterrupt
+        seen.extend(experts)
+        return inner(layer, experts, *given, **named)
+
+    monkeypatch.setattr(mix_bits, "held_out_errors", measure)
+    with pytest.raises(KeyboardInterrupt):
+        planned(measured)
+    assert seen == [0, 1, 2, 3, 4, 5]
+    limit = 1000
+    found = planned(measured)
+    assert seen == [expert for stack in measured.model.stacks for expert in range(stack.num_experts)]
+    shutil.rmtree(measured.folder / kept.FOLDER)
+    assert planned(measured) == found
+
+
+def test_what_is_damaged_or_of_another_calibration_is_refused(measured: moetailor.Calibration, tmp_path: Path) -> None:
+    planned(measured)
+    file = min((measured.folder / kept.FOLDER).iterdir())
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-8] + bytes(8))
+    with pytest.raises(
+        moetailor.CalibrationError, match=r"damaged, or of another calibration; delete it, and it is mea"
+    ):
+        planned(measured)
+    file.write_bytes(whole[:40])
+    with pytest.raises(moetailor.CalibrationError, match=r"cannot be read .*; delete it, and it is measured again"):
+        planned(measured)
+    # The file of the next layer under the name of this one
+    file.write_bytes(max((measured.folder / kept.FOLDER).iterdir()).read_bytes())
+    with pytest.raises(moetailor.CalibrationError, match="of another calibration"):
+        planned(measured)
+
+
+def test_a_folder_that_cannot_be_written_will_do(measured: moetailor.Calibration) -> None:
+    (measured.folder / kept.FOLDER).write_text("no folder")
+    found = planned(measured)
+    (measured.folder / kept.FOLDER).unlink()
+    assert planned(measured) == found
+
+
+def test_progress_goes_by_experts(measured: moetailor.Calibration) -> None:
+    for _ in ("measured", "kept"):
+        told: list[tuple[int, int]] = []
+        planned(measured, progress=lambda done, every, told=told: told.append((done, every)))
+        total = sum(stack.num_experts for stack in measured.model.stacks)
+        assert told[-1] == (total, total)
+        assert [done for done, _ in told] == sorted(done for done, _ in told)
+        assert 0 < told[0][0] < total
