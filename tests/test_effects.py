@@ -43,6 +43,23 @@ def test_neither_part_of_the_curve_is_below_zero(
     assert (prices.noise[0], prices.flips[0]) == pytest.approx((noise, flips))
 
 
+def test_a_layer_whose_small_errors_cost_too_much_is_priced_by_the_others() -> None:
+    """Errors of 1 e^2 + .5 e and, for the second layer, .2 e + .8 e^2 but for one token that costs 5 nats at e = .2."""
+
+    def noisy(a: float, b: float, more: float = 0.0) -> LayerEffects:
+        six, three = (10 * (a * e * e + b * e) for e in (0.2, 2.0))
+        return layer((20.0, 10.0), (six + more, 10 * 0.04), (three, 10 * 4.0))
+
+    prices = Prices.of(measured(noisy(1.0, 0.5), noisy(0.8, 0.2, more=5.0), noisy(1.2, 0.1)))
+    assert (prices.noise[0], prices.flips[0]) == pytest.approx((1.0, 0.5))
+    assert (prices.noise[2], prices.flips[2]) == pytest.approx((1.2, 0.1))
+    # a is half of s in the middle of the layers, so 1; at e = 2 its errors cost 3.6 nats a token: less than that alone.
+    assert (prices.noise[1], prices.flips[1]) == pytest.approx((0.9, 0.0))
+    prices = Prices.of(measured(noisy(0.5, 0.5), noisy(0.8, 0.2, more=5.0), noisy(1.2, 0.1)))
+    # With .5: what is left of 3.6 nats, 1.6, is the root of errors of 4.
+    assert (prices.noise[1], prices.flips[1]) == pytest.approx((0.5, 0.8))
+
+
 def two() -> Prices:
     return Prices(coarse={0: 1.0, 4: 2.0}, noise={0: 0.5, 4: 0.25}, flips={0: 3.0, 4: 1.0}, together=())
 

@@ -15,12 +15,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from statistics import median
 from typing import Annotated, Literal, TypedDict, get_args
 
 from moetailor.schema import Count, Few, Within
 
 Errors = Literal["constants", "bits6", "bits3"]
 ERRORS: tuple[Errors, ...] = get_args(Errors)
+TINY = 1e-300
 Nats = Annotated[float, Within(0)]
 
 
@@ -76,7 +78,11 @@ class Prices:
         """Return the prices that follow from what was measured."""
         tokens, layers = measured["tokens"], measured["layers"]
         coarse = {index: _slope(found["constants"]) for index, found in layers.items()}
-        fitted = {index: _curve(found["bits6"], found["bits3"], tokens) for index, found in layers.items()}
+        # What 6 bits cost in a layer may be one token that went elsewhere. The curve would then give all of
+        # 3 bits to b, and more noise than that would seem to cost little. As shares of s, a is alike in all layers.
+        alone = {i: _curve(found["bits6"], found["bits3"], tokens, 0.0)[0] for i, found in layers.items()}
+        share = median(a / max(coarse[i], TINY) for i, a in alone.items())
+        fitted = {i: _curve(found["bits6"], found["bits3"], tokens, share * coarse[i]) for i, found in layers.items()}
         noise, flips = ({index: found[at] for index, found in fitted.items()} for at in (0, 1))
         prices = cls(coarse=coarse, noise=noise, flips=flips, together=())
         joint = []
@@ -137,11 +143,13 @@ class Prices:
 
 
 def _slope(effect: Effect) -> float:
-    return effect["kl"] / max(effect["squared_error"], 1e-300)
+    return effect["kl"] / max(effect["squared_error"], TINY)
 
 
-def _curve(small: Effect, large: Effect, tokens: int) -> tuple[float, float]:
-    """Return a and b of kl = a e^2 + b e through two points, neither below zero."""
+def _curve(small: Effect, large: Effect, tokens: int, least: float) -> tuple[float, float]:
+    """Return a and b of kl = a e^2 + b e through two points, neither below zero; through the large one with a at least
+    `least`, as far as that does not pass it.
+    """
     (k0, e0), (k1, e1) = ((part["kl"] / tokens, part["squared_error"] / tokens) for part in (small, large))
     if not 0 < e0 < e1:
         return _slope(large), 0.0
@@ -150,5 +158,8 @@ def _curve(small: Effect, large: Effect, tokens: int) -> tuple[float, float]:
     if b <= 0:
         return k1 / e1, 0.0
     a = (k1 - b * r1) / e1
+    if max(a, 0.0) < least:
+        a = min(least, k1 / e1)
+        return a, (k1 - a * e1) / r1
     # Where kl grows more slowly than the size of errors: the line that misses both by the same factor.
     return (a, b) if a > 0 else (0.0, math.sqrt(k0 * k1 / (r0 * r1)))

@@ -99,9 +99,8 @@ class Reference:
         weight, streams = source.model.get_input_embeddings().weight, 1 + 2 * (not isinstance(source, ResidentModel))
         need = sum(batch.input_ids.numel() for batch in self.batches) * weight.shape[1] * weight.element_size()
         if need * streams > (free := shutil.disk_usage(self.folder).free):
-            raise MoetailorError(
-                f"{self.folder}: hidden states take {need * streams:,} bytes, {free:,} are free; evaluate on less text, or where there is more"
-            )
+            told = f"hidden states take {need * streams:,} bytes, {free:,} are free"
+            raise MoetailorError(f"{self.folder}: {told}; evaluate on less text, or where there is more")
         for number, hidden in enumerate(self._states(source, progress)):
             if not bool(torch.isfinite(hidden).all()):
                 raise _not_finite(source.model, "original", hidden.dtype)
