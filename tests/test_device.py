@@ -1,5 +1,7 @@
 """Another device than the CPU, where there is one: plans and results are those of the CPU, to rounding."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,3 +71,13 @@ def test_a_model_is_calibrated_there(device: str, checkpoint: Get, tmp_path: Pat
         torch.testing.assert_close(
             made.sums(index).gate_sq_output, other.sums(index).gate_sq_output, rtol=1e-3, atol=1e-5
         )
+
+
+@pytest.mark.slow
+def test_the_script_for_gpus_runs_where_there_is_none() -> None:
+    script = [sys.executable, "benchmarks/gpu.py", "--device", "cpu", "--small", "--layers", "1"]
+    root = Path(__file__).parents[1]
+    ran = subprocess.run([*script, "--parts", "layers", "model"], cwd=root, check=True, capture_output=True, text=True)
+    told = [line.split()[0] for line in ran.stdout.splitlines()]
+    assert {"auto", "quantize,", "linear,", "mergemoe,"} < set(told)
+    assert {"calibrate", "plan", "apply", "evaluate", "original", "result"} < set(told)

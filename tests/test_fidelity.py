@@ -169,7 +169,7 @@ def test_heads_run_on_some_tokens_at_a_time(
     """Whatever a family does to its logits."""
     one, other = tiny_model(family, seed=0), tiny_model(family, seed=1)
     batches = token_batches(2)
-    monkeypatch.setattr(fidelity_module, "PREDICTIONS", size * 2 * one.config.vocab_size)
+    monkeypatch.setattr("moetailor.calibration.layers.PREDICTIONS", size * 2 * one.config.vocab_size)
     found = Reference(tmp_path / "r", batches).record(one).compare(other, one)[""]
     total, count = 0.0, 0
     for batch in batches:

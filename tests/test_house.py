@@ -20,6 +20,7 @@ ORDER = (
     "schema",
     "words",
     "checkpoint",
+    "ranks",
     "calibration",
     "answers",
     "planning",

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import moetailor
-from moetailor.calibration.layers import PartlyLoaded, ResidentModel
+from moetailor.calibration.layers import Head, PartlyLoaded, ResidentModel
 from moetailor.calibration.states import HiddenStates
 from moetailor.calibration.walk import Walk
 from moetailor.checkpoint.original import Original
@@ -93,11 +93,11 @@ def test_streams_go_their_own_ways_and_are_forgotten(
             torch.testing.assert_close(forks[index][number], 2 * original[number])
     given: list[torch.Tensor] = []
 
-    def compare(batch: moetailor.Batch, logits: Callable[[HiddenStates], torch.Tensor]) -> None:
-        given.append(logits(original))
+    def compare(number: int, batch: moetailor.Batch, head: Head) -> None:
+        given.append(head(original[number]))
         # The norm before the head takes the last layer's factor of two away.
-        torch.testing.assert_close(logits(forks[LAYERS - 1]), given[-1], rtol=1e-3, atol=1e-4)
-        assert not torch.allclose(logits(forks[0]), given[-1], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(head(forks[LAYERS - 1][number]), given[-1], rtol=1e-3, atol=1e-4)
+        assert not torch.allclose(head(forks[0][number]), given[-1], rtol=1e-3, atol=1e-3)
 
     walk.predict(compare)
     for logits, states in zip(given, expected, strict=True):
@@ -158,11 +158,7 @@ def test_a_stopped_walk_goes_on_where_it_may(
     assert (folder / "old").exists() == (again.layer > 0)
     for _ in walk.layers():
         walk.advance(again)
-    walk.predict(
-        lambda batch, logits: torch.testing.assert_close(
-            logits(again), next(s[-1] for b, s in zip(BATCHES, expected, strict=True) if b is batch)
-        )
-    )
+    walk.predict(lambda number, batch, head: torch.testing.assert_close(head(again[number]), expected[number][-1]))
 
 
 def test_layers_beside_are_loaded_and_all_go_back_whatever_happens(checkpoint: Get) -> None:

@@ -64,9 +64,13 @@ def plan(
 
     [dim]moetailor plan calib -o plan.json --method mone --remove 25% -p score=exact -p novice=optimal[/dim]
     """
+    import torch
+
     import moetailor
+    from moetailor import ranks
     from moetailor.checkpoint.place import check_file
     from moetailor.methods.allocation import read_allocation
+    from moetailor.planning.plan import calibration_hash
     from moetailor.transform.formats import resolve_format
 
     method = read_menu(method, native)
@@ -74,10 +78,12 @@ def plan(
     parameters = read_parameters(param, method.lower() if uniform_layers else None)
     selected, kept, allocated = read_numbers(layers), read_pairs(protect), read_allocation(allocation)
     width = read_bits(bits)
-    check_file(out, "plan")
     measured = moetailor.Calibration.open(calibration)
     source = model or measured.model.source
-    with output.progress("plan") as progress:
+    about = {"calibration": calibration_hash(measured.fingerprint), "version": moetailor.__version__}
+    with ranks.shared(**about, threads=torch.get_num_threads()) as first, output.progress("plan") as progress:
+        if first:
+            check_file(out, "plan")
         made = moetailor.make_plan(
             measured,
             method,
@@ -91,8 +97,10 @@ def plan(
             weights=moetailor.ExpertWeights(source, trust_remote_code=trust_remote_code, device=device)
             if source
             else None,
-            progress=progress,
+            progress=progress if first else None,
         )
+    if not first:
+        return  # under torchrun the first process speaks for all
     if native:
         resolve_format(made, "native")
     made.save(out)

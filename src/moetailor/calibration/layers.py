@@ -38,6 +38,24 @@ class ResidentModel:
         yield self.model
 
 
+# From what the last decoder layer gives for some tokens, [B, C, D], to logits, [B, C, V].
+Head = Callable[[torch.Tensor], torch.Tensor]
+# Numbers of the predictions that are best made at once: more take memory for nothing.
+PREDICTIONS = 2**25
+
+
+def pieces(tokens: int, sequences: int, vocab_size: int) -> list[slice]:
+    """Return the parts of a batch's sequences whose predictions are made at once.
+
+    Args:
+        tokens: of a sequence.
+        sequences: of the batch.
+        vocab_size: numbers of a prediction.
+    """
+    size = max(PREDICTIONS // (sequences * vocab_size), 1)
+    return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
+
+
 class _Done(Exception):
     """Ends a forward pass after its last tap."""
 
@@ -142,8 +160,8 @@ class LayerRunner:
         return found[0][0] if isinstance(found[0], tuple) else found[0]
 
     @contextmanager
-    def head(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
-        """Give a function from some tokens' output of the last decoder layer, [B, L, D], to logits, [B, L, V]."""
+    def head(self) -> Iterator[Head]:
+        """Give the head of the model, with its weights."""
         model = self.source.model
         head, embeddings = model.get_output_embeddings(), self._base.get_input_embeddings()
         outside = [name for name, module in model.named_modules() if module is head]

@@ -29,7 +29,7 @@ from moetailor.calibration.batch import Batch, evenly_spaced_sequences
 from moetailor.calibration.capture import replaced_forward
 from moetailor.calibration.effects import ERRORS, Effect, Errors, LayerEffects, Together
 from moetailor.calibration.folder import Calibration
-from moetailor.calibration.layers import PartlyLoaded
+from moetailor.calibration.layers import Head, PartlyLoaded, pieces
 from moetailor.calibration.states import HiddenStates
 from moetailor.calibration.statistics import Sums
 from moetailor.calibration.walk import Walk
@@ -191,13 +191,19 @@ def _kl(walk: Walk, original: HiddenStates, replaced: Mapping[Key, HiddenStates]
     """Return the sum over counted tokens of KL(original || replaced) for each stream."""
     found = dict.fromkeys(replaced, 0.0)
 
-    def add(batch: Batch, logits: Callable[[HiddenStates], torch.Tensor]) -> None:
-        true = torch.log_softmax(logits(original).float(), -1)
+    vocab_size = walk.model.config.get_text_config().vocab_size
+
+    def add(number: int, batch: Batch, head: Head) -> None:
+        parts = pieces(batch.input_ids.shape[1], len(batch.input_ids), vocab_size)
+        hidden = original[number]
+        true = [torch.log_softmax(head(hidden[:, here]).float(), -1) for here in parts]
         for key, stream in replaced.items():
-            other = torch.log_softmax(logits(stream).float(), -1)
-            # KL(p || q) = sum_v p (log p - log q)
-            kl_BL = (true.exp() * (true - other)).sum(-1).cpu()
-            found[key] += float(kl_BL[batch.counted].sum(dtype=torch.float64))
+            hidden = stream[number]
+            for here, p in zip(parts, true, strict=True):
+                q = torch.log_softmax(head(hidden[:, here]).float(), -1)
+                # KL(p || q) = sum_v p (log p - log q)
+                kl_BC = (p.exp() * (p - q)).sum(-1).cpu()
+                found[key] += float(kl_BC[batch.counted[:, here]].sum(dtype=torch.float64))
 
     walk.predict(add)
     return found

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from moetailor.calibration.batch import Batch
-from moetailor.calibration.layers import LayerRunner, PartlyLoaded
+from moetailor.calibration.layers import Head, LayerRunner, PartlyLoaded
 from moetailor.calibration.states import HiddenStates
 from moetailor.progress import Progress
 
@@ -126,15 +126,15 @@ class Walk:
             for _ in given:
                 pass
 
-    def predict(self, use: Callable[[Batch, Callable[[HiddenStates], torch.Tensor]], None]) -> None:
+    def predict(self, use: Callable[[int, Batch, Head], None]) -> None:
         """Run streams that stand behind the last layer through the head, batch by batch.
 
         Args:
-            use: called with each batch and a function that returns a stream's logits of it, [B, L, V].
+            use: called with the number of each batch, the batch, and the head.
         """
-        with self._runner.head() as logits:
+        with self._runner.head() as head:
             for number, batch in enumerate(self.batches):
-                use(batch, lambda stream, number=number: logits(stream[number]))
+                use(number, batch, head)
 
     def clear(self) -> None:
         """Delete all hidden states on disk, also what a stopped walk left."""

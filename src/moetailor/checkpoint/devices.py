@@ -35,3 +35,13 @@ def passing_nbytes(device: torch.device) -> int:
     hold; on a GPU, where each step costs a launch, more.
     """
     return 2**26 if device.type == "cuda" else 2**20
+
+
+def take_own(number: int) -> None:
+    """Make ``cuda`` mean another GPU in each process of a machine, where it has GPUs.
+
+    Args:
+        number: of the process.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.set_device(number % torch.cuda.device_count())

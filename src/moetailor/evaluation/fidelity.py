@@ -20,7 +20,7 @@ from torch import nn
 
 from moetailor.calibration.batch import Batch
 from moetailor.calibration.finite import not_finite
-from moetailor.calibration.layers import LayerRunner, PartlyLoaded, ResidentModel
+from moetailor.calibration.layers import LayerRunner, PartlyLoaded, ResidentModel, pieces
 from moetailor.calibration.walk import Walk
 from moetailor.checkpoint.artifact import save_tensors
 from moetailor.checkpoint.tensors import is_finite, read_tensors
@@ -29,10 +29,7 @@ from moetailor.progress import Progress
 from moetailor.runtime.parts import lenders_of
 
 RESAMPLES = 1000
-# Numbers of the predictions that are made at once.
-PREDICTIONS = 2**25
 
-Head = Callable[[torch.Tensor], torch.Tensor]
 Judge = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], dict[str, torch.Tensor]]
 
 
@@ -159,6 +156,7 @@ class Reference:
             progress: called with (batches done, batches in all).
         """
         source, first = _partly(model), _partly(original)
+        vocab_size = first.model.config.get_text_config().vocab_size
         states = self._states(source, progress)
         with ExitStack() as heads:
             true = heads.enter_context(LayerRunner(first, self.batches).head())
@@ -167,9 +165,7 @@ class Reference:
             for number, after in enumerate(states):
                 batch, before, parts = self.batches[number], self._recorded(number), []
                 words = batch.input_ids[:, 1:]
-                size = max(PREDICTIONS // (len(words) * source.model.config.get_text_config().vocab_size), 1)
-                for start in range(0, words.shape[1], size):
-                    here = slice(start, min(start + size, words.shape[1]))
+                for here in pieces(words.shape[1], len(words), vocab_size):
                     a, b = true(before[:, here]), other(after[:, here])
                     if a.shape != b.shape:
                         told = f"the original has {a.shape[-1]} words, the compressed model {b.shape[-1]}"

@@ -19,10 +19,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal
 
 import torch
 
+from moetailor import ranks
 from moetailor.answers import Constant, Keep, Linear, LowRank, Width
 from moetailor.calibration.domains import balanced
 from moetailor.errors import PlanError
@@ -33,8 +34,6 @@ from moetailor.methods.registry import register
 from moetailor.planning.layer_plan import LayerPlan, untouched
 from moetailor.planning.plan import answers_nbytes
 from moetailor.planning.view import LayerView
-
-Found = TypeVar("Found")
 
 
 @register
@@ -129,17 +128,20 @@ class Auto(JointMethod):
         if not layers:
             return
         if not self.bits:
-            yield from mix_plain.mixed([_closed(layer, self._choice(layer)) for layer in layers], nbytes)
+            yield from mix_plain.mixed(list(ranks.each(layers, self._choice)), nbytes)
             return
         prices = layers[0].prices
         assert prices is not None
-        yield from mix_bits.mixed([_closed(layer, self._priced(layer)) for layer in layers], prices, nbytes)
+        yield from mix_bits.mixed(list(ranks.each(layers, self._priced)), prices, nbytes)
 
     def _choice(self, layer: LayerView) -> mix_plain.Choice:
-        return mix_plain.choice(layer, _weight(layer, self.balance))
+        found = mix_plain.choice(layer, _weight(layer, self.balance))
+        layer.close()
+        return found
 
     def _priced(self, layer: LayerView) -> mix_bits.Priced:
         found = mix_bits.priced(layer, _weight(layer, self.balance), self.stays)
+        layer.close()
         if self.uniform_layers:
             return found.uniform()
         return found if self.stand_ins else found.staying()
@@ -160,12 +162,6 @@ def _weight(layer: LayerView, balance: float) -> torch.Tensor:
     weighed = gate_sq * balanced(layer.domains, balance)[:, None]
     total, mass = (torch.zeros(layer.num_experts).double().index_add(0, index, q.flatten()) for q in (weighed, gate_sq))
     return torch.where(mass > 0, total / mass, 1.0)
-
-
-def _closed(layer: LayerView, found: Found) -> Found:
-    """Let go of a layer of which enough is known."""
-    layer.close()
-    return found
 
 
 def _novices(layer: LayerView, keep: int) -> int:

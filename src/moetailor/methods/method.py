@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_origin
 
 import torch
 
+from moetailor import ranks
 from moetailor.answers import Answer, Drop
 from moetailor.errors import PlanError, did_you_mean
 from moetailor.fitting.widths import Rounding
@@ -117,9 +118,14 @@ class Method(ABC):
             layers: the layers.
             keeps: experts that stay in each.
         """
-        for layer, keep in zip(layers, keeps, strict=True):
-            yield self.plan(layer, keep)
+
+        def planned(pair: tuple[LayerView, int]) -> LayerPlan:
+            layer, keep = pair
+            found = self.plan(layer, keep)
             layer.close()
+            return found
+
+        yield from ranks.each(list(zip(layers, keeps, strict=True)), planned)
 
     def build(self, layer: LayerView, plan: LayerPlan) -> dict[str, torch.Tensor]:
         """Return what a plan of this method adds to a layer.

@@ -5,7 +5,6 @@ It runs layer by layer, so a result larger than memory is checked too.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,7 +12,7 @@ from torch import nn
 
 from moetailor.calibration.batch import Batch
 from moetailor.calibration.finite import not_finite
-from moetailor.calibration.states import HiddenStates
+from moetailor.calibration.layers import Head
 from moetailor.calibration.walk import Walk
 from moetailor.checkpoint.original import Original
 from moetailor.errors import CheckpointError
@@ -77,8 +76,8 @@ def run_once(result: Original, progress: Progress | None = None) -> None:
         if not bool(torch.isfinite(stream[0]).all()):
             raise CheckpointError(f"{folder}: decoder layer {index} gives values that are not finite")
 
-    def check_logits(batch: Batch, logits: Callable[[HiddenStates], torch.Tensor]) -> None:
-        if not bool(torch.isfinite(logits(stream)).all()):
+    def check_logits(number: int, batch: Batch, head: Head) -> None:
+        if not bool(torch.isfinite(head(stream[number])).all()):
             raise CheckpointError(f"{folder}: the head gives values that are not finite")
 
     walk.predict(check_logits)
