@@ -12,6 +12,7 @@ from moetailor.answers import SlotMap
 from moetailor.checkpoint.anatomy import Anatomy, MoELayer, tensors_of
 from moetailor.checkpoint.files import Checkpoint
 from moetailor.checkpoint.loader import StreamedModel
+from moetailor.checkpoint.lock import scratch
 from moetailor.checkpoint.original import Original
 from moetailor.errors import CheckpointError
 from moetailor.runtime.quantizer import MoetailorConfig
@@ -105,7 +106,7 @@ class Summary:
 
 
 def summarise(source: str | Path, *, trust_remote_code: bool = False) -> Summary:
-    """Look at a checkpoint, original or compressed, without reading weights.
+    """Look at a checkpoint, original or compressed, without reading its weights; nor are they downloaded.
 
     Args:
         source: folder or hub name.
@@ -114,7 +115,12 @@ def summarise(source: str | Path, *, trust_remote_code: bool = False) -> Summary
     Raises:
         CheckpointError: not a checkpoint of a supported MoE family.
     """
-    original = Original(source, takes="results", trust_remote_code=trust_remote_code)
+    with scratch() as headers:
+        original = Original(source, takes="results", trust_remote_code=trust_remote_code, headers=headers)
+        return _summarised(str(source), original)
+
+
+def _summarised(source: str, original: Original) -> Summary:
     checkpoint, skeleton, anatomy = original.checkpoint, original.skeleton, original.anatomy
     maps = _slot_maps(checkpoint)
     shared = _shared_parameters(skeleton, anatomy)
@@ -141,7 +147,7 @@ def summarise(source: str | Path, *, trust_remote_code: bool = False) -> Summary
     active += sum(layer.runs * numbers[layer.layer] for layer in moe)
     active += sum(anatomy.top_k * light.get(layer.layer, 0) // layer.slots for layer in moe)
     return Summary(
-        source=str(source),
+        source=source,
         model_type=anatomy.model_type,
         decoder_layers=original.config.num_hidden_layers,
         top_k=anatomy.top_k,

@@ -181,20 +181,23 @@ class Checkpoint:
         return {"config": config, "shards": shards}
 
 
-def open_checkpoint(source: str | Path, *, revision: str | None = None, check: Check | None = None) -> Checkpoint:
+def open_checkpoint(
+    source: str | Path, *, revision: str | None = None, check: Check | None = None, headers: Path | None = None
+) -> Checkpoint:
     """Open a local folder, or download a model from the hub, and check all of it that needs no weights.
 
     Args:
         source: a folder with config.json and safetensors files, or a hub name such as ``allenai/OLMoE-1B-7B-0125``.
         revision: branch, tag or commit of a hub model.
         check: called with the folder and its config.json before the weights are looked at, or downloaded.
+        headers: see `find_folder`.
 
     Raises:
         CheckpointError: not a checkpoint, pickle weights, weights of which it is not clear which are meant, a missing
             or damaged shard, an index that does not agree with the shards or names a file outside the folder.
     """
     restore(Path(source))
-    folder = find_folder(source, revision=revision, check=check)
+    folder = find_folder(source, revision=revision, check=check, headers=headers)
     config = read_config(folder)
     return Checkpoint(folder=folder, source=str(source), config=config, tensors=_find_tensors(folder, config))
 

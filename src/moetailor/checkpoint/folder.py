@@ -12,9 +12,9 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
-from typing import Any
 
-from moetailor.errors import CheckpointError, reason_of
+from moetailor.checkpoint.hub import download, headers_only
+from moetailor.errors import CheckpointError
 from moetailor.schema import unique
 
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
@@ -29,13 +29,17 @@ SHARED_OUT = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 Check = Callable[[Path, dict], None]
 
 
-def find_folder(source: str | Path, *, revision: str | None = None, check: Check | None = None) -> Path:
+def find_folder(
+    source: str | Path, *, revision: str | None = None, check: Check | None = None, headers: Path | None = None
+) -> Path:
     """Return the folder of a checkpoint, after downloading it when it is a model on the hub.
 
     Args:
         source: a folder, or a hub name such as ``allenai/OLMoE-1B-7B-0125``.
         revision: branch, tag or commit of a hub model.
         check: called with the folder and its config.json, before weights are downloaded; raises what it refuses.
+        headers: a folder of which the weights' headers are enough: of a model on the hub they are written there, and no
+            weights are downloaded.
 
     Raises:
         CheckpointError: there is no such folder or model, a link leads out of it, or `check` refuses it.
@@ -47,27 +51,18 @@ def find_folder(source: str | Path, *, revision: str | None = None, check: Check
     if not local:
         if name.count("/") > 1 or name.startswith((".", "/", "~")):
             raise CheckpointError(f"{name}: no such folder")
-        folder = _download(name, revision=revision, ignore_patterns=list(WEIGHTS))
+        folder = download(name, revision=revision, ignore_patterns=list(WEIGHTS))
     check_links(folder)
     config = read_config(folder)
     if check is not None:
         check(folder, config)
     if not local:
-        shards = read_index(folder / INDEX)[1] if (folder / INDEX).is_file() else []
+        shards = read_index(folder / INDEX)[1] if (folder / INDEX).is_file() else [SINGLE]
+        if headers is not None and not all((folder / shard).is_file() for shard in shards):
+            return headers_only(name, folder, shards, headers)
         # The same commit: a branch may have moved on.
-        _download(name, revision=folder.name, allow_patterns=[SINGLE, *shards])
+        download(name, revision=folder.name, allow_patterns=[SINGLE, *shards])
     return folder
-
-
-def _download(name: str, **options: Any) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, **options))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        told = f"neither a folder nor a model that the hub would give ({reason_of(error)})"
-        raise CheckpointError(f"{name}: {told}") from None
 
 
 def read_config(folder: Path) -> dict:

@@ -37,6 +37,7 @@ class Original:
         takes: what it may be: an original alone; a result of moetailor too, whose plain config, skeleton and anatomy
             are those of the original that it was made from; or anything, if it is only loaded.
         trust_remote_code: run code that comes with the checkpoint.
+        headers: a folder of which the weights' headers are enough, see `find_folder`.
 
     Attributes:
         checkpoint: its files.
@@ -46,10 +47,17 @@ class Original:
         CheckpointError: it cannot be read, or is none that is handled.
     """
 
-    def __init__(self, source: str | Path, *, takes: Takes = "originals", trust_remote_code: bool = False) -> None:
+    def __init__(
+        self,
+        source: str | Path,
+        *,
+        takes: Takes = "originals",
+        trust_remote_code: bool = False,
+        headers: Path | None = None,
+    ) -> None:
         self.trust_remote_code = trust_remote_code
         self._takes, self._remote = takes, not Path(source).is_dir()
-        self.checkpoint = with_codes(open_checkpoint(source, check=self._check))
+        self.checkpoint = with_codes(open_checkpoint(source, check=self._check, headers=headers))
         config_json.check_counts(self.folder, self.checkpoint.config, self.checkpoint.tensors.values())
 
     def _check(self, folder: Path, config: dict) -> None:

@@ -1,0 +1,82 @@
+"""Models on the hub: what of them is downloaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from moetailor.checkpoint.artifact import write_bytes
+from moetailor.errors import CheckpointError, UnwritableError, reason_of
+
+
+def download(name: str, **options: Any) -> Path:
+    """Return the folder of files of a model in the hub's cache, after downloading what is not there.
+
+    Args:
+        name: the model.
+        options: as `snapshot_download` takes them.
+
+    Raises:
+        CheckpointError: the hub does not give it.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, **options))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        told = f"neither a folder nor a model that the hub would give ({reason_of(error)})"
+        raise CheckpointError(f"{name}: {told}") from None
+
+
+def headers_only(name: str, folder: Path, shards: Iterable[str], out: Path) -> Path:
+    """Write weight files of which the headers are there, with holes in place of the numbers, and return their folder.
+
+    Whoever reads headers finds what the whole files would say. Only these are asked for, by range.
+
+    Args:
+        name: the model.
+        folder: where its other files lie, by commit.
+        shards: its weight files; those that the hub does not have are left out.
+        out: where to write.
+
+    Raises:
+        CheckpointError: the hub does not give them, or what it gives is no header.
+    """
+    for file in filter(Path.is_file, folder.iterdir()):
+        shutil.copyfile(file, out / file.name)
+    found = {shard: tensors for shard in shards if (tensors := _tensors(name, shard, folder.name)) is not None}
+    if not found:
+        raise CheckpointError(f"{name}: has no safetensors weights; name a model that has")
+    try:
+        for shard, tensors in found.items():
+            header = json.dumps(tensors).encode()
+            end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
+            (out / shard).parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(out / shard, len(header).to_bytes(8, "little") + header)
+            os.truncate(out / shard, 8 + len(header) + end)
+    except OSError as error:
+        raise UnwritableError(out, error) from None
+    return out
+
+
+def _tensors(name: str, shard: str, commit: str) -> dict[str, dict[str, Any]] | None:
+    """Return what the header of a weight file says of its tensors; None where the hub has no such file."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        found = HfApi().parse_safetensors_file_metadata(name, shard, revision=commit)
+    except EntryNotFoundError:
+        return None
+    except Exception as error:  # whatever the hub's HTTP library of the day raises
+        told = f"the header of {shard} cannot be had from the hub ({reason_of(error)})"
+        raise CheckpointError(f"{name}: {told}; try again later, or name another model") from None
+    return {
+        tensor: {"dtype": info.dtype, "shape": info.shape, "data_offsets": info.data_offsets}
+        for tensor, info in found.tensors.items()
+    }
