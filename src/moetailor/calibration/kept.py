@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from moetailor._version import __version__
 from moetailor.calibration.folder import Calibration, layer_file
 from moetailor.checkpoint.artifact import write_tensors
 from moetailor.checkpoint.tensors import digest, read_tensors
-from moetailor.errors import CalibrationError, MoetailorError
+from moetailor.errors import CalibrationError, MoetailorError, MoetailorWarning
 
 FOLDER = "measured"
 
@@ -53,15 +54,17 @@ class Kept:
             raise CalibrationError(f"{file}: is damaged, or of another calibration; {cure}")
         return found["rows"]
 
-    def write(self, what: Mapping[str, Any], rows: torch.Tensor) -> bool:
-        """Write rows; return whether that could be done: others may read a folder, or write there at this moment."""
+    def write(self, what: Mapping[str, Any], rows: torch.Tensor) -> None:
+        """Write rows; where that cannot be done, as in a folder that is only there to be read, warn and go on."""
         file = self._file(what)
         try:
             file.parent.mkdir(exist_ok=True)
             write_tensors(file, {"rows": rows, "seal": self._seal(rows, what)})
         except (MoetailorError, OSError):
-            return False
-        return True
+            told = (
+                "cannot be written, so what is measured of experts is not kept, and a plan that is stopped begins anew"
+            )
+            warnings.warn(f"{file.parent}: {told}", MoetailorWarning, stacklevel=3)
 
     def _file(self, what: Mapping[str, Any]) -> Path:
         name = f"layer-{self.layer:04d}-{hashlib.sha256(self._key(what)).hexdigest()[:12]}.safetensors"
