@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -115,7 +116,7 @@ def summarise(source: str | Path, *, trust_remote_code: bool = False) -> Summary
     Raises:
         CheckpointError: not a checkpoint of a supported MoE family.
     """
-    with scratch() as headers:
+    with nullcontext() if Path(source).is_dir() else scratch() as headers:
         original = Original(source, takes="results", trust_remote_code=trust_remote_code, headers=headers)
         return _summarised(str(source), original)
 

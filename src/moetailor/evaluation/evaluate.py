@@ -82,12 +82,7 @@ class Scores:
             "version": 1,
             **self.overall.to_json(),
             "bytes": dict(zip(pair, self.nbytes, strict=True)),
-            **({} if self.resident is None else {"resident_bytes": dict(zip(pair, self.resident, strict=True))}),
-            **(
-                {}
-                if self.speed is None
-                else {"tokens_per_second": dict(zip(pair, map(asdict, self.speed), strict=True))}
-            ),
+            **loaded,
             "domains": {name: fidelity.to_json() for name, fidelity in self.domains.items()},
             "tasks": {
                 task: {metric: dict(zip(pair, values, strict=True)) for metric, values in metrics.items()}
