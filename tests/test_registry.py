@@ -8,6 +8,7 @@ import pytest
 
 import moetailor
 from moetailor.answers import Drop
+from moetailor.calibration.statistics import Sums
 from moetailor.methods.description import describe
 from moetailor.methods.method import AtLeast, JointMethod, Method
 from moetailor.methods.registry import METHODS, find_method, register
@@ -83,9 +84,23 @@ def test_a_joint_method_decides_for_one_layer_as_if_there_were_no_other() -> Non
 
 
 def test_every_layer_is_let_go_once_it_is_decided() -> None:
+    read: list[int] = []
     layers = [layer_of(sums_of([(0, 1.0, [1.0]), (1, 1.0, [1.0])], 2, 2), index=number) for number in range(2)]
+
+    def noted(layer: LayerView) -> Callable[[], Sums]:
+        inner = layer.read_sums
+
+        def read_sums() -> Sums:
+            read.append(layer.index)
+            return inner()
+
+        return read_sums
+
+    for layer in layers:
+        layer.read_sums = noted(layer)
     for at, _ in enumerate(METHODS["frequency"]().plan_layers(layers, [1, 1])):
-        assert ["sums" in layer.__dict__ for layer in layers] == [number == at for number in range(2)]
+        assert read == list(range(at + 1))  # and none before its turn
+        assert not any("sums" in layer.__dict__ for layer in layers)
 
 
 def test_parameters_are_read_as_the_type_of_their_default(registered: str) -> None:
