@@ -22,7 +22,7 @@ import torch
 
 import layer
 from make_checkpoint import make_checkpoint
-from measure import MOETAILOR, REFERENCE, ROOT, apply_command, provenance, run_process
+from measure import MOETAILOR, REFERENCE, ROOT, apply_command, plan_command, provenance, run_process
 
 CASES = ("auto", "quantize, 4 bits", "linear, rank 32, chosen", "mergemoe, ridge, gated, best features")
 
@@ -47,14 +47,24 @@ def end_to_end(work: Path, options: argparse.Namespace) -> Iterator[str]:
     held = ["--data", str(REFERENCE / "heldout.jsonl"), *text]
     known = ["--data", str(REFERENCE / "calibration.jsonl"), *text, "--sample-tokens", str(options.tokens)]
     stages = {
-        "calibrate": [str(model), "-o", str(calibration), "--stream", "--sensitivity", *known, *on],
-        "plan": [str(calibration), "-o", str(plan), "--method", "auto", "--remove", options.remove, *on],
-        "apply": apply_command(model, plan, out, calibration)[len(MOETAILOR) + 1 :] + on,
-        "evaluate": [str(out), "--against", str(model), *held, *on],
+        "calibrate": [
+            *MOETAILOR,
+            "calibrate",
+            str(model),
+            "-o",
+            str(calibration),
+            "--stream",
+            "--sensitivity",
+            *known,
+            *on,
+        ],
+        "plan": [*plan_command(calibration, plan, "auto", options.remove), *on],
+        "apply": [*apply_command(model, plan, out, calibration), *on],
+        "evaluate": [*MOETAILOR, "evaluate", str(out), "--against", str(model), *held, *on],
     }
     yield f"{'stage':10} {'seconds':>8} {'peak in memory':>15}"
-    for verb, given in stages.items():
-        ran = run_process([*MOETAILOR, verb, *given])
+    for verb, command in stages.items():
+        ran = run_process(command)
         yield f"{verb:10} {ran.seconds:7.1f}s {ran.peak_bytes / 1e9:12.2f} GB"
     yield f"{'speed':10} {'prefill':>10} {'decode':>10} {'weights in memory':>20}   tokens a second"
     for name, folder in (("original", model), ("result", out)):

@@ -22,7 +22,8 @@ from moetailor.checkpoint.artifact import write_tensors
 from moetailor.checkpoint.tensors import digest, read_tensors
 from moetailor.errors import CalibrationError, MoetailorError, MoetailorWarning
 
-FOLDER = "measured"
+# To be raised when methods measure otherwise: what lies in folders is then measured again.
+FOLDER, VERSION = "measured", 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,7 @@ class Kept:
     def _key(self, what: Mapping[str, Any]) -> bytes:
         name = layer_file(self.calibration.folder, self.layer).name
         parts = {part: known for part, known in self.calibration.hashes.items() if part.startswith(name)}
-        known = {"parts": parts, "model": self.calibration.fingerprint["model"], "version": __version__}
+        known = {"parts": parts, "model": self.calibration.fingerprint["model"], "versions": [VERSION, __version__]}
         return json.dumps({**known, "what": dict(what)}, sort_keys=True).encode()
 
     def _seal(self, rows: torch.Tensor, what: Mapping[str, Any]) -> torch.Tensor:

@@ -99,7 +99,7 @@ class Reference:
             told = f"hidden states take {need * streams:,} bytes, {free:,} are free"
             raise MoetailorError(f"{self.folder}: {told}; evaluate on less text, or where there is more")
         for number, hidden in enumerate(self._states(source, progress)):
-            if not bool(torch.isfinite(hidden).all()):
+            if not is_finite(hidden):
                 raise _not_finite(source.model, "original", hidden.dtype)
             save_tensors({"hidden": hidden.contiguous().cpu()}, self._file(number))
         return self
@@ -171,9 +171,10 @@ class Reference:
                         told = f"the original has {a.shape[-1]} words, the compressed model {b.shape[-1]}"
                         raise MoetailorError(told)
                     found = judge(a.float(), b.to(a.device).float(), words[:, here].to(a.device))
-                    if not all(bool(torch.isfinite(value).all()) for value in found.values()):
-                        at_fault = (first, "original", a) if not is_finite(a) else (source, "compressed model", b)
-                        raise _not_finite(at_fault[0].model, at_fault[1], at_fault[2].dtype)
+                    if not all(map(is_finite, found.values())):
+                        if is_finite(a):
+                            raise _not_finite(source.model, "compressed model", b.dtype)
+                        raise _not_finite(first.model, "original", a.dtype)
                     parts.append(found)
                 yield batch, {name: torch.cat([part[name].cpu() for part in parts], 1) for name in parts[0]}
 
