@@ -74,6 +74,11 @@ def test_tensors_on_disk_are_the_experts_in_memory(name: str, checkpoint: Get) -
 
 
 @every_family
+def test_experts_read_one_by_one_are_those_of_the_layer(name: str, checkpoint: Get) -> None:
+    naive.assert_read_alike(checkpoint(name))
+
+
+@every_family
 def test_an_identity_map_changes_no_bit(name: str) -> None:
     model = eager(tiny_model(name))
     before = logits(model)

@@ -136,6 +136,11 @@ def test_codes_beside_experts_are_not_given_the_scheme_of_experts(name: str, mad
 
 
 @every_layout
+def test_experts_read_one_by_one_are_those_of_the_layer(name: str, made: Get) -> None:
+    naive.assert_read_alike(made(name).source)
+
+
+@every_layout
 def test_each_weight_reads_as_its_numbers(name: str, made: Get) -> None:
     source, twin = Original(made(name).source).checkpoint, open_checkpoint(made(name).twin)
     assert source.numbers.keys() == twin.tensors.keys()

@@ -63,7 +63,7 @@ def layer_of(
         read_sums=lambda: sums,
         read_sample=missing if sample is None else lambda: sample,
         read_correction=missing,
-        open_experts=missing if module is None else lambda: nullcontext(module),
+        open_experts=missing if module is None else lambda: nullcontext(Experts(module)),
     )
 
 

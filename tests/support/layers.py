@@ -6,6 +6,7 @@ import torch
 
 from moetailor.calibration.statistics import Sample
 from moetailor.checkpoint.anatomy import discover
+from moetailor.checkpoint.experts import Experts
 from moetailor.planning.view import LayerView
 from support.families import tiny_model
 from support.hand import TinyExperts, layer_of, sums_of
@@ -70,7 +71,7 @@ def layer_with_biases() -> tuple[LayerView, torch.nn.Module]:
         for parameter in module.parameters():
             parameter.normal_(std=0.5, generator=torch.Generator().manual_seed(parameter.dim()))
     view = routed_layer(random_experts(layer.num_experts), 400, 0)
-    view.open_experts, view.shape = lambda: nullcontext(module), layer.expert_shape
+    view.open_experts, view.shape = lambda: nullcontext(Experts(module)), layer.expert_shape
     view.read_sample().hidden = torch.randn(400, layer.width, generator=torch.Generator().manual_seed(0))
     return view, module
 

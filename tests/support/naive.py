@@ -11,6 +11,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from moetailor.checkpoint.anatomy import MoELayer, discover, tensors_of
+from moetailor.checkpoint.stored_experts import StoredExperts
+from moetailor.checkpoint.weights import ExpertWeights
 from support.tiny import token_batches
 
 NEVER = -1e4  # exp and sigmoid of it are exactly 0 in float32
@@ -166,3 +168,19 @@ def masked_outputs(checkpoint: Path, dropped: list[int]) -> tuple[torch.Tensor, 
             gates.append(dense.scatter_(1, seen["index"].long(), seen["gate"].float()))
     watch.remove()
     return torch.cat(outputs), torch.cat(gates)
+
+
+def assert_read_alike(source: Path) -> None:
+    """Check that experts which stay on disk, and are read when asked for, are those of the layer that was loaded."""
+    whole, apart = ExpertWeights(source), ExpertWeights(source, working_nbytes=1)
+    for index, layer in apart.anatomy.layers.items():
+        with whole.open(index) as loaded, apart.open(index) as stored:
+            assert isinstance(stored, StoredExperts) and not isinstance(loaded, StoredExperts)
+            assert (stored.shape, stored.dtype, stored.device) == (loaded.shape, loaded.dtype, loaded.device)
+            last = layer.num_experts - 1
+            for some in ([last, 0, last], [1], slice(0, 2), slice(None)):
+                for name, wanted in loaded.matrices(some).items():
+                    assert torch.equal(stored.matrices(some)[name], wanted), (index, name, some)
+            x = torch.randn(3, layer.width, generator=torch.Generator().manual_seed(0))
+            assert torch.equal(stored.outputs(last, x), loaded.outputs(last, x))
+            assert all(parameter.is_meta for parameter in stored.module.parameters())

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from moetailor.checkpoint.devices import working_nbytes
 from moetailor.schema import Count
 
 
@@ -57,10 +58,12 @@ class Experts:
 
     Args:
         module: the experts module, with weights.
+        working_nbytes: bytes that work on several of them together may take; what the device is good for when None.
     """
 
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: Any, working_nbytes: int | None = None) -> None:
         self.module = module
+        self._working = working_nbytes
         self.gated = hasattr(module, "gate_up_proj")
         self.transposed = bool(getattr(module, "is_transposed", False))
         self.concatenated = bool(getattr(module, "is_concatenated", True))
@@ -76,6 +79,11 @@ class Experts:
         return self.module.down_proj.device
 
     @property
+    def working_nbytes(self) -> int:
+        """Bytes that work on several of them together may take."""
+        return self._working or working_nbytes(self.device)
+
+    @property
     def inputs(self) -> tuple[str, ...]:
         """The matrices that are applied to an expert's input."""
         return ("gate", "up") if self.gated else ("up",)
@@ -87,6 +95,12 @@ class Experts:
         biased = getattr(self.module, "down_proj_bias", None) is not None
         return ExpertShape(width=width, intermediate=intermediate, gated=self.gated, biased=biased)
 
+    def rows(self, experts: Sequence[int] | slice) -> dict[str, torch.Tensor]:
+        """Return the rows of the family's parameters that belong to some experts, by name."""
+        matrices = ("gate_up_proj" if self.gated else "up_proj", "down_proj")
+        names = [name for matrix in matrices for name in (matrix, f"{matrix}_bias")]
+        return {name: rows[experts] for name in names if (rows := getattr(self.module, name, None)) is not None}
+
     def matrices(self, experts: Sequence[int] | slice = slice(None), *, detach: bool = True) -> dict[str, torch.Tensor]:
         """Return the stacked matrices of some experts, views where the layout allows.
 
@@ -95,12 +109,9 @@ class Experts:
             detach: leave gradients out.
         """
         found = {}
-        for name in ("gate_up_proj" if self.gated else "up_proj", "down_proj"):
-            weight = getattr(self.module, name)[experts]
-            parts = {name: weight.transpose(1, 2) if self.transposed else weight}
-            if (bias := getattr(self.module, f"{name}_bias", None)) is not None:
-                parts[f"{name}_bias"] = bias[experts]
-            found |= parts
+        for name, rows in self.rows(experts).items():
+            turned = self.transposed and not name.endswith("_bias")
+            found[name] = rows.transpose(1, 2) if turned else rows
         split = self._split(found)
         return {name: stack.detach() for name, stack in split.items()} if detach else split
 

@@ -132,6 +132,31 @@ class StreamedModel:
         if left:
             raise CheckpointError(f"{self.checkpoint.source}: the checkpoint has no tensor for {path}.{left[0]}")
 
+    def some(self, path: str, sources: Mapping[str, LazyTensor], count: int) -> dict[str, torch.Tensor]:
+        """Return the parameters of a module of experts with the rows of some of these alone; nothing stays loaded.
+
+        Args:
+            path: the experts module.
+            sources: what is read, by its name on disk.
+            count: how many experts that is.
+
+        Raises:
+            CheckpointError: see `loaded`.
+        """
+        module, by_target = self.model.get_submodule(path), defaultdict(list)
+        whole = dict(module.named_parameters(recurse=False))
+        for key in sources:
+            by_target[self.names[key]].append(key)
+        try:
+            for name, parameter in whole.items():
+                _set_parameter(module, name, parameter.new_empty(count, *parameter.shape[1:]))
+            for keys in by_target.values():
+                self._load_tensors(keys, sources)
+            return {name: module.get_parameter(name).detach() for name in whole}
+        finally:
+            for name, parameter in whole.items():
+                setattr(module, name, parameter)
+
     def _load_tied(self, name: str, other: str) -> None:
         """Give a tensor the numbers of another one, which is loaded for it where it is not loaded already."""
         absent = self.model.get_parameter(other).is_meta
@@ -141,7 +166,7 @@ class StreamedModel:
         if absent:
             self.model.get_submodule(other.rpartition(".")[0]).to("meta")
 
-    def _load_tensors(self, keys: list[str]) -> None:
+    def _load_tensors(self, keys: list[str], sources: Mapping[str, LazyTensor] | None = None) -> None:
         # The rules only move numbers: they do so in the narrower dtype, and what came of it is widened.
         wanted = {name: tensors_of(self.model)[name].dtype for name in {self.names[key] for key in keys}}
         narrow = {
@@ -152,7 +177,8 @@ class StreamedModel:
             )
             for key in keys
         }
-        self._convert({key: LazyTensor(self.checkpoint.numbers[key]) for key in keys}, narrow, device=self.device)
+        given = {key: sources[key] if sources else LazyTensor(self.checkpoint.numbers[key]) for key in keys}
+        self._convert(given, narrow, device=self.device)
         for name, dtype in wanted.items():
             tensor = tensors_of(self.model)[name]
             tensor.data = tensor.data.to(dtype)

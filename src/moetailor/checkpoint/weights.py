@@ -13,10 +13,12 @@ from torch import nn
 
 from moetailor.checkpoint.anatomy import Anatomy, discover, tensors_of
 from moetailor.checkpoint.devices import resolve_device
+from moetailor.checkpoint.experts import Experts
 from moetailor.checkpoint.files import Checkpoint
 from moetailor.checkpoint.layout import DiskStack, find_stacks
 from moetailor.checkpoint.loader import StreamedModel
 from moetailor.checkpoint.original import Original
+from moetailor.checkpoint.stored_experts import StoredExperts
 
 
 class ExpertWeights:
@@ -27,6 +29,7 @@ class ExpertWeights:
         anatomy: the MoE layers, of a model that is changed while its weights are read; else they are discovered.
         trust_remote_code: run code that comes with the checkpoint.
         device: where weights of a checkpoint are put; CUDA when there is one.
+        working_nbytes: bytes that work on several experts together may take; what the device is good for when None.
     """
 
     def __init__(
@@ -36,8 +39,9 @@ class ExpertWeights:
         anatomy: Anatomy | None = None,
         trust_remote_code: bool = False,
         device: str | None = None,
+        working_nbytes: int | None = None,
     ) -> None:
-        self._source = source
+        self._source, self._working = source, working_nbytes
         self._trust, self._device = trust_remote_code, device
         if anatomy is not None:
             self.anatomy = anatomy
@@ -80,14 +84,24 @@ class ExpertWeights:
         return find_stacks(self.checkpoint, self.anatomy, self._streamed.names)
 
     @contextmanager
-    def open(self, layer: int) -> Iterator[nn.Module]:
-        """Give the experts module of a decoder layer with its weights (float32 when they come from disk)."""
-        path = self.anatomy.layers[layer].experts
+    def open(self, layer: int) -> Iterator[Experts]:
+        """Give the experts of a decoder layer, float32 when they come from disk.
+
+        Where they take more together than working on them may, they stay there, and are read when they are asked for.
+        """
+        moe = self.anatomy.layers[layer]
         if isinstance(self._source, nn.Module):
-            yield self._source.get_submodule(path)
-        else:
-            with self._streamed.loaded(path) as model:
-                yield model.get_submodule(path)
+            yield Experts(self._source.get_submodule(moe.experts), self._working)
+            return
+        module = self._streamed.model.get_submodule(moe.experts)
+        stack = next(stack for stack in self.stacks.values() if stack.index == layer)
+        apart = StoredExperts(self._streamed, moe.experts, stack, self._working)
+        nbytes = sum(4 * parameter.numel() for parameter in module.parameters())
+        if nbytes > apart.working_nbytes:
+            yield apart
+            return
+        with self._streamed.loaded(moe.experts):
+            yield Experts(module, self._working)
 
     def correction(self, layer: int) -> torch.Tensor | None:
         """Return the correction bias of a decoder layer's router, float32 [E] on the CPU; None where it has none."""

@@ -13,6 +13,7 @@ from moetailor.errors import MoetailorWarning
 from moetailor.fitting.constants import constant_errors, constants
 from moetailor.fitting.held_out import held_out_masks
 from moetailor.fitting.reduced_rank import Regression, shared_inputs
+from moetailor.fitting.tokens import tokens_of
 from moetailor.planning.layer_plan import LayerPlan
 from moetailor.planning.view import LayerView
 
@@ -58,17 +59,18 @@ def held_out_errors(layer: LayerView, expert: int, ranks: Sequence[int], ridge: 
         ranks: the ranks, 0 first.
         ridge: see `Regression.solve`.
     """
-    token, gate = layer.routed(expert)
+    tokens = tokens_of(layer, {expert: 1.0})
     constant = map_error(layer, expert, 0, ridge)
-    total, x_TD = torch.zeros(len(ranks), dtype=torch.float64), _inputs(layer, token)
-    y_TD = layer.outputs(expert, token).to(x_TD.dtype)
-    weight_T = gate.double().square().to(x_TD.device)
-    for chooses in folds(layer, token):
-        held = chooses.to(x_TD.device)
-        if not bool(held.any()) or bool(held.all()):
+    total, x_TD = torch.zeros(len(ranks), dtype=torch.float64), _inputs(layer, tokens.place)
+    y_TD = layer.outputs(expert, tokens.place).to(x_TD.dtype)
+    weight_T = tokens.weight.to(x_TD.device)
+    for chooses in folds(layer, tokens.place[: tokens.own]):
+        if not bool(chooses.any()) or bool(chooses.all()):
             continue
-        found = Regression(x_TD[~held], y_TD[~held], weight_T[~held]).solve(max(ranks), ridge)
-        errors = found.errors(x_TD[held], y_TD[held], weight_T[held]).cpu()
+        rest = tokens.rest(chooses).to(x_TD.device)
+        own = tokens.own - int(chooses.sum())
+        found = Regression(x_TD[rest], y_TD[rest], weight_T[rest], own).solve(max(ranks), ridge)
+        errors = found.errors(x_TD[~rest], y_TD[~rest], weight_T[~rest]).cpu()
         total += torch.stack([errors[min(rank, len(errors) - 1)] for rank in ranks])
     return constant * total / total[0] if float(total[0]) > 0 else torch.full_like(total, constant)
 
@@ -96,7 +98,7 @@ def build_maps(layer: LayerView, plan: LayerPlan, ridge: float, shrinkage: float
     for at, (expert, answer) in enumerate(maps.items()):
         regression = _regression(layer, expert)
         inner, outer, mean = _factors(regression, answer.rank, ridge, common, layer)
-        if regression is None or len(regression.x_TD) < answer.rank:
+        if regression is None or regression.own < answer.rank:
             scarce.append(expert)
         # like a novice's: pulled towards the layer's mean where few tokens say what the expert does
         count = float(layer.sums.count[expert])
@@ -129,11 +131,12 @@ def _inputs(layer: LayerView, token: torch.Tensor) -> torch.Tensor:
 
 def _regression(layer: LayerView, expert: int) -> Regression | None:
     """Return the regression of an expert's outputs on its sampled tokens; None without tokens."""
-    token, gate = layer.routed(expert)
-    if not len(token):
+    tokens = tokens_of(layer, {expert: 1.0})
+    if not tokens.own:
         return None
-    x_TD = _inputs(layer, token)
-    return Regression(x_TD, layer.outputs(expert, token).to(x_TD.dtype), gate.double().square().to(x_TD.device))
+    x_TD = _inputs(layer, tokens.place)
+    y_TD = layer.outputs(expert, tokens.place).to(x_TD.dtype)
+    return Regression(x_TD, y_TD, tokens.weight.to(x_TD.device), tokens.own)
 
 
 def _factors(

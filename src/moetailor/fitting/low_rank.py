@@ -10,6 +10,7 @@ from moetailor.answers import LowRank
 from moetailor.fitting.averages import Matrices, average, shares, stacked
 from moetailor.fitting.held_out import held_out_masks
 from moetailor.fitting.least_squares import SCARCE, NormalEquations, chosen_ridge
+from moetailor.fitting.tokens import tokens_of
 from moetailor.fitting.whitened import approximate, second_moment
 from moetailor.planning.layer_plan import LayerPlan
 from moetailor.planning.plan import answers_nbytes
@@ -77,7 +78,7 @@ def base_of(layer: LayerView, named: int, members: Sequence[int], base: str) -> 
 
 
 def moment_of(
-    layer: LayerView, expert: int, matrices: Matrices, part: str, which: torch.Tensor | None = None
+    layer: LayerView, expert: int, matrices: Matrices, part: str, held: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Return the second moment of what a matrix of an expert is applied to, by squared gates.
 
@@ -86,13 +87,13 @@ def moment_of(
         expert: the expert.
         matrices: its matrices.
         part: which of them.
-        which: mask of its sampled tokens; all when None.
+        held: mask of its sampled tokens that do not count; none when None.
     """
-    token, gate = layer.routed(expert)
-    if which is not None:
-        token, gate = token[which], gate[which]
-    seen = layer.sample.hidden[token].to(matrices["up"])
-    return second_moment(layer.experts.hidden(matrices, seen) if part == "down" else seen, gate.double().square())
+    tokens = tokens_of(layer, {expert: 1.0})
+    if held is not None:
+        tokens = tokens.but(held)
+    seen = layer.sample.hidden[tokens.place].to(matrices["up"])
+    return second_moment(layer.experts.hidden(matrices, seen) if part == "down" else seen, tokens.weight)
 
 
 def parts_of(layer: LayerView) -> Sequence[str]:
@@ -127,21 +128,21 @@ def _fitted_down(layer: LayerView, member: int, matrices: Matrices, reduced: Mat
     min over W of sum_t g_t^2 |y_t - b - W h_t|^2 + lambda |W - W_down|^2, with lambda chosen on tokens that were held
     out; where no fit helps these, W_down itself. What the base lacks of it is then approximated on these h.
     """
-    token, gate = layer.routed(member)
-    if not len(token):
+    tokens = tokens_of(layer, {member: 1.0})
+    if not tokens.own:
         return matrices["down"]
-    hidden = layer.experts.hidden(reduced, layer.sample.hidden[token].to(matrices["up"]))
-    wanted = layer.outputs(member, token) - reduced.get("down_bias", 0)
-    weight = gate.double().square().to(hidden.device)
+    hidden = layer.experts.hidden(reduced, layer.sample.hidden[tokens.place].to(matrices["up"]))
+    wanted = layer.outputs(member, tokens.place) - reduced.get("down_bias", 0)
+    weight = tokens.weight.to(hidden.device)
 
     def equations(which: torch.Tensor) -> NormalEquations:
         found = NormalEquations.zeros(wanted.shape[1], hidden.shape[1], hidden.device)
         found.add(hidden[which], wanted[which], weight[which])
         return found
 
-    masks = held_out_masks(token, SCARCE * hidden.shape[1])
-    every = equations(torch.ones_like(token, dtype=torch.bool))
-    return chosen_ridge(every, [equations(mask) for mask in masks], matrices["down"])
+    masks = held_out_masks(tokens.place[: tokens.own], SCARCE * hidden.shape[1])
+    every = equations(torch.ones_like(tokens.place, dtype=torch.bool))
+    return chosen_ridge(every, [equations(~tokens.rest(mask)) for mask in masks], matrices["down"])
 
 
 def apart(matrices: Matrices, base: Matrices, part: str) -> torch.Tensor:

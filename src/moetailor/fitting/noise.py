@@ -16,7 +16,8 @@ from moetailor.checkpoint.storage import Codebook, FewBits, Integers
 from moetailor.fitting.constants import constant_errors
 from moetailor.fitting.gptq import gptq
 from moetailor.fitting.held_out import held_out
-from moetailor.fitting.widths import Together, at_once, inputs_of, tokens_of
+from moetailor.fitting.tokens import ROUNDED, tokens_of
+from moetailor.fitting.widths import Together, at_once, inputs_of
 from moetailor.planning.view import LayerView
 
 # The fewest held-out tokens that judge an expert, and the share of its energy that a constant must lose to measure by:
@@ -132,19 +133,16 @@ class Judge:
 
     @classmethod
     def of(cls, layer: LayerView, expert: int) -> Judge:
-        """Return it for one expert: its held-out tokens, or all that it has where they are too few."""
-        token, gate = layer.routed(expert)
-        weight, sums = gate.double().square(), layer.sums
-        if len(token) < FEW and sums.count[expert]:
-            token, weight = tokens_of(layer, {expert: 1.0})
-        weight = weight[:, None].to(layer.experts.device)
-        y = layer.outputs(expert, token).double()
-        judged = held_out(token)
+        """Return it for one expert: its held-out tokens, or all where they are too few."""
+        tokens, sums = tokens_of(layer, {expert: 1.0}, ROUNDED), layer.sums
+        weight = tokens.weight[:, None].to(layer.experts.device)
+        y = layer.outputs(expert, tokens.place).double()
+        judged = held_out(tokens.place)
         if int(judged.sum()) < FEW:  # all judge, and all say what the constant is
             judged = torch.ones_like(judged)
         fitted = ~judged if not bool(judged.all()) else judged
         mean = (weight * y)[fitted].sum(0) / weight[fitted].sum().clamp_min(1e-300)
-        x, weight, y = layer.sample.hidden[token[judged]].float().to(weight.device), weight[judged], y[judged]
+        x, weight, y = layer.sample.hidden[tokens.place[judged]].float().to(weight.device), weight[judged], y[judged]
         part, whole = float((weight * (y - mean).square()).sum()), float(constant_errors(sums)[expert])
         energy, energies = float((weight * y.square()).sum()), float(sums.gate_sq_norm_sq[expert] / sums.tokens)
         if min(part * energies, whole * energy) <= ALIKE * energy * energies:

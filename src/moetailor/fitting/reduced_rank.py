@@ -54,12 +54,14 @@ class Regression:
         x_TD: inputs.
         y_TD: targets.
         weight_T: weights q, not negative.
+        own: so many of the first tokens say what the means are; all when None.
     """
 
-    def __init__(self, x_TD: torch.Tensor, y_TD: torch.Tensor, weight_T: torch.Tensor) -> None:
-        self.total = float(weight_T.sum())
+    def __init__(self, x_TD: torch.Tensor, y_TD: torch.Tensor, weight_T: torch.Tensor, own: int | None = None) -> None:
+        self.own, self.total = len(x_TD) if own is None else own, float(weight_T.sum())
         share = (weight_T.double() / max(self.total, 1e-300))[:, None]
-        self.mean_in, self.mean_out = (share * x_TD).sum(0), (share * y_TD).sum(0)
+        first = share[: self.own] / share[: self.own].sum().clamp_min(1e-300)
+        self.mean_in, self.mean_out = (first * x_TD[: self.own]).sum(0), (first * y_TD[: self.own]).sum(0)
         root = share.sqrt().to(x_TD.dtype)
         self.x_TD = (x_TD - self.mean_in.to(x_TD)) * root
         self.y_TD = (y_TD - self.mean_out.to(y_TD)) * root.to(y_TD)

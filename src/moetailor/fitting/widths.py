@@ -12,10 +12,10 @@ from typing import Literal
 
 import torch
 
-from moetailor.checkpoint.devices import working_nbytes
 from moetailor.checkpoint.storage import Codes, FewBits
 from moetailor.fitting.gptq import Seen, gptq
 from moetailor.fitting.held_out import held_out
+from moetailor.fitting.tokens import ROUNDED, tokens_of
 from moetailor.planning.view import LayerView
 
 Rounding = Literal["gptq", "nearest"]
@@ -63,7 +63,7 @@ def at_once(layer: LayerView) -> int:
     width, inner = layer.shape.width, layer.shape.intermediate
     tokens = len(layer.sample.key) * layer.top_k // layer.num_experts + width
     numbers = 4 * width**2 + 4 * inner**2 + 12 * width * inner + tokens * (width + 2 * inner)
-    return max(1, working_nbytes(layer.experts.device) // (4 * numbers))
+    return max(1, layer.experts.working_nbytes // (4 * numbers))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,38 +137,16 @@ class Together:
 def inputs_of(
     layer: LayerView, slots: Mapping[int, float], *, held_out_too: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return inputs of an expert, float32 [T, D], and what its error weighs there, [T]; see `tokens_of`."""
-    token, weight = tokens_of(layer, slots, held_out_too=held_out_too)
-    device = layer.experts.device
-    return layer.sample.hidden[token].float().to(device), weight.float().to(device)
-
-
-def tokens_of(
-    layer: LayerView, slots: Mapping[int, float], *, held_out_too: bool = True
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return tokens that say what an expert gets, as places in the sample, and what its error weighs there, [T].
-
-    The sampled tokens that chose it weigh as their squared gates. Where they are fewer than the expert is wide, tokens
-    from all of the sample make up for them, each with the mean squared gate of the layer: moments of so few tokens
-    would say nothing of most directions.
+    """Return inputs that say what an expert gets, float32 [T, D], and what its error weighs there, [T].
 
     Args:
         layer: the layer.
-        slots: those behind which the expert runs, with the factor on their gates.
+        slots: see `tokens_of`.
         held_out_too: whether with the tokens that are held out.
     """
-    routed = [(*layer.routed(slot), factor) for slot, factor in slots.items()]
-    token = torch.cat([token for token, _, _ in routed])
-    weight = torch.cat([(gate.double() * factor).square() for _, gate, factor in routed])
-    if not held_out_too:
-        token, weight = token[~held_out(token)], weight[~held_out(token)]
-    sample = layer.sample
-    missing = min(sample.hidden.shape[1] - len(token), len(sample.hidden))
-    if missing > 0:
-        spread = torch.arange(missing) * len(sample.hidden) // missing
-        token = torch.cat([token, spread])
-        weight = torch.cat([weight, sample.gate.double().square().mean().expand(missing)])
-    return token, weight
+    found, device = tokens_of(layer, slots, ROUNDED), layer.experts.device
+    taken = torch.ones_like(found.place, dtype=torch.bool) if held_out_too else ~held_out(found.place)
+    return layer.sample.hidden[found.place[taken]].float().to(device), found.weight[taken].float().to(device)
 
 
 def _moment(one: torch.Tensor, other: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -197,7 +197,7 @@ def _errors(layer: LayerView, expert: int, base: Matrices, slots: Sequence[Answe
         constant += float((weight[chooses] * (y[chooses] - mean).square()).sum())
         parts = {}
         for part in low_rank.parts_of(layer):
-            moment = low_rank.moment_of(layer, expert, matrices, part, ~chooses)
+            moment = low_rank.moment_of(layer, expert, matrices, part, chooses)
             parts[part] = approximate(low_rank.apart(matrices, base, part), moment)
         x = layer.sample.hidden[token[chooses]].to(matrices["up"])
         for at, rank in enumerate(low):

@@ -12,7 +12,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
 
 from moetailor.calibration.effects import Prices
 from moetailor.calibration.kept import Kept
@@ -63,7 +62,7 @@ class LayerView:
     read_sums: Callable[[], Sums]
     read_sample: Callable[[], Sample]
     read_correction: Callable[[], torch.Tensor | None]
-    open_experts: Callable[[], AbstractContextManager[nn.Module]]
+    open_experts: Callable[[], AbstractContextManager[Experts]]
     read_domains: Callable[[], torch.Tensor] | None = None
     kept: Kept | None = None
     advance: Callable[[int], None] | None = None
@@ -97,7 +96,7 @@ class LayerView:
     @cached_property
     def experts(self) -> Experts:
         """The experts, loaded when first asked for and kept until `close`."""
-        return Experts(self._opened.enter_context(self.open_experts()))
+        return self._opened.enter_context(self.open_experts())
 
     def close(self) -> None:
         """Let go of all that was read; it is read again when asked for."""

@@ -23,6 +23,7 @@ from moetailor.calibration.sampling import Sampled, SampleOptions, sampled_posit
 from moetailor.calibration.states import HiddenStates
 from moetailor.calibration.walk import Walk
 from moetailor.checkpoint.anatomy import Anatomy
+from moetailor.checkpoint.experts import Experts
 from moetailor.checkpoint.weights import ExpertWeights
 from moetailor.methods.run import view_of
 from moetailor.planning.plan import Plan
@@ -100,7 +101,7 @@ class _Fit:
     def view(self, calibration: Calibration) -> LayerView:
         """Return what the method's `build` sees: the statistics of this layer as they are in the compressed model."""
         measured = self.collector.finish()
-        experts = self.walk.model.get_submodule(self.moe.experts)
+        experts = Experts(self.walk.model.get_submodule(self.moe.experts))
         # The sample is sorted by key: the originals of its tokens follow it.
         order = torch.argsort(torch.cat([key for key, _ in self.sampled]), stable=True)
         return replace(
