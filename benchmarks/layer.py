@@ -2,7 +2,8 @@
 
 Each method plans and builds in a process of its own. Beside its seconds stands what its matrix products alone would
 take at the float32 rate of this machine, measured in the same process on products of the layer's own shapes, and the
-peak of its memory (VmHWM). Products are counted by torch as they run; factorisations are not counted.
+peak of its memory (VmHWM). Products are counted by torch as they run; factorisations are not counted. The share is that
+of processor seconds, of all threads, so that other work on the machine does not count; on a GPU that of wall time.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from make_checkpoint import make_checkpoint
 from measure import provenance, run_process
 
 # Experts, top-k, width and expert width; of DeepSeek-V3 a sixteenth of the experts. The smallest tries the script.
@@ -28,6 +29,7 @@ SHAPES |= {"tiny": (8, 2, 128, 64)}
 BEST_MERGE = {"fit": "ridge", "target": "gated", "features": "best"}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "auto": ("auto", {}),
+    "auto, nothing rounded": ("auto", {"bits": False}),
     "quantize, 4 bits": ("quantize", {}),
     "mergemoe, ridge, gated, centre": ("mergemoe", BEST_MERGE | {"features": "centre"}),
     "mergemoe, ridge, gated, best features": ("mergemoe", BEST_MERGE),
@@ -37,26 +39,31 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "linear, rank 32": ("linear", {"rank": 32}),
     "linear, rank 32, chosen": ("linear", {"rank": 32, "ranks": "chosen"}),
+    "lightmoe, least squares, fitted": (
+        "lightmoe",
+        {"base": "least_squares", "start": "fitted", "ranks": "chosen", "rank": 64},
+    ),
+    "refit": ("refit", {}),
 }
 
 
-def layer_view(tokens: int, shape: str, device: str) -> Any:
-    """Return a layer with random weights, a random sample, and the sums that go with it; half of its bytes may stay."""
-    from transformers.models.olmoe.configuration_olmoe import OlmoeConfig
-    from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
+def checkpoint_of(shape: str, folder: Path) -> Path:
+    """Write a checkpoint with one layer of a shape."""
+    experts, top_k, width, inner = SHAPES[shape]
+    sizes = {"experts": experts, "top_k": top_k, "hidden": width, "expert_width": inner, "vocab": 4096}
+    return make_checkpoint(folder / "checkpoint", layers=1, **sizes)
 
+
+def layer_view(folder: Path, tokens: int, shape: str, device: str) -> Any:
+    """Return the layer of a checkpoint, a random sample, and the sums that go with it; half of its bytes may stay."""
     from moetailor.calibration.effects import Prices
     from moetailor.calibration.statistics import Sample, Sums
     from moetailor.checkpoint.experts import ExpertShape
+    from moetailor.checkpoint.weights import ExpertWeights
     from moetailor.planning.view import LayerView
 
     generator, (experts, top_k, width, inner) = torch.Generator().manual_seed(0), SHAPES[shape]
-    sizes = {"hidden_size": width, "intermediate_size": inner, "num_experts": experts, "num_experts_per_tok": top_k}
-    module = OlmoeExperts(OlmoeConfig(**sizes))
-    for parameter in module.parameters():
-        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.02
-        parameter.requires_grad_(False)
-    module.to(device)
+    weights = ExpertWeights(folder, device=device)
     logits = torch.randn(tokens, experts, generator=generator)
     gate, index = logits.softmax(1).topk(top_k, 1)
     hidden = torch.randn(tokens, width, generator=generator)
@@ -66,32 +73,33 @@ def layer_view(tokens: int, shape: str, device: str) -> Any:
     sums.count += torch.bincount(index.flatten(), minlength=experts)
     for name, values in (("gate", gate), ("gate_sq", gate.square()), ("gate_sq_norm_sq", gate.square())):
         getattr(sums, name).index_add_(0, index.flatten(), values.flatten().double())
-    expert_bytes = 3 * width * inner * 4
+    expert_bytes = 3 * width * inner * 2
     return LayerView(
         index=0,
         num_experts=experts,
         top_k=top_k,
         groups=1,
-        nbytes=experts // 2 * (expert_bytes + (1 + 2 * 32) * width * 4),
+        nbytes=experts // 2 * (expert_bytes + (1 + 2 * 32) * width * 2),
         expert_bytes=expert_bytes,
         shape=ExpertShape(width=width, intermediate=inner),
         prices=Prices(coarse={0: 1e-3}, noise={0: 1e-3}, flips={0: 1e-3}, together=()),
         read_sums=lambda: sums,
         read_sample=lambda: sample,
         read_correction=lambda: None,
-        open_experts=lambda: nullcontext(module),
+        open_experts=lambda: weights.open(0),
+        dtype="BF16",
     )
 
 
 def matrix_rate(shape: str, device: str) -> float:
-    """Return float32 operations a second of the products of an expert on 4,096 tokens, the best of five."""
+    """Return float32 operations of the products of an expert on 4,096 tokens in a `busy` second, the best of five."""
     _, _, width, inner = SHAPES[shape]
     x, weight = torch.randn(4096, width, device=device), torch.randn(inner, width, device=device)
     best = float("inf")
     for _ in range(5):
-        began = now(device)
+        began = busy(device)
         torch.nn.functional.linear(x, weight)
-        best = min(best, now(device) - began)
+        best = min(best, busy(device) - began)
     return 2 * 4096 * width * inner / best
 
 
@@ -102,7 +110,12 @@ def now(device: str) -> float:
     return time.perf_counter()
 
 
-def measure(name: str, tokens: int, shape: str, device: str) -> dict[str, float]:
+def busy(device: str) -> float:
+    """Return the processor seconds of this process so far; on a GPU the time."""
+    return time.process_time() if device == "cpu" else now(device)
+
+
+def measure(name: str, folder: Path, tokens: int, shape: str, device: str) -> dict[str, float]:
     """Plan and build once; return seconds, counted operations and the machine's rate."""
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -111,7 +124,7 @@ def measure(name: str, tokens: int, shape: str, device: str) -> dict[str, float]
 
     warnings.simplefilter("ignore", moetailor.MoetailorWarning)
     method = moetailor.METHODS[CASES[name][0]].of(CASES[name][1])
-    layer = layer_view(tokens, shape, device)
+    layer = layer_view(folder, tokens, shape, device)
     counter, rate = FlopCounterMode(display=False), matrix_rate(shape, device)
 
     def run() -> tuple[float, float, float]:
@@ -125,14 +138,18 @@ def measure(name: str, tokens: int, shape: str, device: str) -> dict[str, float]
         return began, planned, now(device)
 
     with torch.no_grad():
+        start = busy(device)
         with counter:
             began, planned, built = run()
         if device != "cpu":  # counting takes as long as launching, and libraries start at their first use
+            start = busy(device)
             began, planned, built = run()
+        spent = busy(device) - start
     rate = max(rate, matrix_rate(shape, device))
     return {
         "plan": planned - began,
         "build": built - planned,
+        "busy": spent,
         "operations": float(counter.get_total_flops()),
         "rate": rate,
         "device_bytes": torch.cuda.max_memory_allocated() if device.startswith("cuda") else 0,
@@ -141,18 +158,18 @@ def measure(name: str, tokens: int, shape: str, device: str) -> dict[str, float]
 
 def lines(names: Sequence[str], tokens: int, shape: str, device: str) -> Iterator[str]:
     """Measure each case in a process of its own; yield the lines of a table."""
-    yield f"{'case':40} {'plan':>7} {'build':>7} {'products alone':>15} {'share':>6} {'peak':>8}"
+    yield f"{'case':40} {'plan':>7} {'build':>7} {'busy':>8} {'products alone':>15} {'share':>6} {'peak':>8}"
     with tempfile.TemporaryDirectory() as scratch:
+        folder, out = checkpoint_of(shape, Path(scratch)), Path(scratch) / "out.json"
         for name in names:
-            out = Path(scratch) / "out.json"
-            where = f"--tokens {tokens} --shape {shape} --device {device}"
+            where = f"--checkpoint {folder} --tokens {tokens} --shape {shape} --device {device}"
             ran = run_process(["bash", "-c", f"exec {sys.executable} {__file__} --case '{name}' {where} > {out}"])
             found = json.loads(out.read_text())
-            alone, took = found["operations"] / found["rate"], found["plan"] + found["build"]
+            alone, took = found["operations"] / found["rate"], found["busy"]
             on_device = f" + {found['device_bytes'] / 1e9:.2f} GB" * bool(found["device_bytes"])
             yield (
-                f"{name:40} {found['plan']:6.1f}s {found['build']:6.1f}s {alone:14.1f}s {alone / took:6.2f} "
-                f"{ran.peak_bytes / 1e9:5.2f} GB{on_device}"
+                f"{name:40} {found['plan']:6.1f}s {found['build']:6.1f}s {took:7.1f}s {alone:14.1f}s "
+                f"{alone / took:6.2f} {ran.peak_bytes / 1e9:5.2f} GB{on_device}"
             )
 
 
@@ -164,9 +181,10 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="where it is computed (default %(default)s)")
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), help="the cases to measure")
     parser.add_argument("--case", choices=CASES, help="measure one case in this process, and print JSON")
+    parser.add_argument("--checkpoint", type=Path, help="of the case")
     options = parser.parse_args()
     if options.case:
-        print(json.dumps(measure(options.case, options.tokens, options.shape, options.device)))
+        print(json.dumps(measure(options.case, options.checkpoint, options.tokens, options.shape, options.device)))
         return
     print(" ".join(f"{key} {value}" for key, value in provenance().items()))
     for line in lines(options.only, options.tokens, options.shape, options.device):

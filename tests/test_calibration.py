@@ -19,9 +19,13 @@ import torch
 import moetailor
 from moetailor.calibration.collector import Collector
 from moetailor.calibration.statistics import Sample, Sums, _splitmix64, sample_keys
+from moetailor.checkpoint.experts import ExpertShape
+from moetailor.checkpoint.facts import ModelFacts
+from moetailor.checkpoint.layout import Stack
 from moetailor.checkpoint.lock import growing
 from support.families import tiny_model
 from support.kills import in_child, killed
+from support.plans import FACTS
 from support.tiny import token_batches
 
 Get = Callable[[str], Path]
@@ -299,3 +303,29 @@ def test_merging_keeps_the_first_of_equal_keys() -> None:
     merged = sample([1, 5], 1.0).merged(sample([1, 2], 2.0), 3)
     assert merged.key.tolist() == [1, 1, 2]
     assert merged.hidden.flatten().tolist() == [1, 2, 2]
+
+
+def facts_of(experts: int, width: int, top_k: int, layers: int) -> ModelFacts:
+    shape = ExpertShape(width=width, intermediate=8)
+    stacks = [
+        Stack(prefix=f"model.layers.{index}", index=index, num_experts=experts, shape=shape, dtype="BF16")
+        for index in range(layers)
+    ]
+    return dataclasses.replace(FACTS, width=width, top_k=top_k, stacks=tuple(stacks))
+
+
+def test_the_sample_grows_with_the_model() -> None:
+    """Two tokens for each expert and dimension of the widest layer, no fewer than usual, as far as there is room."""
+    facts = facts_of(experts=64, width=2048, top_k=8, layers=16)
+    token = 16 * (8 + 2048 * 2 + 8 * 8 + 64 * 4)
+
+    def of(**given: int) -> int | None:
+        return moetailor.SampleOptions(**given).of_model(facts, torch.bfloat16).tokens
+
+    assert of() == 2 * 2048 * 64 // 8
+    assert of(nbytes=100 * token + 5) == 100
+    assert of(tokens=7, nbytes=1) == 7
+    narrow = facts_of(experts=8, width=32, top_k=2, layers=3)
+    assert moetailor.SampleOptions().of_model(narrow, torch.float32).tokens == 16384
+    with pytest.raises(moetailor.CalibrationError, match=f"--sample-size 1,000: one token .* {token:,}"):
+        of(nbytes=1000)

@@ -85,26 +85,28 @@ find_redundancy make_plan precheck read_batches recover
 FLAGS = {
     "inspect": "--calibration --json --trust-remote-code",
     "calibrate": "--batch-size --data --device --device-map --dtype --length --mask-special --out "
-    "--residual --sample-tokens --seed --sensitivity "
+    "--residual --sample-size --sample-tokens --seed --sensitivity "
     "--sequences --states --stream --trust-remote-code",
     "methods": "",
-    "plan": "--allocation --bits --device --guard-super-experts --keep --layers --load-dtype --memory --method --model "
-    "--native --out --param --protect --remove --size --trust-remote-code --uniform-layers",
+    "plan": "--allocation --batch-memory --bits --device --guard-super-experts --keep --layers --load-dtype --memory "
+    "--method --model --native --out --param --protect --remove --size --trust-remote-code --uniform-layers",
     "allocate": "--device --dtype --generations --keep --layers --load-dtype --memory --method --model --out "
     "--param --population --protect --remove --samples --seed --size --survivors --trust-remote-code",
     "show": "--scores",
     "diff": "",
-    "apply": "--allow-other-weights --calibration --device --format --gguf-recipe --out --overwrite --propagate "
-    "--trust-remote-code "
+    "apply": "--allow-other-weights --batch-memory --calibration --device --format --gguf-recipe --out "
+    "--overwrite --propagate --trust-remote-code "
     "--verify",
-    "compress": "--allocation --batch-size --bits --calibration --data --device --device-map --dry-run --dtype "
-    "--format --guard-super-experts --keep --layers --length --load-dtype --mask-special --memory --method --native "
-    "--out --overwrite --param --propagate --protect --remove --sample-tokens --seed "
+    "compress": "--allocation --batch-memory --batch-size --bits --calibration --data --device "
+    "--device-map --dry-run --dtype --format --guard-super-experts --keep --layers --length --load-dtype "
+    "--mask-special --memory --method --native "
+    "--out --overwrite --param --propagate --protect --remove --sample-size --sample-tokens --seed "
     "--sequences --size --states --stream --trust-remote-code --uniform-layers",
     "evaluate": "--against --batch-size --data --device --device-map --dtype --json --length --limit --scratch "
     "--sequences --stream --task-data --task-dir --tasks --trust-remote-code",
-    "compare": "--batch-size --calibration --data --device --dtype --held-out --held-out-sequences --length "
-    "--mask-special --methods --out --remove --sample-tokens --seed --sequences --sizes --trust-remote-code",
+    "compare": "--batch-memory --batch-size --calibration --data --device --dtype --held-out "
+    "--held-out-sequences --length --mask-special --methods --out --remove --sample-size --sample-tokens --seed "
+    "--sequences --sizes --trust-remote-code",
     "recover": "--accumulate --anneal --anneal-gamma --batch-size --data --device --dtype --epochs "
     "--fsdp --gradient-checkpointing --held-out --json "
     "--layer-weight --length --lora-alpha --lora-rank --loss --loss-on --lr --out --overwrite --save-every --seed "

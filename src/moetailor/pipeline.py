@@ -108,6 +108,7 @@ def compress(
     format: str = "auto",
     overwrite: bool = False,
     device: str | None = None,
+    batch_memory: int | None = None,
     dtype: str | None = None,
     device_map: str | None = None,
     trust_remote_code: bool = False,
@@ -135,6 +136,7 @@ def compress(
         format: format of the result.
         overwrite: replace an earlier result, at the end.
         device: where the model runs.
+        batch_memory: bytes that experts computed together may take; what the device is good for when None.
         dtype: dtype of the run.
         device_map: as transformers takes it.
         trust_remote_code: run code that comes with the checkpoint.
@@ -169,10 +171,11 @@ def compress(
             method,
             budget,
             guard_super_experts=guard_super_experts,
-            weights=ExpertWeights(original),
+            weights=ExpertWeights(original, device=device, batch_memory=batch_memory),
             progress=part(progress, "plan"),
             **given,
         )
         fitted: dict[str, Any] = {"calibration": measured, "propagate": propagate, "device": device}
+        fitted |= {"batch_memory": batch_memory}
         apply(plan, original, out, progress=progress, **fitted, **written)
     return measured, plan

@@ -84,6 +84,10 @@ def main() -> None:
         output.complain(f"{error.filename}: {error.strerror}" if error.filename else str(error))
         sys.exit(1)
     except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not loaded for every verb
+            told = str(error).partition(". ")[0]
+            output.complain(f"{told}; give less with --batch-size, --batch-memory or --stream, or another --device")
+            sys.exit(1)
         # Only an error that moetailor raised on purpose is a user's; its module is loaded by then.
         errors = sys.modules.get("moetailor.errors")
         if errors is None or not isinstance(error, errors.MoetailorError):

@@ -11,6 +11,7 @@ from moetailor_cli import output
 from moetailor_cli.options import (
     Allocation,
     Batch,
+    BatchMemory,
     Bits,
     Data,
     Device,
@@ -32,6 +33,7 @@ from moetailor_cli.options import (
     Propagate,
     Protect,
     Remove,
+    SampleSize,
     SampleTokens,
     Seed,
     Sequences,
@@ -46,9 +48,11 @@ from moetailor_cli.reading import (
     read_budget,
     read_format,
     read_menu,
+    read_nbytes,
     read_numbers,
     read_pairs,
     read_parameters,
+    read_sample,
 )
 
 VERIFIED = "opened again and run once: names, shapes and bytes are as planned, all values finite"
@@ -76,6 +80,7 @@ def apply(
     ] = None,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Open the result again and run it once.")] = True,
     device: Device = None,
+    batch_memory: BatchMemory = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Write the checkpoint that a plan describes.
@@ -102,6 +107,7 @@ def apply(
             gguf_recipe=gguf_recipe,
             verify=verify,
             device=device,
+            batch_memory=read_nbytes(batch_memory),
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
@@ -134,7 +140,8 @@ def compress(
     uniform_layers: Uniform = False,
     sequences: Sequences = 128,
     length: Length = 2048,
-    sample_tokens: SampleTokens = 16384,
+    sample_tokens: SampleTokens = None,
+    sample_size: SampleSize = "8GB",
     seed: Seed = None,
     batch_size: Batch = 4,
     mask_special: MaskSpecial = False,
@@ -148,6 +155,7 @@ def compress(
     overwrite: Overwrite = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything that needs no data, and stop.")] = False,
     device: Device = None,
+    batch_memory: BatchMemory = None,
     dtype: Dtype = None,
     device_map: DeviceMap = None,
     trust_remote_code: Trust = False,
@@ -167,49 +175,26 @@ def compress(
     width = read_bits(bits)
     blocks = {"sequences": sequences, "length": length, "seed": seed, "batch_size": batch_size}
     text = moetailor.TextOptions(data=tuple(data), mask_special=mask_special, **blocks)
-    checked = moetailor.precheck(
-        model,
-        out,
-        method=method,
-        budget=budget,
-        parameters=parameters,
-        layers=selected,
-        protect=kept,
-        allocation=allocated,
-        width=width,
-        calibration=calibration,
-        text=text,
-        format=format,
-        overwrite=overwrite,
-        trust_remote_code=trust_remote_code,
-    )
-    output.say(checked)
+    given = {"method": method, "budget": budget, "parameters": parameters, "layers": selected, "protect": kept}
+    given |= {"allocation": allocated, "width": width, "calibration": calibration, "text": text, "format": format}
+    given |= {"overwrite": overwrite, "trust_remote_code": trust_remote_code}
+    output.say(moetailor.precheck(model, out, **given))
     if dry_run:
         return
     with output.stages() as progress:
         measured, plan = moetailor.compress(
             model,
             out,
-            text=text,
-            method=method,
-            budget=budget,
-            parameters=parameters,
-            layers=selected,
-            protect=kept,
+            **given,
             guard_super_experts=guard_super_experts,
-            allocation=allocated,
-            width=width,
-            calibration=calibration,
-            sample=moetailor.SampleOptions(tokens=sample_tokens, seed=seed or 0),
+            sample=read_sample(sample_tokens, sample_size, seed),
             stream=stream,
             states=states,
             propagate=propagate,
-            format=format,
-            overwrite=overwrite,
             device=device,
+            batch_memory=read_nbytes(batch_memory),
             dtype=dtype,
             device_map=device_map,
-            trust_remote_code=trust_remote_code,
             progress=progress,
         )
     output.calibration(measured, sequences * length)

@@ -8,7 +8,21 @@ from typing import Annotated
 import typer
 
 from moetailor_cli import output, ranking
-from moetailor_cli.options import Batch, Device, Dtype, Length, MaskSpecial, Model, SampleTokens, Seed, Sequences, Trust
+from moetailor_cli.options import (
+    Batch,
+    BatchMemory,
+    Device,
+    Dtype,
+    Length,
+    MaskSpecial,
+    Model,
+    SampleSize,
+    SampleTokens,
+    Seed,
+    Sequences,
+    Trust,
+)
+from moetailor_cli.reading import read_nbytes, read_sample
 
 
 def compare(
@@ -41,10 +55,12 @@ def compare(
     held_out_sequences: Annotated[int, typer.Option(min=1, help="Blocks of held-out text.")] = 64,
     length: Length = 2048,
     batch_size: Batch = 1,
-    sample_tokens: SampleTokens = 16384,
+    sample_tokens: SampleTokens = None,
+    sample_size: SampleSize = "8GB",
     seed: Seed = None,
     mask_special: MaskSpecial = False,
     device: Device = None,
+    batch_memory: BatchMemory = None,
     dtype: Dtype = None,
     trust_remote_code: Trust = False,
 ) -> None:
@@ -75,8 +91,9 @@ def compare(
             methods=_words(methods or ["all"]),
             remove=None if remove is None else _words([remove]),
             sizes=None if sizes is None else _words([sizes]),
-            sample=moetailor.SampleOptions(tokens=sample_tokens, seed=seed or 0),
+            sample=read_sample(sample_tokens, sample_size, seed),
             device=device,
+            batch_memory=read_nbytes(batch_memory),
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             progress=progress,

@@ -19,6 +19,7 @@ from moetailor_cli.options import (
     Length,
     MaskSpecial,
     Model,
+    SampleSize,
     SampleTokens,
     Scratch,
     Seed,
@@ -27,6 +28,7 @@ from moetailor_cli.options import (
     Stream,
     Trust,
 )
+from moetailor_cli.reading import read_sample
 
 
 def inspect(
@@ -60,7 +62,8 @@ def calibrate(
     data: Data,
     sequences: Sequences = 128,
     length: Length = 2048,
-    sample_tokens: SampleTokens = 16384,
+    sample_tokens: SampleTokens = None,
+    sample_size: SampleSize = "8GB",
     seed: Seed = None,
     batch_size: Batch = 4,
     mask_special: MaskSpecial = False,
@@ -96,7 +99,7 @@ def calibrate(
                 mask_special=mask_special,
                 batch_size=batch_size,
             ),
-            sample=moetailor.SampleOptions(tokens=sample_tokens, seed=seed or 0),
+            sample=read_sample(sample_tokens, sample_size, seed),
             residual=residual,
             sensitivity=sensitivity,
             stream=stream,

@@ -23,7 +23,15 @@ Seed = Annotated[
     int | None, typer.Option(help="Shuffle the documents, and draw another sample of tokens; file order when absent.")
 ]
 Batch = Annotated[int, typer.Option("--batch-size", min=1, help="Blocks run at once.")]
-SampleTokens = Annotated[int, typer.Option(min=1, help="Tokens of which each layer's inputs are kept.")]
+SampleTokens = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Tokens of which each layer's inputs are kept. [dim]default: two for each expert and dimension, at least "
+        "16,384, as far as --sample-size goes[/dim]",
+    ),
+]
+SampleSize = Annotated[str, typer.Option(help="What these may take on disk, in all layers.")]
 MaskSpecial = Annotated[bool, typer.Option("--mask-special", help="Leave special tokens out of every statistic.")]
 Stream = Annotated[
     bool,
@@ -46,6 +54,13 @@ Dtype = Annotated[
 ]
 DeviceMap = Annotated[
     str | None, typer.Option(help="Spread the model over devices, as transformers does: auto, balanced, ...")
+]
+BatchMemory = Annotated[
+    str | None,
+    typer.Option(
+        help="Memory that experts computed together may take, such as 1GB; where a layer's experts take more, they are "
+        "read from disk one after the other. [dim]default: 1 GiB, a quarter of what is free on a GPU[/dim]"
+    ),
 ]
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint, or with tasks.")

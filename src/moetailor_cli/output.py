@@ -141,6 +141,14 @@ def calibration(made: Calibration, wanted: int) -> None:
     say(f"{made.folder}: {text['counted']:,} tokens through {len(made.layers)} MoE layers")
     if text["tokens"] < wanted:
         warn(f"the text ended after {text['tokens']:,} of {wanted:,} tokens; plans rest on fewer tokens than asked for")
+    for stack in made.model.stacks[:1]:
+        sampled = min(made.fingerprint["sample"]["tokens"], text["counted"])
+        each = sampled * made.model.top_k / (stack.num_experts * made.model.width)
+        if each < 1:
+            warn(
+                f"{sampled:,} sampled tokens are {each:.2g} for each of an expert's {made.model.width:,} dimensions; "
+                "below 1 what is fitted to them is coarse: keep more, with --sample-size and perhaps more text"
+            )
     unreached = {layer: int((made.sums(layer).count == 0).sum()) for layer in made.layers}
     unreached = {layer: number for layer, number in unreached.items() if number}
     if unreached:

@@ -11,6 +11,7 @@ from moetailor_cli import output
 from moetailor_cli import show as show_module
 from moetailor_cli.options import (
     Allocation,
+    BatchMemory,
     Bits,
     Device,
     Dtype,
@@ -32,6 +33,7 @@ from moetailor_cli.reading import (
     read_bits,
     read_budget,
     read_menu,
+    read_nbytes,
     read_numbers,
     read_pairs,
     read_parameters,
@@ -58,6 +60,7 @@ def plan(
     uniform_layers: Uniform = False,
     model: Annotated[str | None, typer.Option(help="Where the weights are, if the checkpoint was moved.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; CUDA when there is one.")] = None,
+    batch_memory: BatchMemory = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Decide what stands behind every slot. Exactly one of --remove, --keep, --size and --memory.
@@ -77,7 +80,7 @@ def plan(
     budget = read_budget(method, remove, keep, size, memory, load_dtype)
     parameters = read_parameters(param, method.lower() if uniform_layers else None)
     selected, kept, allocated = read_numbers(layers), read_pairs(protect), read_allocation(allocation)
-    width = read_bits(bits)
+    width, working = read_bits(bits), read_nbytes(batch_memory)
     measured = moetailor.Calibration.open(calibration)
     source = model or measured.model.source
     about = {"calibration": calibration_hash(measured.fingerprint), "version": moetailor.__version__}
@@ -94,7 +97,9 @@ def plan(
             guard_super_experts=guard_super_experts,
             allocation=allocated,
             width=width,
-            weights=moetailor.ExpertWeights(source, trust_remote_code=trust_remote_code, device=device)
+            weights=moetailor.ExpertWeights(
+                source, trust_remote_code=trust_remote_code, device=device, batch_memory=working
+            )
             if source
             else None,
             progress=progress if first else None,

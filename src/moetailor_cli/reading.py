@@ -41,6 +41,21 @@ def read_bits(bits: str | None) -> Any:
     return None if bits is None else Width.parse(bits)
 
 
+def read_nbytes(text: str | None) -> int | None:
+    """Read bytes that work may take."""
+    from moetailor.planning.budget import parse_bytes
+
+    return None if text is None else parse_bytes(text, "--batch-memory")
+
+
+def read_sample(tokens: int | None, size: str, seed: int | None) -> Any:
+    """Read which tokens are kept whole."""
+    import moetailor
+    from moetailor.planning.budget import parse_bytes
+
+    return moetailor.SampleOptions(tokens=tokens, nbytes=parse_bytes(size, "--sample-size"), seed=seed or 0)
+
+
 def read_plan(file: Path) -> Any:
     """Read a plan that works for the model that it is for."""
     import moetailor

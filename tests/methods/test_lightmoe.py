@@ -15,6 +15,7 @@ from moetailor.checkpoint.facts import ModelFacts
 from moetailor.checkpoint.family import Groups
 from moetailor.checkpoint.layout import Stack
 from moetailor.fitting.low_rank import bases_of
+from moetailor.fitting.whitened import approximate, second_moment
 from moetailor.methods.lightmoe import LightMoE, _factors
 from moetailor.planning.checks import check_plan
 from moetailor.planning.layer_plan import LayerPlan
@@ -255,14 +256,22 @@ def test_a_down_projection_fitted_on_few_tokens_is_no_worse_on_others() -> None:
 
 
 def test_the_down_projection_of_an_expert_without_tokens_is_its_own() -> None:
-    built = {}
-    for start in ("svd", "fitted"):
-        layer = layer_of_six()
-        layer.sample.index.masked_fill_(layer.sample.index == 2, 3)
-        (plan,) = plans([layer], 3, select="count", rank=2)
-        assert min(ranks(plan)) == 2
-        built[start] = LightMoE(base="mean", start=start).build(layer, plan)
-    torch.testing.assert_close(built["svd"]["low_rank_down_out"][:2], built["fitted"]["low_rank_down_out"][:2])
+    """What others send it says which of it matters: no fit to them takes its place."""
+    layer = layer_of_six()
+    layer.sample.index.masked_fill_(layer.sample.index == 2, 3)
+    (plan,) = plans([layer], 3, select="count", rank=2)
+    assert min(ranks(plan)) == 2
+    built = LightMoE(base="mean", start="fitted").build(layer, plan)
+    own, reduced = layer.experts.expert(2), {}
+    for part in ("gate", "up", "down"):
+        factors = built[f"low_rank_{part}_out"][:2].T @ built[f"low_rank_{part}_in"][:2]
+        reduced[part] = built[f"low_rank_base_{part}"][0] + factors
+    count = 4 * WIDTH  # twice as many as it lacks, which is two for each dimension
+    others = layer.sample.hidden[torch.arange(count) * 300 // count]
+    moment = second_moment(layer.experts.hidden(reduced, others), torch.ones(count))
+    base = built["low_rank_base_down"][0]
+    nearest = approximate(own["down"] - base, moment).matrix(2)
+    torch.testing.assert_close(reduced["down"] - base, nearest, rtol=1e-3, atol=1e-3)
 
 
 def test_the_mean_base_is_the_mean() -> None:

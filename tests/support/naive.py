@@ -172,10 +172,11 @@ def masked_outputs(checkpoint: Path, dropped: list[int]) -> tuple[torch.Tensor, 
 
 def assert_read_alike(source: Path) -> None:
     """Check that experts which stay on disk, and are read when asked for, are those of the layer that was loaded."""
-    whole, apart = ExpertWeights(source), ExpertWeights(source, working_nbytes=1)
+    whole, apart = ExpertWeights(source), ExpertWeights(source, batch_memory=1)
     for index, layer in apart.anatomy.layers.items():
         with whole.open(index) as loaded, apart.open(index) as stored:
-            assert isinstance(stored, StoredExperts) and not isinstance(loaded, StoredExperts)
+            assert isinstance(stored, StoredExperts)
+            assert not isinstance(loaded, StoredExperts)
             assert (stored.shape, stored.dtype, stored.device) == (loaded.shape, loaded.dtype, loaded.device)
             last = layer.num_experts - 1
             for some in ([last, 0, last], [1], slice(0, 2), slice(None)):

@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
 from torch import nn
 
 from moetailor.calibration.batch import Batch
@@ -93,6 +94,7 @@ def calibrate(
         if not batches:
             raise CalibrationError("no batch of text given; give at least one")
     on_disk = states == "disk" or (states == "auto" and stream)
+    sample = sample.of_model(measured.facts, getattr(torch, measured.settings["dtype"].removeprefix("torch.")))
     calibration = run_calibration(
         measured, batches, Path(out), sample=sample, residual=residual, states_on_disk=on_disk, progress=progress
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,8 @@ def run_fingerprint(
 
     versions = {"moetailor": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
     text = text_fingerprint(batches) | {"shapes": [list(batch.input_ids.shape) for batch in batches]}
-    fingerprint = {"model": model, "text": text, "sample": asdict(sample), "versions": versions} | settings
+    sampled = {"tokens": sample.tokens, "seed": sample.seed}
+    fingerprint = {"model": model, "text": text, "sample": sampled, "versions": versions} | settings
     return json.loads(json.dumps(fingerprint | ({"residual": True} if residual else {})))
 
 

@@ -23,7 +23,7 @@ from moetailor.checkpoint.tensors import digest, read_tensors
 from moetailor.errors import CalibrationError, MoetailorError, MoetailorWarning
 
 # To be raised when methods measure otherwise: what lies in folders is then measured again.
-FOLDER, VERSION = "measured", 1
+FOLDER, VERSION = "measured", 2
 
 
 @dataclass(frozen=True, kw_only=True)

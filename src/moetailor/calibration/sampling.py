@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from moetailor.calibration.batch import Batch
 from moetailor.calibration.statistics import sample_keys
+from moetailor.checkpoint.facts import ModelFacts
 from moetailor.errors import CalibrationError
+
+# The fewest that are sampled where there is room, and what experts need for each dimension.
+USUAL, PER_DIMENSION = 16384, 2
 
 # For each batch, the keys of its sampled tokens and their places in the flattened batch.
 Sampled = list[tuple[torch.Tensor, torch.Tensor]]
@@ -17,16 +21,46 @@ Sampled = list[tuple[torch.Tensor, torch.Tensor]]
 
 @dataclass(frozen=True, kw_only=True)
 class SampleOptions:
-    """Which tokens are kept whole: the `tokens` smallest hashes of (document, position) under `seed`."""
+    """Which tokens are kept whole: the `tokens` smallest hashes of (document, position) under `seed`.
 
-    tokens: int = 16384
+    Attributes:
+        tokens: how many; as many as the model's experts need when None, see `of_model`.
+        seed: another one samples others.
+        nbytes: what the samples of all layers may take then.
+    """
+
+    tokens: int | None = None
     seed: int = 0
+    nbytes: int = 8 * 10**9
 
     def __post_init__(self) -> None:
-        if self.tokens < 1 or not -(2**63) <= self.seed < 2**63:
+        if (self.tokens is not None and self.tokens < 1) or not -(2**63) <= self.seed < 2**63:
             raise CalibrationError(
                 f"{self.tokens} sampled tokens, seed {self.seed}: sample 1 or more, with 64 bits of seed"
             )
+
+    def of_model(self, facts: ModelFacts, dtype: torch.dtype) -> SampleOptions:
+        """Return the same with a number of tokens.
+
+        It gives experts of every layer two tokens for each dimension where routing is even, and is at least 16,384, as
+        far as there is room.
+
+        Args:
+            facts: what is known of the model.
+            dtype: of the hidden states.
+
+        Raises:
+            CalibrationError: there is no room for a token.
+        """
+        if self.tokens is not None:
+            return self
+        layers = [(stack.num_experts, stack.shape.width) for stack in facts.stacks if stack.shape is not None]
+        wanted = max([USUAL, *(-(-PER_DIMENSION * width * experts // facts.top_k) for experts, width in layers)])
+        # Of each layer: a key, the hidden state, experts and gates of the token, and its router logits.
+        token = sum(8 + width * dtype.itemsize + 8 * facts.top_k + 4 * experts for experts, width in layers)
+        if token > self.nbytes:
+            raise CalibrationError(f"--sample-size {self.nbytes:,}: one token of all layers takes {token:,} bytes")
+        return replace(self, tokens=min(wanted, self.nbytes // token))
 
 
 def sampled_positions(batches: Sequence[Batch], sample: SampleOptions) -> Sampled:

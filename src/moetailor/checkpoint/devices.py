@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
 import torch
 
 from moetailor.errors import MoetailorError, reason_of
+
+Item = TypeVar("Item")
+Found = TypeVar("Found")
 
 
 def resolve_device(name: str | None) -> str:
@@ -26,8 +32,34 @@ def resolve_device(name: str | None) -> str:
 
 
 def working_nbytes(device: torch.device) -> int:
-    """Return the bytes that work done together may take on a device: 2 GiB, and a quarter of a GPU's free memory."""
-    return torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else 2**31
+    """Return the bytes that work done together may take on a device: 1 GiB, and a quarter of a GPU's free memory."""
+    return torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else 2**30
+
+
+def in_batches(items: Sequence[Item], at_once: int, work: Callable[[Sequence[Item]], Found]) -> Iterator[Found]:
+    """Yield what the work gives for some items at a time; where memory does not suffice, for half as many, once.
+
+    Args:
+        items: the items.
+        at_once: how many of them, at most.
+        work: called with some items.
+
+    Raises:
+        MoetailorError: memory does not suffice for fewer either.
+    """
+    start, halved = 0, False
+    while start < len(items):
+        some = items[start : start + at_once]
+        try:
+            found = work(some)
+        except torch.OutOfMemoryError as error:
+            if halved or len(some) == 1:
+                told = f"{len(some)} at once are too many for the device's memory ({reason_of(error)})"
+                raise MoetailorError(f"{told}; give less with --batch-memory, or another --device") from None
+            at_once, halved = len(some) // 2, True
+            continue
+        yield found
+        start += len(some)
 
 
 def passing_nbytes(device: torch.device) -> int:

@@ -29,7 +29,7 @@ class ExpertWeights:
         anatomy: the MoE layers, of a model that is changed while its weights are read; else they are discovered.
         trust_remote_code: run code that comes with the checkpoint.
         device: where weights of a checkpoint are put; CUDA when there is one.
-        working_nbytes: bytes that work on several experts together may take; what the device is good for when None.
+        batch_memory: bytes that experts computed together may take; what the device is good for when None.
     """
 
     def __init__(
@@ -39,9 +39,9 @@ class ExpertWeights:
         anatomy: Anatomy | None = None,
         trust_remote_code: bool = False,
         device: str | None = None,
-        working_nbytes: int | None = None,
+        batch_memory: int | None = None,
     ) -> None:
-        self._source, self._working = source, working_nbytes
+        self._source, self._batch_memory = source, batch_memory
         self._trust, self._device = trust_remote_code, device
         if anatomy is not None:
             self.anatomy = anatomy
@@ -91,17 +91,17 @@ class ExpertWeights:
         """
         moe = self.anatomy.layers[layer]
         if isinstance(self._source, nn.Module):
-            yield Experts(self._source.get_submodule(moe.experts), self._working)
+            yield Experts(self._source.get_submodule(moe.experts), self._batch_memory)
             return
         module = self._streamed.model.get_submodule(moe.experts)
         stack = next(stack for stack in self.stacks.values() if stack.index == layer)
-        apart = StoredExperts(self._streamed, moe.experts, stack, self._working)
+        apart = StoredExperts(self._streamed, moe.experts, stack, self._batch_memory)
         nbytes = sum(4 * parameter.numel() for parameter in module.parameters())
         if nbytes > apart.working_nbytes:
             yield apart
             return
         with self._streamed.loaded(moe.experts):
-            yield Experts(module, self._working)
+            yield Experts(module, self._batch_memory)
 
     def correction(self, layer: int) -> torch.Tensor | None:
         """Return the correction bias of a decoder layer's router, float32 [E] on the CPU; None where it has none."""

@@ -47,6 +47,7 @@ class Bench:
         folder: where the original's speed lies.
         work: where its predictions lie, in ``reference`` when they are complete.
         device: where models run.
+        batch_memory: bytes that experts computed together may take; what the device is good for when None.
         dtype: dtype of the run.
         progress: called with (batches done, batches in all) while the original's predictions are recorded.
     """
@@ -60,10 +61,12 @@ class Bench:
         work: Path,
         *,
         device: str,
+        batch_memory: int | None = None,
         dtype: torch.dtype,
         progress: Progress | None = None,
     ) -> None:
-        self.source, self.weights, self.calibration = original, ExpertWeights(original), calibration
+        self.source, self.calibration = original, calibration
+        self.weights = ExpertWeights(original, device=device, batch_memory=batch_memory)
         self.batches, self.folder = batches, folder
         self._place, self._partial = work / "reference", work / "unfinished"
         self._load: Callable[[], Any] = lambda: original.load(dtype=dtype, device=device)

@@ -52,6 +52,7 @@ def compare(
     sizes: str | float | Iterable[str | float] | None = None,
     sample: SampleOptions = SampleOptions(),  # noqa: B008 (frozen)
     device: str | None = None,
+    batch_memory: int | None = None,
     dtype: str | None = None,
     trust_remote_code: bool = False,
     progress: Stages | None = None,
@@ -76,6 +77,7 @@ def compare(
             bytes; ``all`` then means the bits of `PLAIN` and `COMPOSED`, too.
         sample: which calibration tokens are kept whole.
         device: where models run; CUDA when there is one.
+        batch_memory: bytes that experts computed together may take; what the device is good for when None.
         dtype: ``float32``, ``bfloat16`` or ``float16``; the checkpoint's on CUDA, else float32.
         trust_remote_code: run code that comes with the checkpoint.
         progress: called with (what is running, done, in all).
@@ -121,6 +123,7 @@ def compare(
             out,
             work,
             device=device,
+            batch_memory=batch_memory,
             dtype=torch_dtype,
             progress=part(progress, "original"),
         )

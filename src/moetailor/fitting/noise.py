@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from moetailor.answers import Width
+from moetailor.checkpoint.devices import in_batches
 from moetailor.checkpoint.storage import Codebook, FewBits, Integers
 from moetailor.fitting.constants import constant_errors
 from moetailor.fitting.gptq import gptq
@@ -46,9 +47,9 @@ def held_out_errors(
     halves: dict[FewBits, list[FewBits]] = {part.gate_by: [] for part in parts}
     for part in parts:
         halves.setdefault(part.down_after, []).append(part.down_by)
-    found, batch = torch.zeros(len(experts), len(widths), dtype=torch.float64), at_once(layer)
-    for start in range(0, len(experts), batch):
-        numbers = experts[start : start + batch]
+
+    def work(numbers: Sequence[int]) -> torch.Tensor:
+        found = torch.zeros(len(numbers), len(widths), dtype=torch.float64)
         matrices = {name: stack.float() for name, stack in layer.experts.matrices(numbers).items()}
         inputs = [inputs_of(layer, {expert: 1.0}, held_out_too=False) for expert in numbers]
         together, judges = Together.of(layer, matrices, inputs), [Judge.of(layer, expert) for expert in numbers]
@@ -66,8 +67,10 @@ def held_out_errors(
         for at, part in enumerate(parts):
             gates = part.gate.noise / part.gate_by.noise * alone[part.gate_by]
             downs = part.down.noise / part.down_by.noise * more[part.down_after, part.down_by]
-            found[start : start + batch, at] = gates + downs
-    return found
+            found[:, at] = gates + downs
+        return found
+
+    return torch.cat(list(in_batches(experts, at_once(layer), work)))
 
 
 def _errors(

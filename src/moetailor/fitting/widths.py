@@ -6,12 +6,13 @@ D model width, F expert width, O outputs, I inputs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
+from moetailor.checkpoint.devices import in_batches
 from moetailor.checkpoint.storage import Codes, FewBits
 from moetailor.fitting.gptq import Seen, gptq
 from moetailor.fitting.held_out import held_out
@@ -27,7 +28,7 @@ RIDGE = 0.02
 def quantized(
     layer: LayerView,
     behind: Sequence[Mapping[int, float]],
-    matrices: Matrices,
+    read: Callable[[Sequence[int]], Matrices],
     storages: Mapping[str, FewBits],
     *,
     dtype: torch.dtype,
@@ -38,24 +39,21 @@ def quantized(
     Args:
         layer: the layer.
         behind: the slots behind which each expert runs, with the factor on their gates.
-        matrices: weights and biases of the experts, stacked in that order.
+        read: returns weights and biases of some of them, stacked, by their places in `behind`.
         storages: how each matrix lies.
         dtype: of the scales.
         rounding: ``nearest`` takes the nearest codes, whatever the inputs are.
     """
-    found: dict[str, list[Codes]] = {name: [] for name in storages}
-    batch = at_once(layer)
-    for start in range(0, len(behind), batch):
-        some = {name: part[start : start + batch].float() for name, part in matrices.items()}
+
+    def work(some: Sequence[int]) -> dict[str, Codes]:
+        matrices = {name: part.float() for name, part in read(some).items()}
         if rounding == "nearest":
-            codes = {name: storage.nearest(some[name], dtype) for name, storage in storages.items()}
-        else:
-            inputs = [inputs_of(layer, slots) for slots in behind[start : start + batch]]
-            half = Together.of(layer, some, inputs).half(storages, dtype)
-            codes = {**half.codes, "down": gptq(half.down, half.seen, storages["down"], dtype)}
-        for name in storages:
-            found[name].append(codes[name])
-    return {name: Codes.joined(parts) for name, parts in found.items()}
+            return {name: storage.nearest(matrices[name], dtype) for name, storage in storages.items()}
+        half = Together.of(layer, matrices, [inputs_of(layer, behind[at]) for at in some]).half(storages, dtype)
+        return {**half.codes, "down": gptq(half.down, half.seen, storages["down"], dtype)}
+
+    found = list(in_batches(range(len(behind)), at_once(layer), work))
+    return {name: Codes.joined([codes[name] for codes in found]) for name in storages}
 
 
 def at_once(layer: LayerView) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -153,16 +153,22 @@ def rounded_experts(view: LayerView, layer: LayerPlan, rebuilt: Tensors, roundin
         if (expert := answer.expert(slot)) is not None:
             behind[expert][slot] = answer.scale
     for width, experts in layer.packed.items():
-        matrices = view.experts.matrices(experts)  # of a list: a copy
-        for row, expert in enumerate(experts):
-            for name, stack in rebuilt.items() if expert in layer.rebuilt else ():
-                matrices[name][row] = stack[layer.rebuilt.index(expert)]
         storages, slots = width.storages(view.shape), [behind[expert] for expert in experts]
-        rounded = quantized(view, slots, matrices, storages, dtype=dtype, rounding=rounding) if storages else {}
+
+        def read(places: Sequence[int], experts: Sequence[int] = experts) -> Tensors:
+            some = [experts[place] for place in places]
+            matrices = view.experts.matrices(some)  # of a list: a copy
+            for row, expert in enumerate(some):
+                for name, stack in rebuilt.items() if expert in layer.rebuilt else ():
+                    matrices[name][row] = stack[layer.rebuilt.index(expert)]
+            return matrices
+
+        rounded = quantized(view, slots, read, storages, dtype=dtype, rounding=rounding) if storages else {}
         for name, codes in rounded.items():
             found |= {f"{width.stem}_{name}{suffix}": part for suffix, part in storages[name].pack(codes).items()}
-        plain = matrices.keys() - storages.keys()
-        found |= {f"{width.stem}_{name}": matrices[name].to(dtype) for name in plain}
+        if plain := view.shape.tensors.keys() - storages.keys():
+            parts = [{name: read([place])[name].to(dtype) for name in plain} for place in range(len(experts))]
+            found |= {f"{width.stem}_{name}": torch.cat([part[name] for part in parts]) for name in plain}
     return found
 
 

@@ -61,6 +61,7 @@ def apply_to_checkpoint(
     propagate: Propagate = "original",
     gguf_recipe: str | Path | None = None,
     device: str | None = None,
+    batch_memory: int | None = None,
     progress: Stages | None = None,
 ) -> Path:
     """Write the compressed checkpoint that a plan describes.
@@ -80,6 +81,7 @@ def apply_to_checkpoint(
         gguf_recipe: folder for what llama.cpp's quantizer needs, see `write_gguf_recipe`; the result is native then,
             with experts as they lie.
         device: where they are computed; CUDA when there is one.
+        batch_memory: bytes that experts computed together may take; what the device is good for when None.
         progress: called with ("fit", layers done, layers in all) and ("write", bytes done, bytes in all).
 
     Raises:
