@@ -147,7 +147,7 @@ def test_layers_whose_files_are_lost_are_measured_again(
             sensitivity=True,
             progress=lambda done, _: _interrupt() if done == 7 else None,
         )
-    assert (made.folder / ".moetailor" / "states-sensitivity" / "original" / "layer-0002").exists() == stream
+    assert (made.folder / ".moetailor" / "states-sensitivity" / "0" / "original" / "layer-0002").exists() == stream
     for layer in lost:
         (made.folder / f"layer-{layer:04d}.safetensors").unlink()
     calls: list[tuple[int, int]] = []

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from moetailor import ranks
 from moetailor.answers import Width
 from moetailor.calibration.calibrate import States, calibrate
 from moetailor.calibration.folder import Calibration
@@ -152,7 +153,7 @@ def compress(
     precheck(original, out, method=method, budget=budget, calibration=calibration, text=text, **given, **written)
     folder = Path(calibration) if calibration is not None else Path(out).with_name(Path(out).name + ".calibration")
     needs = find_method(method).needs | ({"sensitivity"} if allocation == "error" else set())
-    with holding(Path(out)):
+    with ranks.held(holding(Path(out))):
         measured = calibrate(
             original,
             folder,

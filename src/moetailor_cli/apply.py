@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from hashlib import sha256
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -88,15 +90,17 @@ def apply(
     [dim]moetailor apply MODEL plan.json -o OUT --calibration calib[/dim]
     """
     import moetailor
+    from moetailor import ranks
     from moetailor.checkpoint.place import check_inputs
     from moetailor.words import nbytes
 
     check_inputs(out, {"the plan": plan})
     if gguf_recipe is not None:
         check_inputs(gguf_recipe, {"the plan": plan})
-    with output.stages() as progress:
+    made, digest = moetailor.Plan.load(plan), sha256(plan.read_bytes()).hexdigest()
+    with ranks.shared(folder=os.path.realpath(out), plan=digest) as first, output.stages() as progress:
         moetailor.apply(
-            moetailor.Plan.load(plan),
+            made,
             model,
             out,
             calibration=None if calibration is None else moetailor.Calibration.open(calibration),
@@ -109,8 +113,10 @@ def apply(
             device=device,
             batch_memory=read_nbytes(batch_memory),
             trust_remote_code=trust_remote_code,
-            progress=progress,
+            progress=progress if first else None,
         )
+    if not first:
+        return  # under torchrun the first process speaks for all
     carried = moetailor.Plan.load(out / "moetailor_plan.json")
     output.say(f"{out}: {nbytes(carried.nbytes)}, the original has {nbytes(carried.model.nbytes)}")
     if verify:
@@ -165,6 +171,7 @@ def compress(
     [dim]moetailor compress MODEL -o OUT --data calibration.jsonl --method mone --remove 25%[/dim]
     """
     import moetailor
+    from moetailor import ranks
     from moetailor.methods.allocation import read_allocation
     from moetailor.words import nbytes
 
@@ -175,13 +182,27 @@ def compress(
     width = read_bits(bits)
     blocks = {"sequences": sequences, "length": length, "seed": seed, "batch_size": batch_size}
     text = moetailor.TextOptions(data=tuple(data), mask_special=mask_special, **blocks)
-    given = {"method": method, "budget": budget, "parameters": parameters, "layers": selected, "protect": kept}
-    given |= {"allocation": allocated, "width": width, "calibration": calibration, "text": text, "format": format}
-    given |= {"overwrite": overwrite, "trust_remote_code": trust_remote_code}
-    output.say(moetailor.precheck(model, out, **given))
+    given: dict[str, Any] = {
+        "text": text,
+        "method": method,
+        "budget": budget,
+        "parameters": parameters,
+        "layers": selected,
+        "protect": kept,
+        "allocation": allocated,
+        "width": width,
+        "calibration": calibration,
+        "format": format,
+        "overwrite": overwrite,
+        "trust_remote_code": trust_remote_code,
+    }
+    checked = moetailor.precheck(model, out, **given)
     if dry_run:
+        output.say(checked)
         return
-    with output.stages() as progress:
+    with ranks.shared(folder=os.path.realpath(out)) as first, output.stages() as progress:
+        if first:
+            output.say(checked)
         measured, plan = moetailor.compress(
             model,
             out,
@@ -195,8 +216,10 @@ def compress(
             batch_memory=read_nbytes(batch_memory),
             dtype=dtype,
             device_map=device_map,
-            progress=progress,
+            progress=progress if first else None,
         )
+    if not first:
+        return
     output.calibration(measured, sequences * length)
     output.plan(plan)
     output.say(f"{out}: {nbytes(plan.nbytes)}, the original has {nbytes(plan.model.nbytes)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -86,8 +87,9 @@ def calibrate(
     [dim]moetailor calibrate MODEL -o calib --data calibration.jsonl --sequences 128 --length 2048[/dim]
     """
     import moetailor
+    from moetailor import ranks
 
-    with output.progress("calibrate") as progress:
+    with ranks.shared(folder=os.path.realpath(out)) as first, output.progress("calibrate") as progress:
         calibration = moetailor.calibrate(
             model,
             out,
@@ -108,9 +110,10 @@ def calibrate(
             dtype=dtype,
             device_map=device_map,
             trust_remote_code=trust_remote_code,
-            progress=progress,
+            progress=progress if first else None,
         )
-    output.calibration(calibration, sequences * length)
+    if first:  # under torchrun it speaks for all
+        output.calibration(calibration, sequences * length)
 
 
 def evaluate(

@@ -67,8 +67,6 @@ def plan(
 
     [dim]moetailor plan calib -o plan.json --method mone --remove 25% -p score=exact -p novice=optimal[/dim]
     """
-    import torch
-
     import moetailor
     from moetailor import ranks
     from moetailor.checkpoint.place import check_file
@@ -83,8 +81,8 @@ def plan(
     width, working = read_bits(bits), read_nbytes(batch_memory)
     measured = moetailor.Calibration.open(calibration)
     source = model or measured.model.source
-    about = {"calibration": calibration_hash(measured.fingerprint), "version": moetailor.__version__}
-    with ranks.shared(**about, threads=torch.get_num_threads()) as first, output.progress("plan") as progress:
+    about = {"calibration": calibration_hash(measured.fingerprint)}
+    with ranks.shared(**about) as first, output.progress("plan") as progress:
         if first:
             check_file(out, "plan")
         made = moetailor.make_plan(

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
+from moetailor import ranks
 from moetailor.calibration.batch import Batch
 from moetailor.calibration.fingerprint import tokenizer_fingerprint
 from moetailor.calibration.finite import stored_rows
@@ -99,7 +100,7 @@ def calibrate(
         measured, batches, Path(out), sample=sample, residual=residual, states_on_disk=on_disk, progress=progress
     )
     if sensitivity and calibration.sensitivities() is None:
-        with growing(calibration.folder) as work:
+        with ranks.held(growing(calibration.folder)) as work:
             # Not where the calibration's own run keeps its states: that one resumes from what it finds.
             waiting = work / f"{STATES}-sensitivity" if on_disk else None
             return measure_sensitivities(

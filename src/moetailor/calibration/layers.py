@@ -6,7 +6,7 @@ in which every decoder layer is a tap, so no family needs code here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
@@ -115,15 +115,17 @@ class LayerRunner:
         self.count = len(base.layers)
         self._arguments: dict[Any, list[dict[str, Any]]] = {}
 
-    def embed(self) -> Iterator[torch.Tensor]:
-        """Yield each batch's input of the first decoder layer [B, L, D], and record the arguments of all layers."""
+    def embed(self, numbers: Iterable[int]) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield the number of some batches and their input of the first decoder layer, [B, L, D]; record the arguments
+        that all layers get with them.
+        """
         with self.source.loaded(*self._others):
-            for number, batch in enumerate(self.batches):
-                taps = self._tapped(batch)
+            for number in numbers:
+                taps = self._tapped(self.batches[number])
                 # Batches of one shape without padding share their arguments.
                 self._arguments.setdefault(self._signature(number), [tap.arguments for tap in taps])
                 assert taps[0].hidden is not None
-                yield taps[0].hidden
+                yield number, taps[0].hidden
 
     def path_of(self, index: int) -> str:
         """Return the path of a decoder layer in the model."""

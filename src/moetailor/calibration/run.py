@@ -1,7 +1,7 @@
 """The calibration run: one walk through the model, in which each MoE layer's statistics are on disk before the next.
 
-A model in memory and one streamed from disk take the same road and give the same bytes. A stopped run resumes after the
-last finished layer.
+A model in memory and one streamed from disk take the same road and give the same bytes, and so do several processes,
+which share the batches out (`ranks`). A stopped run resumes after the last finished layer.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from moetailor import ranks
 from moetailor.calibration.batch import Batch, save_batches
 from moetailor.calibration.capture import captured, silenced
 from moetailor.calibration.collector import Collector
@@ -78,19 +79,18 @@ def run_calibration(
     """
     sampled = sampled_positions(batches, sample)
     # A folder whose run recorded it serves those who do not need it.
-    residual = residual or bool((noted(folder)[0] or {}).get("residual"))
+    residual = ranks.once(lambda: residual or bool((noted(folder)[0] or {}).get("residual")))
     fingerprint = run_fingerprint(model.facts.fingerprint, model.settings, batches, sample, residual=residual)
-    if finished := finished_run(folder, fingerprint):
-        sweep(folder)
-        return finished
-    with growing(folder) as work:
-        if finished := finished_run(folder, fingerprint):
-            return finished  # by another run, in between
-        waiting = work / STATES if states_on_disk else None
-        hashes = _measure(model, batches, folder, waiting, fingerprint, sampled, residual, progress)
-        calibration = Calibration(folder=folder, model=model.facts, fingerprint=fingerprint, hashes=hashes)
-        calibration.save()
-    sweep(folder)
+    ranks.same(**fingerprint)
+    if not (calibration := ranks.once(lambda: finished_run(folder, fingerprint))):
+        with ranks.held(growing(folder)) as work:
+            # By another run, in between.
+            if not (calibration := ranks.once(lambda: finished_run(folder, fingerprint))):
+                waiting = work / STATES if states_on_disk else None
+                hashes = _measure(model, batches, folder, waiting, fingerprint, sampled, residual, progress)
+                calibration = Calibration(folder=folder, model=model.facts, fingerprint=fingerprint, hashes=hashes)
+                ranks.once(calibration.save)
+    ranks.once(lambda: sweep(folder))
     return calibration
 
 
@@ -105,19 +105,19 @@ def _measure(
     progress: Progress | None,
 ) -> dict[str, str]:
     """Measure the layers that are not measured yet; returns the hashes of all that the folder holds."""
-    anatomy, hashes = model.anatomy, noted(folder)[1]
-    note(folder, fingerprint, hashes)
-    missing = sorted(set(anatomy.layers) - measured_layers(folder, model.facts, hashes))
-    hashes[TEXT] = save_batches(batches, folder / TEXT)
+    anatomy = model.anatomy
+    hashes, missing = ranks.once(lambda: _begun(model, batches, folder, fingerprint))
     if missing:
-        walk = Walk(model.open(), batches, folder=waiting, progress=progress)
+        walk = Walk(model.open(), batches, folder=waiting, progress=progress, shared=True)
         stream, began = walk.begin(min(missing)), time.time()
         for index in walk.layers(max(missing) + 1):
             moe, collector = anatomy.layers.get(index), None
             if index in missing:
                 check_weights(walk.model, anatomy.layers[index], model.stored)
                 collector = Collector(anatomy, index, batches, sampled, residual)
-            walk.advance(stream, None if moe is None else partial(_run, walk, moe, collector))
+            walk.advance(stream, None if moe is None else partial(_run, walk, moe, collector), collector)
+            if not ranks.first():
+                continue
             if collector is not None:
                 file = layer_file(folder, index)
                 hashes |= {part_name(file, prefix): known for prefix, known in collector.finish().save(file).items()}
@@ -125,7 +125,17 @@ def _measure(
                 note(folder, fingerprint, hashes)
             _log(folder, layer=index, seconds=round(time.time() - began, 3))
             began = time.time()
-    return hashes
+    return ranks.once(lambda: hashes)
+
+
+def _begun(
+    model: MeasuredModel, batches: Sequence[Batch], folder: Path, fingerprint: dict
+) -> tuple[dict[str, str], list[int]]:
+    """Write down what is measured; return the hashes of what the folder holds, and the layers that it lacks."""
+    hashes = noted(folder)[1]
+    note(folder, fingerprint, hashes)
+    missing = sorted(set(model.anatomy.layers) - measured_layers(folder, model.facts, hashes))
+    return hashes | {TEXT: save_batches(batches, folder / TEXT)}, missing
 
 
 def _run(walk: Walk, moe: MoELayer, collector: Collector | None, number: int, hidden: torch.Tensor) -> torch.Tensor:
@@ -135,7 +145,7 @@ def _run(walk: Walk, moe: MoELayer, collector: Collector | None, number: int, hi
     # A layer that a stopped run measured already goes the same way again, for the same bits.
     with captured(walk.model, moe, collector):
         whole = walk.run(number, hidden)
-    if collector is not None and collector.sums.gated_norm_shift is not None:
+    if collector is not None and collector.residuals:
         with silenced(walk.model, moe):
             collector.residual(walk.run(number, hidden), whole)
     return whole

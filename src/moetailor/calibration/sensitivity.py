@@ -18,16 +18,18 @@ Shapes: B sequences, L tokens, T = B x L, D model width, K experts of a token, E
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
+from moetailor import ranks
 from moetailor.calibration.batch import Batch, evenly_spaced_sequences
 from moetailor.calibration.capture import replaced_forward
-from moetailor.calibration.effects import ERRORS, Effect, Errors, LayerEffects, Together
+from moetailor.calibration.effects import ERRORS, Effect, Effects, Errors, LayerEffects, Together
 from moetailor.calibration.folder import Calibration
 from moetailor.calibration.layers import Head, PartlyLoaded, pieces
 from moetailor.calibration.states import HiddenStates
@@ -41,7 +43,9 @@ from moetailor.progress import Progress
 
 # What stands in for the experts of a layer: called with their own forward and its arguments.
 Instead = Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-Key = TypeVar("Key")
+# A stream: the layer in which experts are replaced, or all of them, and what they are replaced by.
+Key = tuple[int, Errors]
+ALL = -1
 # Tokens that run.
 TOKENS = 4096
 GROUP = 128
@@ -59,7 +63,7 @@ def measure_sensitivities(
 
     Each MoE layer adds three streams, in which constants or rounded experts answered for that layer alone, and that run
     through all layers after it: with n MoE layers about 1.5 n forward passes over a few tokens. In three more these
-    answered for all layers.
+    answered for all layers. Processes (`ranks`) share the streams out, and each runs the original's.
 
     Args:
         calibration: a finished calibration.
@@ -72,40 +76,24 @@ def measure_sensitivities(
         CalibrationError: the logits are not finite.
     """
     batches = evenly_spaced_sequences(calibration.batches(), TOKENS)
-    walk = Walk(source, batches, folder=states, progress=progress)
-    original = walk.begin()
-    together: dict[Errors, HiddenStates] = {errors: walk.fork(original, f"{errors}-together") for errors in ERRORS}
-    alone: dict[tuple[int, Errors], HiddenStates] = {}
-    squared: dict[tuple[int, Errors], list[torch.Tensor]] = {}
-    for index in walk.layers():
-        for stream in alone.values():
-            walk.advance(stream)
-        experts = walk.model.get_submodule(anatomy.layers[index].experts) if index in anatomy.layers else None
-        sums = None if experts is None else calibration.sums(index)
-        for errors, stream in together.items():
-            if sums is None:
-                walk.advance(stream)
-                continue
-            instead = _constants(sums) if errors == "constants" else _rounded(experts, _bits(sums, int(errors[-1])))
-            alone[index, errors] = walk.fork(original, f"{errors}-{index}")
-            with _replaced(experts, instead) as squared[index, errors]:
-                walk.advance(alone[index, errors])
-            with _replaced(experts, instead):
-                walk.advance(stream)
-        walk.advance(original)
-    kl, joint = _kl(walk, original, alone), _kl(walk, original, together)
-    walk.clear()
+    folder = None if states is None else states / str(ranks.number())
+    walk = Walk(source, batches, folder=folder, progress=progress)
     counted = torch.cat([batch.counted.flatten() for batch in batches])
+    original, streams, squared = _run_streams(walk, calibration, anatomy)
+    own = {
+        key: (kl, float(torch.cat(squared[key])[counted].sum()) if key in squared else 0.0)
+        for key, kl in _kl(walk, original, streams).items()
+    }
+    measured = {key: found for part in ranks.every(own) for key, found in part.items()}
+    if states is not None:
+        ranks.once(lambda: shutil.rmtree(states, ignore_errors=True))
 
     def effect(index: int, errors: Errors) -> Effect:
-        found: Effect = {
-            "kl": max(kl[index, errors], 0.0),
-            "squared_error": float(torch.cat(squared[index, errors])[counted].sum()),
-        }
-        if not math.isfinite(kl[index, errors] + found["squared_error"] + joint[errors]):
+        kl, squared_error = measured[index, errors]
+        if not math.isfinite(kl + squared_error + measured[ALL, errors][0]):
             told = "what its errors cost is not finite, the logits overflow; calibrate in a wider --dtype"
             raise CalibrationError(f"layer {index}: {told}")
-        return found
+        return {"kl": max(kl, 0.0), "squared_error": squared_error}
 
     layers: dict[int, LayerEffects] = {
         index: {
@@ -115,9 +103,50 @@ def measure_sensitivities(
         }
         for index in anatomy.layers
     }
-    nats = {errors: max(joint[errors], 0.0) for errors in ERRORS}
+    nats = {errors: max(measured[ALL, errors][0], 0.0) for errors in ERRORS}
     every: Together = {"constants": nats["constants"], "bits6": nats["bits6"], "bits3": nats["bits3"]}
-    return calibration.with_sensitivities({"tokens": int(counted.sum()), "layers": layers, "together": every})
+    found: Effects = {"tokens": int(counted.sum()), "layers": layers, "together": every}
+    return ranks.once(lambda: calibration.with_sensitivities(found))
+
+
+def _run_streams(
+    walk: Walk, calibration: Calibration, anatomy: Anatomy
+) -> tuple[HiddenStates, dict[Key, HiddenStates], dict[Key, list[torch.Tensor]]]:
+    """Run this process's streams through all layers.
+
+    Returns:
+        The original's stream; those with errors, each of one layer or of all; squared errors of the tokens in the layer
+        of a stream.
+    """
+    every: list[Key] = [(index, errors) for index in (ALL, *anatomy.layers) for errors in ERRORS]
+    own = {key for number, key in enumerate(every) if ranks.mine(number)}
+    original = walk.begin()
+    streams = {key: walk.fork(original, _name(key)) for key in every[: len(ERRORS)] if key in own}
+    squared: dict[Key, list[torch.Tensor]] = {}
+    for index in walk.layers():
+        moe = anatomy.layers.get(index)
+        for (at, _), stream in streams.items():
+            if at != ALL or moe is None:
+                walk.advance(stream)
+        for errors in ERRORS:
+            if moe is None or not own & {(index, errors), (ALL, errors)}:
+                continue
+            experts, sums = walk.model.get_submodule(moe.experts), calibration.sums(index)
+            instead = _constants(sums) if errors == "constants" else _rounded(experts, _bits(sums, int(errors[-1])))
+            if (key := (index, errors)) in own:
+                streams[key] = walk.fork(original, _name(key))
+                with _replaced(experts, instead) as squared[key]:
+                    walk.advance(streams[key])
+            if (key := (ALL, errors)) in own:
+                with _replaced(experts, instead):
+                    walk.advance(streams[key])
+        walk.advance(original)
+    return original, streams, squared
+
+
+def _name(key: Key) -> str:
+    """Return what a stream is called on disk."""
+    return f"{key[1]}-{'together' if key[0] == ALL else key[0]}"
 
 
 def _constants(sums: Sums) -> Instead:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,15 +22,16 @@ class HiddenStates:
 
     Args:
         folder: where to keep them; None keeps them in memory.
+        once: does what several processes that keep their batches in one folder must do once, see `ranks.once`.
 
     Attributes:
         layer: the layer whose inputs they are.
     """
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Path | None, once: Callable[[Callable[[], Any]], Any] = lambda do: do()) -> None:
         self.layer = 0
-        self._folder = folder
-        self._memory: list[torch.Tensor] = []
+        self._folder, self._once = folder, once
+        self._memory: dict[int, torch.Tensor] = {}
 
     def __getitem__(self, number: int) -> torch.Tensor:
         """Return the states of a batch.
@@ -48,35 +50,44 @@ class HiddenStates:
         """Say whether all inputs of a layer lie on disk."""
         return self._folder is not None and self._at(layer).is_dir()
 
-    def write(self, layer: int, states: Iterable[torch.Tensor]) -> None:
+    def write(self, layer: int, states: Iterable[tuple[int, torch.Tensor]]) -> None:
         """Keep the inputs of a layer from now on.
 
         Args:
             layer: the layer.
-            states: its inputs, batch by batch; they may be made of the present ones while they are asked for.
+            states: the number of each batch and its inputs; they may be made of the present ones while they are asked
+                for.
         """
         if self._folder is None:
-            for number, hidden in enumerate(states):
-                self._memory[number : number + 1] = [hidden]
+            for number, hidden in states:
+                self._memory[number] = hidden
         else:
             partial = self._at(layer).with_suffix(".partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            for number, hidden in enumerate(states):
+            self._once(lambda: _empty(partial))
+            for number, hidden in states:
                 save_tensors({"hidden": hidden.contiguous().cpu()}, _file(partial, number))
-            # A run that was stopped before it had used these left the same states here.
-            shutil.rmtree(self._at(layer), ignore_errors=True)
-            partial.rename(self._at(layer))
+            self._once(lambda: _put(partial, self._at(layer)))
         self.layer = layer
 
     def forget(self, layer: int) -> None:
         """Delete the inputs of a layer that lie on disk."""
         if self._folder is not None:
-            shutil.rmtree(self._at(layer), ignore_errors=True)
+            self._once(lambda: shutil.rmtree(self._at(layer), ignore_errors=True))
 
     def _at(self, layer: int) -> Path:
         assert self._folder is not None
         return self._folder / f"layer-{layer:04d}"
+
+
+def _empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _put(folder: Path, place: Path) -> None:
+    # A run that was stopped before it had used these left the same states there.
+    shutil.rmtree(place, ignore_errors=True)
+    folder.rename(place)
 
 
 def _file(folder: Path, number: int) -> Path:

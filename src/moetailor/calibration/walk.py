@@ -13,14 +13,25 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
+from moetailor import ranks
 from moetailor.calibration.batch import Batch
 from moetailor.calibration.layers import Head, LayerRunner, PartlyLoaded
 from moetailor.calibration.states import HiddenStates
 from moetailor.progress import Progress
+
+
+class Measured(Protocol):
+    """What is measured batch by batch: parts that add in the order of the text, whichever process measured them."""
+
+    def taken(self) -> Any:
+        """Return what was measured of the batch that ran last."""
+
+    def add(self, part: Any) -> None:
+        """Add what was measured of the next batch of the text."""
 
 
 class Walk:
@@ -32,6 +43,8 @@ class Walk:
         folder: where hidden states wait between layers; None keeps them in memory.
         progress: called with (batches done, batches in all), a batch counted once a layer: those of the stream that
             `begin` gave.
+        shared: the processes that share (`ranks`) each run a part of the batches. All must then do the same calls, and
+            each knows of the streams what its own batches are; on disk they lie together.
     """
 
     def __init__(
@@ -41,8 +54,11 @@ class Walk:
         *,
         folder: Path | None = None,
         progress: Progress | None = None,
+        shared: bool = False,
     ) -> None:
         self.batches = batches
+        self._number, self._count = (ranks.number(), ranks.count()) if shared else (0, 1)
+        self._once: Callable[[Callable[[], Any]], Any] = ranks.once if shared else lambda do: do()
         self._source, self._folder, self._progress = source, folder, progress
         self._runner = LayerRunner(source, batches)
         self._streams: list[HiddenStates] = []
@@ -61,13 +77,12 @@ class Walk:
             latest: where a walk that was stopped may go on: the last layer up to this one whose inputs lie on disk.
         """
         stream = self._new("original")
-        first = next((layer for layer in range(latest, 0, -1) if stream.has(layer)), 0)
-        if first == 0:
-            self.clear()
-            stream.write(0, self._runner.embed())
+        stream.layer = self._once(lambda: self._first(stream, latest))
+        given = self._runner.embed(self._own)
+        if stream.layer == 0:
+            stream.write(0, given)
         else:
-            stream.layer = first
-            for _ in self._runner.embed():
+            for _ in given:
                 pass  # the layers' arguments are recorded on the way
         return stream
 
@@ -79,7 +94,7 @@ class Walk:
             name: what it is called on disk.
         """
         other = self._new(name)
-        other.write(stream.layer, (stream[number] for number in range(len(self.batches))))
+        other.write(stream.layer, ((number, stream[number]) for number in self._own))
         return other
 
     def layers(self, stop: int | None = None, *, beside: Mapping[int, Collection[int]] = {}) -> Iterator[int]:
@@ -110,16 +125,22 @@ class Walk:
         """
         return self._runner.run(self._index, number, hidden)
 
-    def advance(self, stream: HiddenStates, run: Callable[[int, torch.Tensor], torch.Tensor] | None = None) -> None:
+    def advance(
+        self,
+        stream: HiddenStates,
+        run: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
+        measured: Measured | None = None,
+    ) -> None:
         """Run all batches of a stream through the layer that the walk stands at, to the front of the next one.
 
         Args:
             stream: the stream.
             run: called for every batch in place of `run`, with the same arguments; returns the same. It is called also
                 where nothing is kept of what it returns.
+            measured: what it measures; its parts are taken after each batch, and added in the first process.
         """
         assert stream.layer == self._index
-        given = self._counted(stream, run or self.run)
+        given = self._given(stream, run or self.run, measured)
         if self._index + 1 != self._unread:
             stream.write(self._index + 1, given)
         elif run is not None:
@@ -142,15 +163,34 @@ class Walk:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def _new(self, name: str) -> HiddenStates:
-        self._streams.append(HiddenStates(None if self._folder is None else self._folder / name))
+        self._streams.append(HiddenStates(None if self._folder is None else self._folder / name, self._once))
         return self._streams[-1]
 
-    def _counted(
-        self, stream: HiddenStates, run: Callable[[int, torch.Tensor], torch.Tensor]
-    ) -> Iterator[torch.Tensor]:
-        """Yield what each batch of a stream becomes, and count those of the first stream."""
+    def _first(self, stream: HiddenStates, latest: int) -> int:
+        """Return the last layer up to one whose inputs lie on disk; where there is none 0, and nothing lies there."""
+        first = next((layer for layer in range(latest, 0, -1) if stream.has(layer)), 0)
+        if first == 0:
+            self.clear()
+        return first
+
+    @property
+    def _own(self) -> range:
+        """The batches that this process runs."""
+        return range(self._number, len(self.batches), self._count)
+
+    def _given(
+        self, stream: HiddenStates, run: Callable[[int, torch.Tensor], torch.Tensor], measured: Measured | None
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield what each own batch of a stream becomes, and count all those of the first stream."""
         count = len(self.batches)
-        for number in range(count):
-            yield run(number, stream[number])
+        for start in range(0, count, self._count):
+            number, part, rest = start + self._number, None, min(self._count, count - start)
+            if number < count:
+                yield number, run(number, stream[number])
+                part = measured and measured.taken()
+            if measured:
+                # At once: what lies between two batches is bounded, however long the text is.
+                for one in (ranks.brought(part) if self._count > 1 else [part])[:rest]:
+                    measured.add(one)
             if self._progress and stream is self._streams[0]:
-                self._progress(self._index * count + number + 1, self._stop * count)
+                self._progress(self._index * count + start + rest, self._stop * count)

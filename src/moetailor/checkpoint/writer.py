@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,8 @@ from moetailor.errors import MoetailorError
 from moetailor.progress import Progress
 
 CHUNK = 64 * 2**20
+# Does some work for each file, as `map` does; processes may share it out.
+Share = Callable[[Sequence[str], Callable[[str], None]], Iterable[None]]
 
 
 @dataclass(frozen=True)
@@ -74,13 +76,20 @@ def rows(info: TensorInfo, axis: int, kept: Sequence[int], other: Mapping[int, t
     return Piece(info.name, info.dtype, shape, tuple(ranges))
 
 
-def write_shards(folder: Path, shards: Sequence[Sequence[Piece]], progress: Progress | None = None) -> int:
+def write_shards(
+    folder: Path,
+    shards: Sequence[Sequence[Piece]],
+    progress: Progress | None = None,
+    *,
+    share: Share = lambda names, write: map(write, names),
+) -> int:
     """Write tensors as safetensors shards with their index, and return the bytes of all tensors.
 
     Args:
         folder: where to write.
         shards: the tensors of each shard; empty shards are left out.
-        progress: called with (bytes written, bytes in all).
+        progress: called with (bytes written here, bytes in all).
+        share: has the files written, see `ranks.each`.
     """
     shards = [shard for shard in shards if shard]
     total, done = sum(piece.nbytes for shard in shards for piece in shard), 0
@@ -96,13 +105,18 @@ def write_shards(folder: Path, shards: Sequence[Sequence[Piece]], progress: Prog
         if len(shards) == 1
         else [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
     )
-    weight_map = {}
-    for name, shard in zip(names, shards, strict=True):
-        _write_shard(folder / name, shard, count)
-        weight_map |= {piece.name: name for piece in shard}
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        write_json(folder / INDEX, index)
+    of = dict(zip(names, shards, strict=True))
+    weight_map = {piece.name: name for name, shard in of.items() for piece in shard}
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+
+    def write(name: str) -> None:
+        if name == INDEX:
+            write_json(folder / INDEX, index)
+        else:
+            _write_shard(folder / name, of[name], count)
+
+    for _ in share([*names, INDEX] if len(shards) > 1 else names, write):
+        pass
     return total
 
 

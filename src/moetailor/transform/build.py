@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -88,17 +88,17 @@ def check_calibration(plan: Plan, calibration: Calibration | None, propagate: Pr
         )
 
 
-def layer_views(
-    plan: Plan, calibration: Calibration | None, weights: ExpertWeights
-) -> Iterator[tuple[int, LayerView | None]]:
-    """Yield the decoder layers that change, in order, and what their new tensors, if any, are computed from."""
-    for layer in sorted(plan.by_layer):
-        if not plan.by_layer[layer].computed:
-            yield layer, None
-            continue
-        assert calibration is not None
-        view = view_of(calibration, layer, weights)
-        yield layer, view
+def layer_tensors(
+    plan: Plan, calibration: Calibration | None, layer: int, weights: ExpertWeights
+) -> LayerTensors | None:
+    """Return what `compute_layer` gives for a decoder layer that changes; None where nothing is computed."""
+    if not plan.by_layer[layer].computed:
+        return None
+    assert calibration is not None
+    view = view_of(calibration, layer, weights)
+    try:
+        return compute_layer(plan, view)
+    finally:
         view.close()
 
 

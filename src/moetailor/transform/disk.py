@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from moetailor import ranks
 from moetailor._version import __version__
 from moetailor.calibration.folder import Calibration
 from moetailor.checkpoint.artifact import save_tensors, write_json, write_text
@@ -34,8 +36,7 @@ from moetailor.transform.build import (
     Propagate,
     Tensors,
     check_calibration,
-    compute_layer,
-    layer_views,
+    layer_tensors,
     stored_tensors,
 )
 from moetailor.transform.card import model_card
@@ -44,6 +45,7 @@ from moetailor.transform.gguf_recipe import write_gguf_recipe
 from moetailor.transform.pieces import Parts
 from moetailor.transform.propagate import propagated
 
+Infos = dict[str, TensorInfo]
 WRITTEN_ANEW = {"config.json", "README.md", INDEX, PLAN_FILE, PROVENANCE_FILE}
 
 
@@ -65,6 +67,8 @@ def apply_to_checkpoint(
     progress: Stages | None = None,
 ) -> Path:
     """Write the compressed checkpoint that a plan describes.
+
+    Processes (`ranks`) share out the layers that are computed and the shards that are written; the first does the rest.
 
     Args:
         plan: what becomes of the slots.
@@ -94,9 +98,11 @@ def apply_to_checkpoint(
     checkpoint = original.checkpoint
     inputs = {"the original": checkpoint.folder, "the calibration": calibration.folder if calibration else None}
     if gguf_recipe is not None:
-        check_place(Path(gguf_recipe), overwrite=overwrite, inputs=inputs | {"the result": out})
+        if ranks.first():
+            check_place(Path(gguf_recipe), overwrite=overwrite, inputs=inputs | {"the result": out})
         inputs |= {"the recipe": Path(gguf_recipe)}
-    check_place(out, overwrite=overwrite, inputs=inputs)
+    if ranks.first():
+        check_place(out, overwrite=overwrite, inputs=inputs)
     source = original.streamed(dtype=torch.float32, device=resolve_device(device))
     anatomy, stacks, facts = original.anatomy, original.stacks, original.facts
     check_plan(plan, facts, allow_other_weights=allow_other_weights)
@@ -109,16 +115,20 @@ def apply_to_checkpoint(
     if gguf_recipe is not None:
         if format not in ("auto", "native"):
             raise PlanError(f"--gguf-recipe: llama.cpp loads native results; leave --format {format} out")
-        plan = write_gguf_recipe(plan, original, gguf_recipe, calibration=calibration, overwrite=overwrite)
+        recipe: dict[str, Any] = {"calibration": calibration, "overwrite": overwrite}
+        plan = ranks.once(partial(write_gguf_recipe, plan, original, gguf_recipe, **recipe))
     form = resolve_format(plan, format)
     form.check(plan, original)
     from_original = {"checkpoint": checkpoint, "anatomy": anatomy, "stacks": stacks, "skeleton": source.model}
     parts = Parts(plan=plan, **from_original, rebuilt={}, added={})
     planned = form.nbytes(plan)
-    with new_folder(out, overwrite=overwrite, nbytes=planned) as folder:
+    with ranks.held(new_folder(out, overwrite=overwrite, nbytes=planned)) as folder:
         scratch = folder / "built"
-        parts = _compute(parts, form, calibration, source, scratch, propagate, progress)
-        nbytes = write_shards(folder, form.shards(parts), part(progress, "write"))
+        weights = ExpertWeights(source, batch_memory=batch_memory)
+        parts = _compute(parts, form, calibration, weights, source, scratch, propagate, progress)
+        nbytes = write_shards(folder, form.shards(parts), ranks.of_all(part(progress, "write")), share=ranks.each)
+        if not ranks.first():
+            return out
         shutil.rmtree(scratch, ignore_errors=True)
         assert nbytes == planned, f"{nbytes} bytes written, {planned} planned"
         copy_others(checkpoint.folder, folder, left_out=WRITTEN_ANEW, trust_remote_code=original.trust_remote_code)
@@ -156,6 +166,7 @@ def _compute(
     parts: Parts,
     form: Format,
     calibration: Calibration | None,
+    weights: ExpertWeights,
     source: StreamedModel,
     scratch: Path,
     propagate: Propagate,
@@ -165,34 +176,32 @@ def _compute(
     plan, stacks = parts.plan, {stack.index: stack for stack in parts.stacks.values()}
     if not plan.computed:
         return parts
-    scratch.mkdir()
-    rebuilt: dict[str, TensorInfo] = {}
-    added: dict[int, dict[str, TensorInfo]] = {}
-    total = sum(bool(layer_plan.computed) for layer_plan in plan.by_layer.values())
-    for done, (layer, tensors) in enumerate(_computed_layers(parts, calibration, source, scratch, propagate), start=1):
+    assert calibration is not None
+    scratch.mkdir(exist_ok=True)
+    layers = [layer for layer, changed in sorted(plan.by_layer.items()) if changed.computed]
+    done, alone, tell = 0, propagate == "compressed", part(progress, "fit")
+    tell = tell if alone else ranks.of_all(tell)
+
+    def keep(layer: int, tensors: LayerTensors | None) -> tuple[int, Infos, Infos]:
+        nonlocal done
+        assert tensors is not None
         stack, shape = stacks[layer], parts.anatomy.layers[layer].expert_shape
         stored = stored_tensors(plan, layer, shape, tensors, stack.dtype) | form.beside(shape)
         file = scratch / f"{layer:04d}.safetensors"
         on_disk = _as_on_disk(parts, stack, source, tensors.rebuilt)
         save_tensors({name: tensor.cpu().contiguous() for name, tensor in (stored | on_disk).items()}, file)
-        header = read_header(file)
-        added[layer] = {name: header[name] for name in stored}
-        rebuilt |= {name: header[name] for name in on_disk}
-        if progress:
-            progress("fit", done, total)
-    return replace(parts, rebuilt=rebuilt, added=added)
+        header, done = read_header(file), done + 1
+        if tell:
+            tell(done, len(layers))
+        return layer, {name: header[name] for name in stored}, {name: header[name] for name in on_disk}
 
-
-def _computed_layers(
-    parts: Parts, calibration: Calibration | None, source: StreamedModel, scratch: Path, propagate: Propagate
-) -> Iterator[tuple[int, LayerTensors]]:
-    if propagate == "compressed":
-        assert calibration is not None
-        yield from propagated(parts.plan, calibration, source, parts.anatomy, scratch / "states")
-        return
-    for layer, view in layer_views(parts.plan, calibration, ExpertWeights(source)):
-        if view is not None:
-            yield layer, compute_layer(parts.plan, view)
+    if alone:  # each layer hangs on those before it
+        front_to_back = propagated(plan, calibration, source, parts.anatomy, scratch / "states")
+        kept = ranks.once(lambda: [keep(*found) for found in front_to_back])
+    else:
+        kept = list(ranks.each(layers, lambda layer: keep(layer, layer_tensors(plan, calibration, layer, weights))))
+    rebuilt = {name: info for _, _, on_disk in kept for name, info in on_disk.items()}
+    return replace(parts, rebuilt=rebuilt, added={layer: stored for layer, stored, _ in kept})
 
 
 def _as_on_disk(parts: Parts, stack: DiskStack, source: StreamedModel, rebuilt: Tensors) -> Tensors:

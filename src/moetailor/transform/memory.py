@@ -15,7 +15,7 @@ from moetailor.checkpoint.weights import ExpertWeights
 from moetailor.planning.checks import check_plan
 from moetailor.planning.plan import Plan
 from moetailor.runtime.quantizer import QUANT_METHOD, MoetailorConfig, MoetailorQuantizer
-from moetailor.transform.build import Propagate, change_layer, check_calibration, compute_layer, layer_views
+from moetailor.transform.build import Propagate, change_layer, check_calibration, layer_tensors
 from moetailor.transform.propagate import propagated
 
 
@@ -46,8 +46,9 @@ def apply_to_model(
         for _ in propagated(plan, calibration, ResidentModel(model), anatomy):
             pass  # each layer is changed on the way, once the next ones have no need of it
     else:
-        for layer, view in layer_views(plan, calibration, ExpertWeights(model, anatomy=anatomy)):
-            change_layer(model, anatomy, plan, layer, compute_layer(plan, view) if view else None)
+        weights = ExpertWeights(model, anatomy=anatomy)
+        for layer in sorted(plan.by_layer):
+            change_layer(model, anatomy, plan, layer, layer_tensors(plan, calibration, layer, weights))
     if plan.native:
         _shrink_counts(model, plan)
     else:

@@ -51,7 +51,7 @@ def propagated(
         tensors = None
         if index in plan.by_layer and plan.by_layer[index].computed:
             fit = _Fit(walk, compressed, anatomy, index, sampled)
-            walk.advance(original, fit.run)
+            walk.advance(original, fit.run, fit.collector)
             tensors = compute_layer(plan, fit.view(calibration))
         else:
             walk.advance(original)
