@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import torch
 
 from moetailor.answers.answer import Answer, Call, Context
-from moetailor.answers.products import grouped, joined_gates, sorted_pairs
+from moetailor.answers.products import Pairs, grouped, joined_gates
 from moetailor.checkpoint.experts import Experts, ExpertShape
 from moetailor.checkpoint.storage import WEIGHTS, Codebook, FewBits, Float8, Integers, TensorSpec
 from moetailor.errors import PlanError
@@ -217,15 +217,14 @@ class Packed(Width, Answer):
         at_once = max(TOGETHER // math.prod(experts.shape.matrices["down"]), 1)
         for width in module.slots.packed:
             row_TK, gate_TK = joined_gates(call.of_slots(getattr(module, f"{width.stem}_row")), call.gate_TK)
-            token_P, place_P, row_P = sorted_pairs(row_TK)
-            hit, number_P = row_P.unique_consecutive(return_inverse=True)
+            pairs = Pairs.of(row_TK, gate_TK)
+            hit, number_P = pairs.number.unique_consecutive(return_inverse=True)
             if not len(hit):
                 continue
-            pairs = (number_P // at_once).bincount().tolist()
-            parts = (each.split(pairs) for each in (token_P, place_P, number_P % at_once))
-            for rows, token, place, number in zip(hit.split(at_once), *parts, strict=True):
-                given_PD = _outputs(experts, width.stem, rows, call.hidden_TD[token], number)
-                given_PD = given_PD * gate_TK[token, place, None]
+            counts = (number_P // at_once).bincount().tolist()
+            parts = (each.split(counts) for each in (pairs.token, pairs.gate, number_P % at_once))
+            for rows, token, gate, number in zip(hit.split(at_once), *parts, strict=True):
+                given_PD = _outputs(experts, width.stem, rows, call.hidden_TD[token], number) * gate
                 out_TD = out_TD.index_add_(0, token, given_PD.to(out_TD))
         return out_TD
 

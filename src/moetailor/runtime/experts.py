@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from moetailor.answers import Call, SlotMap
-from moetailor.answers.products import joined_gates
+from moetailor.answers.products import Pairs, joined_gates
 from moetailor.checkpoint.files import DTYPE_NAMES, DTYPES
 from moetailor.checkpoint.storage import TensorSpec, find_storage
 
@@ -60,10 +60,9 @@ class CompressedExperts(nn.Module):
         if self.slots.shared:
             row_TK, gate_TK = joined_gates(row_TK, gate_TK)
         # Only live pairs reach a matrix product: each becomes a token of its own with one expert.
-        token, place = (row_TK >= 0).nonzero().unbind(1)
-        if len(token):
-            pairs_PD = self.rows(hidden_TD[token], row_TK[token, place, None], gate_TK[token, place, None])
-            out_TD = out_TD.index_add(0, token, pairs_PD.to(out_TD.dtype))
+        pairs = Pairs.of(row_TK, gate_TK)
+        if len(pairs) and self.slots.plain_pool:
+            out_TD = pairs.added(out_TD, self.rows(hidden_TD[pairs.token], pairs.number[:, None], pairs.gate))
         for kind in self.slots.kinds:
             out_TD = kind.run(self, call, out_TD)
         return out_TD.to(hidden_TD.dtype)
