@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 
 from moetailor.answers.answer import Answer, Call, Context
-from moetailor.answers.products import ALIGNMENT, Pairs, grouped, runs, thin
+from moetailor.answers.products import ALIGNMENT, Pairs, grouped, pieces, runs, thin
 from moetailor.checkpoint.experts import Experts, ExpertShape
 from moetailor.checkpoint.storage import TensorSpec
 from moetailor.errors import PlanError
@@ -153,14 +153,15 @@ def _own_parts(module: Any, pairs: Pairs) -> Callable[[str, torch.Tensor], torch
             return (inner @ factor(module, f"{part}_out", number))[:, 0]
 
         return compiled
-    counts, alike = pairs.counts(len(ranks)), runs(ranks)
+    # Few pairs meet few of the own parts: each alone, as nothing then goes over all.
+    counts, alike = pairs.counts(len(ranks)), [(1, rank) for rank in ranks] if len(pairs) < len(ranks) else runs(ranks)
 
     def own(part: str, inputs: torch.Tensor) -> torch.Tensor | None:
         if not any(ranks):
             return None
         sizes = [count * rank for count, rank in alike]
-        both = (module.tensor(f"low_rank_{part}_{side}").split(sizes) for side in ("in", "out"))
-        return thin(inputs, counts, alike, *(parts.__getitem__ for parts in both))
+        both = (pieces(module.tensor(f"low_rank_{part}_{side}"), sizes) for side in ("in", "out"))
+        return thin(inputs, counts, alike, *both)
 
     return own
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch.nn import functional as F
@@ -137,21 +138,33 @@ def thin(
     found: list[torch.Tensor | int] = []
     number = pair = 0
     for run, (count, rank) in enumerate(runs):
-        mine = pairs[number : number + count]
-        x, number, pair = x_PI[pair : pair + sum(mine)], number + count, pair + sum(mine)
-        if not len(x) or not rank:
-            found.append(len(x))
+        mine, number = pairs[number : number + count], number + count
+        if not (some := sum(mine)):
+            continue
+        x, pair = x_PI[pair : pair + some], pair + some
+        if not rank:
+            found.append(some)
         elif count == 1:
             found.append(F.linear(x, inner(run)) @ outer(run))
         else:
             place = torch.arange(count).repeat_interleave(torch.tensor(mine)).to(x.device)
             both = [factor.view(count, rank, -1) for factor in (inner(run), outer(run))]
             found.append(grouped(grouped(x, both[0], place), both[1], place, transposed=True))
-    some = next((each for each in found if isinstance(each, torch.Tensor)), None)
-    if some is None:
+    given = next((each for each in found if isinstance(each, torch.Tensor)), None)
+    if given is None:
         return None
     # Those of rank zero give nothing.
-    return torch.cat([some.new_zeros(each, some.shape[1]) if isinstance(each, int) else each for each in found])
+    return torch.cat([given.new_zeros(each, given.shape[1]) if isinstance(each, int) else each for each in found])
+
+
+def pieces(rows_RI: torch.Tensor, sizes: Sequence[int]) -> Callable[[int], torch.Tensor]:
+    """Return what gives so many rows each, by number: cut when they are asked for, or all at once where gradients are
+    wanted, as that of each cut would be as large as all rows.
+    """
+    if torch.is_grad_enabled() and rows_RI.requires_grad:
+        return rows_RI.split(list(sizes)).__getitem__
+    ends = [0, *accumulate(sizes)]
+    return lambda number: rows_RI[ends[number] : ends[number + 1]]
 
 
 def joined_gates(number_TK: torch.Tensor, gate_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

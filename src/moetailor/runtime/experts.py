@@ -74,8 +74,9 @@ class CompressedExperts(nn.Module):
     def tensor(self, name: str, rows: torch.Tensor | slice = slice(None)) -> torch.Tensor:
         """Return the numbers of one of the added tensors, or of some of its rows."""
         spec = self.added[name]
-        parts = {part.removeprefix(name): getattr(self, part)[rows] for part in spec.parts(name, "F32")}
-        return find_storage(spec.storage).decode(parts, spec.shape)
+        storage = find_storage(spec.storage)
+        parts = {suffix: getattr(self, name + suffix)[rows] for suffix in storage.parts(spec.shape, "F32")}
+        return storage.decode(parts, spec.shape)
 
     def add_tensors(self, added: Mapping[str, TensorSpec]) -> None:
         """Make room for the tensors of the answers, empty, on the device and in the dtype of the weights."""
