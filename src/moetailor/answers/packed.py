@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import torch
 
 from moetailor.answers.answer import Answer, Call, Context
-from moetailor.answers.products import Pairs, grouped, joined_gates
+from moetailor.answers.products import FEW, Pairs, grouped, joined_gates
 from moetailor.checkpoint.experts import Experts, ExpertShape
 from moetailor.checkpoint.storage import WEIGHTS, Codebook, FewBits, Float8, Integers, TensorSpec
 from moetailor.errors import PlanError
@@ -218,32 +218,48 @@ class Packed(Width, Answer):
         for width in module.slots.packed:
             row_TK, gate_TK = joined_gates(call.of_slots(getattr(module, f"{width.stem}_row")), call.gate_TK)
             pairs = Pairs.of(row_TK, gate_TK)
-            hit, number_P = pairs.number.unique_consecutive(return_inverse=True)
-            if not len(hit):
-                continue
-            counts = (number_P // at_once).bincount().tolist()
-            parts = (each.split(counts) for each in (pairs.token, pairs.gate, number_P % at_once))
-            for rows, token, gate, number in zip(hit.split(at_once), *parts, strict=True):
-                given_PD = _outputs(experts, width.stem, rows, call.hidden_TD[token], number) * gate
-                out_TD = out_TD.index_add_(0, token, given_PD.to(out_TD))
+            if len(pairs):
+                given = _few_outputs if len(pairs) <= FEW else _outputs
+                given_PD = given(experts, width.stem, call.hidden_TD[pairs.token], pairs.number, at_once)
+                out_TD = pairs.added(out_TD, given_PD * pairs.gate)
         return out_TD
 
 
-def _outputs(
-    experts: Experts, stem: str, rows: torch.Tensor, x_PD: torch.Tensor, number_P: torch.Tensor
-) -> torch.Tensor:
-    """Return the outputs of some experts of a class, [P, D].
+def _few_outputs(experts: Experts, stem: str, x_PD: torch.Tensor, number_P: torch.Tensor, at_once: int) -> torch.Tensor:
+    """Return the outputs of some experts of a class for a few inputs, as in decoding, [P, D]: no weights are formed.
 
     Args:
         experts: the compressed ones.
         stem: of the class.
-        rows: the experts.
         x_PD: inputs, sorted by expert.
-        number_P: which of `rows` each goes through.
+        number_P: the expert of each.
+        at_once: experts whose codes are numbers at the same time.
     """
+    module, found = experts.module, []
+    # One expert at a time is cut out, where its number may be known; several are gathered.
+    cut = at_once == 1 and not torch.compiler.is_compiling()
+    places = [slice(row, row + 1) for row in number_P.tolist()] if cut else number_P.split(at_once)
+    for rows, x in zip(places, x_PD.split(at_once), strict=True):
 
-    def given(part: str, inputs: torch.Tensor) -> torch.Tensor:
-        bias = experts.module.tensor(f"{stem}_{part}_bias", rows) if experts.shape.biased else None
-        return grouped(inputs, experts.module.tensor(f"{stem}_{part}", rows).to(inputs.dtype), number_P, bias)
+        def given(part: str, inputs: torch.Tensor, rows: Any = rows) -> torch.Tensor:
+            product = module.product(f"{stem}_{part}", inputs[:, None], rows)[:, 0]
+            return product + module.tensor(f"{stem}_{part}_bias", rows) if experts.shape.biased else product
 
-    return given("down", experts.activated([given(part, x_PD) for part in experts.inputs]))
+        found.append(given("down", experts.activated([given(part, x) for part in experts.inputs])))
+    return torch.cat(found)
+
+
+def _outputs(experts: Experts, stem: str, x_PD: torch.Tensor, number_P: torch.Tensor, at_once: int) -> torch.Tensor:
+    """Return the same for many inputs: the matrices of some experts at a time are formed."""
+    module, found = experts.module, []
+    hit, place_P = number_P.unique_consecutive(return_inverse=True)
+    counts = (place_P // at_once).bincount().tolist()
+    parts = (each.split(counts) for each in (x_PD, place_P % at_once))
+    for rows, x, place in zip(hit.split(at_once), *parts, strict=True):
+
+        def given(part: str, inputs: torch.Tensor, rows: Any = rows, place: torch.Tensor = place) -> torch.Tensor:
+            bias = module.tensor(f"{stem}_{part}_bias", rows) if experts.shape.biased else None
+            return grouped(inputs, module.tensor(f"{stem}_{part}", rows).to(inputs.dtype), place, bias)
+
+        found.append(given("down", experts.activated([given(part, x) for part in experts.inputs])))
+    return torch.cat(found)

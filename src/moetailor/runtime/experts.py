@@ -15,7 +15,7 @@ from torch import nn
 from moetailor.answers import Call, SlotMap
 from moetailor.answers.products import Pairs, joined_gates
 from moetailor.checkpoint.files import DTYPE_NAMES, DTYPES
-from moetailor.checkpoint.storage import TensorSpec, find_storage
+from moetailor.checkpoint.storage import Storage, TensorSpec, find_storage
 
 
 class CompressedExperts(nn.Module):
@@ -73,10 +73,18 @@ class CompressedExperts(nn.Module):
 
     def tensor(self, name: str, rows: torch.Tensor | slice = slice(None)) -> torch.Tensor:
         """Return the numbers of one of the added tensors, or of some of its rows."""
+        storage, parts = self._parts(name, rows)
+        return storage.decode(parts, self.added[name].shape)
+
+    def product(self, name: str, x_nPI: torch.Tensor, rows: torch.Tensor | slice) -> torch.Tensor:
+        """Return x W^T for some of the matrices of one of the added tensors and a few inputs of each, [n, P, O]."""
+        storage, parts = self._parts(name, rows)
+        return storage.product(x_nPI, parts, self.added[name].shape)
+
+    def _parts(self, name: str, rows: torch.Tensor | slice) -> tuple[Storage, dict[str, torch.Tensor]]:
         spec = self.added[name]
         storage = find_storage(spec.storage)
-        parts = {suffix: getattr(self, name + suffix)[rows] for suffix in storage.parts(spec.shape, "F32")}
-        return storage.decode(parts, spec.shape)
+        return storage, {suffix: getattr(self, name + suffix)[rows] for suffix in storage.parts(spec.shape, "F32")}
 
     def add_tensors(self, added: Mapping[str, TensorSpec]) -> None:
         """Make room for the tensors of the answers, empty, on the device and in the dtype of the weights."""

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from moetailor.checkpoint.devices import passing_nbytes
 from moetailor.checkpoint.storage.few_bits import Codes, FewBits, longer
-from moetailor.checkpoint.storage.integers import unpacked
+from moetailor.checkpoint.storage.lookup import Lookup
 from moetailor.checkpoint.storage.storage import register_storages
 
 # Weights of a code by bits of a weight: the more, the better, as long as codes are of 8 bits or fewer.
@@ -64,16 +64,14 @@ class Codebook(FewBits):
         scales = (count, outputs, self.groups(inputs))
         return {"_packed": ("I32", (count, outputs, words)), "_scale": (dtype, scales)}
 
-    def decode(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
-        """Return the table's numbers times scales, in the dtype of the scales."""
-        code = unpacked(parts["_packed"], self.code_bits, self.codes(shape[-1]))
-        return self.numbers(Codes(code=code, scale=parts["_scale"], zero=None), shape[-1])
+    def listed(self, code: torch.Tensor, inputs: int) -> torch.Tensor:
+        """Return the table's numbers."""
+        return self._listed(code).flatten(-2)[..., :inputs]
 
-    def numbers(self, codes: Codes, inputs: int) -> torch.Tensor:
-        """Return the table's numbers times scales."""
-        numbers = self.parted(self._listed(codes.code).flatten(-2)[..., :inputs])
-        numbers = numbers * codes.scale.float()[..., None]
-        return numbers.to(codes.scale.dtype).flatten(-2)[..., :inputs].contiguous()
+    def units(self, parts: Mapping[str, torch.Tensor], inputs: int) -> torch.Tensor:
+        """Return the table's numbers."""
+        words = parts["_packed"]
+        return _lookup(self.bits, str(words.device)).numbers(words, inputs)
 
     def pack(self, codes: Codes) -> dict[str, torch.Tensor]:
         """Return the stored tensors of some codes."""
@@ -158,6 +156,11 @@ def nearest(rows: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
 def _table(bits: int, device: str) -> torch.Tensor:
     read = safetensors.torch.load_file(Path(__file__).with_name("codebooks.safetensors"))
     return read[f"vq{bits}"].float().to(device)
+
+
+@cache
+def _lookup(bits: int, device: str) -> Lookup:
+    return Lookup.of(_table(bits, device), bits * WEIGHTS[bits])
 
 
 def _named(match: re.Match[str]) -> Codebook | None:

@@ -6,7 +6,7 @@ Shapes: n matrices, O outputs, I inputs, G groups, C codes of a row.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -149,6 +149,27 @@ class FewBits(Storage):
         """
 
     @abstractmethod
+    def listed(self, code: torch.Tensor, inputs: int) -> torch.Tensor:
+        """Return what codes stand for before zero points and scales, exact in float32 and its own memory, [n, O, I].
+
+        Args:
+            code: int8 [n, O, C].
+            inputs: of a matrix.
+        """
+
+    @abstractmethod
+    def units(self, parts: Mapping[str, torch.Tensor], inputs: int) -> torch.Tensor:
+        """Return the same of stored tensors.
+
+        Args:
+            parts: by their suffixes.
+            inputs: of a matrix.
+        """
+
+    def zeros(self, parts: Mapping[str, torch.Tensor], outputs: int) -> torch.Tensor | None:
+        """Return the zero points of stored tensors, int8 [n, O, G]; None where codes have none."""
+        return None
+
     def numbers(self, codes: Codes, inputs: int) -> torch.Tensor:
         """Return what some codes stand for, [n, O, I] in the dtype of the scales: exact in float32, then rounded once.
 
@@ -156,6 +177,28 @@ class FewBits(Storage):
             codes: the codes.
             inputs: of a matrix.
         """
+        return self._scaled(self.listed(codes.code, inputs), codes.scale, codes.zero)
+
+    def decode(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
+        """Return the numbers of stored tensors in the dtype of the scales: exact in float32, then rounded once."""
+        return self._scaled(self.units(parts, shape[2]), parts["_scale"], self.zeros(parts, shape[1]))
+
+    def _scaled(self, units: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
+        numbers = self.parted(units)
+        if zero is not None:
+            numbers.sub_(zero[..., None])
+        numbers.mul_(scale.float()[..., None])
+        return numbers.to(scale.dtype).flatten(-2)[..., : units.shape[-1]].contiguous()
+
+    def product(self, x_nPI: torch.Tensor, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
+        """Return x W^T in float32: sum_G s_G (x_G . q_G - z_G sum x_G) over groups, so that no weight is scaled."""
+        units_nOGi, x_nPGi = self.parted(self.units(parts, shape[2])), self.parted(x_nPI.float())
+        scale_nOG, zero_nOG = parts["_scale"].float(), self.zeros(parts, shape[1])
+        sums_nGPO = x_nPGi.transpose(1, 2) @ units_nOGi.permute(0, 2, 3, 1)
+        given_nPO = (sums_nGPO * scale_nOG.transpose(1, 2)[:, :, None]).sum(1)
+        if zero_nOG is not None:
+            given_nPO = given_nPO - x_nPGi.sum(-1) @ (scale_nOG * zero_nOG).transpose(1, 2)
+        return given_nPO
 
     @abstractmethod
     def pack(self, codes: Codes) -> dict[str, torch.Tensor]:
