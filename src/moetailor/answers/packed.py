@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 
 from moetailor.answers.answer import Answer, Call, Context
-from moetailor.answers.products import FEW, Pairs, grouped, joined_gates
+from moetailor.answers.products import Pairs, grouped, joined_gates
 from moetailor.checkpoint.experts import Experts, ExpertShape
 from moetailor.checkpoint.storage import WEIGHTS, Codebook, FewBits, Float8, Integers, TensorSpec
 from moetailor.errors import PlanError
@@ -219,38 +220,49 @@ class Packed(Width, Answer):
             row_TK, gate_TK = joined_gates(call.of_slots(getattr(module, f"{width.stem}_row")), call.gate_TK)
             pairs = Pairs.of(row_TK, gate_TK)
             if len(pairs):
-                given = _few_outputs if len(pairs) <= FEW else _outputs
-                given_PD = given(experts, width.stem, call.hidden_TD[pairs.token], pairs.number, at_once)
+                x_PD = call.hidden_TD[pairs.token]
+                if at_once > 1 and pairs.live is None:
+                    given_PD = _several(experts, width.stem, x_PD, pairs.number, at_once)
+                else:
+                    given_PD = _one_by_one(experts, width.stem, x_PD, pairs)
                 out_TD = pairs.added(out_TD, given_PD * pairs.gate)
         return out_TD
 
 
-def _few_outputs(experts: Experts, stem: str, x_PD: torch.Tensor, number_P: torch.Tensor, at_once: int) -> torch.Tensor:
-    """Return the outputs of some experts of a class for a few inputs, as in decoding, [P, D]: no weights are formed.
+def _one_by_one(experts: Experts, stem: str, x_PD: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+    """Return the outputs of some experts of a class, one at a time, [P, D].
+
+    Args:
+        experts: the compressed ones.
+        stem: of the class.
+        x_PD: inputs, sorted by expert.
+        pairs: with their experts; in a graph, which cannot know these, each is looked up and runs alone.
+    """
+    module, found, ones = experts.module, [], [1] * len(x_PD)
+    places: Sequence[torch.Tensor | slice] = pairs.number.split(1)
+    if pairs.live is None:
+        hit, count = pairs.number.unique_consecutive(return_counts=True)
+        places, ones = [slice(row, row + 1) for row in hit.tolist()], count.tolist()
+    for rows, x in zip(places, x_PD.split(ones), strict=True):
+
+        def given(part: str, inputs: torch.Tensor, rows: torch.Tensor | slice = rows) -> torch.Tensor:
+            product = module.product(f"{stem}_{part}", inputs[None], rows)[0]
+            return product + module.tensor(f"{stem}_{part}_bias", rows) if experts.shape.biased else product
+
+        found.append(given("down", experts.activated([given(part, x) for part in experts.inputs])).to(x))
+    return torch.cat(found)
+
+
+def _several(experts: Experts, stem: str, x_PD: torch.Tensor, number_P: torch.Tensor, at_once: int) -> torch.Tensor:
+    """Return the same where experts are small: some at a time are turned into numbers, and run grouped.
 
     Args:
         experts: the compressed ones.
         stem: of the class.
         x_PD: inputs, sorted by expert.
         number_P: the expert of each.
-        at_once: experts whose codes are numbers at the same time.
+        at_once: experts that are numbers at the same time.
     """
-    module, found = experts.module, []
-    # One expert at a time is cut out, where its number may be known; several are gathered.
-    cut = at_once == 1 and not torch.compiler.is_compiling()
-    places = [slice(row, row + 1) for row in number_P.tolist()] if cut else number_P.split(at_once)
-    for rows, x in zip(places, x_PD.split(at_once), strict=True):
-
-        def given(part: str, inputs: torch.Tensor, rows: Any = rows) -> torch.Tensor:
-            product = module.product(f"{stem}_{part}", inputs[:, None], rows)[:, 0]
-            return product + module.tensor(f"{stem}_{part}_bias", rows) if experts.shape.biased else product
-
-        found.append(given("down", experts.activated([given(part, x) for part in experts.inputs])))
-    return torch.cat(found)
-
-
-def _outputs(experts: Experts, stem: str, x_PD: torch.Tensor, number_P: torch.Tensor, at_once: int) -> torch.Tensor:
-    """Return the same for many inputs: the matrices of some experts at a time are formed."""
     module, found = experts.module, []
     hit, place_P = number_P.unique_consecutive(return_inverse=True)
     counts = (place_P // at_once).bincount().tolist()

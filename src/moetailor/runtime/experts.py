@@ -101,11 +101,15 @@ class CompressedExperts(nn.Module):
                     self.register_buffer(part, empty)
 
     def fill_map(self) -> None:
-        """Compute the buffers that follow from the map, where the layer runs: no file holds them."""
+        """Compute what follows from the map, where the layer runs: no file holds it."""
+        for name in ("plain", "plain_pool", "packed"):
+            getattr(self.slots, name)  # kept there: no graph that is traced can compute them
         with torch.device("cpu"):  # transformers loads models under the meta device, where nothing can be computed
             buffers = self.slots.buffers()
         for name, buffer in buffers.items():
             self.register_buffer(name, buffer.to(self._device), persistent=False)
+        for spec in self.added.values() if self._device.type != "meta" else ():
+            find_storage(spec.storage).ready(self._device)
         for name, buffer in list(self.named_buffers(recurse=False)):
             if not buffer.numel() and name not in buffers:  # parameters without rows
                 empty = torch.empty(buffer.shape, dtype=self._stored.dtype, device=self._device)

@@ -9,7 +9,6 @@ outputs, I inputs, G groups, V weights of a code, C codes of a row, K codes of a
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch.nn import functional as F
 
 from moetailor.checkpoint.devices import passing_nbytes
 from moetailor.checkpoint.storage.few_bits import Codes, FewBits, longer
-from moetailor.checkpoint.storage.lookup import Lookup
+from moetailor.checkpoint.storage.lookup import Lookup, lookup
 from moetailor.checkpoint.storage.storage import register_storages
 
 # Weights of a code by bits of a weight: the more, the better, as long as codes are of 8 bits or fewer.
@@ -68,10 +67,16 @@ class Codebook(FewBits):
         """Return the table's numbers."""
         return self._listed(code).flatten(-2)[..., :inputs]
 
-    def units(self, parts: Mapping[str, torch.Tensor], inputs: int) -> torch.Tensor:
+    def units(self, packed: torch.Tensor, inputs: int) -> torch.Tensor:
         """Return the table's numbers."""
-        words = parts["_packed"]
-        return _lookup(self.bits, str(words.device)).numbers(words, inputs)
+        return self._lookup(packed.device).numbers(packed, inputs)
+
+    def ready(self, device: torch.device) -> None:
+        """Read the table."""
+        self._lookup(device)
+
+    def _lookup(self, device: torch.device) -> Lookup:
+        return lookup(f"vq{self.bits}", device, lambda device: Lookup.of(self._table(device), self.code_bits))
 
     def pack(self, codes: Codes) -> dict[str, torch.Tensor]:
         """Return the stored tensors of some codes."""
@@ -156,11 +161,6 @@ def nearest(rows: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
 def _table(bits: int, device: str) -> torch.Tensor:
     read = safetensors.torch.load_file(Path(__file__).with_name("codebooks.safetensors"))
     return read[f"vq{bits}"].float().to(device)
-
-
-@cache
-def _lookup(bits: int, device: str) -> Lookup:
-    return Lookup.of(_table(bits, device), bits * WEIGHTS[bits])
 
 
 def _named(match: re.Match[str]) -> Codebook | None:

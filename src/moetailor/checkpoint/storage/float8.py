@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -41,9 +40,9 @@ class Float8(FewBits):
         half = code.to(torch.int16).bitwise_left_shift_(7).bitwise_and_(KEPT).view(torch.float16)
         return half.float().mul_(2.0**8)
 
-    def units(self, parts: Mapping[str, torch.Tensor], inputs: int) -> torch.Tensor:
+    def units(self, packed: torch.Tensor, inputs: int) -> torch.Tensor:
         """Return the floats."""
-        return self.listed(parts["_packed"].view(torch.int8), inputs)
+        return self.listed(packed.view(torch.int8), inputs)
 
     def pack(self, codes: Codes) -> dict[str, torch.Tensor]:
         """Return the stored tensors of some codes."""

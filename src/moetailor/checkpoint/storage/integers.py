@@ -10,12 +10,11 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 
 from moetailor.checkpoint.storage.few_bits import Codes, FewBits, longer
-from moetailor.checkpoint.storage.lookup import Lookup
+from moetailor.checkpoint.storage.lookup import Lookup, lookup
 from moetailor.checkpoint.storage.storage import register_storages
 
 BITS = range(2, 9)
@@ -65,13 +64,24 @@ class Integers(FewBits):
         """Return the codes as numbers."""
         return code.float()
 
-    def units(self, parts: Mapping[str, torch.Tensor], inputs: int) -> torch.Tensor:
+    def units(self, packed: torch.Tensor, inputs: int) -> torch.Tensor:
         """Return the codes as numbers."""
-        words = parts["_packed"]
         if self.bits == 8:  # 128 is added to each
-            octets = (words ^ FLIP).flatten().view(torch.int8).view(*words.shape[:-1], -1)
+            octets = (packed ^ FLIP).flatten().view(torch.int8).view(*packed.shape[:-1], -1)
             return octets[..., :inputs].float()
-        return _lookup(self.bits, str(words.device)).numbers(words, inputs)
+        return self._lookup(packed.device).numbers(packed, inputs)
+
+    def ready(self, device: torch.device) -> None:
+        """Make the table of codes."""
+        self._lookup(device)
+
+    def _lookup(self, device: torch.device) -> Lookup:
+        half = 2 ** (self.bits - 1)
+        return lookup(
+            f"int{self.bits}",
+            device,
+            lambda device: Lookup.of(torch.arange(-half, half, device=device).float()[:, None], self.bits),
+        )
 
     def zeros(self, parts: Mapping[str, torch.Tensor], outputs: int) -> torch.Tensor | None:
         """Return the zero points, unless codes are symmetric."""
@@ -158,12 +168,6 @@ def unpacked(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
         eight.add_(eight & upper, alpha=(1 << codes * (8 - bits)) - 1)  # as upper << codes (8 - bits) alone
     each = eight.view(torch.uint8).view(*words.shape[:-1], 8 * eights)[..., :count]
     return (each - 2 ** (bits - 1)).view(torch.int8)  # bytes wrap around
-
-
-@cache
-def _lookup(bits: int, device: str) -> Lookup:
-    half = 2 ** (bits - 1)
-    return Lookup.of(torch.arange(-half, half, dtype=torch.float32, device=device)[:, None], bits)
 
 
 def _named(match: re.Match[str]) -> Integers | None:

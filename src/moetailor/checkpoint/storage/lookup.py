@@ -5,6 +5,7 @@ Shapes: K rows of a table, V numbers of a row, W words.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,9 @@ from moetailor.checkpoint.storage.few_bits import longer
 ELEMENTS = {2: torch.int64, 4: torch.complex128}
 # Bits of what is looked up at once where codes lie across bytes: the table should stay in caches.
 MOST_BITS = 14
+
+# By a name and a device: a plain dictionary, which graphs can be traced through.
+LOOKUPS: dict[str, Lookup] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,3 +73,11 @@ class Lookup:
         step = self.bits * self.codes
         steps = torch.arange(0, 8 * self.bits, step, device=words.device)
         return (eight >> steps).bitwise_and_((1 << step) - 1)
+
+
+def lookup(name: str, device: torch.device, make: Callable[[torch.device], Lookup]) -> Lookup:
+    """Return the look-up of a name on a device, made where it is asked for the first time."""
+    key = f"{name} {device}"
+    if key not in LOOKUPS:
+        LOOKUPS[key] = make(device)
+    return LOOKUPS[key]

@@ -57,6 +57,9 @@ class Storage(ABC):
             shape: of the tensor; its first axis may have more rows than there are here.
         """
 
+    def ready(self, device: torch.device) -> None:  # noqa: B027 (most need nothing)
+        """Make on a device what decoding needs there beside stored tensors, before any graph is traced."""
+
     def product(self, x_nPI: torch.Tensor, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
         """Return x W^T for matrices and a few inputs of each, [n, P, outputs].
 
