@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from moetailor.answers.answer import Answer, Call, Context
 from moetailor.answers.constant import Constant
-from moetailor.answers.products import grouped, sorted_pairs, weighted_rows
+from moetailor.answers.products import Pairs, grouped, weighted_rows
 from moetailor.checkpoint.experts import Experts, ExpertShape
 from moetailor.checkpoint.storage import TensorSpec
 from moetailor.errors import PlanError
@@ -113,14 +113,13 @@ class Auxiliary(Answer):
         aside_TK, gate_Tm = gate_TK.masked_fill(main_TK, 0), gate_TK.masked_fill(~main_TK, 0)
         if split.renormalise:
             gate_Tm = gate_Tm * (total_T1 / gate_Tm.sum(1, keepdim=True).clamp_min(1e-20))
-        token, place, row = sorted_pairs(row_TK.masked_fill(~main_TK, -1))
-        if len(token) and split.vectors == "none":
-            pairs_PD = module.rows(call.hidden_TD[token], row[:, None], gate_Tm[token, place, None])
-            out_TD = out_TD.index_add(0, token, pairs_PD.to(out_TD))
-        elif len(token):
+        pairs = Pairs.of(row_TK.masked_fill(~main_TK, -1), gate_Tm)
+        if len(pairs) and split.vectors == "none":
+            out_TD = pairs.added(out_TD, module.rows(call.hidden_TD[pairs.token], pairs.number[:, None], pairs.gate))
+        elif len(pairs):
             vectors = _vectors(module, split, slot_TK, aside_TK)
-            pairs_PD = modulated(module, call.hidden_TD, token, row, vectors) * gate_Tm[token, place, None]
-            out_TD = out_TD.index_add(0, token, pairs_PD.to(out_TD))
+            given_PD = modulated(module, call.hidden_TD, pairs.token, pairs.number, vectors)
+            out_TD = pairs.added(out_TD, given_PD * pairs.gate)
         if split.constants:
             given_TD = weighted_rows(module.tensor("auxiliary_constant"), slot_TK, aside_TK.masked_fill(~able_TK, 0))
             out_TD = out_TD + given_TD.to(out_TD)

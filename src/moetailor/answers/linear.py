@@ -6,13 +6,14 @@ Shapes: n slots, T tokens, K slots of a token, R rows of all maps, r rank, D mod
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from torch.nn import functional as F
 
 from moetailor.answers.answer import Answer, Call, Context
-from moetailor.answers.products import weighted_rows
+from moetailor.answers.products import Pairs, thin, weighted_rows
 from moetailor.checkpoint.experts import ExpertShape
 from moetailor.checkpoint.storage import TensorSpec
 from moetailor.errors import PlanError
@@ -80,9 +81,7 @@ class Linear(Answer):
 
     @classmethod
     def buffers(cls, slots: SlotMap) -> dict[str, torch.Tensor]:
-        """Return, beside the number of each slot's map (-1 for none): rank and first row in ``linear_out`` of each map
-        [n], and the map and the row in ``linear_in`` of each row [R].
-        """
+        """Return the map of each slot (-1 for none), and the map and the row in ``linear_in`` of each row [R]."""
         maps = list(slots.of(cls).values())
         rank_n = torch.tensor([map.rank for map in maps])
         start_n = rank_n.cumsum(0) - rank_n
@@ -90,8 +89,6 @@ class Linear(Answer):
         row_R = torch.arange(len(owner_R))
         return {
             "linear_slot": slots.numbered(slots.of(cls)),
-            "linear_rank": rank_n,
-            "linear_start": start_n,
             "linear_owner": owner_R,
             "linear_input": row_R - start_n[owner_R] if maps[0].shared else row_R,
         }
@@ -102,29 +99,33 @@ class Linear(Answer):
         number_TK = call.of_slots(module.linear_slot)
         constant = module.tensor("linear_constant")
         weight_TK = call.gate_TK.masked_fill(number_TK < 0, 0).to(constant.dtype)
-        given_TD = weighted_rows(constant, number_TK, weight_TK)
-        given_TD = given_TD + _products(module, call.hidden_TD, number_TK.clamp_min(0), weight_TK)
-        return out_TD + given_TD.to(out_TD)
-
-
-def _products(module: Any, hidden_TD: torch.Tensor, number_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
-    """Return the gated sum of the linear maps of each token, [T, D]."""
-    width, count = hidden_TD.shape[1], len(module.linear_rank)
-    if number_TK.numel() > count:
+        out_TD = out_TD + weighted_rows(constant, number_TK, weight_TK).to(out_TD)
+        if number_TK.numel() <= len(constant) and not torch.compiler.is_compiling():
+            return _chosen(module, call, number_TK, out_TD)
         # y_t = sum_R g_(t, owner of R) <x_t, in_R> out_R: two thin products over all maps of the layer.
+        width, count = call.hidden_TD.shape[1], len(constant)
         inputs, outputs = (module.tensor(f"linear_{name}").view(-1, width) for name in ("in", "out"))
-        gate_Tn = weight_TK.new_zeros(len(hidden_TD), count).scatter_add(1, number_TK, weight_TK)
-        inner_TR = F.linear(hidden_TD, inputs)[:, module.linear_input]
-        return (inner_TR * gate_Tn[:, module.linear_owner]) @ outputs
-    # Few tokens, as in decoding: only the rows of the maps that they chose are read.
-    step_r = torch.arange(max(map.rank for map in module.slots.of(Linear).values()), device=number_TK.device)
-    live_TKr = step_r < module.linear_rank[number_TK][..., None]
-    row_TKr = (module.linear_start[number_TK][..., None] + step_r).where(live_TKr, 0)
-    inputs_TPD, outputs_TPD = (
-        module.tensor(f"linear_{name}", rows.flatten()).view(len(hidden_TD), -1, width)
-        for name, rows in (("in", module.linear_input[row_TKr]), ("out", row_TKr))
+        gate_Tn = weight_TK.new_zeros(len(number_TK), count).scatter_add(1, number_TK.clamp_min(0), weight_TK)
+        inner_TR = F.linear(call.hidden_TD, inputs)[:, module.linear_input]
+        return out_TD + ((inner_TR * gate_Tn[:, module.linear_owner]) @ outputs).to(out_TD)
+
+
+def _chosen(module: Any, call: Call, number_TK: torch.Tensor, out_TD: torch.Tensor) -> torch.Tensor:
+    """Add the products of the maps that few tokens chose: as in decoding, where only the rows of these are read."""
+    pairs = Pairs.of(number_TK, call.gate_TK)
+    if not len(pairs):
+        return out_TD
+    maps, width = list(module.slots.of(Linear).values()), call.hidden_TD.shape[1]
+    starts = [0, *accumulate(map.rank for map in maps)]
+
+    def rows(name: str, start: int, count: int) -> torch.Tensor:
+        return module.tensor(f"linear_{name}", slice(start, start + count)).view(-1, width)
+
+    given_PD = thin(
+        call.hidden_TD[pairs.token],
+        pairs.counts(len(maps)),
+        [(1, map.rank) for map in maps],
+        lambda number: rows("in", 0 if maps[0].shared else starts[number], maps[number].rank),
+        lambda number: rows("out", starts[number], maps[number].rank),
     )
-    weight_TP = (
-        (inputs_TPD @ hidden_TD[..., None])[..., 0].view_as(row_TKr) * live_TKr * weight_TK[..., None]
-    ).flatten(1)
-    return (weight_TP[:, None] @ outputs_TPD)[:, 0]
+    return out_TD if given_PD is None else pairs.added(out_TD, given_PD * pairs.gate)

@@ -5,13 +5,14 @@ Shapes: M bases, N low-rank experts, R rows of all own parts, T tokens, P pairs,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 
 from moetailor.answers.answer import Answer, Call, Context
-from moetailor.answers.products import grouped, sorted_pairs
+from moetailor.answers.products import ALIGNMENT, Pairs, grouped, pieces, runs, thin
 from moetailor.checkpoint.experts import Experts, ExpertShape
 from moetailor.checkpoint.storage import TensorSpec
 from moetailor.errors import PlanError
@@ -19,9 +20,6 @@ from moetailor.schema import Within
 
 if TYPE_CHECKING:
     from moetailor.answers.slot_map import SlotMap
-
-# The grouped kernels of CUDA want rows of 16 bytes.
-ALIGNMENT = 8
 
 
 @dataclass(frozen=True)
@@ -92,11 +90,8 @@ class LowRank(Answer):
     @classmethod
     def run(cls, module: Any, call: Call, out_TD: torch.Tensor) -> torch.Tensor:
         """Add the gated outputs; full weights are never formed."""
-        token_P, place_P, number_P = sorted_pairs(call.of_slots(module.low_rank_slot))
-        if not len(token_P):
-            return out_TD
-        pairs_PD = outputs(module, call.hidden_TD, token_P, number_P) * call.gate_TK[token_P, place_P, None]
-        return out_TD.index_add(0, token_P, pairs_PD.to(out_TD))
+        pairs = Pairs.of(call.of_slots(module.low_rank_slot), call.gate_TK)
+        return _added(module, call.hidden_TD, pairs, out_TD) if len(pairs) else out_TD
 
 
 def members(slots: SlotMap) -> dict[int, LowRank]:
@@ -104,50 +99,81 @@ def members(slots: SlotMap) -> dict[int, LowRank]:
     return dict(sorted(slots.of(LowRank).items(), key=lambda item: (item[1].base, item[0])))
 
 
-def outputs(module: Any, x_TD: torch.Tensor, token_P: torch.Tensor, number_P: torch.Tensor) -> torch.Tensor:
-    """Return the outputs of low-rank experts, [P, D].
+def _added(module: Any, x_TD: torch.Tensor, pairs: Pairs, out_TD: torch.Tensor) -> torch.Tensor:
+    """Return an output to which is added what low-rank experts give, gates included.
 
     Args:
         module: the compressed experts.
         x_TD: tokens.
-        token_P: token of each pair.
-        number_P: its low-rank expert, ascending; their bases ascend too.
+        pairs: with their low-rank experts; the bases of these ascend, too.
+        out_TD: the output so far.
     """
-    experts, base_P = Experts(module), module.low_rank_base[number_P]
-    # A token that chose several members of a base meets its gate and up projections once.
-    both, place_P = torch.unique(base_P * len(x_TD) + token_P, return_inverse=True)
-    x_UD, base_U, x_PD = x_TD[both % len(x_TD)], both // len(x_TD), x_TD[token_P]
+    experts, base_P = Experts(module), module.low_rank_base[pairs.number]
+    if pairs.live is not None:
+        once, place_P = base_P * len(x_TD) + pairs.token, torch.arange(len(pairs), device=x_TD.device)
+    else:
+        # A token that chose several members of a base meets the base's matrices once.
+        once, place_P = torch.unique(base_P * len(x_TD) + pairs.token, return_inverse=True)
+    token_U, base_U = once % len(x_TD), once // len(x_TD)
+    own = _own_parts(module, pairs)
 
-    def base(part: str, inputs: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
-        bias = module.tensor(f"low_rank_base_{part}_bias") if experts.shape.biased else None
-        return grouped(inputs, module.tensor(f"low_rank_base_{part}"), group, bias)
+    def base(part: str, inputs: torch.Tensor, bias: bool) -> torch.Tensor:
+        given = module.tensor(f"low_rank_base_{part}_bias") if bias else None
+        return grouped(inputs, module.tensor(f"low_rank_base_{part}"), base_U, given)
 
-    def own(part: str, inputs: torch.Tensor) -> torch.Tensor:
-        if not module.low_rank_row.shape[1]:
-            return inputs.new_zeros(())
-        if len(number_P) < len(module.low_rank_row):  # as in decoding: only the parts of these pairs are read
-            inner = inputs[:, None] @ factor(module, f"{part}_in", number_P).transpose(1, 2)
-            return (inner @ factor(module, f"{part}_out", number_P))[:, 0]
-        inner = grouped(inputs, factor(module, f"{part}_in"), number_P)
-        return grouped(inner, factor(module, f"{part}_out"), number_P, transposed=True)
+    def projected(part: str) -> torch.Tensor:
+        given_PF = base(part, x_TD[token_U], experts.shape.biased)[place_P]
+        more_PF = own(part, x_TD[pairs.token])
+        return given_PF if more_PF is None else given_PF + more_PF
 
-    projected = [base(part, x_UD, base_U)[place_P] + own(part, x_PD) for part in experts.inputs]
-    inner = experts.activated(projected)
-    return base("down", inner, base_P) + own("down", inner)
+    inner_PF = experts.activated([projected(part) for part in experts.inputs])
+    # The down projection is linear: sum_p g_p W h_p = W sum_p g_p h_p. Sums are kept in float32 at least.
+    gate_P1 = pairs.gate if pairs.live is None else pairs.gate.masked_fill(~pairs.live, 0)
+    gated_PF = (inner_PF * gate_P1).to(out_TD)
+    summed_UF = gated_PF.new_zeros(len(once), gated_PF.shape[1]).index_add(0, place_P, gated_PF)
+    given_UD = base("down", summed_UF.to(inner_PF), bias=False).to(out_TD)
+    if experts.shape.biased:
+        gate_U1 = gated_PF.new_zeros(len(once), 1).index_add(0, place_P, gate_P1.to(out_TD))
+        given_UD = given_UD + gate_U1 * module.tensor("low_rank_base_down_bias")[base_U].to(out_TD)
+    out_TD = out_TD.index_add(0, token_U, given_UD)
+    more_PD = own("down", gated_PF.to(inner_PF))
+    return out_TD if more_PD is None else pairs.added(out_TD, more_PD)
 
 
-def factor(module: Any, name: str, number: torch.Tensor | None = None) -> torch.Tensor:
-    """Return a factor of the own parts with the rows of each low-rank expert, zeros where its rank is lower than
-    others', [N, r, D or F].
+def _own_parts(module: Any, pairs: Pairs) -> Callable[[str, torch.Tensor], torch.Tensor | None]:
+    """Return what applies the own parts of one of the matrices to the inputs of each pair; None where none has any."""
+    ranks = [answer.rank for answer in members(module.slots).values()]
+    if pairs.live is not None:
+        number = pairs.number
+
+        def compiled(part: str, inputs: torch.Tensor) -> torch.Tensor | None:
+            if not any(ranks):
+                return None
+            inner = inputs[:, None] @ factor(module, f"{part}_in", number).transpose(1, 2)
+            return (inner @ factor(module, f"{part}_out", number))[:, 0]
+
+        return compiled
+    # Few pairs meet few of the own parts: each alone, as nothing then goes over all.
+    counts, alike = pairs.counts(len(ranks)), [(1, rank) for rank in ranks] if len(pairs) < len(ranks) else runs(ranks)
+
+    def own(part: str, inputs: torch.Tensor) -> torch.Tensor | None:
+        if not any(ranks):
+            return None
+        sizes = [count * rank for count, rank in alike]
+        both = (pieces(module.tensor(f"low_rank_{part}_{side}"), sizes) for side in ("in", "out"))
+        return thin(inputs, counts, alike, *both)
+
+    return own
+
+
+def factor(module: Any, name: str, number: torch.Tensor) -> torch.Tensor:
+    """Return a factor of the own parts with the rows of some low-rank experts, zeros where one has fewer than others,
+    [n, r, D or F].
 
     Args:
         module: the compressed experts.
         name: ``gate_in`` or another one.
-        number: which low-rank experts, all when None; only their rows are read.
+        number: of the low-rank experts.
     """
-    rows, table = module.tensor(f"low_rank_{name}"), module.low_rank_row
-    if table.numel() == len(rows):  # all of one rank: as they lie
-        whole = rows.view(*table.shape, -1)
-        return whole if number is None else whole[number]
-    row = table if number is None else table[number]
+    rows, row = module.tensor(f"low_rank_{name}"), module.low_rank_row[number]
     return rows[row.clamp_max(len(rows) - 1)].masked_fill((row == len(rows))[..., None], 0)

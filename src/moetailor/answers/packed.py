@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 
 from moetailor.answers.answer import Answer, Call, Context
-from moetailor.answers.products import grouped, joined_gates, sorted_pairs
+from moetailor.answers.products import Pairs, grouped, joined_gates
 from moetailor.checkpoint.experts import Experts, ExpertShape
 from moetailor.checkpoint.storage import WEIGHTS, Codebook, FewBits, Float8, Integers, TensorSpec
 from moetailor.errors import PlanError
@@ -217,34 +218,60 @@ class Packed(Width, Answer):
         at_once = max(TOGETHER // math.prod(experts.shape.matrices["down"]), 1)
         for width in module.slots.packed:
             row_TK, gate_TK = joined_gates(call.of_slots(getattr(module, f"{width.stem}_row")), call.gate_TK)
-            token_P, place_P, row_P = sorted_pairs(row_TK)
-            hit, number_P = row_P.unique_consecutive(return_inverse=True)
-            if not len(hit):
-                continue
-            pairs = (number_P // at_once).bincount().tolist()
-            parts = (each.split(pairs) for each in (token_P, place_P, number_P % at_once))
-            for rows, token, place, number in zip(hit.split(at_once), *parts, strict=True):
-                given_PD = _outputs(experts, width.stem, rows, call.hidden_TD[token], number)
-                given_PD = given_PD * gate_TK[token, place, None]
-                out_TD = out_TD.index_add_(0, token, given_PD.to(out_TD))
+            pairs = Pairs.of(row_TK, gate_TK)
+            if len(pairs):
+                x_PD = call.hidden_TD[pairs.token]
+                if at_once > 1 and pairs.live is None:
+                    given_PD = _several(experts, width.stem, x_PD, pairs.number, at_once)
+                else:
+                    given_PD = _one_by_one(experts, width.stem, x_PD, pairs)
+                out_TD = pairs.added(out_TD, given_PD * pairs.gate)
         return out_TD
 
 
-def _outputs(
-    experts: Experts, stem: str, rows: torch.Tensor, x_PD: torch.Tensor, number_P: torch.Tensor
-) -> torch.Tensor:
-    """Return the outputs of some experts of a class, [P, D].
+def _one_by_one(experts: Experts, stem: str, x_PD: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+    """Return the outputs of some experts of a class, one at a time, [P, D].
 
     Args:
         experts: the compressed ones.
         stem: of the class.
-        rows: the experts.
         x_PD: inputs, sorted by expert.
-        number_P: which of `rows` each goes through.
+        pairs: with their experts; in a graph, which cannot know these, each is looked up and runs alone.
     """
+    module, found, ones = experts.module, [], [1] * len(x_PD)
+    places: Sequence[torch.Tensor | slice] = pairs.number.split(1)
+    if pairs.live is None:
+        hit, count = pairs.number.unique_consecutive(return_counts=True)
+        places, ones = [slice(row, row + 1) for row in hit.tolist()], count.tolist()
+    for rows, x in zip(places, x_PD.split(ones), strict=True):
 
-    def given(part: str, inputs: torch.Tensor) -> torch.Tensor:
-        bias = experts.module.tensor(f"{stem}_{part}_bias", rows) if experts.shape.biased else None
-        return grouped(inputs, experts.module.tensor(f"{stem}_{part}", rows).to(inputs.dtype), number_P, bias)
+        def given(part: str, inputs: torch.Tensor, rows: torch.Tensor | slice = rows) -> torch.Tensor:
+            product = module.product(f"{stem}_{part}", inputs[None], rows)[0]
+            return product + module.tensor(f"{stem}_{part}_bias", rows) if experts.shape.biased else product
 
-    return given("down", experts.activated([given(part, x_PD) for part in experts.inputs]))
+        found.append(given("down", experts.activated([given(part, x) for part in experts.inputs])).to(x))
+    return torch.cat(found)
+
+
+def _several(experts: Experts, stem: str, x_PD: torch.Tensor, number_P: torch.Tensor, at_once: int) -> torch.Tensor:
+    """Return the same where experts are small: some at a time are turned into numbers, and run grouped.
+
+    Args:
+        experts: the compressed ones.
+        stem: of the class.
+        x_PD: inputs, sorted by expert.
+        number_P: the expert of each.
+        at_once: experts that are numbers at the same time.
+    """
+    module, found = experts.module, []
+    hit, place_P = number_P.unique_consecutive(return_inverse=True)
+    counts = (place_P // at_once).bincount().tolist()
+    parts = (each.split(counts) for each in (x_PD, place_P % at_once))
+    for rows, x, place in zip(hit.split(at_once), *parts, strict=True):
+
+        def given(part: str, inputs: torch.Tensor, rows: Any = rows, place: torch.Tensor = place) -> torch.Tensor:
+            bias = module.tensor(f"{stem}_{part}_bias", rows) if experts.shape.biased else None
+            return grouped(inputs, module.tensor(f"{stem}_{part}", rows).to(inputs.dtype), place, bias)
+
+        found.append(given("down", experts.activated([given(part, x) for part in experts.inputs])))
+    return torch.cat(found)

@@ -1,14 +1,74 @@
-"""The products that answers run: grouped by expert, and weighted rows of a table.
+"""The products that answers run: grouped by expert, of two thin factors, and weighted rows of a table.
 
 Matrices are those of `Experts`, stacked: gate and up [E, F, D], down [E, D, F]. Everything is differentiable. Shapes: T
-tokens, K slots of a token, P pairs of a token and an expert, E experts, I inputs, O outputs, D model width.
+tokens, K slots of a token, P pairs of a token and an expert, E experts, I inputs, O outputs, D model width, r rank.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
 import torch
 from torch.nn import functional as F
 from transformers.integrations.moe import _grouped_linear
+
+# As many pairs are all run when a call is compiled, with gates of zero where they stand for nothing: shapes must not
+# depend on what the router chose.
+FEW = 64
+# The grouped kernels of CUDA want rows of 16 bytes.
+ALIGNMENT = 8
+
+
+@dataclass
+class Pairs:
+    """Pairs of a token and what runs for it, by number.
+
+    Attributes:
+        token: [P].
+        number: of what runs, ascending [P].
+        gate: [P, 1].
+        live: which count, [P, 1]; all when None.
+    """
+
+    token: torch.Tensor
+    number: torch.Tensor
+    gate: torch.Tensor
+    live: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, number_TK: torch.Tensor, gate_TK: torch.Tensor) -> Pairs:
+        """Return the pairs whose number is not negative; where few pairs are compiled, all of them.
+
+        Args:
+            number_TK: what each slot runs.
+            gate_TK: the gates.
+        """
+        if torch.compiler.is_compiling() and number_TK.numel() <= FEW:
+            # Those that stand for nothing go where another one goes anyway, so that no more weights are read.
+            live_TK = number_TK >= 0
+            every = number_TK.where(live_TK, number_TK.max().clamp_min(0)).flatten()
+            number, order = every.sort(stable=True)
+            gate, live = gate_TK.masked_fill(~live_TK, 0).flatten()[order, None], live_TK.flatten()[order, None]
+            return cls(order // number_TK.shape[1], number, gate, live)
+        token, place = (number_TK >= 0).nonzero().unbind(1)
+        number, order = number_TK[token, place].sort(stable=True)
+        token, place = token[order], place[order]
+        return cls(token, number, gate_TK[token, place, None])
+
+    def __len__(self) -> int:
+        return len(self.token)
+
+    def counts(self, numbers: int) -> list[int]:
+        """Return how many pairs each number has."""
+        return torch.bincount(self.number, minlength=numbers).tolist()
+
+    def added(self, out_TD: torch.Tensor, given_PD: torch.Tensor) -> torch.Tensor:
+        """Return an output to which is added what the pairs give, gates included."""
+        if self.live is not None:
+            given_PD = given_PD.masked_fill(~self.live, 0)
+        return out_TD.index_add(0, self.token, given_PD.to(out_TD))
 
 
 def grouped(
@@ -30,7 +90,8 @@ def grouped(
     """
     if 1 not in weight_EOI.stride()[1:]:  # interleaved gate and up projections
         weight_EOI = weight_EOI.contiguous()
-    ends = torch.bincount(expert_P, minlength=len(weight_EOI)).cumsum(0).int()
+    numbers = torch.arange(len(weight_EOI), device=expert_P.device)
+    ends = torch.searchsorted(expert_P, numbers, right=True, out_int32=True)
     bias = None if bias_EO is None else bias_EO[expert_P]
     return _grouped_linear(x_PI, weight_EOI, ends, bias, is_transposed=transposed)
 
@@ -47,11 +108,63 @@ def weighted_rows(table_ND: torch.Tensor, number_TK: torch.Tensor, weight_TK: to
     return F.embedding_bag(number_TK.clamp_min(0), table_ND, per_sample_weights=weight_TK, mode="sum")
 
 
-def sorted_pairs(number_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return token, place and number of each pair whose number is not negative, by number, [P] each."""
-    token, place = (number_TK >= 0).nonzero().unbind(1)
-    number, order = number_TK[token, place].sort(stable=True)
-    return token[order], place[order], number
+def runs(ranks: Sequence[int]) -> list[tuple[int, int]]:
+    """Return how many numbers next to each other have one rank, and that rank: those run as one grouped product."""
+    found: list[tuple[int, int]] = []
+    for rank in ranks:
+        if found and found[-1][1] == rank and rank % ALIGNMENT == 0:
+            found[-1] = (found[-1][0] + 1, rank)
+        else:
+            found.append((1, rank))
+    return found
+
+
+def thin(
+    x_PI: torch.Tensor,
+    pairs: Sequence[int],
+    runs: Sequence[tuple[int, int]],
+    inner: Callable[[int], torch.Tensor],
+    outer: Callable[[int], torch.Tensor],
+) -> torch.Tensor | None:
+    """Return x in^T out of each row with the two thin factors of its number, [P, O]; None where all ranks are zero.
+
+    Args:
+        x_PI: inputs, sorted by number.
+        pairs: rows of each number.
+        runs: of the numbers.
+        inner: gives the input factors of a run, [n r, I]; asked for runs that some row has.
+        outer: gives the output factors of a run, [n r, O].
+    """
+    found: list[torch.Tensor | int] = []
+    number = pair = 0
+    for run, (count, rank) in enumerate(runs):
+        mine, number = pairs[number : number + count], number + count
+        if not (some := sum(mine)):
+            continue
+        x, pair = x_PI[pair : pair + some], pair + some
+        if not rank:
+            found.append(some)
+        elif count == 1:
+            found.append(F.linear(x, inner(run)) @ outer(run))
+        else:
+            place = torch.arange(count).repeat_interleave(torch.tensor(mine)).to(x.device)
+            both = [factor.view(count, rank, -1) for factor in (inner(run), outer(run))]
+            found.append(grouped(grouped(x, both[0], place), both[1], place, transposed=True))
+    given = next((each for each in found if isinstance(each, torch.Tensor)), None)
+    if given is None:
+        return None
+    # Those of rank zero give nothing.
+    return torch.cat([given.new_zeros(each, given.shape[1]) if isinstance(each, int) else each for each in found])
+
+
+def pieces(rows_RI: torch.Tensor, sizes: Sequence[int]) -> Callable[[int], torch.Tensor]:
+    """Return what gives so many rows each, by number: cut when they are asked for, or all at once where gradients are
+    wanted, as that of each cut would be as large as all rows.
+    """
+    if torch.is_grad_enabled() and rows_RI.requires_grad:
+        return rows_RI.split(list(sizes)).__getitem__
+    ends = [0, *accumulate(sizes)]
+    return lambda number: rows_RI[ends[number] : ends[number + 1]]
 
 
 def joined_gates(number_TK: torch.Tensor, gate_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from moetailor.answers import Call, SlotMap
-from moetailor.answers.products import joined_gates
+from moetailor.answers.products import Pairs, joined_gates
 from moetailor.checkpoint.files import DTYPE_NAMES, DTYPES
-from moetailor.checkpoint.storage import TensorSpec, find_storage
+from moetailor.checkpoint.storage import Storage, TensorSpec, find_storage
 
 
 class CompressedExperts(nn.Module):
@@ -60,10 +60,9 @@ class CompressedExperts(nn.Module):
         if self.slots.shared:
             row_TK, gate_TK = joined_gates(row_TK, gate_TK)
         # Only live pairs reach a matrix product: each becomes a token of its own with one expert.
-        token, place = (row_TK >= 0).nonzero().unbind(1)
-        if len(token):
-            pairs_PD = self.rows(hidden_TD[token], row_TK[token, place, None], gate_TK[token, place, None])
-            out_TD = out_TD.index_add(0, token, pairs_PD.to(out_TD.dtype))
+        pairs = Pairs.of(row_TK, gate_TK)
+        if len(pairs) and self.slots.plain_pool:
+            out_TD = pairs.added(out_TD, self.rows(hidden_TD[pairs.token], pairs.number[:, None], pairs.gate))
         for kind in self.slots.kinds:
             out_TD = kind.run(self, call, out_TD)
         return out_TD.to(hidden_TD.dtype)
@@ -74,9 +73,18 @@ class CompressedExperts(nn.Module):
 
     def tensor(self, name: str, rows: torch.Tensor | slice = slice(None)) -> torch.Tensor:
         """Return the numbers of one of the added tensors, or of some of its rows."""
+        storage, parts = self._parts(name, rows)
+        return storage.decode(parts, self.added[name].shape)
+
+    def product(self, name: str, x_nPI: torch.Tensor, rows: torch.Tensor | slice) -> torch.Tensor:
+        """Return x W^T for some of the matrices of one of the added tensors and a few inputs of each, [n, P, O]."""
+        storage, parts = self._parts(name, rows)
+        return storage.product(x_nPI, parts, self.added[name].shape)
+
+    def _parts(self, name: str, rows: torch.Tensor | slice) -> tuple[Storage, dict[str, torch.Tensor]]:
         spec = self.added[name]
-        parts = {part.removeprefix(name): getattr(self, part)[rows] for part in spec.parts(name, "F32")}
-        return find_storage(spec.storage).decode(parts, spec.shape)
+        storage = find_storage(spec.storage)
+        return storage, {suffix: getattr(self, name + suffix)[rows] for suffix in storage.parts(spec.shape, "F32")}
 
     def add_tensors(self, added: Mapping[str, TensorSpec]) -> None:
         """Make room for the tensors of the answers, empty, on the device and in the dtype of the weights."""
@@ -93,11 +101,15 @@ class CompressedExperts(nn.Module):
                     self.register_buffer(part, empty)
 
     def fill_map(self) -> None:
-        """Compute the buffers that follow from the map, where the layer runs: no file holds them."""
+        """Compute what follows from the map, where the layer runs: no file holds it."""
+        for name in ("plain", "plain_pool", "packed"):
+            getattr(self.slots, name)  # kept there: no graph that is traced can compute them
         with torch.device("cpu"):  # transformers loads models under the meta device, where nothing can be computed
             buffers = self.slots.buffers()
         for name, buffer in buffers.items():
             self.register_buffer(name, buffer.to(self._device), persistent=False)
+        for spec in self.added.values() if self._device.type != "meta" else ():
+            find_storage(spec.storage).ready(self._device)
         for name, buffer in list(self.named_buffers(recurse=False)):
             if not buffer.numel() and name not in buffers:  # parameters without rows
                 empty = torch.empty(buffer.shape, dtype=self._stored.dtype, device=self._device)

@@ -9,7 +9,6 @@ outputs, I inputs, G groups, V weights of a code, C codes of a row, K codes of a
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch.nn import functional as F
 
 from moetailor.checkpoint.devices import passing_nbytes
 from moetailor.checkpoint.storage.few_bits import Codes, FewBits, longer
-from moetailor.checkpoint.storage.integers import unpacked
+from moetailor.checkpoint.storage.lookup import Lookup, lookup
 from moetailor.checkpoint.storage.storage import register_storages
 
 # Weights of a code by bits of a weight: the more, the better, as long as codes are of 8 bits or fewer.
@@ -64,16 +63,20 @@ class Codebook(FewBits):
         scales = (count, outputs, self.groups(inputs))
         return {"_packed": ("I32", (count, outputs, words)), "_scale": (dtype, scales)}
 
-    def decode(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
-        """Return the table's numbers times scales, in the dtype of the scales."""
-        code = unpacked(parts["_packed"], self.code_bits, self.codes(shape[-1]))
-        return self.numbers(Codes(code=code, scale=parts["_scale"], zero=None), shape[-1])
+    def listed(self, code: torch.Tensor, inputs: int) -> torch.Tensor:
+        """Return the table's numbers."""
+        return self._listed(code).flatten(-2)[..., :inputs]
 
-    def numbers(self, codes: Codes, inputs: int) -> torch.Tensor:
-        """Return the table's numbers times scales."""
-        numbers = self.parted(self._listed(codes.code).flatten(-2)[..., :inputs])
-        numbers = numbers * codes.scale.float()[..., None]
-        return numbers.to(codes.scale.dtype).flatten(-2)[..., :inputs].contiguous()
+    def units(self, packed: torch.Tensor, inputs: int) -> torch.Tensor:
+        """Return the table's numbers."""
+        return self._lookup(packed.device).numbers(packed, inputs)
+
+    def ready(self, device: torch.device) -> None:
+        """Read the table."""
+        self._lookup(device)
+
+    def _lookup(self, device: torch.device) -> Lookup:
+        return lookup(f"vq{self.bits}", device, lambda device: Lookup.of(self._table(device), self.code_bits))
 
     def pack(self, codes: Codes) -> dict[str, torch.Tensor]:
         """Return the stored tensors of some codes."""

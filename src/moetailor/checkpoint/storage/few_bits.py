@@ -6,7 +6,7 @@ Shapes: n matrices, O outputs, I inputs, G groups, C codes of a row.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,11 @@ from torch.nn import functional as F
 
 from moetailor.checkpoint.files import DTYPES
 from moetailor.checkpoint.storage.storage import Storage
+
+# Weights that are numbers at the same time, of one output at least.
+TOGETHER = 2**19
+# Inputs of a matrix up to which its weights are not scaled, but sums over groups are.
+FEW = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +154,27 @@ class FewBits(Storage):
         """
 
     @abstractmethod
+    def listed(self, code: torch.Tensor, inputs: int) -> torch.Tensor:
+        """Return what codes stand for before zero points and scales, exact in float32 and its own memory, [n, O, I].
+
+        Args:
+            code: int8 [n, O, C].
+            inputs: of a matrix.
+        """
+
+    @abstractmethod
+    def units(self, packed: torch.Tensor, inputs: int) -> torch.Tensor:
+        """Return the same of stored codes, ``_packed``.
+
+        Args:
+            packed: of some matrices, or of some of their rows.
+            inputs: of a matrix.
+        """
+
+    def zeros(self, parts: Mapping[str, torch.Tensor], outputs: int) -> torch.Tensor | None:
+        """Return the zero points of stored tensors, int8 [n, O, G]; None where codes have none."""
+        return None
+
     def numbers(self, codes: Codes, inputs: int) -> torch.Tensor:
         """Return what some codes stand for, [n, O, I] in the dtype of the scales: exact in float32, then rounded once.
 
@@ -156,6 +182,46 @@ class FewBits(Storage):
             codes: the codes.
             inputs: of a matrix.
         """
+        return self._scaled(self.listed(codes.code, inputs), codes.scale, codes.zero)
+
+    def decode(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
+        """Return the numbers of stored tensors in the dtype of the scales: exact in float32, then rounded once."""
+        return self._scaled(self.units(parts["_packed"], shape[2]), parts["_scale"], self.zeros(parts, shape[1]))
+
+    def _scaled(self, units: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
+        numbers = self.parted(units)
+        if zero is not None:
+            numbers.sub_(zero[..., None])
+        numbers.mul_(scale.float()[..., None])
+        return numbers.to(scale.dtype).flatten(-2)[..., : units.shape[-1]].contiguous()
+
+    def product(self, x_nPI: torch.Tensor, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
+        """Return x W^T, some outputs after the other: what is small stays in caches, and in memory that is there."""
+        zero, rows, found = self.zeros(parts, shape[1]), max(TOGETHER // (len(x_nPI) * shape[2]), 1), []
+        for start in range(0, shape[1], rows):
+            some = slice(start, start + rows)
+            units, scale = self.units(parts["_packed"][:, some], shape[2]), parts["_scale"][:, some]
+            given = self._summed if x_nPI.shape[1] <= FEW else self._formed
+            found.append(given(x_nPI, units, scale, None if zero is None else zero[:, some]))
+        return torch.cat(found, -1)
+
+    def _summed(
+        self, x_nPI: torch.Tensor, units: torch.Tensor, scale_nOG: torch.Tensor, zero_nOG: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return sum_G s_G (x_G . q_G - z_G sum x_G) over groups in float32, so that no weight is scaled."""
+        units_nOGi, x_nPGi, scale_nOG = self.parted(units), self.parted(x_nPI.float()), scale_nOG.float()
+        sums_nGPO = x_nPGi.transpose(1, 2) @ units_nOGi.permute(0, 2, 3, 1)
+        given_nPO = (sums_nGPO * scale_nOG.transpose(1, 2)[:, :, None]).sum(1)
+        if zero_nOG is None:
+            return given_nPO
+        return given_nPO - x_nPGi.sum(-1) @ (scale_nOG * zero_nOG).transpose(1, 2)
+
+    def _formed(
+        self, x_nPI: torch.Tensor, units: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return x W^T with the numbers of W."""
+        numbers = self._scaled(units, scale, zero).to(x_nPI.dtype)
+        return torch.stack([F.linear(x, weight) for x, weight in zip(x_nPI, numbers, strict=True)])
 
     @abstractmethod
     def pack(self, codes: Codes) -> dict[str, torch.Tensor]:

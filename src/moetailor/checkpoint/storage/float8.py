@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +11,8 @@ from moetailor.checkpoint.storage.storage import register_storage
 
 FLOAT8 = torch.float8_e4m3fn
 MOST = torch.finfo(FLOAT8).max
+# Sign, exponent and mantissa in a float16: the sign's copy behind it is none of the exponent.
+KEPT = -0x4080
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,13 +33,16 @@ class Float8(FewBits):
         """Return codes, as bytes: what casts a model or sends it elsewhere leaves these alone, and scales."""
         return {"_packed": ("U8", shape), "_scale": (dtype, (*shape[:2], 1))}
 
-    def decode(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
-        """Return the floats times their scales, in the dtype of the scales."""
-        return (parts["_packed"].view(FLOAT8).float() * parts["_scale"].float()).to(parts["_scale"].dtype)
+    def listed(self, code: torch.Tensor, inputs: int) -> torch.Tensor:
+        """Return the floats."""
+        # Moved into the places of a float16, whose exponents count from another number, bits say 2^-8 times as much.
+        # That is several times sooner than what torch does with floats of 8 bits, which none of ours has as NaN.
+        half = code.to(torch.int16).bitwise_left_shift_(7).bitwise_and_(KEPT).view(torch.float16)
+        return half.float().mul_(2.0**8)
 
-    def numbers(self, codes: Codes, inputs: int) -> torch.Tensor:
-        """Return the floats times their scales."""
-        return self.decode(self.pack(codes), ())
+    def units(self, packed: torch.Tensor, inputs: int) -> torch.Tensor:
+        """Return the floats."""
+        return self.listed(packed.view(torch.int8), inputs)
 
     def pack(self, codes: Codes) -> dict[str, torch.Tensor]:
         """Return the stored tensors of some codes."""

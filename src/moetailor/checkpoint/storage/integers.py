@@ -14,11 +14,14 @@ from dataclasses import dataclass
 import torch
 
 from moetailor.checkpoint.storage.few_bits import Codes, FewBits, longer
+from moetailor.checkpoint.storage.lookup import Lookup, lookup
 from moetailor.checkpoint.storage.storage import register_storages
 
 BITS = range(2, 9)
 # Shares of a group's range that its codes may cover; from 5 bits up nothing is won by cutting any off.
 CLIPS = (torch.linspace(1.0, 0.6, 9), torch.ones(1))
+# The highest bit of each byte of a word.
+FLIP = -0x7F7F7F80
 # Integers of some bytes.
 OF_BYTES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -57,21 +60,34 @@ class Integers(FewBits):
         zero = {"_zero_point": ("I32", (count, -(-outputs * self.bits // 32), groups))}
         return found | ({} if self.symmetric else zero)
 
-    def decode(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
-        """Return (q - z) s in the dtype of the scales."""
-        outputs, inputs = shape[1:]
-        code, zero = unpacked(parts["_packed"], self.bits, inputs), None
-        if not self.symmetric:
-            zero = unpacked(parts["_zero_point"].transpose(1, 2), self.bits, outputs).transpose(1, 2).contiguous()
-        return self.numbers(Codes(code=code, scale=parts["_scale"], zero=zero), inputs)
+    def listed(self, code: torch.Tensor, inputs: int) -> torch.Tensor:
+        """Return the codes as numbers."""
+        return code.float()
 
-    def numbers(self, codes: Codes, inputs: int) -> torch.Tensor:
-        """Return (q - z) s."""
-        numbers = self.parted(codes.code).float()
-        if codes.zero is not None:
-            numbers -= codes.zero.float()[..., None]
-        numbers *= codes.scale.float()[..., None]
-        return numbers.to(codes.scale.dtype).flatten(-2)[..., :inputs].contiguous()
+    def units(self, packed: torch.Tensor, inputs: int) -> torch.Tensor:
+        """Return the codes as numbers."""
+        if self.bits == 8:  # 128 is added to each
+            octets = (packed ^ FLIP).flatten().view(torch.int8).view(*packed.shape[:-1], -1)
+            return octets[..., :inputs].float()
+        return self._lookup(packed.device).numbers(packed, inputs)
+
+    def ready(self, device: torch.device) -> None:
+        """Make the table of codes."""
+        self._lookup(device)
+
+    def _lookup(self, device: torch.device) -> Lookup:
+        half = 2 ** (self.bits - 1)
+        return lookup(
+            f"int{self.bits}",
+            device,
+            lambda device: Lookup.of(torch.arange(-half, half, device=device).float()[:, None], self.bits),
+        )
+
+    def zeros(self, parts: Mapping[str, torch.Tensor], outputs: int) -> torch.Tensor | None:
+        """Return the zero points, unless codes are symmetric."""
+        if self.symmetric:
+            return None
+        return unpacked(parts["_zero_point"].transpose(1, 2), self.bits, outputs).transpose(1, 2)
 
     def pack(self, codes: Codes) -> dict[str, torch.Tensor]:
         """Return the stored tensors of some codes."""

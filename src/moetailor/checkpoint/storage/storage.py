@@ -57,6 +57,19 @@ class Storage(ABC):
             shape: of the tensor; its first axis may have more rows than there are here.
         """
 
+    def ready(self, device: torch.device) -> None:  # noqa: B027 (most need nothing)
+        """Make on a device what decoding needs there beside stored tensors, before any graph is traced."""
+
+    def product(self, x_nPI: torch.Tensor, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
+        """Return x W^T for matrices and a few inputs of each, [n, P, outputs].
+
+        Args:
+            x_nPI: the inputs.
+            parts: the stored tensors by their suffixes, of as many matrices.
+            shape: of the tensor that these are a part of.
+        """
+        return x_nPI @ self.decode(parts, shape).to(x_nPI.dtype).transpose(1, 2)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TensorSpec:

@@ -1,0 +1,90 @@
+"""Few tokens: codes multiplied without forming weights, and graphs whose shapes do not depend on what routers chose."""
+
+import pytest
+import torch
+from torch import nn
+
+from moetailor.answers import Answer, Constant, Keep, Linear, LowRank, Remap, Width, packed
+from moetailor.checkpoint.anatomy import discover
+from moetailor.checkpoint.storage import few_bits, find_storage
+from moetailor.planning.layer_plan import LayerPlan
+from moetailor.runtime.reshape import LayerChange, reshape_model
+from support.families import tiny_model
+
+CODES = ["int8g16", "uint8g16", "uint7g16", "int6g16", "uint5g16", "uint4g16", "int3g16", "uint3g8", "uint2g16"]
+CODES += ["vq4g16", "vq3g16", "vq2g16", "vq1g16", "fp8"]
+BITS = ["8", "vq3/5", "int4g8", "fp8"] * 2
+OWN: list[Answer] = [Keep()] * 8
+SLOTS: dict[str, tuple[list[Answer], dict[int, Width]]] = {
+    "answers": ([*OWN[:3], Remap(1, 0.5), Constant(), Linear(3), LowRank(6, 3), LowRank(6, 2)], {}),
+    "int8": ([*OWN[:6], Linear(3, int8=True), Linear(2, int8=True)], {}),
+    "shared": ([*OWN[:6], Linear(3, shared=True), Linear(3, shared=True)], {}),
+    "bits": (OWN, {expert: Width.parse(bits) for expert, bits in enumerate(BITS)}),
+    "both": ([*OWN[:4], Constant(), LowRank(5, 0), Linear(2), Keep()], dict.fromkeys(range(3), Width.parse("vq4/5"))),
+}
+
+
+def layer(slots: list[Answer], widths: dict[int, Width]) -> nn.Module:
+    """Return the experts of a tiny layer with these answers and random numbers."""
+    model, plan = tiny_model("olmoe"), LayerPlan(slots=tuple(slots), widths=widths)
+    anatomy, slot_map = discover(model.config, model), plan.slot_map()
+    first = next(iter(anatomy.layers.values()))
+    change = LayerChange(experts=slot_map.plain_pool, slots=plan.kept_slots, slot_map=slot_map)
+    reshape_model(model, anatomy, {first.index: change})
+    module = model.get_submodule(first.experts)
+    generator = torch.Generator().manual_seed(0)
+    for name, spec in module.added.items():
+        for part, stored in spec.encode(name, torch.randn(spec.shape, generator=generator) / 4, "F32").items():
+            getattr(module, part).data.copy_(stored)
+    return module
+
+
+@pytest.mark.parametrize("inputs", [40, 96])
+@pytest.mark.parametrize("name", CODES)
+def test_products_of_codes_are_those_of_their_numbers(name: str, inputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage, shape = find_storage(name), (3, 24, inputs)
+    generator = torch.Generator().manual_seed(0)
+    parts = storage.encode(torch.randn(shape, generator=generator), "F32")
+    monkeypatch.setattr(few_bits, "TOGETHER", 5 * inputs)
+    for count in (2, 9):  # few inputs, whose groups are summed, and many
+        x = torch.randn(3, count, inputs, generator=generator)
+        expected = torch.einsum("npi,noi->npo", x, storage.decode(parts, shape))
+        torch.testing.assert_close(storage.product(x, parts, shape), expected, rtol=1e-4, atol=1e-4)
+        some = {part: tensor[1:2] for part, tensor in parts.items()}
+        torch.testing.assert_close(storage.product(x[1:2], some, shape), expected[1:2], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_large_experts_run_one_by_one_and_give_the_same(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, generator = layer(*SLOTS["bits"]), torch.Generator().manual_seed(0)
+    x, gates = torch.randn(tokens, 32, generator=generator), torch.rand(tokens, 2, generator=generator)
+    chosen = torch.rand(tokens, 8, generator=generator).topk(2, 1).indices
+    with torch.no_grad():
+        expected = module(x, chosen, gates)
+        monkeypatch.setattr(packed, "TOGETHER", 1)
+        torch.testing.assert_close(module(x, chosen, gates), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("name", SLOTS)
+def test_one_graph_serves_whatever_the_router_chooses(name: str, tokens: int) -> None:
+    """Compiled, all pairs run and those that stand for nothing count for nothing; as it is, only live ones run."""
+    module = layer(*SLOTS[name])
+    module.config._experts_implementation = "grouped_mm"
+    torch._dynamo.reset()
+    graphs = []
+
+    def counted(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(module, backend=counted, fullgraph=True, dynamic=False)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for first in range(8):
+            x, gates = torch.randn(tokens, 32, generator=generator), torch.rand(tokens, 2, generator=generator)
+            chosen = (torch.rand(tokens, 8, generator=generator).topk(2, 1).indices + first) % 8
+            chosen[0] = torch.tensor([first, (first + 3) % 8])
+            expected = module(x, chosen, gates)
+            torch.testing.assert_close(compiled(x, chosen, gates), expected, rtol=1e-4, atol=1e-5)
+    assert len(graphs) == 1
