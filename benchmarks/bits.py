@@ -82,7 +82,7 @@ def measure(work: Path, options: argparse.Namespace) -> None:
     moetailor.calibrate(checkpoint, work / "calibration", text=batches, stream=True, dtype="bfloat16")
     calibration = moetailor.Calibration.open(work / "calibration")
     folders = {"original": checkpoint}
-    folders |= {name: rounded(checkpoint, calibration, bits, work / name) for name, bits in CASES.items()}
+    folders |= {name: rounded(checkpoint, calibration, CASES[name], work / name) for name in options.only}
     ids, share = random_ids(1, options.length, 4096), 8 / 64
     print(f"{'':16} {'on disk':>8} {'held':>6} {'grown':>6}  {'read':>5}", end="")
     print("".join(f"  {phase + ', ' + dtype:>20}" for dtype in DTYPES for phase in ("prefill", "decode")))
@@ -110,6 +110,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512, help="tokens of the prompt (default %(default)s)")
     parser.add_argument("--new-tokens", type=int, default=16, help="tokens to decode (default %(default)s)")
     parser.add_argument("--turns", type=int, default=5, help="turns of each ratio (default %(default)s)")
+    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), help="the cases to measure")
     parser.add_argument("--workdir", type=Path, help="where a temporary folder of 5 GB goes (default: the system's)")
     parser.add_argument("--held", type=Path, help="print what the model in this folder holds in this process, as JSON")
     options = parser.parse_args()

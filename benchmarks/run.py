@@ -212,9 +212,11 @@ def live_share(model: Any, ids: torch.Tensor) -> float:
         if module.slots.of(LowRank):
             number_TK = module.low_rank_slot[slot_TK]
             base_TK = module.low_rank_base[number_TK.clamp_min(0).long()]
-            # A base's gate and up run once for a token, its down for each slot, and every slot has an own part.
-            own = module.low_rank_row.shape[1] * sum(module.down_proj.shape[1:]) / module.down_proj[0].numel()
-            live += distinct(base_TK, number_TK >= 0) * 2 / 3 + int((number_TK >= 0).sum()) * (1 / 3 + own)
+            # A base runs once for a token, and every slot has an own part.
+            rank_N = (module.low_rank_row < len(module.low_rank_up_in)).sum(1)
+            rows = int(rank_N[number_TK[number_TK >= 0].long()].sum())
+            own = sum(module.down_proj.shape[1:]) / module.down_proj[0].numel()
+            live += distinct(base_TK, number_TK >= 0) + rows * own
 
     handles = [module.register_forward_pre_hook(count) for module in model.modules() if hasattr(module, "down_proj")]
     model.get_decoder()(input_ids=ids, use_cache=False)

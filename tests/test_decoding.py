@@ -88,3 +88,14 @@ def test_one_graph_serves_whatever_the_router_chooses(name: str, tokens: int) ->
             expected = module(x, chosen, gates)
             torch.testing.assert_close(compiled(x, chosen, gates), expected, rtol=1e-4, atol=1e-5)
     assert len(graphs) == 1
+
+
+def test_pairs_that_stand_for_nothing_count_for_nothing_whatever_they_give() -> None:
+    """A token that goes to constants alone may be one that experts would turn into no number."""
+    module = layer([*OWN[:6], Constant(), Constant()], {})
+    module.config._experts_implementation = "grouped_mm"
+    x, gates = torch.stack([torch.full((32,), 1e30), torch.randn(32)]), torch.rand(2, 2)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        given = torch.compile(module, backend="eager", fullgraph=True)(x, torch.tensor([[6, 7], [0, 1]]), gates)
+        torch.testing.assert_close(given[0], gates[0] @ module.constant)

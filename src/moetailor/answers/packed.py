@@ -19,6 +19,7 @@ import torch
 
 from moetailor.answers.answer import Answer, Call, Context
 from moetailor.answers.products import Pairs, grouped, joined_gates
+from moetailor.checkpoint.devices import formed
 from moetailor.checkpoint.experts import Experts, ExpertShape
 from moetailor.checkpoint.storage import WEIGHTS, Codebook, FewBits, Float8, Integers, TensorSpec
 from moetailor.errors import PlanError
@@ -27,9 +28,6 @@ from moetailor.schema import Within
 if TYPE_CHECKING:
     from moetailor.answers.slot_map import SlotMap
 
-# Weights of a matrix that are numbers at the same time, of one expert at least: what stays in caches is several times
-# faster than what is written to fresh memory.
-TOGETHER = 2**21
 # In pictures: the fewer bits, the lighter.
 SHADES = dict(
     zip(range(8, 0, -1), "#08306b #08519c #2171b5 #4292c6 #6baed6 #9ecae1 #c6dbef #deebf7".split(), strict=True)
@@ -215,7 +213,7 @@ class Packed(Width, Answer):
     def run(cls, module: Any, call: Call, out_TD: torch.Tensor) -> torch.Tensor:
         """Add the gated outputs, a class at a time; slots with one expert run it once for a token."""
         experts = Experts(module)
-        at_once = max(TOGETHER // math.prod(experts.shape.matrices["down"]), 1)
+        at_once = max(4 * formed(call.hidden_TD.device) // math.prod(experts.shape.matrices["down"]), 1)
         for width in module.slots.packed:
             row_TK, gate_TK = joined_gates(call.of_slots(getattr(module, f"{width.stem}_row")), call.gate_TK)
             pairs = Pairs.of(row_TK, gate_TK)

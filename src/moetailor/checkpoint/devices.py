@@ -69,6 +69,11 @@ def passing_nbytes(device: torch.device) -> int:
     return 2**26 if device.type == "cuda" else 2**20
 
 
+def formed(device: torch.device) -> int:
+    """Return how many weights are best turned into numbers at the same time: on a GPU many, for the launches."""
+    return 2**25 if device.type == "cuda" else 2**19
+
+
 def take_own(number: int) -> None:
     """Make ``cuda`` mean another GPU in each process of a machine, where it has GPUs.
 

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
+from moetailor.checkpoint.devices import formed
 from moetailor.checkpoint.files import DTYPES
 from moetailor.checkpoint.storage.storage import Storage
 
-# Weights that are numbers at the same time, of one output at least.
-TOGETHER = 2**19
 # Inputs of a matrix up to which its weights are not scaled, but sums over groups are.
 FEW = 4
 
@@ -197,7 +196,7 @@ class FewBits(Storage):
 
     def product(self, x_nPI: torch.Tensor, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
         """Return x W^T, some outputs after the other: what is small stays in caches, and in memory that is there."""
-        zero, rows, found = self.zeros(parts, shape[1]), max(TOGETHER // (len(x_nPI) * shape[2]), 1), []
+        zero, rows, found = self.zeros(parts, shape[1]), max(formed(x_nPI.device) // (len(x_nPI) * shape[2]), 1), []
         for start in range(0, shape[1], rows):
             some = slice(start, start + rows)
             units, scale = self.units(parts["_packed"][:, some], shape[2]), parts["_scale"][:, some]
