@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moetailor_cli import output
+from moetailor_cli import dry, output
 from moetailor_cli.options import (
     Allocation,
     Batch,
@@ -15,6 +15,7 @@ from moetailor_cli.options import (
     Data,
     Device,
     DeviceMap,
+    DryRun,
     Dtype,
     Format,
     Guard,
@@ -75,6 +76,7 @@ def apply(
         ),
     ] = None,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Open the result again and run it once.")] = True,
+    dry_run: DryRun = False,
     device: Device = None,
     trust_remote_code: Trust = False,
 ) -> None:
@@ -89,6 +91,11 @@ def apply(
     check_inputs(out, {"the plan": plan})
     if gguf_recipe is not None:
         check_inputs(gguf_recipe, {"the plan": plan})
+    if dry_run:
+        run = {"propagate": propagate, "format": format, "overwrite": overwrite, "verify": verify}
+        run |= {"allow_other_weights": allow_other_weights, "gguf_recipe": gguf_recipe}
+        dry.apply(model, plan, out, calibration, run, device=device, trust_remote_code=trust_remote_code)
+        return
     with output.stages() as progress:
         moetailor.apply(
             moetailor.Plan.load(plan),
@@ -112,6 +119,7 @@ def apply(
     if gguf_recipe is not None:
         made = f"--imatrix {gguf_recipe / 'imatrix.gguf'} --tensor-type-file {gguf_recipe / 'tensor-types.txt'}"
         output.say(f"convert {out} to GGUF, then: llama-quantize {made} IN.gguf OUT.gguf Q8_0")
+    output.took(out)
 
 
 def compress(
@@ -146,7 +154,7 @@ def compress(
     propagate: Propagate = "original",
     format: Format = "auto",
     overwrite: Overwrite = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything that needs no data, and stop.")] = False,
+    dry_run: DryRun = False,
     device: Device = None,
     dtype: Dtype = None,
     device_map: DeviceMap = None,
@@ -167,52 +175,33 @@ def compress(
     width = read_bits(bits)
     blocks = {"sequences": sequences, "length": length, "seed": seed, "batch_size": batch_size}
     text = moetailor.TextOptions(data=tuple(data), mask_special=mask_special, **blocks)
-    checked = moetailor.precheck(
-        model,
-        out,
-        method=method,
-        budget=budget,
-        parameters=parameters,
-        layers=selected,
-        protect=kept,
-        allocation=allocated,
-        width=width,
-        calibration=calibration,
-        text=text,
-        format=format,
-        overwrite=overwrite,
-        trust_remote_code=trust_remote_code,
-    )
-    output.say(checked)
+    sample = moetailor.SampleOptions(tokens=sample_tokens, seed=seed or 0)
+    given = {"method": method, "budget": budget, "parameters": parameters, "layers": selected, "protect": kept}
+    given |= {"allocation": allocated, "width": width, "calibration": calibration, "text": text, "format": format}
+    given |= {"overwrite": overwrite}
     if dry_run:
+        run = {"sample": sample, "stream": stream, "states": states, "dtype": dtype, "propagate": propagate}
+        dry.compress(model, out, given, run, device=device, trust_remote_code=trust_remote_code)
         return
+    output.say(moetailor.precheck(model, out, trust_remote_code=trust_remote_code, **given))
     with output.stages() as progress:
         measured, plan = moetailor.compress(
             model,
             out,
-            text=text,
-            method=method,
-            budget=budget,
-            parameters=parameters,
-            layers=selected,
-            protect=kept,
             guard_super_experts=guard_super_experts,
-            allocation=allocated,
-            width=width,
-            calibration=calibration,
-            sample=moetailor.SampleOptions(tokens=sample_tokens, seed=seed or 0),
+            sample=sample,
             stream=stream,
             states=states,
             propagate=propagate,
-            format=format,
-            overwrite=overwrite,
             device=device,
             dtype=dtype,
             device_map=device_map,
             trust_remote_code=trust_remote_code,
             progress=progress,
+            **given,
         )
     output.calibration(measured, sequences * length)
     output.plan(plan)
     output.say(f"{out}: {nbytes(plan.nbytes)}, the original has {nbytes(plan.model.nbytes)}")
     output.say(VERIFIED)
+    output.took(out, *([] if calibration else [out.with_name(out.name + ".calibration")]))

@@ -7,8 +7,20 @@ from typing import Annotated
 
 import typer
 
-from moetailor_cli import output, ranking
-from moetailor_cli.options import Batch, Device, Dtype, Length, MaskSpecial, Model, SampleTokens, Seed, Sequences, Trust
+from moetailor_cli import dry, output, ranking
+from moetailor_cli.options import (
+    Batch,
+    Device,
+    DryRun,
+    Dtype,
+    Length,
+    MaskSpecial,
+    Model,
+    SampleTokens,
+    Seed,
+    Sequences,
+    Trust,
+)
 
 
 def compare(
@@ -44,6 +56,7 @@ def compare(
     sample_tokens: SampleTokens = 16384,
     seed: Seed = None,
     mask_special: MaskSpecial = False,
+    dry_run: DryRun = False,
     device: Device = None,
     dtype: Dtype = None,
     trust_remote_code: Trust = False,
@@ -65,24 +78,26 @@ def compare(
     held_out_text = moetailor.TextOptions(
         data=tuple(held_out), sequences=held_out_sequences, length=length, batch_size=batch_size
     )
+    wanted = {
+        "held_out": held_out_text,
+        "text": text if data else None,
+        "calibration": calibration,
+        "methods": _words(methods or ["all"]),
+        "remove": None if remove is None else _words([remove]),
+        "sizes": None if sizes is None else _words([sizes]),
+        "sample": moetailor.SampleOptions(tokens=sample_tokens, seed=seed or 0),
+        "dtype": dtype,
+    }
+    if dry_run:
+        dry.compare(model, wanted, device=device, trust_remote_code=trust_remote_code)
+        return
     with output.stages() as progress:
         results = moetailor.compare(
-            model,
-            out,
-            held_out=held_out_text,
-            text=text if data else None,
-            calibration=calibration,
-            methods=_words(methods or ["all"]),
-            remove=None if remove is None else _words([remove]),
-            sizes=None if sizes is None else _words([sizes]),
-            sample=moetailor.SampleOptions(tokens=sample_tokens, seed=seed or 0),
-            device=device,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
+            model, out, device=device, trust_remote_code=trust_remote_code, progress=progress, **wanted
         )
     ranking.show(results)
     output.say(f"results are in {out / 'results.json'}, to be looked at in {out / 'report.html'}")
+    output.took(out)
 
 
 def _words(entries: list[str]) -> list[str]:

@@ -7,12 +7,13 @@ from typing import Annotated
 
 import typer
 
-from moetailor_cli import output
+from moetailor_cli import dry, output
 from moetailor_cli import show as show_module
 from moetailor_cli.options import (
     Allocation,
     Bits,
     Device,
+    DryRun,
     Dtype,
     Guard,
     Keep,
@@ -57,6 +58,7 @@ def plan(
     bits: Bits = None,
     uniform_layers: Uniform = False,
     model: Annotated[str | None, typer.Option(help="Where the weights are, if the checkpoint was moved.")] = None,
+    dry_run: DryRun = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; CUDA when there is one.")] = None,
     trust_remote_code: Trust = False,
 ) -> None:
@@ -80,6 +82,11 @@ def plan(
     width = read_bits(bits)
     measured = moetailor.Calibration.open(calibration)
     source = model or measured.model.source
+    if dry_run:
+        check_file(out, "plan")
+        given = {"layers": selected, "protect": kept, "allocation": allocated, "width": width}
+        dry.plan(measured, method, parameters, budget, given, source, device, trust_remote_code)
+        return
     about = {"calibration": calibration_hash(measured.fingerprint), "version": moetailor.__version__}
     with ranks.shared(**about, threads=torch.get_num_threads()) as first, output.progress("plan") as progress:
         if first:
@@ -106,6 +113,7 @@ def plan(
     made.save(out)
     output.plan(made)
     output.say(f"the plan is in {out}")
+    output.took(out, calibration / "measured")
 
 
 def allocate(
