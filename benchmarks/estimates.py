@@ -70,7 +70,8 @@ def row(name: str, words: Sequence[str]) -> str:
     time = re.search(r"^time: +about (\S+ \S+)$", foretold, re.MULTILINE)
     memory, writes = re.search(r"^memory: (\S+ \S+)", foretold, re.MULTILINE), re.search(r"writes (\S+ \w+)", foretold)
     took = re.search(r"^took (\S+ s), (?:(\S+ \w+) written, )?(\S+ \S+) of memory", real, re.MULTILINE)
-    assert memory and writes and took, foretold + real
+    if not (memory and writes and took):
+        raise SystemExit(foretold + real)
     seconds = (number(time[1]) if time else float("nan"), number(took[1]))
     most, written = (number(memory[1]), number(took[3])), (number(writes[1]), number(took[2] or "0 bytes"))
     cells = [f"{a:.0f} / {b:.0f} ({a / b:.2f})" for a, b in [seconds]]

@@ -84,26 +84,25 @@ find_redundancy make_plan precheck read_batches recover
 """.split()
 FLAGS = {
     "inspect": "--calibration --json --trust-remote-code",
-    "calibrate": "--batch-size --data --device --device-map --dtype --length --mask-special --out "
+    "calibrate": "--batch-size --data --device --device-map --dry-run --dtype --length --mask-special --out "
     "--residual --sample-tokens --seed --sensitivity "
     "--sequences --states --stream --trust-remote-code",
     "methods": "",
-    "plan": "--allocation --bits --device --guard-super-experts --keep --layers --load-dtype --memory --method --model "
-    "--native --out --param --protect --remove --size --trust-remote-code --uniform-layers",
+    "plan": "--allocation --bits --device --dry-run --guard-super-experts --keep --layers --load-dtype --memory --method "
+    "--model --native --out --param --protect --remove --size --trust-remote-code --uniform-layers",
     "allocate": "--device --dtype --generations --keep --layers --load-dtype --memory --method --model --out "
     "--param --population --protect --remove --samples --seed --size --survivors --trust-remote-code",
     "show": "--scores",
     "diff": "",
-    "apply": "--allow-other-weights --calibration --device --format --gguf-recipe --out --overwrite --propagate "
-    "--trust-remote-code "
-    "--verify",
+    "apply": "--allow-other-weights --calibration --device --dry-run --format --gguf-recipe --out --overwrite "
+    "--propagate --trust-remote-code --verify",
     "compress": "--allocation --batch-size --bits --calibration --data --device --device-map --dry-run --dtype "
     "--format --guard-super-experts --keep --layers --length --load-dtype --mask-special --memory --method --native "
     "--out --overwrite --param --propagate --protect --remove --sample-tokens --seed "
     "--sequences --size --states --stream --trust-remote-code --uniform-layers",
-    "evaluate": "--against --batch-size --data --device --device-map --dtype --json --length --limit --scratch "
-    "--sequences --stream --task-data --task-dir --tasks --trust-remote-code",
-    "compare": "--batch-size --calibration --data --device --dtype --held-out --held-out-sequences --length "
+    "evaluate": "--against --batch-size --data --device --device-map --dry-run --dtype --json --length --limit "
+    "--scratch --sequences --stream --task-data --task-dir --tasks --trust-remote-code",
+    "compare": "--batch-size --calibration --data --device --dry-run --dtype --held-out --held-out-sequences --length "
     "--mask-special --methods --out --remove --sample-tokens --seed --sequences --sizes --trust-remote-code",
     "recover": "--accumulate --anneal --anneal-gamma --batch-size --data --device --dtype --epochs "
     "--fsdp --gradient-checkpointing --held-out --json "

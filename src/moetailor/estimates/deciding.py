@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 from moetailor.calibration.folder import Calibration
 from moetailor.calibration.kept import Kept
@@ -23,8 +24,8 @@ from moetailor.transform.formats import Format
 
 # How often numbers are gone over while experts are opened in float32, and while a result is verified.
 OPENED, VERIFIED = 6, 8
-# Characters of plan.json for a slot with its score, and of a tensor in the header of its file and in the index.
-SLOT, TENSOR = 30, 190
+# Characters of plan.json for a slot with its score and for a layer, and of a tensor in its file's header and in the index.
+SLOT, LAYER, TENSOR = 14, 100, 190
 
 
 def of_plan(
@@ -115,7 +116,7 @@ def _measured(calibration: Calibration, method: Method, stack: Stack) -> tuple[i
 def _json_nbytes(plan: Plan) -> int:
     """Return the bytes of plan.json, of whose slots not all is known yet."""
     slots = sum(len(layer.slots) for layer in plan.layers.values())
-    return len(json.dumps(plan.model.to_json(), indent=2)) + SLOT * slots
+    return len(json.dumps(replace(plan, layers={}).to_json(), indent=2)) + SLOT * slots + LAYER * len(plan.layers)
 
 
 def of_apply(
