@@ -88,8 +88,8 @@ FLAGS = {
     "--residual --sample-tokens --seed --sensitivity "
     "--sequences --states --stream --trust-remote-code",
     "methods": "",
-    "plan": "--allocation --bits --device --dry-run --guard-super-experts --keep --layers --load-dtype --memory --method "
-    "--model --native --out --param --protect --remove --size --trust-remote-code --uniform-layers",
+    "plan": "--allocation --bits --device --dry-run --guard-super-experts --keep --layers --load-dtype --memory "
+    "--method --model --native --out --param --protect --remove --size --trust-remote-code --uniform-layers",
     "allocate": "--device --dtype --generations --keep --layers --load-dtype --memory --method --model --out "
     "--param --population --protect --remove --samples --seed --size --survivors --trust-remote-code",
     "show": "--scores",

@@ -24,7 +24,7 @@ from moetailor.transform.formats import Format
 
 # How often numbers are gone over while experts are opened in float32, and while a result is verified.
 OPENED, VERIFIED = 6, 8
-# Characters of plan.json for a slot with its score and for a layer, and of a tensor in its file's header and in the index.
+# Characters of plan.json for a slot with its score and for a layer, and of a tensor in headers and in the index.
 SLOT, LAYER, TENSOR = 14, 100, 190
 
 
