@@ -319,13 +319,13 @@ def test_the_sample_grows_with_the_model() -> None:
     facts = facts_of(experts=64, width=2048, top_k=8, layers=16)
     token = 16 * (8 + 2048 * 2 + 8 * 8 + 64 * 4)
 
-    def of(**given: int) -> int | None:
-        return moetailor.SampleOptions(**given).of_model(facts, torch.bfloat16).tokens
+    def of(**given: int) -> int:
+        return moetailor.SampleOptions(**given).of_model(facts, itemsize=2)
 
     assert of() == 2 * 2048 * 64 // 8
     assert of(nbytes=100 * token + 5) == 100
     assert of(tokens=7, nbytes=1) == 7
     narrow = facts_of(experts=8, width=32, top_k=2, layers=3)
-    assert moetailor.SampleOptions().of_model(narrow, torch.float32).tokens == 16384
+    assert moetailor.SampleOptions().of_model(narrow, itemsize=4) == 16384
     with pytest.raises(moetailor.CalibrationError, match=f"--sample-size 1,000: one token .* {token:,}"):
         of(nbytes=1000)

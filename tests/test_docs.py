@@ -84,17 +84,17 @@ find_redundancy make_plan precheck read_batches recover
 """.split()
 FLAGS = {
     "inspect": "--calibration --json --trust-remote-code",
-    "calibrate": "--batch-size --data --device --device-map --dtype --length --mask-special --out "
+    "calibrate": "--batch-size --data --device --device-map --dry-run --dtype --length --mask-special --out "
     "--residual --sample-size --sample-tokens --seed --sensitivity "
     "--sequences --states --stream --trust-remote-code",
     "methods": "",
-    "plan": "--allocation --batch-memory --bits --device --guard-super-experts --keep --layers --load-dtype --memory "
-    "--method --model --native --out --param --protect --remove --size --trust-remote-code --uniform-layers",
+    "plan": "--allocation --batch-memory --bits --device --dry-run --guard-super-experts --keep --layers --load-dtype "
+    "--memory --method --model --native --out --param --protect --remove --size --trust-remote-code --uniform-layers",
     "allocate": "--device --dtype --generations --keep --layers --load-dtype --memory --method --model --out "
     "--param --population --protect --remove --samples --seed --size --survivors --trust-remote-code",
     "show": "--scores",
     "diff": "",
-    "apply": "--allow-other-weights --batch-memory --calibration --device --format --gguf-recipe --out "
+    "apply": "--allow-other-weights --batch-memory --calibration --device --dry-run --format --gguf-recipe --out "
     "--overwrite --propagate --trust-remote-code "
     "--verify",
     "compress": "--allocation --batch-memory --batch-size --bits --calibration --data --device "
@@ -102,9 +102,9 @@ FLAGS = {
     "--mask-special --memory --method --native "
     "--out --overwrite --param --propagate --protect --remove --sample-size --sample-tokens --seed "
     "--sequences --size --states --stream --trust-remote-code --uniform-layers",
-    "evaluate": "--against --batch-size --data --device --device-map --dtype --json --length --limit --scratch "
-    "--sequences --stream --task-data --task-dir --tasks --trust-remote-code",
-    "compare": "--batch-memory --batch-size --calibration --data --device --dtype --held-out "
+    "evaluate": "--against --batch-size --data --device --device-map --dry-run --dtype --json --length --limit "
+    "--scratch --sequences --stream --task-data --task-dir --tasks --trust-remote-code",
+    "compare": "--batch-memory --batch-size --calibration --data --device --dry-run --dtype --held-out "
     "--held-out-sequences --length --mask-special --methods --out --remove --sample-size --sample-tokens --seed "
     "--sequences --sizes --trust-remote-code",
     "recover": "--accumulate --anneal --anneal-gamma --batch-size --data --device --dtype --epochs "

@@ -35,6 +35,7 @@ ORDER = (
     "comparison",
     "summary",
     "pipeline",
+    "estimates",
 )
 """What lies in src/moetailor, down the flow: each imports only from those before it."""
 

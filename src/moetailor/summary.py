@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,8 +12,7 @@ from moetailor.answers import SlotMap
 from moetailor.checkpoint.anatomy import Anatomy, MoELayer, tensors_of
 from moetailor.checkpoint.files import Checkpoint
 from moetailor.checkpoint.loader import StreamedModel
-from moetailor.checkpoint.lock import scratch
-from moetailor.checkpoint.original import Original
+from moetailor.checkpoint.original import Original, looked_at
 from moetailor.errors import CheckpointError
 from moetailor.runtime.quantizer import MoetailorConfig
 from moetailor.words import spans
@@ -116,8 +114,7 @@ def summarise(source: str | Path, *, trust_remote_code: bool = False) -> Summary
     Raises:
         CheckpointError: not a checkpoint of a supported MoE family.
     """
-    with nullcontext() if Path(source).is_dir() else scratch() as headers:
-        original = Original(source, takes="results", trust_remote_code=trust_remote_code, headers=headers)
+    with looked_at(source, takes="results", trust_remote_code=trust_remote_code) as original:
         return _summarised(str(source), original)
 
 

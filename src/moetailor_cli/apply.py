@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moetailor_cli import output
+from moetailor_cli import dry, output
 from moetailor_cli.options import (
     Allocation,
     Batch,
@@ -18,6 +18,7 @@ from moetailor_cli.options import (
     Data,
     Device,
     DeviceMap,
+    DryRun,
     Dtype,
     Format,
     Guard,
@@ -81,6 +82,7 @@ def apply(
         ),
     ] = None,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Open the result again and run it once.")] = True,
+    dry_run: DryRun = False,
     device: Device = None,
     batch_memory: BatchMemory = None,
     trust_remote_code: Trust = False,
@@ -97,6 +99,11 @@ def apply(
     check_inputs(out, {"the plan": plan})
     if gguf_recipe is not None:
         check_inputs(gguf_recipe, {"the plan": plan})
+    if dry_run:
+        run = {"propagate": propagate, "format": format, "overwrite": overwrite, "verify": verify}
+        run |= {"allow_other_weights": allow_other_weights, "gguf_recipe": gguf_recipe}
+        dry.apply(model, plan, out, calibration, run, device=device, trust_remote_code=trust_remote_code)
+        return
     made, digest = moetailor.Plan.load(plan), sha256(plan.read_bytes()).hexdigest()
     with ranks.shared(folder=os.path.realpath(out), plan=digest) as first, output.stages() as progress:
         moetailor.apply(
@@ -124,6 +131,7 @@ def apply(
     if gguf_recipe is not None:
         made = f"--imatrix {gguf_recipe / 'imatrix.gguf'} --tensor-type-file {gguf_recipe / 'tensor-types.txt'}"
         output.say(f"convert {out} to GGUF, then: llama-quantize {made} IN.gguf OUT.gguf Q8_0")
+    output.took(out)
 
 
 def compress(
@@ -159,7 +167,7 @@ def compress(
     propagate: Propagate = "original",
     format: Format = "auto",
     overwrite: Overwrite = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything that needs no data, and stop.")] = False,
+    dry_run: DryRun = False,
     device: Device = None,
     batch_memory: BatchMemory = None,
     dtype: Dtype = None,
@@ -182,24 +190,15 @@ def compress(
     width = read_bits(bits)
     blocks = {"sequences": sequences, "length": length, "seed": seed, "batch_size": batch_size}
     text = moetailor.TextOptions(data=tuple(data), mask_special=mask_special, **blocks)
-    given: dict[str, Any] = {
-        "text": text,
-        "method": method,
-        "budget": budget,
-        "parameters": parameters,
-        "layers": selected,
-        "protect": kept,
-        "allocation": allocated,
-        "width": width,
-        "calibration": calibration,
-        "format": format,
-        "overwrite": overwrite,
-        "trust_remote_code": trust_remote_code,
-    }
-    checked = moetailor.precheck(model, out, **given)
+    sample = read_sample(sample_tokens, sample_size, seed)
+    given: dict[str, Any] = {"method": method, "budget": budget, "parameters": parameters, "layers": selected}
+    given |= {"protect": kept, "allocation": allocated, "width": width, "calibration": calibration, "text": text}
+    given |= {"format": format, "overwrite": overwrite}
     if dry_run:
-        output.say(checked)
+        run = {"sample": sample, "stream": stream, "states": states, "dtype": dtype, "propagate": propagate}
+        dry.compress(model, out, given, run, device=device, trust_remote_code=trust_remote_code)
         return
+    checked = moetailor.precheck(model, out, trust_remote_code=trust_remote_code, **given)
     with ranks.shared(folder=os.path.realpath(out)) as first, output.stages() as progress:
         if first:
             output.say(checked)
@@ -208,7 +207,7 @@ def compress(
             out,
             **given,
             guard_super_experts=guard_super_experts,
-            sample=read_sample(sample_tokens, sample_size, seed),
+            sample=sample,
             stream=stream,
             states=states,
             propagate=propagate,
@@ -216,6 +215,7 @@ def compress(
             batch_memory=read_nbytes(batch_memory),
             dtype=dtype,
             device_map=device_map,
+            trust_remote_code=trust_remote_code,
             progress=progress if first else None,
         )
     if not first:
@@ -224,3 +224,4 @@ def compress(
     output.plan(plan)
     output.say(f"{out}: {nbytes(plan.nbytes)}, the original has {nbytes(plan.model.nbytes)}")
     output.say(VERIFIED)
+    output.took(out, *([] if calibration else [out.with_name(out.name + ".calibration")]))

@@ -7,11 +7,12 @@ from typing import Annotated
 
 import typer
 
-from moetailor_cli import output, ranking
+from moetailor_cli import dry, output, ranking
 from moetailor_cli.options import (
     Batch,
     BatchMemory,
     Device,
+    DryRun,
     Dtype,
     Length,
     MaskSpecial,
@@ -59,6 +60,7 @@ def compare(
     sample_size: SampleSize = "8GB",
     seed: Seed = None,
     mask_special: MaskSpecial = False,
+    dry_run: DryRun = False,
     device: Device = None,
     batch_memory: BatchMemory = None,
     dtype: Dtype = None,
@@ -81,25 +83,32 @@ def compare(
     held_out_text = moetailor.TextOptions(
         data=tuple(held_out), sequences=held_out_sequences, length=length, batch_size=batch_size
     )
+    wanted = {
+        "held_out": held_out_text,
+        "text": text if data else None,
+        "calibration": calibration,
+        "methods": _words(methods or ["all"]),
+        "remove": None if remove is None else _words([remove]),
+        "sizes": None if sizes is None else _words([sizes]),
+        "sample": read_sample(sample_tokens, sample_size, seed),
+        "dtype": dtype,
+    }
+    if dry_run:
+        dry.compare(model, wanted, device=device, trust_remote_code=trust_remote_code)
+        return
     with output.stages() as progress:
         results = moetailor.compare(
             model,
             out,
-            held_out=held_out_text,
-            text=text if data else None,
-            calibration=calibration,
-            methods=_words(methods or ["all"]),
-            remove=None if remove is None else _words([remove]),
-            sizes=None if sizes is None else _words([sizes]),
-            sample=read_sample(sample_tokens, sample_size, seed),
             device=device,
             batch_memory=read_nbytes(batch_memory),
-            dtype=dtype,
             trust_remote_code=trust_remote_code,
             progress=progress,
+            **wanted,
         )
     ranking.show(results)
     output.say(f"results are in {out / 'results.json'}, to be looked at in {out / 'report.html'}")
+    output.took(out)
 
 
 def _words(entries: list[str]) -> list[str]:

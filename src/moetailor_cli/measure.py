@@ -9,13 +9,14 @@ from typing import Annotated, Any
 
 import typer
 
-from moetailor_cli import output
+from moetailor_cli import dry, output
 from moetailor_cli import redundancy as redundancy_module
 from moetailor_cli.options import (
     Batch,
     Data,
     Device,
     DeviceMap,
+    DryRun,
     Dtype,
     Length,
     MaskSpecial,
@@ -77,6 +78,7 @@ def calibrate(
     ] = False,
     stream: Stream = False,
     states: States = "auto",
+    dry_run: DryRun = False,
     device: Device = None,
     dtype: Dtype = None,
     device_map: DeviceMap = None,
@@ -89,31 +91,33 @@ def calibrate(
     import moetailor
     from moetailor import ranks
 
+    text = moetailor.TextOptions(
+        data=tuple(data),
+        sequences=sequences,
+        length=length,
+        seed=seed,
+        mask_special=mask_special,
+        batch_size=batch_size,
+    )
+    sample = read_sample(sample_tokens, sample_size, seed)
+    run: dict[str, Any] = {"residual": residual, "sensitivity": sensitivity, "stream": stream, "states": states}
+    run |= {"text": text, "sample": sample, "dtype": dtype}
+    if dry_run:
+        dry.calibrate(model, run, device=device, trust_remote_code=trust_remote_code)
+        return
     with ranks.shared(folder=os.path.realpath(out)) as first, output.progress("calibrate") as progress:
         calibration = moetailor.calibrate(
             model,
             out,
-            text=moetailor.TextOptions(
-                data=tuple(data),
-                sequences=sequences,
-                length=length,
-                seed=seed,
-                mask_special=mask_special,
-                batch_size=batch_size,
-            ),
-            sample=read_sample(sample_tokens, sample_size, seed),
-            residual=residual,
-            sensitivity=sensitivity,
-            stream=stream,
-            states=states,
             device=device,
-            dtype=dtype,
             device_map=device_map,
             trust_remote_code=trust_remote_code,
             progress=progress if first else None,
+            **run,
         )
     if first:  # under torchrun it speaks for all
         output.calibration(calibration, sequences * length)
+        output.took(out)
 
 
 def evaluate(
@@ -132,6 +136,7 @@ def evaluate(
     json: Annotated[Path | None, typer.Option(help="Write the scores to this file.")] = None,
     stream: Stream = False,
     scratch: Scratch = None,
+    dry_run: DryRun = False,
     device: Device = None,
     dtype: Dtype = None,
     device_map: DeviceMap = None,
@@ -146,8 +151,14 @@ def evaluate(
     from moetailor.checkpoint.place import check_file
 
     if json is not None:
-        check_file(json, "scores")
+        check_file(json, "estimate" if dry_run else "scores")
     text = moetailor.TextOptions(data=tuple(data), sequences=sequences, length=length, batch_size=batch_size)
+    if dry_run:
+        run = {"text": text, "tasks": bool(tasks), "stream": stream, "dtype": dtype}
+        found = dry.evaluate(compressed, against, run, device=device, trust_remote_code=trust_remote_code)
+        if json is not None:
+            write_json(json, found.to_json())
+        return
     with output.stages() as progress:
         scores = moetailor.evaluate(
             compressed,
@@ -164,8 +175,9 @@ def evaluate(
         )
     output.scores(scores)
     output.expected(compressed, scores)
+    taken = output.took()
     if json is not None:
-        write_json(json, scores.to_json())
+        write_json(json, scores.to_json() | {"took": taken})
         output.say(f"scores are in {json}")
 
 

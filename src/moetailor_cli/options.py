@@ -141,3 +141,10 @@ Propagate = Annotated[
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace an earlier result, once the new one is complete.")
 ]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Check what needs no data, say how long it will take, with how much memory and disk, and stop.",
+    ),
+]

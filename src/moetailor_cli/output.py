@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,9 +25,13 @@ from moetailor_cli.console import PlainConsole
 
 if TYPE_CHECKING:
     from moetailor import Calibration, Plan, RecoveryResult, Scores
+    from moetailor.estimates.estimate import Estimate
     from moetailor.progress import Progress as Told
     from moetailor.progress import Stages
     from moetailor.summary import Summary
+
+# When the process began, nearly: for how long it took, and by the clock of files.
+BEGAN, SINCE = time.perf_counter(), time.time()
 
 _out = PlainConsole()
 _err = PlainConsole(stderr=True)
@@ -246,6 +251,31 @@ def recovery(done: RecoveryResult) -> None:
         table.add_row(f"held out, {name}", f"{before:.4f}", f"{done.after[name]:.4f}")
     _out.print(table)
     say(f"{done.out}: {done.steps:,} steps, {done.tokens:,} tokens, {done.seconds:,.0f} seconds")
+
+
+def estimate(found: Estimate) -> None:
+    """Print what a verb will take."""
+    for line in found.lines():
+        say(line)
+
+
+def took(*places: Path) -> dict[str, int | float]:
+    """Print what the verb took, and return it.
+
+    Args:
+        places: files and folders that it may have written to.
+    """
+    from moetailor.checkpoint.rates import peak_nbytes
+    from moetailor.words import nbytes
+
+    seconds, (memory, device) = time.perf_counter() - BEGAN, peak_nbytes()
+    files = [file for place in places for file in (place.rglob("*") if place.is_dir() else [place])]
+    found = [file.stat() for file in files if file.is_file()]
+    written = sum(told.st_size for told in found if told.st_mtime >= SINCE - 1)
+    on_device = f", {nbytes(device)} on the GPU" if device else ""
+    amount = f"{nbytes(written)} written, " if places else ""
+    say(f"took {seconds:,.1f} s, {amount}{nbytes(memory)} of memory at most{on_device}")
+    return {"seconds": round(seconds, 3), "memory": memory, "device_memory": device, "written": written}
 
 
 def _span(numbers: Sequence[int]) -> str:

@@ -7,13 +7,14 @@ from typing import Annotated
 
 import typer
 
-from moetailor_cli import output
+from moetailor_cli import dry, output
 from moetailor_cli import show as show_module
 from moetailor_cli.options import (
     Allocation,
     BatchMemory,
     Bits,
     Device,
+    DryRun,
     Dtype,
     Guard,
     Keep,
@@ -59,6 +60,7 @@ def plan(
     bits: Bits = None,
     uniform_layers: Uniform = False,
     model: Annotated[str | None, typer.Option(help="Where the weights are, if the checkpoint was moved.")] = None,
+    dry_run: DryRun = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; CUDA when there is one.")] = None,
     batch_memory: BatchMemory = None,
     trust_remote_code: Trust = False,
@@ -81,6 +83,11 @@ def plan(
     width, working = read_bits(bits), read_nbytes(batch_memory)
     measured = moetailor.Calibration.open(calibration)
     source = model or measured.model.source
+    if dry_run:
+        check_file(out, "plan")
+        given = {"layers": selected, "protect": kept, "allocation": allocated, "width": width}
+        dry.plan(measured, method, parameters, budget, given, source, device, trust_remote_code)
+        return
     about = {"calibration": calibration_hash(measured.fingerprint)}
     with ranks.shared(**about) as first, output.progress("plan") as progress:
         if first:
@@ -109,6 +116,7 @@ def plan(
     made.save(out)
     output.plan(made)
     output.say(f"the plan is in {out}")
+    output.took(out, calibration / "measured")
 
 
 def allocate(

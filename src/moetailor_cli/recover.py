@@ -121,6 +121,8 @@ def recover(
     if not PartialState().is_main_process:
         return  # under torchrun the first process speaks for all
     output.recovery(result)
+    taken = output.took(out)
     if json is not None:
-        write_json(json, {"format": "moetailor-recovery", "version": 1, **asdict(result), "out": str(out)})
+        about = {"format": "moetailor-recovery", "version": 1}
+        write_json(json, {**about, **asdict(result), "out": str(out), "took": taken})
         output.say(f"losses are in {json}")

@@ -95,7 +95,8 @@ def calibrate(
         if not batches:
             raise CalibrationError("no batch of text given; give at least one")
     on_disk = states == "disk" or (states == "auto" and stream)
-    sample = sample.of_model(measured.facts, getattr(torch, measured.settings["dtype"].removeprefix("torch.")))
+    itemsize = getattr(torch, measured.settings["dtype"].removeprefix("torch.")).itemsize
+    sample = replace(sample, tokens=sample.of_model(measured.facts, itemsize))
     calibration = run_calibration(
         measured, batches, Path(out), sample=sample, residual=residual, states_on_disk=on_disk, progress=progress
     )

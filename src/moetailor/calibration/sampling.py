@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -39,28 +39,28 @@ class SampleOptions:
                 f"{self.tokens} sampled tokens, seed {self.seed}: sample 1 or more, with 64 bits of seed"
             )
 
-    def of_model(self, facts: ModelFacts, dtype: torch.dtype) -> SampleOptions:
-        """Return the same with a number of tokens.
+    def of_model(self, facts: ModelFacts, itemsize: int) -> int:
+        """Return how many tokens of a model's text are sampled.
 
-        It gives experts of every layer two tokens for each dimension where routing is even, and is at least 16,384, as
-        far as there is room.
+        Two for each expert and dimension of the widest layer, where routing is even, and at least 16,384, as far as
+        there is room.
 
         Args:
             facts: what is known of the model.
-            dtype: of the hidden states.
+            itemsize: bytes of a number of its hidden states.
 
         Raises:
             CalibrationError: there is no room for a token.
         """
         if self.tokens is not None:
-            return self
+            return self.tokens
         layers = [(stack.num_experts, stack.shape.width) for stack in facts.stacks if stack.shape is not None]
         wanted = max([USUAL, *(-(-PER_DIMENSION * width * experts // facts.top_k) for experts, width in layers)])
         # Of each layer: a key, the hidden state, experts and gates of the token, and its router logits.
-        token = sum(8 + width * dtype.itemsize + 8 * facts.top_k + 4 * experts for experts, width in layers)
+        token = sum(8 + width * itemsize + 8 * facts.top_k + 4 * experts for experts, width in layers)
         if token > self.nbytes:
             raise CalibrationError(f"--sample-size {self.nbytes:,}: one token of all layers takes {token:,} bytes")
-        return replace(self, tokens=min(wanted, self.nbytes // token))
+        return min(wanted, self.nbytes // token)
 
 
 def sampled_positions(batches: Sequence[Batch], sample: SampleOptions) -> Sampled:

@@ -7,7 +7,7 @@ headers; then the model without weights, whose every parameter must be on disk.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from moetailor.checkpoint.family import UNQUANTIZED
 from moetailor.checkpoint.files import CODES, DTYPES, LazyTensor, open_checkpoint
 from moetailor.checkpoint.layout import DiskStack, find_stacks
 from moetailor.checkpoint.loader import StreamedModel
+from moetailor.checkpoint.lock import scratch
 from moetailor.checkpoint.models import load_model, load_numbers, load_tokenizer
 from moetailor.errors import CheckpointError
 
@@ -41,6 +42,7 @@ class Original:
 
     Attributes:
         checkpoint: its files.
+        headers_only: whether weights are holes in files, since only the headers were downloaded.
         trust_remote_code: as given; whatever builds the model or the tokenizer gets it from here.
 
     Raises:
@@ -58,6 +60,7 @@ class Original:
         self.trust_remote_code = trust_remote_code
         self._takes, self._remote = takes, not Path(source).is_dir()
         self.checkpoint = with_codes(open_checkpoint(source, check=self._check, headers=headers))
+        self.headers_only = headers is not None and self.folder == headers
         config_json.check_counts(self.folder, self.checkpoint.config, self.checkpoint.tensors.values())
 
     def _check(self, folder: Path, config: dict) -> None:
@@ -215,6 +218,22 @@ class Original:
             yield
         finally:
             kind._keep_in_fp32_modules_strict = before
+
+
+@contextmanager
+def looked_at(source: str | Path, *, takes: Takes = "originals", trust_remote_code: bool = False) -> Iterator[Original]:
+    """Give a checkpoint of which config.json and headers are enough: of one on the hub no more is asked for.
+
+    Args:
+        source: folder or hub name.
+        takes: what it may be, see `Original`.
+        trust_remote_code: run code that comes with the checkpoint.
+
+    Raises:
+        CheckpointError: see `Original`.
+    """
+    with nullcontext() if Path(source).is_dir() else scratch() as headers:
+        yield Original(source, takes=takes, trust_remote_code=trust_remote_code, headers=headers)
 
 
 def open_original(source: str | Path | Original, *, trust_remote_code: bool = False) -> Original:

@@ -91,9 +91,7 @@ def compare(
         MoetailorError: the folder holds something else, another run writes there, or a model cannot be used.
     """
     out = Path(out)
-    cells = cells_of(words_of(methods), _entries(DEFAULT if remove is sizes is None else remove), _entries(sizes))
-    if (text is None) == (calibration is None):
-        raise MoetailorError("give either calibration text (--data) or a finished calibration folder (--calibration)")
+    cells = asked_for(methods, remove, sizes, text, calibration)
     original = Original(model, trust_remote_code=trust_remote_code)
     given = None if calibration is None else Calibration.open(calibration)
     if given is not None:
@@ -135,6 +133,24 @@ def compare(
 
         write_report(results, out / REPORT)
     return results
+
+
+def asked_for(
+    methods: str | Iterable[str],
+    remove: str | float | Iterable[str | float] | None,
+    sizes: str | float | Iterable[str | float] | None,
+    text: TextOptions | None,
+    calibration: str | Path | None,
+) -> list[Cell]:
+    """Return the cells that a comparison is asked for; see `compare`.
+
+    Raises:
+        PlanError: an unknown method, parameter, share or size.
+        MoetailorError: both or neither of text and calibration.
+    """
+    if (text is None) == (calibration is None):
+        raise MoetailorError("give either calibration text (--data) or a finished calibration folder (--calibration)")
+    return cells_of(words_of(methods), _entries(DEFAULT if remove is sizes is None else remove), _entries(sizes))
 
 
 def _entries(given: str | float | Iterable[str | float] | None) -> list[str | float]:

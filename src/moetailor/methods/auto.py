@@ -17,9 +17,9 @@ as long to price as to build.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 
@@ -28,12 +28,14 @@ from moetailor.answers import Constant, Keep, Linear, LowRank, Width
 from moetailor.calibration.domains import balanced
 from moetailor.errors import PlanError
 from moetailor.fitting import linear_maps, low_rank
+from moetailor.fitting.work import of_held_out_maps, of_low_rank, of_map, of_noise, of_outputs
 from moetailor.methods import mix_bits, mix_plain
 from moetailor.methods.method import AtLeast, JointMethod
 from moetailor.methods.registry import register
 from moetailor.planning.layer_plan import LayerPlan, untouched
 from moetailor.planning.plan import answers_nbytes
 from moetailor.planning.view import LayerView
+from moetailor.planning.work import LayerSize, Work
 
 
 @register
@@ -145,6 +147,28 @@ class Auto(JointMethod):
         if self.uniform_layers:
             return found.uniform()
         return found if self.stand_ins else found.staying()
+
+    def kept_under(self, layer: LayerView) -> Mapping[str, Any]:
+        """Return the menu."""
+        return mix_bits.kept_under(layer, self.stays) if self.bits else mix_plain.kept_under(layer)
+
+    def work(self, layer: LayerSize) -> Work:
+        """Return the work of pricing all entries of the menu for each expert."""
+        experts = layer.experts
+        if self.bits:
+            widths = [entry for entry in self.stays if isinstance(entry, Width)]
+            return experts * (of_held_out_maps(layer, mix_bits.RANKS[-1]) + of_noise(layer, widths))
+        # Each expert also runs on some tokens of every other one, and what it gives is compared with what these give.
+        tokens = experts * min(mix_plain.COMPARED, layer.tokens)
+        compared = of_outputs(layer.shape, tokens) + Work(elements=8 * tokens * layer.shape.width)
+        ranks = [rank for rank in mix_plain.LOW if rank < layer.shape.width // 2]
+        priced = of_held_out_maps(layer, mix_plain.LINEAR[-1]) + of_low_rank(layer, ranks)
+        return experts * (priced + compared)
+
+    def building(self, layer: LayerSize, plan: LayerPlan) -> Work | None:
+        """Return the work of the maps; of low-rank experts nobody has counted it."""
+        maps = (of_map(layer, answer.rank) for answer in plan.of(Linear).values())
+        return None if plan.of(LowRank) else sum(maps, Work())
 
     def build(self, layer: LayerView, plan: LayerPlan) -> dict[str, torch.Tensor]:
         """Return the tensors of constants and linear maps, and of low-rank experts over the layer's base."""

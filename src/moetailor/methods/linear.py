@@ -11,9 +11,9 @@ its own, so that the error on held-out tokens is least at the bytes that the giv
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 
@@ -22,12 +22,14 @@ from moetailor.answers import Keep
 from moetailor.errors import PlanError
 from moetailor.fitting.linear_maps import build_maps, held_out_errors, map_error, map_of_rank
 from moetailor.fitting.menu import Menu, cheapest
+from moetailor.fitting.work import of_held_out_maps, of_map
 from moetailor.methods.choose import refuse_protected, top
 from moetailor.methods.method import AtLeast, Method
 from moetailor.methods.registry import register
 from moetailor.planning.layer_plan import LayerPlan, keep_only
 from moetailor.planning.plan import answers_nbytes
 from moetailor.planning.view import LayerView
+from moetailor.planning.work import LayerSize, Work
 
 RANKS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256)
 
@@ -76,11 +78,8 @@ class Linear(Method):
     def _chosen(self, layer: LayerView, keep: int) -> LayerPlan:
         """Return the plan with the least held-out error in the bytes of `keep` experts and maps of the rank."""
         refuse_protected(layer.index, layer.protected, layer.num_experts, keep)
+        ranks = self._ranks(layer)
         nbytes = {rank: answers_nbytes([map_of_rank(rank)], layer.shape, layer.dtype) for rank in RANKS}
-        ranks = [rank for rank in RANKS if nbytes[rank] < layer.expert_bytes]
-        if self.shared:
-            # The shared factor is paid for once, whatever is chosen: as wide as the given rank.
-            ranks = [rank for rank in ranks if rank <= self.rank]
         # A row of one factor: the two of a rank, without the constant.
         row = (nbytes[1] - nbytes[0]) // 2
         spare = layer.nbytes - (self.rank * row if self.shared else 0)
@@ -89,7 +88,7 @@ class Linear(Method):
         def measure(experts: Sequence[int]) -> torch.Tensor:
             return torch.stack([held_out_errors(layer, expert, ranks, self.ridge) for expert in experts])
 
-        errors = layer.each_expert({"ranks": ranks, "ridge": self.ridge}, measure)
+        errors = layer.each_expert(self._what(ranks), measure)
         menu = Menu(errors=errors, price=price, expert_nbytes=layer.expert_bytes, must_keep=layer.protected)
         (entries,) = cheapest([menu], spare)
         slots = tuple(Keep() if at == len(ranks) else map_of_rank(ranks[at], self.shared) for at in entries)
@@ -98,6 +97,34 @@ class Linear(Method):
     def build(self, layer: LayerView, plan: LayerPlan) -> dict[str, torch.Tensor]:
         """Fit the maps."""
         return build_maps(layer, plan, self.ridge, self.shrinkage)
+
+    def kept_under(self, layer: LayerView) -> Mapping[str, Any] | None:
+        """Return the ranks that are tried where they are chosen, and the ridge."""
+        return self._what(self._ranks(layer)) if self.ranks == "chosen" else None
+
+    def _what(self, ranks: Sequence[int]) -> dict[str, Any]:
+        return {"ranks": ranks, "ridge": self.ridge}
+
+    def _ranks(self, layer: LayerView) -> list[int]:
+        """Return the ranks of maps that are smaller than an expert."""
+        # A shared factor is paid for once, whatever is chosen: as wide as the given rank.
+        tried = [rank for rank in RANKS if not self.shared or rank <= self.rank]
+        nbytes = {rank: answers_nbytes([map_of_rank(rank)], layer.shape, layer.dtype) for rank in tried}
+        return [rank for rank in tried if nbytes[rank] < layer.expert_bytes]
+
+    def work(self, layer: LayerSize) -> Work:
+        """Return the work of a map for each expert, or of all ranks for its folds."""
+        if self.ranks == "given" and not self.rank:
+            return Work()
+        each = of_map(layer, self.rank) if self.ranks == "given" else of_held_out_maps(layer, RANKS[-1])
+        return layer.experts * each
+
+    def building(self, layer: LayerSize, plan: LayerPlan) -> Work | None:
+        """Return the work of the maps; of a shared factor nobody has counted it."""
+        maps = plan.of(answers.Linear)
+        if any(answer.shared for answer in maps.values()):
+            return None
+        return sum((of_map(layer, answer.rank) for answer in maps.values()), Work())
 
     def estimate(self, experts: int, keep: int, groups: int = 1) -> LayerPlan:
         """Return kept experts and maps of the rank."""

@@ -16,6 +16,7 @@ from moetailor.fitting.widths import Rounding
 from moetailor.methods.choose import kept_of_group
 from moetailor.planning.layer_plan import LayerPlan, keep_first
 from moetailor.planning.view import LayerView
+from moetailor.planning.work import LayerSize, Work
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,32 @@ class Method(ABC):
             plan: what becomes of its slots.
         """
         return {}
+
+    def work(self, layer: LayerSize) -> Work | None:
+        """Return what planning one layer computes; None where nobody has counted it.
+
+        Args:
+            layer: the layer.
+        """
+        return None if self.reads_weights else Work()
+
+    def kept_under(self, layer: LayerView) -> Mapping[str, Any] | None:
+        """Return what the rows of numbers that it keeps of each expert depend on, see `LayerView.each_expert`; None
+        where it keeps none.
+
+        Args:
+            layer: the layer, of which nothing is read.
+        """
+        return None
+
+    def building(self, layer: LayerSize, plan: LayerPlan) -> Work | None:
+        """Return what `build` computes for one layer, without experts in few bits; None where nobody has counted it.
+
+        Args:
+            layer: the layer.
+            plan: what becomes of its slots.
+        """
+        return None if self.reads_weights and plan.computed & self.builds else Work()
 
     def estimate(self, experts: int, keep: int, groups: int = 1) -> LayerPlan:
         """Return a plan with the counts and bytes that the method's will have; the first experts stay.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -143,7 +144,7 @@ def priced(layer: LayerView, weight: torch.Tensor, stays: Sequence[Width | Keep]
         stays: how those that stay may lie, from `ways_to_stay`.
     """
     widths = [entry for entry in stays if isinstance(entry, Width)]
-    ranks = [rank for rank in RANKS if _nbytes(layer, Linear(rank, int8=True)) < layer.expert_bytes]
+    ranks = ranks_of(layer)
     maps: list[Answer] = [Constant(), *(Linear(rank, int8=True) for rank in ranks)]
     entries = [*maps, *stays]
     nbytes = [_nbytes(layer, entry) for entry in entries]
@@ -153,8 +154,9 @@ def priced(layer: LayerView, weight: torch.Tensor, stays: Sequence[Width | Keep]
         linear = [linear_maps.held_out_errors(layer, expert, [0, *ranks], RIDGE) for expert in experts]
         return torch.cat([torch.stack(linear), held_out_errors(layer, experts, widths, dtype=DTYPES[layer.dtype])], 1)
 
-    what = {"ranks": ranks, "ridge": RIDGE, "widths": [f"{width.text} g{width.group}" for width in widths]}
-    errors, noise = layer.each_expert(what, measure, at_once(layer)).split([1 + len(ranks), len(widths)], 1)
+    errors, noise = layer.each_expert(kept_under(layer, stays), measure, at_once(layer)).split(
+        [1 + len(ranks), len(widths)], 1
+    )
     scores = ((layer.sensitivity or 0.0) * errors[:, 0]).tolist()
     errors, noise = on_new_text(layer.sums, errors), on_new_text(layer.sums, noise)
     # An expert that no token reached stays: that may be the text's doing, and few bits cost little.
@@ -168,6 +170,17 @@ def priced(layer: LayerView, weight: torch.Tensor, stays: Sequence[Width | Keep]
         weight=weight,
         scores=tuple(scores),
     )
+
+
+def ranks_of(layer: LayerView) -> list[int]:
+    """Return the ranks of the maps that are smaller than an expert."""
+    return [rank for rank in RANKS if _nbytes(layer, Linear(rank, int8=True)) < layer.expert_bytes]
+
+
+def kept_under(layer: LayerView, stays: Sequence[Width | Keep]) -> dict[str, Any]:
+    """Return what the rows that are kept of the experts of a layer depend on, see `priced`."""
+    widths = [f"{width.text} g{width.group}" for width in stays if isinstance(width, Width)]
+    return {"ranks": ranks_of(layer), "ridge": RIDGE, "widths": widths}
 
 
 def mixed(layers: Sequence[Priced], prices: Prices, nbytes: int) -> list[LayerPlan]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -86,7 +87,7 @@ def choice(layer: LayerView, weight: torch.Tensor) -> Choice:
     def measure(experts: Sequence[int]) -> torch.Tensor:
         return torch.stack([_errors(layer, expert, base, slots) for expert in experts])
 
-    errors = layer.each_expert({"answers": list(map(str, slots)), "ridge": RIDGE}, measure)
+    errors = layer.each_expert(kept_under(layer), measure)
     others, scales, shares = _nearest(layer)
     sums, dead = layer.sums, layer.sums.count == 0
     lost = on_new_text(sums, (sums.gate_sq_norm_sq / sums.tokens)[:, None] * shares)
@@ -107,6 +108,11 @@ def choice(layer: LayerView, weight: torch.Tensor) -> Choice:
         for expert in experts
     ]
     return Choice(answers=answers, menu=menu, weight=weight, scores=tuple((sensitivity * errors[:, 0]).tolist()))
+
+
+def kept_under(layer: LayerView) -> dict[str, Any]:
+    """Return what the rows that are kept of the experts of a layer depend on, see `choice`."""
+    return {"answers": list(map(str, _menu(layer))), "ridge": RIDGE}
 
 
 def _menu(layer: LayerView) -> list[Answer]:

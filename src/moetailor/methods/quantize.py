@@ -16,6 +16,7 @@ from moetailor.methods.method import AtLeast, Method
 from moetailor.methods.registry import register
 from moetailor.planning.layer_plan import LayerPlan, untouched
 from moetailor.planning.view import LayerView
+from moetailor.planning.work import LayerSize, Work
 
 # Codes in names of rows.
 SHORT = {"int": "sym"}
@@ -73,6 +74,10 @@ class Quantize(Method):
     def plan(self, layer: LayerView, keep: int) -> LayerPlan:
         """Keep all."""
         return self.estimate(layer.num_experts, keep)
+
+    def work(self, layer: LayerSize) -> Work:
+        """Nothing: experts are rounded when the plan is applied."""
+        return Work()
 
     def estimate(self, experts: int, keep: int, groups: int = 1) -> LayerPlan:
         """Return the plan, whatever the layer is."""

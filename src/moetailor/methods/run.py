@@ -15,6 +15,7 @@ from moetailor.calibration.kept import Kept
 from moetailor.calibration.statistics import ON_REQUEST
 from moetailor.checkpoint.facts import ModelFacts
 from moetailor.checkpoint.layout import Stack
+from moetailor.checkpoint.original import Original
 from moetailor.checkpoint.weights import ExpertWeights
 from moetailor.errors import CheckpointError, MoetailorWarning, PlanError, TooSmallError
 from moetailor.methods.allocation import Allocation, allocate_by_rule
@@ -79,7 +80,7 @@ def make_plan(
     protected = pairs_of(protect) | (super_experts(calibration) if guard_super_experts else set())
     if weights is None and chosen.reads_weights and not facts.source:
         raise PlanError(f"{chosen.name} reads expert weights, and the model was calibrated in memory; pass weights=")
-    _check_recorded(calibration, chosen)
+    check_recorded(calibration, chosen)
     weights = weights or ExpertWeights(facts.source, device=device)
     given: dict[str, Any] = {"layers": layers, "protect": protected}
     estimate = estimate_plan(facts, chosen, budget, allocation=allocation, width=width, **given)
@@ -193,8 +194,12 @@ def super_experts(calibration: Calibration) -> set[tuple[int, int]]:
     return {(layer, expert) for layer in early for expert, peak in enumerate(largest[layer].tolist()) if peak > limit}
 
 
-def _check_recorded(calibration: Calibration, method: Method) -> None:
-    """Refuse a method that reads what was not recorded."""
+def check_recorded(calibration: Calibration, method: Method) -> None:
+    """Refuse a method that reads what was not recorded.
+
+    Raises:
+        PlanError: see the message.
+    """
     for name in sorted(method.needs):
         if not calibration.holds(name):
             # Sensitivities are measured after all else, so a finished folder takes them.
@@ -221,6 +226,16 @@ def check_weights(weights: ExpertWeights, facts: ModelFacts) -> None:
         raise PlanError(
             f"{weights.checkpoint.source}: not the model that was calibrated ({facts.source}); name that with --model"
         )
+
+
+def check_same(original: Original, facts: ModelFacts) -> None:
+    """Refuse an original that is opened and is not the model that was calibrated, see `check_weights`; where nothing
+    but headers is there, one of other shapes.
+    """
+    if not original.headers_only:
+        check_weights(ExpertWeights(original), facts)
+    elif original.facts.shapes() != facts.shapes():
+        raise PlanError(f"{original.source}: not of the shapes of the model that was calibrated ({facts.source})")
 
 
 def _plan_unrun(stack: Stack, keep: int, groups: int, weights: ExpertWeights) -> LayerPlan:

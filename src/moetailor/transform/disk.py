@@ -104,14 +104,8 @@ def apply_to_checkpoint(
     if ranks.first():
         check_place(out, overwrite=overwrite, inputs=inputs)
     source = original.streamed(dtype=torch.float32, device=resolve_device(device))
-    anatomy, stacks, facts = original.anatomy, original.stacks, original.facts
-    check_plan(plan, facts, allow_other_weights=allow_other_weights)
-    check_calibration(plan, calibration, propagate)
-    if unknown := plan.layers.keys() - {stack.prefix for stack in facts.stacks}:
-        raise PlanError(f"{checkpoint.source}: has no {', '.join(sorted(unknown))}, which the plan changes")
-    # Other weights of the same shapes may have another dtype, hence other bytes; of the same ones the name is kept.
-    same = plan.model.stacks == facts.stacks and plan.model.nbytes == facts.nbytes
-    plan = plan.for_model(plan.model if same else facts)
+    anatomy, stacks = original.anatomy, original.stacks
+    plan = plan_for(original, plan, calibration, propagate=propagate, allow_other_weights=allow_other_weights)
     if gguf_recipe is not None:
         if format not in ("auto", "native"):
             raise PlanError(f"--gguf-recipe: llama.cpp loads native results; leave --format {format} out")
@@ -143,6 +137,29 @@ def apply_to_checkpoint(
             except CheckpointError as error:  # of a folder that is gone when this is read
                 raise CheckpointError(f"{str(error).replace(str(folder), str(out))}; nothing was kept") from None
     return out
+
+
+def plan_for(
+    original: Original,
+    plan: Plan,
+    calibration: Calibration | None,
+    *,
+    propagate: Propagate = "original",
+    allow_other_weights: bool = False,
+) -> Plan:
+    """Return a plan as it is carried out on an original; see `apply_to_checkpoint`.
+
+    Raises:
+        PlanError: it does not fit it.
+    """
+    facts = original.facts
+    check_plan(plan, facts, allow_other_weights=allow_other_weights)
+    check_calibration(plan, calibration, propagate)
+    if unknown := plan.layers.keys() - {stack.prefix for stack in facts.stacks}:
+        raise PlanError(f"{original.source}: has no {', '.join(sorted(unknown))}, which the plan changes")
+    # Other weights of the same shapes may have another dtype, hence other bytes; of the same ones the name is kept.
+    same = plan.model.stacks == facts.stacks and plan.model.nbytes == facts.nbytes
+    return plan.for_model(plan.model if same else facts)
 
 
 def provenance(

@@ -1,0 +1,1 @@
+"""What a stage will take: plain arithmetic on what headers and config.json say."""

@@ -1,0 +1,210 @@
+"""What plan and apply will take: experts that are read, priced, built and written."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import torch
+
+from moetailor.calibration.folder import Calibration
+from moetailor.calibration.kept import Kept
+from moetailor.checkpoint.devices import working_nbytes
+from moetailor.checkpoint.facts import ModelFacts
+from moetailor.checkpoint.layout import Stack
+from moetailor.checkpoint.original import Original
+from moetailor.checkpoint.weights import ExpertWeights
+from moetailor.estimates.estimate import Estimate, Host
+from moetailor.estimates.sizes import downloads_of, statistics_nbytes
+from moetailor.fitting.work import of_width
+from moetailor.methods.method import Method
+from moetailor.methods.registry import find_method
+from moetailor.methods.run import view_of
+from moetailor.planning.layer_plan import LayerPlan
+from moetailor.planning.plan import Plan, stored_nbytes
+from moetailor.planning.work import LayerSize, Work
+from moetailor.transform.formats import Format
+
+# How often numbers are gone over while experts are opened in float32, and while a result is verified.
+OPENED, VERIFIED = 6, 8
+# Characters of plan.json for a slot with its score and for a layer, and of a tensor in headers and in the index.
+SLOT, LAYER, TENSOR = 14, 100, 190
+
+
+def of_plan(
+    host: Host,
+    facts: ModelFacts,
+    method: Method,
+    estimate: Plan,
+    sampled: int,
+    *,
+    original: Original | None,
+    calibration: Calibration | None,
+) -> Estimate:
+    """Return what `make_plan` will take.
+
+    Args:
+        host: the machine.
+        facts: the model.
+        method: the method with its parameters.
+        estimate: what `estimate_plan` gave.
+        sampled: tokens of which each layer's inputs are kept.
+        original: where experts are; needed where the method reads them.
+        calibration: the calibration; None before there is one.
+    """
+    stacks = [stack for stack in facts.stacks if stack.index is not None and stack.prefix in estimate.layers]
+    total, reads, memory, writes, opened, left, counted = Work(), 0, 0, _json_nbytes(estimate), 0, 0, True
+    for stack in stacks:
+        layer, (sums, sample) = size_of(stack, facts, sampled), _statistics(stack, facts, sampled)
+        work = method.work(layer)
+        reads, memory, counted = reads + sums, max(memory, sums), counted and work is not None
+        if not (work is None or work):
+            continue
+        missing, kept = (stack.num_experts, 0) if calibration is None else _measured(calibration, method, stack)
+        opened, left, writes = opened + stack.num_experts, left + missing, writes + kept
+        reads += sample + stack.num_experts * stack.expert_bytes
+        memory = max(memory, sums + sample + opened_nbytes(layer, work if missing else None))
+        total += Work(elements=OPENED * stack.num_experts * layer.weights)
+        total += missing / stack.num_experts * (work or Work())
+    done = opened - left
+    kept_already = f"{done:,} of {opened:,} experts are measured already, and kept with the calibration"
+    return Estimate(
+        verb="plan",
+        seconds=host.seconds(total, moved=reads) if counted else None,
+        why=host.why if counted else f"nobody has counted what {method.name} computes",
+        **host.memory(memory),
+        reads=reads,
+        writes=writes,
+        downloads=downloads_of(original) if original else 0,
+        notes=(kept_already,) if done else (),
+    )
+
+
+def sampled_of(calibration: Calibration) -> int:
+    """Return the tokens of which each layer's inputs are kept."""
+    about = calibration.fingerprint
+    return min(about["sample"]["tokens"], about["text"]["tokens"])
+
+
+def size_of(stack: Stack, facts: ModelFacts, sampled: int) -> LayerSize:
+    """Return a layer that the model runs as far as work depends on it."""
+    assert stack.shape is not None
+    return LayerSize(experts=stack.num_experts, top_k=facts.top_k, shape=stack.shape, sampled=sampled)
+
+
+def opened_nbytes(layer: LayerSize, work: Work | None) -> int:
+    """Return the bytes of memory of a layer's experts in float32 and of what is computed with them or, if that is more,
+    of stacking their first matrices.
+    """
+    experts, computed = 4 * layer.experts * layer.weights, (work or Work()).nbytes
+    if experts > working_nbytes(torch.zeros(0).device):  # they stay on disk
+        return computed
+    return max(4 * experts // 3, experts + computed)
+
+
+def _statistics(stack: Stack, facts: ModelFacts, sampled: int) -> tuple[int, int]:
+    return statistics_nbytes(stack.num_experts, facts.width, facts.top_k, sampled, 4)
+
+
+def _measured(calibration: Calibration, method: Method, stack: Stack) -> tuple[int, int]:
+    """Return how many experts of a layer are not measured yet, and the bytes of the rows that will be kept of them."""
+    index = stack.index or 0
+    what = method.kept_under(view_of(calibration, index, ExpertWeights(calibration.model.source)))
+    if what is None:
+        return stack.num_experts, 0
+    rows = Kept(calibration=calibration, layer=index).read(what)
+    columns = sum(len(each) for each in what.values() if isinstance(each, list))
+    missing = stack.num_experts if rows is None else int(rows.isnan().any(1).sum())
+    return missing, 8 * stack.num_experts * columns if missing else 0
+
+
+def _json_nbytes(plan: Plan) -> int:
+    """Return the bytes of plan.json, of whose slots not all is known yet."""
+    slots = sum(len(layer.slots) for layer in plan.layers.values())
+    return len(json.dumps(replace(plan, layers={}).to_json(), indent=2)) + SLOT * slots + LAYER * len(plan.layers)
+
+
+def of_apply(
+    host: Host,
+    plan: Plan,
+    original: Original,
+    form: Format,
+    sampled: int,
+    *,
+    compressed: bool = False,
+    verify: bool = True,
+) -> Estimate:
+    """Return what `apply` will take.
+
+    Args:
+        host: the machine.
+        plan: the plan.
+        original: the checkpoint.
+        form: the form of the result.
+        sampled: tokens of which the calibration kept each layer's inputs.
+        compressed: whether what is computed is fitted on what compressed layers give: the text then runs again.
+        verify: whether the result is opened again.
+    """
+    method = find_method(plan.method).of(plan.parameters)
+    total, reads, built, memory, counted = Work(), 0, 0, 0, not (compressed and plan.computed)
+    for stack in original.facts.stacks:
+        layer = plan.layers.get(stack.prefix)
+        if layer is None or stack.shape is None or not layer.computed:
+            continue
+        size, (sums, sample) = size_of(stack, plan.model, sampled), _statistics(stack, plan.model, sampled)
+        work, new = building(method, size, layer), _built_nbytes(layer, stack)
+        counted, total, built = counted and work is not None, total + (work or Work()), built + new
+        reads, memory = reads + sums, max(memory, sums + 2 * new)
+        if work is None or work:
+            copied = 4 * len(layer.widths) * size.weights
+            reads += sample + stack.num_experts * stack.expert_bytes
+            total += Work(elements=OPENED * stack.num_experts * size.weights)
+            memory = max(memory, sums + sample + opened_nbytes(size, work) + copied + 2 * new)
+    nbytes = form.nbytes(plan)
+    if verify:
+        total += Work(elements=VERIFIED * nbytes / 2)
+        memory = max(memory, _verified_nbytes(plan))
+    reads += nbytes - built + verify * nbytes
+    uncounted = f"nobody has counted what {'--propagate compressed' if compressed else plan.method} computes"
+    # What is built is written twice, and read once more.
+    seconds = host.seconds(total, moved=reads + nbytes + 2 * built) if counted else None
+    return Estimate(
+        verb="apply",
+        seconds=seconds,
+        why=host.why if counted else uncounted,
+        **host.memory(memory),
+        reads=reads,
+        writes=nbytes + TENSOR * len(original.checkpoint.tensors) + _json_nbytes(plan) + _beside(original),
+        meanwhile=built,
+        downloads=downloads_of(original),
+    )
+
+
+def building(method: Method, size: LayerSize, layer: LayerPlan) -> Work | None:
+    """Return the work of a layer's new tensors, those in few bits too."""
+    work = method.building(size, layer)
+    if work is None or method.rounding == "nearest":
+        return work
+    return work + sum((len(some) * of_width(size, width) for width, some in layer.packed.items()), Work())
+
+
+def _built_nbytes(layer: LayerPlan, stack: Stack) -> int:
+    """Return the bytes of what is computed for a layer, which waits in files of its own."""
+    assert stack.shape is not None
+    anew = sum(expert in layer.plain for expert in layer.rebuilt)
+    return anew * stack.expert_bytes + layer.slot_map().nbytes(stack.shape, stack.dtype)
+
+
+def _verified_nbytes(plan: Plan) -> int:
+    """Return the bytes of memory of the largest layer of a result while it is opened again: its experts, and those
+    whose first matrices are stacked twice.
+    """
+    layers = ((plan.layers.get(stack.prefix), stack) for stack in plan.model.stacks)
+    found = (s.num_experts * s.expert_bytes if layer is None else stored_nbytes(layer, s) for layer, s in layers)
+    return 4 * max(found, default=0) // 3
+
+
+def _beside(original: Original) -> int:
+    """Return the bytes of the files that are copied as they are."""
+    files = (file for file in original.folder.iterdir() if file.suffix in (".json", ".model", ".txt", ".jinja"))
+    return sum(file.stat().st_size for file in files if file.is_file() and not file.name.endswith(".index.json"))

@@ -1,0 +1,241 @@
+"""What calibrate and evaluate will take: models that run over text, in memory or a layer at a time.
+
+Shapes: T tokens, B sequences of a batch, L tokens of a sequence, D model width, E experts, N sampled tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moetailor.calibration.capture import PORTION_CPU
+from moetailor.calibration.layers import PREDICTIONS
+from moetailor.calibration.sampling import SampleOptions
+from moetailor.calibration.sensitivity import TOKENS
+from moetailor.calibration.text import TextOptions
+from moetailor.checkpoint.models import longest_sequence, resolve_dtype
+from moetailor.checkpoint.original import Original
+from moetailor.estimates.estimate import Estimate, Host
+from moetailor.estimates.sizes import ModelCost, cost_of, downloads_of, statistics_nbytes
+from moetailor.evaluation.evaluate import check_predicts
+from moetailor.planning.work import Work
+
+# Bytes that the file of a text has for each token, and those of a small file's header or of a manifest.
+TOKEN, SMALL = 33, 1000
+# How often numbers are gone over while they are loaded, while predictions are compared, and while experts are rounded
+# to see what that costs.
+LOADED, COMPARED, ROUNDED = 6, 16, 90
+# Share of all experts that transformers has read, and not stacked yet, when there is most: .5 and .97 were measured.
+AHEAD = 0.7
+SHORTER = "for {:,} tokens; a text that ends sooner takes less"
+# Tokens that `measure_speed` runs: prompts of prefill and decode, as shares of one, and new tokens.
+PROMPTS, NEW = 4 + 1.5, 96
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A model that runs over text.
+
+    Attributes:
+        cost: the model's.
+        width: bytes of a number in the dtype of the run.
+        tokens: of the text, T.
+        batch: tokens of a batch, B L.
+        length: tokens of a sequence, L.
+        stream: whether a layer is in memory at a time.
+    """
+
+    cost: ModelCost
+    width: int
+    tokens: int
+    batch: int
+    length: int
+    stream: bool
+
+    @property
+    def states(self) -> int:
+        """Bytes of the hidden states of the text in front of a layer."""
+        return self.tokens * self.cost.width * self.width
+
+    @property
+    def batches(self) -> float:
+        """Batches of the text."""
+        return self.tokens / self.batch
+
+    @property
+    def loading(self) -> Work:
+        """The work of bringing the weights into memory, beside reading them."""
+        return Work(elements=LOADED * self.cost.numbers)
+
+    def memory(self, held: int) -> int:
+        """Return the bytes of memory of a run.
+
+        While a whole model is loaded its files are mapped, and of experts that lie one by one more are read ahead than
+        are stacked; after that there is what is held beside it.
+
+        Args:
+            held: bytes of that, without a batch's own.
+        """
+        cost = self.cost
+        if self.stream:
+            resting, loading = max(cost.largest.numbers, cost.outside), 2 * cost.stacked
+            return max(resting * self.width + held + self.activations, loading * self.width + held)
+        ahead = AHEAD * sum(layer.routed_all for layer in cost.layers) if cost.stacked else 0
+        loading = int(cost.numbers + ahead) * self.width + cost.nbytes
+        return max(loading, cost.numbers * self.width + held + self.activations)
+
+    @property
+    def predictions(self) -> int:
+        """Bytes of memory that predictions of two models take while they are compared."""
+        return 6 * min(PREDICTIONS, self.batch * self.cost.vocabulary) * 4
+
+    @property
+    def activations(self) -> int:
+        """Bytes of memory that a batch takes."""
+        return self.batch * self.cost.width * self.width * 12 + 3 * PORTION_CPU
+
+
+def run_of(original: Original, text: TextOptions, *, stream: bool, device: str, dtype: str | None) -> Run:
+    """Return how a checkpoint runs over a text, of which nothing is read."""
+    assert text.sequences is not None  # how much text there is would be known once it is read
+    length = min(text.length, longest_sequence(original.plain_config) or text.length)
+    return Run(
+        cost=cost_of(original),
+        width=resolve_dtype(dtype, device, original.checkpoint).itemsize,
+        tokens=text.sequences * length,
+        batch=min(text.batch_size, text.sequences) * length,
+        length=length,
+        stream=stream,
+    )
+
+
+def of_calibration(
+    host: Host,
+    original: Original,
+    *,
+    text: TextOptions,
+    sample: SampleOptions,
+    residual: bool = False,
+    sensitivity: bool = False,
+    stream: bool = False,
+    states: str = "auto",
+    dtype: str | None = None,
+) -> Estimate:
+    """Return what `calibrate` will take on a machine: the other arguments are those of `calibrate`."""
+    run = run_of(original, text, stream=stream, device=host.device, dtype=dtype)
+    cost, moe, sampled = run.cost, original.anatomy.layers, min(sample.of_model(original.facts, run.width), run.tokens)
+    layers = [
+        sum(statistics_nbytes(layer.num_experts, layer.width, original.anatomy.top_k, sampled, run.width))
+        for layer in moe.values()
+    ]
+    writes = sum(layers) + run.tokens * TOKEN + SMALL * (len(layers) + 4)
+    on_disk, work, held, streams = states == "disk" or (states == "auto" and stream), _captured(run, residual), 0, 0
+    work += (1 + sensitivity) * run.loading
+    if sensitivity:
+        # Three streams for each layer alone, three for all together, and the original's
+        streams = (3 * len(moe) + 4) * min(TOKENS, run.tokens) * cost.width * run.width
+        predicted = run.length * cost.vocabulary * 4
+        held = 3 * cost.largest.routed_all * run.width + predicted + 5 * min(PREDICTIONS * 4, predicted)
+        held += 0 if on_disk else streams
+        work += _sensitivities(run)
+    held = max(held, 2 * max(layers, default=0) + (0 if on_disk else run.states))
+    reads, meanwhile = (1 + sensitivity) * cost.nbytes, 2 * run.states + streams if on_disk else 0
+    moved = reads + writes + (2 * run.states * len(cost.layers) if on_disk else 0)
+    return Estimate(
+        verb="calibrate",
+        seconds=host.seconds(work, moved=moved),
+        why=host.why,
+        **host.memory(run.memory(held), cost.nbytes),
+        reads=reads,
+        writes=writes,
+        meanwhile=meanwhile,
+        downloads=downloads_of(original),
+        notes=(SHORTER.format(run.tokens),),
+    )
+
+
+def _captured(run: Run, residual: bool) -> Work:
+    """Return the work of a calibration: each layer once, what its experts give gone over in float64, and with
+    `residual` all but the experts again.
+    """
+    cost = run.cost
+    total = run.batches * cost.forward(run.batch, run.length)
+    for layer in cost.layers:
+        pairs = run.tokens * layer.top_k
+        # sum [1, g, g^2] y in float64: 6 D for each pair; index, gate, norm and sum of it: a dozen looks at D numbers
+        total += Work(doubles=6 * pairs * cost.width, elements=24 * pairs * cost.width)
+        total += run.batches * Work(steps=30 * (layer.experts > 0) + 10 * layer.experts)
+        if residual and layer.experts:
+            total += Work(products=2 * run.tokens * layer.dense, elements=60 * run.tokens * cost.width)
+    return total
+
+
+def _sensitivities(run: Run) -> Work:
+    """Return the work of `measure_sensitivities` over the layers 0 .. n-1, all with experts: streams in which layers
+    before it answered otherwise, 3 i, three that fork there, three for all layers, and the original's; where rounded
+    experts answer, those of four of these run twice. Then each stream meets the head.
+    """
+    cost, tokens = run.cost, min(TOKENS, run.tokens)
+    sequences, total, before = max(tokens // run.length, 1), Work(), 0
+    for number, layer in enumerate(cost.layers):
+        once = sequences * cost.layer(number, run.length, run.length)
+        if not layer.experts:
+            total += (before + 4) * once
+            continue
+        total += (before + 7) * once + 4 * Work(products=2 * tokens * layer.routed)
+        total += Work(elements=ROUNDED * layer.routed_all)
+        before += 3
+    predicted = tokens * cost.vocabulary
+    return total + (before + 4) * (cost.head(tokens) + Work(elements=COMPARED / 2 * predicted))
+
+
+def of_evaluation(
+    host: Host,
+    original: Original,
+    compressed: Original,
+    *,
+    text: TextOptions,
+    tasks: bool = False,
+    stream: bool = False,
+    dtype: str | None = None,
+) -> Estimate:
+    """Return what `evaluate` will take on a machine, where the compressed model computes as much as the original.
+
+    The other arguments are those of `evaluate`, but `tasks`: whether some run, of which nobody knows how long.
+    """
+    check_predicts(text)
+    run = run_of(original, text, stream=stream, device=host.device, dtype=dtype)
+    cost, reads = run.cost, run.cost.nbytes + compressed.checkpoint.nbytes
+    # The original's head lies beside the compressed model.
+    taken = run.memory(cost.outside * run.width + run.predictions)
+    work = 2 * run.loading + judging(run, speed=not stream)
+    moved = reads + run.states * (2 + 4 * stream * len(cost.layers))
+    return Estimate(
+        verb="evaluate",
+        seconds=None if tasks else host.seconds(work, moved=moved),
+        why="tasks take as long as they take" if tasks else host.why,
+        **host.memory(taken, cost.nbytes),
+        reads=reads,
+        writes=0,
+        meanwhile=run.states * (3 if stream else 1),
+        downloads=downloads_of(original) + downloads_of(compressed),
+        notes=(SHORTER.format(run.tokens),),
+    )
+
+
+def judging(run: Run, *, speed: bool, models: int = 2) -> Work:
+    """Return the work of running models over text and comparing their predictions.
+
+    Args:
+        run: how.
+        speed: whether prefill and decode are measured.
+        models: how many.
+    """
+    cost = run.cost
+    total = models * run.batches * cost.forward(run.batch, run.length)
+    total += models * cost.head(run.tokens) + Work(elements=COMPARED * run.tokens * cost.vocabulary)
+    if speed:
+        prompts = PROMPTS * (cost.forward(run.length, run.length) + cost.head(run.length))
+        # One token meets each weight once: no more is done than to read it, half of going over it.
+        steps = Work(elements=cost.active / 2, steps=cost.forward(1, run.length).steps)
+        total += models * (prompts + NEW * steps)
+    return total

@@ -1,0 +1,132 @@
+"""What verbs of several stages will take: compress and compare."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from moetailor.calibration.folder import Calibration
+from moetailor.calibration.sampling import SampleOptions
+from moetailor.calibration.statistics import ON_REQUEST
+from moetailor.calibration.text import TextOptions
+from moetailor.checkpoint.facts import ModelFacts
+from moetailor.checkpoint.models import resolve_dtype
+from moetailor.checkpoint.original import Original
+from moetailor.comparison.cells import Cell
+from moetailor.estimates.deciding import building, of_apply, of_plan, sampled_of, size_of
+from moetailor.estimates.estimate import Estimate, Host, in_turn
+from moetailor.estimates.running import judging, of_calibration, run_of
+from moetailor.methods.estimate import estimate_plan
+from moetailor.methods.method import Method
+from moetailor.planning.plan import Plan
+from moetailor.planning.work import Work
+from moetailor.transform.formats import resolve_format
+
+
+def of_compression(
+    host: Host,
+    original: Original,
+    method: Method,
+    given: Mapping[str, Any],
+    *,
+    calibration: Calibration | None,
+    sample: SampleOptions,
+    propagate: str = "original",
+    **run: Any,
+) -> Estimate:
+    """Return what `compress` will take.
+
+    Args:
+        host: the machine.
+        original: the original.
+        method: the method with its parameters.
+        given: budget, text, format and the other options, as `precheck` takes them.
+        calibration: a finished calibration that is used; None where one is to be made.
+        sample: which tokens are kept whole.
+        propagate: what stand-ins are fitted on.
+        **run: how the model runs, see `of_calibration`.
+    """
+    about = {name: given[name] for name in ("layers", "protect", "allocation", "width")}
+    plan, parts = estimate_plan(original.facts, method, given["budget"], **about), []
+    if calibration is None:
+        asked = {option: name in method.needs for name, option in ON_REQUEST.items()}
+        parts.append(of_calibration(host, original, text=given["text"], sample=sample, **asked, **run))
+    itemsize = resolve_dtype(run.get("dtype"), host.device, original.checkpoint).itemsize
+    sampled = _sampled(original.facts, itemsize, calibration, given["text"], sample)
+    parts.append(of_plan(host, original.facts, method, plan, sampled, original=original, calibration=calibration))
+    form = resolve_format(plan, "moetailor" if given["allocation"] in ("error", "global") else given["format"])
+    parts.append(of_apply(host, plan, original, form, sampled, compressed=propagate == "compressed"))
+    return in_turn("compress", parts, host.startup)
+
+
+def of_comparison(
+    host: Host,
+    original: Original,
+    cells: Sequence[Cell],
+    *,
+    held_out: TextOptions,
+    text: TextOptions | None,
+    calibration: Calibration | None,
+    sample: SampleOptions,
+    dtype: str | None = None,
+) -> Estimate:
+    """Return what `compare` will take on a machine for some methods at some sizes; see there for the rest."""
+    run, parts = run_of(original, held_out, stream=False, device=host.device, dtype=dtype), []
+    if calibration is None:
+        assert text is not None
+        needs = {name for cell in cells for name in cell.method.needs}
+        asked: dict[str, Any] = {option: name in needs for name, option in ON_REQUEST.items()}
+        asked |= {"sensitivity": True}
+        parts.append(of_calibration(host, original, text=text, sample=sample, **asked, dtype=dtype))
+    sampled, measured = _sampled(original.facts, run.width, calibration, text or held_out, sample), set()
+    for cell in cells:
+        plan = estimate_plan(original.facts, cell.method, cell.budget, width=cell.width)
+        part = of_plan(host, original.facts, cell.method, plan, sampled, original=original, calibration=calibration)
+        work = _cell(original, cell, plan, sampled)
+        if cell.method.label in measured and part.seconds is not None:
+            part = replace(part, seconds=host.startup)  # what was measured for another size is kept
+        measured.add(cell.method.label)
+        work = None if work is None else work + judging(run, models=1, speed=True)
+        seconds = None if work is None or part.seconds is None else host.seconds(work)
+        told = part.why or host.why or f"nobody has counted what {cell.method.name} computes"
+        # The original lies there, and a copy of its experts that changes.
+        copied = sum(layer.routed_all for layer in run.cost.layers) * run.width
+        taken = host.memory(run.memory(copied + run.predictions), run.cost.nbytes)
+        memory = {**taken, "memory": max(taken["memory"], part.memory)}
+        parts.append(
+            Estimate(
+                verb=cell.name,
+                seconds=None if seconds is None else seconds + (part.seconds or 0.0) - host.startup,
+                why="" if seconds is not None else told,
+                **memory,
+                reads=part.reads,
+                writes=part.writes,
+                meanwhile=run.states,
+                downloads=part.downloads,
+            )
+        )
+    return in_turn("compare", parts, host.startup)
+
+
+def _sampled(
+    facts: ModelFacts, itemsize: int, calibration: Calibration | None, text: TextOptions, sample: SampleOptions
+) -> int:
+    """Return the tokens of which each layer's inputs are, or will be, kept."""
+    if calibration is None:
+        assert text.sequences is not None  # as in `run_of`
+        return min(sample.of_model(facts, itemsize), text.sequences * text.length)
+    return sampled_of(calibration)
+
+
+def _cell(original: Original, cell: Cell, plan: Plan, sampled: int) -> Work | None:
+    """Return the work of a plan's new tensors; None where nobody has counted it."""
+    total = Work()
+    for stack in original.facts.stacks:
+        layer = plan.layers.get(stack.prefix)
+        if layer is not None and stack.shape is not None and layer.computed:
+            work = building(cell.method, size_of(stack, original.facts, sampled), layer)
+            if work is None:
+                return None
+            total += work
+    return total

@@ -1,0 +1,224 @@
+"""How much work the algebra that methods share does for one expert: FLOPs counted off its equations.
+
+Experts are taken to have as many tokens each: n of them sampled. Shapes: D model width, F expert width, r rank,
+O outputs and I inputs of a matrix, K codes of a table, V weights of a code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import torch
+
+from moetailor.answers import Width
+from moetailor.checkpoint.devices import working_nbytes
+from moetailor.checkpoint.experts import ExpertShape
+from moetailor.checkpoint.storage import Codebook, FewBits, Integers
+from moetailor.fitting import tokens as joined
+from moetailor.fitting.gptq import BLOCK
+from moetailor.fitting.held_out import EVERY, FOLDS
+from moetailor.fitting.linear_maps import ENOUGH, SCARCE
+from moetailor.fitting.noise import WIDEST
+from moetailor.fitting.reduced_rank import EXACT, ITERATIONS, OVERSAMPLING
+from moetailor.planning.work import LayerSize, Work
+
+# Operations of a group's search for scales, of one code, and of handing on one input, and how often numbers are gone
+# over for each of them: counted off storage/ and gptq.py.
+FITS, CODES, INPUTS = 20, 12, 2
+
+
+def fitted_tokens(layer: LayerSize, own: float | None = None) -> float:
+    """Return the tokens that an expert is fitted to: its own, and those that join where they are few, see `tokens_of`.
+
+    Args:
+        layer: the layer.
+        own: its own; as many as all have when None.
+    """
+    own = layer.tokens if own is None else own
+    return min(own + joined.TIMES * max(joined.ENOUGH * layer.shape.width - layer.tokens, 0), layer.sampled)
+
+
+def of_factor(size: int) -> Work:
+    """Return the work of a Cholesky factor, n^3 / 3."""
+    return Work(doubles=size**3 / 3, steps=3)
+
+
+def of_eigenvectors(size: int) -> Work:
+    """Return the work of the eigenvalues and eigenvectors of a symmetric matrix, about 9 n^3."""
+    return Work(spectra=9 * size**3, steps=3)
+
+
+def of_singular(rows: int, columns: int) -> Work:
+    """Return the work of singular values and vectors, about 6 a b^2 + 20 b^3 for b <= a."""
+    small, large = sorted((rows, columns))
+    return Work(spectra=6 * large * small**2 + 20 * small**3, steps=3)
+
+
+def of_outputs(shape: ExpertShape, tokens: float) -> Work:
+    """Return the work of running an expert, 2 n D F for each matrix."""
+    weights = sum(rows * columns for rows, columns in shape.matrices.values())
+    return Work(products=2 * tokens * weights, elements=4 * tokens * (shape.width + shape.intermediate), steps=12)
+
+
+def of_regression(width: int, tokens: float, rank: int) -> Work:
+    """Return the work of one reduced-rank regression, see `Regression.solve`.
+
+    Args:
+        width: D.
+        tokens: that it is fitted to, n.
+        rank: the highest, r.
+    """
+    small, rank = min(tokens, width), int(min(rank, tokens, width))
+    # x x^T or x^T x: 2 n D m, with m the smaller of both
+    # inputs, outputs and one of them in float64; the moments, their shifted copy and its factor
+    nbytes = int(16 * tokens * width + 24 * small**2)
+    found = Work(products=2 * tokens * width * small, elements=12 * tokens * width, steps=40, nbytes=nbytes)
+    found += of_factor(int(small))
+
+    def full(columns: int) -> Work:  # C^-1 M v: 4 n D v and a solve, 2 m^2 v
+        return Work(products=4 * tokens * width * columns, doubles=2 * small**2 * columns, steps=8)
+
+    def operator(columns: int) -> Work:  # M^T C^-1 M v
+        return full(columns) + Work(products=4 * tokens * width * columns, steps=4)
+
+    if not rank:
+        return found
+    wide = rank + OVERSAMPLING
+    if width <= EXACT or 2 * wide >= width:
+        return found + operator(width) + of_eigenvectors(width) + full(rank)
+    # QR of D x v: 4 D v^2 with its Q
+    turned = ITERATIONS * Work(spectra=4 * width * wide**2, steps=4)
+    return found + (ITERATIONS + 1) * operator(wide) + turned + of_eigenvectors(wide) + full(rank)
+
+
+def of_held_out_maps(layer: LayerSize, rank: int) -> Work:
+    """Return the work of pricing an expert's linear maps, see `linear_maps.held_out_errors`.
+
+    Args:
+        layer: the layer.
+        rank: the highest rank that is priced.
+    """
+    width, tokens = layer.shape.width, layer.tokens
+    few = tokens < min(SCARCE * width, ENOUGH)
+    times, fitted = (FOLDS, tokens * (1 - 1 / FOLDS)) if few else (1, tokens * (1 - 1 / EVERY))
+    judged = Work(products=4 * (tokens - fitted) * width * rank, elements=16 * tokens * width, steps=30)
+    regression = of_regression(width, fitted_tokens(layer, fitted), rank)
+    return of_outputs(layer.shape, fitted_tokens(layer)) + times * (regression + judged)
+
+
+def of_map(layer: LayerSize, rank: int) -> Work:
+    """Return the work of fitting an expert's map of a rank, and of saying what it loses."""
+    width, tokens = layer.shape.width, layer.tokens
+    judged = Work(products=4 * tokens * width * rank, elements=8 * tokens * width, steps=20)
+    fitted = fitted_tokens(layer)
+    return of_outputs(layer.shape, fitted) + of_regression(width, fitted, rank) + judged
+
+
+def of_gptq(outputs: int, inputs: int, storage: FewBits, together: int) -> Work:
+    """Return the work of rounding a matrix by GPTQ.
+
+    Args:
+        outputs: O.
+        inputs: I.
+        storage: how the codes lie.
+        together: matrices that are rounded at once, which share the operations.
+    """
+    size, weights = storage.size(inputs), outputs * inputs
+    # Errors go to the later inputs of all groups, O I^2, to those of the group, O I S, and to those of the block.
+    products, passes, steps = weights * (inputs + size), float(BLOCK), inputs * INPUTS
+    if isinstance(storage, Codebook):
+        # All K rows are tried for a code, when its scale is fitted and when it is chosen: 2 (V + 2) K, and 3 looks.
+        tried = 2 * 2**storage.code_bits / storage.step
+        products, passes = products + weights * tried * 2 * (storage.step + 2), passes + tried + 12
+        steps += inputs / storage.step * CODES
+    else:
+        clips = 9 if isinstance(storage, Integers) and storage.bits <= 4 else 1
+        passes, steps = passes + 6 * clips + 8, steps + inputs * CODES / 2 + storage.groups(inputs) * clips * FITS
+    return Work(products=products, elements=passes * weights, steps=(steps + 20 * storage.groups(inputs)) / together)
+
+
+def of_rounded(layer: LayerSize, halves: Iterable[tuple[FewBits, Sequence[FewBits]]], tokens: float) -> Work:
+    """Return the work of rounding an expert, see `widths.Together`.
+
+    Args:
+        layer: the layer.
+        halves: storages of gate and up projections, with those that the down projection then has.
+        tokens: that say what the expert gets.
+    """
+    shape, (together, nbytes) = layer.shape, batch_of(layer)
+    width, inner, inputs = shape.width, shape.intermediate, len(shape.inputs)
+
+    def seen(size: int) -> Work:  # a factor, an inverse and its factor, in float32
+        return Work(doubles=0.5 * 4 / 3 * size**3, steps=10)
+
+    hidden = Work(products=2 * tokens * inputs * width * inner, elements=4 * tokens * inner, steps=8)
+    found = Work(products=2 * tokens * width**2, elements=2 * tokens * width, steps=4, nbytes=nbytes)
+    found += hidden + seen(width)
+    for gate, downs in halves:
+        found += hidden + of_gptq(inputs * inner, width, gate, together) + seen(inner)
+        # moments of what the down projection gets, and W (C_hh' + l I) (C_h'h' + l I)^-1
+        found += Work(products=4 * tokens * inner**2 + 2 * width * inner**2, elements=4 * tokens * inner, steps=20)
+        found += Work(doubles=0.5 * (inner**3 / 3 + 2 * width * inner**2), steps=4)
+        for down in downs:
+            found += of_gptq(width, inner, down, together)
+    return found
+
+
+def of_noise(layer: LayerSize, widths: Sequence[Width]) -> Work:
+    """Return the work of pricing an expert in some widths, see `noise.held_out_errors`."""
+    halves: dict[FewBits, dict[FewBits, None]] = {}
+    for storages in (width.storages(layer.shape) for width in widths):
+        gate, down = (_measured(storages[name]) for name in ("up", "down"))
+        halves.setdefault(gate, {})
+        halves.setdefault(gate if type(storages["up"]) is type(storages["down"]) else down, {})[down] = None
+    judged = fitted_tokens(layer) / EVERY
+    tokens = fitted_tokens(layer) - judged
+    each = Work(products=2 * judged * layer.weights, elements=4 * judged * layer.shape.width, steps=30)
+    times = len(halves) + sum(map(len, halves.values()))
+    return (
+        of_outputs(layer.shape, fitted_tokens(layer))
+        + of_rounded(layer, [(gate, list(downs)) for gate, downs in halves.items()], tokens)
+        + times * each
+    )
+
+
+def _measured(storage: FewBits) -> FewBits:
+    return replace(storage, bits=min(storage.bits, WIDEST.get(type(storage), storage.bits)))
+
+
+def of_width(layer: LayerSize, width: Width) -> Work:
+    """Return the work of rounding an expert to a width by GPTQ, see `widths.quantized`."""
+    storages = width.storages(layer.shape)
+    return of_rounded(layer, [(storages["up"], [storages["down"]])], fitted_tokens(layer)) if storages else Work()
+
+
+def batch_of(layer: LayerSize) -> tuple[int, int]:
+    """Return how many experts are rounded together, as `widths.at_once` has it, and the bytes that they take."""
+    width, inner = layer.shape.width, layer.shape.intermediate
+    tokens = layer.tokens + width
+    nbytes = int(4 * (4 * width**2 + 4 * inner**2 + 12 * width * inner + tokens * (width + 2 * inner)))
+    room = working_nbytes(torch.zeros(0).device)
+    count = max(1, min(room // nbytes, layer.experts))
+    return count, count * nbytes
+
+
+def of_low_rank(layer: LayerSize, ranks: Sequence[int]) -> Work:
+    """Return the work of pricing an expert's low-rank parts over a base, see `mix_plain`: three matrices are turned,
+    W L = U S V^T with L the factor of a moment in float64, and the expert is run for each rank.
+
+    Args:
+        layer: the layer.
+        ranks: those that are priced.
+    """
+    shape, tokens = layer.shape, layer.tokens
+    few = tokens < min(SCARCE * shape.width, ENOUGH)
+    times, held = (FOLDS, tokens / FOLDS) if few else (1, tokens / EVERY)
+    found = of_outputs(shape, tokens)
+    for rows, columns in shape.matrices.values():
+        # x^T x, a factor, W L and V^T L^-1
+        doubles = 2 * (tokens - held) * columns**2 + 2 * rows * columns**2 + columns**3
+        found += Work(doubles=doubles, elements=6 * tokens * columns, steps=20) + of_factor(columns)
+        found += of_singular(rows, columns)
+        found += Work(doubles=2 * sum(ranks) * rows * columns, elements=4 * len(ranks) * rows * columns, steps=40)
+    return times * (found + len(ranks) * of_outputs(shape, held))

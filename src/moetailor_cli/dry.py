@@ -1,0 +1,204 @@
+"""Dry runs: what cannot work is refused, what would be done is foretold, and nothing is read but config and headers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moetailor_cli import output
+
+if TYPE_CHECKING:
+    from moetailor import Budget, Calibration
+    from moetailor.estimates.estimate import Estimate
+
+Options = Mapping[str, Any]
+
+
+def calibrate(model: str, run: Options, *, device: str | None, trust_remote_code: bool) -> None:
+    """Say what a calibration would take.
+
+    Args:
+        model: the original.
+        run: as `of_calibration` takes it.
+        device: where it runs.
+        trust_remote_code: run code that comes with the checkpoint.
+    """
+    from moetailor.checkpoint.original import looked_at
+    from moetailor.estimates.estimate import Host
+    from moetailor.estimates.running import of_calibration
+
+    with looked_at(model, trust_remote_code=trust_remote_code) as original:
+        _ = original.facts
+        host = Host.measured(output.BEGAN, original, device=device, dtype=run["dtype"])
+        output.estimate(of_calibration(host, original, **run))
+
+
+def plan(
+    calibration: Calibration,
+    method: str,
+    parameters: Options,
+    budget: Budget,
+    given: Options,
+    source: str,
+    device: str | None,
+    trust_remote_code: bool,
+) -> None:
+    """Say what a plan would take.
+
+    Args:
+        calibration: the calibration.
+        method: name of the method.
+        parameters: those of the method.
+        budget: how much stays.
+        given: as `estimate_plan` takes it.
+        source: the original; empty for a model that was calibrated in memory.
+        device: where it computes.
+        trust_remote_code: run code that comes with the checkpoint.
+    """
+    from moetailor.checkpoint.original import looked_at
+    from moetailor.errors import PlanError
+    from moetailor.estimates.deciding import of_plan, sampled_of
+    from moetailor.estimates.estimate import Host
+    from moetailor.methods.estimate import estimate_plan
+    from moetailor.methods.registry import find_method
+    from moetailor.methods.run import check_recorded, check_same
+
+    chosen, facts = find_method(method).of(parameters), calibration.model
+    check_recorded(calibration, chosen)
+    found = estimate_plan(facts, chosen, budget, **given)
+    if chosen.reads_weights and not source:
+        raise PlanError(f"{chosen.name} reads expert weights, and the model was calibrated in memory; name its --model")
+    looked = looked_at(source, trust_remote_code=trust_remote_code) if chosen.reads_weights else nullcontext()
+    with looked as original:
+        if original is not None:
+            check_same(original, facts)
+        host = Host.measured(output.BEGAN, original, device=device)
+        sampled = sampled_of(calibration)
+        output.estimate(of_plan(host, facts, chosen, found, sampled, original=original, calibration=calibration))
+
+
+def apply(
+    model: str,
+    plan: Path,
+    out: Path,
+    calibration: Path | None,
+    run: Options,
+    *,
+    device: str | None,
+    trust_remote_code: bool,
+) -> None:
+    """Say what applying a plan would take.
+
+    Args:
+        model: the original.
+        plan: the plan's file.
+        out: folder of the result.
+        calibration: folder of the plan's calibration.
+        run: the other options of `apply`.
+        device: where it computes.
+        trust_remote_code: run code that comes with the checkpoint.
+    """
+    import moetailor
+    from moetailor.checkpoint.original import looked_at
+    from moetailor.checkpoint.place import check_place
+    from moetailor.errors import PlanError
+    from moetailor.estimates.deciding import of_apply, sampled_of
+    from moetailor.estimates.estimate import Host
+    from moetailor.transform.disk import plan_for
+    from moetailor.transform.formats import resolve_format
+
+    if run["gguf_recipe"] is not None:
+        raise PlanError("--dry-run: nothing is foretold of --gguf-recipe; leave one of them out")
+    made, given = moetailor.Plan.load(plan), None if calibration is None else moetailor.Calibration.open(calibration)
+    with looked_at(model, trust_remote_code=trust_remote_code) as original:
+        inputs = {"the original": original.folder, "the calibration": calibration}
+        check_place(out, overwrite=run["overwrite"], inputs=inputs)
+        # Of holes no weights can be told apart.
+        other = run["allow_other_weights"] or original.headers_only
+        fitted = plan_for(original, made, given, propagate=run["propagate"], allow_other_weights=other)
+        form = resolve_format(fitted, run["format"])
+        form.check(fitted, original)
+        host = Host.measured(output.BEGAN, original, device=device)
+        sampled, front = 0 if given is None else sampled_of(given), run["propagate"] == "compressed"
+        output.estimate(of_apply(host, fitted, original, form, sampled, compressed=front, verify=run["verify"]))
+
+
+def compress(
+    model: str, out: Path, given: Options, run: Options, *, device: str | None, trust_remote_code: bool
+) -> None:
+    """Say what all stages would take.
+
+    Args:
+        model: the original.
+        out: folder of the result.
+        given: as `precheck` takes it.
+        run: how the model runs, and what stand-ins are fitted on.
+        device: where it runs.
+        trust_remote_code: run code that comes with the checkpoint.
+    """
+    import moetailor
+    from moetailor.checkpoint.original import looked_at
+    from moetailor.estimates.estimate import Host
+    from moetailor.estimates.together import of_compression
+    from moetailor.methods.registry import find_method
+
+    with looked_at(model, trust_remote_code=trust_remote_code) as original:
+        output.say(moetailor.precheck(original, out, **given))
+        finished = given["calibration"] and (given["calibration"] / "calibration.json").exists()
+        used = moetailor.Calibration.open(given["calibration"]) if finished else None
+        method = find_method(given["method"]).of(given["parameters"])
+        host = Host.measured(output.BEGAN, original, device=device, dtype=run["dtype"])
+        output.estimate(of_compression(host, original, method, given, calibration=used, **run))
+
+
+def evaluate(compressed: str, against: str, run: Options, *, device: str | None, trust_remote_code: bool) -> Estimate:
+    """Say what an evaluation would take, and return it.
+
+    Args:
+        compressed: the compressed checkpoint.
+        against: the original.
+        run: as `of_evaluation` takes it.
+        device: where it runs.
+        trust_remote_code: run code that comes with the checkpoints.
+    """
+    from moetailor.checkpoint.original import looked_at
+    from moetailor.errors import MoetailorError
+    from moetailor.estimates.estimate import Host
+    from moetailor.estimates.running import of_evaluation
+    from moetailor.transform.origin import unlike
+
+    given: dict[str, Any] = {"takes": "anything", "trust_remote_code": trust_remote_code}
+    with looked_at(against, **given) as original, looked_at(compressed, **given) as result:
+        if original.written_here:
+            raise MoetailorError(f"{against}: was written by moetailor; --against takes the original")
+        if why := unlike(result.config, original.config):
+            raise MoetailorError(f"{against} cannot be the original of {compressed}: its {why}")
+        host = Host.measured(output.BEGAN, original, device=device, dtype=run["dtype"])
+        found = of_evaluation(host, original, result, **run)
+    output.estimate(found)
+    return found
+
+
+def compare(model: str, wanted: Options, *, device: str | None, trust_remote_code: bool) -> None:
+    """Say what a comparison would take.
+
+    Args:
+        model: the original.
+        wanted: the options of `compare`.
+        device: where it runs.
+        trust_remote_code: run code that comes with the checkpoint.
+    """
+    import moetailor
+    from moetailor.checkpoint.original import looked_at
+    from moetailor.comparison.compare import asked_for
+    from moetailor.estimates.estimate import Host
+    from moetailor.estimates.together import of_comparison
+
+    cells = asked_for(wanted["methods"], wanted["remove"], wanted["sizes"], wanted["text"], wanted["calibration"])
+    used = None if wanted["calibration"] is None else moetailor.Calibration.open(wanted["calibration"])
+    with looked_at(model, trust_remote_code=trust_remote_code) as original:
+        host = Host.measured(output.BEGAN, original, device=device, dtype=wanted["dtype"])
+        texts = {name: wanted[name] for name in ("held_out", "text", "sample", "dtype")}
+        output.estimate(of_comparison(host, original, cells, calibration=used, **texts))

@@ -1,0 +1,231 @@
+"""What dry runs foretell: FLOPs against those that torch counts, bytes against files, and nothing read or written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import moetailor
+from moetailor.answers import Width
+from moetailor.checkpoint.original import looked_at
+from moetailor.checkpoint.rates import Rates, peak_nbytes, resident_now
+from moetailor.estimates.estimate import Estimate, Host, duration, in_turn
+from moetailor.estimates.running import of_calibration
+from moetailor.estimates.sizes import cost_of
+from moetailor.fitting.noise import held_out_errors
+from moetailor.fitting.reduced_rank import Regression
+from moetailor.fitting.work import of_noise, of_regression
+from moetailor.methods.registry import METHODS
+from moetailor.methods.run import view_of
+from moetailor.planning.work import LayerSize, Work
+from support import hub
+from support.reference import REFERENCE, TEXT
+
+MOETAILOR = [sys.executable, "-c", "from moetailor_cli.app import main; main()"]
+HELD_OUT = ["--data", REFERENCE / "heldout.jsonl", "--sequences", "2", "--length", "64"]
+
+
+def counted(run: Callable[[], object]) -> int:
+    """Return the FLOPs of matrix products that torch counts."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> moetailor.Calibration:
+    """Return a calibration of the reference model on 2,048 tokens."""
+    text = moetailor.TextOptions(data=(str(REFERENCE / "calibration.jsonl"),), sequences=8, length=256)
+    return moetailor.calibrate(REFERENCE, tmp_path_factory.mktemp("made") / "calib", text=text, sensitivity=True)
+
+
+def size_of(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def test_a_forward_pass_is_counted_as_torch_counts_it() -> None:
+    with looked_at(REFERENCE) as original:
+        cost = cost_of(original)
+        model = original.load(dtype=torch.float32, device="cpu")
+    model.set_experts_implementation("eager")
+    model.set_attn_implementation("eager")
+    ids = torch.arange(2 * 96).view(2, 96)
+    foretold = cost.forward(192, 96) + cost.head(192)
+    # Eager attention meets all keys, where half of them count.
+    whole = 2 * 192 * 96 * cost.attended * len(cost.layers)
+    assert foretold.products + whole == pytest.approx(counted(lambda: model(input_ids=ids)), rel=0.01)
+    assert cost.numbers == sum(part.numel() for part in [*model.parameters(), *model.buffers()])
+
+
+@pytest.mark.parametrize(("tokens", "width", "rank"), [(900, 256, 32), (100, 256, 32), (900, 640, 64), (200, 640, 16)])
+def test_a_regression_is_counted_as_torch_counts_it(tokens: int, width: int, rank: int) -> None:
+    x, y = torch.randn(2, tokens, width)
+    found = counted(lambda: Regression(x, y, torch.ones(tokens)).solve(rank, 0.01))
+    assert of_regression(width, tokens, rank).products == pytest.approx(found, rel=0.05)
+
+
+@pytest.mark.parametrize("widths", ["8,4", "3", "vq2,vq1"])
+def test_rounding_is_counted_as_torch_counts_it(widths: str, made: moetailor.Calibration) -> None:
+    """On the experts of the reference model, whose tokens are not spread evenly."""
+    layer = view_of(made, 0, moetailor.ExpertWeights(REFERENCE))
+    chosen = [Width.parse(word) for word in widths.split(",")]
+    size = LayerSize(experts=32, top_k=4, shape=layer.shape, sampled=len(layer.sample.key))
+    found = counted(lambda: held_out_errors(layer, range(32), chosen, dtype=torch.bfloat16))
+    assert (32 * of_noise(size, chosen)).products == pytest.approx(found, rel=0.15)
+
+
+def test_what_a_calibration_writes_is_foretold(made: moetailor.Calibration) -> None:
+    host = Host(device="cpu", startup=5, rates=None, resident=10**9)
+    text = moetailor.TextOptions(data=(), sequences=8, length=256)
+    with looked_at(REFERENCE) as original:
+        found = of_calibration(host, original, text=text, sample=moetailor.SampleOptions(), sensitivity=True)
+    assert found.writes == pytest.approx(size_of(made.folder), rel=0.02)
+    # Nothing is known of how fast such a device is.
+    assert found.seconds is None
+    assert found.device_memory is not None
+    assert found.lines()[0] == "time:   not foretold: no rate is known of cpu"
+
+
+def test_times_are_work_by_rates() -> None:
+    rates = Rates(products=100.0, elements=10.0, step=0.5, reading=4.0)
+    host = Host(device="cpu", startup=3.0, rates=rates, resident=7)
+    # 3 + 70 / (0.7 x 100) + 70 / (0.35 x 100) + 60 / (0.3 x 100) + 20 / 10 + 4 x 0.5 + 8 / 4
+    work = Work(products=70, doubles=70, spectra=60, elements=20, steps=4)
+    assert host.seconds(work, moved=8) == pytest.approx(3 + 1 + 2 + 2 + 2 + 2 + 2)
+    assert 2 * work + Work(steps=1) == Work(products=140, doubles=140, spectra=120, elements=40, steps=9)
+    assert (2 * Work(nbytes=5) + Work(nbytes=3)).nbytes == 5
+    assert host.memory(5) == {"memory": 12}
+    # Two stages start once, and the larger memory counts.
+    first = Estimate(verb="a", seconds=5.0, memory=7, reads=1, writes=2, meanwhile=3)
+    second = Estimate(verb="b", seconds=9.0, memory=4, reads=10, writes=20, meanwhile=1, notes=("n",))
+    both = in_turn("c", [first, second], 3.0)
+    expected = Estimate(verb="c", seconds=11.0, memory=7, reads=11, writes=22, meanwhile=3, notes=("n",))
+    assert both == expected
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0.2, "1 s"), (89, "89 s"), (600, "10 min"), (9000, "2.5 h"), (400000, "111 h")]
+)
+def test_times_are_said_as_people_say_them(seconds: float, words: str) -> None:
+    assert duration(seconds) == words
+
+
+def test_every_verb_foretells_and_writes_nothing(run, made: moetailor.Calibration, tmp_path: Path) -> None:
+    calib, plan, small = tmp_path / "calib", tmp_path / "plan.json", tmp_path / "small"
+    shutil.copytree(made.folder, calib)
+    code, _, err = run("plan", calib, "-o", plan, "--method", "mone", "--remove", "25%")
+    assert code == 0
+    assert " written, " in err.splitlines()[-1]
+    code, _, err = run("apply", REFERENCE, plan, "-o", small, "--calibration", calib)
+    assert code == 0
+    took = err.splitlines()[-1]
+    assert took.startswith("took ")
+    assert took.endswith(" of memory at most")
+    before = {file: file.stat().st_mtime for file in tmp_path.rglob("*")}
+    out = tmp_path / "out"
+    compare = ["compare", REFERENCE, "-o", out, "--held-out", REFERENCE / "heldout.jsonl", "--methods", "mone,reap"]
+    for words in (
+        ["calibrate", REFERENCE, "-o", out, *TEXT, "--sensitivity"],
+        ["calibrate", REFERENCE, "-o", out, *TEXT, "--stream", "--dtype", "bfloat16"],
+        ["plan", calib, "-o", out, "--method", "auto", "--remove", "25%"],
+        ["plan", calib, "-o", out, "--method", "linear", "--remove", "25%", "-p", "ranks=chosen"],
+        ["plan", calib, "-o", out, "--method", "mergemoe", "--remove", "25%"],
+        ["apply", REFERENCE, plan, "-o", out, "--calibration", calib],
+        ["evaluate", small, "--against", REFERENCE, *HELD_OUT],
+        ["compress", REFERENCE, "-o", out, "--method", "auto", "--remove", "25%", *TEXT],
+        [*compare, *TEXT, "--remove", "25%"],
+        [*compare, "--calibration", calib, "--sizes", "75%"],
+    ):
+        code, shown, err = run(*words, "--dry-run")
+        assert (code, shown) == (0, ""), err
+        lines = err.splitlines()
+        told = [line for line in lines if line.startswith(("time:   ", "memory: ", "disk:   reads "))]
+        assert len(told) == 3, err
+        assert max(map(len, told)) <= 80, err
+        assert ("nobody has counted what mergemoe computes" in lines[0]) == ("mergemoe" in words)
+    assert {file: file.stat().st_mtime for file in tmp_path.rglob("*")} == before
+
+
+def test_what_is_refused_is_refused_by_dry_runs(run, made: moetailor.Calibration, tmp_path: Path) -> None:
+    calib, plan, out = made.folder, tmp_path / "plan.json", tmp_path / "out"
+    assert run("plan", calib, "-o", plan, "--method", "mone", "--remove", "25%")[0] == 0
+    for words, why in (
+        (["calibrate", tmp_path / "no", "-o", out, *TEXT], "no: no such folder"),
+        (["plan", calib, "-o", out, "--method", "easy_ep", "--remove", "25%"], "easy_ep reads gated_norm_shift"),
+        (["plan", calib, "-o", tmp_path, "--method", "mone", "--remove", "25%"], "is a folder"),
+        (["apply", REFERENCE, plan, "-o", out], "which are computed from the calibration; name it"),
+        (["apply", REFERENCE, plan, "-o", REFERENCE, "--calibration", calib], "is the original itself"),
+        (["evaluate", REFERENCE, "--against", tmp_path, *HELD_OUT], "no config.json"),
+        (["compare", REFERENCE, "-o", out, "--held-out", plan], "give either calibration text"),
+    ):
+        code, _, err = run(*words, "--dry-run")
+        assert code == 1
+        assert why in err
+
+
+def test_an_evaluation_gives_its_estimate_as_json(run, tmp_path: Path) -> None:
+    file = tmp_path / "estimate.json"
+    code, _, err = run("evaluate", REFERENCE, "--against", REFERENCE, *HELD_OUT, "--dry-run", "--json", file)
+    assert code == 0, err
+    found = json.loads(file.read_text())
+    # the hidden states of 2 x 64 tokens
+    assert (found["verb"], found["reads"], found["meanwhile"]) == ("evaluate", 2 * 18536832, 2 * 64 * 192 * 4)
+    assert found["seconds"] > 0
+
+
+def test_what_an_apply_writes_is_foretold(run, made: moetailor.Calibration, tmp_path: Path) -> None:
+    plan, out, calib = tmp_path / "plan.json", tmp_path / "out", made.folder
+    assert run("plan", calib, "-o", plan, "--method", "quantize", "--remove", "0%", "--layers", "0,2")[0] == 0
+    words = ["apply", REFERENCE, plan, "-o", out, "--calibration", calib]
+    told = run(*words, "--dry-run")[2].splitlines()[2].partition("writes ")[2].split()
+    assert run(*words)[0] == 0
+    assert float(told[0]) * 1e6 == pytest.approx(size_of(out), rel=0.02)
+
+
+def test_what_is_measured_already_is_not_counted(run, made: moetailor.Calibration, tmp_path: Path) -> None:
+    calib = shutil.copytree(made.folder, tmp_path / "calib")
+    words = ["plan", calib, "-o", tmp_path / "plan.json", "--method", "linear", "-p", "ranks=chosen", "--remove", "25%"]
+    assert "measured already" not in run(*words, "--dry-run")[2]
+    assert run(*words)[0] == 0
+    told = "{} of 128 experts are measured already, and kept with the calibration"
+    assert told.format(128) in run(*words, "--dry-run")[2].splitlines()
+    next((calib / "measured").iterdir()).unlink()
+    assert told.format(96) in run(*words, "--dry-run")[2].splitlines()
+
+
+def test_a_dry_run_downloads_headers_alone(tmp_path: Path) -> None:
+    with hub.serving(REFERENCE) as served:
+        command = [*MOETAILOR, "calibrate", hub.NAME, "-o", "out", "--data", "text.jsonl", "--dry-run"]
+        environment = os.environ | served.environment(tmp_path)
+        ran = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert "after a download of 18.54 MB" in ran.stderr
+    assert 0 < served.given["model.safetensors"] <= 100_001
+    assert list(tmp_path.rglob("*.safetensors")) == []
+
+
+def test_methods_that_read_sums_alone_compute_nothing(made: moetailor.Calibration) -> None:
+    size = LayerSize(experts=8, top_k=2, shape=made.model.stacks[0].shape, sampled=100)
+    for name, method in METHODS.items():
+        found = method().work(size)
+        if method.reads_weights:
+            assert found != Work() or name == "quantize"
+        else:
+            assert found == Work()
+
+
+def test_memory_that_was_taken_is_seen() -> None:
+    now, (before, _) = resident_now(), peak_nbytes()
+    assert 0 < now <= before
+    taken = torch.ones(before - now + 2**27, dtype=torch.uint8)
+    assert peak_nbytes()[0] >= before + 2**26
+    del taken
