@@ -1,5 +1,7 @@
 """ConMoE: its distance by the direct form, its map by hand, the functional distance by its algebra."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +9,8 @@ from torch import nn
 import moetailor
 from moetailor.answers import Borrowed, Keep, Remap
 from moetailor.calibration.statistics import Sample
-from moetailor.fitting.distances import functional_distances, weight_distances
+from moetailor.checkpoint.experts import Experts
+from moetailor.fitting.distances import functional_distances, weight_distances, weight_products
 from moetailor.methods.conmoe import ConMoE
 from moetailor.planning.view import LayerView
 from support.hand import TinyExperts, layer_of, sums_of
@@ -34,9 +37,12 @@ def layer_with(module: nn.Module, contributions: list[float], tokens: int = 40) 
     return layer_of(sums_of(pairs, count, tokens), sample=sample, module=module)
 
 
-def test_the_gram_form_is_the_direct_distance() -> None:
-    matrices = layer_with(random_experts(), [1.0] * 4).experts.matrices()
-    found = weight_distances(matrices)
+@pytest.mark.parametrize("nbytes", [1, 1500, None])  # one expert, some and all at a time
+def test_the_gram_form_is_the_direct_distance(nbytes: int | None) -> None:
+    layer = layer_with(random_experts(), [1.0] * 4)
+    layer.open_experts = lambda: nullcontext(Experts(random_experts(), nbytes))
+    matrices = layer.experts.matrices()
+    found = weight_distances(weight_products([layer]))
     for a in range(4):
         for b in range(4):
             direct = [
@@ -65,7 +71,7 @@ def test_permuting_neurons_moves_the_weight_distance_only() -> None:
         torch.cat([module.down_proj.detach(), module.down_proj.detach()[:1, :, order]]),
     )
     layer = layer_with(shuffled, [1.0] * 5)
-    assert float(weight_distances(layer.experts.matrices())[0, 4]) > 0.5
+    assert float(weight_distances(weight_products([layer]))[0, 4]) > 0.5
     functional, _ = functional_distances([layer], 40, False)
     assert float(functional[0, 4]) == pytest.approx(0, abs=1e-9)
 

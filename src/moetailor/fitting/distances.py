@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 
 import torch
 
@@ -11,23 +13,49 @@ from moetailor.planning.view import LayerView
 EPSILON = 1e-12
 
 
-def weight_distances(matrices: dict[str, torch.Tensor]) -> torch.Tensor:
+def weight_products(layers: Sequence[LayerView]) -> dict[str, torch.Tensor]:
+    """Return <W, W'> of each matrix of every two experts, float64 [E, E].
+
+    Args:
+        layers: of one shape; experts are numbered through them.
+    """
+    sizes = layers[0].experts.shape.matrices
+    # Two blocks of experts are in memory at a time.
+    at_once = max(layers[0].experts.working_nbytes // (8 * sum(map(math.prod, sizes.values()))), 1)
+    blocks = [range(n)[i : i + at_once] for n in [layer.num_experts for layer in layers] for i in range(0, n, at_once)]
+    owners = [layer for layer in layers for _ in range(0, layer.num_experts, at_once)]
+    ends = list(accumulate(map(len, blocks)))
+
+    def rows(block: int) -> dict[str, torch.Tensor]:
+        found = owners[block].experts.matrices(slice(blocks[block].start, blocks[block].stop))
+        return {name: found[name].flatten(1).float() for name in sizes}
+
+    products = {name: torch.zeros(ends[-1], ends[-1], dtype=torch.float64) for name in sizes}
+    for one in range(len(blocks)):
+        mine, here = rows(one), slice(ends[one] - len(blocks[one]), ends[one])
+        for other in range(one + 1):
+            theirs, there = mine if other == one else rows(other), slice(ends[other] - len(blocks[other]), ends[other])
+            for name, found in products.items():
+                pairs = (mine[name] @ theirs[name].T).double().cpu()
+                found[here, there], found[there, here] = pairs, pairs.T
+    return products
+
+
+def weight_distances(products: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Return the mean over matrices of 2 |W - W'| / (|W| + |W'|), Frobenius norms, float64 [E, E].
 
     Args:
-        matrices: each [E, rows, columns].
+        products: see `weight_products`.
     """
     total = torch.zeros((), dtype=torch.float64)
-    for weight in matrices.values():
-        flat = weight.flatten(1).float()
-        # |W - W'|^2 = |W|^2 + |W'|^2 - 2 <W, W'>: one product for all pairs
-        products = (flat @ flat.T).double().cpu()
-        square = products.diagonal()
-        apart = (square[:, None] + square[None] - 2 * products).clamp_min(0).sqrt()
+    for found in products.values():
+        # |W - W'|^2 = |W|^2 + |W'|^2 - 2 <W, W'>
+        square = found.diagonal()
+        apart = (square[:, None] + square[None] - 2 * found).clamp_min(0).sqrt()
         apart.fill_diagonal_(0)
         norms = square.sqrt()
         total = total + 2 * apart / (norms[:, None] + norms[None] + EPSILON)
-    return total / len(matrices)
+    return total / len(products)
 
 
 def functional_distances(
@@ -46,7 +74,7 @@ def functional_distances(
     pairs = list(zip(experts, routed, strict=True))
     x_TD = torch.cat([layer.sample.hidden[token] for (layer, _), (token, _) in pairs])
     own_TD = torch.cat(
-        [layer.experts.outputs(expert, layer.sample.hidden[token]).float() for (layer, expert), (token, _) in pairs]
+        [layer.experts.outputs(expert, layer.inputs(token)).float() for (layer, expert), (token, _) in pairs]
     )
 
     def summed(values_T: torch.Tensor) -> torch.Tensor:

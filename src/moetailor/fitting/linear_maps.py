@@ -43,7 +43,7 @@ def map_error(layer: LayerView, expert: int, rank: int, ridge: float) -> float:
         return constant
     token, gate = layer.routed(expert)
     weight = gate.double().square().to(layer.experts.device)
-    errors = regression.solve(rank, ridge).errors(_inputs(layer, token), layer.outputs(expert, token), weight)
+    errors = regression.solve(rank, ridge).errors(layer.inputs(token), layer.outputs(expert, token), weight)
     # ... times the share of it that the map leaves on the sample
     return constant * float(errors[-1] / errors[0].clamp_min(1e-300))
 
@@ -61,7 +61,7 @@ def held_out_errors(layer: LayerView, expert: int, ranks: Sequence[int], ridge: 
     """
     tokens = tokens_of(layer, {expert: 1.0})
     constant = map_error(layer, expert, 0, ridge)
-    total, x_TD = torch.zeros(len(ranks), dtype=torch.float64), _inputs(layer, tokens.place)
+    total, x_TD = torch.zeros(len(ranks), dtype=torch.float64), layer.inputs(tokens.place)
     y_TD = layer.outputs(expert, tokens.place).to(x_TD.dtype)
     weight_T = tokens.weight.to(x_TD.device)
     for chooses in folds(layer, tokens.place[: tokens.own]):
@@ -125,16 +125,12 @@ def folds(layer: LayerView, token: torch.Tensor) -> list[torch.Tensor]:
     return held_out_masks(token, min(SCARCE * layer.sample.hidden.shape[1], ENOUGH))
 
 
-def _inputs(layer: LayerView, token: torch.Tensor) -> torch.Tensor:
-    return layer.sample.hidden[token].to(layer.experts.device, torch.promote_types(layer.experts.dtype, torch.float32))
-
-
 def _regression(layer: LayerView, expert: int) -> Regression | None:
     """Return the regression of an expert's outputs on its sampled tokens; None without tokens."""
     tokens = tokens_of(layer, {expert: 1.0})
     if not tokens.own:
         return None
-    x_TD = _inputs(layer, tokens.place)
+    x_TD = layer.inputs(tokens.place)
     y_TD = layer.outputs(expert, tokens.place).to(x_TD.dtype)
     return Regression(x_TD, y_TD, tokens.weight.to(x_TD.device), tokens.own)
 

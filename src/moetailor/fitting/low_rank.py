@@ -92,7 +92,7 @@ def moment_of(
     tokens = tokens_of(layer, {expert: 1.0})
     if held is not None:
         tokens = tokens.but(held)
-    seen = layer.sample.hidden[tokens.place].to(matrices["up"])
+    seen = layer.inputs(tokens.place).to(matrices["up"])
     return second_moment(layer.experts.hidden(matrices, seen) if part == "down" else seen, tokens.weight)
 
 
@@ -131,7 +131,7 @@ def _fitted_down(layer: LayerView, member: int, matrices: Matrices, reduced: Mat
     tokens = tokens_of(layer, {member: 1.0})
     if not tokens.own:
         return matrices["down"]
-    hidden = layer.experts.hidden(reduced, layer.sample.hidden[tokens.place].to(matrices["up"]))
+    hidden = layer.experts.hidden(reduced, layer.inputs(tokens.place).to(matrices["up"]))
     wanted = layer.outputs(member, tokens.place) - reduced.get("down_bias", 0)
     weight = tokens.weight.to(hidden.device)
 

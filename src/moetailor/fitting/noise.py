@@ -145,7 +145,7 @@ class Judge:
             judged = torch.ones_like(judged)
         fitted = ~judged if not bool(judged.all()) else judged
         mean = (weight * y)[fitted].sum(0) / weight[fitted].sum().clamp_min(1e-300)
-        x, weight, y = layer.sample.hidden[tokens.place[judged]].float().to(weight.device), weight[judged], y[judged]
+        x, weight, y = layer.inputs(tokens.place[judged]).float(), weight[judged], y[judged]
         part, whole = float((weight * (y - mean).square()).sum()), float(constant_errors(sums)[expert])
         energy, energies = float((weight * y.square()).sum()), float(sums.gate_sq_norm_sq[expert] / sums.tokens)
         if min(part * energies, whole * energy) <= ALIKE * energy * energies:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 
@@ -160,6 +160,13 @@ def _cholesky(gram: torch.Tensor, ridge: float) -> torch.Tensor:
     raise ValueError("the inputs of the regression are not finite")
 
 
+@lru_cache(maxsize=8)
+def _start(size: int, width: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return where iterations start: random, and always the same."""
+    start = torch.randn(size, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return start.to(device, dtype)
+
+
 def _leading(
     operator: Callable[[torch.Tensor], torch.Tensor], size: int, rank: int, like: torch.Tensor
 ) -> torch.Tensor:
@@ -168,8 +175,7 @@ def _leading(
     if size <= EXACT or 2 * width >= size:
         matrix = operator(torch.eye(size, dtype=like.dtype, device=like.device)).double()
         return torch.linalg.eigh((matrix + matrix.T) / 2).eigenvectors.flip(1)[:, :rank].to(like)
-    start = torch.randn(size, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    basis = start.to(like)
+    basis = _start(size, width, like.dtype, like.device)
     for _ in range(ITERATIONS):
         basis = torch.linalg.qr(operator(basis)).Q
     inside = (basis.T @ operator(basis)).double()

@@ -18,7 +18,7 @@ from moetailor.planning.view import LayerView
 ENOUGH, TIMES = 2, 2
 # What others weigh beside its own: in what is fitted little, as those are what counts; in what rounding must not do
 # more, since GPTQ makes up for errors in whatever direction it believes unused.
-FITTED, ROUNDED = 0.05, 0.3
+FITTED, ROUNDED = 0.02, 0.3
 
 
 @dataclass(frozen=True, kw_only=True)

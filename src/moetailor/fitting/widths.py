@@ -144,7 +144,7 @@ def inputs_of(
     """
     found, device = tokens_of(layer, slots, ROUNDED), layer.experts.device
     taken = torch.ones_like(found.place, dtype=torch.bool) if held_out_too else ~held_out(found.place)
-    return layer.sample.hidden[found.place[taken]].float().to(device), found.weight[taken].float().to(device)
+    return layer.inputs(found.place[taken]).float(), found.weight[taken].float().to(device)
 
 
 def _moment(one: torch.Tensor, other: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

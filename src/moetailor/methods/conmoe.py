@@ -19,7 +19,7 @@ import torch
 
 from moetailor.answers import Borrowed, Keep, Remap
 from moetailor.errors import PlanError
-from moetailor.fitting.distances import EPSILON, functional_distances, weight_distances
+from moetailor.fitting.distances import EPSILON, functional_distances, weight_distances, weight_products
 from moetailor.methods.choose import refuse_protected
 from moetailor.methods.method import AtLeast, JointMethod
 from moetailor.methods.registry import register
@@ -67,8 +67,8 @@ class ConMoE(JointMethod):
 
     def _distances(self, layers: Sequence[LayerView]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return distance and slot scale of every pair (expert, answering expert) of a scope, float64 [E, E]."""
-        matrices = _together(layers)
-        by_weights = weight_distances(matrices) if self.distance == "weights" else torch.empty(0)
+        _check_shapes(layers)
+        by_weights = weight_distances(weight_products(layers)) if self.distance == "weights" else torch.empty(0)
         if self.distance == "weights" and not self.scale:
             return by_weights, torch.ones_like(by_weights)
         functional, scales = functional_distances(layers, self.tokens, self.scale)
@@ -124,23 +124,15 @@ def _prototypes(
     return sorted(sorted(ranked, key=lambda number: number not in first)[:keep])
 
 
-def _together(layers: Sequence[LayerView]) -> dict[str, torch.Tensor]:
-    """Return the weight matrices of several layers as one stack.
-
-    Raises:
-        PlanError: the layers' experts have other shapes.
-    """
-    every = [layer.experts.matrices() for layer in layers]
-    first = {name: list(matrix.shape[1:]) for name, matrix in every[0].items()}
-    for layer, matrices in zip(layers, every, strict=True):
-        shapes = {name: list(matrix.shape[1:]) for name, matrix in matrices.items()}
-        if shapes != first:
+def _check_shapes(layers: Sequence[LayerView]) -> None:
+    """Refuse layers whose experts have other shapes."""
+    first = layers[0].experts.shape.matrices
+    for layer in layers:
+        if (shapes := layer.experts.shape.matrices) != first:
             raise PlanError(
                 f"scope={len(layers)}: layers {layers[0].index} and {layer.index} have experts of other shapes "
                 f"({list(first.values())} and {list(shapes.values())}); only layers of one shape can share"
             )
-    names = [name for name, shape in first.items() if len(shape) == 2]
-    return {name: torch.cat([m[name] for m in every]) if len(every) > 1 else every[0][name] for name in names}
 
 
 def _min_max(x: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
-from torch.nn import functional as F
 
 from moetailor.answers import Merged
 from moetailor.answers.merged import clusters
@@ -28,7 +27,7 @@ from moetailor.errors import MoetailorWarning
 from moetailor.fitting.align import match, neuron_distance
 from moetailor.fitting.averages import Matrices, average, shares, stacked
 from moetailor.fitting.cluster import medoids, nearest
-from moetailor.fitting.distances import functional_distances
+from moetailor.fitting.distances import EPSILON, functional_distances, weight_products
 from moetailor.fitting.held_out import held_out_masks
 from moetailor.fitting.least_squares import RIDGES, SCARCE, NormalEquations, pseudo_inverse, ridge, ridge_errors
 from moetailor.methods.choose import top
@@ -82,10 +81,10 @@ class MergeMoE(Method):
             cost = functional_distances([layer], self.tokens, scaled=True)[0] * energy[:, None]
             centres = medoids(cost, keep, layer.protected)
             return merge_into(nearest(cost, centres), energy.tolist(), unchanged=layer.protected)
-        count, matrices = layer.sums.count, layer.experts.matrices()
-        rows = torch.cat([matrices[name].flatten(1).float() for name in ("up", "gate") if name in matrices], 1)
-        unit = F.normalize(rows, dim=1)
-        closest = nearest(1 - (unit @ unit.T).double().cpu(), top(layer, count, keep))
+        count, products = layer.sums.count, weight_products([layer])
+        both = sum((products[name] for name in layer.experts.inputs), torch.zeros(()).double())
+        norm = both.diagonal().sqrt().clamp_min(EPSILON)
+        closest = nearest(1 - both / (norm[:, None] * norm[None]), top(layer, count, keep))
         return merge_into(closest, count.tolist(), unchanged=layer.protected)
 
     def build(self, layer: LayerView, plan: LayerPlan) -> dict[str, torch.Tensor]:
@@ -175,7 +174,7 @@ def _selected(layer: LayerView, target: Target) -> Matrices:
     strength = []
     for member, expert in zip(members, experts, strict=True):
         token, gate = layer.routed(member)
-        hidden = layer.experts.hidden(expert, layer.sample.hidden[token])
+        hidden = layer.experts.hidden(expert, layer.inputs(token))
         # sqrt(sum_t (g h_i)^2) |Wd[:, i]|
         gated = (hidden * gate.to(hidden)[:, None]).square().sum(0).sqrt()
         strength.append(gated * torch.linalg.vector_norm(expert["down"], dim=0))
@@ -195,7 +194,7 @@ def _selected(layer: LayerView, target: Target) -> Matrices:
 def _blocks(layer: LayerView, target: Target, expert: Matrices, which: torch.Tensor) -> Iterator[tuple]:
     """Yield s p and the target without the expert's bias, for some of the tokens, block by block."""
     for part in which.nonzero().flatten().split(BLOCK):
-        features = layer.experts.hidden(expert, layer.sample.hidden[target.token[part]])
+        features = layer.experts.hidden(expert, layer.inputs(target.token[part]))
         gate = target.gate[part].to(features)[:, None]
         output = target.output[part.to(target.output.device)]
         yield features * gate, output - gate * expert["down_bias"] if "down_bias" in expert else output

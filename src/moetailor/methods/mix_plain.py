@@ -153,7 +153,7 @@ def _missed(layer: LayerView, expert: int, other: int, scale: float) -> float:
     token, gate = (token, gate) if len(token) >= FEW else layer.routed(expert)
     weight = gate.double().square()[:, None].to(layer.experts.device)
     y = layer.outputs(expert, token).double()
-    apart = y - scale * layer.experts.outputs(other, layer.sample.hidden[token]).double()
+    apart = y - scale * layer.experts.outputs(other, layer.inputs(token)).double()
     energy = float((weight * y.square()).sum())
     return float((weight * apart.square()).sum()) / energy if energy > 0 and len(token) >= FEW else 1.0
 
@@ -205,7 +205,7 @@ def _errors(layer: LayerView, expert: int, base: Matrices, slots: Sequence[Answe
         for part in low_rank.parts_of(layer):
             moment = low_rank.moment_of(layer, expert, matrices, part, chooses)
             parts[part] = approximate(low_rank.apart(matrices, base, part), moment)
-        x = layer.sample.hidden[token[chooses]].to(matrices["up"])
+        x = layer.inputs(token[chooses]).to(matrices["up"])
         for at, rank in enumerate(low):
             reduced = base | {part: (base[part] + found.matrix(rank)).to(base[part]) for part, found in parts.items()}
             given = F.linear(layer.experts.hidden(reduced, x), reduced["down"], reduced.get("down_bias"))

@@ -77,7 +77,7 @@ class Refit(Method):
         for _round in range(self.rounds):
             for expert, matrices in experts.items():
                 token = gates_TE[:, expert].nonzero().flatten()
-                hidden_TF = layer.experts.hidden(matrices, layer.sample.hidden[token]).to(missing_TD)
+                hidden_TF = layer.experts.hidden(matrices, layer.inputs(token)).to(missing_TD)
                 features_TF = gates_TE[token, expert, None].to(missing_TD) * hidden_TF
                 target_TD = missing_TD[token] + features_TF @ downs[expert].T
                 original = matrices["down"].to(missing_TD)
@@ -121,7 +121,7 @@ def missing_output(layer: LayerView, plan: LayerPlan) -> tuple[torch.Tensor, tor
         missing_TD[chose] += own_TE[chose, expert, None].to(missing_TD) * layer.outputs(expert, chose).to(missing_TD)
         if stays_E[expert]:
             given = gates_TE[:, expert].nonzero().flatten()
-            outputs = layer.experts.outputs(expert, sample.hidden[given])
+            outputs = layer.experts.outputs(expert, layer.inputs(given))
             missing_TD[given] -= gates_TE[given, expert, None].to(missing_TD) * outputs.to(missing_TD)
     return gates_TE, missing_TD
 

@@ -101,7 +101,7 @@ class LayerView:
     def close(self) -> None:
         """Let go of all that was read; it is read again when asked for."""
         self._opened.close()
-        for name in ("sums", "sample", "domains", "correction", "experts"):
+        for name in ("sums", "sample", "domains", "correction", "experts", "_there"):
             self.__dict__.pop(name, None)
 
     def routed(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -135,10 +135,20 @@ class LayerView:
         assert rows is not None  # a layer has experts
         return rows
 
+    def inputs(self, token: torch.Tensor) -> torch.Tensor:
+        """Return the inputs of sampled tokens, float32 at least and where the experts are, [n, D]."""
+        found = self._there[token.to(self._there.device)]
+        return found.to(torch.promote_types(self.experts.dtype, torch.float32))
+
     def outputs(self, expert: int, token: torch.Tensor) -> torch.Tensor:
         """Return what an expert of the original gives for sampled tokens, [n, D]: what a stand-in has to give."""
-        inputs = self.sample.hidden if self.original is None else self.original
-        return self.experts.outputs(expert, inputs[token])
+        inputs = self._there if self.original is None else self.original
+        return self.experts.outputs(expert, inputs[token.to(inputs.device)])
+
+    @cached_property
+    def _there(self) -> torch.Tensor:
+        """The inputs of all sampled tokens where the experts are, moved there once, [N, D]."""
+        return self.sample.hidden.to(self.experts.device)
 
     def mean(self, name: str) -> torch.Tensor:
         """Return a sum divided by the routed tokens of each expert, 0 for experts that no token reached."""
