@@ -96,6 +96,14 @@ def moment_of(
     return second_moment(layer.experts.hidden(matrices, seen) if part == "down" else seen, tokens.weight)
 
 
+def moments_of(
+    layer: LayerView, expert: int, matrices: Matrices, held: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
+    """Return that of each matrix of an expert; gate and up have the same. Arguments as of `moment_of`."""
+    inputs, inner = (moment_of(layer, expert, matrices, part, held) for part in ("up", "down"))
+    return dict.fromkeys(layer.experts.inputs, inputs) | {"down": inner}
+
+
 def parts_of(layer: LayerView) -> Sequence[str]:
     """Return the names of an expert's matrices."""
     return (*layer.experts.inputs, "down")

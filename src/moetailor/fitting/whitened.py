@@ -21,7 +21,7 @@ class Approximation:
 
     Attributes:
         outer: U, [O, full].
-        values: s, descending, [full].
+        values: s, descending, [full]; all above zero.
         inner: V^T L^-1, [full, I].
     """
 
@@ -50,8 +50,8 @@ def second_moment(x_TI: torch.Tensor, weight_T: torch.Tensor) -> torch.Tensor:
         x_TI: inputs.
         weight_T: weights q, not negative.
     """
-    x_TI, weight_T = x_TI.double(), weight_T.double().to(x_TI.device)
-    moment = (x_TI * weight_T[:, None]).T @ x_TI / weight_T.sum().clamp_min(1e-300)
+    share_T = weight_T.double().to(x_TI.device) / weight_T.sum().double().clamp_min(1e-300)
+    moment = ((x_TI * share_T[:, None].to(x_TI)).T @ x_TI).double()
     moment.diagonal().add_(RIDGE * (float(moment.diagonal().mean()) or 1 / RIDGE))
     return moment
 
@@ -63,10 +63,26 @@ def approximate(matrix: torch.Tensor, moment: torch.Tensor) -> Approximation:
         matrix: W, [O, I].
         moment: C, positive definite, [I, I].
     """
+    matrix = matrix.double()
+    if len(matrix) <= len(moment):
+        # W C W^T = U S^2 U^T, and U_r^T W is S_r V_r^T L^-1: no factor of C is needed
+        outer, values = _eigenvectors(matrix @ moment @ matrix.T)
+        return Approximation(outer=outer, values=values, inner=(outer.T @ matrix) / values[:, None])
     factor = torch.linalg.cholesky(moment)
-    outer, values, right = torch.linalg.svd(matrix.double() @ factor, full_matrices=False)
-    inner = torch.linalg.solve_triangular(factor, right, upper=False, left=False)
-    return Approximation(outer=outer, values=values, inner=inner)
+    seen = matrix @ factor
+    # (W L)^T W L = V S^2 V^T
+    right, values = _eigenvectors(seen.T @ seen)
+    inner = torch.linalg.solve_triangular(factor, right.T, upper=False, left=False)
+    return Approximation(outer=seen @ right / values, values=values, inner=inner)
+
+
+def _eigenvectors(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return eigenvectors of a semidefinite matrix, in columns, and the roots of its eigenvalues, descending and above
+    zero.
+    """
+    values, vectors = torch.linalg.eigh((gram + gram.T) / 2)
+    values = values.flip(0).clamp_min(0).sqrt()
+    return vectors.flip(1), values.clamp_min(1e-12 * float(values[:1].sum()) + 1e-150)
 
 
 def energy(matrix: torch.Tensor, moment: torch.Tensor) -> float:

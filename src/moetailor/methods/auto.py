@@ -161,8 +161,8 @@ class Auto(JointMethod):
         # Each expert also runs on some tokens of every other one, and what it gives is compared with what these give.
         tokens = experts * min(mix_plain.COMPARED, layer.tokens)
         compared = of_outputs(layer.shape, tokens) + Work(elements=8 * tokens * layer.shape.width)
-        ranks = [rank for rank in mix_plain.LOW if rank < layer.shape.width // 2]
-        priced = of_held_out_maps(layer, mix_plain.LINEAR[-1]) + of_low_rank(layer, ranks)
+        low = of_low_rank(layer, mix_plain.low_ranks(layer.shape))
+        priced = of_held_out_maps(layer, mix_plain.LINEAR[-1]) + low
         return experts * (priced + compared)
 
     def building(self, layer: LayerSize, plan: LayerPlan) -> Work | None:

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from moetailor.answers import Keep, LowRank
 from moetailor.errors import PlanError
 from moetailor.fitting.cluster import nearest
-from moetailor.fitting.low_rank import apart, base_of, bases_of, built_on, low_rank_nbytes, moment_of, parts_of
+from moetailor.fitting.low_rank import apart, base_of, bases_of, built_on, low_rank_nbytes, moments_of
 from moetailor.fitting.whitened import approximate, energy
 from moetailor.methods.choose import refuse_protected, top
 from moetailor.methods.method import AtLeast, JointMethod
@@ -196,8 +196,7 @@ def _with_chosen_ranks(layer: LayerView, plan: LayerPlan, rank: int, base: str) 
         matrices = base_of(layer, named, list(members), base)
         for member in members:
             expert, gain = layer.experts.expert(member), torch.zeros(1, dtype=torch.float64)
-            for part in parts_of(layer):
-                moment = moment_of(layer, member, expert, part)
+            for part, moment in moments_of(layer, member, expert).items():
                 values = approximate(apart(expert, matrices, part), moment).values.cpu()
                 share = values.square() / max(energy(expert[part], moment), 1e-300)
                 size = max(len(gain), len(share))

@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from moetailor.answers import Answer, Constant, Drop, Keep, Linear, LowRank, Remap
+from moetailor.checkpoint.experts import ExpertShape
 from moetailor.fitting import linear_maps, low_rank
 from moetailor.fitting.averages import Matrices
 from moetailor.fitting.constants import on_new_text
@@ -25,7 +26,8 @@ from moetailor.planning.plan import answers_nbytes
 from moetailor.planning.view import LayerView
 
 LINEAR = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128)
-LOW = (*range(0, 33, 2), 36, 40, 44, 48, 56, 64, 96, 128, 192, 256)
+# In 32nds of the rank at which a low-rank part has as many numbers as the matrix, D F / (D + F).
+LOW = (*range(17), 20, 24, 28)
 RIDGE = 0.01
 # Other experts that may answer a slot, the sampled tokens of each expert that they are compared on, and the fewest on
 # which the loss is measured then.
@@ -115,10 +117,16 @@ def kept_under(layer: LayerView) -> dict[str, Any]:
     return {"answers": list(map(str, _menu(layer))), "ridge": RIDGE}
 
 
+def low_ranks(shape: ExpertShape) -> list[int]:
+    """Return the ranks of own parts that are priced."""
+    even = shape.width * shape.intermediate // (shape.width + shape.intermediate)
+    return sorted({even * part // 32 for part in LOW})
+
+
 def _menu(layer: LayerView) -> list[Answer]:
     """Return what a slot may become beside its own expert, as far as it is smaller; a constant first."""
     answers: list[Answer] = [Linear(rank) if rank else Constant() for rank in LINEAR]
-    answers += [LowRank(0, rank) for rank in LOW]
+    answers += [LowRank(0, rank) for rank in low_ranks(layer.shape)]
     return [answer for answer in answers if _nbytes(layer, answer) < layer.expert_bytes]
 
 
@@ -201,10 +209,8 @@ def _errors(layer: LayerView, expert: int, base: Matrices, slots: Sequence[Answe
         y = layer.outputs(expert, token).double()
         mean = (weight * y)[~chooses].sum(0) / weight[~chooses].sum().clamp_min(1e-300)
         constant += float((weight[chooses] * (y[chooses] - mean).square()).sum())
-        parts = {}
-        for part in low_rank.parts_of(layer):
-            moment = low_rank.moment_of(layer, expert, matrices, part, chooses)
-            parts[part] = approximate(low_rank.apart(matrices, base, part), moment)
+        moments = low_rank.moments_of(layer, expert, matrices, chooses)
+        parts = {part: approximate(low_rank.apart(matrices, base, part), c) for part, c in moments.items()}
         x = layer.inputs(token[chooses]).to(matrices["up"])
         for at, rank in enumerate(low):
             reduced = base | {part: (base[part] + found.matrix(rank)).to(base[part]) for part, found in parts.items()}

@@ -108,7 +108,7 @@ class CompressedExperts(nn.Module):
             buffers = self.slots.buffers()
         for name, buffer in buffers.items():
             self.register_buffer(name, buffer.to(self._device), persistent=False)
-        for spec in self.added.values() if self._device.type != "meta" else ():
+        for spec in self.added.values() if torch.device(self._device).type != "meta" else ():
             find_storage(spec.storage).ready(self._device)
         for name, buffer in list(self.named_buffers(recurse=False)):
             if not buffer.numel() and name not in buffers:  # parameters without rows
