@@ -98,7 +98,7 @@ def build_maps(layer: LayerView, plan: LayerPlan, ridge: float, shrinkage: float
     for at, (expert, answer) in enumerate(maps.items()):
         regression = _regression(layer, expert)
         inner, outer, mean = _factors(regression, answer.rank, ridge, common, layer)
-        if regression is None or regression.own < answer.rank:
+        if regression is None or len(regression.x_TD) < answer.rank:
             scarce.append(expert)
         # like a novice's: pulled towards the layer's mean where few tokens say what the expert does
         count = float(layer.sums.count[expert])

@@ -58,10 +58,10 @@ class Regression:
     """
 
     def __init__(self, x_TD: torch.Tensor, y_TD: torch.Tensor, weight_T: torch.Tensor, own: int | None = None) -> None:
-        self.own, self.total = len(x_TD) if own is None else own, float(weight_T.sum())
+        own, self.total = len(x_TD) if own is None else own, float(weight_T.sum())
         share = (weight_T.double() / max(self.total, 1e-300))[:, None]
-        first = share[: self.own] / share[: self.own].sum().clamp_min(1e-300)
-        self.mean_in, self.mean_out = (first * x_TD[: self.own]).sum(0), (first * y_TD[: self.own]).sum(0)
+        first = share[:own] / share[:own].sum().clamp_min(1e-300)
+        self.mean_in, self.mean_out = (first * x_TD[:own]).sum(0), (first * y_TD[:own]).sum(0)
         root = share.sqrt().to(x_TD.dtype)
         self.x_TD = (x_TD - self.mean_in.to(x_TD)) * root
         self.y_TD = (y_TD - self.mean_out.to(y_TD)) * root.to(y_TD)
