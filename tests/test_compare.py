@@ -541,7 +541,10 @@ def test_words_of_rows() -> None:
         ({"methods": "linear:rank=2@"}, "--methods linear:rank=2@: write 2 to 8, or as 4/6"),
         ({"methods": "reap@vq9"}, "--methods reap@vq9: write 2 to 8, or as 4/6"),
         ({"methods": "reap@vq5"}, "--methods reap@vq5: vq5: codebooks have 1 to 4 bits of gate and up"),
-        ({"methods": "quantize:codes=vq@uint4"}, "--methods quantize:codes=vq@uint4: says codes in two ways"),
+        (
+            {"methods": "quantize:codes=vq@uint4"},
+            "--methods quantize:codes=vq@uint4: parameters say codes",
+        ),
         ({"methods": "auto@4", "remove": None, "sizes": "40%"}, "--bits: auto says itself how experts lie"),
         ({"sizes": "40%"}, "--remove and --sizes: rows are of equal ratios or of equal bytes; give one of them"),
         ({"remove": None, "sizes": 0.4}, "--size 0.4: bytes are whole; did you mean 40%?"),

@@ -187,7 +187,7 @@ def compress(
     budget = read_budget(method, remove, keep, size, memory, load_dtype)
     parameters = read_parameters(param, method.lower() if uniform_layers else None)
     selected, kept, allocated = read_numbers(layers), read_pairs(protect), read_allocation(allocation)
-    width = read_bits(bits)
+    parameters, width = read_bits(bits, method, parameters)
     blocks = {"sequences": sequences, "length": length, "seed": seed, "batch_size": batch_size}
     text = moetailor.TextOptions(data=tuple(data), mask_special=mask_special, **blocks)
     sample = read_sample(sample_tokens, sample_size, seed)

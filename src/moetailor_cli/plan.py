@@ -80,7 +80,7 @@ def plan(
     budget = read_budget(method, remove, keep, size, memory, load_dtype)
     parameters = read_parameters(param, method.lower() if uniform_layers else None)
     selected, kept, allocated = read_numbers(layers), read_pairs(protect), read_allocation(allocation)
-    width, working = read_bits(bits), read_nbytes(batch_memory)
+    (parameters, width), working = read_bits(bits, method, parameters), read_nbytes(batch_memory)
     measured = moetailor.Calibration.open(calibration)
     source = model or measured.model.source
     if dry_run:

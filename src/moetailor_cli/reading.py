@@ -34,11 +34,11 @@ def read_budget(
     return moetailor.Budget.parse(remove=remove, keep=keep, size=size, memory=memory, load_dtype=load_dtype)
 
 
-def read_bits(bits: str | None) -> Any:
-    """Read the width that experts are kept in."""
-    from moetailor.answers import Width
+def read_bits(bits: str | None, method: str, parameters: dict[str, str]) -> tuple[Any, Any]:
+    """Read the width that experts are kept in; return it behind the method's parameters."""
+    from moetailor.methods.quantize import with_bits
 
-    return None if bits is None else Width.parse(bits)
+    return (parameters, None) if bits is None else with_bits(method, parameters, bits)
 
 
 def read_nbytes(text: str | None) -> int | None:

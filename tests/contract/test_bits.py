@@ -14,6 +14,7 @@ from moetailor.answers import Keep, Remap, Width
 from moetailor.checkpoint.experts import Experts
 from moetailor.checkpoint.files import open_checkpoint
 from moetailor.checkpoint.loader import quiet_transformers
+from moetailor.methods.quantize import with_bits
 from moetailor.planning.layer_plan import LayerPlan
 from moetailor.summary import summarise
 from support import naive
@@ -206,3 +207,12 @@ def test_bits_are_read_as_they_are_written(run: Callable, tmp_path: Path) -> Non
     code, _, err = run("plan", tmp_path, "-o", tmp_path / "p.json", "-m", "reap", "--remove", "25%", "--bits", "16")
     assert code == 1
     assert "--bits 16: write 2 to 8" in err
+
+
+def test_bits_beside_quantize_are_its_parameters() -> None:
+    assert with_bits("quantize", {"rounding": "nearest"}, "4") == ({"rounding": "nearest", "bits": 4}, None)
+    assert with_bits("Quantize", {}, "vq2/4g64") == ({"bits": 2, "down": 4, "codes": "vq", "group": 64}, None)
+    assert with_bits("quantize", {"bits": "4"}, "4") == ({"bits": 4}, None)
+    assert with_bits("reap", {"layer": "1"}, "4/6") == ({"layer": "1"}, Width(bits=4, down=6))
+    with pytest.raises(moetailor.PlanError, match=r"--bits 4/6: parameters say bits, down in another way"):
+        with_bits("quantize", {"bits": "3", "down": "5"}, "4/6")

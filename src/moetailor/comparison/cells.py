@@ -12,6 +12,7 @@ from moetailor.answers import Width
 from moetailor.errors import PlanError, did_you_mean
 from moetailor.methods.estimate import refuse_unknown
 from moetailor.methods.method import Method
+from moetailor.methods.quantize import with_bits
 from moetailor.methods.registry import METHODS, find_method
 from moetailor.planning.budget import Budget
 
@@ -114,18 +115,12 @@ def _read(word: str, *, sized: bool) -> list[tuple[Method, Width | None]]:
     for key, equals, value in pairs:
         if not (key and equals and value):
             raise PlanError(f"--methods {word}: write parameters as {name}:parameter=value")
+    parameters: Mapping[str, Any] = {key: value for key, _, value in pairs}
     try:
-        width = Width.parse(bits) if at else None
+        parameters, width = with_bits(name, parameters, bits) if at else (parameters, None)
     except PlanError as error:
         few, colon, more = bits.partition(":")
         if colon:
             raise PlanError(f"--methods {word}: write bits as {whole}:{more}@{few}, last") from None
         raise PlanError(f"--methods {word}: {str(error).removeprefix(f'--bits {bits}: ')}") from None
-    parameters: Mapping[str, Any] = {key: value for key, _, value in pairs}
-    if width is not None and not find_method(name).removes:  # its bits are parameters of its own
-        spelled = {"bits": True, "down": width.down, "codes": bits[0].isalpha(), "group": "g" in bits}
-        said = {each: getattr(width, each) for each, is_said in spelled.items() if is_said}
-        if twice := sorted(each for each in said if str(parameters.get(each, said[each])) != str(said[each])):
-            raise PlanError(f"--methods {word}: says {', '.join(twice)} in two ways")
-        parameters, width = {**parameters, **said}, None
     return [(find_method(name).of(parameters), width)]
