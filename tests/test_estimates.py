@@ -160,6 +160,10 @@ def test_what_is_refused_is_refused_by_dry_runs(run, made: moetailor.Calibration
     assert run("plan", calib, "-o", plan, "--method", "mone", "--remove", "25%")[0] == 0
     for words, why in (
         (["calibrate", tmp_path / "no", "-o", out, *TEXT], "no: no such folder"),
+        (
+            ["calibrate", REFERENCE, "-o", out, *TEXT, "--length", "513"],
+            "--length 513 is more than the model takes (512)",
+        ),
         (["plan", calib, "-o", out, "--method", "easy_ep", "--remove", "25%"], "easy_ep reads gated_norm_shift"),
         (["plan", calib, "-o", tmp_path, "--method", "mone", "--remove", "25%"], "is a folder"),
         (["apply", REFERENCE, plan, "-o", out], "which are computed from the calibration; name it"),
