@@ -208,9 +208,11 @@ def test_what_is_measured_already_is_not_counted(run, made: moetailor.Calibratio
 
 def test_a_dry_run_downloads_headers_alone(tmp_path: Path) -> None:
     with hub.serving(REFERENCE) as served:
-        command = [*MOETAILOR, "calibrate", hub.NAME, "-o", "out", "--data", "text.jsonl", "--dry-run"]
+        command = [*MOETAILOR, "calibrate", hub.NAME, "-o", "out", "--data", "text.jsonl", "--length", "256"]
         environment = os.environ | served.environment(tmp_path)
-        ran = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+        ran = subprocess.run(
+            [*command, "--dry-run"], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+        )
     assert ran.returncode == 0, ran.stderr
     assert "after a download of 18.54 MB" in ran.stderr
     assert 0 < served.given["model.safetensors"] <= 100_001
