@@ -36,7 +36,7 @@ def read_budget(
 
 def read_bits(bits: str | None, method: str, parameters: dict[str, str]) -> tuple[Any, Any]:
     """Read the width that experts are kept in; return it behind the method's parameters."""
-    from moetailor.methods.quantize import with_bits
+    from moetailor.methods.registry import with_bits
 
     return (parameters, None) if bits is None else with_bits(method, parameters, bits)
 

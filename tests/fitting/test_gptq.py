@@ -126,7 +126,7 @@ def test_the_down_projection_gives_for_rounded_states_what_it_gave_for_exact_one
     module = random_experts(2)
     layer = layer_of_tokens(module)
     storages = Width(bits=2, down=8, group=4).storages(layer.shape)
-    found = quantized(layer, [{0: 1.0}], lambda _: layer.experts.matrices([0]), storages, dtype=torch.float32)
+    (found,) = quantized(layer, [{0: 1.0}], lambda _: layer.experts.matrices([0]), storages, dtype=torch.float32)
     numbers = {name: storages[name].numbers(codes, layer.shape.matrices[name][1])[0] for name, codes in found.items()}
     exact = layer.experts.expert(0)
     token, gate = layer.routed(0)
@@ -151,7 +151,7 @@ def test_an_expert_without_tokens_is_rounded_for_those_of_the_layer() -> None:
     layer = layer_of_tokens(module)
     unused = next((e for e in range(3) if not len(layer.routed(e)[0])), None)
     storages = Width(bits=3, group=8).storages(layer.shape)
-    found = quantized(
+    (found,) = quantized(
         layer, [{unused or 0: 1.0}], lambda _: layer.experts.matrices([unused or 0]), storages, dtype=torch.float32
     )
     assert all(torch.isfinite(codes.scale).all() for codes in found.values())

@@ -59,7 +59,7 @@ def test_rounding_on_few_tokens_is_better_for_others_that_join(monkeypatch: pyte
         for seed in range(8):
             few = routed_layer(random_experts(6), 12, seed=seed)
             storages = width.storages(few.shape)
-            codes = widths.quantized(
+            (codes,) = widths.quantized(
                 few, [{1: 1.0}], lambda _: many.experts.matrices([1]), storages, dtype=torch.float32
             )
             own = {name: storages[name].numbers(codes[name], few.shape.matrices[name][1])[0].float() for name in codes}

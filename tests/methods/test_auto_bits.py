@@ -66,7 +66,7 @@ def test_a_price_is_the_constants_error_times_the_share_that_is_left_on_tokens_t
         """Return the error with matrices rounded, or with the down projection as it is fitted to the others."""
         exact = layer.experts.expert(expert)
         storages = {name: gate for name in layer.experts.inputs} | {"down": down or gate}
-        codes = quantized(
+        (codes,) = quantized(
             part, [{expert: 1.0}], lambda _, e=expert: layer.experts.matrices([e]), storages, dtype=torch.float32
         )
         own = {name: numbers_of(storages[name], layer, name, codes) for name in codes}
@@ -113,7 +113,7 @@ def test_an_expert_whose_tokens_are_all_alike_is_priced_by_its_energy() -> None:
     matrices = layer.experts.matrices([1])
     for at, width in enumerate(widths):
         storages = width.storages(layer.shape)
-        codes = quantized(fitted_part(layer), [{1: 1.0}], lambda _: matrices, storages, dtype=torch.float32)
+        (codes,) = quantized(fitted_part(layer), [{1: 1.0}], lambda _: matrices, storages, dtype=torch.float32)
         own = {name: numbers_of(storages[name], layer, name, codes) for name in codes}
         given = F.linear(layer.experts.hidden(own, x), own["down"])
         share = float((y - given).square().sum() / y.square().sum())

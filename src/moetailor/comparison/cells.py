@@ -12,8 +12,7 @@ from moetailor.answers import Width
 from moetailor.errors import PlanError, did_you_mean
 from moetailor.methods.estimate import refuse_unknown
 from moetailor.methods.method import Method
-from moetailor.methods.quantize import with_bits
-from moetailor.methods.registry import METHODS, find_method
+from moetailor.methods.registry import METHODS, find_method, with_bits
 from moetailor.planning.budget import Budget
 
 ALL = "all"

@@ -6,7 +6,7 @@ D model width, F expert width, O outputs, I inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,8 +33,8 @@ def quantized(
     *,
     dtype: torch.dtype,
     rounding: Rounding = "gptq",
-) -> dict[str, Codes]:
-    """Return the codes of some experts, by matrix.
+) -> Iterator[dict[str, Codes]]:
+    """Yield the codes of some experts by matrix, of as many experts at a time as are computed together.
 
     Args:
         layer: the layer.
@@ -52,8 +52,7 @@ def quantized(
         half = Together.of(layer, matrices, [inputs_of(layer, behind[at]) for at in some]).half(storages, dtype)
         return {**half.codes, "down": gptq(half.down, half.seen, storages["down"], dtype)}
 
-    found = list(in_batches(range(len(behind)), at_once(layer), work))
-    return {name: Codes.joined([codes[name] for codes in found]) for name in storages}
+    return in_batches(range(len(behind)), at_once(layer), work)
 
 
 def at_once(layer: LayerView) -> int:

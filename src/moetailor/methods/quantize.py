@@ -6,9 +6,8 @@ what the rounded gate and up projections give; or the nearest codes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Annotated, Any
+from typing import Annotated
 
 from moetailor.answers import Keep, Kind, Width
 from moetailor.errors import PlanError
@@ -21,27 +20,6 @@ from moetailor.planning.work import LayerSize, Work
 
 # Codes in names of rows.
 SHORT = {"int": "sym"}
-
-
-def with_bits(method: str, parameters: Mapping[str, Any], bits: str) -> tuple[Mapping[str, Any], Width | None]:
-    """Return parameters and width of a method beside which bits are said: those of `quantize` are its parameters.
-
-    Args:
-        method: its name.
-        parameters: those that are given.
-        bits: as `Width.parse` takes them.
-
-    Raises:
-        PlanError: not bits, or parameters say other ones.
-    """
-    width = Width.parse(bits)
-    if method.lower() != Quantize.name:
-        return parameters, width
-    spelled = {"bits": True, "down": width.down, "codes": bits[0].isalpha(), "group": "g" in bits}
-    said = {each: getattr(width, each) for each, is_said in spelled.items() if is_said}
-    if twice := sorted(each for each in said if str(parameters.get(each, said[each])) != str(said[each])):
-        raise PlanError(f"--bits {bits}: parameters say {', '.join(twice)} in another way; say it once")
-    return {**parameters, **said}, None
 
 
 @register

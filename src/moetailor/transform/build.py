@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import nn
 
-from moetailor.answers import ANSWERS, SlotMap
+from moetailor.answers import ANSWERS, SlotMap, Width
 from moetailor.calibration.folder import Calibration
 from moetailor.checkpoint.anatomy import Anatomy
 from moetailor.checkpoint.experts import Experts, ExpertShape
@@ -163,13 +163,24 @@ def rounded_experts(view: LayerView, layer: LayerPlan, rebuilt: Tensors, roundin
                     matrices[name][row] = stack[layer.rebuilt.index(expert)]
             return matrices
 
-        rounded = quantized(view, slots, read, storages, dtype=dtype, rounding=rounding) if storages else {}
-        for name, codes in rounded.items():
-            found |= {f"{width.stem}_{name}{suffix}": part for suffix, part in storages[name].pack(codes).items()}
+        rounded = quantized(view, slots, read, storages, dtype=dtype, rounding=rounding) if storages else ()
+        # Packed at once: codes that wait take a byte for each weight, and several while they are packed.
+        found |= _joined(
+            width, ({n + s: part for n in c for s, part in storages[n].pack(c[n]).items()} for c in rounded)
+        )
         if plain := view.shape.tensors.keys() - storages.keys():
-            parts = [{name: read([place])[name].to(dtype) for name in plain} for place in range(len(experts))]
-            found |= {f"{width.stem}_{name}": torch.cat([part[name] for part in parts]) for name in plain}
+            every = (read([place]) for place in range(len(experts)))
+            found |= _joined(width, ({name: matrices[name].to(dtype) for name in plain} for matrices in every))
     return found
+
+
+def _joined(width: Width, parts: Iterable[Tensors]) -> Tensors:
+    """Return tensors of all experts of a width, of those of some after the other, under the names that they have."""
+    found: dict[str, list[torch.Tensor]] = {}
+    for part in parts:
+        for name, tensor in part.items():
+            found.setdefault(f"{width.stem}_{name}", []).append(tensor)
+    return {name: torch.cat(tensors) for name, tensors in found.items()}
 
 
 def stored_tensors(plan: Plan, layer: int, shape: ExpertShape, tensors: LayerTensors, dtype: str) -> Tensors:
