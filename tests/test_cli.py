@@ -97,7 +97,7 @@ def test_recover_trains_what_was_compressed(run, tmp_path: Path) -> None:
 
 
 def test_a_dry_run_reads_no_data_and_writes_nothing(run, tmp_path: Path) -> None:
-    data = ["--data", tmp_path / "no-such-file.jsonl"]
+    data = ["--data", tmp_path / "no-such-file.jsonl", "--length", "256"]
     words = ["compress", REFERENCE, "-o", tmp_path / "out", "--method", "reap", "--remove", "25%", "--dry-run", *data]
     code, _, err = run(*words)
     assert code == 0
@@ -153,6 +153,7 @@ def test_methods_are_listed_in_80_columns_and_shown_one_by_one(run) -> None:
 
 def test_a_method_is_found_however_it_is_capitalised(run, tmp_path: Path) -> None:
     words = ["compress", REFERENCE, "-o", tmp_path / "out", "--data", tmp_path / "no", "--dry-run"]
+    words += ["--length", "256"]
     code, _, err = run(*words, "--method", "Compressed_Experts")  # which may go without a budget
     assert code == 0, err
     assert "compressed_experts keeps" in err
