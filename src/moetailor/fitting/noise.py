@@ -106,12 +106,12 @@ class _Parts:
     @classmethod
     def of(cls, storages: Mapping[str, FewBits]) -> _Parts:
         gate, down = storages["up"], storages["down"]
-        gate_by, down_by = _measured(gate), _measured(down)
+        gate_by, down_by = measured_by(gate), measured_by(down)
         after = gate_by if type(gate) is type(down) else down_by
         return cls(gate=gate, gate_by=gate_by, down=down, down_by=down_by, down_after=after)
 
 
-def _measured(storage: FewBits) -> FewBits:
+def measured_by(storage: FewBits) -> FewBits:
     """Return the storage whose errors say what those of another one of its kind are."""
     return replace(storage, bits=min(storage.bits, WIDEST.get(type(storage), storage.bits)))
 

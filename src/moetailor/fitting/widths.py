@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 
 from moetailor.checkpoint.devices import in_batches
+from moetailor.checkpoint.experts import ExpertShape
 from moetailor.checkpoint.storage import Codes, FewBits
 from moetailor.fitting.gptq import Seen, gptq
 from moetailor.fitting.held_out import held_out
@@ -57,10 +58,20 @@ def quantized(
 
 def at_once(layer: LayerView) -> int:
     """Return how many experts are computed together, each step of all at once: the more, the fewer the steps."""
-    width, inner = layer.shape.width, layer.shape.intermediate
-    tokens = len(layer.sample.key) * layer.top_k // layer.num_experts + width
-    numbers = 4 * width**2 + 4 * inner**2 + 12 * width * inner + tokens * (width + 2 * inner)
-    return max(1, layer.experts.working_nbytes // (4 * numbers))
+    tokens = len(layer.sample.key) * layer.top_k // layer.num_experts
+    return max(1, layer.experts.working_nbytes // computed_nbytes(layer.shape, tokens))
+
+
+def computed_nbytes(shape: ExpertShape, tokens: float) -> int:
+    """Return the bytes that computing with one expert takes.
+
+    Args:
+        shape: what it is made of.
+        tokens: its sampled tokens, on average.
+    """
+    width, inner = shape.width, shape.intermediate
+    numbers = 4 * width**2 + 4 * inner**2 + 12 * width * inner + (tokens + width) * (width + 2 * inner)
+    return int(4 * numbers)
 
 
 @dataclass(frozen=True, kw_only=True)

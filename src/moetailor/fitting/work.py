@@ -7,7 +7,6 @@ O outputs and I inputs of a matrix, K codes of a table, V weights of a code.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 
 import torch
 
@@ -19,8 +18,9 @@ from moetailor.fitting import tokens as joined
 from moetailor.fitting.gptq import BLOCK
 from moetailor.fitting.held_out import EVERY, FOLDS
 from moetailor.fitting.linear_maps import ENOUGH, SCARCE
-from moetailor.fitting.noise import WIDEST
+from moetailor.fitting.noise import measured_by
 from moetailor.fitting.reduced_rank import EXACT, ITERATIONS, OVERSAMPLING
+from moetailor.fitting.widths import computed_nbytes
 from moetailor.planning.work import LayerSize, Work
 
 # Operations of a group's search for scales, of one code, and of handing on one input, and how often numbers are gone
@@ -169,7 +169,7 @@ def of_noise(layer: LayerSize, widths: Sequence[Width]) -> Work:
     """Return the work of pricing an expert in some widths, see `noise.held_out_errors`."""
     halves: dict[FewBits, dict[FewBits, None]] = {}
     for storages in (width.storages(layer.shape) for width in widths):
-        gate, down = (_measured(storages[name]) for name in ("up", "down"))
+        gate, down = (measured_by(storages[name]) for name in ("up", "down"))
         halves.setdefault(gate, {})
         halves.setdefault(gate if type(storages["up"]) is type(storages["down"]) else down, {})[down] = None
     judged = fitted_tokens(layer) / EVERY
@@ -183,10 +183,6 @@ def of_noise(layer: LayerSize, widths: Sequence[Width]) -> Work:
     )
 
 
-def _measured(storage: FewBits) -> FewBits:
-    return replace(storage, bits=min(storage.bits, WIDEST.get(type(storage), storage.bits)))
-
-
 def of_width(layer: LayerSize, width: Width) -> Work:
     """Return the work of rounding an expert to a width by GPTQ, see `widths.quantized`."""
     storages = width.storages(layer.shape)
@@ -195,9 +191,7 @@ def of_width(layer: LayerSize, width: Width) -> Work:
 
 def batch_of(layer: LayerSize) -> tuple[int, int]:
     """Return how many experts are rounded together, as `widths.at_once` has it, and the bytes that they take."""
-    width, inner = layer.shape.width, layer.shape.intermediate
-    tokens = layer.tokens + width
-    nbytes = int(4 * (4 * width**2 + 4 * inner**2 + 12 * width * inner + tokens * (width + 2 * inner)))
+    nbytes = computed_nbytes(layer.shape, layer.tokens)
     room = working_nbytes(torch.zeros(0).device)
     count = max(1, min(room // nbytes, layer.experts))
     return count, count * nbytes
