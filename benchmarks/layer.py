@@ -1,9 +1,10 @@
 """What choosing, rounding, merging and fitting cost on one layer with the shapes of a known model, random weights.
 
-Each method plans and builds in a process of its own. Beside its seconds stands what its matrix products alone would
-take at the float32 rate of this machine, measured in the same process on products of the layer's own shapes, and the
-peak of its memory (VmHWM). Products are counted by torch as they run; factorisations are not counted. The share is that
-of processor seconds, of all threads, so that other work on the machine does not count; on a GPU that of wall time.
+Each method plans and builds twice in a process of its own: first counted, then timed. Beside its seconds stands what
+its matrix products alone would take at the float32 rate of this machine, measured in the same process on products of
+the layer's own shapes, and the peak of its memory (VmHWM). Products are counted by torch as they run; factorisations
+are not counted. The share is that of processor seconds, of all threads, so that other work on the machine does not
+count; on a GPU that of wall time.
 """
 
 from __future__ import annotations
@@ -124,10 +125,10 @@ def measure(name: str, folder: Path, tokens: int, shape: str, device: str) -> di
 
     warnings.simplefilter("ignore", moetailor.MoetailorWarning)
     method = moetailor.METHODS[CASES[name][0]].of(CASES[name][1])
-    layer = layer_view(folder, tokens, shape, device)
     counter, rate = FlopCounterMode(display=False), matrix_rate(shape, device)
 
     def run() -> tuple[float, float, float]:
+        layer = layer_view(folder, tokens, shape, device)
         began = now(device)
         plan = method.plan(layer, layer.num_experts // 2)
         planned = now(device)
@@ -135,15 +136,15 @@ def measure(name: str, folder: Path, tokens: int, shape: str, device: str) -> di
         rounded_experts(
             layer, plan, {name: given[name] for name in given if name in layer.shape.tensors}, method.rounding
         )
+        layer.close()
         return began, planned, now(device)
 
     with torch.no_grad():
-        start = busy(device)
+        # Counting takes as long as small steps do, so it has a run of its own, in which libraries start, too.
         with counter:
-            began, planned, built = run()
-        if device != "cpu":  # counting takes as long as launching, and libraries start at their first use
-            start = busy(device)
-            began, planned, built = run()
+            run()
+        start = busy(device)
+        began, planned, built = run()
         spent = busy(device) - start
     rate = max(rate, matrix_rate(shape, device))
     return {
