@@ -175,26 +175,34 @@ def _bits(sums: Sums, mean: int) -> torch.Tensor:
 
 
 def _rounded(module: Any, bits: torch.Tensor) -> Instead:
-    """Let each expert run with its matrices rounded to its bits."""
-    experts, matrices = Experts(module), {}
-    for name, stack in experts.matrices().items():
-        matrices[name] = stack.clone()
-        for each in bits.unique().tolist() if name in experts.shape.matrices else ():
-            storage, some = Integers(bits=each, group=GROUP, symmetric=False), stack[bits == each]
-            matrices[name][bits == each] = storage.numbers(storage.nearest(some, some.dtype), some.shape[-1])
-    rounded = experts.packed(matrices)
+    """Let each expert run with its matrices rounded to its bits: a copy of the layer's, one expert after the other."""
+    experts = Experts(module)
+    rounded = {name: rows.detach().clone() for name, rows in experts.rows(slice(None)).items()}
+    with _swapped(module, rounded):
+        matrices = [experts.matrices()[name] for name in experts.shape.matrices]  # views of the copy
+    for stack in matrices:
+        for own, each in zip(stack.split(1), bits.tolist(), strict=True):
+            storage = Integers(bits=each, group=GROUP, symmetric=False)
+            own.copy_(storage.numbers(storage.nearest(own, own.dtype), own.shape[-1]))
 
     def give(inner: Any, hidden_TD: torch.Tensor, index_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
-        own = {name: getattr(module, name).data for name in rounded}
-        for name, tensor in rounded.items():
-            getattr(module, name).data = tensor
-        try:
+        with _swapped(module, rounded):
             return inner(hidden_TD, index_TK, weight_TK)
-        finally:
-            for name, tensor in own.items():
-                getattr(module, name).data = tensor
 
     return give
+
+
+@contextmanager
+def _swapped(module: Any, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Put other tensors in place of parameters while the context lasts."""
+    own = {name: getattr(module, name).data for name in tensors}
+    try:
+        for name, tensor in tensors.items():
+            getattr(module, name).data = tensor
+        yield
+    finally:
+        for name, tensor in own.items():
+            getattr(module, name).data = tensor
 
 
 @contextmanager

@@ -138,7 +138,7 @@ def of_calibration(
         # Three streams for each layer alone, three for all together, and the original's
         streams = (3 * len(moe) + 4) * min(TOKENS, run.tokens) * cost.width * run.width
         predicted = run.length * cost.vocabulary * 4
-        held = 3 * cost.largest.routed_all * run.width + predicted + 5 * min(PREDICTIONS * 4, predicted)
+        held = cost.largest.routed_all * run.width + predicted + 5 * min(PREDICTIONS * 4, predicted)
         held += 0 if on_disk else streams
         work += _sensitivities(run)
     held = max(held, 2 * max(layers, default=0) + (0 if on_disk else run.states))
