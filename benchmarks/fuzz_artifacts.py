@@ -36,7 +36,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 
 import moetailor
 from measure import REFERENCE
-from moetailor.checkpoint.loader import quiet_transformers
+from moetailor.checkpoint.quiet import quiet_transformers
 from moetailor_cli import app
 
 TEXT = ("--sequences", 2, "--length", 24, "--batch-size", 1)

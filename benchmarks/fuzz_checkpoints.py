@@ -40,7 +40,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 import moetailor
 from measure import ROOT
 from moetailor.checkpoint.folder import INDEX, SINGLE
-from moetailor.checkpoint.loader import quiet_transformers
+from moetailor.checkpoint.quiet import quiet_transformers
 from moetailor_cli import app
 
 sys.path.append(str(ROOT / "tests"))

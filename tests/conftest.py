@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import moetailor
-from moetailor.checkpoint.loader import quiet_transformers
+from moetailor.checkpoint.quiet import quiet_transformers
 from moetailor_cli.app import main
 from support.families import tiny_model
 from support.source import lengths

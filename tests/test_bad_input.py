@@ -27,8 +27,8 @@ from moetailor.answers import ANSWERS, Constant
 from moetailor.calibration.finite import check_weights
 from moetailor.checkpoint.anatomy import discover
 from moetailor.checkpoint.files import INDEX, SINGLE, open_checkpoint
-from moetailor.checkpoint.loader import quiet_transformers
 from moetailor.checkpoint.original import Original
+from moetailor.checkpoint.quiet import quiet_transformers
 from moetailor.errors import CheckpointError
 from moetailor_cli import app
 from support.families import REFUSED, tiny_config, tiny_model

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import moetailor
-from moetailor.checkpoint.loader import quiet_transformers
 from moetailor.checkpoint.original import Original
+from moetailor.checkpoint.quiet import quiet_transformers
 from moetailor.errors import CheckpointError, PlanError
 from moetailor.methods.estimate import estimate_plan
 from moetailor.methods.registry import find_method

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import moetailor
 from moetailor.checkpoint.files import open_checkpoint
-from moetailor.checkpoint.loader import quiet_transformers
+from moetailor.checkpoint.quiet import quiet_transformers
 from moetailor.planning.budget import Budget
 from moetailor.recovery.examples import Blocks
 from moetailor.recovery.recover import check_teacher

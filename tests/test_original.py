@@ -19,9 +19,9 @@ from moetailor.checkpoint import original as original_module
 from moetailor.checkpoint.family import UNQUANTIZED
 from moetailor.checkpoint.files import DTYPE_NAMES, Checkpoint, TensorInfo, open_checkpoint
 from moetailor.checkpoint.folder import INDEX, SINGLE
-from moetailor.checkpoint.loader import quiet_transformers
 from moetailor.checkpoint.models import resolve_dtype
 from moetailor.checkpoint.original import Original
+from moetailor.checkpoint.quiet import quiet_transformers
 from moetailor.errors import CheckpointError
 from support.families import tiny_model
 from support.tiny import token_batches

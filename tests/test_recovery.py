@@ -20,8 +20,8 @@ from transformers import TrainerCallback
 import moetailor
 from moetailor.checkpoint.anatomy import discover
 from moetailor.checkpoint.files import SINGLE, Checkpoint, open_checkpoint
-from moetailor.checkpoint.loader import quiet_transformers
 from moetailor.checkpoint.lock import claimed
+from moetailor.checkpoint.quiet import quiet_transformers
 from moetailor.errors import MoetailorError
 from moetailor.recovery.examples import IGNORED
 from moetailor.recovery.folder import begin_training, check_training

@@ -9,7 +9,7 @@ import torch
 
 import moetailor
 from moetailor.checkpoint.anatomy import discover
-from moetailor.checkpoint.loader import quiet_transformers
+from moetailor.checkpoint.quiet import quiet_transformers
 from moetailor.evaluation.search import with_slots
 from moetailor.planning.budget import Budget
 from support.tiny import IDS, load

@@ -14,7 +14,7 @@ from moetailor.answers import Answer, Borrowed, Constant, Keep, Linear, LowRank,
 from moetailor.checkpoint.anatomy import discover
 from moetailor.checkpoint.experts import Experts
 from moetailor.checkpoint.files import open_checkpoint
-from moetailor.checkpoint.loader import quiet_transformers
+from moetailor.checkpoint.quiet import quiet_transformers
 from moetailor.planning.checks import check_plan
 from moetailor.planning.layer_plan import LayerPlan
 from moetailor.runtime.reshape import LayerChange, reshape_model

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import moetailor
 from moetailor.answers import Constant, Linear
 from moetailor.checkpoint.files import open_checkpoint
-from moetailor.checkpoint.loader import quiet_transformers
+from moetailor.checkpoint.quiet import quiet_transformers
 from moetailor.planning.budget import Budget
 from moetailor.planning.layer_plan import LayerPlan
 from moetailor.recovery.result import write_recovered

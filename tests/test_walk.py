@@ -1,5 +1,6 @@
 """The walk: streams of hidden states through layers that are loaded one at a time, against the model's own forward."""
 
+import os
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -184,3 +185,24 @@ def test_progress_counts_the_batches_of_the_first_stream(source: PartlyLoaded) -
         walk.advance(other)
         walk.advance(original)
     assert calls == [(done, 3 * LAYERS) for done in range(1, 3 * LAYERS + 1)]
+
+
+def test_while_a_layer_runs_the_next_one_is_read_from_the_disk(
+    checkpoint: Get, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Original(checkpoint(FAMILY)).streamed(dtype=torch.float32)
+    asked: set[tuple[int, int]] = set()
+    monkeypatch.setattr(
+        os, "posix_fadvise", lambda file, offset, nbytes, advice: asked.add((offset, nbytes)), raising=False
+    )
+    # The checkpoint is one file, so an offset says which tensor is meant.
+    of_layer = [
+        {(info.offset, info.nbytes) for name, info in source.checkpoint.tensors.items() if f".layers.{index}." in name}
+        for index in range(LAYERS)
+    ]
+    walk = Walk(source, BATCHES)
+    stream = walk.begin()
+    for index in walk.layers():
+        assert asked == (of_layer[index + 1] if index + 1 < LAYERS else set())
+        asked.clear()
+        walk.advance(stream)

@@ -12,7 +12,7 @@ from moetailor.answers import Constant, low_rank
 from moetailor.checkpoint.anatomy import MoELayer
 from moetailor.checkpoint.experts import Experts
 from moetailor.checkpoint.files import open_checkpoint
-from moetailor.checkpoint.loader import quiet_transformers
+from moetailor.checkpoint.quiet import quiet_transformers
 from support import naive
 from support.tiny import IDS, Get, GetCalibration, anatomy_of, eager, every_family, load, logits
 

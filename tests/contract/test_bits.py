@@ -13,7 +13,7 @@ import moetailor
 from moetailor.answers import Keep, Remap, Width
 from moetailor.checkpoint.experts import Experts
 from moetailor.checkpoint.files import open_checkpoint
-from moetailor.checkpoint.loader import quiet_transformers
+from moetailor.checkpoint.quiet import quiet_transformers
 from moetailor.methods.registry import with_bits
 from moetailor.planning.layer_plan import LayerPlan
 from moetailor.summary import summarise

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import moetailor
 from moetailor.answers import Width
 from moetailor.checkpoint.files import open_checkpoint
-from moetailor.checkpoint.loader import quiet_transformers
 from moetailor.checkpoint.original import Original
+from moetailor.checkpoint.quiet import quiet_transformers
 from moetailor.errors import CheckpointError
 from moetailor.summary import summarise
 from moetailor.transform.formats import FORMATS

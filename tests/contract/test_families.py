@@ -18,9 +18,9 @@ from moetailor.checkpoint.anatomy import Anatomy, discover, tensors_of
 from moetailor.checkpoint.experts import Experts
 from moetailor.checkpoint.files import open_checkpoint
 from moetailor.checkpoint.layout import find_stacks
-from moetailor.checkpoint.loader import quiet_transformers
 from moetailor.checkpoint.names import memory_names
 from moetailor.checkpoint.original import Original
+from moetailor.checkpoint.quiet import quiet_transformers
 from moetailor.planning.layer_plan import LayerPlan
 from moetailor.runtime.experts import CompressedExperts
 from moetailor.runtime.reshape import LayerChange, reshape_model

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 import moetailor
 from moetailor.checkpoint.folder import SINGLE
-from moetailor.checkpoint.loader import quiet_transformers
 from moetailor.checkpoint.original import Original
+from moetailor.checkpoint.quiet import quiet_transformers
 from moetailor.errors import CheckpointError
 from support.families import tiny_model
 from support.tiny import token_batches

@@ -12,7 +12,7 @@ import torch
 import moetailor
 from moetailor.answers import ANSWERS
 from moetailor.checkpoint.files import open_checkpoint
-from moetailor.checkpoint.loader import quiet_transformers
+from moetailor.checkpoint.quiet import quiet_transformers
 from moetailor.checkpoint.storage import STORAGES
 from moetailor.checkpoint.storage.storage import register_storage
 from moetailor.comparison.results import letters

@@ -18,8 +18,8 @@ import moetailor
 from moetailor.answers import WHOLE, Width
 from moetailor.checkpoint.anatomy import Anatomy
 from moetailor.checkpoint.files import open_checkpoint
-from moetailor.checkpoint.loader import quiet_transformers
 from moetailor.checkpoint.original import Original
+from moetailor.checkpoint.quiet import quiet_transformers
 from moetailor.errors import PlanError
 from moetailor.planning.plan import Plan
 from moetailor.summary import summarise

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 import moetailor
 from moetailor.answers import Constant, Drop, Keep, Linear, Remap
 from moetailor.checkpoint.anatomy import Anatomy, discover, tensors_of
-from moetailor.checkpoint.loader import quiet_transformers
+from moetailor.checkpoint.quiet import quiet_transformers
 from moetailor.checkpoint.weights import ExpertWeights
 from moetailor.methods.run import view_of
 from moetailor.planning.layer_plan import LayerPlan

@@ -25,6 +25,9 @@ class PartlyLoaded(Protocol):
     def loaded(self, *paths: str) -> Any:
         """Return a context in which the modules at `paths` have their weights."""
 
+    def read_ahead(self, path: str) -> None:
+        """Begin to read the module at a path, which is loaded next."""
+
 
 class ResidentModel:
     """A model that is in memory as a whole, on one device or spread by a device map."""
@@ -36,6 +39,9 @@ class ResidentModel:
     def loaded(self, *paths: str) -> Iterator[nn.Module]:
         """Give the model; everything is there already."""
         yield self.model
+
+    def read_ahead(self, path: str) -> None:
+        """Do nothing."""
 
 
 # From what the last decoder layer gives for some tokens, [B, C, D], to logits, [B, C, V].

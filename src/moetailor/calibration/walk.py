@@ -109,6 +109,8 @@ class Walk:
         for index in range(self._streams[0].layer, self._stop):
             self._index = index
             with self._source.loaded(*map(self._runner.path_of, sorted({index, *beside.get(index, ())}))):
+                if index + 1 < self._stop:
+                    self._source.read_ahead(self._runner.path_of(index + 1))
                 yield index
             for stream in self._streams:
                 stream.forget(index)

@@ -21,8 +21,8 @@ from moetailor.checkpoint.artifact import write_json
 from moetailor.checkpoint.coded import ways_in
 from moetailor.checkpoint.files import TensorInfo
 from moetailor.checkpoint.folder import CONFIG
-from moetailor.checkpoint.loader import quiet_transformers
 from moetailor.checkpoint.lock import scratch
+from moetailor.checkpoint.quiet import quiet_transformers
 from moetailor.checkpoint.storage import READERS
 from moetailor.errors import CheckpointError, reason_of
 

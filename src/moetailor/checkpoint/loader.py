@@ -14,12 +14,12 @@ from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
-from transformers.utils import logging as transformers_logging
 
 from moetailor.checkpoint.anatomy import tensors_of
 from moetailor.checkpoint.coded import Coded
 from moetailor.checkpoint.files import DTYPES, Checkpoint, LazyTensor, TensorInfo
 from moetailor.checkpoint.names import placed
+from moetailor.checkpoint.quiet import quiet_transformers
 from moetailor.errors import CheckpointError
 
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
@@ -107,16 +107,20 @@ class StreamedModel:
             for path in paths:
                 self.model.get_submodule(path).to("meta")
 
+    def read_ahead(self, path: str) -> None:
+        """Let the system read the module at a path from the disk, which is to be loaded next."""
+        for keys in self._keys_of(path).values():
+            for key in keys:
+                for info in self.checkpoint.numbers[key].stored:
+                    info.read_ahead()
+
     def load(self, path: str) -> None:
         """Load the module at a path, which stays in memory.
 
         Raises:
             CheckpointError: see `loaded`.
         """
-        by_target: dict[str, list[str]] = defaultdict(list)
-        for key, name in self.names.items():
-            if name == path or name.startswith(path + "."):
-                by_target[name].append(key)
+        by_target = self._keys_of(path)
         # Stacking experts holds three copies of a parameter for a moment: one such parameter at a time, largest first.
         stacked = [keys for keys in by_target.values() if len(keys) > 1]
         for keys in sorted(stacked, key=lambda keys: -sum(self.checkpoint.numbers[key].nbytes for key in keys)):
@@ -156,6 +160,14 @@ class StreamedModel:
         finally:
             for name, parameter in whole.items():
                 setattr(module, name, parameter)
+
+    def _keys_of(self, path: str) -> dict[str, list[str]]:
+        """Return the names on disk of the tensors of the module at a path, by their names in memory."""
+        by_target: dict[str, list[str]] = defaultdict(list)
+        for key, name in self.names.items():
+            if name == path or name.startswith(path + "."):
+                by_target[name].append(key)
+        return by_target
 
     def _load_tied(self, name: str, other: str) -> None:
         """Give a tensor the numbers of another one, which is loaded for it where it is not loaded already."""
@@ -227,21 +239,6 @@ class StreamedModel:
                 setattr(part, name, nn.Parameter(empty) if isinstance(tensor, nn.Parameter) else empty)
             if fresh:
                 self.model._init_weights(part)
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Keep transformers from printing progress bars and load reports of its own."""
-    level = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
 
 
 class _Numberless:

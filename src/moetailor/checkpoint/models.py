@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from moetailor.checkpoint.files import DTYPES, Checkpoint, LazyTensor
-from moetailor.checkpoint.loader import quiet_transformers
+from moetailor.checkpoint.quiet import quiet_transformers
 from moetailor.errors import CheckpointError, MoetailorError, did_you_mean, reason_of
 
 DTYPE_CHOICES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

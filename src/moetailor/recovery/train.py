@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerState
 
-from moetailor.checkpoint.loader import quiet_transformers
+from moetailor.checkpoint.quiet import quiet_transformers
 from moetailor.errors import MoetailorError, reason_of
 from moetailor.progress import Progress
 from moetailor.recovery.examples import Blocks
