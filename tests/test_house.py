@@ -36,6 +36,8 @@ ORDER = (
     "summary",
     "pipeline",
     "estimates",
+    "serving",
+    "fit",
 )
 """What lies in src/moetailor, down the flow: each imports only from those before it."""
 

@@ -20,16 +20,18 @@ from typer.core import TyperCommand
 from moetailor_cli import output
 from moetailor_cli.apply import apply, compress
 from moetailor_cli.compare import compare
+from moetailor_cli.fit import fit
 from moetailor_cli.measure import calibrate, evaluate, inspect
 from moetailor_cli.methods import methods
 from moetailor_cli.plan import allocate, diff, plan, show
 from moetailor_cli.recover import recover
 from moetailor_cli.report import report
+from moetailor_cli.serve import serve
 
 app = typer.Typer(
     name="moetailor",
     help="Make Mixture-of-Experts language models fit: one calibration, any method, any budget.",
-    epilog="Start with: moetailor compress MODEL -o OUT --data FILE --method mone --remove 25%",
+    epilog="Start with: moetailor fit MODEL --memory 24GB",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -38,7 +40,8 @@ app = typer.Typer(
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 # Their exit codes; typer makes that of Ctrl-C.
 STOPPED = tuple(128 + number for number in SIGNALS)
-VERBS = (inspect, calibrate, methods, plan, allocate, show, diff, apply, compress, evaluate, compare, report, recover)
+VERBS = (fit, inspect, calibrate, methods, plan, allocate, show, diff)
+VERBS += (apply, compress, evaluate, compare, report, recover, serve)
 
 
 class _Verb(TyperCommand):

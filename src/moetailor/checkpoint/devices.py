@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
+import psutil
 import torch
 
 from moetailor.errors import MoetailorError, reason_of
@@ -34,6 +35,13 @@ def resolve_device(name: str | None) -> str:
 def working_nbytes(device: torch.device) -> int:
     """Return the bytes that work done together may take on a device: 1 GiB, and a quarter of a GPU's free memory."""
     return torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else 2**30
+
+
+def free_nbytes(device: str) -> int:
+    """Return the bytes of memory that are free on a device."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
 
 
 def in_batches(items: Sequence[Item], at_once: int, work: Callable[[Sequence[Item]], Found]) -> Iterator[Found]:

@@ -1,0 +1,216 @@
+"""A model and a machine in, a result that its engine serves out: what fits is looked up, one of it is made, and judged.
+
+Looking needs config.json and headers alone. Making it is `compress` and `evaluate`, on text that comes with moetailor
+unless other text is given; a run that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from moetailor.answers import Width
+from moetailor.calibration.sampling import SampleOptions
+from moetailor.calibration.text import TextOptions
+from moetailor.checkpoint.devices import free_nbytes, resolve_device
+from moetailor.checkpoint.models import longest_sequence, resolve_dtype
+from moetailor.checkpoint.original import Original
+from moetailor.checkpoint.place import PLAN_FILE
+from moetailor.errors import MoetailorError
+from moetailor.estimates.estimate import Estimate, Host
+from moetailor.estimates.sizes import cost_of
+from moetailor.estimates.together import of_compression
+from moetailor.evaluation.evaluate import Scores, evaluate
+from moetailor.methods.method import Method
+from moetailor.methods.registry import find_method
+from moetailor.pipeline import compress
+from moetailor.planning.budget import Budget
+from moetailor.planning.plan import Plan
+from moetailor.progress import Stages
+from moetailor.serving import Choice, Engine, Offered, Room, offered
+from moetailor.words import nbytes
+
+TEXTS = Path(__file__).parent / "texts"
+# Text in five domains, made for the reference model, see the README beside it.
+CALIBRATION, HELD_OUT = TEXTS / "calibration.jsonl.gz", TEXTS / "heldout.jsonl.gz"
+# Tokens of a block where the model takes as many, and the context that must fit where nothing else is said.
+LENGTH, CONTEXT = 2048, 8192
+# Blocks that calibrate, and that judge.
+SEQUENCES, JUDGED = 128, 64
+# Share of the memory that is free beyond which a model does not go into it as a whole.
+WHOLE = 0.6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outlook:
+    """What a model can become on a machine.
+
+    Attributes:
+        engine: what shall serve it.
+        room: where the memory goes.
+        nbytes: bytes of the original's tensors.
+        offers: what it can become, the best first; what does not fit last.
+    """
+
+    engine: Engine
+    room: Room
+    nbytes: int
+    offers: tuple[Offered, ...]
+
+    @property
+    def fits_as_it_is(self) -> bool:
+        """Whether nothing has to be done."""
+        return self.nbytes <= self.room.weights
+
+    def chosen(self, number: int | None = None) -> Choice:
+        """Return the choice of a number, from 1 on; the best where none is given.
+
+        Raises:
+            MoetailorError: there is none, or it does not fit.
+        """
+        fitting = [offer.choice for offer in self.offers if offer.fits]
+        if not fitting:
+            sizes = [offer.nbytes for offer in self.offers if offer.nbytes]
+            whys = "; ".join(f"{offer.choice.name}: {offer.why}" for offer in self.offers)
+            least = f"the least for {self.engine.name} is {nbytes(min(sizes))}" if sizes else whys
+            told = f"weights may take {nbytes(self.room.weights)}, and {least}"
+            raise MoetailorError(f"{told}; give more --memory, less --context, or another --engine")
+        if number is not None and not 1 <= number <= len(fitting):
+            raise MoetailorError(
+                f"--choice {number}: there are {len(fitting)} that fit; name one of 1 to {len(fitting)}"
+            )
+        return fitting[(number or 1) - 1]
+
+    def to_json(self) -> dict:
+        """Return it as JSON values."""
+        return {
+            "format": "moetailor-outlook",
+            "version": 1,
+            "engine": self.engine.name,
+            "original_bytes": self.nbytes,
+            "fits_as_it_is": self.fits_as_it_is,
+            "room": asdict(self.room) | {"weights": self.room.weights},
+            "choices": [offer.to_json() for offer in self.offers],
+        }
+
+
+def look(original: Original, *, memory: int, engine: Engine, context: int | None = None) -> Outlook:
+    """Say what a model can become to be served in some memory; no weights are read.
+
+    Args:
+        original: the model; headers are enough.
+        memory: bytes that the engine may take, for weights, cache and itself.
+        engine: which.
+        context: tokens of the one sequence whose keys and values must fit; 8,192, or what the model takes at most, when
+            None.
+
+    Raises:
+        MoetailorError: nothing is left for weights, or the model takes no such context.
+    """
+    longest = longest_sequence(original.plain_config)
+    if context is not None and longest is not None and context > longest:
+        raise MoetailorError(f"--context {context:,}: the model takes {longest:,} tokens at most")
+    room = engine.room(original, memory, context or min(CONTEXT, longest or CONTEXT))
+    offers = offered(engine.choices(original.facts), original.facts, room.weights)
+    return Outlook(engine=engine, room=room, nbytes=original.facts.nbytes, offers=tuple(offers))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A choice to be made true.
+
+    Attributes:
+        choice: which.
+        room: where the memory goes.
+        data: calibration text, as `TextOptions` takes it.
+        held_out: text to measure on.
+        device: where models run.
+        dtype: dtype of the runs.
+    """
+
+    choice: Choice
+    room: Room
+    data: tuple[str, ...] = (str(CALIBRATION),)
+    held_out: tuple[str, ...] = (str(HELD_OUT),)
+    device: str | None = None
+    dtype: str | None = None
+
+    @property
+    def method(self) -> Method:
+        """The method with its parameters."""
+        return find_method(self.choice.method).of(self.choice.parameters)
+
+    @property
+    def budget(self) -> Budget:
+        """What is left for weights; a method that takes one width for all has no say in that."""
+        whole = self.method.keeps_all and not self.method.decides_counts
+        return Budget.parse(remove="0%") if whole else Budget(size=self.room.weights)
+
+    @property
+    def width(self) -> Width | None:
+        """The width of what stays."""
+        return None if self.choice.bits is None else Width.parse(self.choice.bits)
+
+    def text(self, original: Original, data: tuple[str, ...], sequences: int, batch_size: int) -> TextOptions:
+        """Return some text in blocks that the model takes."""
+        length = min(LENGTH, longest_sequence(original.plain_config) or LENGTH)
+        return TextOptions(data=data, length=length, sequences=sequences, batch_size=batch_size)
+
+    def streams(self, original: Original) -> bool:
+        """Say whether the model must run a layer at a time, since it does not go whole into the memory that is free."""
+        device = resolve_device(self.device)
+        itemsize = resolve_dtype(self.dtype, device, original.checkpoint).itemsize
+        return cost_of(original).numbers * itemsize > WHOLE * free_nbytes(device)
+
+    def made(self, out: Path) -> Plan | None:
+        """Return the plan of a result that is what this makes, where there is one."""
+        if not (out / PLAN_FILE).is_file():
+            return None
+        plan = Plan.load(out / PLAN_FILE)
+        widths = {width for layer in plan.layers.values() for width in layer.widths.values()}
+        wanted = (self.method.name, dict(self.method.parameters), str(self.budget))
+        same = (plan.method, dict(plan.parameters), plan.budget) == wanted
+        return plan if same and (self.width is None or widths == {self.width}) else None
+
+
+def foretold(host: Host, original: Original, job: Job) -> Estimate:
+    """Return what making it will take; the text that is there may end sooner."""
+    given = {"budget": job.budget, "text": job.text(original, job.data, SEQUENCES, 4), "format": job.choice.format}
+    given |= {"layers": None, "protect": (), "allocation": "uniform", "width": job.width}
+    run = {"stream": job.streams(original), "dtype": job.dtype, "sample": SampleOptions()}
+    return of_compression(host, original, job.method, given, calibration=None, **run)
+
+
+def fit(
+    original: Original, out: Path, job: Job, *, overwrite: bool = False, progress: Stages | None = None
+) -> tuple[Plan, Scores]:
+    """Calibrate, plan and write, unless that was done, and measure the result on text that it was not made with.
+
+    Args:
+        original: the model.
+        out: folder of the result; the calibration is in ``OUT.calibration``.
+        job: what it becomes.
+        overwrite: replace an earlier result.
+        progress: called with (stage, done, in all).
+
+    Raises:
+        MoetailorError: see `compress` and `evaluate`.
+    """
+    run: dict[str, Any] = {"device": job.device, "dtype": job.dtype, "stream": job.streams(original)}
+    run |= {"trust_remote_code": original.trust_remote_code, "progress": progress}
+    plan = None if overwrite else job.made(out)
+    if plan is None:
+        _, plan = compress(
+            original.source,
+            out,
+            text=job.text(original, job.data, SEQUENCES, 4),
+            method=job.method.name,
+            parameters=job.method.parameters,
+            budget=job.budget,
+            width=job.width,
+            format=job.choice.format,
+            overwrite=overwrite,
+            **run,
+        )
+    return plan, evaluate(out, original.source, text=job.text(original, job.held_out, JUDGED, 1), **run)

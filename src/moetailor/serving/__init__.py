@@ -1,0 +1,7 @@
+"""From a model and a machine to a result that its engine serves."""
+
+from moetailor.serving import engines as engines
+from moetailor.serving.choices import Choice, Offered, offered
+from moetailor.serving.engine import ENGINES, HOST, PORT, Engine, Room, find_engine
+
+__all__ = ["ENGINES", "HOST", "PORT", "Choice", "Engine", "Offered", "Room", "find_engine", "offered"]

@@ -1,0 +1,152 @@
+"""What a model can become to fit an engine and its memory: a few choices, each with its bytes and what it should cost.
+
+Nothing is measured for that: config.json and headers are enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from math import exp, log, prod
+from typing import Any
+
+from moetailor.answers import Width
+from moetailor.checkpoint.facts import ModelFacts
+from moetailor.errors import PlanError, TooSmallError
+from moetailor.methods.estimate import estimate_plan
+from moetailor.methods.registry import find_method
+from moetailor.planning.budget import Budget
+from moetailor.planning.plan import Plan
+
+# KL in nats a token by the bits that a weight of an expert has on average, as measured on the reference model (commit
+# 3f77e0d, docs/bits.md): what each kind of choice may be expected to cost before anything is known of a model.
+RULES: dict[str, dict[float, float]] = {
+    "mixed": {10.8: 5e-6, 7.6: 2e-5, 5.5: 8e-5, 4.5: 2e-4, 3.5: 5e-4, 2.6: 2.2e-3, 1.6: 1.4e-2, 0.7: 0.21, 0.3: 0.8},
+    "by layer": {10.2: 1.5e-5, 6.2: 2e-4, 5.5: 4.5e-4, 4.5: 1.6e-3, 3.5: 6.2e-3, 2.4: 3e-2, 2.2: 4e-2},
+    "one width": {8.2: 3e-5, 6.2: 2e-4, 5.2: 6e-4, 4.2: 2.1e-3, 3.2: 7.8e-3, 2.2: 3.8e-2},
+    "fewer experts": {10.5: 1.8e-2, 7.5: 0.1, 5.5: 0.22, 4.5: 0.3, 3.5: 0.43, 2.5: 0.64},
+    "fewer in 4 bits": {4.2: 2.1e-3, 3.4: 5e-3, 2.5: 4e-2, 1.5: 0.19, 0.6: 0.64},
+}
+# How much of the model's behaviour a KL leaves, in words.
+GRADES = {1e-3: "hardly noticed", 1e-2: "small", 5e-2: "noticed", 0.2: "large", float("inf"): "severe"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """One way to make a model fit.
+
+    Attributes:
+        name: what it is, in a few words.
+        method: the method.
+        parameters: those of the method.
+        bits: the width of what stays of experts, as ``--bits``; as it lies when None.
+        format: the form of the result.
+        rule: by which of `RULES` its cost is guessed.
+        loads: where the result loads.
+    """
+
+    name: str
+    method: str
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    bits: str | None = None
+    format: str = "auto"
+    rule: str = "mixed"
+    loads: str = ""
+
+    def estimate(self, facts: ModelFacts, room: int) -> Plan:
+        """Return what is known of its plan without data.
+
+        Raises:
+            PlanError: it cannot be so small, or there is nothing to do.
+        """
+        width = None if self.bits is None else Width.parse(self.bits)
+        method = find_method(self.method).of(self.parameters)
+        budget = Budget(size=room) if method.decides_counts or method.removes else Budget.parse(remove="0%")
+        plan = estimate_plan(facts, method, budget, width=width)
+        if plan.nbytes > room:
+            raise TooSmallError(f"takes {plan.nbytes:,} bytes", plan.nbytes)
+        if (
+            method.removes
+            and not method.keeps_all
+            and all(len(each.pool) == len(each.slots) for each in plan.layers.values())
+        ):
+            raise PlanError("nothing is left to remove")
+        return plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Offered:
+    """A choice for one model and one size.
+
+    Attributes:
+        choice: which.
+        nbytes: bytes of its tensors, at most; the fewest that it can have where it does not fit.
+        fits: whether it does.
+        expected: KL in nats a token that it may cost by rule; None where it does not fit.
+        why: why it does not fit; empty where it does.
+    """
+
+    choice: Choice
+    nbytes: int
+    fits: bool
+    expected: float | None = None
+    why: str = ""
+
+    @property
+    def grade(self) -> str:
+        """What that means, in words."""
+        assert self.expected is not None
+        return next(words for limit, words in GRADES.items() if self.expected < limit)
+
+    def to_json(self) -> dict:
+        """Return it as JSON values."""
+        return asdict(self) | ({"grade": self.grade} if self.fits else {})
+
+
+def offered(choices: Sequence[Choice], facts: ModelFacts, room: int) -> list[Offered]:
+    """Return choices with what they would take: those that fit first, what should cost least before the others.
+
+    Args:
+        choices: which.
+        facts: the model.
+        room: bytes that its tensors may take.
+    """
+    found = []
+    for choice in choices:
+        try:
+            plan = choice.estimate(facts, room)
+        except TooSmallError as error:
+            found.append(Offered(choice=choice, nbytes=error.least, fits=False, why="cannot be so small"))
+        except PlanError as error:
+            found.append(Offered(choice=choice, nbytes=0, fits=False, why=str(error)))
+        else:
+            # A method that fills a size is estimated by whole experts, and takes what is left, too.
+            nbytes = room if find_method(choice.method).of(choice.parameters).decides_counts else plan.nbytes
+            nbytes = min(nbytes, facts.nbytes)
+            expected = expected_of(choice.rule, bits_of(facts, nbytes))
+            found.append(Offered(choice=choice, nbytes=nbytes, fits=True, expected=expected))
+    return sorted(found, key=lambda offer: (not offer.fits, offer.expected or 0.0))
+
+
+def bits_of(facts: ModelFacts, nbytes: int) -> float:
+    """Return the bits that a weight of an expert has on average where all else stays as it lies.
+
+    Args:
+        facts: the model.
+        nbytes: bytes of all tensors.
+    """
+    run = [(stack, stack.shape) for stack in facts.stacks if stack.shape is not None]
+    numbers = sum(stack.num_experts * sum(map(prod, shape.tensors.values())) for stack, shape in run)
+    experts = sum(stack.num_experts * stack.expert_bytes for stack, _ in run)
+    return 8 * max(nbytes - (facts.nbytes - experts), 0) / max(numbers, 1)
+
+
+def expected_of(rule: str, bits: float) -> float:
+    """Return the KL that a rule says for some bits, between its points by their logarithms, beyond them as the last."""
+    points = sorted(RULES[rule].items())
+    for (low, worse), (high, better) in pairwise(points):
+        if bits <= high:
+            part = (max(bits, low) - low) / (high - low)
+            return exp(log(worse) * (1 - part) + log(better) * part)
+    return points[-1][1]

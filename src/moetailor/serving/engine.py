@@ -1,0 +1,134 @@
+"""What an engine declares: the memory that it leaves to weights, what it loads, and how it is started."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+from moetailor.checkpoint.facts import ModelFacts
+from moetailor.checkpoint.original import Original
+from moetailor.errors import MoetailorError, did_you_mean
+from moetailor.serving.choices import Choice
+from moetailor.serving.needs import cache_nbytes
+
+ENGINES: dict[str, Engine] = {}
+HOST, PORT = "127.0.0.1", 8000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Room:
+    """Where the memory of a served model goes.
+
+    Attributes:
+        memory: bytes in all.
+        cache: bytes of the keys and values of one sequence.
+        overhead: bytes that the engine takes for itself.
+        context: tokens of the sequence.
+    """
+
+    memory: int
+    cache: int
+    overhead: int
+    context: int
+
+    @property
+    def weights(self) -> int:
+        """Bytes that are left for weights."""
+        return self.memory - self.cache - self.overhead
+
+
+class Engine(ABC):
+    """One engine that serves models.
+
+    Attributes:
+        name: as ``--engine`` names it.
+        overhead: share of the memory that is kept free of weights and cache: buffers, activations, the engine itself.
+    """
+
+    name: str
+    overhead: Fraction
+
+    @abstractmethod
+    def choices(self, facts: ModelFacts) -> Sequence[Choice]:
+        """Return what a model can become that the engine loads."""
+
+    @abstractmethod
+    def refusal(self, written: str) -> str | None:
+        """Say why a checkpoint cannot be loaded and what can be done; None where it can.
+
+        Args:
+            written: the `quant_method` of its config.json, empty where it has none.
+        """
+
+    @abstractmethod
+    def command(self, folder: Path, context: int | None = None, host: str = HOST, port: int = PORT) -> list[str]:
+        """Return the command that serves a checkpoint, as OpenAI's API has it.
+
+        Args:
+            folder: of the checkpoint.
+            context: tokens of a sequence; what the engine takes when None.
+            host: address to listen on.
+            port: port to listen on.
+        """
+
+    def serve(self, folder: Path, context: int | None, host: str, port: int) -> None:
+        """Serve a checkpoint; returns when it is stopped, or never.
+
+        Raises:
+            MoetailorError: the engine is not installed here.
+        """
+        command = self.command(folder, context, host, port)
+        if shutil.which(command[0]) is None:
+            raise MoetailorError(f"{command[0]}: not found here; install it, or run where it is: {' '.join(command)}")
+        os.execvp(command[0], command)
+
+    def room(self, original: Original, memory: int, context: int) -> Room:
+        """Return where the memory goes.
+
+        Args:
+            original: the model.
+            memory: bytes in all.
+            context: tokens of the one sequence that must fit.
+
+        Raises:
+            MoetailorError: nothing is left for weights.
+        """
+        cache = cache_nbytes(original, context)
+        room = Room(memory=memory, cache=cache, overhead=int(memory * self.overhead), context=context)
+        if room.weights <= 0:
+            raise MoetailorError(
+                f"{memory:,} bytes: the keys and values of {context:,} tokens take {cache:,}, and {self.name} "
+                f"{room.overhead:,}; give more --memory, or less --context"
+            )
+        return room
+
+
+def register_engine(engine: Engine) -> None:
+    """Make an engine known by its name."""
+    assert engine.name not in ENGINES, f"engine {engine.name} is registered twice"
+    ENGINES[engine.name] = engine
+
+
+def find_engine(name: str) -> Engine:
+    """Return an engine by name.
+
+    Raises:
+        MoetailorError: there is none of that name.
+    """
+    if name.lower() not in ENGINES:
+        raise MoetailorError(f"no engine {name!r}" + did_you_mean(name, ENGINES))
+    return ENGINES[name.lower()]
+
+
+def group_of(facts: ModelFacts) -> int | None:
+    """Return the inputs that share a scale in what engines load: the most for which they have kernels and that divide
+    every width; None where there is none.
+    """
+    shapes = [stack.shape for stack in facts.stacks if stack.shape is not None]
+    inputs = {inputs for shape in shapes for _, inputs in shape.matrices.values()}
+    return next((group for group in (128, 64, 32) if not any(size % group for size in inputs)), None)

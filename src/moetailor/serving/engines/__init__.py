@@ -1,0 +1,4 @@
+"""The engines: one file for each, registered by being imported here."""
+
+from moetailor.serving.engines import transformers as transformers
+from moetailor.serving.engines import vllm as vllm

@@ -1,0 +1,65 @@
+"""transformers: loads whatever is written here, with moetailor imported."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+from moetailor.checkpoint.facts import ModelFacts
+from moetailor.errors import MoetailorError
+from moetailor.serving.choices import Choice
+from moetailor.serving.engine import HOST, PORT, Engine, register_engine
+
+
+class Transformers(Engine):
+    """Activations of a long prompt and the allocator take a tenth."""
+
+    name = "transformers"
+    overhead = Fraction(1, 10)
+
+    def choices(self, facts: ModelFacts) -> Sequence[Choice]:
+        """Return bits and stand-ins, bits alone, and fewer experts."""
+        ours = "transformers"
+        return (
+            Choice(name="bits and stand-ins", method="auto", format="moetailor", loads=ours),
+            Choice(
+                name="4 bits for all",
+                method="quantize",
+                parameters={"bits": 4},
+                format="moetailor",
+                rule="one width",
+                loads=ours,
+            ),
+            Choice(
+                name="fewer experts",
+                method="refit",
+                format="native",
+                rule="fewer experts",
+                loads="transformers, vLLM, llama.cpp",
+            ),
+        )
+
+    def refusal(self, written: str) -> str | None:
+        """Refuse nothing."""
+        return None
+
+    def command(self, folder: Path, context: int | None = None, host: str = HOST, port: int = PORT) -> list[str]:
+        """Return the command of moetailor, which serves by transformers what that alone would not know."""
+        return [*("moetailor", "serve", str(folder), "--engine", self.name), "--host", host, "--port", str(port)]
+
+    def serve(self, folder: Path, context: int | None, host: str, port: int) -> None:
+        """Run the server of transformers in this process, where our format is registered."""
+        from transformers.utils.import_utils import is_serve_available
+
+        if not is_serve_available():
+            raise MoetailorError("transformers cannot serve here: pip install 'moetailor[serve]'")
+        from huggingface_hub.constants import HF_HUB_CACHE
+        from transformers.cli.serve import Serve
+
+        # Whoever asks which models there are is refused where nothing was ever downloaded.
+        Path(HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)
+        Serve(force_model=str(folder), host=host, port=port)
+
+
+register_engine(Transformers())

@@ -1,0 +1,122 @@
+"""The verb for whoever has a model and a machine: what fits, which of it is made, and how it is served."""
+
+from __future__ import annotations
+
+import json as json_module
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moetailor_cli import output
+from moetailor_cli.options import Device, Dtype, Engine, Model, Overwrite, Trust
+
+if TYPE_CHECKING:
+    from moetailor.fit import Outlook
+
+ABOUT_KL = (
+    "KL, in nats a token, is how far predictions are from the original's. By rule it is what moetailor's small "
+    "reference model lost at as many bits; what this model loses is measured once it is made."
+)
+
+
+def fit(
+    model: Model,
+    memory: Annotated[
+        str, typer.Option(help="What the engine may take, for weights, cache and itself, such as 24GB (10^9) or 24GiB.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder of the result. Without it nothing is made.")
+    ] = None,
+    engine: Engine = "transformers",
+    context: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Tokens of the one sequence whose keys and values must fit. [dim]default: 8192, or what the model "
+            "takes at most[/dim]",
+        ),
+    ] = None,
+    choice: Annotated[int | None, typer.Option(min=1, help="Which to make; asked for when absent.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Make the first that fits, and ask nothing.")] = False,
+    data: Annotated[
+        list[str] | None, typer.Option(help="Calibration text, as calibrate takes it; some comes along. Repeatable.")
+    ] = None,
+    held_out: Annotated[
+        list[str] | None, typer.Option(help="Text to measure the result on; some comes along. Repeatable.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what fits and what it would take, and stop.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print what fits as JSON, and stop.")] = False,
+    overwrite: Overwrite = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Make a model fit some memory and an engine: look what fits, make it, measure it, say how to serve it.
+
+    [dim]moetailor fit Qwen/Qwen3-30B-A3B --memory 24GB --engine vllm -o OUT[/dim]
+    """
+    from moetailor.checkpoint.original import Original, looked_at
+    from moetailor.estimates.estimate import Host
+    from moetailor.fit import Job, fit, foretold, look
+    from moetailor.planning.budget import parse_bytes
+    from moetailor.serving import find_engine
+
+    given = {"data": data, "held_out": held_out, "device": device, "dtype": dtype}
+    with looked_at(model, trust_remote_code=trust_remote_code) as original:
+        found = look(original, memory=parse_bytes(memory, "--memory"), engine=find_engine(engine), context=context)
+        if json:
+            print(json_module.dumps(found.to_json(), indent=2))
+            return
+        _show(model, found)
+        if found.fits_as_it_is and choice is None:
+            output.say(f"It fits as it is: {' '.join(found.engine.command(Path(model), found.room.context))}")
+            return
+        chosen = found.chosen(choice)
+        job = Job(choice=chosen, room=found.room, **{name: value for name, value in given.items() if value})
+        if out is None or dry_run:
+            output.say(f"To make {chosen.name}:")
+            output.estimate(foretold(Host.measured(output.BEGAN, original, device=device, dtype=dtype), original, job))
+            return
+    if not yes and choice is None and not _agreed(chosen.name, out):
+        return
+    opened = Original(model, trust_remote_code=trust_remote_code)
+    with output.stages() as progress:
+        plan, scores = fit(opened, out, job, overwrite=overwrite, progress=progress)
+    output.plan(plan)
+    output.scores(scores)
+    output.expected(str(out), scores)
+    output.took(out, out.with_name(f"{out.name}.calibration"))
+    output.say(f"serve it: {' '.join(found.engine.command(out, found.room.context))}")
+
+
+def _show(model: str, found: Outlook) -> None:
+    """Print where the memory goes, and what the model can become."""
+    from moetailor.words import nats, nbytes
+
+    room = found.room
+    output.text(
+        f"{model}: {nbytes(found.nbytes)} of weights. {nbytes(room.memory)} for {found.engine.name}: "
+        f"{nbytes(room.cache)} for the keys and values of {room.context:,} tokens, {nbytes(room.overhead)} for itself, "
+        f"{nbytes(room.weights)} for weights."
+    )
+    rows, number = [], 0
+    for offer in found.offers:
+        number += offer.fits
+        size = nbytes(offer.nbytes) if offer.nbytes else "-"
+        cost = (nats(offer.expected or 0.0), offer.grade) if offer.fits else ("-", offer.why)
+        rows.append([f"{number if offer.fits else '-'}  {offer.choice.name}", size, *cost])
+    output.result("")
+    output.table(["what it can become", "weights", "KL, by rule", "which is"], rows)
+    output.result("")
+    output.text(ABOUT_KL)
+
+
+def _agreed(name: str, out: Path) -> bool:
+    """Ask whether it shall be made."""
+    from moetailor.errors import MoetailorError
+
+    if not sys.stdin.isatty():
+        raise MoetailorError("nobody can be asked here which to make: give --yes for the first, or --choice N")
+    return typer.confirm(f"Make {name} in {out}?", default=True, err=True)

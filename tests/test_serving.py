@@ -1,0 +1,192 @@
+"""What fits an engine and its memory, against transformers' own cache and numbers worked by hand; what is then made."""
+
+import gzip
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import moetailor
+from moetailor.checkpoint.original import Original
+from moetailor.fit import CALIBRATION, HELD_OUT, TEXTS, Job, look
+from moetailor.serving import ENGINES, Choice, find_engine, offered
+from moetailor.serving.choices import GRADES, RULES, bits_of, expected_of
+from moetailor.serving.needs import cache_nbytes
+from support.families import FAMILIES
+from support.source import ROOT
+from support.tiny import load
+
+REFERENCE = ROOT / "examples" / "reference-moe"
+CONTEXT = 24
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_cache_is_as_large_as_what_the_model_really_keeps(family: str, checkpoint: Callable[[str], Path]) -> None:
+    def kept(part: Any) -> list[torch.Tensor]:
+        parts = part.values() if isinstance(part, dict) else part if isinstance(part, list | tuple) else ()
+        return [part] if isinstance(part, torch.Tensor) else [tensor for each in parts for tensor in kept(each)]
+
+    original = Original(checkpoint(family))
+    with torch.no_grad():
+        model: Any = load(checkpoint(family))
+        cache = model(input_ids=torch.arange(CONTEXT)[None] % 32 + 2, use_cache=True).past_key_values
+    there = sum(tensor.numel() for layer in cache.layers for tensor in kept(vars(layer)) if tensor.is_floating_point())
+    # Of a sliding window transformers keeps all but the token that is next to be forgotten.
+    forgotten = sum(
+        layer.keys[:, :, :1].numel() + layer.values[:, :, :1].numel()
+        for layer in cache.layers
+        if CONTEXT >= (getattr(layer, "sliding_window", None) or CONTEXT + 1)
+    )
+    assert cache_nbytes(original, CONTEXT) == 2 * (there + forgotten)
+
+
+def test_deepseek_v3_keeps_what_keys_and_values_are_made_of(checkpoint: Callable[[str], Path]) -> None:
+    original = Original(checkpoint("deepseek_v3"))
+    text = original.plain_config
+    assert cache_nbytes(original, 1000) == 2 * 1000 * 3 * (text.kv_lora_rank + text.qk_rope_head_dim)
+
+
+def test_memory_is_shared_by_cache_engine_and_weights() -> None:
+    original = Original(REFERENCE)
+    room = find_engine("VLLM").room(original, 10_000_000, 512)
+    cache = 512 * 4 * 2 * 192 * 2  # 4 layers, keys and values of 192 numbers, two bytes each
+    assert (room.cache, room.overhead, room.weights) == (cache, 1_500_000, 8_500_000 - cache)
+    with pytest.raises(moetailor.MoetailorError, match=r"1,600,000 bytes: .* take 1,572,864.*--memory, or less"):
+        find_engine("vllm").room(original, 1_600_000, 512)
+
+
+def test_rules_say_their_points_and_what_lies_between_by_logarithms() -> None:
+    for rule, points in RULES.items():
+        for bits, nats in points.items():
+            assert expected_of(rule, bits) == pytest.approx(nats)
+        costs = [nats for _, nats in sorted(points.items())]
+        assert costs == sorted(costs, reverse=True)
+        assert expected_of(rule, 16.0) == pytest.approx(costs[-1])
+        assert expected_of(rule, 0.1) == pytest.approx(costs[0])
+    assert expected_of("one width", 4.7) == pytest.approx((2.1e-3 * 6e-4) ** 0.5)
+
+
+def test_offers_fit_or_say_why_and_the_best_comes_first() -> None:
+    facts = Original(REFERENCE).facts
+    assert bits_of(facts, facts.nbytes) == 16
+    found = {engine: offered(ENGINES[engine].choices(facts), facts, 9_000_000) for engine in ENGINES}
+    for offers in found.values():
+        fitting = [offer for offer in offers if offer.fits]
+        assert fitting
+        assert [offer.fits for offer in offers] == sorted((offer.fits for offer in offers), reverse=True)
+        assert all(offer.nbytes <= 9_000_000 and offer.grade in GRADES.values() for offer in fitting)
+        costs = [offer.expected for offer in fitting]
+        assert costs == sorted(costs, key=lambda cost: cost or 0.0)
+        assert all(offer.why for offer in offers if not offer.fits)
+    fewer = next(offer for offer in found["vllm"] if offer.choice.bits)
+    assert (fewer.fits, fewer.why) == (False, "nothing is left to remove")  # 4 bits of all are 8.4 MB
+    small = offered(ENGINES["vllm"].choices(facts), facts, 8_000_000)
+    assert [offer.fits for offer in small] == [True, False, False]
+    assert small[0].choice.bits == "int4g32"  # 96 inputs are three groups of 32
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_told_what_it_can_become(family: str, checkpoint: Callable[[str], Path]) -> None:
+    original = Original(checkpoint(family))
+    whole = original.facts.nbytes
+    for engine in ENGINES.values():
+        found = look(original, memory=10 * whole, engine=engine, context=32)
+        assert found.fits_as_it_is
+        assert found.to_json()["fits_as_it_is"]
+        (tight, nothing) = (offered(engine.choices(original.facts), original.facts, room) for room in (whole - 1, 99))
+        assert tight[0].fits
+        assert not any(offer.fits for offer in nothing)
+        for offers, told in ((tight, "--choice 99: "), (nothing, f"the least for {engine.name} is .*--memory, less")):
+            with pytest.raises(moetailor.MoetailorError, match=told):
+                replace(found, offers=tuple(offers)).chosen(99)
+
+
+def test_the_text_that_comes_along_is_that_of_the_reference_model() -> None:
+    for file in (CALIBRATION, HELD_OUT):
+        assert gzip.decompress(file.read_bytes()) == (REFERENCE / file.name.removesuffix(".gz")).read_bytes()
+    card, told = ((folder / "README.md").read_text() for folder in (REFERENCE, TEXTS))
+    for title in ("Texts, sources and licences", "Licence texts"):
+        begin = card.index(f"## {title}")
+        end = card.find("\n## ", begin + 1)
+        assert card[begin : end if end > 0 else None].strip() in told
+
+
+def test_fit_makes_what_fits_and_goes_on_where_it_was(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, text = tmp_path / "out", ["--data", REFERENCE / "calibration.jsonl", "--held-out", REFERENCE / "heldout.jsonl"]
+    monkeypatch.setattr("moetailor.fit.SEQUENCES", 16)
+    monkeypatch.setattr("moetailor.fit.JUDGED", 2)
+    monkeypatch.setattr("moetailor.fit.LENGTH", 128)
+    words = ["fit", REFERENCE, "--memory", "11MB", "--engine", "vllm", "--context", "128", *text, "-o", out]
+    code, shown, err = run(*words)
+    assert code == 1
+    assert "nobody can be asked here which to make: give --yes" in err
+    assert not out.exists()
+    code, shown, err = run(*words, "--choice", "2")
+    assert code == 0, err
+    assert "\n2  4 bits for all" in shown
+    assert f"serve it: vllm serve {out} --host 127.0.0.1 --port 8000 --max-model-len 128" in err
+    # Eight 4-bit codes in a word, and a scale of two bytes for 32 of them: 4.5 bits for each of 7,077,888 weights
+    assert moetailor.Plan.load(out / "moetailor_plan.json").nbytes == 18_536_832 - 7_077_888 * 2 + 7_077_888 * 9 // 16
+    assert Original(out).config.quantization_config["config_groups"]["group_0"]["weights"]["group_size"] == 32
+    before = (out / "model.safetensors").stat().st_mtime_ns
+    monkeypatch.setattr("moetailor.fit.compress", lambda *args, **options: pytest.fail("it is there already"))
+    assert run(*words, "--choice", "2")[0] == 0
+    assert (out / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_fit_without_a_place_foretells_and_what_fits_is_left_alone(run, tmp_path: Path) -> None:
+    code, shown, err = run("fit", REFERENCE, "--memory", "10MB")
+    assert code == 0
+    assert "\n1  bits and stand-ins  " in shown
+    assert "time:   about" in err
+    found = json.loads(run("fit", REFERENCE, "--memory", "10MB", "--json")[1])
+    assert found["room"]["weights"] == 10_000_000 - 1_000_000 - 512 * 4 * 2 * 192 * 2
+    assert [choice["fits"] for choice in found["choices"]] == [True, True, False]
+    code, _, err = run("fit", REFERENCE, "--memory", "1GB", "-o", tmp_path / "out")
+    assert code == 0
+    assert "It fits as it is: moetailor serve" in err
+    assert not (tmp_path / "out").exists()
+    code, _, err = run("fit", REFERENCE, "--memory", "10MB", "--context", "4096")
+    assert code == 1
+    assert "the model takes 512 tokens at most" in err
+    assert "did you mean 'vllm'" in run("fit", REFERENCE, "--memory", "10MB", "--engine", "vlm")[2]
+
+
+def test_fit_streams_what_does_not_go_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Original(REFERENCE)
+    outlook = look(original, memory=10_000_000, engine=find_engine("transformers"))
+    job = Job(choice=outlook.chosen(), room=outlook.room)
+    numbers = original.checkpoint.parameters
+    monkeypatch.setattr("moetailor.fit.free_nbytes", lambda device: 4 * numbers)
+    assert job.streams(original)
+    monkeypatch.setattr("moetailor.fit.free_nbytes", lambda device: 8 * numbers)
+    assert not job.streams(original)
+
+
+def test_serve_says_what_it_would_run_and_refuses_what_the_engine_does_not_load(run, tmp_path: Path) -> None:
+    code, shown, _ = run("serve", REFERENCE, "--engine", "vllm", "--context", "256", "--port", "81", "--dry-run")
+    assert code == 0
+    assert shown.split() == f"vllm serve {REFERENCE} --host 127.0.0.1 --port 81 --max-model-len 256".split()
+    text = ["--data", REFERENCE / "calibration.jsonl", "--sequences", "8", "--length", "128"]
+    assert run("compress", REFERENCE, "-o", tmp_path / "out", "--method", "mone", "--remove", "25%", *text)[0] == 0
+    code, _, err = run("serve", tmp_path / "out", "--engine", "vllm", "--dry-run")
+    assert code == 1
+    assert "vLLM does not know the moetailor format" in err
+    monkeypatch = pytest.MonkeyPatch()
+    with monkeypatch.context() as patched:
+        patched.setenv("PATH", str(tmp_path))
+        code, _, err = run("serve", REFERENCE, "--engine", "vllm")
+    assert code == 1
+    assert "vllm: not found here; install it, or run where it is: vllm serve" in err
+    assert run("serve", tmp_path, "--dry-run")[0] == 1
+
+
+def test_a_choice_says_its_estimate() -> None:
+    facts = Original(REFERENCE).facts
+    plan = Choice(name="8 bits", method="quantize", parameters={"bits": 8}).estimate(facts, facts.nbytes)
+    # 7,077,888 weights of experts: 8 bits, and 16 + 8 for each group of 96
+    assert plan.nbytes == facts.nbytes - 7_077_888 * 2 + 7_077_888 + 7_077_888 // 96 * 3
