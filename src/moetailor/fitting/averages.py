@@ -49,12 +49,23 @@ def average(
     return total
 
 
-def stacked(experts: Iterable[Matrices]) -> Matrices:
-    """Return the matrices of several experts with a leading axis, as `build` gives them."""
-    given = list(experts)
-    return {name: torch.stack([expert[name] for expert in given]) for name in given[0]} if given else {}
+def stacked(experts: Iterable[Matrices], count: int) -> Matrices:
+    """Return the matrices of several experts with a leading axis, as `build` gives them.
+
+    Args:
+        experts: made one after the other, each put in its place before the next one is.
+        count: how many there are.
+    """
+    found: Matrices = {}
+    for number, expert in enumerate(experts):
+        for name, matrix in expert.items():
+            if name not in found:
+                found[name] = matrix.new_empty(count, *matrix.shape)
+            found[name][number] = matrix
+    return found
 
 
 def averages(layer: LayerView, plan: LayerPlan, weight: torch.Tensor, order: Order | None = None) -> Matrices:
     """Return the average of every cluster of a plan, stacked in the order of the centres."""
-    return stacked(average(layer, centre, members, weight, order) for centre, members in clusters(plan.slots).items())
+    merged = clusters(plan.slots)
+    return stacked((average(layer, centre, members, weight, order) for centre, members in merged.items()), len(merged))

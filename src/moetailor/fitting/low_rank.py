@@ -39,7 +39,7 @@ def built_on(layer: LayerView, plan: LayerPlan, bases: Sequence[Matrices], start
         for member, rank in members.items()
         if rank
     ]
-    found = {f"low_rank_base_{name}": stack for name, stack in stacked(bases).items()}
+    found = {f"low_rank_base_{name}": stack for name, stack in stacked(bases, len(bases)).items()}
     return found | {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else ())}
 
 

@@ -89,14 +89,17 @@ class MergeMoE(Method):
 
     def build(self, layer: LayerView, plan: LayerPlan) -> dict[str, torch.Tensor]:
         """Return the merged experts of the plan, down projections fitted."""
-        merged, scarce = [], []
-        for centre, members in clusters(plan.slots).items():
-            target = (_gated if self.target == "gated" else _mean)(layer, centre, members)
-            neurons = layer.experts.expert(centre)["down"].shape[1]
-            if len(target.token) < neurons:
-                scarce.append(len(target.token))
-            solve = _best if self.fit == "ridge" else _published
-            merged.append(solve(layer, target, FEATURES if self.features == "best" else (self.features,)))
+        merged, neurons, scarce = clusters(plan.slots), layer.experts.shape.intermediate, []
+
+        def fitted() -> Iterator[Matrices]:
+            for centre, members in merged.items():
+                target = (_gated if self.target == "gated" else _mean)(layer, centre, members)
+                if len(target.token) < neurons:
+                    scarce.append(len(target.token))
+                solve = _best if self.fit == "ridge" else _published
+                yield solve(layer, target, FEATURES if self.features == "best" else (self.features,))
+
+        found = stacked(fitted(), len(merged))
         if scarce:
             warnings.warn(
                 f"layer {layer.index}: {len(scarce)} of {len(merged)} merged experts were fitted on fewer tokens "
@@ -105,7 +108,7 @@ class MergeMoE(Method):
                 MoetailorWarning,
                 stacklevel=2,
             )
-        return stacked(merged)
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -72,28 +72,33 @@ class Refit(Method):
     def build(self, layer: LayerView, plan: LayerPlan) -> dict[str, torch.Tensor]:
         """Return the experts that stay with their down projections fitted."""
         gates_TE, missing_TD = missing_output(layer, plan)
-        experts = {expert: layer.experts.expert(expert) for expert in plan.rebuilt}
-        downs = {expert: matrices["down"].to(missing_TD) for expert, matrices in experts.items()}
+        downs: dict[int, torch.Tensor] = {}
         for _round in range(self.rounds):
-            for expert, matrices in experts.items():
+            for expert in plan.rebuilt:
+                matrices = layer.experts.expert(expert)
+                original = matrices["down"].to(missing_TD)
+                before = downs.get(expert, original)
                 token = gates_TE[:, expert].nonzero().flatten()
                 hidden_TF = layer.experts.hidden(matrices, layer.inputs(token)).to(missing_TD)
                 features_TF = gates_TE[token, expert, None].to(missing_TD) * hidden_TF
-                target_TD = missing_TD[token] + features_TF @ downs[expert].T
-                original = matrices["down"].to(missing_TD)
-                downs[expert] = fitted_down(token, features_TF, target_TD, original, downs[expert])
+                target_TD = missing_TD[token] + features_TF @ before.T
+                downs[expert] = fitted_down(token, features_TF, target_TD, original, before)
                 missing_TD[token] = target_TD - features_TF @ downs[expert].T
-        neurons = next(iter(experts.values()))["down"].shape[1]
+        neurons = layer.experts.shape.intermediate
         fitted_TE = gates_TE[~held_out(torch.arange(len(gates_TE)))]
-        scarce = [count for expert in experts if (count := int((fitted_TE[:, expert] > 0).sum())) < neurons]
+        scarce = [count for expert in downs if (count := int((fitted_TE[:, expert] > 0).sum())) < neurons]
         if scarce:
             warnings.warn(
-                f"layer {layer.index}: {len(scarce)} of {len(experts)} experts were fitted on fewer tokens "
+                f"layer {layer.index}: {len(scarce)} of {len(downs)} experts were fitted on fewer tokens "
                 f"({min(scarce)} at least) than they have neurons ({neurons}); keep more with --sample-tokens",
                 MoetailorWarning,
                 stacklevel=2,
             )
-        return stacked([old | {"down": downs[expert].to(old["down"])} for expert, old in experts.items()])
+        fitted = (
+            layer.experts.expert(expert) | {"down": downs.pop(expert).to(layer.experts.dtype)}
+            for expert in plan.rebuilt
+        )
+        return stacked(fitted, len(plan.rebuilt))
 
 
 def missing_output(layer: LayerView, plan: LayerPlan) -> tuple[torch.Tensor, torch.Tensor]:

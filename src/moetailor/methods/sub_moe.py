@@ -10,6 +10,7 @@ rounding; fewer keep what the members have in common.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -58,14 +59,15 @@ class SubMoE(Method):
 
     def build(self, layer: LayerView, plan: LayerPlan) -> dict[str, torch.Tensor]:
         """Return the average of each cluster, each matrix in the subspace that its members share."""
-        merged = []
-        for centre, members in clusters(plan.slots).items():
-            mean = average(layer, centre, members, layer.sums.count)
-            for name, matrix in layer.experts.matrices(members).items():
-                if matrix.dim() == 3:
-                    mean[name] = _projected(mean[name], matrix, self.subspace)
-            merged.append(mean)
-        return stacked(merged)
+        merged = clusters(plan.slots)
+        return stacked((self._merged(layer, centre, members) for centre, members in merged.items()), len(merged))
+
+    def _merged(self, layer: LayerView, centre: int, members: Sequence[int]) -> dict[str, torch.Tensor]:
+        mean = average(layer, centre, members, layer.sums.count)
+        for name, matrix in layer.experts.matrices(members).items():
+            if matrix.dim() == 3:
+                mean[name] = _projected(mean[name], matrix, self.subspace)
+        return mean
 
 
 def _projected(mean: torch.Tensor, members: torch.Tensor, share: float) -> torch.Tensor:
