@@ -71,7 +71,7 @@ def make_room(
     states = STATES * sum(batch.input_ids.numel() for batch in batches) * facts.width * dtype.itemsize
     states *= not (place / REFERENCE).exists()
     free = shutil.disk_usage(place).free
-    if cells and largest + states > free:
+    if largest and largest + states > free:
         told = f"the largest result takes {largest:,} bytes and hidden states {states:,}, {free:,} are free"
         raise MoetailorError(f"{place}: {told}; name a folder with more room with --scratch")
 
