@@ -188,13 +188,15 @@ def test_what_a_killed_run_left_is_deleted(run, tmp_path: Path) -> None:
     words = ["compare", REFERENCE, "-o", out, *TEXT, *WORDS, "--remove", "25%", "--stream"]
     assert run(*words)[0] == 0
     before = {path for path in out.rglob("*")}
-    for more in ([], ["--scratch", tmp_path / "scratch"]):
+    for more, left in (([], ["result", "unfinished"]), (["--scratch", tmp_path / "scratch"], ["result", "reference"])):
         with growing(out) as work:
-            for name in ("result", "reference"):
+            for name in left:
                 (work / name).mkdir()
                 (work / name / "model.safetensors").write_bytes(b"left")
+        next((out / "cells").glob("mone*")).unlink()
         code, _, err = run(*words, *more)
         assert code == 0, err
+        assert [cell["error"] for cell in json.loads((out / "results.json").read_text())["cells"]] == [None, None]
         assert {path for path in out.rglob("*")} == before
 
 

@@ -142,8 +142,8 @@ def _streamed(host: Host, original: Original, run: Run, cell: Cell, plan: Plan, 
         **host.memory(run.memory(run.cost.outside * run.width + run.predictions), run.cost.nbytes),
         reads=nbytes,
         writes=0,
-        meanwhile=nbytes + STATES * run.states,
     )
+    # Most lies there while the result is written: it stays until it was run, what was computed for it does not.
     return [replace(written, writes=0, meanwhile=nbytes + written.meanwhile + STATES * run.states), judged]
 
 
