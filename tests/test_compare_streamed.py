@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -95,39 +96,42 @@ def test_cells_are_those_in_memory(
     assert {path.name for path in (tmp_path / "streamed").iterdir()} == {"original.json", "reference"}
 
 
-def test_a_comparison_that_streams(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out, scratch = tmp_path / "out", tmp_path / "scratch"
-    words = ["compare", REFERENCE, "-o", out, *TEXT, *WORDS, "--remove", "25%,95%"]
-    monkeypatch.setattr(Original, "load", lambda *_, **__: pytest.fail("loaded a model"))
-    beside: list[list[int]] = []
-    compare = Reference.compare
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[tuple[int, int]]]:
+    """Return the folder of a streamed comparison, and the bytes of each result and of all scratch when it had run."""
+    out, scratch = tmp_path_factory.mktemp("streamed") / "out", tmp_path_factory.mktemp("scratch")
+    beside, compare = [], Reference.compare
 
-    def sizes(self: Reference, *given: object) -> dict:
-        found = compare(self, *given)  # type: ignore[arg-type]
+    def sizes(self: Reference, *given: Any) -> dict:
+        found = compare(self, *given)
         (place,) = scratch.iterdir()
-        parts = [place / "result", place]
-        beside.append([sum(f.stat().st_size for f in part.rglob("*") if f.is_file()) for part in parts])
+        parts = (place / "result", place)
+        beside.append(tuple(sum(f.stat().st_size for f in part.rglob("*") if f.is_file()) for part in parts))
         return found
 
-    monkeypatch.setattr(Reference, "compare", sizes)
-    code, shown, err = run(*words, "--stream", "--scratch", scratch)
-    assert code == 0, err
-    assert max(map(len, shown.splitlines())) <= 80
-    assert "speed not measured (streamed)" in shown
-    assert "reap + 4 bits (95% removed): model.layers.0: plan leaves 2 slots" in shown
+    texts = {
+        name: moetailor.TextOptions(data=(str(REFERENCE / f"{file}.jsonl"),), sequences=count, length=64)
+        for name, file, count in (("text", "calibration", 4), ("held_out", "heldout", 2))
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Reference, "compare", sizes)
+        patch.setattr(Original, "load", lambda *_, **__: pytest.fail("loaded a model"))
+        asked: dict[str, Any] = texts | {"methods": ["mone", "reap@4"], "remove": ["25%", "95%"]}
+        moetailor.compare(REFERENCE, out, stream=True, scratch=scratch, **asked)
     assert list(scratch.iterdir()) == []
+    return out, beside
+
+
+def test_what_was_not_measured_is_said(done: tuple[Path, list], run, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, beside = done
     names = {path.name for path in out.iterdir()}
     assert names == {"calibration", "cells", "comparison.json", "original.json", "report.html", "results.json"}
     results = json.loads((out / "results.json").read_text())
-    done = [cell for cell in results["cells"] if cell["error"] is None]
-    assert {(cell["name"], cell["budget"]) for cell in done} == {
-        ("mone", "remove 25%"),
-        ("mone", "remove 95%"),
-        ("reap + 4 bits", "remove 25%"),
-    }
-    assert results["original"] == {
-        "perplexity": results["original"]["perplexity"], "prefill": None, "decode": None, "resident": None
-    }  # fmt: skip
+    cells = [(cell["name"], cell["budget"]) for cell in results["cells"] if cell["error"] is None]
+    assert sorted(cells) == [("mone", "remove 25%"), ("mone", "remove 95%"), ("reap + 4 bits", "remove 25%")]
+    assert len(beside) == len(cells)
+    perplexity = results["original"]["perplexity"]
+    assert results["original"] == {"perplexity": perplexity, "prefill": None, "decode": None, "resident": None}
     page = (out / "report.html").read_text()
     for said in (
         "bytes in memory, prefill and decode were not measured, as models were streamed",
@@ -138,32 +142,36 @@ def test_a_comparison_that_streams(run, tmp_path: Path, monkeypatch: pytest.Monk
         assert said in " ".join(page.split()), said
     assert run("report", out)[0] == 0
     assert (out / "report.html").read_text() == page
-
-    # What a dry run says lies on the disk meanwhile, beside what did.
-    cells = cells_of(["mone"], remove=["25%"])
-    text = moetailor.TextOptions(data=(), sequences=2, length=64)
-    host = Host(device="cpu", startup=5, rates=None, resident=10**9)
-    given = {"text": None, "calibration": moetailor.Calibration.open(out / "calibration")}
-    with looked_at(REFERENCE) as original:
-        sample = moetailor.SampleOptions()
-        found = of_comparison(host, original, cells, held_out=text, sample=sample, stream=True, **given)
-        whole = of_comparison(host, original, cells, held_out=text, sample=sample, **given)
-    assert found.writes == whole.writes
-    assert whole.meanwhile == 2 * 64 * 192 * 4
-    result, place = max(beside)
-    assert found.meanwhile == pytest.approx(place, rel=0.05)
-    assert found.meanwhile == pytest.approx(result + 3 * 2 * 64 * 192 * 4, rel=0.01)
-    assert found.device_memory is not None
-    assert whole.device_memory is not None
-    assert found.device_memory < whole.device_memory
-
     # Nothing is measured again, and no room needed; cells in memory are of another comparison.
     no_room(monkeypatch, 0)
-    assert run(*words, "--stream")[0] == 0
-    assert len(beside) == len(done)
+    words = ["compare", REFERENCE, "-o", out, *TEXT, "--batch-size", "4", *WORDS, "--remove", "25%,95%"]
+    code, shown, err = run(*words, "--stream")
+    assert code == 0, err
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "speed not measured (streamed)" in shown
+    assert "reap + 4 bits (95% removed): model.layers.0: plan leaves 2 slots" in shown
+    assert len(beside) == len(cells)
     code, _, err = run(*words)
     assert code == 1
     assert "holds a comparison with another way of running; choose another folder or delete it" in err
+
+
+def test_what_lies_on_the_disk_meanwhile_is_foretold(done: tuple[Path, list[tuple[int, int]]]) -> None:
+    out, beside = done
+    host = Host(device="cpu", startup=5, rates=None, resident=10**9)
+    given: dict[str, Any] = {"held_out": moetailor.TextOptions(data=(), sequences=2, length=64), "text": None}
+    given |= {"calibration": moetailor.Calibration.open(out / "calibration"), "sample": moetailor.SampleOptions()}
+    cells, states = cells_of(["mone"], remove=["25%"]), 2 * 64 * 192 * 4
+    with looked_at(REFERENCE) as original:
+        found = of_comparison(host, original, cells, stream=True, **given)
+        whole = of_comparison(host, original, cells, **given)
+    assert (found.writes, whole.meanwhile) == (whole.writes, states)
+    result, place = max(beside)
+    assert found.meanwhile == pytest.approx(place, rel=0.05)
+    assert found.meanwhile == pytest.approx(result + 3 * states, rel=0.01)
+    assert found.device_memory is not None
+    assert whole.device_memory is not None
+    assert found.device_memory < whole.device_memory
 
 
 def test_a_result_is_deleted_whatever_happens(
@@ -203,12 +211,13 @@ def test_what_a_killed_run_left_is_deleted(run, tmp_path: Path) -> None:
 def test_no_room_is_said_before_anything_is_measured(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     words = ["compare", REFERENCE, "-o", out, *TEXT, *WORDS, "--remove", "25%", "--stream"]
-    # mone with 24 of 32 experts: 18,536,832 - 4 x 8 x (3 x 192 x 96 - 192) x 2, which is more than reap in 4 bits
-    largest, states = 15_010_176, 3 * 2 * 64 * 192 * 4
-    no_room(monkeypatch, largest + states - 1)
+    # mone with 24 of 32 experts: 18,536,832 - 4 x 8 x (3 x 192 x 96 - 192) x 2, and its constants once more in files of
+    # their own; reap in 4 bits takes less.
+    largest, states = 15_010_176 + 4 * 8 * 192 * 2, 3 * 2 * 64 * 192 * 4
+    free = largest + states - 1
+    no_room(monkeypatch, free)
     code, _, err = run(*words)
     assert code == 1
-    told = f"the largest result takes {largest:,} bytes and hidden states {states:,}, {largest + states - 1:,} are free"
-    assert told in err
+    assert f"writing the largest result takes {largest:,} bytes and hidden states {states:,}, {free:,} are free" in err
     assert "name a folder with more room with --scratch" in err
     assert not (out / "calibration").exists()

@@ -18,7 +18,7 @@ from moetailor.comparison.bench import REFERENCE, RESULT, Bench
 from moetailor.comparison.cells import Cell
 from moetailor.errors import MoetailorError, PlanError
 from moetailor.methods.estimate import estimate_plan
-from moetailor.planning.plan import Plan
+from moetailor.planning.plan import Plan, built_nbytes
 from moetailor.runtime.parts import in_parts
 from moetailor.transform.apply import apply
 
@@ -72,13 +72,15 @@ def make_room(
     states *= not (place / REFERENCE).exists()
     free = shutil.disk_usage(place).free
     if largest and largest + states > free:
-        told = f"the largest result takes {largest:,} bytes and hidden states {states:,}, {free:,} are free"
+        told = f"writing the largest result takes {largest:,} bytes and hidden states {states:,}, {free:,} are free"
         raise MoetailorError(f"{place}: {told}; name a folder with more room with --scratch")
 
 
 def _nbytes(facts: ModelFacts, cell: Cell) -> int:
-    """Return the bytes of a cell's result as far as they are known without data; 0 of one that will be refused."""
+    """Return the bytes that writing a cell's result takes, as known without data; 0 of one that will be refused."""
     try:
-        return estimate_plan(facts, cell.method, cell.budget, width=cell.width).nbytes
+        plan = estimate_plan(facts, cell.method, cell.budget, width=cell.width)
     except PlanError:
         return 0
+    changed = [(plan.layers[stack.prefix], stack) for stack in facts.stacks if stack.prefix in plan.layers]
+    return plan.nbytes + sum(built_nbytes(layer, stack) for layer, stack in changed if stack.shape is not None)
