@@ -94,6 +94,7 @@ VERBS = (
         ("evaluate", "{made}/small", "--against", "{model}", "--data", HELD_OUT, *TEXT[2:], "--json", "{run}/s.json"),
     ),
     Verb("compare", (*COMPARE, "--remove", "25%,50%", "-o", "{run}/compared")),
+    Verb("compare --stream", (*COMPARE, "--remove", "25%,50%", "--stream", "-o", "{run}/compared")),
     Verb("allocate", ("allocate", "{made}/calib", *SEARCH, "-o", "{run}/alloc.json")),
     Verb("report", ("report", "{run}/compared"), (("compared", "compared"),)),
 )

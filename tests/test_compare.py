@@ -39,6 +39,7 @@ from moetailor.comparison.cells import Cell, cells_of
 from moetailor.comparison.frontier import front, recommendation
 from moetailor.comparison.probe import LayerError, Probe
 from moetailor.comparison.results import _expected, grouped, letters, spearman, usage
+from moetailor.comparison.whole import WholeBench
 from moetailor.evaluation.fidelity import Reference
 from moetailor.methods.run import view_of
 from moetailor.planning.layer_plan import LayerPlan
@@ -61,7 +62,7 @@ def run(out: Path, methods: str = "mone,conmoe:scope=2", remove: str | None = "2
 def few_tokens() -> Iterator[None]:
     """Measure speeds for a moment only: what they are is no matter here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moetailor.comparison.bench.NEW_TOKENS", 2)
+        patch.setattr("moetailor.comparison.whole.NEW_TOKENS", 2)
         yield
 
 
@@ -161,10 +162,10 @@ def test_a_finished_comparison_runs_nothing_and_takes_more_methods(
 def test_a_failing_cell_is_a_row_that_says_why_and_is_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def exhausted(self: Bench) -> None:
+    def exhausted(self: WholeBench) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
 
-    monkeypatch.setattr(Bench, "copy", exhausted)
+    monkeypatch.setattr(WholeBench, "copy", exhausted)
     results = run(tmp_path / "out", methods="reap", remove="25%,95%")
     few = "model.layers.0: plan leaves 2 slots but the router picks 4 per token; keep at least 4"
     assert [cell["error"] for cell in results["cells"]] == ["CUDA out of memory. Tried to allocate 2 GiB", few]
@@ -241,7 +242,7 @@ def test_the_original_stays_what_it_is(calibration: GetCalibration, checkpoint: 
     model = tiny_model("olmoe")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     made = calibration("olmoe")
-    bench = Bench.__new__(Bench)
+    bench = WholeBench.__new__(WholeBench)
     bench.__dict__["model"] = model
     for method in ("mone", "linear", "mergemoe", "ream", "conmoe", "reap", "auto"):
         plan = moetailor.make_plan(made, method, moetailor.Budget.parse(keep=5))

@@ -107,8 +107,8 @@ FLAGS = {
     "evaluate": "--against --batch-size --data --device --device-map --dry-run --dtype --json --length --limit "
     "--scratch --sequences --stream --task-data --task-dir --tasks --trust-remote-code",
     "compare": "--batch-memory --batch-size --calibration --data --device --dry-run --dtype --held-out "
-    "--held-out-sequences --length --mask-special --methods --out --remove --sample-size --sample-tokens --seed "
-    "--sequences --sizes --trust-remote-code",
+    "--held-out-sequences --length --mask-special --methods --out --remove --sample-size --sample-tokens --scratch "
+    "--seed --sequences --sizes --stream --trust-remote-code",
     "serve": "--context --dry-run --engine --host --port",
     "recover": "--accumulate --anneal --anneal-gamma --batch-size --data --device --dtype --epochs "
     "--fsdp --gradient-checkpointing --held-out --json "

@@ -143,6 +143,7 @@ def test_every_verb_foretells_and_writes_nothing(run, made: moetailor.Calibratio
         ["evaluate", small, "--against", REFERENCE, *HELD_OUT],
         ["compress", REFERENCE, "-o", out, "--method", "auto", "--remove", "25%", *TEXT],
         [*compare, *TEXT, "--remove", "25%"],
+        [*compare, *TEXT, "--remove", "25%", "--stream"],
         [*compare, "--calibration", calib, "--length", "256", "--sizes", "75%"],
     ):
         code, shown, err = run(*words, "--dry-run")

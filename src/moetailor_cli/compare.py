@@ -21,6 +21,7 @@ from moetailor_cli.options import (
     SampleTokens,
     Seed,
     Sequences,
+    Stream,
     Trust,
 )
 from moetailor_cli.reading import read_nbytes, read_sample
@@ -60,13 +61,21 @@ def compare(
     sample_size: SampleSize = "8GB",
     seed: Seed = None,
     mask_special: MaskSpecial = False,
+    stream: Stream = False,
+    scratch: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for hidden states of held-out text and, with --stream, the result that is measured. "
+            "[dim]default: in the folder of the comparison, where a stopped run finds the states again[/dim]"
+        ),
+    ] = None,
     dry_run: DryRun = False,
     device: Device = None,
     batch_memory: BatchMemory = None,
     dtype: Dtype = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Measure methods at several sizes or ratios from one calibration; writes no checkpoint. A stopped run resumes.
+    """Measure methods at several sizes or ratios from one calibration; leaves no checkpoint. A stopped run resumes.
 
     [dim]moetailor compare MODEL -o DIR --data calibration.jsonl --held-out heldout.jsonl --sizes 75%,50%,35%[/dim]
     """
@@ -91,6 +100,7 @@ def compare(
         "remove": None if remove is None else _words([remove]),
         "sizes": None if sizes is None else _words([sizes]),
         "sample": read_sample(sample_tokens, sample_size, seed),
+        "stream": stream,
         "dtype": dtype,
     }
     if dry_run:
@@ -100,6 +110,7 @@ def compare(
         results = moetailor.compare(
             model,
             out,
+            scratch=scratch,
             device=device,
             batch_memory=read_nbytes(batch_memory),
             trust_remote_code=trust_remote_code,

@@ -200,5 +200,5 @@ def compare(model: str, wanted: Options, *, device: str | None, trust_remote_cod
     used = None if wanted["calibration"] is None else moetailor.Calibration.open(wanted["calibration"])
     with looked_at(model, trust_remote_code=trust_remote_code) as original:
         host = Host.measured(output.BEGAN, original, device=device, dtype=wanted["dtype"])
-        texts = {name: wanted[name] for name in ("held_out", "text", "sample", "dtype")}
-        output.estimate(of_comparison(host, original, cells, calibration=used, **texts))
+        run = {name: wanted[name] for name in ("held_out", "text", "sample", "stream", "dtype")}
+        output.estimate(of_comparison(host, original, cells, calibration=used, **run))

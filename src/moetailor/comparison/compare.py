@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -20,14 +21,17 @@ from moetailor.checkpoint.artifact import write_json
 from moetailor.checkpoint.devices import resolve_device
 from moetailor.checkpoint.files import Checkpoint
 from moetailor.checkpoint.lock import growing
+from moetailor.checkpoint.lock import scratch as scratch_folder
 from moetailor.checkpoint.models import longest_sequence, resolve_dtype
 from moetailor.checkpoint.original import Original
 from moetailor.checkpoint.place import check_empty
 from moetailor.checkpoint.weights import ExpertWeights
-from moetailor.comparison.bench import Bench
+from moetailor.comparison.bench import Bench, forget
 from moetailor.comparison.cells import Cell, cells_of
 from moetailor.comparison.results import failed, layers_of, results_of, sensitivities_of
 from moetailor.comparison.stored import VERSION, Notes, read_cell
+from moetailor.comparison.streamed import StreamedBench, make_room
+from moetailor.comparison.whole import WholeBench
 from moetailor.errors import MoetailorError, MoetailorWarning
 from moetailor.evaluation.evaluate import check_predicts
 from moetailor.methods.run import check_weights
@@ -51,15 +55,19 @@ def compare(
     remove: str | float | Iterable[str | float] | None = None,
     sizes: str | float | Iterable[str | float] | None = None,
     sample: SampleOptions = SampleOptions(),  # noqa: B008 (frozen)
+    stream: bool = False,
+    scratch: Path | None = None,
     device: str | None = None,
     batch_memory: int | None = None,
     dtype: str | None = None,
     trust_remote_code: bool = False,
     progress: Stages | None = None,
 ) -> dict:
-    """Measure methods at several ratios or sizes from one calibration, without writing a checkpoint.
+    """Measure methods at several ratios or sizes from one calibration, without leaving a checkpoint.
 
-    Each cell is planned, applied to a copy of the original in memory and measured on the held-out text. Finished cells
+    Each cell is planned, applied to a copy of the original in memory and measured on the held-out text. With `stream`
+    it is written instead, run from disk and deleted: what is measured is then as rounded as what is written, and speed,
+    bytes in memory and errors of layers are not measured, null in the results. Finished cells
     lie in ``OUT/cells``; the same call after a stop goes on behind the last of them. A cell that fails becomes a row
     that says why, and is tried again by the next call. What was found is in ``OUT/results.json``, and to be looked
     at in ``OUT/report.html``.
@@ -76,6 +84,9 @@ def compare(
         sizes: bytes that each result may take, as ``60%`` of the original's or as ``12GB``, so that rows are of equal
             bytes; ``all`` then means the bits of `PLAIN` and `COMPOSED`, too.
         sample: which calibration tokens are kept whole.
+        stream: hold one decoder layer in memory at a time, of either model; the disk must have room for one result.
+        scratch: folder for the original's hidden states and, with `stream`, for the result that is measured; a stopped
+            comparison records the states anew then. In the folder of the comparison when None.
         device: where models run; CUDA when there is one.
         batch_memory: bytes that experts computed together may take; what the device is good for when None.
         dtype: ``float32``, ``bfloat16`` or ``float16``; the checkpoint's on CUDA, else float32.
@@ -88,7 +99,8 @@ def compare(
     Raises:
         PlanError: an unknown method, parameter, share or size.
         CalibrationError: a text or the calibration cannot be used.
-        MoetailorError: the folder holds something else, another run writes there, or a model cannot be used.
+        MoetailorError: the folder holds something else, another run writes there, a disk has no room, or a model
+            cannot be used.
     """
     out = Path(out)
     cells = asked_for(methods, remove, sizes, text, calibration)
@@ -99,14 +111,19 @@ def compare(
     device = resolve_device(device)
     torch_dtype = resolve_dtype(dtype, device, original.checkpoint)
     batches = _read(original, held_out)
-    settings = _settings(original.checkpoint, batches, device, torch_dtype)
+    settings = _settings(original.checkpoint, batches, device, torch_dtype, stream)
     _noted(out, settings)
-    with growing(out) as work:
+    with growing(out) as work, nullcontext(work) if scratch is None else scratch_folder(scratch) as place:
         _noted(out, settings)  # another run may have been here in between
+        if place != work:
+            forget(work)  # as a run without this --scratch left it
+        if stream:
+            left = [cell for cell in cells if not (out / CELLS / cell.file).exists()]
+            make_room(place, original.facts, left, batches, torch_dtype)
         began = time.perf_counter()
         if given is None:
             assert text is not None
-            options = {"sample": sample, "device": device, "dtype": dtype}
+            options = {"sample": sample, "stream": stream, "device": device, "dtype": dtype}
             given = _calibrated(original, out / CALIBRATION, text, cells, progress, options)
         settings |= {"calibration": calibration_hash(given.fingerprint), "sensitivities": sensitivities_of(given)}
         run = {"calibrate_seconds": time.perf_counter() - began} | _noted(out, settings) | settings
@@ -114,12 +131,12 @@ def compare(
         (out / CELLS).mkdir(exist_ok=True)
         _warn_of_shared(given.batches(), batches)
 
-        bench = Bench(
+        bench = (StreamedBench if stream else WholeBench)(
             original,
             given,
             batches,
             out,
-            work,
+            place,
             device=device,
             batch_memory=batch_memory,
             dtype=torch_dtype,
@@ -128,7 +145,7 @@ def compare(
         found = _measured(bench, cells, out / CELLS, progress)
         results = results_of(bench, held_out, cells, found, device, run["calibrate_seconds"])
         write_json(out / RESULTS, results)
-        bench.close()
+        forget(place)
         from moetailor.report import write_report  # draws: no other stage should wait for that
 
         write_report(results, out / REPORT)
@@ -222,7 +239,7 @@ def _read(original: Original, held_out: TextOptions) -> list[Batch]:
     return read_batches(held_out, original.tokenizer(), **limits)
 
 
-def _settings(checkpoint: Checkpoint, batches: Sequence[Batch], device: str, dtype: torch.dtype) -> dict:
+def _settings(checkpoint: Checkpoint, batches: Sequence[Batch], device: str, dtype: torch.dtype, stream: bool) -> dict:
     """Return what every cell of a folder has in common, beside the calibration."""
     import transformers
 
@@ -232,6 +249,7 @@ def _settings(checkpoint: Checkpoint, batches: Sequence[Batch], device: str, dty
         "held-out text": text_fingerprint(batches) | {"shapes": shapes},
         "device": device,
         "dtype": str(dtype),
+        "way of running": "streamed" if stream else "in memory",
         "versions": {
             "moetailor": __version__,
             "torch": torch.__version__,

@@ -36,9 +36,9 @@ def cell_result(
     *,
     seconds: Mapping[str, float],
     fidelity: Mapping[str, Fidelity],
-    speed: Speed,
-    resident: int,
-    errors: Mapping[int, LayerError],
+    speed: Speed | None,
+    resident: int | None,
+    errors: Mapping[int, LayerError] | None,
     prices: Prices | None,
 ) -> dict:
     """Return a measured cell.
@@ -48,39 +48,46 @@ def cell_result(
         plan: its plan.
         seconds: of its stages.
         fidelity: on all text and on each domain.
-        speed: of the compressed model.
+        speed: of the compressed model; None where it was not measured, as with the next two.
         resident: bytes of its weights in memory.
         errors: of its layers.
         prices: what errors cost the predictions; None where it was not measured.
     """
-    experts = {stack.index: stack.num_experts for stack in plan.model.stacks}
-    layers = {
-        str(index): {
-            "expected": error.expected / max(error.energy[0], 1e-300),
-            "measured": error.measured / max(error.energy[1], 1e-300),
-            "slots": letters(plan.by_layer[index] if index in plan.by_layer else untouched(experts[index])),
-        }
-        for index, error in errors.items()
-    }
+    layers = {}
+    for stack in plan.model.stacks:
+        if stack.index is not None:
+            error = None if errors is None else errors[stack.index]
+            layer = plan.by_layer[stack.index] if stack.index in plan.by_layer else untouched(stack.num_experts)
+            layers[str(stack.index)] = _relative(error) | {"slots": letters(layer)}
     return cell.to_json() | {
         "error": None,
         "nbytes": plan.nbytes,
         "seconds": dict(seconds),
         "native": plan.native,
         "fidelity": {name: found.to_json() for name, found in fidelity.items()},
-        "speed": asdict(speed),
+        "speed": None if speed is None else asdict(speed),
         "resident": resident,
         "expected_kl": _expected(plan, errors, prices),
         "layers": layers,
     }
 
 
-def _expected(plan: Plan, errors: Mapping[int, LayerError], prices: Prices | None) -> float | None:
-    """Return the KL that the errors of layers let expect.
+def _relative(error: LayerError | None) -> dict[str, float | None]:
+    """Return the errors of a layer as shares of the original output's square."""
+    if error is None:
+        return {"expected": None, "measured": None}
+    before, after = (max(energy, 1e-300) for energy in error.energy)
+    return {"expected": error.expected / before, "measured": error.measured / after}
+
+
+def _expected(plan: Plan, errors: Mapping[int, LayerError] | None, prices: Prices | None) -> float | None:
+    """Return the KL that the errors of layers let expect; what the method expected, if it did, where they are unknown.
 
     Rounding makes errors of another kind than the loss of experts. In layers that have both they cannot be told apart
     afterwards: there it is what the method expected, if it priced both.
     """
+    if errors is None:
+        return plan.expected
     if prices is None:
         return None
     rounded = {index: bool(layer.widths) for index, layer in plan.by_layer.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any, Literal, TypedDict
 
 from moetailor.answers import all_marks
 from moetailor.errors import MoetailorError
@@ -29,6 +29,7 @@ Notes = TypedDict(
         "held-out text": dict,
         "device": str,
         "dtype": str,
+        "way of running": Literal["in memory", "streamed"],
         "versions": dict[str, str],
         "calibration": str,
         "sensitivities": dict[str, Error] | None,
@@ -61,8 +62,8 @@ class _Speed(TypedDict):
 
 
 class _Layer(TypedDict):
-    expected: Error
-    measured: Error
+    expected: Error | None
+    measured: Error | None
     slots: str
 
 
@@ -76,15 +77,15 @@ class _Cell(TypedDict):
 
 
 class MeasuredCell(_Cell):
-    """A cell that was measured, as in ``cells/``."""
+    """A cell that was measured, as in ``cells/``; of a streamed comparison some of it was not."""
 
     error: None
     nbytes: Annotated[int, Within(1)]
     seconds: dict[str, Seconds]
     native: bool
     fidelity: dict[str, _Fidelity]
-    speed: _Speed
-    resident: Count
+    speed: _Speed | None
+    resident: Count | None
     expected_kl: Nats | None
     layers: dict[str, _Layer]
 
@@ -132,15 +133,19 @@ class _HeldOut(TypedDict):
     domains: dict[str, Count]
 
 
-class OriginalSpeed(_Speed):
-    """What was measured of the original, as in original.json."""
+class _Running(TypedDict):
+    prefill: Positive | None
+    decode: Positive | None
+    resident: Count | None
 
-    resident: Count
+
+class OriginalSpeed(_Running):
+    """What was measured of the original, as in original.json; null what was not, where it was streamed."""
+
     seconds: Seconds
 
 
-class _Original(_Speed):
-    resident: Count
+class _Original(_Running):
     perplexity: dict[str, Positive]
 
 

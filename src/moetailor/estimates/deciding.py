@@ -21,7 +21,7 @@ from moetailor.methods.method import Method
 from moetailor.methods.registry import find_method
 from moetailor.methods.run import view_of
 from moetailor.planning.layer_plan import LayerPlan
-from moetailor.planning.plan import Plan, stored_nbytes
+from moetailor.planning.plan import Plan, built_nbytes, stored_nbytes
 from moetailor.planning.work import LayerSize, Work
 from moetailor.transform.formats import Format
 
@@ -152,7 +152,7 @@ def of_apply(
         if layer is None or stack.shape is None or not layer.computed:
             continue
         size, (sums, sample) = size_of(stack, plan.model, sampled), _statistics(stack, plan.model, sampled)
-        work, new = building(method, size, layer), _built_nbytes(layer, stack)
+        work, new = building(method, size, layer), built_nbytes(layer, stack)
         counted, total, built = counted and work is not None, total + (work or Work()), built + new
         reads, memory = reads + sums, max(memory, sums + 2 * new)
         if work is None or work:
@@ -186,13 +186,6 @@ def building(method: Method, size: LayerSize, layer: LayerPlan) -> Work | None:
     if work is None or method.rounding == "nearest":
         return work
     return work + sum((len(some) * of_width(size, width) for width, some in layer.packed.items()), Work())
-
-
-def _built_nbytes(layer: LayerPlan, stack: Stack) -> int:
-    """Return the bytes of what is computed for a layer, which waits in files of its own."""
-    assert stack.shape is not None
-    anew = sum(expert in layer.plain for expert in layer.rebuilt)
-    return anew * stack.expert_bytes + layer.slot_map().nbytes(stack.shape, stack.dtype)
 
 
 def _verified_nbytes(plan: Plan) -> int:

@@ -14,9 +14,10 @@ from moetailor.checkpoint.facts import ModelFacts
 from moetailor.checkpoint.models import resolve_dtype
 from moetailor.checkpoint.original import Original
 from moetailor.comparison.cells import Cell
+from moetailor.comparison.streamed import STATES
 from moetailor.estimates.deciding import building, of_apply, of_plan, sampled_of, size_of
 from moetailor.estimates.estimate import Estimate, Host, in_turn
-from moetailor.estimates.running import judging, of_calibration, run_of
+from moetailor.estimates.running import Run, judging, of_calibration, run_of
 from moetailor.methods.estimate import estimate_plan
 from moetailor.methods.method import Method
 from moetailor.planning.plan import Plan
@@ -69,44 +70,81 @@ def of_comparison(
     text: TextOptions | None,
     calibration: Calibration | None,
     sample: SampleOptions,
+    stream: bool = False,
     dtype: str | None = None,
 ) -> Estimate:
     """Return what `compare` will take on a machine for some methods at some sizes; see there for the rest."""
-    run, parts = run_of(original, held_out, stream=False, device=host.device, dtype=dtype), []
+    run, parts = run_of(original, held_out, stream=stream, device=host.device, dtype=dtype), []
     if calibration is None:
         assert text is not None
         needs = {name for cell in cells for name in cell.method.needs}
         asked: dict[str, Any] = {option: name in needs for name, option in ON_REQUEST.items()}
-        asked |= {"sensitivity": True}
+        asked |= {"sensitivity": True, "stream": stream}
         parts.append(of_calibration(host, original, text=text, sample=sample, **asked, dtype=dtype))
+    parts.append(_recorded(host, run))
     sampled, measured = _sampled(original.facts, run.width, calibration, text or held_out, sample), set()
     for cell in cells:
         plan = estimate_plan(original.facts, cell.method, cell.budget, width=cell.width)
         part = of_plan(host, original.facts, cell.method, plan, sampled, original=original, calibration=calibration)
-        work = _cell(original, cell, plan, sampled)
         if cell.method.label in measured and part.seconds is not None:
             part = replace(part, seconds=host.startup)  # what was measured for another size is kept
         measured.add(cell.method.label)
-        work = None if work is None else work + judging(run, models=1, speed=True)
-        seconds = None if work is None or part.seconds is None else host.seconds(work)
-        told = part.why or host.why or f"nobody has counted what {cell.method.name} computes"
-        # The original lies there, and a copy of its experts that changes.
-        copied = sum(layer.routed_all for layer in run.cost.layers) * run.width
-        taken = host.memory(run.memory(copied + run.predictions), run.cost.nbytes)
-        memory = {**taken, "memory": max(taken["memory"], part.memory)}
-        parts.append(
-            Estimate(
-                verb=cell.name,
-                seconds=None if seconds is None else seconds + (part.seconds or 0.0) - host.startup,
-                why="" if seconds is not None else told,
-                **memory,
-                reads=part.reads,
-                writes=part.writes,
-                meanwhile=run.states,
-                downloads=part.downloads,
-            )
-        )
+        rest = (_streamed if stream else _in_memory)(host, original, run, cell, plan, sampled)
+        parts.append(in_turn(cell.name, [part, *rest], host.startup))
     return in_turn("compare", parts, host.startup)
+
+
+def _recorded(host: Host, run: Run) -> Estimate:
+    """Return what the original takes that is run once over the text."""
+    work = run.loading + run.batches * run.cost.forward(run.batch, run.length)
+    return Estimate(
+        verb="original",
+        seconds=host.seconds(work, moved=run.cost.nbytes + _moved(run)),
+        why=host.why,
+        **host.memory(run.memory(0), run.cost.nbytes),
+        reads=run.cost.nbytes,
+        writes=0,
+        meanwhile=run.states * (STATES if run.stream else 1),
+    )
+
+
+def _moved(run: Run) -> int:
+    """Return the bytes of hidden states that are written and read while a model runs."""
+    return run.states * (1 + 2 * run.stream * len(run.cost.layers))
+
+
+def _in_memory(host: Host, original: Original, run: Run, cell: Cell, plan: Plan, sampled: int) -> list[Estimate]:
+    """Return what a plan takes that is applied to a copy of the original and measured."""
+    work = _cell(original, cell, plan, sampled)
+    # The original lies there, and a copy of its experts that changes.
+    copied = sum(layer.routed_all for layer in run.cost.layers) * run.width
+    return [
+        Estimate(
+            verb=cell.name,
+            seconds=None if work is None else host.seconds(work + judging(run, models=1, speed=True)),
+            why=f"nobody has counted what {cell.method.name} computes" if work is None else host.why,
+            **host.memory(run.memory(copied + run.predictions), run.cost.nbytes),
+            reads=0,
+            writes=0,
+            meanwhile=run.states,
+        )
+    ]
+
+
+def _streamed(host: Host, original: Original, run: Run, cell: Cell, plan: Plan, sampled: int) -> list[Estimate]:
+    """Return what a plan takes that is written, run from disk beside the original's head, and deleted."""
+    written = of_apply(host, plan, original, resolve_format(plan, "auto"), sampled, verify=False)
+    nbytes = written.writes
+    judged = Estimate(
+        verb=cell.name,
+        seconds=host.seconds(run.loading + judging(run, models=1, speed=False), moved=nbytes + _moved(run)),
+        why=host.why,
+        **host.memory(run.memory(run.cost.outside * run.width + run.predictions), run.cost.nbytes),
+        reads=nbytes,
+        writes=0,
+    )
+    # Most lies there while the result is written: it stays until it was run, what was computed for it does not.
+    return [replace(written, writes=0, meanwhile=nbytes + written.meanwhile + STATES * run.states), judged]
 
 
 def _sampled(

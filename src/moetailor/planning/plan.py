@@ -178,6 +178,18 @@ def stored_nbytes(plan: LayerPlan, stack: Stack) -> int:
     return len(plan.plain) * stack.expert_bytes + added
 
 
+def built_nbytes(plan: LayerPlan, stack: Stack) -> int:
+    """Return the bytes that a layer's plan computes anew, which wait in files of their own while a result is written.
+
+    Args:
+        plan: the plan.
+        stack: the layer, one that the model runs.
+    """
+    assert stack.shape is not None
+    anew = sum(expert in plan.plain for expert in plan.rebuilt)
+    return anew * stack.expert_bytes + plan.slot_map().nbytes(stack.shape, stack.dtype)
+
+
 def answers_nbytes(answers: Iterable[Answer], shape: ExpertShape, dtype: str) -> int:
     """Return the bytes of the tensors that some answers together have in a layer.
 

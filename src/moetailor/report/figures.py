@@ -95,7 +95,7 @@ def _lowest(numbers: Sequence[int], values: Sequence[float]) -> list[int]:
 
 
 def layer_errors(cells: Sequence[Cell]) -> Markup | None:
-    """Draw the measured error of each layer that changed against what was expected; None when nothing was expected.
+    """Draw the measured error of each layer that changed against what was expected; None when there are none.
 
     Args:
         cells: those that were measured.
@@ -105,7 +105,7 @@ def layer_errors(cells: Sequence[Cell]) -> Markup | None:
         (max(found["expected"], NOTHING), max(found["measured"], NOTHING), layers.index(int(layer)))
         for cell in cells
         for layer, found in cell["layers"].items()
-        if set(found["slots"]) != {Keep.letter}
+        if set(found["slots"]) != {Keep.letter} and None not in (found["expected"], found["measured"])
     ]
     if not points:
         return None
