@@ -16,8 +16,9 @@ from moetailor.checkpoint.devices import formed
 from moetailor.checkpoint.files import DTYPES
 from moetailor.checkpoint.storage.storage import Storage
 
-# Inputs of a matrix up to which its weights are not scaled, but sums over groups are.
-FEW = 4
+# Inputs of a matrix up to which its weights are not scaled, but sums over groups are; groups so small that scaling the
+# weights takes less time.
+FEW, SMALL = 4, 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,10 +227,12 @@ class FewBits(Storage):
         """Return x W^T, some outputs after the other: what is small stays in caches, and in memory that is there."""
         scale, zero = self.scales(parts, shape[1]), self.zeros(parts, shape[1])
         rows, found = max(formed(x_nPI.device) // (len(x_nPI) * shape[2]), 1), []
+        given = self._formed
+        if x_nPI.shape[1] <= FEW:
+            x_nPI, given = x_nPI.float(), self._summed if self.size(shape[2]) > SMALL else self._formed
         for start in range(0, shape[1], rows):
             some = slice(start, start + rows)
             units = self.units(parts["_packed"][:, some], shape[2])
-            given = self._summed if x_nPI.shape[1] <= FEW else self._formed
             found.append(given(x_nPI, units, scale[:, some], None if zero is None else zero[:, some]))
         return torch.cat(found, -1)
 
@@ -237,7 +240,7 @@ class FewBits(Storage):
         self, x_nPI: torch.Tensor, units: torch.Tensor, scale_nOG: torch.Tensor, zero_nOG: torch.Tensor | None
     ) -> torch.Tensor:
         """Return sum_G s_G (x_G . q_G - z_G sum x_G) over groups in float32, so that no weight is scaled."""
-        units_nOGi, x_nPGi, scale_nOG = self.parted(units), self.parted(x_nPI.float()), scale_nOG.float()
+        units_nOGi, x_nPGi, scale_nOG = self.parted(units), self.parted(x_nPI), scale_nOG.float()
         sums_nGPO = x_nPGi.transpose(1, 2) @ units_nOGi.permute(0, 2, 3, 1)
         given_nPO = (sums_nGPO * scale_nOG.transpose(1, 2)[:, :, None]).sum(1)
         if zero_nOG is None:

@@ -83,6 +83,8 @@ class CompressedTensors(Format):
             _warn(f"{lost} it has one scheme for all layers, without zero points; {cure}")
         for why in {scheme.form.unread for scheme in schemes if scheme.form.unread}:
             _warn(f"{lost} {why}")
+        if any(scheme.form.bf16 for scheme in schemes) and {s.dtype for s in plan.model.stacks} != {"BF16"}:
+            _warn("transformers makes bfloat16 of MXFP4: load the result with dtype=torch.bfloat16")
         experts = tuple(f"{layer.experts}." for layer in original.anatomy.layers.values())
         sources = Counter(name for name in original.skeleton.names.values() if not name.startswith(experts))
         merged = [name for name, count in sources.items() if count > 1]

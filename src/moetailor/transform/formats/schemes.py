@@ -33,6 +33,7 @@ class Form:
         whole: outputs and inputs of which there must be a multiple.
         unread: why transformers does not load it, if it does not.
         guarded: whether it would do so and make other numbers of the codes.
+        bf16: whether it makes bfloat16 of the codes whatever it is asked for.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Form:
     whole: tuple[int, int] = (1, 1)
     unread: str = ""
     guarded: bool = False
+    bf16: bool = False
 
 
 INTEGERS = Form(name=PACKED, stored=STORED | {"_zero_point": "weight_zero_point"}, shapes=True)
@@ -66,7 +68,10 @@ FORMS: dict[Kind, Form] = {
         unread="it has a scale for each row, and knows no blocks; --bits fp8 loads in both",
     ),
     "mxfp4": Form(
-        name=MXFP4, weights={"strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"}, whole=(1, 32)
+        name=MXFP4,
+        weights={"strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"},
+        whole=(1, 32),
+        bf16=True,
     ),
     "nvfp4": Form(
         name=NVFP4,
