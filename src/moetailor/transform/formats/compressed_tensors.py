@@ -81,8 +81,8 @@ class CompressedTensors(Format):
         if len(schemes) > 1 or not all(scheme.symmetric for scheme in schemes):
             cure = "symmetric codes of one width and group, such as --bits int4g32, load in both"
             _warn(f"{lost} it has one scheme for all layers, without zero points; {cure}")
-        for why in {scheme.form.unread for scheme in schemes if scheme.form.unread}:
-            _warn(f"{lost} {why}")
+        for codes, why in {scheme.codes: scheme.form.unread for scheme in schemes if scheme.form.unread}.items():
+            _warn(f"transformers does not load {codes}: {why}")
         if any(scheme.form.bf16 for scheme in schemes) and {s.dtype for s in plan.model.stacks} != {"BF16"}:
             _warn("transformers makes bfloat16 of MXFP4: load the result with dtype=torch.bfloat16")
         experts = tuple(f"{layer.experts}." for layer in original.anatomy.layers.values())

@@ -65,7 +65,7 @@ FORMS: dict[Kind, Form] = {
         weights={"strategy": "block", "block_structure": [128, 128]},
         inputs={"strategy": "group", "group_size": 128},
         whole=(128, 128),
-        unread="it has a scale for each row, and knows no blocks; --bits fp8 loads in both",
+        unread="it has a scale for each row, and knows no blocks; it loads --bits fp8",
     ),
     "mxfp4": Form(
         name=MXFP4,
@@ -79,7 +79,7 @@ FORMS: dict[Kind, Form] = {
         dtypes={"_scale": "F8_E4M3", "_global_scale": "F32"},
         weights={"strategy": "tensor_group", "group_size": 16, "scale_dtype": "torch.float8_e4m3fn"},
         whole=(1, 16),
-        unread="it leaves out the scale of each matrix; --bits mxfp4 and int4g32 load in both",
+        unread="it leaves out the scale of each matrix; it loads --bits mxfp4 and int4g32",
         guarded=True,
     ),
 }
