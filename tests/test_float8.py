@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moetailor.checkpoint.storage import Codes, Float8, TensorSpec, find_storage
+from moetailor.checkpoint.storage import BlockFloat8, Codes, Float8, TensorSpec, find_storage
 
 
 def grid() -> torch.Tensor:
@@ -34,8 +34,32 @@ def test_weights_are_the_nearest_of_the_grid_times_the_scale_of_their_row(dtype:
     assert float(given[1, 2].abs().max()) == 0
 
 
-def test_what_is_chosen_one_by_one_is_what_is_rounded_at_once() -> None:
-    storage, weight = Float8(), torch.randn(2, 5, 8)
+@pytest.mark.parametrize(("outputs", "inputs"), [(130, 300), (128, 128), (5, 7)])
+def test_blocks_have_a_scale_each(outputs: int, inputs: int) -> None:
+    spec, weight = TensorSpec(shape=(2, outputs, inputs), storage="fp8b128"), torch.randn(2, outputs, inputs)
+    weight[1, :128, :128] = 0
+    stored, grid_shape = spec.encode("w", weight, "BF16"), (2, -(-outputs // 128), -(-inputs // 128))
+    assert {key: tuple(part.shape) for key, part in stored.items()} == {
+        key: shape for key, (_, shape) in spec.parts("w", "BF16").items()
+    }
+    assert stored["w_scale"].shape == grid_shape
+    assert spec.nbytes("BF16") == 2 * outputs * inputs + 2 * 2 * grid_shape[1] * grid_shape[2]
+    given = find_storage("fp8b128").decode({key[1:]: part for key, part in stored.items()}, (2, outputs, inputs))
+    for n in range(2):
+        for o in range(0, outputs, 128):
+            for i in range(0, inputs, 128):
+                place = (n, slice(o, o + 128), slice(i, i + 128))
+                largest = weight[place].abs().max()
+                scale = (largest / 448 if largest > 0 else torch.ones(())).bfloat16()
+                assert torch.equal(stored["w_scale"][n, o // 128, i // 128], scale)
+                code = (weight[place] / scale.float()).clamp(-448, 448).to(torch.float8_e4m3fn)
+                assert torch.equal(stored["w_packed"][place].view(torch.float8_e4m3fn).float(), code.float())
+                assert torch.equal(given[place], (code.float() * scale.float()).bfloat16())
+
+
+@pytest.mark.parametrize("storage", [Float8(), BlockFloat8()])
+def test_what_is_chosen_one_by_one_is_what_is_rounded_at_once(storage: Float8) -> None:
+    weight = torch.randn(2, 5, 8)
     scale, zero = storage.fit(weight, torch.ones(8), torch.float32)
     assert zero is None
     at_once = storage.numbers(Codes(code=storage.round(weight, scale, None), scale=scale, zero=None), 8)

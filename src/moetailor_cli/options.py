@@ -121,7 +121,8 @@ Bits = Annotated[
     str | None,
     typer.Option(
         help="Keep what stays of experts in few bits: 2 to 8, as 4/6 with those of the down projection, or as int4g32: "
-        "symmetric, in groups of 32, as vq2: 1 to 4 bits from codebooks, for the moetailor format, or fp8. "
+        "symmetric, in groups of 32, as vq2: 1 to 4 bits from codebooks, for the moetailor format, or floats: fp8, "
+        "fp8b128 (blocks of 128 x 128), mxfp4, nvfp4. "
         "[dim]default: as it lies[/dim]"
     ),
 ]

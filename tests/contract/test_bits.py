@@ -72,7 +72,7 @@ def test_they_give_what_their_numbers_give(name: str, checkpoint: Get, calibrati
 
 
 @every_family
-@pytest.mark.parametrize("every", [None, "4", "vq1/2", "fp8"])
+@pytest.mark.parametrize("every", [None, "4", "vq1/2", "fp8", "nvfp4"])
 def test_they_round_trip(
     name: str, every: str | None, checkpoint: Get, calibration: GetCalibration, tmp_path: Path
 ) -> None:
@@ -198,7 +198,26 @@ def test_bits_are_read_as_they_are_written(run: Callable, tmp_path: Path) -> Non
     assert Width.parse("vq2") == Width(bits=2, codes="vq")
     assert Width.parse("vq1/6g64") == Width(bits=1, down=6, group=64, codes="vq")
     assert Width.parse("fp8") == Width(bits=8, codes="fp8")
-    for text in ("9", "4/1", "4/6/8", "four", "1", "", "int9g32", "int4g0", "fp8g32", "fp6"):
+    assert Width.parse("fp8b128") == Width(bits=8, codes="fp8b128")
+    assert [Width.parse(f"{name}fp4") for name in ("mx", "nv")] == [
+        Width(bits=4, codes="mxfp4"),
+        Width(bits=4, codes="nvfp4"),
+    ]
+    for text in (
+        "9",
+        "4/1",
+        "4/6/8",
+        "four",
+        "1",
+        "",
+        "int9g32",
+        "int4g0",
+        "fp8g32",
+        "fp6",
+        "nvfp4g32",
+        "fp4",
+        "mxfp4/8",
+    ):
         with pytest.raises(moetailor.PlanError, match="write 2 to 8, or as 4/6"):
             Width.parse(text)
     for text in ("vq5", "vq6/8"):

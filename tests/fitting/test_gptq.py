@@ -6,10 +6,11 @@ import pytest
 import safetensors.torch
 import torch
 
-from moetailor.answers import Width
-from moetailor.checkpoint.storage import Codebook, Codes, FewBits, Integers, codebooks, find_storage
+from moetailor.answers import Kind, Width
+from moetailor.checkpoint.storage import Codebook, Codes, FewBits, Float8, Integers, codebooks, find_storage
+from moetailor.checkpoint.storage.float4 import Float4
 from moetailor.fitting.gptq import BLOCK, DAMPING, Seen, gptq
-from moetailor.fitting.widths import RIDGE, quantized
+from moetailor.fitting.widths import RIDGE, Rounding, quantized
 from support.layers import layer_of_tokens, random_experts
 
 
@@ -24,6 +25,10 @@ def listed(storage: FewBits, scale: torch.Tensor, zero: torch.Tensor | None) -> 
     if isinstance(storage, Integers):
         code = torch.arange(-(2 ** (storage.bits - 1)), 2 ** (storage.bits - 1))
         return ((code - (0 if zero is None else zero[0])) * scale[0])[..., None].double()
+    if isinstance(storage, Float4 | Float8):
+        every = torch.arange(16) if isinstance(storage, Float4) else torch.arange(256)[torch.arange(256) % 128 != 127]
+        grid = storage.listed(every.to(torch.uint8).view(torch.int8)[None, None], len(every))[0].double()
+        return (grid * scale[0])[..., None]
     table = safetensors.torch.load_file(Path(codebooks.__file__).with_name("codebooks.safetensors"))
     return table[f"vq{storage.bits}"].double() * scale[0, :, :, None]
 
@@ -32,7 +37,8 @@ def code_by_code(weight: torch.Tensor, moment: torch.Tensor, storage: FewBits) -
     """Optimal brain quantization in the order of the inputs: of all that the next ones may be, take what costs least
     when the rest makes up for it, move the rest, take them out of the inverse.
     """
-    rest, step = weight.double().clone(), storage.step
+    whole = storage.whole(weight[None])
+    rest, step = weight.double() * (1.0 if whole is None else float(whole)), storage.step
     damped = moment.double() + DAMPING * moment.double().diagonal().mean() * torch.eye(len(moment)).double()
     inverse, found, size = torch.linalg.inv(damped), torch.zeros_like(rest), storage.size(len(moment))
     for i in range(0, len(moment), step):
@@ -48,7 +54,7 @@ def code_by_code(weight: torch.Tensor, moment: torch.Tensor, storage: FewBits) -
         rest -= error @ own @ inverse[here]
         inverse = inverse - inverse[:, here] @ own @ inverse[here]
         inverse[here] = inverse[:, here] = 0
-    return found
+    return found / (1.0 if whole is None else float(whole))
 
 
 def moments(count: int, width: int) -> torch.Tensor:
@@ -59,6 +65,7 @@ def moments(count: int, width: int) -> torch.Tensor:
 STORAGES = [f"{sign}int{bits}g8" for sign in ("", "u") for bits in (2, 3, 4, 8)] + [
     f"vq{bits}g8" for bits in range(1, 5)
 ]
+STORAGES += ["fp8", "fp8b128", "mxfp4", "nvfp4"]
 
 
 @pytest.mark.parametrize("name", STORAGES)
@@ -98,7 +105,7 @@ def test_a_last_code_of_fewer_inputs_is_as_one_with_inputs_that_are_zero(bits: i
     torch.testing.assert_close(storage.numbers(found, 21), storage.numbers(expected, 24)[..., :21])
 
 
-@pytest.mark.parametrize("name", ["uint2g16", "uint3g16", "uint4g16", "vq1g16", "vq2g16", "vq4g16"])
+@pytest.mark.parametrize("name", ["uint2g16", "uint3g16", "uint4g16", "vq1g16", "vq2g16", "vq4g16", "mxfp4", "nvfp4"])
 def test_outputs_err_less_than_with_the_nearest_codes(name: str) -> None:
     storage = find_storage(name)
     assert isinstance(storage, FewBits)
@@ -155,3 +162,28 @@ def test_an_expert_without_tokens_is_rounded_for_those_of_the_layer() -> None:
         layer, [{unused or 0: 1.0}], lambda _: layer.experts.matrices([unused or 0]), storages, dtype=torch.float32
     )
     assert all(torch.isfinite(codes.scale).all() for codes in found.values())
+
+
+@pytest.mark.parametrize("rounding", ["gptq", "nearest"])
+def test_gate_and_up_share_the_scale_of_the_matrix_and_no_block(rounding: Rounding) -> None:
+    """Engines run them as one matrix, in which each block of 128 x 128 is of one of them."""
+    module = random_experts(2)
+    with torch.no_grad():
+        module.gate_up_proj[:, : module.gate_up_proj.shape[1] // 2] *= 100
+    layer = layer_of_tokens(module)
+
+    def found(codes: Kind, bits: int) -> dict[str, Codes]:
+        storages = Width(bits=bits, codes=codes).storages(layer.shape)
+        read = layer.experts.matrices
+        (found,) = quantized(layer, [{0: 1.0}, {1: 1.0}], read, storages, dtype=torch.float32, rounding=rounding)
+        return found
+
+    nvfp4, blocks, matrices = found("nvfp4", 4), found("fp8b128", 8), layer.experts.matrices([0, 1])
+    assert torch.equal(nvfp4["gate"].whole, nvfp4["up"].whole)
+    largest = matrices["gate"].abs().amax((1, 2))
+    assert bool((nvfp4["gate"].whole[:, 0, 0] * largest / 6 <= 448 / 2).all())
+    assert bool((nvfp4["gate"].whole[:, 0, 0] * largest / 6 > 448 / 4).all())
+    for name in ("gate", "up"):
+        assert blocks[name].code.shape == matrices[name].shape
+        scale = (matrices[name].abs().amax((1, 2)) / 448)[:, None, None].expand_as(blocks[name].scale)
+        torch.testing.assert_close(blocks[name].scale, scale)

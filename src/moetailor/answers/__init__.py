@@ -4,7 +4,7 @@ from moetailor.answers.answer import ANSWERS, Answer, Call, Context, all_marks
 
 from moetailor.answers.keep import Keep  # isort: skip (the order of the kinds in files and legends)
 from moetailor.answers.fitted import Fitted  # isort: skip
-from moetailor.answers.packed import VQ_BITS, WHOLE, Kind, Packed, Width  # isort: skip
+from moetailor.answers.packed import FLOATS, VQ_BITS, WHOLE, Kind, Packed, Width  # isort: skip
 from moetailor.answers.drop import Drop  # isort: skip
 from moetailor.answers.constant import Constant  # isort: skip
 from moetailor.answers.linear import Linear  # isort: skip
@@ -17,6 +17,7 @@ from moetailor.answers.slot_map import SlotMap  # isort: skip
 
 __all__ = [
     "ANSWERS",
+    "FLOATS",
     "VQ_BITS",
     "WHOLE",
     "Answer",

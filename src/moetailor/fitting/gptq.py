@@ -55,6 +55,8 @@ def gptq(weight: torch.Tensor, seen: Seen, storage: FewBits, dtype: torch.dtype)
     """
     inputs = weight.shape[-1]
     more, size = -inputs % storage.step, storage.size(inputs)
+    if (whole := storage.whole(weight)) is not None:
+        weight = weight * whole
     rest, upper, importance = (
         longer(weight.clone(), more),
         F.pad(seen.upper, (0, more, 0, more)),
@@ -71,8 +73,9 @@ def gptq(weight: torch.Tensor, seen: Seen, storage: FewBits, dtype: torch.dtype)
         codes.append(code)
         scales.append(scale)
         zeros += [] if zero is None else [zero]
-    zero = torch.cat(zeros, -1) if zeros else None
-    return Codes(code=torch.cat(codes, -1), scale=torch.cat(scales, -1), zero=zero)
+    scale, zero = torch.cat(scales, -1), torch.cat(zeros, -1) if zeros else None
+    scale = scale if whole is None else scale / whole
+    return Codes(code=torch.cat(codes, -1), scale=scale, zero=zero, whole=whole)
 
 
 def _rounded(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch.nn import functional as F
 
 from moetailor.checkpoint.devices import in_batches
 from moetailor.checkpoint.experts import ExpertShape
@@ -49,7 +50,9 @@ def quantized(
     def work(some: Sequence[int]) -> dict[str, Codes]:
         matrices = {name: part.float() for name, part in read(some).items()}
         if rounding == "nearest":
-            return {name: storage.nearest(matrices[name], dtype) for name, storage in storages.items()}
+            up, names = storages["up"], layer.experts.inputs
+            gates = _as_one(matrices, names, up, lambda weight: up.nearest(weight, dtype))
+            return {**gates, "down": storages["down"].nearest(matrices["down"], dtype)}
         half = Together.of(layer, matrices, [inputs_of(layer, behind[at]) for at in some]).half(storages, dtype)
         return {**half.codes, "down": gptq(half.down, half.seen, storages["down"], dtype)}
 
@@ -129,9 +132,7 @@ class Together:
             dtype: of the scales.
         """
         names, down, storage = self.layer.experts.inputs, self.matrices["down"], storages["up"]
-        # They have the same inputs, so their outputs are as those of one matrix.
-        both = gptq(torch.cat([self.matrices[name] for name in names], 1), self.seen, storage, dtype)
-        codes = dict(zip(names, both.split(len(names)), strict=True))
+        codes = _as_one(self.matrices, names, storage, lambda weight: gptq(weight, self.seen, storage, dtype))
         rounded = dict(self.matrices) | {
             name: storage.numbers(part, self.layer.shape.width).float() for name, part in codes.items()
         }
@@ -140,6 +141,17 @@ class Together:
             now = self.layer.experts.hidden({name: part[number] for name, part in rounded.items()}, x)
             own[number], cross[number] = _moment(now, now, weight), _moment(self.given[number], now, weight)
         return Half(codes=codes, matrices=rounded, down=_refitted(down, own, cross), seen=Seen.of(own))
+
+
+def _as_one(
+    matrices: Matrices, names: Sequence[str], storage: FewBits, rounded: Callable[[torch.Tensor], Codes]
+) -> dict[str, Codes]:
+    """Return the codes of matrices with the same inputs, rounded as one: so engines run them."""
+    outputs = matrices[names[0]].shape[1]
+    each = outputs + -outputs % storage.high
+    both = torch.cat([F.pad(matrices[name], (0, 0, 0, each - outputs)) for name in names], 1)
+    codes = rounded(both)
+    return {name: codes.rows(at * each, at * each + outputs) for at, name in enumerate(names)}
 
 
 def inputs_of(

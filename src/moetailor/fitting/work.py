@@ -13,7 +13,7 @@ import torch
 from moetailor.answers import Width
 from moetailor.checkpoint.devices import working_nbytes
 from moetailor.checkpoint.experts import ExpertShape
-from moetailor.checkpoint.storage import Codebook, FewBits, Integers
+from moetailor.checkpoint.storage import Codebook, FewBits
 from moetailor.fitting import tokens as joined
 from moetailor.fitting.gptq import BLOCK
 from moetailor.fitting.held_out import EVERY, FOLDS
@@ -133,8 +133,8 @@ def of_gptq(outputs: int, inputs: int, storage: FewBits, together: int) -> Work:
         products, passes = products + weights * tried * 2 * (storage.step + 2), passes + tried + 12
         steps += inputs / storage.step * CODES
     else:
-        clips = 9 if isinstance(storage, Integers) and storage.bits <= 4 else 1
-        passes, steps = passes + 6 * clips + 8, steps + inputs * CODES / 2 + storage.groups(inputs) * clips * FITS
+        passes, fits = passes + 6 * storage.tries + 8, storage.groups(inputs) * storage.tries * FITS
+        steps += inputs * CODES / 2 + fits
     return Work(products=products, elements=passes * weights, steps=(steps + 20 * storage.groups(inputs)) / together)
 
 

@@ -52,8 +52,8 @@ class Auto(JointMethod):
             lay; all when empty.
         group: inputs that share a scale, at most.
         codes: of experts in few bits: ``vq`` takes 1 to 4 bits from codebooks, ``uint`` integers with zero points,
-            ``int`` integers around zero, ``fp8`` floats of 8 bits; ``vq`` when empty, and ``uint`` in uniform layers,
-            which engines load.
+            ``int`` integers around zero, ``fp8``, ``fp8b128``, ``mxfp4`` and ``nvfp4`` floats; ``vq`` when empty, and
+            ``uint`` in uniform layers, which engines load.
     """
 
     balance: Annotated[float, AtLeast(0)] = 0.75
@@ -62,7 +62,7 @@ class Auto(JointMethod):
     uniform_layers: bool = False
     widths: str = ""
     group: Annotated[int, AtLeast(1)] = 128
-    codes: Literal["", "uint", "int", "vq", "fp8"] = ""
+    codes: Literal["", "uint", "int", "vq", "fp8", "fp8b128", "mxfp4", "nvfp4"] = ""
 
     name = "auto"
     replaces_with = Constant

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from moetailor.answers import VQ_BITS, WHOLE, Answer, Constant, Keep, Kind, Linear, Packed, Width
+from moetailor.answers import FLOATS, VQ_BITS, WHOLE, Answer, Constant, Keep, Kind, Linear, Packed, Width
 from moetailor.calibration.effects import Prices
 from moetailor.checkpoint.files import DTYPES
 from moetailor.errors import PlanError
@@ -30,7 +30,6 @@ from moetailor.planning.view import LayerView
 PAIRS = ((8, 8), (6, 8), (6, 6), (5, 6), (5, 5), (4, 6), (4, 5), (4, 4), (3, 5), (3, 4), (3, 3), (2, 4), (2, 3), (2, 2))
 # By codebooks also these.
 VQ_PAIRS = ((1, 3), (1, 2), (1, 1))
-FP8_PAIRS = ((8, 8),)
 RANKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128)
 RIDGE = 0.01
 # Solutions are sought at most so many times from each start.
@@ -121,7 +120,7 @@ def ways_to_stay(bits: str, *, group: int, codes: Kind) -> list[Width | Keep]:
     Raises:
         PlanError: bits that are not on the menu, or none but 16.
     """
-    pairs = FP8_PAIRS if codes == "fp8" else PAIRS + VQ_PAIRS * (codes == "vq")
+    pairs = ((FLOATS[codes].bits,) * 2,) if codes in FLOATS else PAIRS + VQ_PAIRS * (codes == "vq")
     known = [bits for bits, down in pairs if bits == down]
     listed = set(map(int, re.split("[,+]", bits))) if re.fullmatch(r"\d{1,3}([,+]\d{1,3})*", bits) else set()
     if bits and (not listed & set(known) or listed - {*known, WHOLE.bits}):

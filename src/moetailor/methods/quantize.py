@@ -32,7 +32,8 @@ class Quantize(Method):
         down: of a weight of the down projection; `bits` when 0.
         group: inputs that share a scale, at most.
         codes: ``uint`` for integers with zero points, ``int`` for integers around zero, ``vq`` for 1 to 4 bits from
-            codebooks, each code of several weights, ``fp8`` for floats of 8 bits with a scale for each row.
+            codebooks, each code of several weights, ``fp8`` for floats of 8 bits with a scale for each row,
+            ``fp8b128`` with one for each block of 128 x 128, ``mxfp4`` and ``nvfp4`` for floats of 4 bits.
         rounding: ``gptq`` or ``nearest``.
     """
 

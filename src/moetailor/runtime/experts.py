@@ -112,16 +112,17 @@ class CompressedExperts(nn.Module):
             find_storage(spec.storage).ready(self._device)
         for name, buffer in list(self.named_buffers(recurse=False)):
             if not buffer.numel() and name not in buffers:  # parameters without rows
-                empty = torch.empty(buffer.shape, dtype=self._stored.dtype, device=self._device)
+                dtype = self._stored.dtype if self._stored.is_floating_point() else buffer.dtype
+                empty = torch.empty(buffer.shape, dtype=dtype, device=self._device)
                 self.register_buffer(name, empty, persistent=False)
 
     @property
     def _stored(self) -> torch.Tensor:
-        """A weight of the layer, wherever it is stored."""
+        """A weight of the layer, wherever it is stored; one of its dtype where there is one."""
         if len(self.down_proj):
             return self.down_proj
-        parts = (getattr(self, part) for name, spec in self.added.items() for part in spec.parts(name, "F32"))
-        return next((part for part in parts if part.is_floating_point()), self.down_proj)
+        parts = [getattr(self, part) for name, spec in self.added.items() for part in spec.parts(name, "F32")]
+        return next((part for part in parts if part.is_floating_point()), [*parts, self.down_proj][0])
 
     @property
     def _device(self) -> Any:

@@ -8,7 +8,10 @@ from moetailor.checkpoint.storage import mxfp4 as mxfp4
 from moetailor.checkpoint.storage import plain as plain
 from moetailor.checkpoint.storage.codebooks import WEIGHTS, Codebook
 from moetailor.checkpoint.storage.few_bits import Codes, FewBits
+from moetailor.checkpoint.storage.float4_mx import MxFloat4
+from moetailor.checkpoint.storage.float4_nv import NvFloat4
 from moetailor.checkpoint.storage.float8 import Float8
+from moetailor.checkpoint.storage.float8_blocks import BlockFloat8
 from moetailor.checkpoint.storage.integers import BITS, Integers
 from moetailor.checkpoint.storage.quantized import READERS, Quantized, ways_of
 from moetailor.checkpoint.storage.storage import STORAGES, Storage, TensorSpec, find_storage
@@ -18,11 +21,14 @@ __all__ = [
     "READERS",
     "STORAGES",
     "WEIGHTS",
+    "BlockFloat8",
     "Codebook",
     "Codes",
     "FewBits",
     "Float8",
     "Integers",
+    "MxFloat4",
+    "NvFloat4",
     "Quantized",
     "Storage",
     "TensorSpec",

@@ -14,7 +14,8 @@ from moetailor.checkpoint.storage.quantized import Quantized, register_reader
 from moetailor.errors import CheckpointError, reason_of
 
 METHOD, PACKED, FLOATS = "compressed-tensors", "pack-quantized", "float-quantized"
-FORMATS = (PACKED, FLOATS, "nvfp4-pack-quantized", "mxfp4-pack-quantized")
+NVFP4, MXFP4 = "nvfp4-pack-quantized", "mxfp4-pack-quantized"
+FORMATS = (PACKED, FLOATS, NVFP4, MXFP4)
 CURE = "give the bf16 or fp32 original"
 
 
@@ -58,6 +59,6 @@ def _way(scheme: Any, form: str) -> Quantized:
         outputs, inputs = weights.block_structure or (1, 1)
         blocks = {"tensor": (0, 0), "channel": (1, 0), "block": (max(outputs, 1), max(inputs, 1))}
         return ScaledFp8(block=blocks[strategy], **given)
-    if form in FORMATS[2:]:
-        return Fp4(group=group, format=form, scheme=scheme, whole=form.startswith("nvfp4"), **given)
+    if form in (NVFP4, MXFP4):
+        return Fp4(group=group, format=form, scheme=scheme, whole=form == NVFP4, **given)
     raise CheckpointError(f"format {form!r} with scales by {strategy} is not handled; {CURE}")

@@ -16,8 +16,9 @@ from moetailor.checkpoint.devices import formed
 from moetailor.checkpoint.files import DTYPES
 from moetailor.checkpoint.storage.storage import Storage
 
-# Inputs of a matrix up to which its weights are not scaled, but sums over groups are.
-FEW = 4
+# Inputs of a matrix up to which its weights are not scaled, but sums over groups are; groups so small that scaling the
+# weights takes less time.
+FEW, SMALL = 4, 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,24 +29,29 @@ class Codes:
         code: int8 [n, O, C].
         scale: [n, O, G].
         zero: int8 [n, O, G]; None where codes have no zero points.
+        whole: float32 [n, 1, 1], what each matrix was multiplied with before its scales were found, as its `scale` no
+            longer is; None where that is nothing.
     """
 
     code: torch.Tensor
     scale: torch.Tensor
     zero: torch.Tensor | None
+    whole: torch.Tensor | None = None
 
     @classmethod
     def joined(cls, parts: Sequence[Codes]) -> Codes:
         """Return several stacks of matrices as one."""
         zeros = [part.zero for part in parts if part.zero is not None]
+        wholes = [part.whole for part in parts if part.whole is not None]
         code, scale = torch.cat([part.code for part in parts]), torch.cat([part.scale for part in parts])
-        return cls(code=code, scale=scale, zero=torch.cat(zeros) if zeros else None)
+        zero, whole = (torch.cat(each) if each else None for each in (zeros, wholes))
+        return cls(code=code, scale=scale, zero=zero, whole=whole)
 
-    def split(self, count: int) -> list[Codes]:
-        """Return as many matrices with an equal share of the outputs each."""
-        zeros = [None] * count if self.zero is None else self.zero.chunk(count, 1)
-        parts = zip(self.code.chunk(count, 1), self.scale.chunk(count, 1), zeros, strict=True)
-        return [Codes(code=code, scale=scale, zero=zero) for code, scale, zero in parts]
+    def rows(self, start: int, stop: int) -> Codes:
+        """Return the same matrices with some of their outputs."""
+        some = slice(start, stop)
+        zero = None if self.zero is None else self.zero[:, some]
+        return Codes(code=self.code[:, some], scale=self.scale[:, some], zero=zero, whole=self.whole)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,10 +64,15 @@ class FewBits(Storage):
     Attributes:
         bits: of a weight.
         group: inputs that share a scale, at most.
+        high: outputs that share a scale; matrices that are rounded as one must not.
+        tries: scales that are tried for a group.
     """
 
     bits: int
     group: int
+
+    high = 1
+    tries = 1
 
     @property
     @abstractmethod
@@ -109,9 +120,22 @@ class FewBits(Storage):
         found = []
         for matrix in weight.split(1):
             matrix = matrix.float()
+            if (whole := self.whole(matrix)) is not None:
+                matrix = matrix * whole
             scale, zero = self.fit(matrix, matrix.new_ones(matrix.shape[-1]), dtype)
-            found.append(Codes(code=self.round(matrix, scale, zero), scale=scale, zero=zero))
+            code = self.round(matrix, scale, zero)
+            found.append(Codes(code=code, scale=scale if whole is None else scale / whole, zero=zero, whole=whole))
         return Codes.joined(found)
+
+    def whole(self, weight: torch.Tensor) -> torch.Tensor | None:
+        """Return what each matrix is multiplied with before its scales are found: a power of two, float32 [n, 1, 1].
+
+        None where any scale can be stored.
+
+        Args:
+            weight: float32 [n, O, I].
+        """
+        return None
 
     @abstractmethod
     def fit(
@@ -122,7 +146,7 @@ class FewBits(Storage):
         Args:
             weight: float32 [n, O, I].
             importance: what errors of each input weigh, [I] or [n, I].
-            dtype: of the scales.
+            dtype: of the scales, where the storage has none of its own.
 
         Returns:
             Scales and zero points (None where there are none), [n, O, G].
@@ -170,6 +194,10 @@ class FewBits(Storage):
             inputs: of a matrix.
         """
 
+    def scales(self, parts: Mapping[str, torch.Tensor], outputs: int) -> torch.Tensor:
+        """Return the scales of stored tensors, [n, O, G], in the dtype of the numbers."""
+        return parts["_scale"]
+
     def zeros(self, parts: Mapping[str, torch.Tensor], outputs: int) -> torch.Tensor | None:
         """Return the zero points of stored tensors, int8 [n, O, G]; None where codes have none."""
         return None
@@ -185,7 +213,8 @@ class FewBits(Storage):
 
     def decode(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
         """Return the numbers of stored tensors in the dtype of the scales: exact in float32, then rounded once."""
-        return self._scaled(self.units(parts["_packed"], shape[2]), parts["_scale"], self.zeros(parts, shape[1]))
+        scale, zero = self.scales(parts, shape[1]), self.zeros(parts, shape[1])
+        return self._scaled(self.units(parts["_packed"], shape[2]), scale, zero)
 
     def _scaled(self, units: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
         numbers = self.parted(units)
@@ -196,19 +225,22 @@ class FewBits(Storage):
 
     def product(self, x_nPI: torch.Tensor, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
         """Return x W^T, some outputs after the other: what is small stays in caches, and in memory that is there."""
-        zero, rows, found = self.zeros(parts, shape[1]), max(formed(x_nPI.device) // (len(x_nPI) * shape[2]), 1), []
+        scale, zero = self.scales(parts, shape[1]), self.zeros(parts, shape[1])
+        rows, found = max(formed(x_nPI.device) // (len(x_nPI) * shape[2]), 1), []
+        given = self._formed
+        if x_nPI.shape[1] <= FEW:
+            x_nPI, given = x_nPI.float(), self._summed if self.size(shape[2]) > SMALL else self._formed
         for start in range(0, shape[1], rows):
             some = slice(start, start + rows)
-            units, scale = self.units(parts["_packed"][:, some], shape[2]), parts["_scale"][:, some]
-            given = self._summed if x_nPI.shape[1] <= FEW else self._formed
-            found.append(given(x_nPI, units, scale, None if zero is None else zero[:, some]))
+            units = self.units(parts["_packed"][:, some], shape[2])
+            found.append(given(x_nPI, units, scale[:, some], None if zero is None else zero[:, some]))
         return torch.cat(found, -1)
 
     def _summed(
         self, x_nPI: torch.Tensor, units: torch.Tensor, scale_nOG: torch.Tensor, zero_nOG: torch.Tensor | None
     ) -> torch.Tensor:
         """Return sum_G s_G (x_G . q_G - z_G sum x_G) over groups in float32, so that no weight is scaled."""
-        units_nOGi, x_nPGi, scale_nOG = self.parted(units), self.parted(x_nPI.float()), scale_nOG.float()
+        units_nOGi, x_nPGi, scale_nOG = self.parted(units), self.parted(x_nPI), scale_nOG.float()
         sums_nGPO = x_nPGi.transpose(1, 2) @ units_nOGi.permute(0, 2, 3, 1)
         given_nPO = (sums_nGPO * scale_nOG.transpose(1, 2)[:, :, None]).sum(1)
         if zero_nOG is None:

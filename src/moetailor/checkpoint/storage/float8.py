@@ -35,14 +35,11 @@ class Float8(FewBits):
 
     def listed(self, code: torch.Tensor, inputs: int) -> torch.Tensor:
         """Return the floats."""
-        # Moved into the places of a float16, whose exponents count from another number, bits say 2^-8 times as much.
-        # That is several times sooner than what torch does with floats of 8 bits, which none of ours has as NaN.
-        half = code.to(torch.int16).bitwise_left_shift_(7).bitwise_and_(KEPT).view(torch.float16)
-        return half.float().mul_(2.0**8)
+        return floats(code)
 
     def units(self, packed: torch.Tensor, inputs: int) -> torch.Tensor:
         """Return the floats."""
-        return self.listed(packed.view(torch.int8), inputs)
+        return floats(packed.view(torch.int8))
 
     def pack(self, codes: Codes) -> dict[str, torch.Tensor]:
         """Return the stored tensors of some codes."""
@@ -57,19 +54,32 @@ class Float8(FewBits):
 
     def round(self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
         """Return the bits of the nearest floats, int8 [n, O, I]."""
-        return _float8(weight / scale.float()).view(torch.int8)
+        code = float8(self.parted(weight) / scale.float()[..., None]).view(torch.int8)
+        return code.flatten(-2)[..., : weight.shape[-1]]
 
     def choose(
         self, weight: torch.Tensor, metric: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the nearest floats, whatever the metric is."""
-        near = _float8(weight / scale)
+        near = float8(weight / scale)
         return near[0].view(torch.int8).float(), near.float() * scale
 
 
-def _float8(at: torch.Tensor) -> torch.Tensor:
-    # Scales are rounded, too, and what is larger than the largest float would be none.
+def float8(at: torch.Tensor) -> torch.Tensor:
+    """Return the nearest floats; of what is larger than the largest one, that: it would be none."""
     return at.clamp(-MOST, MOST).to(FLOAT8)
+
+
+def floats(code: torch.Tensor) -> torch.Tensor:
+    """Return what floats of 8 bits are in float32; none is NaN.
+
+    Args:
+        code: their bits, int8.
+    """
+    # Moved into the places of a float16, whose exponents count from another number, bits say 2^-8 times as much. That
+    # is several times sooner than what torch does with floats of 8 bits.
+    half = code.to(torch.int16).bitwise_left_shift_(7).bitwise_and_(KEPT).view(torch.float16)
+    return half.float().mul_(2.0**8)
 
 
 register_storage(Float8())

@@ -47,6 +47,11 @@ class Integers(FewBits):
         """Each bit more halves the steps."""
         return 4.0**-self.bits
 
+    @property
+    def tries(self) -> int:  # type: ignore[override]
+        """Shares of a group's range."""
+        return len(CLIPS[self.bits > 4])
+
     def parts(self, shape: tuple[int, ...], dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Return codes, scales and, unless symmetric, zero points; codes lie along the inputs, zero points along the
         outputs, in words of 32 bits.

@@ -1,38 +1,32 @@
-"""compressed-tensors: every expert in 4 or 8 bits or in FP8, as vLLM, SGLang and stock transformers load."""
+"""compressed-tensors: every expert in 4 or 8 bits or in floats, as vLLM, SGLang and stock transformers load."""
 
 from __future__ import annotations
 
-import math
 import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from moetailor.answers import Kind, Width
 from moetailor.checkpoint.experts import ExpertShape
-from moetailor.checkpoint.layout import DiskStack, Stack
+from moetailor.checkpoint.layout import DiskStack
 from moetailor.checkpoint.names import expert_names
 from moetailor.checkpoint.original import Original
-from moetailor.checkpoint.storage.compressed import FLOATS, METHOD, PACKED
+from moetailor.checkpoint.storage.compressed import METHOD
 from moetailor.checkpoint.writer import Piece, rows, whole
 from moetailor.errors import CheckpointError, MoetailorWarning, PlanError
 from moetailor.planning.plan import Plan
 from moetailor.progress import Progress
 from moetailor.transform.formats.format import Format, register_format
 from moetailor.transform.formats.native import other_than_drops, with_count
+from moetailor.transform.formats.schemes import FORMS, GROUPS, Scheme, schemes_of, unfit
 from moetailor.transform.pieces import Parts, shards_of
 from moetailor.transform.verify import run_once
 
-# Bits for which engines have kernels, and inputs of a group for which vLLM's Marlin has them.
-BITS, GROUPS = (4, 8), (128, 64, 32)
-# What our storages store, by compressed-tensors' names; beside floats it has no shapes.
-STORED = {"_packed": "weight_packed", "_scale": "weight_scale", "_zero_point": "weight_zero_point"}
-STORED_FLOATS = {"_packed": "weight", "_scale": "weight_scale"}
 # An expert's matrices by name; all else is ignored.
 EXPERT, REST = r".*\bexperts\.\d+\.\w+$", r"re:^(?!.*\bexperts\.\d+\.).*$"
 # transformers 5.23 reads all experts by the first scheme whose target says "experts". With several, this one comes
@@ -40,30 +34,8 @@ EXPERT, REST = r".*\bexperts\.\d+\.\w+$", r"re:^(?!.*\bexperts\.\d+\.).*$"
 GUARD = r"re:^experts of several schemes, which transformers reads by one$"
 
 
-@dataclass(frozen=True)
-class Scheme:
-    """How the experts of a layer lie: bits of a weight, inputs that share a scale (-1 for a row), what codes are."""
-
-    bits: int
-    group: int
-    codes: Kind
-
-    @property
-    def symmetric(self) -> bool:
-        """Whether there are no zero points."""
-        return self.codes != "uint"
-
-    def to_json(self) -> dict[str, Any]:
-        """Return it as compressed-tensors says it: weights, and for floats activations, which engines round to them."""
-        group = {"strategy": "channel"} if self.group < 0 else {"strategy": "group", "group_size": self.group}
-        floats = self.codes == "fp8"
-        about = {"num_bits": self.bits, "symmetric": self.symmetric, "type": "float" if floats else "int"}
-        inputs = {"input_activations": about | {"dynamic": True, "strategy": "token"}} if floats else {}
-        return {"weights": about | {"dynamic": False, **group}, **inputs, "format": FLOATS if floats else PACKED}
-
-
 class CompressedTensors(Format):
-    """What compressed-tensors calls W4A16, W8A16 and FP8, of the experts alone."""
+    """What compressed-tensors calls W4A16, W8A16, FP8, MXFP4 and NVFP4, of the experts alone."""
 
     name = METHOD
     loading = (
@@ -76,10 +48,10 @@ class CompressedTensors(Format):
         if told := other_than_drops(plan):
             return told
         for stack in plan.model.stacks:
-            if stack.index is not None and (told := _unfit(plan, stack)):
+            if stack.index is not None and (told := unfit(plan, stack)):
                 return f"{told} ({stack.prefix})"
-        if len({scheme.codes == "fp8" for scheme in _schemes(plan)}) > 1:
-            return "holds floats in all layers or in none; the plan has some in fp8 and others in integers"
+        if len(kinds := {scheme.form.name: scheme.codes for scheme in schemes_of(plan)}) > 1:
+            return f"holds integers in all layers or one kind of floats; the plan has {' and '.join(kinds.values())}"
         return None
 
     def check(self, plan: Plan, original: Original) -> None:
@@ -105,14 +77,18 @@ class CompressedTensors(Format):
                 f"{original.source}: its experts lie as {other[0]!r}, transformers would write them as "
                 f"{min(names)!r}; save the checkpoint again with this transformers, or use --format moetailor"
             )
-        schemes, lost = _schemes(plan), "vLLM loads it, transformers does not:"
+        schemes, lost = schemes_of(plan), "vLLM loads it, transformers does not:"
         if len(schemes) > 1 or not all(scheme.symmetric for scheme in schemes):
             cure = "symmetric codes of one width and group, such as --bits int4g32, load in both"
             _warn(f"{lost} it has one scheme for all layers, without zero points; {cure}")
+        for codes, why in {scheme.codes: scheme.form.unread for scheme in schemes if scheme.form.unread}.items():
+            _warn(f"transformers does not load {codes}: {why}")
+        if any(scheme.form.bf16 for scheme in schemes) and {s.dtype for s in plan.model.stacks} != {"BF16"}:
+            _warn("transformers makes bfloat16 of MXFP4: load the result with dtype=torch.bfloat16")
         experts = tuple(f"{layer.experts}." for layer in original.anatomy.layers.values())
         sources = Counter(name for name in original.skeleton.names.values() if not name.startswith(experts))
         merged = [name for name, count in sources.items() if count > 1]
-        if merged and any(scheme.codes != "fp8" for scheme in schemes):
+        if merged and any(scheme.form.stored["_packed"] != "weight" for scheme in schemes):
             _warn(f"{lost} beside packed experts it loses {merged[0]!r}, which it merges")
         if other := [scheme.group for scheme in schemes if scheme.group not in (-1, *GROUPS)]:
             _warn(f"groups of {other[0]}: vLLM's GPU kernels take 32, 64 and 128; transformers takes any")
@@ -124,7 +100,7 @@ class CompressedTensors(Format):
             if stack.shape is not None and stack.prefix in plan.layers:
                 layer = plan.layers[stack.prefix]
                 of_one = sum(tensor.nbytes for tensor in self.beside(stack.shape).values())
-                shapes += len(layer.pool) * of_one * all(width.codes != "fp8" for width in layer.packed)
+                shapes += len(layer.pool) * of_one * all(FORMS[width.codes].shapes for width in layer.packed)
         return plan.nbytes + shapes
 
     def beside(self, shape: ExpertShape) -> dict[str, torch.Tensor]:
@@ -136,9 +112,9 @@ class CompressedTensors(Format):
         import compressed_tensors  # here: it takes seconds
         from compressed_tensors.quantization import QuantizationConfig
 
-        schemes = _schemes(plan)
+        schemes = schemes_of(plan)
         groups = [(_target(prefixes), scheme) for scheme, prefixes in schemes.items()]
-        if len(schemes) > 1:
+        if len(schemes) > 1 or any(scheme.form.guarded for scheme in schemes):
             groups.insert(0, (GUARD, Scheme(bits=4, group=32, codes="uint")))
         # Layers that the model does not run keep their experts as they lie.
         unrun = [f"re:{re.escape(stack.prefix)}\\." for stack in plan.model.stacks if stack.index is None]
@@ -175,60 +151,6 @@ class CompressedTensors(Format):
         run_once(result, progress)
 
 
-def _unfit(plan: Plan, stack: Stack) -> str | None:
-    """Say why the experts of a layer cannot be written; None where they can."""
-    layer = plan.layers.get(stack.prefix)
-    if layer is None or layer.plain:
-        count = stack.num_experts if layer is None else len(layer.plain)
-        return f"needs all experts in 4 or 8 bits, such as with --bits int4g32 or fp8; {count} lie as in the original"
-    if len(layer.packed) > 1:
-        return f"holds one width in each layer; this one has {', '.join(sorted(map(str, layer.packed)))}"
-    (width,), shape = layer.packed, stack.shape
-    assert shape is not None
-    if width.codes == "vq":
-        return f"holds integers and floats, no codebooks; the plan has {width}: take another of its codes"
-    if width.down not in (0, width.bits):
-        return f"holds one width for all matrices of an expert; the plan has {width}"
-    if width.bits not in BITS:
-        return f"holds 4 and 8 bits, for which engines have kernels (W4A16, W8A16); the plan has {width}"
-    if shape.biased:
-        return "holds experts without biases"
-    if _group(width, shape) is None:
-        inputs = sorted({inputs for _, inputs in shape.matrices.values()}, reverse=True)
-        fitting = [group for group in GROUPS if not any(size % group for size in inputs)] or [math.gcd(*inputs)]
-        real = " and ".join(f"{'+'.join(map(str, _sizes(width, size)))} of {size} inputs" for size in inputs)
-        return f"holds groups of one size; in groups of at most {width.group} there are {real}: use {fitting[0]}"
-    return None
-
-
-def _sizes(width: Width, inputs: int) -> list[int]:
-    """Return the inputs of each group of a row."""
-    size = width.storages(ExpertShape(width=inputs, intermediate=inputs))["down"].size(inputs)
-    return [min(size, inputs - start) for start in range(0, inputs, size)]
-
-
-def _group(width: Width, shape: ExpertShape) -> int | None:
-    """Return the inputs of a group of all matrices, -1 where each row is one; None where they are not all alike."""
-    sizes = [_sizes(width, inputs) for _, inputs in shape.matrices.values()]
-    if all(len(row) == 1 for row in sizes):
-        return -1
-    alike = {size for row in sizes for size in row}
-    return alike.pop() if len(alike) == 1 else None
-
-
-def _schemes(plan: Plan) -> dict[Scheme, list[str]]:
-    """Return the prefixes of the layers of each scheme, in the order of the layers."""
-    found: dict[Scheme, list[str]] = {}
-    for stack in plan.model.stacks:
-        if stack.index is not None and stack.shape is not None:
-            (width,) = plan.layers[stack.prefix].packed
-            group = _group(width, stack.shape)
-            assert group is not None
-            scheme = Scheme(bits=width.bits, group=group, codes=width.codes)
-            found.setdefault(scheme, []).append(stack.prefix)
-    return found
-
-
 def _target(prefixes: Iterable[str]) -> str:
     """Return what matches the experts of some layers, wherever an engine puts the decoder."""
     numbers = "|".join(prefix.rpartition(".")[2] for prefix in prefixes)
@@ -244,12 +166,12 @@ def _one_by_one(parts: Parts, stack: DiskStack) -> list[Piece]:
     for row in range(len(layer.pool)):
         for part, name in names.items():
             stem = stack.renamed(stack.named(name), row).removesuffix("weight")
-            floats = width.codes == "fp8"
-            for suffix, stored in (STORED_FLOATS if floats else STORED).items():
+            form = FORMS[width.codes]
+            for suffix, stored in form.stored.items():
                 if info := added.get(f"{width.stem}_{part}{suffix}"):
-                    piece = replace(rows(info, 0, [row]), name=stem + stored, shape=info.shape[1:])
-                    found.append(replace(piece, dtype="F8_E4M3") if floats and suffix == "_packed" else piece)
-            if not floats:
+                    dtype = form.dtypes.get(suffix, info.dtype)
+                    found.append(replace(rows(info, 0, [row]), name=stem + stored, shape=info.shape[1:], dtype=dtype))
+            if form.shapes:
                 found.append(whole(added[f"{part}_shape"], f"{stem}weight_shape"))
     return found
 
