@@ -755,7 +755,7 @@ def test_parameter_of_another_type_is_refused_from_python(world: World) -> None:
         (("--remove", "99%"), "model.layers.0: plan leaves 1 slots but the router picks 2 per token; keep at least 2"),
         (("--remove", "25"), "--remove 25: must be at least 0% and below 100%; did you mean 25%?"),
         (("--remove", "abc"), "--remove abc: not a share; write 25% or 0.25"),
-        (("--size", "12XB"), "--size 12XB: not a size; write bytes, or a number with KB, MB, GB, TB, KiB, MiB, GiB or"),
+        (("--size", "12XB"), "--size 12XB: not a size; write bytes, or a number with a unit, such as 12GB (10^9)"),
         (("--keep", 6, "--layers", "2"), "--layers: [2] are no MoE layers; those are 0, 1"),
         (("--keep", 6, "--protect", "0:8"), "--protect 0:8: no such expert; MoE layers are 0, 1"),
         (("--keep", 6, "--protect", "0:-1"), "--protect 0:-1: no such expert; MoE layers are 0, 1"),

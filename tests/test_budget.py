@@ -81,6 +81,9 @@ def test_whole_percents_agree_with_whole_numbers() -> None:
         (4096, 4096),
         ("12GB", 12_000_000_000),
         ("12 GiB", 12_884_901_888),
+        ("12Gi", 12_884_901_888),
+        ("24g", 24_000_000_000),
+        ("1.5K", 1500),
         ("1.5kb", 1500),
         ("0.5KiB", 512),
         ("2TB", 2 * 10**12),
@@ -97,13 +100,13 @@ def test_size_is_read_exactly(text: str | int, size: int) -> None:
     assert parse_bytes(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GB", "-5GB", "5XB", "1e9", "1,000", "5 5", ".5GB", "12G", -1])
+@pytest.mark.parametrize("text", ["", "GB", "-5GB", "5XB", "1e9", "1,000", "5 5", ".5GB", "12GX", -1])
 def test_text_that_is_no_size_is_refused_with_the_units(text: str | int) -> None:
     with pytest.raises(PlanError) as refusal:
         parse_bytes(text)
     assert str(refusal.value) == (
-        f"--size {text}: not a size; write bytes, or a number with KB, MB, GB, TB, KiB, MiB, GiB or TiB, or a share of "
-        "the original's bytes, such as 60%"
+        f"--size {text}: not a size; write bytes, or a number with a unit, such as 12GB (10^9), 12G or 11GiB (2^30), "
+        "or a share of the original's bytes, such as 60%"
     )
 
 

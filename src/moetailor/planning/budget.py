@@ -9,11 +9,13 @@ from fractions import Fraction
 
 from moetailor.errors import PlanError, did_you_mean
 
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+# With or without the B that ends them
+UNITS = {"": 1, "B": 1}
+UNITS |= {f"{letter}{ending}": 1000**power for power, letter in enumerate("KMGT", 1) for ending in ("", "B")}
+UNITS |= {f"{letter}I{ending}": 1024**power for power, letter in enumerate("KMGT", 1) for ending in ("", "B")}
 # Bytes of a number as it is loaded, and as safetensors stores it.
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
 STORED = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
-UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 @dataclass(frozen=True)
@@ -211,7 +213,7 @@ def parse_bytes(text: str | float, flag: str = "--size") -> int:
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*", str(text))
     if not match or match[2].upper() not in UNITS:
         raise PlanError(
-            f"{flag} {text}: not a size; write bytes, or a number with KB, MB, GB, TB, KiB, MiB, GiB or TiB"
+            f"{flag} {text}: not a size; write bytes, or a number with a unit, such as 12GB (10^9), 12G or 11GiB (2^30)"
             + (", or a share of the original's bytes, such as 60%" if flag == "--size" else "")
         )
     if not match[2] and "." in match[1]:
