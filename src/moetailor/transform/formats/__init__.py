@@ -6,6 +6,7 @@ from moetailor.transform.formats.native import Native  # isort: skip (the order 
 from moetailor.transform.formats.moetailor import Moetailor  # isort: skip
 from moetailor.transform.formats.compressed_tensors import CompressedTensors  # isort: skip
 from moetailor.transform.formats.gguf import Gguf  # isort: skip
+from moetailor.transform.formats.vllm_mone import VllmMone  # isort: skip
 
 __all__ = [
     "FORMATS",
@@ -15,6 +16,7 @@ __all__ = [
     "Gguf",
     "Moetailor",
     "Native",
+    "VllmMone",
     "find_format",
     "resolve_format",
 ]
