@@ -6,11 +6,13 @@ from moetailor.transform.formats.native import Native  # isort: skip (the order 
 from moetailor.transform.formats.moetailor import Moetailor  # isort: skip
 from moetailor.transform.formats.compressed_tensors import CompressedTensors  # isort: skip
 from moetailor.transform.formats.gguf import Gguf  # isort: skip
+from moetailor.transform.formats.expanded import Expanded  # isort: skip
 from moetailor.transform.formats.vllm_mone import VllmMone  # isort: skip
 
 __all__ = [
     "FORMATS",
     "CompressedTensors",
+    "Expanded",
     "Finish",
     "Format",
     "Gguf",
