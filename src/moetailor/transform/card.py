@@ -31,7 +31,7 @@ def model_card(plan: Plan, source: Path, form: Format, nbytes: int) -> str:
     base = named if HUB_NAME.fullmatch(named) and not Path(named).exists() else ""
     licence = original_licence(source)
     front: dict[str, Any] = {"base_model": base, "base_model_relation": "quantized"} if base else {}
-    front |= licence | {"library_name": "transformers", "tags": ["moetailor", "mixture-of-experts"]}
+    front |= licence | {"library_name": form.library, "tags": ["moetailor", "mixture-of-experts"]}
     name = plain(base or Path(named).name) or "the original"
     parameters = plain(", ".join(f"{key}={value}" for key, value in plan.parameters.items())) or "none"
     lines = [

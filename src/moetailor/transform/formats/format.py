@@ -47,12 +47,14 @@ class Format(ABC):
     Attributes:
         name: as ``--format`` knows it.
         automatic: whether ``--format auto`` may choose it, in the order in which formats are registered.
+        library: what loads it, as the hub names it.
         loading: how it loads, a sentence for the model card.
         example: how it loads, as code for the model card; empty when the sentence is enough.
     """
 
     name: str
     automatic: bool = False
+    library: str = "transformers"
     loading: str
     example: str = ""
 

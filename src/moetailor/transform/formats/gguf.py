@@ -29,6 +29,7 @@ class Gguf(Native):
 
     name = "gguf"
     automatic = False
+    library = "gguf"
     loading = "Loads in llama.cpp and what is built on it, once it is converted."
 
     def refusal(self, plan: Plan) -> str | None:
