@@ -35,7 +35,7 @@ NASTY = [
 
 def card(folder: Path, plan: moetailor.Plan = PLAN) -> tuple[dict, str]:
     """Return the front matter and the body of a card, which must be writable."""
-    whole = model_card(plan, folder, Native())
+    whole = model_card(plan, folder, Native(), plan.nbytes)
     whole.encode()
     opened, front, body = whole.split("---\n", 2)
     assert opened == ""

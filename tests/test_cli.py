@@ -172,10 +172,10 @@ def test_uniform_layers_for_engines(run, tmp_path: Path) -> None:
     assert made.layers == moetailor.Plan.load(out / "moetailor_plan.json").layers
     bits = [{width.bits for width in layer.widths.values()} for layer in made.layers.values()]
     assert sorted(map(sorted, bits)) == [[4], [4], [8], [8]]
-    recipe = ["--calibration", folder, "--gguf-recipe", tmp_path / "recipe"]
+    recipe = ["--calibration", folder, "--format", "gguf"]
     code, _, err = run("apply", REFERENCE, tmp_path / "plan.json", "-o", tmp_path / "native", *recipe)
     assert code == 0, err
-    types = (tmp_path / "recipe" / "tensor-types.txt").read_text().split()
+    types = (tmp_path / "native" / "tensor-types.txt").read_text().split()
     assert sorted(line.partition("=")[2] for line in types) == ["iq4_nl"] * 6 + ["q8_0"] * 6
     code, shown, err = run("inspect", out)
     assert code == 0, err

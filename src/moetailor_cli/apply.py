@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from hashlib import sha256
 from pathlib import Path
@@ -15,6 +16,7 @@ from moetailor_cli.options import (
     Batch,
     BatchMemory,
     Bits,
+    Converter,
     Data,
     Device,
     DeviceMap,
@@ -35,6 +37,7 @@ from moetailor_cli.options import (
     Parameter,
     Propagate,
     Protect,
+    Quantizer,
     Remove,
     SampleSize,
     SampleTokens,
@@ -74,13 +77,8 @@ def apply(
     allow_other_weights: Annotated[
         bool, typer.Option("--allow-other-weights", help="Apply the plan to another model of the same shapes.")
     ] = False,
-    gguf_recipe: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder for an importance matrix and tensor types, with which llama-quantize gives the plan's bits to "
-            "the result, which is native then."
-        ),
-    ] = None,
+    converter: Converter = None,
+    quantizer: Quantizer = None,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Open the result again and run it once.")] = True,
     dry_run: DryRun = False,
     device: Device = None,
@@ -94,14 +92,11 @@ def apply(
     import moetailor
     from moetailor import ranks
     from moetailor.checkpoint.place import check_inputs
-    from moetailor.words import nbytes
 
     check_inputs(out, {"the plan": plan})
-    if gguf_recipe is not None:
-        check_inputs(gguf_recipe, {"the plan": plan})
     if dry_run:
         run = {"propagate": propagate, "format": format, "overwrite": overwrite, "verify": verify}
-        run |= {"allow_other_weights": allow_other_weights, "gguf_recipe": gguf_recipe}
+        run |= {"allow_other_weights": allow_other_weights, "converter": converter}
         dry.apply(model, plan, out, calibration, run, device=device, trust_remote_code=trust_remote_code)
         return
     made, digest = moetailor.Plan.load(plan), sha256(plan.read_bytes()).hexdigest()
@@ -115,7 +110,8 @@ def apply(
             format=format,
             overwrite=overwrite,
             allow_other_weights=allow_other_weights,
-            gguf_recipe=gguf_recipe,
+            converter=converter,
+            quantizer=quantizer,
             verify=verify,
             device=device,
             batch_memory=read_nbytes(batch_memory),
@@ -124,13 +120,9 @@ def apply(
         )
     if not first:
         return  # under torchrun the first process speaks for all
-    carried = moetailor.Plan.load(out / "moetailor_plan.json")
-    output.say(f"{out}: {nbytes(carried.nbytes)}, the original has {nbytes(carried.model.nbytes)}")
     if verify:
         output.say(VERIFIED)
-    if gguf_recipe is not None:
-        made = f"--imatrix {gguf_recipe / 'imatrix.gguf'} --tensor-type-file {gguf_recipe / 'tensor-types.txt'}"
-        output.say(f"convert {out} to GGUF, then: llama-quantize {made} IN.gguf OUT.gguf Q8_0")
+    _written(out)
     output.took(out)
 
 
@@ -181,7 +173,6 @@ def compress(
     import moetailor
     from moetailor import ranks
     from moetailor.methods.allocation import read_allocation
-    from moetailor.words import nbytes
 
     method, format = read_menu(method, native), read_format(format, native)
     budget = read_budget(method, remove, keep, size, memory, load_dtype)
@@ -222,6 +213,20 @@ def compress(
         return
     output.calibration(measured, sequences * length)
     output.plan(plan)
-    output.say(f"{out}: {nbytes(plan.nbytes)}, the original has {nbytes(plan.model.nbytes)}")
     output.say(VERIFIED)
+    _written(out)
     output.took(out, *([] if calibration else [out.with_name(out.name + ".calibration")]))
+
+
+def _written(out: Path) -> None:
+    """Say how large a result is, and what is left to be done with it."""
+    import moetailor
+    from moetailor.checkpoint.place import PLAN_FILE, PROVENANCE_FILE
+    from moetailor.transform.formats.gguf import commands
+    from moetailor.words import nbytes
+
+    told = json.loads((out / PROVENANCE_FILE).read_text())
+    original = moetailor.Plan.load(out / PLAN_FILE).model.nbytes
+    output.say(f"{out}: {nbytes(told['bytes']['compressed'])}, the original has {nbytes(original)}")
+    if told["format"] == "gguf" and (steps := commands(out)):
+        output.say("\n".join(["now, with llama.cpp's own tools:", *steps]))

@@ -109,8 +109,8 @@ def apply(
     from moetailor.transform.disk import plan_for
     from moetailor.transform.formats import resolve_format
 
-    if run["gguf_recipe"] is not None:
-        raise PlanError("--dry-run: nothing is foretold of --gguf-recipe; leave one of them out")
+    if run["converter"] is not None:
+        raise PlanError("--dry-run: nothing is foretold of --converter; leave one of them out")
     made, given = moetailor.Plan.load(plan), None if calibration is None else moetailor.Calibration.open(calibration)
     with looked_at(model, trust_remote_code=trust_remote_code) as original:
         inputs = {"the original": original.folder, "the calibration": calibration}
@@ -120,6 +120,7 @@ def apply(
         fitted = plan_for(original, made, given, propagate=run["propagate"], allow_other_weights=other)
         form = resolve_format(fitted, run["format"])
         form.check(fitted, original)
+        fitted = form.carried(fitted)
         host = Host.measured(output.BEGAN, original, device=device)
         sampled, front = 0 if given is None else sampled_of(given), run["propagate"] == "compressed"
         output.estimate(of_apply(host, fitted, original, form, sampled, compressed=front, verify=run["verify"]))

@@ -127,11 +127,23 @@ Bits = Annotated[
     ),
 ]
 Format = Annotated[
-    Literal["auto", "native", "moetailor", "compressed-tensors"],
+    Literal["auto", "native", "moetailor", "compressed-tensors", "gguf", "expanded", "vllm-mone"],
     typer.Option(
-        help="native loads anywhere, moetailor after `import moetailor`, the last one (experts in 4 or 8 bits) in "
-        "vLLM and mostly in transformers; auto is native where the plan allows it, else moetailor."
+        help="native loads anywhere, moetailor after `import moetailor`, compressed-tensors (experts in 4 or 8 bits) "
+        "in vLLM and mostly in transformers, gguf in llama.cpp, vllm-mone (constants) in vLLM, expanded anywhere, but "
+        "as large as the original; auto is native where the plan allows it, else moetailor."
     ),
+]
+Converter = Annotated[
+    Path | None,
+    typer.Option(
+        help="With --format gguf: llama.cpp's convert_hf_to_gguf.py, which is run. [dim]default: what to run is "
+        "said[/dim]"
+    ),
+]
+Quantizer = Annotated[
+    Path | None,
+    typer.Option(help="With --converter: llama.cpp's llama-quantize, which gives the experts the plan's bits."),
 ]
 Propagate = Annotated[
     Literal["original", "compressed"],

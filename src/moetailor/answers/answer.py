@@ -34,6 +34,7 @@ class Answer:
         rebuilds: whether the weights in the place of `expert` are computed anew.
         refers: the field that names another expert of the layer, if any.
         from_method: whether its tensors, if it has any, are computed by the plan's method.
+        expands: whether an ordinary expert gives the same, see `weights`.
     """
 
     kind: ClassVar[str]
@@ -44,6 +45,7 @@ class Answer:
     rebuilds: ClassVar[bool] = False
     refers: ClassVar[str] = ""
     from_method: ClassVar[bool] = True
+    expands: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         assert cls.kind not in ANSWERS, f"answer {cls.kind} is registered twice"
@@ -103,6 +105,15 @@ class Answer:
         Raises:
             PlanError: see the message.
         """
+
+    def weights(self, module: Any, slot: int) -> dict[str, torch.Tensor]:
+        """Return the matrices and biases of the expert that gives what a slot gives; where the row is not all.
+
+        Args:
+            module: the compressed experts, with weights.
+            slot: the slot, in the order of those that are left.
+        """
+        raise NotImplementedError(f"no expert gives what {self.kind} gives")
 
     def placed(self, slot_of: Callable[[int, int], int]) -> Answer | None:
         """Return what the running model knows of it; None when the row of the pool is all.

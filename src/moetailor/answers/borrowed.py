@@ -14,6 +14,7 @@ import torch
 from moetailor.answers.answer import Answer, Call, Context
 from moetailor.answers.keep import Keep
 from moetailor.answers.products import joined_gates
+from moetailor.checkpoint.experts import Experts
 from moetailor.errors import PlanError
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class Borrowed(Answer):
     letter = "<"
     label = "another layer's expert"
     color = "#56b4e9"
+    expands = True
 
     @classmethod
     def standing_for(cls, other: int) -> Borrowed:
@@ -68,6 +70,11 @@ class Borrowed(Answer):
             raise PlanError(
                 f"{where}: slot {slot} asks for expert {self.source} of layer {self.layer}, which does not keep it"
             )
+
+    def weights(self, module: Any, slot: int) -> dict[str, torch.Tensor]:
+        """Return the lender's expert."""
+        lender = module.lenders[self.layer]
+        return lender.weights(self.source) if hasattr(lender, "slots") else Experts(lender).expert(self.source)
 
     def placed(self, slot_of: Callable[[int, int], int]) -> Borrowed:
         """Return it with the slot that the lender has for the expert; the map holds its scale."""

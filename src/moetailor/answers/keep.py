@@ -16,6 +16,7 @@ class Keep(Answer):
     letter = "#"
     label = "kept"
     color = "#8f979f"
+    expands = True
 
     def expert(self, slot: int) -> int:
         """Return the slot's own expert."""

@@ -42,6 +42,7 @@ class LowRank(Answer):
     label = "low rank over a base"
     color = "#0072b2"
     refers = "base"
+    expands = True
 
     def describe(self) -> str:
         """Name the rank and the base."""
@@ -55,6 +56,18 @@ class LowRank(Answer):
                 f"{context.where}: slot {slot} shares base {self.base}, whose own slot does not; a base is named after "
                 "one of its members"
             )
+
+    def weights(self, module: Any, slot: int) -> dict[str, torch.Tensor]:
+        """Return W + B A of each matrix, in float32."""
+        every = members(module.slots)
+        place, base = list(every).index(slot), sorted({answer.base for answer in every.values()}).index(self.base)
+        start, shape = sum(answer.rank for answer in list(every.values())[:place]), Experts(module).shape
+        found = {name: module.tensor(f"low_rank_base_{name}")[base].float() for name in shape.tensors}
+        own = slice(start, start + self.rank)
+        for name in shape.matrices if self.rank else ():
+            a_rI, b_rO = (module.tensor(f"low_rank_{name}_{side}")[own].float() for side in ("in", "out"))
+            found[name] = found[name] + b_rO.T @ a_rI
+        return found
 
     @classmethod
     def whole_experts(cls, slots: SlotMap) -> int:

@@ -24,6 +24,7 @@ class Merged(Answer):
     letter = "m"
     label = "merged"
     color = "#cc79a7"
+    expands = True
     rebuilds = True
     refers = "into"
 

@@ -181,6 +181,7 @@ class Packed(Width, Answer):
     label = "kept in few bits"
     color = "#5f6f80"
     from_method = False
+    expands = True
 
     @property
     def mark(self) -> str:
@@ -208,6 +209,12 @@ class Packed(Width, Answer):
     def check(self, slot: int, context: Context) -> None:
         """Refuse it in a plan."""
         raise PlanError(f"{context.where}: slot {slot} is packed; keep its expert, and say its bits in `widths`")
+
+    def weights(self, module: Any, slot: int) -> dict[str, torch.Tensor]:
+        """Return the numbers of the expert behind a slot."""
+        row = module.slots.packed[self.width][slot]
+        names = Experts(module).shape.tensors
+        return {name: module.tensor(f"{self.stem}_{name}", slice(row, row + 1))[0] for name in names}
 
     @classmethod
     def tensors(cls, slots: SlotMap, shape: ExpertShape) -> dict[str, TensorSpec]:

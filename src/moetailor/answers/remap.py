@@ -25,6 +25,7 @@ class Remap(Answer):
     letter = ">"
     label = "another expert"
     color = "#56b4e9"
+    expands = True
     refers = "to"
 
     def expert(self, slot: int) -> int:

@@ -6,6 +6,7 @@ headers; then the model without weights, whose every parameter must be on disk.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
@@ -21,10 +22,12 @@ from moetailor.checkpoint.coded import Coded, with_codes
 from moetailor.checkpoint.facts import ModelFacts, facts_of_checkpoint
 from moetailor.checkpoint.family import UNQUANTIZED
 from moetailor.checkpoint.files import CODES, DTYPES, LazyTensor, open_checkpoint
+from moetailor.checkpoint.folder import CONFIG
 from moetailor.checkpoint.layout import DiskStack, find_stacks
 from moetailor.checkpoint.loader import StreamedModel
 from moetailor.checkpoint.lock import scratch
 from moetailor.checkpoint.models import load_model, load_numbers, load_tokenizer
+from moetailor.checkpoint.mone import ENTRY, Rows, as_ours, has_constants
 from moetailor.errors import CheckpointError
 
 Takes = Literal["originals", "results", "anything"]
@@ -59,12 +62,16 @@ class Original:
     ) -> None:
         self.trust_remote_code = trust_remote_code
         self._takes, self._remote = takes, not Path(source).is_dir()
-        self.checkpoint = with_codes(open_checkpoint(source, check=self._check, headers=headers))
+        self.checkpoint = as_ours(with_codes(open_checkpoint(source, check=self._check, headers=headers)))
         self.headers_only = headers is not None and self.folder == headers
         config_json.check_counts(self.folder, self.checkpoint.config, self.checkpoint.tensors.values())
 
     def _check(self, folder: Path, config: dict) -> None:
         """Refuse what the config tells; while the weights are still on the hub, all that it tells."""
+        if has_constants(config) and self._takes == "originals":
+            raise CheckpointError(
+                f"{folder / CONFIG}: {ENTRY}: experts are replaced already; give the original instead"
+            )
         if self._takes == "anything" or (self._takes == "results" and config_json.written_here(config)):
             return
         config_json.check_config(folder, config)
@@ -88,6 +95,11 @@ class Original:
     def written_here(self) -> bool:
         """Whether moetailor wrote it."""
         return config_json.written_here(self.checkpoint.config)
+
+    @property
+    def substituted(self) -> bool:
+        """Whether constants lie as vLLM's MoNE layout has them; what is read is what moetailor's format would say."""
+        return any(isinstance(coded, Rows) for coded in self.checkpoint.coded.values())
 
     @cached_property
     def config(self) -> Any:
@@ -186,10 +198,13 @@ class Original:
         """
         trusted = self.trust_remote_code
         with self._wide_corrections():
-            if self.checkpoint.coded and not self.written_here:
+            if self.checkpoint.coded and (self.substituted or not self.written_here):
                 sources = {name: LazyTensor(info) for name, info in self.checkpoint.numbers.items()}
-                kind, place = type(self._empty), device_map or device
-                return load_numbers(self.source, kind, self.plain_config, sources, dtype=dtype, device_map=place)
+                kind, place, config = type(self._empty), device_map or device, self.plain_config
+                if self.substituted:
+                    config = copy.copy(config)
+                    config.quantization_config = self.checkpoint.config["quantization_config"]
+                return load_numbers(self.source, kind, config, sources, dtype=dtype, device_map=place)
             return load_model(self.folder, dtype=dtype, device=device, device_map=device_map, trust_remote_code=trusted)
 
     def tokenizer(self) -> Any:

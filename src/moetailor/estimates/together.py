@@ -57,7 +57,8 @@ def of_compression(
     sampled = _sampled(original.facts, itemsize, calibration, given["text"], sample)
     parts.append(of_plan(host, original.facts, method, plan, sampled, original=original, calibration=calibration))
     form = resolve_format(plan, "moetailor" if given["allocation"] in ("error", "global") else given["format"])
-    parts.append(of_apply(host, plan, original, form, sampled, compressed=propagate == "compressed"))
+    carried = form.carried(plan)
+    parts.append(of_apply(host, carried, original, form, sampled, compressed=propagate == "compressed"))
     return in_turn("compress", parts, host.startup)
 
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from moetailor.answers import Call, SlotMap
 from moetailor.answers.products import Pairs, joined_gates
+from moetailor.checkpoint.experts import Experts
 from moetailor.checkpoint.files import DTYPE_NAMES, DTYPES
 from moetailor.checkpoint.storage import Storage, TensorSpec, find_storage
 
@@ -70,6 +71,14 @@ class CompressedExperts(nn.Module):
     def rows(self, hidden_TD: torch.Tensor, row_TK: torch.Tensor, gate_TK: torch.Tensor) -> torch.Tensor:
         """Run rows of the pool by the family's own forward, [T, D]."""
         return super().forward(hidden_TD, row_TK, gate_TK)
+
+    @torch.no_grad()
+    def weights(self, slot: int) -> dict[str, torch.Tensor]:
+        """Return the matrices and biases, in float32, of an expert that gives what a slot gives, its scale included."""
+        answer, experts = self.slots.answers[slot], Experts(self)
+        given = experts.expert(self.slots.pool_rows[slot]) if answer is None else answer.weights(self, slot)
+        scale = 1.0 if self.slots.scales is None else self.slots.scales[slot]
+        return {name: part.float() * (scale if name.startswith("down") else 1.0) for name, part in given.items()}
 
     def tensor(self, name: str, rows: torch.Tensor | slice = slice(None)) -> torch.Tensor:
         """Return the numbers of one of the added tensors, or of some of its rows."""

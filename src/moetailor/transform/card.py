@@ -18,19 +18,20 @@ LARGEST = 2**16
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}", re.ASCII)
 
 
-def model_card(plan: Plan, source: Path, form: Format) -> str:
+def model_card(plan: Plan, source: Path, form: Format, nbytes: int) -> str:
     """Return README.md of a compressed checkpoint.
 
     Args:
         plan: what was done.
         source: folder of the original, whose card names the licence.
         form: the form that it is written in.
+        nbytes: bytes of all its tensors.
     """
     named = plan.model.source
     base = named if HUB_NAME.fullmatch(named) and not Path(named).exists() else ""
     licence = original_licence(source)
     front: dict[str, Any] = {"base_model": base, "base_model_relation": "quantized"} if base else {}
-    front |= licence | {"library_name": "transformers", "tags": ["moetailor", "mixture-of-experts"]}
+    front |= licence | {"library_name": form.library, "tags": ["moetailor", "mixture-of-experts"]}
     name = plain(base or Path(named).name) or "the original"
     parameters = plain(", ".join(f"{key}={value}" for key, value in plan.parameters.items())) or "none"
     lines = [
@@ -41,7 +42,7 @@ def model_card(plan: Plan, source: Path, form: Format) -> str:
         "",
         f"- Method: {plain(plan.method)} (parameters: {parameters})",
         f"- Budget: {plain(plan.budget)}",
-        f"- Tensors: {plan.nbytes:,} bytes, the original has {plan.model.nbytes:,}",
+        f"- Tensors: {nbytes:,} bytes, the original has {plan.model.nbytes:,}",
         f"- Format: {form.name}. {form.loading}",
         f"- Made by moetailor {__version__}; the plan is in moetailor_plan.json, what it was made from in "
         "moetailor_provenance.json.",

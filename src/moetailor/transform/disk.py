@@ -5,9 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -40,8 +38,7 @@ from moetailor.transform.build import (
     stored_tensors,
 )
 from moetailor.transform.card import model_card
-from moetailor.transform.formats import Format, resolve_format
-from moetailor.transform.gguf_recipe import write_gguf_recipe
+from moetailor.transform.formats import Finish, Format, resolve_format
 from moetailor.transform.pieces import Parts
 from moetailor.transform.propagate import propagated
 
@@ -61,7 +58,8 @@ def apply_to_checkpoint(
     trust_remote_code: bool = False,
     verify: bool = True,
     propagate: Propagate = "original",
-    gguf_recipe: str | Path | None = None,
+    converter: str | Path | None = None,
+    quantizer: str | Path | None = None,
     device: str | None = None,
     batch_memory: int | None = None,
     progress: Stages | None = None,
@@ -82,8 +80,8 @@ def apply_to_checkpoint(
         verify: open the result and run it once before it takes its place.
         propagate: what stand-ins and merged experts are fitted on: the inputs of their layer in the ``original`` model,
             or those that the ``compressed`` layers before it give.
-        gguf_recipe: folder for what llama.cpp's quantizer needs, see `write_gguf_recipe`; the result is native then,
-            with experts as they lie.
+        converter: llama.cpp's ``convert_hf_to_gguf.py``, for format gguf, which only says how to call it when None.
+        quantizer: llama.cpp's ``llama-quantize``, the same.
         device: where they are computed; CUDA when there is one.
         batch_memory: bytes that experts computed together may take; what the device is good for when None.
         progress: called with ("fit", layers done, layers in all) and ("write", bytes done, bytes in all).
@@ -97,26 +95,21 @@ def apply_to_checkpoint(
     out, original = Path(out), open_original(model, trust_remote_code=trust_remote_code)
     checkpoint = original.checkpoint
     inputs = {"the original": checkpoint.folder, "the calibration": calibration.folder if calibration else None}
-    if gguf_recipe is not None:
-        if ranks.first():
-            check_place(Path(gguf_recipe), overwrite=overwrite, inputs=inputs | {"the result": out})
-        inputs |= {"the recipe": Path(gguf_recipe)}
     if ranks.first():
         check_place(out, overwrite=overwrite, inputs=inputs)
     source = original.streamed(dtype=torch.float32, device=resolve_device(device))
     anatomy, stacks = original.anatomy, original.stacks
     plan = plan_for(original, plan, calibration, propagate=propagate, allow_other_weights=allow_other_weights)
-    if gguf_recipe is not None:
-        if format not in ("auto", "native"):
-            raise PlanError(f"--gguf-recipe: llama.cpp loads native results; leave --format {format} out")
-        recipe: dict[str, Any] = {"calibration": calibration, "overwrite": overwrite}
-        plan = ranks.once(partial(write_gguf_recipe, plan, original, gguf_recipe, **recipe))
     form = resolve_format(plan, format)
     form.check(plan, original)
+    tools = {name: Path(tool) for name, tool in (("converter", converter), ("quantizer", quantizer)) if tool}
+    finish = Finish(plan=plan, original=original, calibration=calibration, **tools)
+    form.check_tools(finish)
+    plan = form.carried(plan)
     from_original = {"checkpoint": checkpoint, "anatomy": anatomy, "stacks": stacks, "skeleton": source.model}
     parts = Parts(plan=plan, **from_original, rebuilt={}, added={})
     planned = form.nbytes(plan)
-    with ranks.held(new_folder(out, overwrite=overwrite, nbytes=planned)) as folder:
+    with ranks.held(new_folder(out, overwrite=overwrite, nbytes=form.room(plan, finish))) as folder:
         scratch = folder / "built"
         weights = ExpertWeights(source, batch_memory=batch_memory)
         parts = _compute(parts, form, calibration, weights, source, scratch, propagate, progress)
@@ -127,15 +120,21 @@ def apply_to_checkpoint(
         assert nbytes == planned, f"{nbytes} bytes written, {planned} planned"
         copy_others(checkpoint.folder, folder, left_out=WRITTEN_ANEW, trust_remote_code=original.trust_remote_code)
         write_json(folder / "config.json", form.config(copy.deepcopy(checkpoint.config), original.config, plan))
-        plan.save(folder / PLAN_FILE)
-        write_json(folder / PROVENANCE_FILE, provenance(plan, checkpoint, calibration, form, propagate))
-        write_text(folder / "README.md", model_card(plan, checkpoint.folder, form))
+
+        def tell(plan: Plan, nbytes: int) -> None:
+            plan.save(folder / PLAN_FILE)
+            write_json(folder / PROVENANCE_FILE, provenance(plan, checkpoint, calibration, form, propagate, nbytes))
+            write_text(folder / "README.md", model_card(plan, checkpoint.folder, form, nbytes))
+
+        tell(plan, nbytes)
         if verify:
             trusted = original.trust_remote_code
             try:
                 form.verify(folder, plan, trust_remote_code=trusted, progress=part(progress, "verify"))
             except CheckpointError as error:  # of a folder that is gone when this is read
                 raise CheckpointError(f"{str(error).replace(str(folder), str(out))}; nothing was kept") from None
+        if made := form.finish(folder, finish):
+            tell(finish.plan, made)
     return out
 
 
@@ -163,7 +162,12 @@ def plan_for(
 
 
 def provenance(
-    plan: Plan, checkpoint: Checkpoint, calibration: Calibration | None, form: Format, propagate: Propagate
+    plan: Plan,
+    checkpoint: Checkpoint,
+    calibration: Calibration | None,
+    form: Format,
+    propagate: Propagate,
+    nbytes: int,
 ) -> dict:
     """Return what the result was made from: versions, the original, the calibration."""
     return {
@@ -175,7 +179,7 @@ def provenance(
         "parameters": dict(plan.parameters),
         "fitted_on": propagate if plan.computed else None,
         "budget": plan.budget,
-        "bytes": {"original": checkpoint.nbytes, "compressed": form.nbytes(plan)},
+        "bytes": {"original": checkpoint.nbytes, "compressed": nbytes},
     }
 
 

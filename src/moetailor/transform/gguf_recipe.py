@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -20,75 +19,45 @@ from moetailor.calibration.folder import Calibration
 from moetailor.checkpoint.artifact import write_by, write_text
 from moetailor.checkpoint.layout import Stack
 from moetailor.checkpoint.original import Original
-from moetailor.checkpoint.place import new_folder
 from moetailor.checkpoint.weights import ExpertWeights
-from moetailor.errors import MoetailorError, MoetailorWarning, PlanError
+from moetailor.errors import MoetailorError, MoetailorWarning
 from moetailor.methods.run import view_of
 from moetailor.planning.layer_plan import LayerPlan, untouched
 from moetailor.planning.plan import Plan
 from moetailor.planning.view import LayerView
 from moetailor.transform.build import built_matrices
-from moetailor.transform.formats import FORMATS
 
 MATRIX_FILE, TYPES_FILE = "imatrix.gguf", "tensor-types.txt"
 GGUF_HINT = "writing an importance matrix needs the gguf library: pip install 'moetailor[gguf]'"
 # Types by bits, for rows of whole superblocks of 256 numbers; for rows of whole blocks of 32; and for all others.
 SUPERBLOCK, BLOCK = 256, 32
 TYPES = {8: "q8_0", 7: "q8_0", 6: "q6_k", 5: "q5_k", 4: "q4_k", 3: "q3_k", 2: "iq2_xs", 1: "iq1_s"}
-BLOCK_TYPES = {8: "q8_0", 7: "q8_0", 6: "q8_0", 5: "q5_0", 4: "iq4_nl", 3: "iq4_nl", 2: "iq4_nl", 1: "iq4_nl"}
+BLOCK_TYPES = {8: "q8_0", 7: "q8_0", 6: "q5_1", 5: "q5_0", 4: "iq4_nl", 3: "iq4_nl", 2: "iq4_nl", 1: "iq4_nl"}
 OTHER = "f16"
 AS_THEY_LIE = {"BF16": "bf16", "F16": "f16", "F32": "f32"}
 
 
-def write_gguf_recipe(
-    plan: Plan,
-    original: Original,
-    folder: str | Path,
-    *,
-    calibration: Calibration | None,
-    overwrite: bool = False,
-) -> Plan:
-    """Write importance matrix and tensor types, and return the plan with experts as they lie, for llama.cpp to round.
+def write_gguf_recipe(plan: Plan, original: Original, folder: Path, calibration: Calibration | None) -> None:
+    """Write tensor types and, where there is a calibration, the importance matrix.
 
     Args:
         plan: what becomes of the slots, and in how many bits what stays shall lie.
         original: the original.
-        folder: folder of the recipe; it appears when it is complete.
+        folder: where to write.
         calibration: the plan's calibration, whose sample is what is measured.
-        overwrite: replace an earlier recipe, at the end.
-
-    Raises:
-        PlanError: llama.cpp cannot hold the plan, or there is no calibration.
-        MoetailorError: the gguf library is missing, or the folder exists.
     """
-    as_they_lie = replace(plan, layers={name: replace(layer, widths={}) for name, layer in plan.layers.items()})
-    if told := FORMATS["native"].refusal(as_they_lie):
-        raise PlanError(f"--gguf-recipe: llama.cpp loads native results, and format native {told}")
-    if calibration is None:
-        raise PlanError("--gguf-recipe: what the experts get is measured on the calibration's sample; --calibration")
-    types, library = tensor_types(plan), _gguf()
-    with new_folder(Path(folder), overwrite=overwrite, nbytes=0) as place:
-        sums = importance(plan, ExpertWeights(original), calibration)
+    lines = [f"{name}={kind}\n" for name, kind in tensor_types(plan).items()]
+    write_text(folder / TYPES_FILE, "".join(lines))
+    if calibration is not None:
+        library, sums = find_library(), importance(plan, ExpertWeights(original), calibration)
         text = calibration.fingerprint["text"]
-        write_by(place / MATRIX_FILE, lambda file: _write(library, file, sums, text))
-        write_text(place / TYPES_FILE, "".join(f"{name}={kind}\n" for name, kind in types.items()))
-    return as_they_lie
+        write_by(folder / MATRIX_FILE, lambda file: _write(library, file, sums, text))
 
 
 def tensor_types(plan: Plan) -> dict[str, str]:
-    """Return the type of each projection of each MoE layer, by the pattern of its name.
-
-    Raises:
-        PlanError: the experts of a layer have several widths, which one tensor cannot have.
-    """
+    """Return the type of each projection of each MoE layer, by the pattern of its name; see `several_widths`."""
     found, other = {}, {}
     for stack, layer in _layers(plan):
-        lying = {str(width) for width in layer.widths.values()} | ({"as in the original"} if layer.plain else set())
-        if len(lying) > 1:
-            raise PlanError(
-                f"--gguf-recipe: llama.cpp has one type for all experts of a layer, {stack.prefix} has them in "
-                f"{', '.join(sorted(lying))}; plan one width for each layer"
-            )
         assert stack.shape is not None
         for part, (_, inputs) in stack.shape.matrices.items():
             kind = AS_THEY_LIE.get(stack.dtype, OTHER)
@@ -102,6 +71,15 @@ def tensor_types(plan: Plan) -> dict[str, str]:
     for (wanted, inputs), kind in other.items():
         _warn(f"rows of {inputs} numbers are no whole blocks of {wanted}; {kind} stands in its place")
     return found
+
+
+def several_widths(plan: Plan) -> str | None:
+    """Say which layer has experts in several widths, which one tensor cannot have; None where no layer has."""
+    for stack, layer in _layers(plan):
+        lying = {str(width) for width in layer.widths.values()} | ({"as in the original"} if layer.plain else set())
+        if len(lying) > 1:
+            return f"{stack.prefix} has them in {', '.join(sorted(lying))}"
+    return None
 
 
 def importance(
@@ -164,11 +142,16 @@ def _type(bits: int, inputs: int) -> str:
     return BLOCK_TYPES[bits] if inputs % BLOCK == 0 else OTHER
 
 
-def _gguf() -> Any:
+def find_library() -> Any:
+    """Return the gguf library.
+
+    Raises:
+        MoetailorError: it is missing.
+    """
     try:
         return import_module("gguf")
     except ImportError as error:
-        raise MoetailorError(f"--gguf-recipe: {GGUF_HINT}") from error
+        raise MoetailorError(f"format gguf: {GGUF_HINT}") from error
 
 
 def _write(
@@ -192,4 +175,4 @@ def _write(
 
 
 def _warn(text: str) -> None:
-    warnings.warn(f"--gguf-recipe: {text}", MoetailorWarning, stacklevel=4)
+    warnings.warn(f"format gguf: {text}", MoetailorWarning, stacklevel=4)

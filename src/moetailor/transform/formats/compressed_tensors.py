@@ -22,7 +22,7 @@ from moetailor.errors import CheckpointError, MoetailorWarning, PlanError
 from moetailor.planning.plan import Plan
 from moetailor.progress import Progress
 from moetailor.transform.formats.format import Format, register_format
-from moetailor.transform.formats.native import other_than_drops, with_count
+from moetailor.transform.formats.native import kept_in, other_than_drops, with_count
 from moetailor.transform.formats.schemes import FORMS, GROUPS, Scheme, schemes_of, unfit
 from moetailor.transform.pieces import Parts, shards_of
 from moetailor.transform.verify import run_once
@@ -130,7 +130,7 @@ class CompressedTensors(Format):
         made = QuantizationConfig.model_validate(told).model_dump(mode="json")
         # For transformers, which then leaves no scheme behind in the loaded model.
         made |= {"version": compressed_tensors.__version__, "dequantize": True}
-        return with_count(original, config, plan) | {"quantization_config": made}
+        return with_count(original, config, kept_in(plan)) | {"quantization_config": made}
 
     def shards(self, parts: Parts) -> list[list[Piece]]:
         """Return what stays under the original's names, and each expert's matrices under names of its own."""

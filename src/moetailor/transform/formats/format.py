@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from moetailor.calibration.folder import Calibration
 from moetailor.checkpoint.experts import ExpertShape
 from moetailor.checkpoint.original import Original
 from moetailor.checkpoint.writer import Piece
@@ -20,18 +22,39 @@ from moetailor.transform.verify import verify_result
 FORMATS: dict[str, Format] = {}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Finish:
+    """What a form has at hand once the checkpoint lies there.
+
+    Attributes:
+        plan: the plan as it was asked for.
+        original: the original.
+        calibration: the plan's, if it is given.
+        converter: llama.cpp's ``convert_hf_to_gguf.py``.
+        quantizer: its ``llama-quantize``.
+    """
+
+    plan: Plan
+    original: Original
+    calibration: Calibration | None = None
+    converter: Path | None = None
+    quantizer: Path | None = None
+
+
 class Format(ABC):
     """One form in which a result is written.
 
     Attributes:
         name: as ``--format`` knows it.
         automatic: whether ``--format auto`` may choose it, in the order in which formats are registered.
+        library: what loads it, as the hub names it.
         loading: how it loads, a sentence for the model card.
         example: how it loads, as code for the model card; empty when the sentence is enough.
     """
 
     name: str
     automatic: bool = False
+    library: str = "transformers"
     loading: str
     example: str = ""
 
@@ -55,6 +78,10 @@ class Format(ABC):
         Raises:
             PlanError: see the message.
         """
+
+    def carried(self, plan: Plan) -> Plan:
+        """Return the plan of the checkpoint that is written, where something else carries out the rest."""
+        return plan
 
     def nbytes(self, plan: Plan) -> int:
         """Return the bytes of all tensors that are written: those that the plan says, where this form adds none."""
@@ -85,6 +112,27 @@ class Format(ABC):
             CheckpointError: it is not what was planned.
         """
         verify_result(folder, plan, trust_remote_code=trust_remote_code, progress=progress)
+
+    def check_tools(self, finish: Finish) -> None:
+        """Refuse tools that this form has no use for, or cannot use.
+
+        Raises:
+            PlanError: see the message.
+            MoetailorError: a library is missing.
+        """
+        if finish.converter or finish.quantizer:
+            raise PlanError(f"--converter and --quantizer are for --format gguf; this result is {self.name}")
+
+    def room(self, plan: Plan, finish: Finish) -> int:
+        """Return the bytes that the disk must have free."""
+        return self.nbytes(plan)
+
+    def finish(self, folder: Path, finish: Finish) -> int | None:  # noqa: B027 (most have nothing left to do)
+        """Do what is left once the checkpoint lies in its folder and was checked.
+
+        Returns:
+            The bytes of what stands in place of its tensors; None where they stay.
+        """
 
 
 def register_format(form: Format) -> None:

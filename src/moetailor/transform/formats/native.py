@@ -24,7 +24,7 @@ class Native(Format):
 
     def config(self, original: dict, config: Any, plan: Plan) -> dict:
         """Return the config with the smaller count under every spelling that it has."""
-        return with_count(original, config, plan)
+        return with_count(original, config, kept_in(plan))
 
 
 def other_than_drops(plan: Plan) -> str | None:
@@ -39,12 +39,17 @@ def other_than_drops(plan: Plan) -> str | None:
     )
 
 
-def with_count(original: dict, config: Any, plan: Plan) -> dict:
-    """Return config.json with the smaller expert count, see `Format.config`."""
-    if not plan.layers:
+def kept_in(plan: Plan) -> int | None:
+    """Return the experts that stay in each layer of such a plan; None where no layer changes."""
+    return len(next(iter(plan.layers.values())).pool) if plan.layers else None
+
+
+def with_count(original: dict, config: Any, count: int | None) -> dict:
+    """Return config.json with another expert count, see `Format.config`; as it is for None."""
+    if count is None:
         return original
     names = family.expert_count_spellings(original) or family.expert_count_spellings(config)[:1]
-    return original | dict.fromkeys(names, len(next(iter(plan.layers.values())).pool))
+    return original | dict.fromkeys(names, count)
 
 
 register_format(Native())

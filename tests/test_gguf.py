@@ -1,5 +1,7 @@
-"""What llama.cpp's quantizer gets: squared inputs as a loop over the sample sums them, and types by layer."""
+"""The GGUF format: squared inputs as a loop over the sample sums them, types by layer, and llama.cpp's own tools."""
 
+import json
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -41,11 +43,9 @@ def test_sums_are_those_of_a_loop_over_the_sample(
     pytest.importorskip("gguf")
     measured = calibration("olmoe")
     plan = planned(measured, method, bits)
-    out = moetailor.apply(
-        plan, checkpoint("olmoe"), tmp_path / "out", calibration=measured, gguf_recipe=tmp_path / "recipe"
-    )
+    out = moetailor.apply(plan, checkpoint("olmoe"), tmp_path / "out", calibration=measured, format="gguf")
     weights = {name: tensor.double().numpy() for name, tensor in load_file(out / "model.safetensors").items()}
-    fields, got = read(tmp_path / "recipe" / "imatrix.gguf")
+    fields, got = read(out / "imatrix.gguf")
     assert fields == {
         "general.type": "imatrix",
         "imatrix.datasets": ["moetailor calibration"],
@@ -78,15 +78,16 @@ def test_the_result_is_native_and_the_types_are_the_plans(
     measured = calibration("olmoe")
     planned(measured).save(tmp_path / "plan.json")
     words = ["apply", checkpoint("olmoe"), tmp_path / "plan.json", "-o", tmp_path / "out", "--calibration"]
-    code, _, said = run(*words, measured.folder, "--gguf-recipe", tmp_path / "recipe")
+    code, _, said = run(*words, measured.folder, "--format", "gguf")
     assert code == 0
+    assert f"python convert_hf_to_gguf.py {tmp_path / 'out'} --outfile whole.gguf --outtype auto" in said
     assert "llama-quantize --imatrix" in said
     assert "rows of 32 numbers are no whole blocks of q4_k; iq4_nl stands in its place" in " ".join(said.split())
     native = moetailor.apply(planned(measured, bits=None), checkpoint("olmoe"), tmp_path / "native")
     one, other = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", native))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
-    assert (tmp_path / "recipe" / "tensor-types.txt").read_text() == "".join(
+    assert (tmp_path / "out" / "tensor-types.txt").read_text() == "".join(
         rf"blk\.{index}\.ffn_gate_exps\.weight=iq4_nl"
         "\n"
         rf"blk\.{index}\.ffn_up_exps\.weight=iq4_nl"
@@ -105,7 +106,7 @@ def test_the_result_is_native_and_the_types_are_the_plans(
         ("7", 2048, 768, ("q8_0", "q8_0", "q8_0")),
         ("5", 2048, 768, ("q5_k", "q5_k", "q5_k")),
         ("2/3", 2048, 768, ("iq2_xs", "iq2_xs", "q3_k")),
-        ("4/6", 2880, 1408, ("iq4_nl", "iq4_nl", "q8_0")),
+        ("4/6", 2880, 1408, ("iq4_nl", "iq4_nl", "q5_1")),
         ("5", 2880, 1408, ("q5_0", "q5_0", "q5_0")),
         ("2", 2048, 1000, ("iq2_xs", "iq2_xs", "f16")),
         (None, 2048, 768, ("f32", "f32", "f32")),
@@ -123,37 +124,99 @@ def test_types_by_bits_and_by_rows(
     assert list(found)[:3] == [rf"blk\.0\.ffn_{part}_exps\.weight" for part in ("gate", "up", "down")]
 
 
+CONVERTER = """
+import pathlib, sys
+folder, out = sys.argv[1], sys.argv[3]
+assert (pathlib.Path(folder) / "model.safetensors").stat().st_size
+assert "license: mit" in (pathlib.Path(folder) / "README.md").read_text()
+pathlib.Path(out).write_text(" ".join(["whole", *sys.argv[4:]]))
+"""
+QUANTIZER = f"""#!{sys.executable}
+import pathlib, sys
+*given, source, target, rest = sys.argv[1:]
+names = [pathlib.Path(name).name for name in given]
+pathlib.Path(target).write_text(" ".join([pathlib.Path(source).read_text(), *names, rest]))
+"""
+
+
+@pytest.fixture
+def tools(tmp_path: Path) -> dict[str, Path]:
+    """Stand-ins for llama.cpp's tools, which write what they were called with."""
+    found = {"converter": tmp_path / "convert.py", "quantizer": tmp_path / "quantize"}
+    found["converter"].write_text(CONVERTER)
+    found["quantizer"].write_text(QUANTIZER)
+    found["quantizer"].chmod(0o755)
+    return found
+
+
+@pytest.fixture
+def licensed(checkpoint: Get, tmp_path: Path) -> Path:
+    """An original whose card names its licence."""
+    copied = Path(shutil.copytree(checkpoint("olmoe"), tmp_path / "some-model"))
+    (copied / "README.md").write_text("---\nlicense: mit\n---\n")
+    return copied
+
+
+@pytest.mark.filterwarnings("ignore::moetailor.MoetailorWarning")
+def test_the_tools_get_what_they_need_and_the_file_takes_the_checkpoints_place(
+    licensed: Path, tools: dict[str, Path], calibration: GetCalibration, tmp_path: Path
+) -> None:
+    pytest.importorskip("gguf")
+    measured, given = calibration("olmoe"), {"format": "gguf", "overwrite": True}
+    plan, out = planned(measured), tmp_path / "out"
+    for used in (["converter"], ["converter", "quantizer"]):
+        named = {name: tools[name] for name in used}
+        moetailor.apply(plan, licensed, out, calibration=measured, **given, **named)
+        told = json.loads((out / "moetailor_provenance.json").read_text())
+        assert not {"model.safetensors", "config.json", "whole.gguf"} & {file.name for file in out.iterdir()}
+        assert told["bytes"]["compressed"] == (out / "model.gguf").stat().st_size
+        assert moetailor.Plan.load(out / "moetailor_plan.json").layers == plan.layers
+        rounded = " --imatrix imatrix.gguf --tensor-type-file tensor-types.txt Q8_0" if "quantizer" in used else ""
+        assert (out / "model.gguf").read_text() == f"whole --outtype auto --model-name some-model{rounded}"
+
+
+@pytest.mark.parametrize("failing", ["converter", "quantizer"])
+@pytest.mark.filterwarnings("ignore::moetailor.MoetailorWarning")
+def test_a_tool_that_fails_leaves_nothing(
+    failing: str, licensed: Path, tools: dict[str, Path], calibration: GetCalibration, tmp_path: Path
+) -> None:
+    pytest.importorskip("gguf")
+    measured = calibration("olmoe")
+    begin = f"#!{sys.executable}\n"
+    tools[failing].write_text(begin + "print('line\\n' * 50 + 'no such type')\nraise SystemExit(3)")
+    with pytest.raises(moetailor.MoetailorError) as refused:
+        moetailor.apply(planned(measured), licensed, tmp_path / "out", calibration=measured, format="gguf", **tools)
+    first, *last = str(refused.value).splitlines()
+    assert first == f"--{failing}: ended with status 3, nothing was kept; its last lines:"
+    assert last == ["line"] * 11 + ["no such type"]
+    assert {file.name for file in tmp_path.iterdir()} == {"some-model", "convert.py", "quantize"}
+
+
 def test_what_is_refused(
     checkpoint: Get, calibration: GetCalibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured, source = calibration("olmoe"), checkpoint("olmoe")
-    plan = planned(measured)
-    given = {"calibration": measured, "gguf_recipe": tmp_path / "recipe"}
+    plan, lost = planned(measured), tmp_path / "lost"
 
     def said(plan: moetailor.Plan, **options: object) -> str:
         with pytest.raises(moetailor.MoetailorError) as refused:
-            moetailor.apply(plan, source, tmp_path / "out", **(given | options))
+            moetailor.apply(plan, source, tmp_path / "out", **({"calibration": measured, "format": "gguf"} | options))
         return str(refused.value)
 
-    assert said(planned(measured, bits=None), calibration=None).endswith(
-        "measured on the calibration's sample; --calibration"
-    )
-    assert said(plan, format="moetailor") == (
-        "--gguf-recipe: llama.cpp loads native results; leave --format moetailor out"
-    )
-    assert said(planned(measured, "mone")).startswith(
-        "--gguf-recipe: llama.cpp loads native results, and format native holds dropped slots only"
-    )
+    assert said(planned(measured, "mone")).startswith("format gguf holds dropped slots only")
     (name, layer), *_ = plan.layers.items()
     two = replace(layer, widths=layer.widths | {layer.pool[0]: Width(bits=8)})
     assert said(replace(plan, layers=plan.layers | {name: two})) == (
-        "--gguf-recipe: llama.cpp has one type for all experts of a layer, model.layers.0 has them in 4/6 bits, 8 "
-        "bits; plan one width for each layer"
+        "format gguf has one type for all experts of a layer, model.layers.0 has them in 4/6 bits, 8 bits; plan one "
+        "width for each layer; format moetailor can hold it"
     )
-    assert said(plan, gguf_recipe=tmp_path / "out").endswith("is the result itself; choose another folder")
+    assert said(plan, converter=lost) == f"--converter {lost}: there is no such file"
+    assert said(plan, quantizer=lost) == "--quantizer: rounds what --converter has converted; give that too"
+    assert said(planned(measured, bits=None), format="native", converter=lost) == (
+        "--converter and --quantizer are for --format gguf; this result is native"
+    )
     monkeypatch.setitem(sys.modules, "gguf", None)
     assert said(plan) == (
-        "--gguf-recipe: writing an importance matrix needs the gguf library: pip install 'moetailor[gguf]'"
+        "format gguf: writing an importance matrix needs the gguf library: pip install 'moetailor[gguf]'"
     )
-    assert not (tmp_path / "recipe").exists()
     assert not (tmp_path / "out").exists()

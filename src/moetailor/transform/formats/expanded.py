@@ -1,0 +1,140 @@
+"""Expanded: an ordinary checkpoint as large as the original, in which each slot has an expert of its own again.
+
+It saves nothing. It shows in any engine what a compressed model says, and feeds tools that know no other form.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+
+from moetailor.checkpoint.artifact import save_tensors, write_json
+from moetailor.checkpoint.experts import Experts
+from moetailor.checkpoint.files import DTYPES, TensorInfo, read_header
+from moetailor.checkpoint.folder import CONFIG, INDEX
+from moetailor.checkpoint.layout import DiskStack
+from moetailor.checkpoint.names import disk_tensors
+from moetailor.checkpoint.original import Original
+from moetailor.checkpoint.tensors import check_stored
+from moetailor.checkpoint.writer import Piece, whole, write_shards
+from moetailor.errors import CheckpointError, PlanError
+from moetailor.planning.plan import Plan
+from moetailor.runtime.experts import CompressedExperts
+from moetailor.runtime.parts import in_parts, lenders_of
+from moetailor.transform.formats.format import Finish, register_format
+from moetailor.transform.formats.moetailor import Moetailor
+from moetailor.transform.formats.native import with_count
+
+
+class Expanded(Moetailor):
+    """What moetailor's own form holds, written out."""
+
+    name = "expanded"
+    automatic = False
+    loading = "An ordinary checkpoint: it loads wherever the original does, and takes as much memory."
+    example = ""
+
+    def refusal(self, plan: Plan) -> str | None:
+        """Refuse answers that no expert gives, and counts that differ."""
+        for prefix, layer in plan.layers.items():
+            for slot, answer in enumerate(layer.slots):
+                if not (answer.drops or answer.expands):
+                    told = f"slot {slot} of {prefix} does ({answer.describe()})"
+                    return f"gives each slot an expert of its own; no expert gives what {told}"
+        left = {stack.prefix: stack.num_experts for stack in plan.model.stacks}
+        left |= {prefix: len(layer.kept_slots) for prefix, layer in plan.layers.items()}
+        if len(set(left.values())) > 1:
+            return f"has one number of slots for all layers; this plan leaves {sorted(set(left.values()))}"
+        return None
+
+    def check(self, plan: Plan, original: Original) -> None:
+        """Refuse quantized originals: what is computed of codes lies beside numbers nowhere.
+
+        Raises:
+            PlanError: see the message.
+        """
+        if original.checkpoint.coded:
+            raise PlanError(f"format {self.name} has numbers alone; {original.source} is quantized: use another format")
+
+    def room(self, plan: Plan, finish: Finish) -> int:
+        """Return the bytes of the compressed form and of the one written out."""
+        return plan.nbytes + plan.model.nbytes
+
+    def finish(self, folder: Path, finish: Finish) -> int:
+        """Write out what lies there in moetailor's own form.
+
+        Raises:
+            CheckpointError: the experts lie in the original in a way that transformers' rules do not give back, or a
+                number is larger than the original's dtype holds.
+        """
+        original, trusted = finish.original, finish.original.trust_remote_code
+        result = Original(folder, takes="results", trust_remote_code=trusted)
+        scratch = folder / "expanded"
+        scratch.mkdir()
+        experts: dict[str, TensorInfo] = {}
+        for stack, tensors in _each_layer(result, original):
+            file = scratch / f"layer-{stack.index:04d}.safetensors"
+            save_tensors(tensors, file)
+            experts |= read_header(file)
+        changed = [original.stacks[prefix] for prefix in finish.plan.layers]
+        old = {name for stack in changed for name in (*stack.experts, *stack.fused)}
+        # Of the rest the router's rows may be fewer than in the original.
+        lying = original.checkpoint.tensors
+        rest = {name: info for name, info in result.checkpoint.tensors.items() if name in lying.keys() - old}
+        shards: dict[Path, list[Piece]] = defaultdict(list)
+        for name, info in (rest | experts).items():
+            shards[lying[name].file].append(whole(info))
+        nbytes = write_shards(scratch, [shards[file] for file in sorted(shards)])
+        for file in (*result.checkpoint.shards, folder / INDEX, *scratch.glob("layer-*")):
+            file.unlink(missing_ok=True)
+        for file in scratch.iterdir():
+            file.rename(folder / file.name)
+        shutil.rmtree(scratch)
+        slots = {len(layer.kept_slots) for layer in finish.plan.layers.values()}
+        config = copy.deepcopy(original.checkpoint.config)
+        write_json(folder / CONFIG, with_count(config, original.config, next(iter(slots), None)))
+        _ = Original(folder, trust_remote_code=trusted).skeleton  # compares names and shapes with those of the model
+        return nbytes
+
+
+def _each_layer(result: Original, original: Original) -> Iterator[tuple[DiskStack, dict[str, torch.Tensor]]]:
+    """Yield the experts of each changed layer by their names on disk, one for each slot."""
+    source, family = in_parts(result, dtype=torch.float32), original.skeleton.model
+    lenders, stacks = lenders_of(source.model), {stack.index: stack for stack in original.stacks.values()}
+    for index, layer in original.anatomy.layers.items():
+        module = source.model.get_submodule(layer.experts)
+        if not isinstance(module, CompressedExperts):
+            continue
+        asked = [original.anatomy.layers[other].experts for other in sorted(lenders.get(index, ()))]
+        with source.loaded(layer.experts, *asked):
+            every = [module.weights(slot) for slot in range(len(module.slots.rows))]
+            stacked = {name: torch.stack([one[name] for one in every]) for name in every[0]}
+            parameters = Experts(module).packed(stacked)
+        yield stacks[index], _on_disk(stacks[index], family, original, layer.experts, parameters)
+
+
+def _on_disk(
+    stack: DiskStack, family: object, original: Original, path: str, parameters: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Return a layer's experts by the names that they have on disk, in the dtypes of the original."""
+    given = {f"{path}.{name}": tensor for name, tensor in parameters.items()}
+    found = {stack.named(name): tensor for name, tensor in disk_tensors(family, given).items()}
+    like = {stack.renamed(name, 0): original.checkpoint.tensors[name] for name in (*stack.experts, *stack.fused)}
+    made = {}
+    for name, tensor in found.items():
+        if (info := like.get(stack.renamed(name, 0))) is None:
+            raise CheckpointError(
+                f"{original.source}: its experts lie as {min(like)!r}, transformers would write them as {name!r}; save "
+                "the checkpoint again with this transformers"
+            )
+        made[name] = tensor.to(DTYPES[info.dtype])
+        check_stored(made[name], name)
+    return made
+
+
+register_format(Expanded())

@@ -1,0 +1,126 @@
+"""GGUF: a native result as llama.cpp's own tools convert and round it; without them, all that they need."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from moetailor.checkpoint.folder import INDEX
+from moetailor.checkpoint.original import Original
+from moetailor.errors import MoetailorError, PlanError
+from moetailor.planning.plan import Plan
+from moetailor.transform.formats.format import Finish, register_format
+from moetailor.transform.formats.native import Native, other_than_drops
+from moetailor.transform.gguf_recipe import MATRIX_FILE, TYPES_FILE, find_library, several_widths, write_gguf_recipe
+
+MODEL_FILE, WHOLE_FILE = "model.gguf", "whole.gguf"
+# What everything but the experts becomes: it is few bytes of a model, and rounding it further costs more than it saves.
+REST = "Q8_0"
+# Lines of a tool that failed.
+SHOWN = 12
+
+
+class Gguf(Native):
+    """What llama.cpp loads: native experts, in the types that come nearest to the plan's bits."""
+
+    name = "gguf"
+    automatic = False
+    library = "gguf"
+    loading = "Loads in llama.cpp and what is built on it, once it is converted."
+
+    def refusal(self, plan: Plan) -> str | None:
+        """Refuse what native cannot hold but for bits, and several widths in a layer."""
+        if told := other_than_drops(plan):
+            return told
+        if told := several_widths(plan):
+            return f"has one type for all experts of a layer, {told}; plan one width for each layer"
+        return None
+
+    def check(self, plan: Plan, original: Original) -> None:
+        """Ask for the library that writes importance matrices.
+
+        Raises:
+            MoetailorError: it is missing.
+        """
+        find_library()
+
+    def carried(self, plan: Plan) -> Plan:
+        """Return the plan with experts as they lie, for llama.cpp to round."""
+        return replace(plan, layers={name: replace(layer, widths={}) for name, layer in plan.layers.items()})
+
+    def check_tools(self, finish: Finish) -> None:
+        """Refuse tools that are not there, or do not go together."""
+        if finish.quantizer and not finish.converter:
+            raise PlanError("--quantizer: rounds what --converter has converted; give that too")
+        for option, tool in (("--converter", finish.converter), ("--quantizer", finish.quantizer)):
+            if tool is not None and not tool.is_file():
+                raise PlanError(f"{option} {tool}: there is no such file")
+
+    def room(self, plan: Plan, finish: Finish) -> int:
+        """Return the bytes of the checkpoint, and of it converted and rounded."""
+        return plan.nbytes * (1 + bool(finish.converter) + bool(finish.quantizer))
+
+    def finish(self, folder: Path, finish: Finish) -> int | None:
+        """Add the importance matrix and the types; put the GGUF file in the checkpoint's place where there are tools.
+
+        Raises:
+            MoetailorError: a tool failed.
+        """
+        before = {file for file in folder.iterdir() if file.is_file()}
+        write_gguf_recipe(finish.plan, finish.original, folder, finish.calibration)
+        if finish.converter is None:
+            return None
+        rounds = finish.quantizer is not None
+        convert = _convert(finish.converter, folder, folder / (WHOLE_FILE if rounds else MODEL_FILE))
+        _run("--converter", [*convert, "--model-name", Path(finish.original.source).name])
+        if finish.quantizer is not None:
+            _run("--quantizer", _quantize(finish.quantizer, folder, folder / WHOLE_FILE, folder / MODEL_FILE))
+            (folder / WHOLE_FILE).unlink()
+        for file in before:
+            if file.suffix == ".safetensors" or file.name in ("config.json", INDEX):
+                file.unlink()
+        return (folder / MODEL_FILE).stat().st_size
+
+
+def commands(out: Path) -> list[str]:
+    """Return what turns a result of this format into GGUF files of the plan's bits: nothing where that was done."""
+    steps = []
+    if not (out / MODEL_FILE).exists():
+        steps = [
+            _convert(Path("convert_hf_to_gguf.py"), out, Path(WHOLE_FILE)),
+            _quantize(Path("llama-quantize"), out, Path(WHOLE_FILE), Path(MODEL_FILE)),
+        ]
+        steps[0][0] = "python"
+    return [shlex.join(step) for step in steps]
+
+
+def _convert(converter: Path, folder: Path, file: Path) -> list[str]:
+    return [sys.executable, str(converter), str(folder), "--outfile", str(file), "--outtype", "auto"]
+
+
+def _quantize(quantizer: Path, folder: Path, whole: Path, file: Path) -> list[str]:
+    matrix = ["--imatrix", str(folder / MATRIX_FILE)] if (folder / MATRIX_FILE).exists() else []
+    types = ["--tensor-type-file", str(folder / TYPES_FILE)]
+    return [str(quantizer), *matrix, *types, str(whole), str(file), REST]
+
+
+def _run(option: str, command: Sequence[str]) -> None:
+    """Run a tool of llama.cpp.
+
+    Raises:
+        MoetailorError: it cannot be run, or failed; with its last lines.
+    """
+    try:
+        ran = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+    except OSError as error:
+        raise MoetailorError(f"{option}: {command[0]} cannot be run: {error.strerror}") from None
+    if ran.returncode:
+        last = "\n".join(ran.stdout.decode(errors="replace").splitlines()[-SHOWN:])
+        raise MoetailorError(f"{option}: ended with status {ran.returncode}, nothing was kept; its last lines:\n{last}")
+
+
+register_format(Gguf())
