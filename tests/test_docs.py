@@ -96,8 +96,8 @@ FLAGS = {
     "--param --population --protect --remove --samples --seed --size --survivors --trust-remote-code",
     "show": "--scores",
     "diff": "",
-    "apply": "--allow-other-weights --batch-memory --calibration --converter --device --dry-run --format --out "
-    "--overwrite --propagate --quantizer --trust-remote-code "
+    "apply": "--allow-other-weights --batch-memory --calibration --converter --device --dry-run --format "
+    "--gguf-recipe --out --overwrite --propagate --quantizer --trust-remote-code "
     "--verify",
     "compress": "--allocation --batch-memory --batch-size --bits --calibration --data --device "
     "--device-map --dry-run --dtype --format --guard-super-experts --keep --layers --length --load-dtype "

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ import moetailor
 from moetailor.answers import Width
 from moetailor.checkpoint.experts import ExpertShape
 from moetailor.transform.gguf_recipe import tensor_types
-from support.tiny import Get, GetCalibration
+from support.tiny import Get, GetCalibration, load
 
 
 def planned(calibration: moetailor.Calibration, method: str = "reap", bits: str | None = "4/6") -> moetailor.Plan:
@@ -96,6 +97,29 @@ def test_the_result_is_native_and_the_types_are_the_plans(
         "\n"
         for index in (0, 1)
     )
+
+
+def test_a_recipe_lies_in_a_folder_of_its_own(checkpoint: Get, calibration: GetCalibration, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    measured, out, recipe = calibration("olmoe"), tmp_path / "out", tmp_path / "recipe"
+    given: dict[str, Any] = {"calibration": measured, "gguf_recipe": recipe}
+    moetailor.apply(planned(measured), checkpoint("olmoe"), out, **given)
+    assert sorted(file.name for file in recipe.iterdir() if "moetailor" not in file.name) == [
+        "imatrix.gguf",
+        "tensor-types.txt",
+    ]
+    for name in ("imatrix.gguf", "tensor-types.txt"):
+        assert (recipe / name).read_bytes() == (out / name).read_bytes()
+    assert load(out)  # an ordinary checkpoint
+    for options, told in (
+        ({"format": "moetailor"}, "--gguf-recipe: llama.cpp loads native results; leave --format moetailor out"),
+        ({"calibration": None}, "measured on the calibration's sample; --calibration"),
+        ({"gguf_recipe": tmp_path / "new"}, "is the result itself; choose another folder"),
+        ({}, "recipe: exists; choose another folder or pass --overwrite"),
+    ):
+        with pytest.raises(moetailor.MoetailorError, match=told):
+            moetailor.apply(planned(measured), checkpoint("olmoe"), tmp_path / "new", **(given | options))
+        assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,13 @@ def apply(
     allow_other_weights: Annotated[
         bool, typer.Option("--allow-other-weights", help="Apply the plan to another model of the same shapes.")
     ] = False,
+    gguf_recipe: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for an importance matrix and tensor types, with which llama-quantize gives the plan's bits to "
+            "the result, which is an ordinary checkpoint; --format gguf."
+        ),
+    ] = None,
     converter: Converter = None,
     quantizer: Quantizer = None,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Open the result again and run it once.")] = True,
@@ -94,8 +101,11 @@ def apply(
     from moetailor.checkpoint.place import check_inputs
 
     check_inputs(out, {"the plan": plan})
+    if gguf_recipe is not None:
+        check_inputs(gguf_recipe, {"the plan": plan})
     if dry_run:
-        run = {"propagate": propagate, "format": format, "overwrite": overwrite, "verify": verify}
+        form = format if gguf_recipe is None else "gguf"
+        run = {"propagate": propagate, "format": form, "overwrite": overwrite, "verify": verify}
         run |= {"allow_other_weights": allow_other_weights, "converter": converter}
         dry.apply(model, plan, out, calibration, run, device=device, trust_remote_code=trust_remote_code)
         return
@@ -110,6 +120,7 @@ def apply(
             format=format,
             overwrite=overwrite,
             allow_other_weights=allow_other_weights,
+            gguf_recipe=gguf_recipe,
             converter=converter,
             quantizer=quantizer,
             verify=verify,

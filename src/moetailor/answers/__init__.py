@@ -1,10 +1,11 @@
 """What may stand behind one output of a router, a slot: one file for each kind, registered by being imported here."""
 
 from moetailor.answers.answer import ANSWERS, Answer, Call, Context, all_marks
+from moetailor.answers.width import FLOATS, VQ_BITS, WHOLE, Kind, Width
 
 from moetailor.answers.keep import Keep  # isort: skip (the order of the kinds in files and legends)
 from moetailor.answers.fitted import Fitted  # isort: skip
-from moetailor.answers.packed import FLOATS, VQ_BITS, WHOLE, Kind, Packed, Width  # isort: skip
+from moetailor.answers.packed import Packed  # isort: skip
 from moetailor.answers.drop import Drop  # isort: skip
 from moetailor.answers.constant import Constant  # isort: skip
 from moetailor.answers.linear import Linear  # isort: skip

@@ -11,7 +11,8 @@ import torch
 
 from moetailor.answers.answer import ANSWERS, Answer
 from moetailor.answers.groups import MOST_SLOTS, read_groups, write_groups
-from moetailor.answers.packed import Packed, Width
+from moetailor.answers.packed import Packed
+from moetailor.answers.width import Width
 from moetailor.checkpoint.experts import ExpertShape
 from moetailor.checkpoint.storage import TensorSpec
 from moetailor.errors import CheckpointError

@@ -39,6 +39,7 @@ from moetailor.transform.build import (
 )
 from moetailor.transform.card import model_card
 from moetailor.transform.formats import Finish, Format, resolve_format
+from moetailor.transform.formats.gguf import put_recipe, recipe_format
 from moetailor.transform.pieces import Parts
 from moetailor.transform.propagate import propagated
 
@@ -58,6 +59,7 @@ def apply_to_checkpoint(
     trust_remote_code: bool = False,
     verify: bool = True,
     propagate: Propagate = "original",
+    gguf_recipe: str | Path | None = None,
     converter: str | Path | None = None,
     quantizer: str | Path | None = None,
     device: str | None = None,
@@ -80,6 +82,8 @@ def apply_to_checkpoint(
         verify: open the result and run it once before it takes its place.
         propagate: what stand-ins and merged experts are fitted on: the inputs of their layer in the ``original`` model,
             or those that the ``compressed`` layers before it give.
+        gguf_recipe: folder for what llama.cpp's quantizer needs; the format is gguf then, and the result, with experts
+            as they lie, is an ordinary checkpoint.
         converter: llama.cpp's ``convert_hf_to_gguf.py``, for format gguf, which only says how to call it when None.
         quantizer: llama.cpp's ``llama-quantize``, the same.
         device: where they are computed; CUDA when there is one.
@@ -95,6 +99,10 @@ def apply_to_checkpoint(
     out, original = Path(out), open_original(model, trust_remote_code=trust_remote_code)
     checkpoint = original.checkpoint
     inputs = {"the original": checkpoint.folder, "the calibration": calibration.folder if calibration else None}
+    if gguf_recipe is not None:
+        format, inputs = recipe_format(format, calibration), inputs | {"the recipe": Path(gguf_recipe)}
+        if ranks.first():
+            check_place(Path(gguf_recipe), overwrite=overwrite, inputs=inputs | {"the result": out, "the recipe": None})
     if ranks.first():
         check_place(out, overwrite=overwrite, inputs=inputs)
     source = original.streamed(dtype=torch.float32, device=resolve_device(device))
@@ -135,6 +143,8 @@ def apply_to_checkpoint(
                 raise CheckpointError(f"{str(error).replace(str(folder), str(out))}; nothing was kept") from None
         if made := form.finish(folder, finish):
             tell(finish.plan, made)
+        if gguf_recipe is not None:
+            put_recipe(folder, Path(gguf_recipe), overwrite=overwrite)
     return out
 
 

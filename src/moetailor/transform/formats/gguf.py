@@ -9,8 +9,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from moetailor.calibration.folder import Calibration
+from moetailor.checkpoint.artifact import write_bytes
 from moetailor.checkpoint.folder import INDEX
 from moetailor.checkpoint.original import Original
+from moetailor.checkpoint.place import new_folder
 from moetailor.errors import MoetailorError, PlanError
 from moetailor.planning.plan import Plan
 from moetailor.transform.formats.format import Finish, register_format
@@ -84,6 +87,30 @@ class Gguf(Native):
             if file.suffix == ".safetensors" or file.name in ("config.json", INDEX):
                 file.unlink()
         return (folder / MODEL_FILE).stat().st_size
+
+
+def recipe_format(format: str, calibration: Calibration | None) -> str:
+    """Return the form of a result that goes with a recipe in a folder of its own.
+
+    Raises:
+        PlanError: another one is asked for, or there is no calibration.
+    """
+    if format not in ("auto", "native", Gguf.name):
+        raise PlanError(f"--gguf-recipe: llama.cpp loads native results; leave --format {format} out")
+    if calibration is None:
+        raise PlanError("--gguf-recipe: what the experts get is measured on the calibration's sample; --calibration")
+    return Gguf.name
+
+
+def put_recipe(folder: Path, recipe: Path, *, overwrite: bool) -> None:
+    """Put importance matrix and types of a result into a folder of their own, too.
+
+    Raises:
+        MoetailorError: the folder exists.
+    """
+    with new_folder(recipe, overwrite=overwrite, nbytes=0) as place:
+        for name in (MATRIX_FILE, TYPES_FILE):
+            write_bytes(place / name, (folder / name).read_bytes())
 
 
 def commands(out: Path) -> list[str]:
