@@ -50,8 +50,8 @@ class Gguf(Native):
         find_library()
         if getattr(original.config, "tie_word_embeddings", False):
             warnings.warn(
-                "format gguf: the head is tied to the embedding; llama.cpp loads that in some families and in others, "
-                "such as olmoe, wants lm_head.weight stored",
+                "format gguf: the head is tied to the embedding; llama.cpp loads that in some families, and in others "
+                "wants lm_head.weight stored",
                 MoetailorWarning,
                 stacklevel=3,
             )
