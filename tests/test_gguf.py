@@ -216,6 +216,16 @@ def test_a_tool_that_fails_leaves_nothing(
     assert {file.name for file in tmp_path.iterdir()} == {"some-model", "convert.py", "quantize"}
 
 
+def test_a_tied_head_is_said(checkpoint: Get, calibration: GetCalibration, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    source = Path(shutil.copytree(checkpoint("olmoe"), tmp_path / "tied"))
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    plan = planned(calibration("olmoe"), bits=None)
+    with pytest.warns(moetailor.MoetailorWarning, match=r"the head is tied to the embedding; .* wants lm_head.weight"):
+        moetailor.apply(plan, source, tmp_path / "out", allow_other_weights=True, format="gguf")
+
+
 def test_what_is_refused(
     checkpoint: Get, calibration: GetCalibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from moetailor.checkpoint.artifact import write_bytes
 from moetailor.checkpoint.folder import INDEX
 from moetailor.checkpoint.original import Original
 from moetailor.checkpoint.place import new_folder
-from moetailor.errors import MoetailorError, PlanError
+from moetailor.errors import MoetailorError, MoetailorWarning, PlanError
 from moetailor.planning.plan import Plan
 from moetailor.transform.formats.format import Finish, register_format
 from moetailor.transform.formats.native import Native, other_than_drops
@@ -44,12 +45,19 @@ class Gguf(Native):
         return None
 
     def check(self, plan: Plan, original: Original) -> None:
-        """Ask for the library that writes importance matrices.
+        """Ask for the library that writes importance matrices; say what llama.cpp may not load.
 
         Raises:
             MoetailorError: it is missing.
         """
         find_library()
+        if getattr(original.config, "tie_word_embeddings", False):
+            warnings.warn(
+                "format gguf: the head is tied to the embedding; llama.cpp loads that in some families, and in others "
+                "wants lm_head.weight stored",
+                MoetailorWarning,
+                stacklevel=3,
+            )
 
     def carried(self, plan: Plan) -> Plan:
         """Return the plan with experts as they lie, for llama.cpp to round."""
