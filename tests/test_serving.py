@@ -175,8 +175,13 @@ def test_serve_says_what_it_would_run_and_refuses_what_the_engine_does_not_load(
     assert run("compress", REFERENCE, "-o", tmp_path / "out", "--method", "mone", "--remove", "25%", *text)[0] == 0
     code, _, err = run("serve", tmp_path / "out", "--engine", "vllm", "--dry-run")
     assert code == 1
-    assert "vLLM does not know the moetailor format" in err
+    assert "vLLM needs a plug-in for the moetailor format" in err
     monkeypatch = pytest.MonkeyPatch()
+    with monkeypatch.context() as patched:
+        patched.setattr("moetailor.serving.engines.vllm.find_spec", lambda name: name)
+        assert run("serve", tmp_path / "out", "--engine", "vllm", "--dry-run")[0] == 0
+        facts = Original(REFERENCE).facts
+        assert offered(ENGINES["vllm"].choices(facts), facts, 8_000_000)[0].choice.format == "moetailor"
     with monkeypatch.context() as patched:
         patched.setenv("PATH", str(tmp_path))
         code, _, err = run("serve", REFERENCE, "--engine", "vllm")

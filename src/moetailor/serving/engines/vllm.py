@@ -1,9 +1,10 @@
-"""vLLM as it is: compressed-tensors, one width for all experts of a layer, and fewer experts."""
+"""vLLM: one width for all experts of a layer as compressed-tensors, and fewer experts; with our plug-in any result."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,39 +21,43 @@ class Vllm(Engine):
     overhead = Fraction(15, 100)
 
     def choices(self, facts: ModelFacts) -> Sequence[Choice]:
-        """Return 8 and 4 bits by layer, 4 bits, and fewer experts in 4 bits; groups are those that kernels take."""
+        """Return 8 and 4 bits by layer, 4 bits, and fewer experts in 4 bits, in groups that kernels take; with the
+        plug-in bits and stand-ins, too.
+        """
         loads, group = "vLLM", group_of(facts)
+        ours = Choice(name="bits and stand-ins", method="auto", format="moetailor", loads="vLLM with moetailor-vllm")
+        every = (ours,) if has_plugin() else ()
         if group is None:
-            return (Choice(name="fewer experts", method="refit", format="native", rule="fewer experts", loads=loads),)
+            few = Choice(name="fewer experts", method="refit", format="native", rule="fewer experts", loads=loads)
+            return (*every, few)
         packed: dict[str, Any] = {"format": "compressed-tensors", "loads": loads}
+        bits: dict[str, Any] = {"codes": "int", "group": group}
+        by_layer = {"uniform_layers": True, "widths": "8,4", **bits}
         return (
+            *every,
+            Choice(name="8 and 4 bits by layer", method="auto", parameters=by_layer, rule="by layer", **packed),
             Choice(
-                name="8 and 4 bits by layer",
-                method="auto",
-                parameters={"uniform_layers": True, "widths": "8,4", "codes": "int", "group": group},
-                rule="by layer",
-                **packed,
-            ),
-            Choice(
-                name="4 bits for all",
-                method="quantize",
-                parameters={"bits": 4, "codes": "int", "group": group},
-                rule="one width",
-                **packed,
+                name="4 bits for all", method="quantize", parameters={"bits": 4, **bits}, rule="one width", **packed
             ),
             Choice(name="fewer, in 4 bits", method="refit", bits=f"int4g{group}", rule="fewer in 4 bits", **packed),
         )
 
     def refusal(self, written: str) -> str | None:
         """Refuse what vLLM alone does not know."""
-        if written == QUANT_METHOD:
-            return "vLLM does not know the moetailor format; use --engine transformers"
+        if written == QUANT_METHOD and not has_plugin():
+            told = "vLLM needs a plug-in for the moetailor format, which is not installed here (plugins/vllm)"
+            return f"{told}; install it, or use --engine transformers"
         return None
 
     def command(self, folder: Path, context: int | None = None, host: str = HOST, port: int = PORT) -> list[str]:
         """Return the command of its server."""
         limit = [] if context is None else ["--max-model-len", str(context)]
         return ["vllm", "serve", str(folder), "--host", host, "--port", str(port), *limit]
+
+
+def has_plugin() -> bool:
+    """Say whether the plug-in for our format is installed here."""
+    return find_spec("moetailor_vllm") is not None
 
 
 register_engine(Vllm())
