@@ -12,4 +12,5 @@ def register() -> None:
     from vllm.model_executor.custom_op import op_registry_oot
 
     if "RoutedExperts" not in op_registry_oot:
+        from moetailor_vllm import gpt_oss as gpt_oss
         from moetailor_vllm import layers as layers

@@ -5,6 +5,8 @@ Shapes: T tokens, K slots of a token, D model width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -24,6 +26,7 @@ class Answers(nn.Module):
         stored: the stand-ins' stored tensors: what holds each, as which part, and its whole shape.
         wanted: what must arrive before the layer runs.
         arrived: what did.
+        look: names what else is missing.
     """
 
     row: torch.Tensor
@@ -40,6 +43,7 @@ class Answers(nn.Module):
             for suffix, shape in tensor.parts.items()
         }
         self.wanted, self.arrived = set(self.stored), set[str]()
+        self.look: Callable[[], list[str]] = list
         self.register_buffer("row", torch.tensor(slots.pool_rows), persistent=False)
         scale = torch.tensor(slots.scales or [1.0] * len(slots.rows), dtype=torch.float32)
         self.register_buffer("scale", scale, persistent=False)
@@ -83,5 +87,5 @@ class Answers(nn.Module):
         Raises:
             ValueError: see the message.
         """
-        if missing := sorted(self.wanted - self.arrived):
+        if missing := sorted(self.wanted - self.arrived) + self.look():
             raise ValueError(f"moetailor-vllm: {self.prefix}: no file has {', '.join(missing[:8])} ({len(missing)} missing)")

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import regex as re
 import torch
 from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
-from vllm.model_executor.models.utils import extract_layer_index
+from vllm.model_executor.models.utils import WeightsMapper, extract_layer_index
 
-from moetailor_vllm.slots import Slots
+from moetailor_vllm.slots import KINDS, Slots
 
 METHOD = "moetailor"
 VERSION = 1
@@ -120,8 +122,26 @@ class MoetailorConfig(QuantizationConfig):
             raise ValueError(f"moetailor format {config['version']}: this moetailor-vllm reads {VERSION}; update it")
         return cls({int(layer): Slots.read(entry, f"layer {layer}") for layer, entry in config["layers"].items()})
 
+    @staticmethod
+    def get_cache_scale_mapper() -> WeightsMapper:
+        """Return how names on disk become vLLM's: stand-ins lie in the module that has the routed experts.
+
+        The name of this hook is about scales of caches, but it is asked for all tensors, whatever the family does.
+        """
+        names = re.compile(rf"\.experts\.((?:{'|'.join(KINDS)})(?:_\w+)?)$")
+        mine = WeightsMapper(orig_to_new_regex={names: r".experts.routed_experts.\1"})
+        return mine | QuantizationConfig.get_cache_scale_mapper()
+
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """Return vLLM's own unquantized methods, the experts' with whatever kernel it chooses for them."""
+        """Return vLLM's own unquantized methods, the experts' with whatever kernel it chooses for them.
+
+        Raises:
+            NotImplementedError: vLLM has experts for the family that are none of those that a slot map can be put before.
+        """
+        if isinstance(layer, RoutedExperts) and slots_of(self, prefix) and not hasattr(layer, "slotted"):
+            raise NotImplementedError(
+                f"moetailor-vllm: {prefix}: vLLM runs this family with {type(layer).__name__}, which is not served"
+            )
         if isinstance(layer, LinearBase):
             return ArrivingLinear()
         return ArrivingEmbedding() if isinstance(layer, VocabParallelEmbedding) else None

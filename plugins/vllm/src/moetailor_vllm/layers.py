@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.model_executor.custom_op import PluggableLayer
+from vllm.model_executor.layers.activation import SwigluOAIAndMul
 from vllm.model_executor.layers.fused_moe.activation import (
     ApplyMoEActivationConfig,
     MoEActivation,
@@ -52,6 +53,7 @@ class SlotGate(GateLinear):
 class SlotExperts(RoutedExperts):
     """Routed experts with a pool of other rows than the router has slots, and what answers for the rest."""
 
+    slotted = True
     answers: Answers | None
 
     def __init__(
@@ -103,13 +105,23 @@ class SlotExperts(RoutedExperts):
             rank=Rank(moe_config.moe_parallel_config.tp_rank, moe_config.moe_parallel_config.tp_size),
         )
         self.answers = Answers(slots, expert, layer_name)
+        self.swiglu = SwigluOAIAndMul()  # this one is no operator of every platform
         self.answers.quant_method = AllArrived()
         if slots.pool:
-            shards = ("w1", "w3", "w2") if moe_config.is_act_and_mul else ("w1", "w2")
-            self.answers.wanted |= {f"{shard} of expert {row}" for row in range(pool) for shard in shards}
+            self.want_pool(pool)
         else:
             for weight in self.parameters(recurse=False):
                 weight.data.zero_()
+
+    def want_pool(self, rows: int) -> None:
+        """Note which weights of the pool must arrive.
+
+        Args:
+            rows: of the pool.
+        """
+        assert self.answers is not None
+        shards = ("w1", "w3", "w2") if self.moe_config.is_act_and_mul else ("w1", "w2")
+        self.answers.wanted |= {f"{shard} of expert {row}" for row in range(rows) for shard in shards}
 
     def weight_loader(self, param: nn.Parameter, loaded_weight: torch.Tensor, *args: Any, **kwargs: Any) -> bool | None:  # type: ignore[override]
         """Take an expert's weight, as vLLM does, and note that it came."""
@@ -134,7 +146,7 @@ class SlotExperts(RoutedExperts):
 
         def pool() -> Iterator[tuple[str, torch.Tensor]]:
             for name, tensor in weights:
-                before = len(answers.arrived)
+                before, name = len(answers.arrived), name.removeprefix("routed_experts.")
                 if name in answers.stored:
                     answers.load(name, tensor)
                     mine.append(f"answers.{name}")
@@ -173,10 +185,11 @@ class SlotExperts(RoutedExperts):
 
     def activated(self, *projected: torch.Tensor) -> torch.Tensor:
         """Return what the down projection is applied to, [P, F], from what gate and up gave, by vLLM's own operator."""
-        interleaved = self.activation == MoEActivation.SWIGLUOAI
-        both = torch.stack(projected, -1).flatten(-2) if interleaved else torch.cat(projected, -1)
+        if self.activation == MoEActivation.SWIGLUOAI:
+            return self.swiglu(torch.stack(projected, -1).flatten(-2))
+        both, out = torch.cat(projected, -1), torch.empty_like(projected[0])
         config = ApplyMoEActivationConfig.from_configs(self.moe_config, self.quant_method.moe_quant_config)
-        return apply_moe_activation(self.activation, torch.empty_like(projected[0]), both, activation_config=config)
+        return apply_moe_activation(self.activation, out, both, activation_config=config)
 
 
 def refuse(layer: str, config: FusedMoEConfig, manager: ExpertMapManager, more: dict[str, Any]) -> None:
