@@ -13,14 +13,16 @@ from moetailor.runtime.reshape import compressed_class
 from moetailor_vllm.answers import Answers
 from moetailor_vllm.slots import Slots
 from moetailor_vllm.stand_ins import Expert
-from moetailor_vllm.stored import Rank
+from moetailor_vllm.stored import ALONE, Rank
 
 WIDTH, INNER, TOP_K = 32, 192, 3
 
 
 def slot_map(experts: int, *slots: int | Answer | tuple[int, Packed], scaled: bool = False) -> SlotMap:
     """Return a map: for each slot a row of the pool, a row in few bits or another answer."""
-    pairs = [slot if isinstance(slot, tuple) else (slot, None) if isinstance(slot, int) else (-1, slot) for slot in slots]
+    pairs = [
+        slot if isinstance(slot, tuple) else (slot, None) if isinstance(slot, int) else (-1, slot) for slot in slots
+    ]
     rows, answers = zip(*pairs, strict=True)
     scales = tuple(0.5 + 0.1 * n for n in range(len(rows))) if scaled else None
     return SlotMap(experts=experts, rows=rows, answers=answers, scales=scales)
@@ -49,7 +51,10 @@ def everything(*more: Any) -> SlotMap:
 def moetailor_layer(slots: SlotMap, seed: int = 0) -> torch.nn.Module:
     """Return moetailor's experts module with random numbers."""
     config = Qwen3MoeConfig(
-        hidden_size=WIDTH, moe_intermediate_size=INNER, num_experts=len(slots.plain_pool), experts_implementation="eager"
+        hidden_size=WIDTH,
+        moe_intermediate_size=INNER,
+        num_experts=len(slots.plain_pool),
+        experts_implementation="eager",
     )
     module: Any = Qwen3MoeExperts(config)
     module.__class__ = compressed_class(Qwen3MoeExperts)
@@ -67,7 +72,7 @@ def moetailor_layer(slots: SlotMap, seed: int = 0) -> torch.nn.Module:
     return module
 
 
-def served(slots: SlotMap, module: Any, rank: Rank = Rank()) -> Answers:
+def served(slots: SlotMap, module: Any, rank: Rank = ALONE) -> Answers:
     """Return the plug-in's answers of one rank with the tensors of moetailor's module."""
     expert = Expert(
         width=WIDTH,

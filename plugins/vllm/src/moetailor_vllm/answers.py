@@ -26,6 +26,7 @@ class Answers(nn.Module):
         stored: the stand-ins' stored tensors: what holds each, as which part, and its whole shape.
         wanted: what must arrive before the layer runs.
         arrived: what did.
+        arrivals: how often something did.
         look: names what else is missing.
     """
 
@@ -43,6 +44,7 @@ class Answers(nn.Module):
             for suffix, shape in tensor.parts.items()
         }
         self.wanted, self.arrived = set(self.stored), set[str]()
+        self.arrivals = 0
         self.look: Callable[[], list[str]] = list
         self.register_buffer("row", torch.tensor(slots.pool_rows), persistent=False)
         scale = torch.tensor(slots.scales or [1.0] * len(slots.rows), dtype=torch.float32)
@@ -60,7 +62,12 @@ class Answers(nn.Module):
                 f"moetailor-vllm: {self.prefix}.{name} is {list(tensor.shape)}, the slot map says {list(shape)}"
             )
         holder.load(suffix, tensor)
+        self.note(name)
+
+    def note(self, name: str) -> None:
+        """Note that something arrived."""
         self.arrived.add(name)
+        self.arrivals += 1
 
     def rows(self, slot_TK: torch.Tensor, weight_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return rows of the pool and their weights for vLLM's kernel, [T, K] each.
@@ -88,4 +95,6 @@ class Answers(nn.Module):
             ValueError: see the message.
         """
         if missing := sorted(self.wanted - self.arrived) + self.look():
-            raise ValueError(f"moetailor-vllm: {self.prefix}: no file has {', '.join(missing[:8])} ({len(missing)} missing)")
+            raise ValueError(
+                f"moetailor-vllm: {self.prefix}: no file has {', '.join(missing[:8])} ({len(missing)} missing)"
+            )

@@ -1,4 +1,4 @@
-"""The `quantization_config` of the format as vLLM reads it: which layers are compressed, and what must arrive of the rest."""
+"""The `quantization_config` of the format as vLLM reads it: which layers are compressed, and what must arrive."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ class MoetailorConfig(QuantizationConfig):
         """Return vLLM's own unquantized methods, the experts' with whatever kernel it chooses for them.
 
         Raises:
-            NotImplementedError: vLLM has experts for the family that are none of those that a slot map can be put before.
+            NotImplementedError: vLLM has experts of its own for the family, which no slot map can be put before.
         """
         if isinstance(layer, RoutedExperts) and slots_of(self, prefix) and not hasattr(layer, "slotted"):
             raise NotImplementedError(

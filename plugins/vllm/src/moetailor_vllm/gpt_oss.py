@@ -28,7 +28,7 @@ class SlotGptOssExperts(SlotExperts, GptOssRoutedExperts):
         return lambda door, tensor: self.answers and self.answers.load(name, tensor)
 
     def want_pool(self, rows: int) -> None:
-        """Fill the pool with NaN: its weights come whole, past `weight_loader`. Where kernels pad, padding stays zero."""
+        """Fill the pool with NaN, padding with zeros: its weights come whole, past `weight_loader`."""
         width, inner = self.answers.width, self.moe_config.intermediate_size_per_partition_unpadded
         for name, weight in self.named_parameters(recurse=False):
             weight.data.zero_()

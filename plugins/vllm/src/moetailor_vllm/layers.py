@@ -127,7 +127,7 @@ class SlotExperts(RoutedExperts):
         """Take an expert's weight, as vLLM does, and note that it came."""
         names = dict(zip(("weight_name", "shard_id", "expert_id"), args, strict=False)) | kwargs
         if self.answers is not None:
-            self.answers.arrived.add(f"{names['shard_id']} of expert {names['expert_id']}")
+            self.answers.note(f"{names['shard_id']} of expert {names['expert_id']}")
         return super().weight_loader(param, loaded_weight, *args, **kwargs)
 
     weight_loader.supports_moe_loading = True  # type: ignore[attr-defined]
@@ -146,13 +146,13 @@ class SlotExperts(RoutedExperts):
 
         def pool() -> Iterator[tuple[str, torch.Tensor]]:
             for name, tensor in weights:
-                before, name = len(answers.arrived), name.removeprefix("routed_experts.")
+                before, name = answers.arrivals, name.removeprefix("routed_experts.")
                 if name in answers.stored:
                     answers.load(name, tensor)
                     mine.append(f"answers.{name}")
                 else:
                     yield name, tensor
-                if len(answers.arrived) == before:
+                if answers.arrivals == before:
                     raise ValueError(f"moetailor-vllm: {self.layer_name}.{name} is none of the layer's tensors")
 
         yield from super().load_weights(pool())

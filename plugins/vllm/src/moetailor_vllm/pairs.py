@@ -1,4 +1,4 @@
-"""Pairs of a token and what runs for it, sorted, and products grouped by what runs. Every shape follows from the call's.
+"""Pairs of a token and what runs for it, sorted, and products grouped by that. Shapes follow from the call's alone.
 
 Shapes: T tokens, K slots of a token, P = T K pairs, n things that run, I inputs, O outputs, D model width.
 """

@@ -18,7 +18,7 @@ class Constant:
 
 @dataclass(frozen=True)
 class Linear:
-    """A constant and a linear map of rank `rank`; input factors `shared` by all maps of the layer, factors in `int8`."""
+    """A constant and a linear map; its input factor is `shared` by all maps of the layer, its factors lie in `int8`."""
 
     rank: int
     shared: bool = False

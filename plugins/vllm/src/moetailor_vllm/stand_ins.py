@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from moetailor_vllm.pairs import Pairs, ends, grouped
 from moetailor_vllm.slots import Constant, Linear, LowRank, Packed, Slots
-from moetailor_vllm.stored import FewBits, Plain, Rank, stem, storages
+from moetailor_vllm.stored import ALONE, FewBits, Plain, Rank, stem, storages
 
 # The grouped kernels of CUDA want rows of 16 bytes.
 ALIGNMENT = 8
@@ -42,7 +42,7 @@ class Expert:
     activated: Callable[..., torch.Tensor]
     gated: bool = True
     biased: bool = False
-    rank: Rank = Rank()
+    rank: Rank = ALONE
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -87,7 +87,9 @@ class StandIns(nn.Module):
 
     def __init__(self, tensors: dict[str, nn.Module], number: list[int]) -> None:
         super().__init__()
-        self.tensors = nn.ModuleDict({name: tensor for name, tensor in tensors.items() if all(tensor.parts[next(iter(tensor.parts))])})
+        self.tensors = nn.ModuleDict(
+            {name: tensor for name, tensor in tensors.items() if all(tensor.parts[next(iter(tensor.parts))])}
+        )
         self.register_buffer("number", torch.tensor(number), persistent=False)
 
     def numbers(self, name: str, rows: torch.Tensor | None = None) -> torch.Tensor:
@@ -109,7 +111,8 @@ class Constants(StandIns):
     def __init__(self, slots: Slots, expert: Expert) -> None:
         mine = slots.of(Constant)
         super().__init__(
-            {"constant": expert.plain(len(mine), expert.width)}, slots.numbered({slot: n for n, slot in enumerate(mine)})
+            {"constant": expert.plain(len(mine), expert.width)},
+            slots.numbered({slot: n for n, slot in enumerate(mine)}),
         )
 
     def forward(self, x_TD: torch.Tensor, slot_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
@@ -133,7 +136,7 @@ class LinearMaps(StandIns):
         for name, count in rows.items():
             if maps[0].int8:
                 storage = f"int8g{expert.width}"
-                tensors[name] = FewBits((count, 1, expert.width), storage, Rank(), dtype=expert.dtype)
+                tensors[name] = FewBits((count, 1, expert.width), storage, ALONE, dtype=expert.dtype)
             else:
                 tensors[name] = expert.plain(count, expert.width)
         super().__init__(tensors, slots.numbered({slot: n for n, slot in enumerate(mine)}))

@@ -35,10 +35,12 @@ class Rank:
         if axis is None or self.count == 1:
             return tensor
         if tensor.shape[axis] % self.count:
-            raise NotImplementedError(
-                f"moetailor-vllm: {tensor.shape[axis]} rows or groups of a stand-in are no multiple of {self.count} ranks"
-            )
+            size = list(tensor.shape)
+            raise NotImplementedError(f"moetailor-vllm: {self.count} ranks cannot cut {size} along axis {axis}")
         return tensor.chunk(self.count, axis)[self.number]
+
+
+ALONE = Rank()
 
 
 class Plain(nn.Module):
@@ -89,14 +91,19 @@ class FewBits(nn.Module):
 
     Args:
         shape: of the numbers, (n, O, I).
-        storage: how they lie: ``uint4g128`` (integers with zero points), ``int4g128``, ``vq2g128`` (codebooks) or ``fp8``.
+        storage: how they lie: ``uint4g128`` (with zero points), ``int4g128``, ``vq2g128`` (codebooks) or ``fp8``.
         rank: of this process.
         axis: along which ranks cut the numbers, 1 or 2; None where each has all of them.
         dtype: of the scales, and so of the numbers.
     """
 
     def __init__(
-        self, shape: tuple[int, int, int], storage: str, rank: Rank, axis: int | None = None, dtype: torch.dtype | None = None
+        self,
+        shape: tuple[int, int, int],
+        storage: str,
+        rank: Rank,
+        axis: int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.shape, self.rank, self.axis = shape, rank, axis
@@ -110,7 +117,10 @@ class FewBits(nn.Module):
         groups = -(-codes // max(group // self.step, 1))
         self.size = -(-codes // groups) * self.step
         words = -(-codes * self.bits * self.step // 32)
-        self.parts = {"_packed": (count, outputs, inputs if self.codes == "fp8" else words), "_scale": (count, outputs, groups)}
+        self.parts = {
+            "_packed": (count, outputs, inputs if self.codes == "fp8" else words),
+            "_scale": (count, outputs, groups),
+        }
         if self.codes == "uint":
             self.parts["_zero_point"] = (count, -(-outputs * self.bits // 32), groups)
         self._make(dtype)
@@ -138,7 +148,7 @@ class FewBits(nn.Module):
             self.register_buffer("zero", torch.empty(count, outputs, groups, dtype=torch.uint8))
         if self.codes == "vq":
             tables = safetensors.torch.load_file(Path(__file__).with_name("codebooks.safetensors"))
-            self.register_buffer("table", tables[f"vq{self.bits}"].float(), persistent=False)
+            self.register_buffer("table", tables[f"vq{self.bits}"].float().to(self.scale.device), persistent=False)
 
     def _share(self, size: int, of: int) -> int:
         if size % (self.rank.count * of):
@@ -224,4 +234,8 @@ def storages(width: Packed) -> dict[str, str]:
 
 def stem(width: Packed) -> str:
     """Return the start of the names of the tensors of a width."""
-    return "packed_fp8" if width.codes == "fp8" else f"packed_{width.codes}{width.bits}_{width.down or width.bits}_g{width.group}"
+    return (
+        "packed_fp8"
+        if width.codes == "fp8"
+        else f"packed_{width.codes}{width.bits}_{width.down or width.bits}_g{width.group}"
+    )
