@@ -4,11 +4,12 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
-from transformers import Qwen3MoeConfig
+from transformers import GptOssConfig, Qwen3MoeConfig
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from moetailor.answers import Answer, Constant, Linear, LowRank, Packed, SlotMap
-from moetailor.checkpoint.experts import ExpertShape
+from moetailor.checkpoint.experts import Experts
 from moetailor.runtime.reshape import compressed_class
 from moetailor_vllm.answers import Answers
 from moetailor_vllm.slots import Slots
@@ -48,19 +49,19 @@ def everything(*more: Any) -> SlotMap:
     )
 
 
-def moetailor_layer(slots: SlotMap, seed: int = 0) -> torch.nn.Module:
-    """Return moetailor's experts module with random numbers."""
-    config = Qwen3MoeConfig(
-        hidden_size=WIDTH,
-        moe_intermediate_size=INNER,
-        num_experts=len(slots.plain_pool),
-        experts_implementation="eager",
-    )
-    module: Any = Qwen3MoeExperts(config)
-    module.__class__ = compressed_class(Qwen3MoeExperts)
+def moetailor_layer(slots: SlotMap, biased: bool = False, seed: int = 0) -> torch.nn.Module:
+    """Return moetailor's experts module with random numbers, of a family with biases or of one without."""
+    if biased:
+        config: Any = GptOssConfig(hidden_size=WIDTH, intermediate_size=INNER, num_local_experts=len(slots.plain_pool))
+    else:
+        config = Qwen3MoeConfig(hidden_size=WIDTH, moe_intermediate_size=INNER, num_experts=len(slots.plain_pool))
+    config._experts_implementation = "eager"
+    family = GptOssExperts if biased else Qwen3MoeExperts
+    module: Any = family(config)
+    shape = Experts(module).shape
+    module.__class__ = compressed_class(family)
     module.slots = slots
     generator = torch.Generator().manual_seed(seed)
-    shape = ExpertShape(width=WIDTH, intermediate=INNER)
     module.add_tensors(slots.tensors(shape))
     module.fill_map()
     for parameter in module.parameters():
@@ -78,7 +79,8 @@ def served(slots: SlotMap, module: Any, rank: Rank = ALONE) -> Answers:
         width=WIDTH,
         inner=INNER,
         dtype=torch.float32,
-        activated=lambda gate, up: F.silu(gate) * up,
+        activated=lambda *projected: Experts(module).activated(projected),
+        biased=Experts(module).shape.biased,
         rank=rank,
     )
     answers = Answers(Slots.read(slots.to_json(), "layer 0"), expert, "experts")

@@ -8,7 +8,7 @@ import torch
 
 import moetailor.checkpoint.storage
 import moetailor_vllm
-from moetailor.answers import Packed, SlotMap
+from moetailor.answers import Constant, LowRank, Packed, SlotMap
 from moetailor_vllm.slots import Slots
 from moetailor_vllm.stand_ins import Expert, stand_ins
 from moetailor_vllm.stored import FewBits, Rank
@@ -27,6 +27,9 @@ MAPS = {
 }
 
 
+NO_POOL = slot_map(2, (0, UINT), LowRank(1, 3), (1, FP8), LowRank(1), Constant(), LowRank(5, 9))
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("tokens", [1, 40])
 @pytest.mark.parametrize("slots", MAPS.values(), ids=MAPS)
@@ -43,12 +46,27 @@ def test_answers_are_moetailors(slots: SlotMap, tokens: int) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_biases_and_other_activations_are_moetailors(tokens: int) -> None:
+    module = moetailor_layer(NO_POOL, biased=True)
+    x, chosen, gates = call(NO_POOL, tokens)
+    got = served(NO_POOL, module).given(x, chosen, gates)
+    torch.testing.assert_close(got, module(x, chosen, gates), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize(
-    "slots", [MAPS["with widths"], MAPS["everything"], slot_map(3, *((n, CODEBOOK) for n in range(3)))]
+    ("slots", "biased"),
+    [
+        (MAPS["with widths"], False),
+        (MAPS["everything"], False),
+        (slot_map(3, *((n, CODEBOOK) for n in range(3))), False),
+        (NO_POOL, True),
+    ],
 )
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks_add_up_to_one(slots: SlotMap, ranks: int) -> None:
-    module = moetailor_layer(slots)
+def test_ranks_add_up_to_one(slots: SlotMap, biased: bool, ranks: int) -> None:
+    module = moetailor_layer(slots, biased)
     x, chosen, gates = call(slots, 20)
     whole = served(slots, module).given(x, chosen, gates)
     parts = [served(slots, module, Rank(number, ranks)).given(x, chosen, gates) for number in range(ranks)]
@@ -70,9 +88,9 @@ def test_ranks_add_up_to_one(slots: SlotMap, ranks: int) -> None:
     ],
 )
 def test_what_is_not_served_is_refused_by_name(more: dict, kind: type[Exception], said: str) -> None:
+    entry = {"experts": 1, "rows": [0, -1]} | more
     with pytest.raises(kind, match=said):
-        slots = Slots.read({"experts": 1, "rows": [0, -1]} | more, "layer 0")
-        stand_ins(slots, EXPERT)
+        stand_ins(Slots.read(entry, "layer 0"), EXPERT)
 
 
 def test_ranks_that_cannot_cut_codes_are_refused() -> None:
