@@ -56,6 +56,7 @@ def calibrated(family: str, folder: Path) -> moetailor.Calibration:
     return moetailor.calibrate(folder / family, folder / f"{family}-cal", text=text, residual=True, sensitivity=True)
 
 
+@cache
 def make(family: str, method: str, folder: Path) -> Path:
     """Return the folder of a result; `mixed` is drops, remaps with scales, constants and linear maps in one layer."""
     calibration, out = calibrated(family, folder), folder / f"{family}-{method.replace(', ', '-')}"

@@ -33,19 +33,20 @@ from moetailor_vllm.stored import Rank
 class SlotGate(GateLinear):
     """A router with a row for each slot that is left."""
 
-    _slots: int | None = None
+    _cut: tuple[int, int] | None = None
 
     def __init__(self, input_size: int, output_size: int, *args: Any, prefix: str = "", **kwargs: Any) -> None:
-        if slots := slots_of(current_config(), prefix):
+        slots, given = slots_of(current_config(), prefix), output_size
+        if slots:
             output_size, kwargs["quant_config"] = len(slots.rows), kwargs.get("quant_config") or current_config()
         super().__init__(input_size, output_size, *args, prefix=prefix, **kwargs)
         if slots:
-            self._slots = output_size
+            self._cut = given, output_size
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Cut what models hang onto the router later to its slots: correction biases."""
-        if self._slots and param is not None and name not in self._parameters:
-            param = nn.Parameter(torch.full_like(param[: self._slots], torch.nan), requires_grad=False)
+        if self._cut and param is not None and param.shape == self._cut[:1]:
+            param = nn.Parameter(torch.full_like(param[: self._cut[1]], torch.nan), requires_grad=False)
         super().register_parameter(name, param)
 
 
