@@ -18,7 +18,9 @@ import moetailor
 from moetailor_cli.app import app
 
 ROOT = Path(__file__).parent.parent
-PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*/README.md"), *ROOT.glob("benchmarks/*.md")]
+PAGES = [
+    page for folder in (".", "docs", "examples/*", "benchmarks", "plugins/*") for page in ROOT.glob(f"{folder}/*.md")
+]
 
 
 @pytest.mark.skipif(Version(transformers.__version__) < Version("5.23"), reason="the pages list the newest families")

@@ -1,0 +1,93 @@
+"""Results of moetailor on tiny models of several families, and what transformers gives for them."""
+
+import shutil
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+import moetailor
+from moetailor.checkpoint.loader import quiet_transformers
+from support.families import tiny_model
+from support.tiny import mixed_plan, token_batches
+
+# vLLM's CPU kernels want widths of 32; attention wants heads of that size.
+SHAPE: dict[str, Any] = {
+    "hidden_size": 64,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 128,
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "olmoe": SHAPE | {"intermediate_size": 32},
+    "qwen2_moe": SHAPE | {"moe_intermediate_size": 32},
+    "qwen3_moe": SHAPE | {"moe_intermediate_size": 32, "head_dim": 32},
+    "glm4_moe": SHAPE
+    | {"moe_intermediate_size": 32, "head_dim": 32, "n_shared_experts": 1, "routed_scaling_factor": 1.5},
+    "gpt_oss": SHAPE | {"intermediate_size": 32, "head_dim": 32},
+}
+METHODS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "reap": ("reap", {"remove": "25%"}, {"allocation": "error"}),
+    "refit": ("refit", {"remove": "50%"}, {}),
+    "frequency": ("frequency", {"remove": "50%"}, {}),
+    "ream": ("ream", {"remove": "50%"}, {}),
+    "mone": ("mone", {"remove": "50%"}, {}),
+    "conmoe": ("conmoe", {"remove": "50%"}, {}),
+    "linear": ("linear", {"remove": "50%"}, {"parameters": {"rank": 4}}),
+    "lightmoe": ("lightmoe", {"remove": "25%"}, {"parameters": {"rank": 2, "bases": 2}}),
+    "auto": ("auto", {"size": "60%"}, {}),
+    "auto, bits=false": ("auto", {"size": "70%"}, {"parameters": {"bits": False}}),
+    "quantize": ("quantize", {"remove": "0%"}, {"parameters": {"bits": 4}}),
+    "compressed_experts": ("compressed_experts", {"remove": "0%"}, {}),
+}
+PROMPTS = np.array([[(a * i * i + b * i + c) % 120 + 4 for i in range(32)] for a, b, c in ((7, 3, 11), (5, 1, 99))])
+TOKENS = 64
+
+
+@cache
+def calibrated(family: str, folder: Path) -> moetailor.Calibration:
+    """Return the calibration of a family's tiny model, which lies in a folder."""
+    with quiet_transformers():
+        tiny_model(family, **MODELS[family]).save_pretrained(folder / family)
+    text = token_batches(8, 48)
+    return moetailor.calibrate(folder / family, folder / f"{family}-cal", text=text, residual=True, sensitivity=True)
+
+
+@cache
+def make(family: str, method: str, folder: Path) -> Path:
+    """Return the folder of a result; `mixed` is drops, remaps with scales, constants and linear maps in one layer."""
+    calibration, out = calibrated(family, folder), folder / f"{family}-{method.replace(', ', '-')}"
+    if method == "mixed":
+        plan = mixed_plan(calibration, drop=family != "glm4_moe")  # its groups must stay equal
+    else:
+        name, budget, more = METHODS[method]
+        plan = moetailor.make_plan(calibration, name, moetailor.Budget.parse(**budget), **more)
+    return moetailor.apply(plan, folder / family, out, calibration=calibration, format="moetailor")
+
+
+@torch.no_grad()
+def expected(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Return transformers' greedy tokens [S, TOKENS] and log-probabilities of the prompts' positions [S, T, V]."""
+    with quiet_transformers():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    prompts = torch.from_numpy(PROMPTS)
+    mask = torch.ones_like(prompts)
+    greedy = model.generate(
+        prompts,
+        attention_mask=mask,
+        max_new_tokens=TOKENS,
+        min_new_tokens=TOKENS,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=1,
+    )
+    return greedy[:, prompts.shape[1] :].numpy(), model(prompts).logits.double().log_softmax(-1)[:, :-1].numpy()
+
+
+def copied(folder: Path, name: str) -> Path:
+    """Return a copy of a result, to be damaged."""
+    shutil.copytree(folder, out := folder.with_name(f"{folder.name}-{name}"))
+    return out

@@ -1,0 +1,126 @@
+"""vLLM serves what moetailor writes: tokens and probabilities are transformers', and what does not fit is refused.
+
+vLLM may lie in an environment of its own: MOETAILOR_VLLM_PYTHON names its Python, that of the tests when it is not set.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from results import METHODS, MODELS, PROMPTS, TOKENS, copied, expected, make
+
+ROOT = Path(__file__).parents[1]
+PYTHON = os.environ.get("MOETAILOR_VLLM_PYTHON") or (sys.executable if find_spec("vllm") else None)
+pytestmark = pytest.mark.skipif(
+    PYTHON is None, reason="vllm is not installed; MOETAILOR_VLLM_PYTHON may name a Python that has it"
+)
+Serve = Callable[..., None]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("served")
+
+
+@pytest.fixture(scope="module")
+def serve(folder: Path) -> Serve:
+    """Return a function that runs serve.py with the plug-in installed, as far as its entry point goes."""
+    entry = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["vllm.general_plugins"]
+    info = folder / "site" / "moetailor_vllm-0.dist-info"
+    info.mkdir(parents=True)
+    lines = [f"{name} = {target}" for name, target in entry.items()]
+    (info / "entry_points.txt").write_text("\n".join(["[vllm.general_plugins]", *lines]))
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: moetailor-vllm\nVersion: 0\n")
+    np.save(folder / "prompts.npy", PROMPTS)
+
+    def call(*words: str | Path) -> None:
+        command = [PYTHON, ROOT / "tests" / "serve.py", folder / "prompts.npy", str(TOKENS), *words]
+        paths = {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{info.parent}"}
+        done = subprocess.run(command, env=os.environ | paths, cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    return call
+
+
+def check(result: Path) -> None:
+    """Compare what vLLM left with what transformers gives."""
+    assert not (refused := Path(f"{result}.refused.txt")).exists(), refused.read_text()
+    found, (greedy, logp) = np.load(f"{result}.vllm.npz"), expected(result)
+    kl = (np.exp(logp) * (logp - found["logp"])).sum(-1).mean()
+    assert (found["greedy"] == greedy).all()
+    assert abs(kl) <= 1e-6, kl
+
+
+def check_all(results: list[Path], serve: Serve) -> None:
+    serve(*results)
+    for result in results:
+        check(result)
+
+
+def test_answers_of_every_kind_are_served_in_every_family(folder: Path, serve: Serve) -> None:
+    pairs = [(family, "mixed") for family in MODELS]
+    pairs += [(family, kind) for family in ("glm4_moe", "gpt_oss") for kind in ("lightmoe", "quantize")]
+    check_all([make(family, kind, folder) for family, kind in pairs], serve)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", MODELS)
+def test_every_method_is_served(family: str, folder: Path, serve: Serve) -> None:
+    done = {"compressed_experts"} | ({"lightmoe", "quantize"} if family in ("glm4_moe", "gpt_oss") else set())
+    check_all([make(family, method, folder) for method in METHODS if method not in done], serve)
+
+
+def test_two_models_in_one_process(folder: Path, serve: Serve) -> None:
+    both = [make("qwen3_moe", "mone", folder), make("glm4_moe", "auto", folder)]
+    serve("--together", *both)
+    for result in both:
+        check(result)
+
+
+def edited(result: Path, name: str, edit: Callable[[dict[str, torch.Tensor], dict], None]) -> Path:
+    """Return a copy of a result with other tensors or another `quantization_config`."""
+    out = copied(result, name)
+    tensors, config = load_file(out / "model.safetensors"), json.loads((out / "config.json").read_text())
+    edit(tensors, config["quantization_config"])
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    (out / "config.json").write_text(json.dumps(config))
+    return out
+
+
+def test_what_does_not_fit_is_refused_by_name(folder: Path, serve: Serve) -> None:
+    made, oss = make("qwen2_moe", "linear", folder), make("gpt_oss", "linear", folder)
+    layer = "model.layers.1.mlp.experts"
+    name = f"{layer}.linear_out"
+    cases = {
+        edited(made, "missing", lambda t, c: t.pop(name)): "no file has linear_out",
+        edited(made, "row", lambda t, c: t.pop(f"{layer}.0.up_proj.weight")): "no file has w3 of expert 0",
+        edited(made, "gate", lambda t, c: t.pop("model.layers.1.mlp.gate.weight")): "mlp.gate: no file has all of",
+        edited(made, "extra", lambda t, c: t.update({f"{layer}.constant": torch.ones(2, 64)})): "constant is none of",
+        edited(made, "shape", lambda t, c: t.update({name: t[name][1:].clone()})): "the slot map says",
+        edited(made, "version", lambda t, c: c.update(version=9)): "moetailor format 9",
+        edited(made, "key", lambda t, c: c["layers"]["1"].update(other=[0])): "unknown keys ['other']",
+        edited(made, "guest", lambda t, c: c["layers"]["1"].update(borrowed=[])): "experts of other layers",
+        edited(made, "source", lambda t, c: c.update(source={"quant_method": "fp8"})): "quantized original",
+        edited(oss, "oss", lambda t, c: t.pop(name)): "no file has linear_out",
+        edited(oss, "pool", lambda t, c: t.pop(f"{layer}.down_proj")): "w2_weight",
+        make("qwen2_moe", "compressed_experts", folder): "auxiliary slots",
+        tied(made): "does not tie",
+    }
+    serve(*cases)
+    for case, said in cases.items():
+        assert said in Path(f"{case}.refused.txt").read_text(), case.name
+
+
+def tied(result: Path) -> Path:
+    """Return a result without a head of its own, and whose config does not say that it is tied."""
+    return edited(result, "tied", lambda tensors, config: tensors.pop("lm_head.weight"))

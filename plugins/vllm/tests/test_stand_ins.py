@@ -1,0 +1,106 @@
+"""Every answer of the format on random numbers: the plug-in against moetailor's own runtime. Needs no vLLM."""
+
+import filecmp
+from pathlib import Path
+
+import pytest
+import torch
+
+import moetailor.checkpoint.storage
+import moetailor_vllm
+from moetailor.answers import Constant, LowRank, Packed, SlotMap
+from moetailor_vllm.slots import Slots
+from moetailor_vllm.stand_ins import Expert, stand_ins
+from moetailor_vllm.stored import FewBits, Rank
+from support_vllm import call, everything, moetailor_layer, pooled, served, slot_map
+
+UINT, SYMMETRIC, FP8 = Packed(bits=4, down=6), Packed(bits=3, codes="int", group=32), Packed(bits=8, codes="fp8")
+EXPERT = Expert(width=32, inner=32, dtype=torch.float32, activated=torch.mul)
+CODEBOOK, WIDE = Packed(bits=2, down=5, codes="vq", group=16), Packed(bits=8, group=7)
+MAPS = {
+    "everything": everything(),
+    "with widths": everything((2, UINT), (3, SYMMETRIC), (2, UINT)),
+    "all in few bits": slot_map(
+        6, *((row, width) for row, width in enumerate([UINT, FP8, CODEBOOK, UINT, WIDE, CODEBOOK]))
+    ),
+    "a pool alone": slot_map(3, 0, 2, 1, 2, scaled=True),
+}
+
+
+NO_POOL = slot_map(2, (0, UINT), LowRank(1, 3), (1, FP8), LowRank(1), Constant(), LowRank(5, 9))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize("slots", MAPS.values(), ids=MAPS)
+def test_answers_are_moetailors(slots: SlotMap, tokens: int) -> None:
+    module = moetailor_layer(slots)
+    answers = served(slots, module)
+    x, chosen, gates = call(slots, tokens)
+    weights = gates * answers.scale[chosen]
+    row, weight = answers.rows(chosen, weights)
+    assert (row >= 0).all()
+    got = pooled(module, x, row, weight) if slots.plain_pool else torch.zeros_like(x)
+    got = got + answers.given(x, chosen, weights)
+    torch.testing.assert_close(got, module(x, chosen, gates), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_biases_and_other_activations_are_moetailors(tokens: int) -> None:
+    module = moetailor_layer(NO_POOL, biased=True)
+    x, chosen, gates = call(NO_POOL, tokens)
+    got = served(NO_POOL, module).given(x, chosen, gates)
+    torch.testing.assert_close(got, module(x, chosen, gates), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("slots", "biased"),
+    [
+        (MAPS["with widths"], False),
+        (MAPS["everything"], False),
+        (slot_map(3, *((n, CODEBOOK) for n in range(3))), False),
+        (NO_POOL, True),
+    ],
+)
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_add_up_to_one(slots: SlotMap, biased: bool, ranks: int) -> None:
+    module = moetailor_layer(slots, biased)
+    x, chosen, gates = call(slots, 20)
+    whole = served(slots, module).given(x, chosen, gates)
+    parts = [served(slots, module, Rank(number, ranks)).given(x, chosen, gates) for number in range(ranks)]
+    torch.testing.assert_close(sum(parts), whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("more", "kind", "said"),
+    [
+        ({"borrowed": [{"layer": 3, "source": 0, "slots": [1]}]}, NotImplementedError, "experts of other layers"),
+        ({"auxiliary": [{"main": 1, "slots": [0]}]}, NotImplementedError, "auxiliary slots"),
+        (
+            {"constant": [1], "packed": [{"bits": 16, "slots": [0]}]},
+            NotImplementedError,
+            "codes of a quantized original",
+        ),
+        ({"novel": [1]}, ValueError, r"unknown keys \['novel'\]"),
+        ({}, ValueError, "slot 1 has row -1"),
+    ],
+)
+def test_what_is_not_served_is_refused_by_name(more: dict, kind: type[Exception], said: str) -> None:
+    entry = {"experts": 1, "rows": [0, -1]} | more
+    with pytest.raises(kind, match=said):
+        stand_ins(Slots.read(entry, "layer 0"), EXPERT)
+
+
+def test_ranks_that_cannot_cut_codes_are_refused() -> None:
+    with pytest.raises(NotImplementedError, match="480 cannot be cut for 2 ranks in units of 32"):
+        FewBits((4, 192, 96), "uint5g128", Rank(0, 2), 2)
+
+
+def test_tables_of_codebooks_are_moetailors() -> None:
+    files = [
+        Path(package.__file__).with_name("codebooks.safetensors")
+        for package in (moetailor_vllm, moetailor.checkpoint.storage)
+    ]
+    assert filecmp.cmp(*files, shallow=False)
