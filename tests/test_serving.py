@@ -24,6 +24,12 @@ REFERENCE = ROOT / "examples" / "reference-moe"
 CONTEXT = 24
 
 
+@pytest.fixture(autouse=True)
+def without_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the vLLM plug-in be missing, as it mostly is; the tests find it beside them."""
+    monkeypatch.setattr("moetailor.serving.engines.vllm.find_spec", lambda name: None)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_cache_is_as_large_as_what_the_model_really_keeps(family: str, checkpoint: Callable[[str], Path]) -> None:
     def kept(part: Any) -> list[torch.Tensor]:
