@@ -75,6 +75,7 @@ APPLY = ("apply", "{model}", "{made}/plan.json", "-o", "{run}/out", "--calibrati
 TRAIN = "--loss both --train router,standins --steps 6 --save-every 2 --length 64 --batch-size 2".split()
 SEARCH = "--method reap --remove 25% --population 4 --generations 3 --survivors 2 --samples 1".split()
 EXISTS = "exists; choose another folder or pass --overwrite"
+FIT = ("--memory", "11MB", "--engine", "vllm", "--choice", "2")
 VERBS = (
     Verb("calibrate", ("calibrate", "{model}", "-o", "{run}/calib", *TEXT, "--sensitivity", "--residual")),
     Verb("calibrate --stream", ("calibrate", "{model}", "-o", "{run}/calib", *TEXT, "--sensitivity", "--stream")),
@@ -96,6 +97,7 @@ VERBS = (
     Verb("compare", (*COMPARE, "--remove", "25%,50%", "-o", "{run}/compared")),
     Verb("compare --stream", (*COMPARE, "--remove", "25%,50%", "--stream", "-o", "{run}/compared")),
     Verb("allocate", ("allocate", "{made}/calib", *SEARCH, "-o", "{run}/alloc.json")),
+    Verb("fit", ("fit", "{model}", *FIT, *TEXT[:2], "--held-out", HELD_OUT, "-o", "{run}/out")),
     Verb("report", ("report", "{run}/compared"), (("compared", "compared"),)),
 )
 

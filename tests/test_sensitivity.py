@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import moetailor
 from moetailor.calibration.batch import evenly_spaced_sequences
 from moetailor.calibration.effects import ERRORS, Errors
 from moetailor.calibration.layers import ResidentModel
-from moetailor.calibration.sensitivity import measure_sensitivities
+from moetailor.calibration.sensitivity import _rounded, measure_sensitivities
 from moetailor.calibration.statistics import Sums
 from moetailor.checkpoint.experts import Experts
 from moetailor.checkpoint.storage import Integers
@@ -129,6 +130,23 @@ def round_experts(module: torch.nn.Module, sums: Sums, bits: int) -> None:
     with torch.no_grad():
         for name, tensor in experts.packed(matrices).items():
             getattr(module, name).copy_(tensor)
+
+
+def test_one_rounded_copy_of_a_layer_is_there_at_a_time(
+    checkpoint: Get, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    made: list[weakref.ref] = []
+
+    def watched(module: object, bits: torch.Tensor) -> Callable:
+        assert not any(copy() for copy in made)
+        give = _rounded(module, bits)
+        made.append(weakref.ref(give))
+        return give
+
+    monkeypatch.setattr("moetailor.calibration.sensitivity._rounded", watched)
+    moetailor.calibrate(checkpoint("olmoe"), tmp_path / "c", text=token_batches(), sensitivity=True, stream=True)
+    assert len(made) == 4  # in two layers at two widths
+    assert not any(copy() for copy in made)
 
 
 def test_sequences_are_from_everywhere_in_the_text() -> None:

@@ -129,16 +129,17 @@ Bits = Annotated[
 Format = Annotated[
     Literal["auto", "native", "moetailor", "compressed-tensors", "gguf", "expanded", "vllm-mone"],
     typer.Option(
+        metavar="<form>",
         help="native loads anywhere, moetailor after `import moetailor`, compressed-tensors (experts in 4 or 8 bits) "
         "in vLLM and mostly in transformers, gguf in llama.cpp, vllm-mone (constants) in vLLM, expanded anywhere, but "
-        "as large as the original; auto is native where the plan allows it, else moetailor."
+        "as large as the original; auto is native where the plan allows it, else moetailor.",
     ),
 ]
 Converter = Annotated[
     Path | None,
     typer.Option(
-        help="With --format gguf: llama.cpp's convert_hf_to_gguf.py, which is run. [dim]default: what to run is "
-        "said[/dim]"
+        help="With --format gguf: llama.cpp's script that converts checkpoints, which is run. [dim]default: what to "
+        "run is said[/dim]"
     ),
 ]
 Quantizer = Annotated[
@@ -148,8 +149,9 @@ Quantizer = Annotated[
 Propagate = Annotated[
     Literal["original", "compressed"],
     typer.Option(
-        help="What stand-ins and merged experts are fitted on: their layer's inputs in the original model, or those "
-        "that the compressed layers before it give."
+        metavar="<inputs>",
+        help="What stand-ins and merged experts are fitted on: original, their layer's inputs in the original model, "
+        "or compressed, those that the compressed layers before it give.",
     ),
 ]
 Overwrite = Annotated[

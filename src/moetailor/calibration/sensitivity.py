@@ -140,6 +140,7 @@ def _run_streams(
             if (key := (ALL, errors)) in own:
                 with _replaced(experts, instead):
                     walk.advance(streams[key])
+            del instead  # a copy of the layer's experts goes before the next one is made, or the next layer loaded
         walk.advance(original)
     return original, streams, squared
 
