@@ -75,7 +75,7 @@ APPLY = ("apply", "{model}", "{made}/plan.json", "-o", "{run}/out", "--calibrati
 TRAIN = "--loss both --train router,standins --steps 6 --save-every 2 --length 64 --batch-size 2".split()
 SEARCH = "--method reap --remove 25% --population 4 --generations 3 --survivors 2 --samples 1".split()
 EXISTS = "exists; choose another folder or pass --overwrite"
-FIT = ("--memory", "11MB", "--engine", "vllm", "--choice", "2")
+FIT = ("--memory", "11MB", "--engine", "vllm", "--context", "128", "--choice", "2")
 VERBS = (
     Verb("calibrate", ("calibrate", "{model}", "-o", "{run}/calib", *TEXT, "--sensitivity", "--residual")),
     Verb("calibrate --stream", ("calibrate", "{model}", "-o", "{run}/calib", *TEXT, "--sensitivity", "--stream")),
