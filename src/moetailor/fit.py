@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from moetailor.answers import Width
 from moetailor.calibration.sampling import SampleOptions
 from moetailor.calibration.text import TextOptions
 from moetailor.checkpoint.devices import free_nbytes, resolve_device
@@ -22,8 +21,6 @@ from moetailor.estimates.estimate import Estimate, Host
 from moetailor.estimates.sizes import cost_of
 from moetailor.estimates.together import of_compression
 from moetailor.evaluation.evaluate import Scores, evaluate
-from moetailor.methods.method import Method
-from moetailor.methods.registry import find_method
 from moetailor.pipeline import compress
 from moetailor.planning.budget import Budget
 from moetailor.planning.plan import Plan
@@ -137,20 +134,9 @@ class Job:
     dtype: str | None = None
 
     @property
-    def method(self) -> Method:
-        """The method with its parameters."""
-        return find_method(self.choice.method).of(self.choice.parameters)
-
-    @property
     def budget(self) -> Budget:
-        """What is left for weights; a method that takes one width for all has no say in that."""
-        whole = self.method.keeps_all and not self.method.decides_counts
-        return Budget.parse(remove="0%") if whole else Budget(size=self.room.weights)
-
-    @property
-    def width(self) -> Width | None:
-        """The width of what stays."""
-        return None if self.choice.bits is None else Width.parse(self.choice.bits)
+        """What the choice is asked to stay within."""
+        return self.choice.budget(self.room.weights)
 
     def text(self, original: Original, data: tuple[str, ...], sequences: int, batch_size: int) -> TextOptions:
         """Return some text in blocks that the model takes."""
@@ -169,17 +155,18 @@ class Job:
             return None
         plan = Plan.load(out / PLAN_FILE)
         widths = {width for layer in plan.layers.values() for width in layer.widths.values()}
-        wanted = (self.method.name, dict(self.method.parameters), str(self.budget))
+        method, width = self.choice.made_by, self.choice.width
+        wanted = (method.name, dict(method.parameters), str(self.budget))
         same = (plan.method, dict(plan.parameters), plan.budget) == wanted
-        return plan if same and (self.width is None or widths == {self.width}) else None
+        return plan if same and (width is None or widths == {width}) else None
 
 
 def foretold(host: Host, original: Original, job: Job) -> Estimate:
     """Return what making it will take; the text that is there may end sooner."""
     given = {"budget": job.budget, "text": job.text(original, job.data, SEQUENCES, 4), "format": job.choice.format}
-    given |= {"layers": None, "protect": (), "allocation": "uniform", "width": job.width}
+    given |= {"layers": None, "protect": (), "allocation": "uniform", "width": job.choice.width}
     run = {"stream": job.streams(original), "dtype": job.dtype, "sample": SampleOptions()}
-    return of_compression(host, original, job.method, given, calibration=None, **run)
+    return of_compression(host, original, job.choice.made_by, given, calibration=None, **run)
 
 
 def fit(
@@ -205,10 +192,10 @@ def fit(
             original.source,
             out,
             text=job.text(original, job.data, SEQUENCES, 4),
-            method=job.method.name,
-            parameters=job.method.parameters,
+            method=job.choice.method,
+            parameters=job.choice.parameters,
             budget=job.budget,
-            width=job.width,
+            width=job.choice.width,
             format=job.choice.format,
             overwrite=overwrite,
             **run,

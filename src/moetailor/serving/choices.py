@@ -15,6 +15,7 @@ from moetailor.answers import Width
 from moetailor.checkpoint.facts import ModelFacts
 from moetailor.errors import PlanError, TooSmallError
 from moetailor.methods.estimate import estimate_plan
+from moetailor.methods.method import Method
 from moetailor.methods.registry import find_method
 from moetailor.planning.budget import Budget
 from moetailor.planning.plan import Plan
@@ -54,23 +55,36 @@ class Choice:
     rule: str = "mixed"
     loads: str = ""
 
+    @property
+    def made_by(self) -> Method:
+        """The method with its parameters."""
+        return find_method(self.method).of(self.parameters)
+
+    @property
+    def width(self) -> Width | None:
+        """The width of what stays; None where it lies as it did."""
+        return None if self.bits is None else Width.parse(self.bits)
+
+    def budget(self, room: int) -> Budget:
+        """Return what it is asked to stay within; a method that takes one width for all has no say in that.
+
+        Args:
+            room: bytes that the tensors may take.
+        """
+        return Budget(size=room) if self.made_by.removes else Budget.parse(remove="0%")
+
     def estimate(self, facts: ModelFacts, room: int) -> Plan:
         """Return what is known of its plan without data.
 
         Raises:
             PlanError: it cannot be so small, or there is nothing to do.
         """
-        width = None if self.bits is None else Width.parse(self.bits)
-        method = find_method(self.method).of(self.parameters)
-        budget = Budget(size=room) if method.decides_counts or method.removes else Budget.parse(remove="0%")
-        plan = estimate_plan(facts, method, budget, width=width)
+        method = self.made_by
+        plan = estimate_plan(facts, method, self.budget(room), width=self.width)
         if plan.nbytes > room:
             raise TooSmallError(f"takes {plan.nbytes:,} bytes", plan.nbytes)
-        if (
-            method.removes
-            and not method.keeps_all
-            and all(len(each.pool) == len(each.slots) for each in plan.layers.values())
-        ):
+        whole = all(len(layer.pool) == len(layer.slots) for layer in plan.layers.values())
+        if whole and not method.keeps_all:
             raise PlanError("nothing is left to remove")
         return plan
 
@@ -122,7 +136,7 @@ def offered(choices: Sequence[Choice], facts: ModelFacts, room: int) -> list[Off
             found.append(Offered(choice=choice, nbytes=0, fits=False, why=str(error)))
         else:
             # A method that fills a size is estimated by whole experts, and takes what is left, too.
-            nbytes = room if find_method(choice.method).of(choice.parameters).decides_counts else plan.nbytes
+            nbytes = room if choice.made_by.decides_counts else plan.nbytes
             nbytes = min(nbytes, facts.nbytes)
             expected = expected_of(choice.rule, bits_of(facts, nbytes))
             found.append(Offered(choice=choice, nbytes=nbytes, fits=True, expected=expected))
