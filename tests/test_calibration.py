@@ -17,8 +17,10 @@ import pytest
 import torch
 
 import moetailor
+from moetailor import ranks
 from moetailor.calibration.collector import Collector
 from moetailor.calibration.statistics import Sample, Sums, _splitmix64, sample_keys
+from moetailor.calibration.stopped import Stopped
 from moetailor.checkpoint.experts import ExpertShape
 from moetailor.checkpoint.facts import ModelFacts
 from moetailor.checkpoint.layout import Stack
@@ -159,6 +161,28 @@ def test_layers_whose_files_are_lost_are_measured_again(
     again = moetailor.calibrate(source, made.folder, text=batches, **how, sensitivity=True)
     whole = moetailor.calibrate(source, tmp_path / "whole", text=batches, **how, sensitivity=True)
     assert digests(again.folder) == digests(whole.folder)
+
+
+@pytest.mark.parametrize("done", range(1, 10))
+def test_stopped_sensitivities_go_on_after_the_last_finished_layer(
+    done: int, checkpoint: Get, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stop after each batch of three, in each of three layers: what was done is not done again, and gives the bytes of
+    a run that nobody stopped.
+    """
+    source, how = checkpoint("deepseek_v3"), {"text": token_batches(), "stream": True, "sensitivity": True}
+    whole = moetailor.calibrate(source, tmp_path / "whole", **how)
+    moetailor.calibrate(source, tmp_path / "c", text=token_batches(), stream=True)
+    with pytest.raises(KeyboardInterrupt):
+        moetailor.calibrate(
+            source, tmp_path / "c", **how, progress=lambda now, of: _interrupt() if (now, of) == (done, 9) else None
+        )
+    calls: list[tuple[int, int]] = []
+    made = moetailor.calibrate(source, tmp_path / "c", **how, progress=lambda *at: calls.append(at))
+    finished = (done - 1) // 3  # the last batch of a layer is told of before the layer is noted
+    assert calls == [(now, 9) for now in range(3 * finished + 1, 10)]
+    assert digests(made.folder) == digests(whole.folder)
+    assert not (made.folder / ".moetailor").exists()
 
 
 def _interrupt() -> None:
@@ -329,3 +353,11 @@ def test_the_sample_grows_with_the_model() -> None:
     assert moetailor.SampleOptions().of_model(narrow, itemsize=4) == 16384
     with pytest.raises(moetailor.CalibrationError, match=f"--sample-size 1,000: one token .* {token:,}"):
         of(nbytes=1000)
+
+
+def test_another_runs_streams_are_not_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Stopped(tmp_path, {"layer": "a"}).note(2)
+    assert Stopped(tmp_path, {"layer": "a"}).layer == 2
+    assert Stopped(tmp_path, {"layer": "b"}).layer == 0
+    monkeypatch.setattr(ranks, "_count", 2)
+    assert Stopped(tmp_path, {"layer": "a"}).layer == 0

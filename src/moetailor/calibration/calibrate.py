@@ -23,7 +23,7 @@ from moetailor.calibration.text import TextOptions, read_batches
 from moetailor.checkpoint.anatomy import discover
 from moetailor.checkpoint.devices import resolve_device
 from moetailor.checkpoint.facts import facts_of_model
-from moetailor.checkpoint.lock import growing
+from moetailor.checkpoint.lock import growing, sweep
 from moetailor.checkpoint.models import longest_sequence, resolve_dtype
 from moetailor.checkpoint.original import Original, open_original
 from moetailor.errors import CalibrationError, did_you_mean
@@ -104,9 +104,10 @@ def calibrate(
         with ranks.held(growing(calibration.folder)) as work:
             # Not where the calibration's own run keeps its states: that one resumes from what it finds.
             waiting = work / f"{STATES}-sensitivity" if on_disk else None
-            return measure_sensitivities(
+            calibration = measure_sensitivities(
                 calibration, measured.open(), measured.anatomy, states=waiting, progress=progress
             )
+    ranks.once(lambda: sweep(calibration.folder))
     return calibration
 
 

@@ -30,7 +30,7 @@ from moetailor.calibration.walk import Walk
 from moetailor.checkpoint.anatomy import Anatomy, MoELayer
 from moetailor.checkpoint.artifact import write_text
 from moetailor.checkpoint.facts import ModelFacts
-from moetailor.checkpoint.lock import growing, sweep
+from moetailor.checkpoint.lock import growing
 from moetailor.progress import Progress
 
 
@@ -90,7 +90,6 @@ def run_calibration(
                 hashes = _measure(model, batches, folder, waiting, fingerprint, sampled, residual, progress)
                 calibration = Calibration(folder=folder, model=model.facts, fingerprint=fingerprint, hashes=hashes)
                 ranks.once(calibration.save)
-    ranks.once(lambda: sweep(folder))
     return calibration
 
 

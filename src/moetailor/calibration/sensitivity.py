@@ -34,6 +34,7 @@ from moetailor.calibration.folder import Calibration
 from moetailor.calibration.layers import Head, PartlyLoaded, pieces
 from moetailor.calibration.states import HiddenStates
 from moetailor.calibration.statistics import Sums
+from moetailor.calibration.stopped import Stopped
 from moetailor.calibration.walk import Walk
 from moetailor.checkpoint.anatomy import Anatomy
 from moetailor.checkpoint.experts import Experts
@@ -79,11 +80,9 @@ def measure_sensitivities(
     folder = None if states is None else states / str(ranks.number())
     walk = Walk(source, batches, folder=folder, progress=progress)
     counted = torch.cat([batch.counted.flatten() for batch in batches])
-    original, streams, squared = _run_streams(walk, calibration, anatomy)
-    own = {
-        key: (kl, float(torch.cat(squared[key])[counted].sum()) if key in squared else 0.0)
-        for key, kl in _kl(walk, original, streams).items()
-    }
+    stopped = Stopped(folder, dict(calibration.hashes))
+    original, streams = _run_streams(walk, calibration, anatomy, counted, stopped)
+    own = {key: (kl, stopped.squared.get(_name(key), 0.0)) for key, kl in _kl(walk, original, streams).items()}
     measured = {key: found for part in ranks.every(own) for key, found in part.items()}
     if states is not None:
         ranks.once(lambda: shutil.rmtree(states, ignore_errors=True))
@@ -110,19 +109,28 @@ def measure_sensitivities(
 
 
 def _run_streams(
-    walk: Walk, calibration: Calibration, anatomy: Anatomy
-) -> tuple[HiddenStates, dict[Key, HiddenStates], dict[Key, list[torch.Tensor]]]:
-    """Run this process's streams through all layers.
+    walk: Walk, calibration: Calibration, anatomy: Anatomy, counted: torch.Tensor, stopped: Stopped
+) -> tuple[HiddenStates, dict[Key, HiddenStates]]:
+    """Run this process's streams through all layers, from where a run stood that was stopped.
+
+    Args:
+        walk: the way through the model.
+        calibration: the calibration.
+        anatomy: the MoE layers.
+        counted: which tokens of the text count, [T].
+        stopped: where that run stood; it is told of every layer that is done, and of the squared error in it.
 
     Returns:
-        The original's stream; those with errors, each of one layer or of all; squared errors of the tokens in the layer
-        of a stream.
+        The original's stream, and those with errors, each of one layer or of all.
     """
     every: list[Key] = [(index, errors) for index in (ALL, *anatomy.layers) for errors in ERRORS]
     own = {key for number, key in enumerate(every) if ranks.mine(number)}
-    original = walk.begin()
-    streams = {key: walk.fork(original, _name(key)) for key in every[: len(ERRORS)] if key in own}
-    squared: dict[Key, list[torch.Tensor]] = {}
+    original = walk.begin(stopped.layer)
+    streams = {
+        key: walk.again(original, _name(key)) if original.layer else walk.fork(original, _name(key))
+        for key in every
+        if key in own and key[0] < original.layer
+    }
     for index in walk.layers():
         moe = anatomy.layers.get(index)
         for (at, _), stream in streams.items():
@@ -135,14 +143,16 @@ def _run_streams(
             instead = _constants(sums) if errors == "constants" else _rounded(experts, _bits(sums, int(errors[-1])))
             if (key := (index, errors)) in own:
                 streams[key] = walk.fork(original, _name(key))
-                with _replaced(experts, instead) as squared[key]:
+                with _replaced(experts, instead) as squared:
                     walk.advance(streams[key])
+                stopped.squared[_name(key)] = float(torch.cat(squared)[counted].sum())
             if (key := (ALL, errors)) in own:
                 with _replaced(experts, instead):
                     walk.advance(streams[key])
             del instead  # a copy of the layer's experts goes before the next one is made, or the next layer loaded
         walk.advance(original)
-    return original, streams, squared
+        stopped.note(index + 1)
+    return original, streams
 
 
 def _name(key: Key) -> str:

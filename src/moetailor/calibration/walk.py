@@ -97,6 +97,17 @@ class Walk:
         other.write(stream.layer, ((number, stream[number]) for number in self._own))
         return other
 
+    def again(self, stream: HiddenStates, name: str) -> HiddenStates:
+        """Return a stream that a stopped walk left where another one goes on.
+
+        Args:
+            stream: the other one.
+            name: what it is called on disk.
+        """
+        other = self._new(name)
+        other.layer = stream.layer
+        return other
+
     def layers(self, stop: int | None = None, *, beside: Mapping[int, Collection[int]] = {}) -> Iterator[int]:
         """Yield the number of each decoder layer while it has its weights, from where the streams stand.
 
