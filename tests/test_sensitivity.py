@@ -3,8 +3,8 @@
 import dataclasses
 import json
 import math
-import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,7 @@ import moetailor
 from moetailor.calibration.batch import evenly_spaced_sequences
 from moetailor.calibration.effects import ERRORS, Errors
 from moetailor.calibration.layers import ResidentModel
-from moetailor.calibration.sensitivity import _rounded, measure_sensitivities
+from moetailor.calibration.sensitivity import _kept, _rounded, measure_sensitivities
 from moetailor.calibration.statistics import Sums
 from moetailor.checkpoint.experts import Experts
 from moetailor.checkpoint.storage import Integers
@@ -132,21 +132,35 @@ def round_experts(module: torch.nn.Module, sums: Sums, bits: int) -> None:
             getattr(module, name).copy_(tensor)
 
 
-def test_one_rounded_copy_of_a_layer_is_there_at_a_time(
-    checkpoint: Get, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    made: list[weakref.ref] = []
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("exact", [False, True])
+def test_rounded_experts_are_what_they_were_afterwards(dtype: torch.dtype, exact: bool, checkpoint: Get) -> None:
+    """Numbers that bfloat16 holds are kept in it meanwhile, in half the memory of float32."""
+    (layer, *_), model = anatomy_of(load(checkpoint("olmoe"))).layers.values(), load(checkpoint("olmoe")).to(dtype)
+    module = model.get_submodule(layer.experts)
+    if exact:
+        for parameter in module.parameters():
+            parameter.data = parameter.data.bfloat16().to(dtype)
+    before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+    for name, numbers in before.items():
+        kept = _kept(numbers)
+        assert kept.dtype == (torch.bfloat16 if exact else dtype), name
+        assert kept.data_ptr() != numbers.data_ptr()
+    for wrong in (ValueError, None):
+        with suppress(ValueError), _rounded(module, torch.full((layer.num_experts,), 3)):
+            assert not any(torch.equal(found, before[name]) for name, found in module.named_parameters())
+            if wrong:
+                raise wrong
+        assert all(torch.equal(found, before[name]) for name, found in module.named_parameters())
 
-    def watched(module: object, bits: torch.Tensor) -> Callable:
-        assert not any(copy() for copy in made)
-        give = _rounded(module, bits)
-        made.append(weakref.ref(give))
-        return give
 
-    monkeypatch.setattr("moetailor.calibration.sensitivity._rounded", watched)
-    moetailor.calibrate(checkpoint("olmoe"), tmp_path / "c", text=token_batches(), sensitivity=True, stream=True)
-    assert len(made) == 4  # in two layers at two widths
-    assert not any(copy() for copy in made)
+def test_weights_that_are_elsewhere_are_refused() -> None:
+    module = tiny_model("olmoe").model.layers[0].mlp.experts.to("meta")
+    with (
+        pytest.raises(moetailor.CalibrationError, match="--stream in place of --device-map"),
+        _rounded(module, torch.full((4,), 3)),
+    ):
+        pass
 
 
 def test_sequences_are_from_everywhere_in_the_text() -> None:

@@ -19,8 +19,8 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,6 @@ from moetailor.checkpoint.storage import BITS, Integers
 from moetailor.errors import CalibrationError
 from moetailor.progress import Progress
 
-# What stands in for the experts of a layer: called with their own forward and its arguments.
-Instead = Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 # A stream: the layer in which experts are replaced, or all of them, and what they are replaced by.
 Key = tuple[int, Errors]
 ALL = -1
@@ -136,21 +134,27 @@ def _run_streams(
         for (at, _), stream in streams.items():
             if at != ALL or moe is None:
                 walk.advance(stream)
+        if moe is None:
+            walk.advance(original)
+            stopped.note(index + 1)
+            continue
+        streams |= {key: walk.fork(original, _name(key)) for key in every if key in own and key[0] == index}
+        module, sums = walk.model.get_submodule(moe.experts), calibration.sums(index)
+        with _outputs(module) as right:
+            walk.advance(original)
         for errors in ERRORS:
-            if moe is None or not own & {(index, errors), (ALL, errors)}:
+            alone: Key = (index, errors)
+            together: Key = (ALL, errors)
+            if not own & {alone, together}:
                 continue
-            experts, sums = walk.model.get_submodule(moe.experts), calibration.sums(index)
-            instead = _constants(sums) if errors == "constants" else _rounded(experts, _bits(sums, int(errors[-1])))
-            if (key := (index, errors)) in own:
-                streams[key] = walk.fork(original, _name(key))
-                with _replaced(experts, instead) as squared:
-                    walk.advance(streams[key])
-                stopped.squared[_name(key)] = float(torch.cat(squared)[counted].sum())
-            if (key := (ALL, errors)) in own:
-                with _replaced(experts, instead):
-                    walk.advance(streams[key])
-            del instead  # a copy of the layer's experts goes before the next one is made, or the next layer loaded
-        walk.advance(original)
+            with _constants(module, sums) if errors == "constants" else _rounded(module, _bits(sums, int(errors[-1]))):
+                if alone in own:
+                    with _outputs(module) as wrong:
+                        walk.advance(streams[alone])
+                    squared_T = (torch.cat(wrong).float() - torch.cat(right).float()).square().sum(-1)
+                    stopped.squared[_name(alone)] = float(squared_T.cpu()[counted].sum())
+                if together in own:
+                    walk.advance(streams[together])
         stopped.note(index + 1)
     return original, streams
 
@@ -160,16 +164,29 @@ def _name(key: Key) -> str:
     return f"{key[1]}-{'together' if key[0] == ALL else key[0]}"
 
 
-def _constants(sums: Sums) -> Instead:
-    """Let each expert give the constant that is nearest to its gated output."""
+@contextmanager
+def _outputs(module: Any) -> Iterator[list[torch.Tensor]]:
+    """Yield a list to which the experts of a layer add what they give for each batch, [T, D]."""
+    inner, found = module.forward, []
+
+    def run(*given: torch.Tensor) -> torch.Tensor:
+        found.append(inner(*given))
+        return found[-1]
+
+    with replaced_forward(module, run):
+        yield found
+
+
+def _constants(module: Any, sums: Sums) -> AbstractContextManager[None]:
+    """Let each expert give the constant that is nearest to its gated output while the context lasts."""
     # c_e = sum g^2 y / sum g^2
     constants_ED = (sums.gate_sq_output / sums.gate_sq[:, None].clamp_min(1e-300)).float()
 
-    def give(inner: Any, hidden_TD: torch.Tensor, index_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
+    def give(hidden_TD: torch.Tensor, index_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
         constants = constants_ED.to(hidden_TD.device)
-        return torch.einsum("tk,tkd->td", weight_TK.float(), constants[index_TK.long()])
+        return torch.einsum("tk,tkd->td", weight_TK.float(), constants[index_TK.long()]).to(hidden_TD.dtype)
 
-    return give
+    return replaced_forward(module, give)
 
 
 def _bits(sums: Sums, mean: int) -> torch.Tensor:
@@ -185,54 +202,34 @@ def _bits(sums: Sums, mean: int) -> torch.Tensor:
     return (mean + level - level.mean()).round().int().clamp(BITS[0], BITS[-1])
 
 
-def _rounded(module: Any, bits: torch.Tensor) -> Instead:
-    """Let each expert run with its matrices rounded to its bits: a copy of the layer's, one expert after the other."""
-    experts = Experts(module)
-    rounded = {name: rows.detach().clone() for name, rows in experts.rows(slice(None)).items()}
-    with _swapped(module, rounded):
-        matrices = [experts.matrices()[name] for name in experts.shape.matrices]  # views of the copy
-    for stack in matrices:
-        for own, each in zip(stack.split(1), bits.tolist(), strict=True):
-            storage = Integers(bits=each, group=GROUP, symmetric=False)
-            own.copy_(storage.numbers(storage.nearest(own, own.dtype), own.shape[-1]))
-
-    def give(inner: Any, hidden_TD: torch.Tensor, index_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
-        with _swapped(module, rounded):
-            return inner(hidden_TD, index_TK, weight_TK)
-
-    return give
-
-
 @contextmanager
-def _swapped(module: Any, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Put other tensors in place of parameters while the context lasts."""
-    own = {name: getattr(module, name).data for name in tensors}
+def _rounded(module: Any, bits: torch.Tensor) -> Iterator[None]:
+    """Keep the matrices of each expert of a layer rounded to its bits while the context lasts.
+
+    Raises:
+        CalibrationError: the weights are not in memory.
+    """
+    experts = Experts(module)
+    rows = {name: parameter.detach() for name, parameter in experts.rows(slice(None)).items()}
+    if any(each.is_meta for each in rows.values()):
+        raise CalibrationError("sensitivities need weights in memory; calibrate with --stream in place of --device-map")
+    kept = {name: _kept(each) for name, each in rows.items()}
     try:
-        for name, tensor in tensors.items():
-            getattr(module, name).data = tensor
+        for stack in (experts.matrices()[name] for name in experts.shape.matrices):
+            for own, each in zip(stack.split(1), bits.tolist(), strict=True):
+                storage = Integers(bits=each, group=GROUP, symmetric=False)
+                own.copy_(storage.numbers(storage.nearest(own, own.dtype), own.shape[-1]))
         yield
     finally:
-        for name, tensor in own.items():
-            getattr(module, name).data = tensor
+        for name, each in rows.items():
+            each.copy_(kept[name])
 
 
-@contextmanager
-def _replaced(experts: Any, instead: Instead) -> Iterator[list[torch.Tensor]]:
-    """Replace what the experts of a layer give while the context lasts.
-
-    Yields:
-        A list to which each run adds the squared errors of its tokens, [T].
-    """
-    inner, squared = experts.forward, []
-
-    def run(hidden_TD: torch.Tensor, index_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
-        y_TD = inner(hidden_TD, index_TK, weight_TK)
-        instead_TD = instead(inner, hidden_TD, index_TK, weight_TK)
-        squared.append((instead_TD.float() - y_TD.float()).square().sum(-1).cpu())
-        return instead_TD.to(y_TD.dtype)
-
-    with replaced_forward(experts, run):
-        yield squared
+def _kept(numbers: torch.Tensor) -> torch.Tensor:
+    """Return a copy of stacked numbers, in bfloat16 where that holds them, as it does those that came from there."""
+    short = numbers.to(torch.bfloat16, copy=True)
+    same = all(each.equal(own.to(each.dtype)) for each, own in zip(numbers, short, strict=True))
+    return short if same else numbers.clone()
 
 
 def _kl(walk: Walk, original: HiddenStates, replaced: Mapping[Key, HiddenStates]) -> dict[Key, float]:
