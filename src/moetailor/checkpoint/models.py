@@ -27,8 +27,11 @@ def resolve_dtype(name: str | None, device: str, checkpoint: Checkpoint) -> torc
         if name not in DTYPE_CHOICES:
             raise MoetailorError(f"unknown dtype {name!r}" + did_you_mean(name, DTYPE_CHOICES))
         return DTYPE_CHOICES[name]
-    if torch.device(device).type == "cpu":
-        return torch.float32
+    return torch.float32 if torch.device(device).type == "cpu" else stored_dtype(checkpoint)
+
+
+def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """Return the dtype, of those to run in, that most of a checkpoint's tensors have; bfloat16 where none has one."""
     # Codes count as the numbers that they stand for, and those that are not known are no dtype to run in.
     stored = [DTYPES.get(info.dtype) for info in checkpoint.numbers.values()]
     return (

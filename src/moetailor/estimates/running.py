@@ -12,7 +12,7 @@ from moetailor.calibration.layers import PREDICTIONS
 from moetailor.calibration.sampling import SampleOptions
 from moetailor.calibration.sensitivity import TOKENS
 from moetailor.calibration.text import TextOptions, check_length
-from moetailor.checkpoint.models import longest_sequence, resolve_dtype
+from moetailor.checkpoint.models import longest_sequence, resolve_dtype, stored_dtype
 from moetailor.checkpoint.original import Original
 from moetailor.estimates.estimate import Estimate, Host
 from moetailor.estimates.sizes import ModelCost, cost_of, downloads_of, statistics_nbytes
@@ -138,7 +138,9 @@ def of_calibration(
         # Three streams for each layer alone, three for all together, and the original's
         streams = (3 * len(moe) + 4) * min(TOKENS, run.tokens) * cost.width * run.width
         predicted = run.length * cost.vocabulary * 4
-        held = cost.largest.routed_all * run.width + predicted + 5 * min(PREDICTIONS * 4, predicted)
+        # While experts are rounded their numbers are kept as the checkpoint has them; predictions come afterwards
+        kept = cost.largest.routed_all * min(run.width, stored_dtype(original.checkpoint).itemsize)
+        held = max(kept, predicted + 5 * min(PREDICTIONS * 4, predicted))
         held += 0 if on_disk else streams
         work += _sensitivities(run)
     held = max(held, 2 * max(layers, default=0) + (0 if on_disk else run.states))
@@ -175,8 +177,8 @@ def _captured(run: Run, residual: bool) -> Work:
 
 def _sensitivities(run: Run) -> Work:
     """Return the work of `measure_sensitivities` over the layers 0 .. n-1, all with experts: streams in which layers
-    before it answered otherwise, 3 i, three that fork there, three for all layers, and the original's; where rounded
-    experts answer, those of four of these run twice. Then each stream meets the head.
+    before it answered otherwise, 3 i, three that fork there, three for all layers, and the original's; where constants
+    answer, in two of these, no experts run. Then each stream meets the head.
     """
     cost, tokens = run.cost, min(TOKENS, run.tokens)
     sequences, total, before = max(tokens // run.length, 1), Work(), 0
@@ -185,7 +187,7 @@ def _sensitivities(run: Run) -> Work:
         if not layer.experts:
             total += (before + 4) * once
             continue
-        total += (before + 7) * once + 4 * Work(products=2 * tokens * layer.routed)
+        total += (before + 7) * once + Work(products=-4 * tokens * layer.routed)
         total += Work(elements=ROUNDED * layer.routed_all)
         before += 3
     predicted = tokens * cost.vocabulary
