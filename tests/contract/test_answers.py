@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import moetailor
-from moetailor.answers import Constant, low_rank
+from moetailor.answers import low_rank
 from moetailor.checkpoint.anatomy import MoELayer
 from moetailor.checkpoint.experts import Experts
 from moetailor.checkpoint.files import open_checkpoint
@@ -79,12 +79,14 @@ def test_low_rank_experts_are_their_base_and_their_own_part(
 
 
 @every_family
-@pytest.mark.parametrize("answer", ["low_rank", "vectors"])
+@pytest.mark.parametrize("answer", ["low_rank", "vectors", "maps"])
 def test_they_round_trip(name: str, answer: str, checkpoint: Get, calibration: GetCalibration, tmp_path: Path) -> None:
     experts = calibration(name).model.stacks[0].num_experts
     plan = low_plan(calibration(name))
     if answer == "vectors":
         plan = vector_plan(calibration(name), experts - 1, constants=True, renormalise=True)
+    if answer == "maps":
+        plan = vector_plan(calibration(name), experts - 1, vectors="none", rank=3)
     moetailor.apply(plan, checkpoint(name), tmp_path / "out", calibration=calibration(name))
     assert open_checkpoint(tmp_path / "out").nbytes == plan.nbytes
     expected = logits(eager(moetailor.apply(plan, load(checkpoint(name)), calibration=calibration(name))))
@@ -100,20 +102,22 @@ def test_they_round_trip(name: str, answer: str, checkpoint: Get, calibration: G
 
 
 @every_family
-def test_auxiliary_slots_modulate_what_runs(name: str, checkpoint: Get, calibration: GetCalibration) -> None:
-    """Vectors on the inputs of an expert's matrices are factors on the columns of these matrices."""
+@pytest.mark.parametrize("rank", [0, 2])
+def test_auxiliary_slots_modulate_what_runs(rank: int, name: str, checkpoint: Get, calibration: GetCalibration) -> None:
+    """Vectors on the inputs of an expert's matrices are factors on the columns of these matrices; maps add."""
     experts = calibration(name).model.stacks[0].num_experts
-    plan = vector_plan(calibration(name), experts - 1, constants=True)
+    plan = vector_plan(calibration(name), experts - 1, constants=True, rank=rank)
     original = load(checkpoint(name))
     compressed = eager(moetailor.apply(plan, load(checkpoint(name)), calibration=calibration(name)))
     layer = next(iter(anatomy_of(original).layers.values()))
-    module, own = compressed.get_submodule(layer.experts), Experts(original.get_submodule(layer.experts))
-    parts = (*own.inputs, "down")
+    module, whole = compressed.get_submodule(layer.experts), Experts(original.get_submodule(layer.experts))
+    parts = (*whole.inputs, "down")
     for part in parts:
         assert torch.count_nonzero(getattr(module, f"auxiliary_{part}")) == 0
         nn.init.normal_(getattr(module, f"auxiliary_{part}"), std=0.3)
     seen = naive.run_recorded(compressed, layer, IDS)
-    (novice,) = plan.by_layer[layer.index].of(Constant)
+    (novice,) = set(range(experts)) - set(plan.by_layer[layer.index].pool)
+    pool = plan.by_layer[layer.index].pool
     expected = torch.zeros(len(seen["hidden"]), layer.width)
     for token, (chosen, gates) in enumerate(zip(seen["index"].tolist(), seen["gate"].tolist(), strict=True)):
         ranked = sorted(zip(gates, chosen, strict=True), key=lambda pair: -pair[0])
@@ -121,11 +125,23 @@ def test_auxiliary_slots_modulate_what_runs(name: str, checkpoint: Get, calibrat
         aside = [(gate, slot) for gate, slot in ranked if (gate, slot) != main]
         total = sum(gate for gate, _ in aside)
         for gate, slot in aside:
-            constant = module.constant[0] if slot == novice else module.auxiliary_constant[slot]
-            expected[token] += gate * constant.detach()
+            own = slot != novice
+            at = slice(rank * pool.index(slot), rank * pool.index(slot) + rank) if own else slice(0, rank)
+            constant = (
+                module.auxiliary_constant[slot]
+                if own
+                else getattr(module, "linear_constant" if rank else "constant")[0]
+            )
+            given = constant.detach().clone()
+            if rank:
+                low_in, low_out = (
+                    getattr(module, f"{'auxiliary' if own else 'linear'}_{side}")[at].detach() for side in ("in", "out")
+                )
+                given += (low_in @ seen["hidden"][token]) @ low_out
+            expected[token] += gate * given
         if main is None:
             continue
-        matrices = own.expert(main[1])
+        matrices = whole.expert(main[1])
         for part in parts:
             delta = sum(gate / total * getattr(module, f"auxiliary_{part}")[slot].detach() for gate, slot in aside)
             matrices[part] = matrices[part] * (1 + delta)

@@ -1,6 +1,7 @@
 """Compressed Experts: which slots run, what the others add, and where gradients go."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,11 @@ import torch
 from torch import nn
 
 import moetailor
-from moetailor.answers import Auxiliary, Constant
+from moetailor.answers import Auxiliary, Constant, Keep
+from moetailor.answers import Linear as Map
 from moetailor.checkpoint.anatomy import discover
 from moetailor.methods.compressed_experts import CompressedExperts
+from moetailor.planning.checks import check_plan
 from moetailor.planning.layer_plan import LayerPlan
 from moetailor.planning.view import LayerView
 from moetailor.runtime.reshape import LayerChange, reshape_model
@@ -132,6 +135,74 @@ def test_a_constant_expert_is_replaced_without_loss_when_it_is_auxiliary() -> No
     assert built["auxiliary_down"].shape == (4, 5)
 
 
+def asides(layer: LayerView, split: Auxiliary, gone: set[int]) -> dict[int, list[tuple[int, float]]]:
+    """Return by expert the sampled tokens where it is auxiliary, with its gate there, token by token."""
+    found: dict[int, list[tuple[int, float]]] = {}
+    for token, (slots, gates) in enumerate(zip(layer.sample.index.tolist(), layer.sample.gate.tolist(), strict=True)):
+        running, before = 0, 0.0
+        for gate, slot in sorted(zip(gates, slots, strict=True), key=lambda pair: -pair[0]):
+            if slot not in gone:
+                if running < split.main and before < split.share * sum(gates):
+                    running += 1
+                else:
+                    found.setdefault(slot, []).append((token, gate))
+            before += gate
+    return found
+
+
+@pytest.mark.parametrize(("split", "keep"), [({"main": 1}, 4), ({"main": 2, "share": 0.5}, 4), ({"main": 1}, 3)])
+def test_maps_are_the_least_squares_of_what_experts_gave_where_they_were_auxiliary(split: dict, keep: int) -> None:
+    layer = routed_layer(random_experts(4), 400, seed=0, top_k=3)
+    method = CompressedExperts(rank=WIDTH, ridge=0.0, vectors="none", **split)
+    plan = method.plan(layer, keep)
+    assert plan.of(Map).keys() == set(range(4)) - set(plan.pool)
+    built = method.build(layer, plan)
+    mine = asides(layer, next(iter(plan.of(Auxiliary).values())), set(range(4)) - set(plan.pool))
+    for at, expert in enumerate(plan.pool):
+        token, gate = (torch.tensor(part) for part in zip(*mine[expert], strict=True))
+        x = layer.sample.hidden[token].double()
+        y, with_one = layer.experts.outputs(expert, x.float()).double(), torch.cat([x, torch.ones(len(x), 1)], 1)
+        expected = torch.linalg.lstsq(gate[:, None] * with_one, gate[:, None] * y).solution
+        rows = slice(WIDTH * at, WIDTH * at + WIDTH)
+        found = built["auxiliary_in"][rows].T @ built["auxiliary_out"][rows]
+        torch.testing.assert_close(found.double(), expected[:WIDTH], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(built["auxiliary_constant"][expert], expected[WIDTH], rtol=1e-3, atol=1e-4)
+
+
+def test_maps_of_low_rank_lose_least_of_all_such_maps() -> None:
+    """With inputs that are uncorrelated and of one size, the best map of rank r is the first r of the best map."""
+    layer = routed_layer(random_experts(4), 400, seed=0)
+    method = CompressedExperts(main=1, rank=2, ridge=0.0)
+    mine = asides(layer, Auxiliary(1), set())[0]
+    token, gate = (torch.tensor(part) for part in zip(*mine, strict=True))
+    hidden = layer.sample.hidden[token].double()
+    weight = (gate.square() / gate.square().sum())[:, None].double()
+    centred = hidden - (weight * hidden).sum(0)
+    factor = torch.linalg.cholesky(centred.T @ (weight * centred))
+    layer.sample.hidden[token] = torch.linalg.solve_triangular(factor, centred.T, upper=False).T.float()
+    built = method.build(layer, method.plan(layer, 4))
+    x = layer.sample.hidden[token].double()
+    y = layer.experts.outputs(0, x.float()).double()
+    left, values, right = torch.linalg.svd(x.T @ (weight * y))
+    best = left[:, :2] * values[:2] @ right[:2]
+    torch.testing.assert_close(
+        (built["auxiliary_in"][:2].T @ built["auxiliary_out"][:2]).double(), best, rtol=1e-3, atol=1e-3
+    )
+
+
+def test_an_expert_that_is_never_auxiliary_gives_there_what_it_gives_at_all() -> None:
+    layer = layer_with(random_experts(4), [9, 9, 9, 0])
+    sample = layer.sample
+    sample.index, sample.gate = torch.tensor([[0, 1]] * 30 + [[2, 1]] * 30), torch.tensor([[0.6, 0.4]] * 60)
+    method = CompressedExperts(main=1, rank=1)
+    built = method.build(layer, method.plan(layer, 4))
+    x = sample.hidden[:30].double()
+    at_mean = built["auxiliary_constant"][0] + (x @ built["auxiliary_in"][:1].T @ built["auxiliary_out"][:1]).mean(0)
+    torch.testing.assert_close(at_mean.float(), layer.experts.outputs(0, x.float()).mean(0), rtol=1e-3, atol=1e-4)
+    assert built["auxiliary_constant"].isfinite().all()
+    assert not bool(built["auxiliary_in"][3].any())  # no token reached it
+
+
 def test_experts_that_are_main_least_go_first() -> None:
     layer = routed_layer(random_experts(4), 200, seed=0)
     total = [0.0] * 4
@@ -157,3 +228,16 @@ def test_splits_that_cannot_be_are_refused(spec: dict[str, str], calibration: Ge
         moetailor.make_plan(
             calibration("olmoe"), "compressed_experts", moetailor.Budget.parse(remove=0), parameters=spec
         )
+
+
+def test_maps_without_constants_and_other_answers_are_refused(calibration: GetCalibration) -> None:
+    plan = moetailor.make_plan(
+        calibration("olmoe"), "compressed_experts", moetailor.Budget.parse(remove=0), parameters={"rank": 2}
+    )
+    prefix, layer = next(iter(plan.layers.items()))
+    for slots, said in (
+        ((Auxiliary(1, rank=2),) * 8, "maps of rank 2 without constants; give them both"),
+        ((*layer.slots[:7], Keep()), "beside auxiliary slots only slots of the same split, constants, linear maps and"),
+    ):
+        with pytest.raises(moetailor.PlanError, match=said):
+            check_plan(replace(plan, layers={prefix: LayerPlan(slots=slots)}), plan.model)

@@ -13,7 +13,7 @@ from moetailor.errors import MoetailorWarning
 from moetailor.fitting.constants import constant_errors, constants
 from moetailor.fitting.held_out import held_out_masks
 from moetailor.fitting.reduced_rank import Regression, shared_inputs
-from moetailor.fitting.tokens import tokens_of
+from moetailor.fitting.tokens import Tokens, tokens_of
 from moetailor.planning.layer_plan import LayerPlan
 from moetailor.planning.view import LayerView
 
@@ -120,14 +120,32 @@ def build_maps(layer: LayerView, plan: LayerPlan, ridge: float, shrinkage: float
     return built | {"linear_constant": constant} | {f"linear_{name}": rows for name, rows in factors.items()}
 
 
+def map_on(
+    layer: LayerView, expert: int, tokens: Tokens, rank: int, ridge: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the map of an expert on some tokens: its constant [D] and both factors [r, D], float64.
+
+    Args:
+        layer: the layer.
+        expert: the expert.
+        tokens: at least one of its own.
+        rank: r; rows that the tokens are too few for are zeros.
+        ridge: see `Regression.solve`.
+    """
+    regression = _regression(layer, expert, tokens)
+    inner, outer, mean = _factors(regression, rank, ridge, None, layer)
+    assert regression is not None
+    return regression.mean_out.double().cpu() - (mean @ inner) @ outer, inner.T, outer
+
+
 def folds(layer: LayerView, token: torch.Tensor) -> list[torch.Tensor]:
     """Return masks of an expert's tokens, each of those that judge what was fitted to the others, bool [T]."""
     return held_out_masks(token, min(SCARCE * layer.sample.hidden.shape[1], ENOUGH))
 
 
-def _regression(layer: LayerView, expert: int) -> Regression | None:
-    """Return the regression of an expert's outputs on its sampled tokens; None without tokens."""
-    tokens = tokens_of(layer, {expert: 1.0})
+def _regression(layer: LayerView, expert: int, tokens: Tokens | None = None) -> Regression | None:
+    """Return the regression of an expert's outputs on its sampled tokens, or on some; None without tokens."""
+    tokens = tokens or tokens_of(layer, {expert: 1.0})
     if not tokens.own:
         return None
     x_TD = layer.inputs(tokens.place)

@@ -62,6 +62,18 @@ def tokens_of(layer: LayerView, slots: Mapping[int, float], share: float = FITTE
     routed = [(*layer.routed(slot), factor) for slot, factor in slots.items()]
     place = torch.cat([token for token, _, _ in routed])
     weight = torch.cat([(gate.double() * factor).square() for _, gate, factor in routed])
+    return among_others(layer, place, weight, share)
+
+
+def among_others(layer: LayerView, place: torch.Tensor, weight: torch.Tensor, share: float = FITTED) -> Tokens:
+    """Return some tokens of an expert, joined by others where they are few.
+
+    Args:
+        layer: the layer.
+        place: its own, [T].
+        weight: what an error weighs there, float64 [T].
+        share: of the layer's mean squared gate, the weight of each other token.
+    """
     own, sample = len(place), layer.sample
     if (lacks := ENOUGH * sample.hidden.shape[1] - own) > 0:
         is_own = torch.zeros(len(sample.hidden), dtype=torch.bool)
