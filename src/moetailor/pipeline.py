@@ -77,7 +77,7 @@ def precheck(
     if ruled and format == "native":
         raise PlanError(f"--allocation {allocation}: layers keep different numbers of experts; use --format moetailor")
     if not ruled:
-        form = resolve_format(plan, format)
+        form = resolve_format(plan, format, original)
         form.check(plan, original)
     written = "moetailor" if ruled else form.name
     kept = sorted({len(layer.pool) for layer in plan.layers.values()}) or ["all"]

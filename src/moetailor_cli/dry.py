@@ -118,7 +118,7 @@ def apply(
         # Of holes no weights can be told apart.
         other = run["allow_other_weights"] or original.headers_only
         fitted = plan_for(original, made, given, propagate=run["propagate"], allow_other_weights=other)
-        form = resolve_format(fitted, run["format"])
+        form = resolve_format(fitted, run["format"], original)
         form.check(fitted, original)
         fitted = form.carried(fitted)
         host = Host.measured(output.BEGAN, original, device=device)

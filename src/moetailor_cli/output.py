@@ -167,6 +167,7 @@ def calibration(made: Calibration, wanted: int) -> None:
 def plan(made: Plan) -> None:
     """Print what becomes of the slots, a line for each kind of layer."""
     from moetailor.answers import ANSWERS
+    from moetailor.transform.formats import resolve_format
     from moetailor.words import nbytes
 
     kinds: dict[str, list[str]] = {}
@@ -184,7 +185,7 @@ def plan(made: Plan) -> None:
         kinds.setdefault(f"{len(layer.pool)} of {len(layer.slots)} experts stay, {told}", []).append(prefix)
     say(
         f"{made.method}, {made.budget}: {nbytes(made.model.nbytes)} becomes {nbytes(made.nbytes)} "
-        f"({'native' if made.native else 'moetailor'} format)"
+        f"({resolve_format(made, 'auto').name} format)"
     )
     if made.expected is not None:
         say(f"  expected KL: {made.expected:.2g} nats a token")

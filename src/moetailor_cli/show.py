@@ -100,9 +100,10 @@ def _changes(before: LayerPlan, after: LayerPlan) -> tuple[int, list[str]]:
 
 
 def _header(name: str, plan: Plan) -> None:
+    from moetailor.transform.formats import resolve_format
     from moetailor.words import nbytes
 
-    before, after, where = plan.model.nbytes, plan.nbytes, "native" if plan.native else "moetailor"
+    before, after, where = plan.model.nbytes, plan.nbytes, resolve_format(plan, "auto").name
     output.result(Text(name, "bold"))
     sizes = f"{nbytes(before)} becomes {nbytes(after)} ({after / before:.1%}, {where})"
     paragraph("", [f"{plan.method}, {plan.budget}: {sizes}"])

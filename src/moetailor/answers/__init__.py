@@ -6,6 +6,7 @@ from moetailor.answers.width import FLOATS, VQ_BITS, WHOLE, Kind, Width
 from moetailor.answers.keep import Keep  # isort: skip (the order of the kinds in files and legends)
 from moetailor.answers.fitted import Fitted  # isort: skip
 from moetailor.answers.packed import Packed  # isort: skip
+from moetailor.answers.narrow import Narrow  # isort: skip
 from moetailor.answers.drop import Drop  # isort: skip
 from moetailor.answers.constant import Constant  # isort: skip
 from moetailor.answers.linear import Linear  # isort: skip
@@ -34,6 +35,7 @@ __all__ = [
     "Linear",
     "LowRank",
     "Merged",
+    "Narrow",
     "Packed",
     "Remap",
     "SlotMap",

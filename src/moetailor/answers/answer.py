@@ -35,6 +35,8 @@ class Answer:
         refers: the field that names another expert of the layer, if any.
         from_method: whether its tensors, if it has any, are computed by the plan's method.
         expands: whether an ordinary expert gives the same, see `weights`.
+        alike: whether an ordinary checkpoint holds it only where all layers have it alike.
+        beside: whether its expert stays, in tensors of its own and not as a row of the family's parameters.
     """
 
     kind: ClassVar[str]
@@ -46,6 +48,8 @@ class Answer:
     refers: ClassVar[str] = ""
     from_method: ClassVar[bool] = True
     expands: ClassVar[bool] = False
+    alike: ClassVar[bool] = False
+    beside: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         assert cls.kind not in ANSWERS, f"answer {cls.kind} is registered twice"

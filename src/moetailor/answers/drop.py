@@ -23,6 +23,7 @@ class Drop(Answer):
     label = "dropped"
     color = "#d55e00"
     drops = True
+    alike = True
     refers = "into"
 
     @classmethod

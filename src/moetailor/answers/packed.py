@@ -46,6 +46,7 @@ class Packed(Width, Answer):
     color = "#5f6f80"
     from_method = False
     expands = True
+    beside = True
 
     @property
     def mark(self) -> str:

@@ -67,8 +67,8 @@ class SlotMap:
     @cached_property
     def plain_pool(self) -> tuple[int, ...]:
         """The rows of the pool that lie as the family's own parameters."""
-        packed = {self.rows[slot] for slot in self.of(Packed)}
-        return tuple(row for row in range(self.experts) if row not in packed)
+        beside = {row for row, answer in zip(self.rows, self.answers, strict=True) if answer and answer.beside}
+        return tuple(row for row in range(self.experts) if row not in beside)
 
     @cached_property
     def pool_rows(self) -> tuple[int, ...]:

@@ -22,6 +22,7 @@ from moetailor.evaluation.speed import Speed
 from moetailor.planning.budget import Budget
 from moetailor.planning.layer_plan import LayerPlan, untouched
 from moetailor.planning.plan import Plan
+from moetailor.transform.formats import resolve_format
 from moetailor.words import nbytes
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def cell_result(
         "error": None,
         "nbytes": plan.nbytes,
         "seconds": dict(seconds),
-        "native": plan.native,
+        "native": resolve_format(plan, "auto").name != "moetailor",
         "fidelity": {name: found.to_json() for name, found in fidelity.items()},
         "speed": None if speed is None else asdict(speed),
         "resident": resident,

@@ -56,7 +56,9 @@ def of_compression(
     itemsize = resolve_dtype(run.get("dtype"), host.device, original.checkpoint).itemsize
     sampled = _sampled(original.facts, itemsize, calibration, given["text"], sample)
     parts.append(of_plan(host, original.facts, method, plan, sampled, original=original, calibration=calibration))
-    form = resolve_format(plan, "moetailor" if given["allocation"] in ("error", "global") else given["format"])
+    form = resolve_format(
+        plan, "moetailor" if given["allocation"] in ("error", "global") else given["format"], original
+    )
     carried = form.carried(plan)
     parts.append(of_apply(host, carried, original, form, sampled, compressed=propagate == "compressed"))
     return in_turn("compress", parts, host.startup)
@@ -134,7 +136,7 @@ def _in_memory(host: Host, original: Original, run: Run, cell: Cell, plan: Plan,
 
 def _streamed(host: Host, original: Original, run: Run, cell: Cell, plan: Plan, sampled: int) -> list[Estimate]:
     """Return what a plan takes that is written, run from disk beside the original's head, and deleted."""
-    written = of_apply(host, plan, original, resolve_format(plan, "auto"), sampled, verify=False)
+    written = of_apply(host, plan, original, resolve_format(plan, "auto", original), sampled, verify=False)
     nbytes = written.writes
     judged = Estimate(
         verb=cell.name,

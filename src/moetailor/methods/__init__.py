@@ -2,6 +2,7 @@
 
 from moetailor.methods import aimer as aimer
 from moetailor.methods import auto as auto
+from moetailor.methods import camera as camera
 from moetailor.methods import compressed_experts as compressed_experts
 from moetailor.methods import conmoe as conmoe
 from moetailor.methods import diep as diep

@@ -69,7 +69,7 @@ def estimate_plan(
     counts_bits = budget.remove is None and budget.keep is None
 
     def at(kept: Mapping[str, int]) -> dict[str, LayerPlan]:
-        found = {s.prefix: method.estimate(s.num_experts, kept[s.prefix], facts.groups.count) for s in stacks}
+        found = {s.prefix: method.estimate_of(s, kept[s.prefix], facts.groups.count) for s in stacks}
         return narrowed(found) if counts_bits else found
 
     anew = any(ANSWERS[kind].rebuilds for kind in {method.replaces_with.kind, *method.builds})
@@ -86,7 +86,7 @@ def estimate_plan(
             raise PlanError(f"{budget}: {method.name} removes no expert{' here' * method.removes}; {cure}")
     else:
         least = max(fewest(method, stack, facts) for stack in stacks)
-        uniform = method.replaces_with.drops and allocation == "uniform"
+        uniform = method.replaces_with.alike and allocation == "uniform"
         planned = _within(limit.size, facts, stacks, at, method, least, uniform=uniform)
     if isinstance(allocation, Mapping):
         most = planned_nbytes(facts, planned) if limit.size is None else limit.size
@@ -206,7 +206,7 @@ def fewest(method: Method, stack: Stack, facts: ModelFacts) -> int:
     """
     for keep in range(1, stack.num_experts):
         try:
-            plan = method.estimate(stack.num_experts, keep, facts.groups.count)
+            plan = method.estimate_of(stack, keep, facts.groups.count)
             check_layer(stack.prefix, plan, top_k=facts.top_k, groups=facts.groups)
             return keep
         except PlanError:

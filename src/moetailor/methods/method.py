@@ -11,6 +11,7 @@ import torch
 
 from moetailor import ranks
 from moetailor.answers import Answer, Drop
+from moetailor.checkpoint.layout import Stack
 from moetailor.errors import PlanError, did_you_mean
 from moetailor.fitting.widths import Rounding
 from moetailor.methods.choose import kept_of_group
@@ -178,6 +179,16 @@ class Method(ABC):
         size, each = experts // groups, kept_of_group(keep, groups)
         kept = [group * size + number for group in range(groups) for number in range(each)]
         return keep_first(experts, kept, self.replaces_with)
+
+    def estimate_of(self, stack: Stack, keep: int, groups: int = 1) -> LayerPlan:
+        """Return `estimate` for a layer on disk, of which more is known than how many experts it has.
+
+        Args:
+            stack: the layer.
+            keep: experts that stay.
+            groups: groups of the router.
+        """
+        return self.estimate(stack.num_experts, keep, groups)
 
     def narrowest(self, plan: LayerPlan) -> LayerPlan:
         """Return an estimate with what stays in the fewest bytes that the method may leave it in.

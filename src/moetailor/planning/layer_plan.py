@@ -53,8 +53,9 @@ class LayerPlan:
 
     @cached_property
     def plain(self) -> list[int]:
-        """Those of the pool that do not lie in few bits, ascending."""
-        return [expert for expert in self.pool if expert not in self.widths]
+        """Those of the pool that lie as the family's own parameters, ascending."""
+        beside = {expert for expert, answer in self._in_pool if answer.beside}
+        return [expert for expert in self.pool if expert not in self.widths and expert not in beside]
 
     @cached_property
     def packed(self) -> dict[Width, list[int]]:

@@ -108,7 +108,7 @@ def apply_to_checkpoint(
     source = original.streamed(dtype=torch.float32, device=resolve_device(device))
     anatomy, stacks = original.anatomy, original.stacks
     plan = plan_for(original, plan, calibration, propagate=propagate, allow_other_weights=allow_other_weights)
-    form = resolve_format(plan, format)
+    form = resolve_format(plan, format, original)
     form.check(plan, original)
     tools = {name: Path(tool) for name, tool in (("converter", converter), ("quantizer", quantizer)) if tool}
     finish = Finish(plan=plan, original=original, calibration=calibration, **tools)

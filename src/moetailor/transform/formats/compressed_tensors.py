@@ -21,7 +21,7 @@ from moetailor.checkpoint.writer import Piece, rows, whole
 from moetailor.errors import CheckpointError, MoetailorWarning, PlanError
 from moetailor.planning.plan import Plan
 from moetailor.progress import Progress
-from moetailor.transform.formats.format import Format, register_format
+from moetailor.transform.formats.format import Format
 from moetailor.transform.formats.native import kept_in, other_than_drops, with_count
 from moetailor.transform.formats.schemes import FORMS, GROUPS, Scheme, schemes_of, unfit
 from moetailor.transform.pieces import Parts, shards_of
@@ -178,6 +178,3 @@ def _one_by_one(parts: Parts, stack: DiskStack) -> list[Piece]:
 
 def _warn(text: str) -> None:
     warnings.warn(f"format {METHOD}: {text}", MoetailorWarning, stacklevel=4)
-
-
-register_format(CompressedTensors())

@@ -26,7 +26,7 @@ from moetailor.errors import CheckpointError, PlanError
 from moetailor.planning.plan import Plan
 from moetailor.runtime.experts import CompressedExperts
 from moetailor.runtime.parts import in_parts, lenders_of
-from moetailor.transform.formats.format import Finish, register_format
+from moetailor.transform.formats.format import Finish
 from moetailor.transform.formats.moetailor import Moetailor
 from moetailor.transform.formats.native import with_count
 
@@ -77,7 +77,7 @@ class Expanded(Moetailor):
         scratch = folder / "expanded"
         scratch.mkdir()
         experts: dict[str, TensorInfo] = {}
-        for stack, tensors in _each_layer(result, original):
+        for stack, tensors in self._each_layer(result, finish):
             file = scratch / f"layer-{stack.index:04d}.safetensors"
             save_tensors(tensors, file)
             experts |= read_header(file)
@@ -95,27 +95,44 @@ class Expanded(Moetailor):
         for file in scratch.iterdir():
             file.rename(folder / file.name)
         shutil.rmtree(scratch)
-        slots = {len(layer.kept_slots) for layer in finish.plan.layers.values()}
-        config = copy.deepcopy(original.checkpoint.config)
-        write_json(folder / CONFIG, with_count(config, original.config, next(iter(slots), None)))
+        write_json(folder / CONFIG, self.ordinary(copy.deepcopy(original.checkpoint.config), finish))
         _ = Original(folder, trust_remote_code=trusted).skeleton  # compares names and shapes with those of the model
         return nbytes
 
+    def ordinary(self, config: dict, finish: Finish) -> dict:
+        """Return config.json of the ordinary checkpoint.
 
-def _each_layer(result: Original, original: Original) -> Iterator[tuple[DiskStack, dict[str, torch.Tensor]]]:
-    """Yield the experts of each changed layer by their names on disk, one for each slot."""
-    source, family = in_parts(result, dtype=torch.float32), original.skeleton.model
-    lenders, stacks = lenders_of(source.model), {stack.index: stack for stack in original.stacks.values()}
-    for index, layer in original.anatomy.layers.items():
-        module = source.model.get_submodule(layer.experts)
-        if not isinstance(module, CompressedExperts):
-            continue
-        asked = [original.anatomy.layers[other].experts for other in sorted(lenders.get(index, ()))]
-        with source.loaded(layer.experts, *asked):
-            every = [module.weights(slot) for slot in range(len(module.slots.rows))]
-            stacked = {name: torch.stack([one[name] for one in every]) for name in every[0]}
-            parameters = Experts(module).packed(stacked)
-        yield stacks[index], _on_disk(stacks[index], family, original, layer.experts, parameters)
+        Args:
+            config: that of the original, a copy.
+            finish: what is at hand.
+        """
+        slots = {len(layer.kept_slots) for layer in finish.plan.layers.values()}
+        return with_count(config, finish.original.config, next(iter(slots), None))
+
+    def laid(self, experts: dict[str, torch.Tensor], plan: Plan) -> dict[str, torch.Tensor]:
+        """Return the stacked experts of a layer as they are to lie, see `Experts`; they have the original's shapes.
+
+        Args:
+            experts: one for each slot.
+            plan: the plan.
+        """
+        return experts
+
+    def _each_layer(self, result: Original, finish: Finish) -> Iterator[tuple[DiskStack, dict[str, torch.Tensor]]]:
+        """Yield the experts of each changed layer by their names on disk, one for each slot."""
+        original = finish.original
+        source, family = in_parts(result, dtype=torch.float32), original.skeleton.model
+        lenders, stacks = lenders_of(source.model), {stack.index: stack for stack in original.stacks.values()}
+        for index, layer in original.anatomy.layers.items():
+            module = source.model.get_submodule(layer.experts)
+            if not isinstance(module, CompressedExperts):
+                continue
+            asked = [original.anatomy.layers[other].experts for other in sorted(lenders.get(index, ()))]
+            with source.loaded(layer.experts, *asked):
+                every = [module.weights(slot) for slot in range(len(module.slots.rows))]
+                stacked = {name: torch.stack([one[name] for one in every]) for name in every[0]}
+                parameters = Experts(module).packed(self.laid(stacked, finish.plan))
+            yield stacks[index], _on_disk(stacks[index], family, original, layer.experts, parameters)
 
 
 def _on_disk(
@@ -135,6 +152,3 @@ def _on_disk(
         made[name] = tensor.to(DTYPES[info.dtype])
         check_stored(made[name], name)
     return made
-
-
-register_format(Expanded())

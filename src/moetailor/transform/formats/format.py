@@ -79,6 +79,14 @@ class Format(ABC):
             PlanError: see the message.
         """
 
+    def able(self, plan: Plan, original: Original) -> bool:
+        """Say whether `check` refuses nothing."""
+        try:
+            self.check(plan, original)
+        except PlanError:
+            return False
+        return True
+
     def carried(self, plan: Plan) -> Plan:
         """Return the plan of the checkpoint that is written, where something else carries out the rest."""
         return plan
@@ -152,14 +160,20 @@ def find_format(name: str) -> Format:
     return FORMATS[name]
 
 
-def resolve_format(plan: Plan, wanted: str) -> Format:
+def resolve_format(plan: Plan, wanted: str, original: Original | None = None) -> Format:
     """Return the form to write: the one asked for, or with ``auto`` the first one that can hold the plan.
+
+    Args:
+        plan: the plan.
+        wanted: name of a form, or ``auto``.
+        original: that it must be able to write, too; not looked at when None.
 
     Raises:
         PlanError: the form that is asked for cannot hold it.
     """
     if wanted == "auto":
-        return next(form for form in FORMATS.values() if form.automatic and form.refusal(plan) is None)
+        fitting = (form for form in FORMATS.values() if form.automatic and form.refusal(plan) is None)
+        return next(form for form in fitting if original is None or form.able(plan, original))
     if reason := (form := find_format(wanted)).refusal(plan):
         fits = next((other.name for other in FORMATS.values() if other.refusal(plan) is None), None)
         raise PlanError(f"format {wanted} {reason}" + (f"; format {fits} can hold it" if fits else ""))

@@ -17,7 +17,7 @@ from moetailor.checkpoint.original import Original
 from moetailor.checkpoint.place import new_folder
 from moetailor.errors import MoetailorError, MoetailorWarning, PlanError
 from moetailor.planning.plan import Plan
-from moetailor.transform.formats.format import Finish, register_format
+from moetailor.transform.formats.format import Finish
 from moetailor.transform.formats.native import Native, other_than_drops
 from moetailor.transform.gguf_recipe import MATRIX_FILE, TYPES_FILE, find_library, several_widths, write_gguf_recipe
 
@@ -156,6 +156,3 @@ def _run(option: str, command: Sequence[str]) -> None:
     if ran.returncode:
         last = "\n".join(ran.stdout.decode(errors="replace").splitlines()[-SHOWN:])
         raise MoetailorError(f"{option}: ended with status {ran.returncode}, nothing was kept; its last lines:\n{last}")
-
-
-register_format(Gguf())

@@ -7,7 +7,7 @@ from typing import Any
 from moetailor.checkpoint.coded import source_entry
 from moetailor.planning.plan import Plan
 from moetailor.runtime.quantizer import MoetailorConfig
-from moetailor.transform.formats.format import Format, register_format
+from moetailor.transform.formats.format import Format
 
 
 class Moetailor(Format):
@@ -34,6 +34,3 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
             return original
         entry = MoetailorConfig.of(plan.slot_maps, source=source_entry(original))
         return original | {"quantization_config": entry.to_dict()}
-
-
-register_format(Moetailor())

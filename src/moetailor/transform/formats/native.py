@@ -6,7 +6,7 @@ from typing import Any
 
 from moetailor.checkpoint import family
 from moetailor.planning.plan import Plan
-from moetailor.transform.formats.format import Format, register_format
+from moetailor.transform.formats.format import Format
 
 
 class Native(Format):
@@ -50,6 +50,3 @@ def with_count(original: dict, config: Any, count: int | None) -> dict:
         return original
     names = family.expert_count_spellings(original) or family.expert_count_spellings(config)[:1]
     return original | dict.fromkeys(names, count)
-
-
-register_format(Native())

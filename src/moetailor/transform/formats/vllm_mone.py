@@ -13,7 +13,7 @@ from moetailor.checkpoint.original import Original
 from moetailor.checkpoint.writer import Piece, rows
 from moetailor.errors import PlanError
 from moetailor.planning.plan import Plan
-from moetailor.transform.formats.format import Format, register_format
+from moetailor.transform.formats.format import Format
 from moetailor.transform.pieces import Parts, shards_of
 
 
@@ -96,6 +96,3 @@ def _vectors(parts: Parts, stack: DiskStack) -> list[Piece]:
         replace(rows(info, 0, [row]), name=f"{_path(stack)}.{slot}.{VALUE}", shape=info.shape[1:])
         for row, slot in enumerate(parts.plan.layers[stack.prefix].of(Constant))
     ]
-
-
-register_format(VllmMone())
