@@ -19,6 +19,7 @@ from moetailor.answers import (
     Linear,
     LowRank,
     Merged,
+    Narrow,
     Remap,
     SlotMap,
 )
@@ -51,7 +52,7 @@ MIXED_JSON = {
     "remap": [{"to": 3, "slots": [4]}, {"to": 0, "scale": 0.5, "slots": [5]}],
     "scores": [1.0, 0.25, 0.125, 3.0, 1e-09, 123457.0],
 }
-KINDS = "keep, fitted, drop, constant, linear, low_rank, merged, remap, borrowed, auxiliary"
+KINDS = "keep, fitted, narrow, drop, constant, linear, low_rank, merged, remap, borrowed, auxiliary"
 SHAPE = ExpertShape(width=8, intermediate=2)
 # 10,000 bytes, in them two layers of 6 experts of 96 bytes, whose routers have 16 bytes a slot.
 FACTS = ModelFacts(
@@ -164,6 +165,7 @@ def test_random_layers_survive_the_round_trip() -> None:
         kinds: list[Callable[[], Answer]] = [
             Keep,
             Fitted,
+            lambda: Narrow(generator.randint(1, 9)),
             Drop,
             Constant,
             lambda: Drop(generator.randrange(size)),  # noqa: B023 (called below)

@@ -1,0 +1,73 @@
+"""Narrow experts on every family: the original with other neurons masked, and ordinary where a config says it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import moetailor
+from moetailor.checkpoint.experts import Experts
+from moetailor.checkpoint.files import open_checkpoint
+from moetailor.checkpoint.original import Original
+from moetailor.transform.formats import resolve_format
+from support.tiny import Get, GetCalibration, anatomy_of, eager, every_family, load, logits
+
+# Families whose config has one entry for the width of experts and that of other matrices, with a word of theirs.
+SHARED = dict.fromkeys(
+    (
+        "afmoe aria_text axk1 axk2 bailing_hybrid cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32 dots1 ernie4_5_moe "
+        "exaone_moe glm4_moe glm4_moe_lite hunyuan_v1_moe hy_v3 kimi_linear solar_open"
+    ).split(),
+    "shared_",
+) | {"jamba": "feed_forward"}
+
+
+def narrow_plan(calibration: moetailor.Calibration, **parameters: object) -> moetailor.Plan:
+    experts = calibration.model.stacks[0].num_experts
+    parameters = {"multiple": 1, **parameters}
+    return moetailor.make_plan(calibration, "camera", moetailor.Budget.parse(keep=experts // 2), parameters=parameters)
+
+
+def masked(original: torch.nn.Module, compressed: torch.nn.Module) -> torch.nn.Module:
+    """Return the original with zeros for the columns of down projections that the narrow experts do not have."""
+    for layer in anatomy_of(original).layers.values():
+        module, narrow = original.get_submodule(layer.experts), compressed.get_submodule(layer.experts).narrow_down
+        for expert in range(layer.num_experts):
+            matrices = Experts(module).expert(expert)
+            alike = (matrices["down"][:, :, None] == narrow[expert][:, None]).all(0).any(1)
+            assert int(alike.sum()) == narrow.shape[2]
+            packed = Experts(module).packed(
+                {n: m[None] for n, m in (matrices | {"down": matrices["down"] * alike}).items()}
+            )
+            module.down_proj.data[expert] = packed["down_proj"][0]
+    return original
+
+
+@every_family
+def test_narrow_experts_are_the_original_with_neurons_masked_in_every_form(
+    name: str, checkpoint: Get, calibration: GetCalibration, tmp_path: Path
+) -> None:
+    plan = narrow_plan(calibration(name))
+    compressed = eager(moetailor.apply(plan, load(checkpoint(name)), calibration=calibration(name)))
+    expected = logits(compressed)
+    torch.testing.assert_close(
+        logits(masked(eager(load(checkpoint(name))), compressed)), expected, rtol=1e-4, atol=1e-5
+    )
+    given = {"calibration": calibration(name)}
+    out = moetailor.apply(plan, checkpoint(name), tmp_path / "own", format="moetailor", **given)
+    assert open_checkpoint(out).nbytes == plan.nbytes
+    torch.testing.assert_close(logits(load(out)), expected, rtol=1e-4, atol=1e-5)
+    form = resolve_format(plan, "auto", Original(checkpoint(name))).name
+    assert form == ("moetailor" if name in SHARED else "narrow")
+    if name in SHARED:
+        with pytest.raises(moetailor.PlanError, match=f"format narrow: .*{SHARED[name]}.*; use --format moetailor"):
+            moetailor.apply(plan, checkpoint(name), tmp_path / "out", format="narrow", **given)
+        return
+    out = moetailor.apply(plan, checkpoint(name), tmp_path / "out", **given)
+    assert open_checkpoint(out).nbytes == plan.nbytes
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (checkpoint(name), out))
+    (changed,) = {key for key in after if after[key] != before.get(key)}
+    assert before.get(changed, after[changed]) == 2 * after[changed] or changed not in before
+    assert open_checkpoint(out).tensors.keys() == open_checkpoint(checkpoint(name)).tensors.keys()
+    torch.testing.assert_close(logits(eager(load(out))), expected, rtol=1e-4, atol=1e-5)
