@@ -21,7 +21,7 @@ SLOTS: dict[str, tuple[list[Answer], dict[int, Width]]] = {
     "shared": ([*OWN[:6], Linear(3, shared=True), Linear(3, shared=True)], {}),
     "auxiliary": ([*[Auxiliary(1, vectors="none", constants=True, rank=3)] * 6, Linear(2), Constant()], {}),
     "auxiliary in groups": ([Auxiliary(1, vectors="none", constants=True, rank=8)] * 8, {}),
-    "narrow": ([*[Narrow(8)] * 6, Linear(2), Constant()], {}),
+    "narrow": ([*[Narrow(7)] * 6, Linear(2), Constant()], {}),
     "bits": (OWN, {expert: Width.parse(bits) for expert, bits in enumerate(BITS)}),
     "both": ([*OWN[:4], Constant(), LowRank(5, 0), Linear(2), Keep()], dict.fromkeys(range(3), Width.parse("vq4/5"))),
 }

@@ -55,6 +55,7 @@ NAMING_KINDS = {
     "src/moetailor/planning/layer_plan.py",
     "src/moetailor/recovery/anneal.py",
     "src/moetailor/report/figures.py",
+    "src/moetailor/transform/formats/narrow.py",
     "src/moetailor/transform/formats/vllm_mone.py",
 }
 

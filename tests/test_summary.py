@@ -17,7 +17,7 @@ GetCalibration = Callable[[str], moetailor.Calibration]
 WHOLE = ("gate_proj", "up_proj", "down_proj", "base_")
 
 
-@pytest.mark.parametrize("method", ["reap", "mone", "linear", "lightmoe", "compressed_experts", "conmoe"])
+@pytest.mark.parametrize("method", ["reap", "mone", "linear", "lightmoe", "compressed_experts", "conmoe", "camera"])
 def test_a_token_uses_what_its_slots_run_and_a_mean_of_what_stands_in(
     method: str, checkpoint: Get, calibration: GetCalibration, tmp_path: Path
 ) -> None:
@@ -26,7 +26,7 @@ def test_a_token_uses_what_its_slots_run_and_a_mean_of_what_stands_in(
     moetailor.apply(plan, checkpoint("olmoe"), tmp_path / "out", calibration=made)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     layers = config.get("quantization_config", {}).get("layers", {})
-    expert = 3 * config["hidden_size"] * config["intermediate_size"]
+    expert = 3 * config["hidden_size"] * config["intermediate_size"]  # of narrow ones, too
     uses = 0
     for name, info in open_checkpoint(tmp_path / "out").tensors.items():
         numbers = info.nbytes // 4
@@ -43,3 +43,17 @@ def test_a_token_uses_what_its_slots_run_and_a_mean_of_what_stands_in(
     found = summarise(tmp_path / "out")
     assert found.active_parameters == pytest.approx(uses, abs=len(layers) * 8)
     assert found.parameters == sum(info.nbytes // 4 for info in open_checkpoint(tmp_path / "out").tensors.values())
+
+
+def test_narrow_experts_count_alike_in_both_forms(checkpoint: Get, calibration: GetCalibration, tmp_path: Path) -> None:
+    made = calibration("olmoe")
+    plan = moetailor.make_plan(made, "camera", moetailor.Budget.parse(remove="50%"))
+    own, ordinary = (
+        summarise(moetailor.apply(plan, checkpoint("olmoe"), tmp_path / form, calibration=made, format=form))
+        for form in ("moetailor", "narrow")
+    )
+    for name in ("parameters", "routed_parameters", "active_parameters", "nbytes"):
+        assert getattr(own, name) == getattr(ordinary, name)
+    assert [moe.expert_bytes for moe in own.moe] == [moe.expert_bytes for moe in ordinary.moe]
+    whole = summarise(checkpoint("olmoe"))
+    assert [2 * moe.expert_bytes for moe in own.moe] == [moe.expert_bytes for moe in whole.moe]

@@ -13,6 +13,7 @@ from moetailor.checkpoint.anatomy import Anatomy, MoELayer, tensors_of
 from moetailor.checkpoint.files import Checkpoint
 from moetailor.checkpoint.loader import StreamedModel
 from moetailor.checkpoint.original import Original, looked_at
+from moetailor.checkpoint.storage import TensorSpec
 from moetailor.errors import CheckpointError
 from moetailor.runtime.quantizer import MoetailorConfig
 from moetailor.words import spans
@@ -139,10 +140,14 @@ def _summarised(source: str, original: Original) -> Summary:
         for index, slot_map in maps.items()
         for spec in slot_map.tensors(anatomy.layers[index].expert_shape).values()
     )
-    routed = sum(layer.experts * numbers[layer.layer] for layer in moe)
+    routed = {layer.layer: layer.experts * numbers[layer.layer] for layer in moe}
+    for index, slot_map in maps.items():
+        layer = anatomy.layers[index]
+        stays = slot_map.whole_experts - slot_map.experts + len(slot_map.plain_pool)
+        routed[index] = stays * numbers[index] + sum(math.prod(s.shape) for s in _beside(layer, slot_map).values())
     light = {index: _light_parameters(anatomy.layers[index], slot_map) for index, slot_map in maps.items()}
-    active = parameters - routed - sum(light.values())
-    active += sum(layer.runs * numbers[layer.layer] for layer in moe)
+    active = parameters - sum(routed.values()) - sum(light.values())
+    active += sum(layer.runs * routed[layer.layer] // layer.experts for layer in moe)
     active += sum(anatomy.top_k * light.get(layer.layer, 0) // layer.slots for layer in moe)
     return Summary(
         source=source,
@@ -151,7 +156,7 @@ def _summarised(source: str, original: Original) -> Summary:
         top_k=anatomy.top_k,
         moe=moe,
         parameters=parameters,
-        routed_parameters=routed,
+        routed_parameters=sum(routed.values()),
         shared_parameters=shared,
         active_parameters=active,
         nbytes=checkpoint.nbytes,
@@ -172,9 +177,9 @@ def _moe(
     others = [answer for answer in slot_map.answers if answer is not None]
     light = [answer for answer, row in zip(slot_map.answers, slot_map.rows, strict=True) if answer and row < 0]
     if (plain := len(slot_map.plain_pool)) < slot_map.experts:
-        own = tuple(f"{layer.experts}.{width.stem}_" for width in slot_map.packed)
-        packed = sum(info.nbytes for name, info in checkpoint.tensors.items() if name.startswith(own))
-        expert_bytes = (plain * expert_bytes + packed) // slot_map.experts
+        own = tuple(f"{layer.experts}.{name}" for name in _beside(layer, slot_map))
+        beside = sum(info.nbytes for name, info in checkpoint.tensors.items() if name.startswith(own))
+        expert_bytes = (plain * expert_bytes + beside) // slot_map.experts
     return MoeSummary(
         layer=layer.index,
         slots=len(slot_map.rows),
@@ -190,8 +195,15 @@ def _moe(
 def _light_parameters(layer: MoELayer, slots: SlotMap) -> int:
     """Return the numbers that answers store beside the pool, those of whole experts left out."""
     shape = layer.expert_shape
-    numbers = sum(math.prod(spec.shape) for spec in slots.tensors(shape).values())
-    return numbers - (slots.whole_experts - len(slots.plain_pool)) * sum(map(math.prod, shape.tensors.values()))
+    beside = _beside(layer, slots)
+    numbers = sum(math.prod(spec.shape) for name, spec in slots.tensors(shape).items() if name not in beside)
+    return numbers - (slots.whole_experts - slots.experts) * sum(map(math.prod, shape.tensors.values()))
+
+
+def _beside(layer: MoELayer, slots: SlotMap) -> dict[str, TensorSpec]:
+    """Return the tensors of experts of the pool that are no rows of the family's parameters."""
+    found = (kind.tensors(slots, layer.expert_shape) for kind in slots.kinds if kind.beside)
+    return {name: spec for tensors in found for name, spec in tensors.items()}
 
 
 def _shared_parameters(skeleton: StreamedModel, anatomy: Anatomy) -> int:

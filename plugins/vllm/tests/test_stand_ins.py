@@ -78,6 +78,7 @@ def test_ranks_add_up_to_one(slots: SlotMap, biased: bool, ranks: int) -> None:
     [
         ({"borrowed": [{"layer": 3, "source": 0, "slots": [1]}]}, NotImplementedError, "experts of other layers"),
         ({"auxiliary": [{"main": 1, "slots": [0]}]}, NotImplementedError, "auxiliary slots"),
+        ({"narrow": [{"neurons": 8, "slots": [0]}]}, NotImplementedError, "narrow experts"),
         (
             {"constant": [1], "packed": [{"bits": 16, "slots": [0]}]},
             NotImplementedError,

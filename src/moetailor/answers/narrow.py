@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import pad
 
 from moetailor.answers.answer import Answer, Call, Context
-from moetailor.answers.products import Pairs, grouped
+from moetailor.answers.products import ALIGNMENT, Pairs, grouped
 from moetailor.checkpoint.experts import Experts, ExpertShape
 from moetailor.checkpoint.storage import TensorSpec
 from moetailor.errors import PlanError
@@ -99,7 +99,10 @@ class Narrow(Answer):
 
         def given(part: str, inputs: torch.Tensor) -> torch.Tensor:
             bias = module.tensor(f"narrow_{part}_bias") if experts.shape.biased else None
-            return grouped(inputs, module.tensor(f"narrow_{part}"), pairs.number, bias)
+            weight, short = module.tensor(f"narrow_{part}"), -inputs.shape[1] % ALIGNMENT
+            if short:  # grouped kernels want rows of a multiple of 16 bytes
+                inputs, weight = pad(inputs, (0, short)), pad(weight, (0, short))
+            return grouped(inputs, weight, pairs.number, bias)
 
         x_PD = call.hidden_TD[pairs.token]
         inner = experts.activated([given(part, x_PD) for part in experts.inputs])

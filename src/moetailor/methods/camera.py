@@ -49,7 +49,7 @@ class Camera(Method):
     Attributes:
         peak: share of a neuron's largest output in its energy, beside that of the sum over tokens.
         refit: fit the down projection to what all neurons gave.
-        multiple: neurons are a multiple of this.
+        multiple: neurons are a multiple of this; grouped kernels run no others in 16 bits than multiples of 8.
     """
 
     peak: Annotated[float, AtLeast(0)] = 0.9

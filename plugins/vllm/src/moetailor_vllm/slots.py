@@ -48,6 +48,7 @@ KINDS: dict[str, type[Answer]] = {"constant": Constant, "linear": Linear, "low_r
 REFUSED = {
     "borrowed": "experts of other layers",
     "auxiliary": "auxiliary slots (compressed_experts)",
+    "narrow": "narrow experts (camera), which --format narrow writes as an ordinary checkpoint",
 }
 
 
