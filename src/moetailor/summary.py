@@ -148,7 +148,9 @@ def _summarised(source: str, original: Original) -> Summary:
     light = {index: _light_parameters(anatomy.layers[index], slot_map) for index, slot_map in maps.items()}
     active = parameters - sum(routed.values()) - sum(light.values())
     active += sum(layer.runs * routed[layer.layer] // layer.experts for layer in moe)
-    active += sum(anatomy.top_k * light.get(layer.layer, 0) // layer.slots for layer in moe)
+    # Where some slots are auxiliary, those that run have nothing of their own beside their experts.
+    beside = {layer.layer: anatomy.top_k - layer.runs or anatomy.top_k for layer in moe}
+    active += sum(beside[layer.layer] * light.get(layer.layer, 0) // layer.slots for layer in moe)
     return Summary(
         source=source,
         model_type=anatomy.model_type,

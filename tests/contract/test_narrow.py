@@ -71,3 +71,14 @@ def test_narrow_experts_are_the_original_with_neurons_masked_in_every_form(
     assert before.get(changed, after[changed]) == 2 * after[changed] or changed not in before
     assert open_checkpoint(out).tensors.keys() == open_checkpoint(checkpoint(name)).tensors.keys()
     torch.testing.assert_close(logits(eager(load(out))), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "nemotron_h", "olmoe"])
+def test_written_out_in_full_they_have_neurons_that_give_nothing(
+    name: str, checkpoint: Get, calibration: GetCalibration, tmp_path: Path
+) -> None:
+    plan, given = narrow_plan(calibration(name)), {"calibration": calibration(name)}
+    out = moetailor.apply(plan, checkpoint(name), tmp_path / "out", format="expanded", **given)
+    assert open_checkpoint(out).nbytes == plan.model.nbytes
+    compressed = moetailor.apply(plan, load(checkpoint(name)), **given)
+    torch.testing.assert_close(logits(eager(load(out))), logits(eager(compressed)), rtol=1e-4, atol=1e-5)

@@ -66,7 +66,7 @@ class CompressedExperts(Method):
     reads_weights = True
     useful_whole = True
     trained = True
-    builds = frozenset({"constant", "auxiliary"})
+    builds = frozenset({"constant", "linear", "auxiliary"})
 
     def plan(self, layer: LayerView, keep: int) -> LayerPlan:
         """Make those that are main least often novices, and the others auxiliary unless main."""
