@@ -16,7 +16,7 @@ tokens for each dimension reached an expert, others join with little weight. And
 paper, the down projection is fitted to what all neurons gave, in closed form; neurons are then chosen by what their
 absence costs after such a fit, as Optimal Brain Surgeon has it, one at a time:
 
-    |W C^-1_j|^2 / C^-1_jj, with C = sum_t g_t^2 h_t h_t^T and W = sum_t g_t^2 f(x_t) h_t^T
+    |w_j|^2 / (C^-1)_jj, with C = sum_t g_t^2 h_t h_t^T and w_j as the fit to those that are left has it
 """
 
 from __future__ import annotations
