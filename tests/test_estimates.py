@@ -225,7 +225,7 @@ def test_methods_that_read_sums_alone_compute_nothing(made: moetailor.Calibratio
     for name, method in METHODS.items():
         found = method().work(size)
         if method.reads_weights:
-            assert found != Work() or name == "quantize"
+            assert found != Work() or name in ("camera", "quantize")  # which compute when they are applied
         else:
             assert found == Work()
 
