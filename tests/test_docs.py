@@ -64,15 +64,18 @@ def test_python_in_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert (tmp_path / "OLMoE-small" / "config.json").is_file()
 
 
-def test_help_is_quick_and_loads_nothing_heavy() -> None:
+@pytest.mark.parametrize("words", [["--help"], ["calibrate", "--help"], ["--version"]], ids=" ".join)
+def test_help_is_quick_and_loads_nothing_heavy(words: list[str]) -> None:
     code = (
-        "import sys; sys.argv = ['moetailor', '--help']\n"
+        f"import sys; sys.argv = ['moetailor', *{words}]\n"
         "from moetailor_cli.app import main\n"
         "try: main()\n"
         "except SystemExit: print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert shown.strip().endswith("[]")
+    if words != ["--help"]:
+        return
     verbs = "inspect calibrate methods plan allocate show diff apply compress compare evaluate recover report"
     for verb in verbs.split():
         assert verb in shown

@@ -12,6 +12,8 @@ import typer
 
 from moetailor_cli import dry, output
 from moetailor_cli.options import (
+    READS,
+    WRITES,
     Allocation,
     Batch,
     BatchMemory,
@@ -67,26 +69,36 @@ VERIFIED = "opened again and run once: names, shapes and bytes are as planned, a
 def apply(
     model: Model,
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="plan.json")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the result.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the result.", rich_help_panel=WRITES)],
     calibration: Annotated[
-        Path | None, typer.Option(help="The plan's calibration folder, for plans with stand-ins or merged experts.")
+        Path | None,
+        typer.Option(
+            help="The plan's calibration folder, for plans with stand-ins or merged experts.", rich_help_panel=READS
+        ),
     ] = None,
     propagate: Propagate = "original",
     format: Format = "auto",
     overwrite: Overwrite = False,
     allow_other_weights: Annotated[
-        bool, typer.Option("--allow-other-weights", help="Apply the plan to another model of the same shapes.")
+        bool,
+        typer.Option(
+            "--allow-other-weights", help="Apply the plan to another model of the same shapes.", rich_help_panel=READS
+        ),
     ] = False,
     gguf_recipe: Annotated[
         Path | None,
         typer.Option(
             help="Folder for an importance matrix and tensor types, with which llama-quantize gives the plan's bits to "
-            "the result, which is an ordinary checkpoint; --format gguf."
+            "the result, which is an ordinary checkpoint; --format gguf.",
+            rich_help_panel=WRITES,
         ),
     ] = None,
     converter: Converter = None,
     quantizer: Quantizer = None,
-    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Open the result again and run it once.")] = True,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify/--no-verify", help="Open the result again and run it once.", rich_help_panel=WRITES),
+    ] = True,
     dry_run: DryRun = False,
     device: Device = None,
     batch_memory: BatchMemory = None,
@@ -139,7 +151,7 @@ def apply(
 
 def compress(
     model: Model,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the result.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the result.", rich_help_panel=WRITES)],
     data: Data,
     method: Method,
     native: Native = False,
@@ -165,7 +177,10 @@ def compress(
     stream: Stream = False,
     states: States = "auto",
     calibration: Annotated[
-        Path | None, typer.Option(help="Calibration folder to use or to make. [dim]default: OUT.calibration[/dim]")
+        Path | None,
+        typer.Option(
+            help="Calibration folder to use or to make. [dim]default: OUT.calibration[/dim]", rich_help_panel=READS
+        ),
     ] = None,
     propagate: Propagate = "original",
     format: Format = "auto",

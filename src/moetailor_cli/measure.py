@@ -12,6 +12,9 @@ import typer
 from moetailor_cli import dry, output
 from moetailor_cli import redundancy as redundancy_module
 from moetailor_cli.options import (
+    MEASURES,
+    READS,
+    WRITES,
     Batch,
     Data,
     Device,
@@ -36,9 +39,10 @@ from moetailor_cli.reading import read_sample
 def inspect(
     model: Model,
     calibration: Annotated[
-        Path | None, typer.Option(help="Its calibration folder: also say how redundant the experts are.")
+        Path | None,
+        typer.Option(help="Its calibration folder: also say how redundant the experts are.", rich_help_panel=READS),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel=WRITES)] = False,
     trust_remote_code: Trust = False,
 ) -> None:
     """Show layers, experts, top-k, parameters and bytes of a checkpoint, and what of it is redundant.
@@ -60,7 +64,7 @@ def inspect(
 
 def calibrate(
     model: Model,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Calibration folder.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Calibration folder.", rich_help_panel=WRITES)],
     data: Data,
     sequences: Sequences = 128,
     length: Length = 2048,
@@ -70,11 +74,20 @@ def calibrate(
     batch_size: Batch = 4,
     mask_special: MaskSpecial = False,
     residual: Annotated[
-        bool, typer.Option("--residual", help="Also measure how far the experts turn the residual stream: easy_ep.")
+        bool,
+        typer.Option(
+            "--residual",
+            help="Also measure how far the experts turn the residual stream: easy_ep.",
+            rich_help_panel=MEASURES,
+        ),
     ] = False,
     sensitivity: Annotated[
         bool,
-        typer.Option("--sensitivity", help="Also measure how sensitive predictions are to errors of each layer: auto."),
+        typer.Option(
+            "--sensitivity",
+            help="Also measure how sensitive predictions are to errors of each layer: auto.",
+            rich_help_panel=MEASURES,
+        ),
     ] = False,
     stream: Stream = False,
     states: States = "auto",
@@ -122,18 +135,23 @@ def calibrate(
 
 def evaluate(
     compressed: Annotated[str, typer.Argument(metavar="OUT", help="Folder of the compressed checkpoint.")],
-    against: Annotated[str, typer.Option(help="The original: folder or hub name.")],
+    against: Annotated[str, typer.Option(help="The original: folder or hub name.", rich_help_panel=READS)],
     data: Data,
     sequences: Sequences = 64,
     length: Length = 2048,
     batch_size: Batch = 1,
     tasks: Annotated[
-        list[str] | None, typer.Option(help="Tasks of lm-evaluation-harness to run on both. Repeatable.")
+        list[str] | None,
+        typer.Option(help="Tasks of lm-evaluation-harness to run on both. Repeatable.", rich_help_panel=MEASURES),
     ] = None,
-    task_dir: Annotated[Path, typer.Option(help="Folder of the tasks' YAML files.")] = Path("examples/tasks"),
-    task_data: Annotated[Path | None, typer.Option(help="Folder of the files the tasks read.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Rows of each task.")] = None,
-    json: Annotated[Path | None, typer.Option(help="Write the scores to this file.")] = None,
+    task_dir: Annotated[Path, typer.Option(help="Folder of the tasks' YAML files.", rich_help_panel=MEASURES)] = Path(
+        "examples/tasks"
+    ),
+    task_data: Annotated[
+        Path | None, typer.Option(help="Folder of the files the tasks read.", rich_help_panel=MEASURES)
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Rows of each task.", rich_help_panel=MEASURES)] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the scores to this file.", rich_help_panel=WRITES)] = None,
     stream: Stream = False,
     scratch: Scratch = None,
     dry_run: DryRun = False,
