@@ -24,7 +24,7 @@ from moetailor_cli.plan import allocate, diff, plan, show
 from moetailor_cli.recover import recover
 from moetailor_cli.report import report
 from moetailor_cli.serve import serve
-from moetailor_cli.verb import Root, Verb
+from moetailor_cli.verb import Root, Verb, whole
 
 app = typer.Typer(
     name="moetailor",
@@ -43,7 +43,7 @@ VERBS += (apply, compress, evaluate, compare, report, recover, serve)
 
 
 for verb in VERBS:
-    app.command(cls=Verb)(verb)
+    app.command(cls=Verb)(whole(verb))
 
 
 @app.callback(invoke_without_command=True)
@@ -117,6 +117,8 @@ def _stoppable() -> Iterator[None]:
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *args: Any, **kwargs: Any) -> None:
-    """Print what moetailor says to its user, and nothing of what libraries say to theirs."""
+    """Print what moetailor says to its user, and of what libraries say to theirs nothing but with --verbose."""
     if category.__name__ == "MoetailorWarning":
         output.warn(str(message))
+    elif logging.getLogger("moetailor").level == logging.INFO:  # --verbose
+        logging.getLogger(category.__name__).warning(str(message))

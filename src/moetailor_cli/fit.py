@@ -70,7 +70,7 @@ def fit(
     device: Device = None,
     dtype: Dtype = None,
     trust_remote_code: Trust = False,
-) -> None:
+) -> bool:
     """Make a model fit some memory and an engine: look what fits, make it, measure it, say how to serve it.
 
     [dim]moetailor fit Qwen/Qwen3-30B-A3B --memory 24GB --engine vllm -o OUT[/dim]
@@ -86,19 +86,19 @@ def fit(
         found = look(original, memory=parse_bytes(memory, "--memory"), engine=find_engine(engine), context=context)
         if json:
             print(json_module.dumps(found.to_json(), indent=2))
-            return
+            return False
         _show(model, found)
         if found.fits_as_it_is and choice is None:
             output.say(f"It fits as it is: {' '.join(found.engine.command(Path(model), found.room.context))}")
-            return
+            return False
         chosen = found.chosen(choice)
         job = Job(choice=chosen, room=found.room, **{name: value for name, value in given.items() if value})
         if out is None or dry_run:
             output.say(f"To make {chosen.name}:")
             output.estimate(foretold(Host.measured(output.BEGAN, original, device=device, dtype=dtype), original, job))
-            return
+            return True
     if not yes and choice is None and not _agreed(chosen.name, out):
-        return
+        return False
     opened = Original(model, trust_remote_code=trust_remote_code)
     with output.stages() as progress:
         plan, scores = fit(opened, out, job, overwrite=overwrite, progress=progress)
@@ -107,6 +107,7 @@ def fit(
     output.expected(str(out), scores)
     output.took(out, out.with_name(f"{out.name}.calibration"))
     output.say(f"serve it: {' '.join(found.engine.command(out, found.room.context))}")
+    return False
 
 
 def _show(model: str, found: Outlook) -> None:

@@ -35,11 +35,19 @@ BEGAN, SINCE = time.perf_counter(), time.time()
 
 _out = PlainConsole()
 _err = PlainConsole(stderr=True)
+_quiet = False
+
+
+def set_quiet(quiet: bool) -> None:
+    """Leave messages, notes and progress out from now on, or print them again."""
+    global _quiet
+    _quiet = quiet
 
 
 def say(text: str) -> None:
     """Print one message."""
-    _err.print(text, soft_wrap=True)
+    if not _quiet:
+        _err.print(text, soft_wrap=True)
 
 
 def result(line: Text | str) -> None:
@@ -76,6 +84,8 @@ def complain(text: str) -> None:
 
 def warn(text: str) -> None:
     """Print what the user should know though it went on."""
+    if _quiet:
+        return
     _err.print("note: ", style="yellow", end="")
     _err.print(text, soft_wrap=True)
 
@@ -284,4 +294,4 @@ def _span(numbers: Sequence[int]) -> str:
 
 def _bar(amount: object) -> Progress:
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), amount, TimeRemainingColumn())
-    return Progress(*columns, console=_err, transient=True, disable=not _err.is_terminal)  # type: ignore[arg-type]
+    return Progress(*columns, console=_err, transient=True, disable=_quiet or not _err.is_terminal)  # type: ignore[arg-type]

@@ -123,7 +123,6 @@ def plan(
         resolve_format(made, "native")
     made.save(out)
     output.plan(made)
-    output.say(f"the plan is in {out}")
     output.took(out, calibration / "measured")
 
 
@@ -186,7 +185,6 @@ def allocate(
     counts = ", ".join(f"{layer}: {count}" for layer, count in found.counts.items())
     output.say(f"experts kept by layer: {counts}")
     output.say(f"overlap with the original's predictions: {found.overlap:.4f}, with uniform counts {found.uniform:.4f}")
-    output.say(f"the counts are in {out}; use them with --allocation {out}")
 
 
 def show(

@@ -1,17 +1,77 @@
-"""What all verbs have in common: how their help is shown."""
+"""What all verbs have in common: how their help is shown, how much they say, and what comes after them."""
 
 from __future__ import annotations
 
+import functools
+import inspect
+import logging
+import os
 import re
-from typing import Any
+from collections.abc import Callable
+from typing import Annotated, Any, get_type_hints
 
+import typer
 from rich.markup import escape
 from typer.core import TyperCommand, TyperGroup
 
+from moetailor_cli import output
 from moetailor_cli.options import EVERY, PANELS
+from moetailor_cli.steps import following
 
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.", rich_help_panel=EVERY)]
+Verbose = Annotated[
+    bool,
+    typer.Option(
+        "--verbose", "-v", help="Also print what transformers and other libraries say.", rich_help_panel=EVERY
+    ),
+]
+
+# Libraries by their loggers, with the settings that they read when they are loaded.
+LIBRARIES = {
+    "transformers": "TRANSFORMERS_VERBOSITY",
+    "huggingface_hub": "HF_HUB_VERBOSITY",
+    "datasets": "DATASETS_VERBOSITY",
+}
 # What stands beside a flag for its value; a flag that takes none has nothing there.
 METAVARS = {"int": "N", "float": "X", "str": "TEXT", "path": "PATH", "file": "PATH", "directory": "PATH", "bool": ""}
+
+
+def whole(verb: Callable[..., bool | None]) -> Callable[..., None]:
+    """Return a verb with the options that every verb has; it ends with what comes next.
+
+    Args:
+        verb: the verb; where it returns False, it has said itself what comes next.
+    """
+
+    @functools.wraps(verb)
+    def run(*, quiet: bool, verbose: bool, **given: Any) -> None:
+        if quiet and verbose:
+            raise typer.BadParameter("--quiet and --verbose: give one of them")
+        output.set_quiet(quiet)
+        if verbose:
+            _let_libraries_speak()
+        # Under torchrun the first process speaks for all.
+        if verb(**given) is not False and os.environ.get("RANK", "0") == "0" and not quiet:
+            if line := following(verb.__name__, given):
+                output.say(line)
+
+    hints = get_type_hints(verb, include_extras=True) | {"quiet": Quiet, "verbose": Verbose}
+    signature = inspect.signature(verb)
+    own = [part.replace(annotation=hints[name]) for name, part in signature.parameters.items()]
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    own += [inspect.Parameter(name, kind, default=False, annotation=hints[name]) for name in ("quiet", "verbose")]
+    run.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
+    run.__annotations__ = hints
+    return run
+
+
+def _let_libraries_speak() -> None:
+    """Have libraries say what they do, those that are loaded later, too."""
+    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+    logging.getLogger("moetailor").setLevel(logging.INFO)
+    for name, setting in LIBRARIES.items():
+        os.environ.setdefault(setting, "info")
+        logging.getLogger(name).setLevel(logging.INFO)
 
 
 class Verb(TyperCommand):
