@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from typer.main import get_command
 
 from moetailor.checkpoint.files import SINGLE
-from moetailor_cli import app, output
+from moetailor_cli import app, output, waiting
 from moetailor_cli.console import PlainConsole
 from moetailor_cli.options import PANELS
 from support.plans import MIXED
@@ -62,7 +62,7 @@ def test_colours_and_bars_still_reach_a_terminal(monkeypatch: pytest.MonkeyPatch
     assert "\x1b[31ma" in sent
     assert STEERS.search(re.sub(r"\x1b\[[0-9;]*m", "", sent)) is None
     monkeypatch.setattr(output, "_err", console)
-    with console.capture() as taken, output.stages() as stage:
+    with console.capture() as taken, waiting.stages() as stage:
         stage(HOSTILE, 1, 2)
     sent = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", taken.get())
     assert "50%" in sent

@@ -55,9 +55,21 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
         raise typer.Exit
 
 
+class Messages(logging.Handler):
+    """Prints what moetailor notes while it works."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one note."""
+        if output.speaks():
+            output.say(record.getMessage())
+
+
 def main() -> None:
     """Run the command line; a refused input is one message and exit code 1."""
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    logger = logging.getLogger("moetailor")
+    logger.setLevel(logging.INFO)
+    logger.handlers, logger.propagate = [Messages()], False
     warnings.showwarning = _show_warning
     try:
         with _stoppable():
@@ -120,5 +132,5 @@ def _show_warning(message: Warning | str, category: type[Warning], *args: Any, *
     """Print what moetailor says to its user, and of what libraries say to theirs nothing but with --verbose."""
     if category.__name__ == "MoetailorWarning":
         output.warn(str(message))
-    elif logging.getLogger("moetailor").level == logging.INFO:  # --verbose
+    elif logging.getLogger("moetailor").level == logging.DEBUG:  # --verbose
         logging.getLogger(category.__name__).warning(str(message))

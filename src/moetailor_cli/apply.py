@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moetailor_cli import dry, output
+from moetailor_cli import dry, output, waiting
 from moetailor_cli.options import (
     READS,
     WRITES,
@@ -122,7 +122,7 @@ def apply(
         dry.apply(model, plan, out, calibration, run, device=device, trust_remote_code=trust_remote_code)
         return
     made, digest = moetailor.Plan.load(plan), sha256(plan.read_bytes()).hexdigest()
-    with ranks.shared(folder=os.path.realpath(out), plan=digest) as first, output.stages() as progress:
+    with ranks.shared(folder=os.path.realpath(out), plan=digest) as first, waiting.stages() as progress:
         moetailor.apply(
             made,
             model,
@@ -216,7 +216,7 @@ def compress(
         dry.compress(model, out, given, run, device=device, trust_remote_code=trust_remote_code)
         return
     checked = moetailor.precheck(model, out, trust_remote_code=trust_remote_code, **given)
-    with ranks.shared(folder=os.path.realpath(out)) as first, output.stages() as progress:
+    with ranks.shared(folder=os.path.realpath(out)) as first, waiting.stages() as progress:
         if first:
             output.say(checked)
         measured, plan = moetailor.compress(

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moetailor_cli import dry, output, ranking
+from moetailor_cli import dry, output, ranking, waiting
 from moetailor_cli.completion import complete_methods
 from moetailor_cli.options import (
     AMOUNT,
@@ -129,7 +129,7 @@ def compare(
     if dry_run:
         dry.compare(model, wanted, device=device, trust_remote_code=trust_remote_code)
         return
-    with output.stages() as progress:
+    with waiting.stages() as progress:
         results = moetailor.compare(
             model,
             out,

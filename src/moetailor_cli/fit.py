@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moetailor_cli import output
+from moetailor_cli import output, waiting
 from moetailor_cli.options import AMOUNT, DECIDES, READS, SERVES, WRITES, Device, Dtype, Engine, Model, Overwrite, Trust
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def fit(
     if not yes and choice is None and not _agreed(chosen.name, out):
         return False
     opened = Original(model, trust_remote_code=trust_remote_code)
-    with output.stages() as progress:
+    with waiting.stages() as progress:
         plan, scores = fit(opened, out, job, overwrite=overwrite, progress=progress)
     output.plan(plan)
     output.scores(scores)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moetailor_cli import dry, output
+from moetailor_cli import dry, output, waiting
 from moetailor_cli import redundancy as redundancy_module
 from moetailor_cli.options import (
     MEASURES,
@@ -118,7 +118,7 @@ def calibrate(
     if dry_run:
         dry.calibrate(model, run, device=device, trust_remote_code=trust_remote_code)
         return
-    with ranks.shared(folder=os.path.realpath(out)) as first, output.progress("calibrate") as progress:
+    with ranks.shared(folder=os.path.realpath(out)) as first, waiting.progress("calibrate") as progress:
         calibration = moetailor.calibrate(
             model,
             out,
@@ -177,7 +177,7 @@ def evaluate(
         if json is not None:
             write_json(json, found.to_json())
         return
-    with output.stages() as progress:
+    with waiting.stages() as progress:
         scores = moetailor.evaluate(
             compressed,
             against,
@@ -204,5 +204,5 @@ def _redundancy(model: str, calibration: Path, trust_remote_code: bool) -> Any:
     import moetailor
 
     weights = moetailor.ExpertWeights(model, trust_remote_code=trust_remote_code)
-    with output.progress("inspect") as progress:
+    with waiting.progress("inspect") as progress:
         return moetailor.find_redundancy(moetailor.Calibration.open(calibration), weights=weights, progress=progress)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moetailor_cli import dry, output
+from moetailor_cli import dry, output, waiting
 from moetailor_cli import show as show_module
 from moetailor_cli.options import (
     DECIDES,
@@ -97,7 +97,7 @@ def plan(
         dry.plan(measured, method, parameters, budget, given, source, device, trust_remote_code)
         return
     about = {"calibration": calibration_hash(measured.fingerprint)}
-    with ranks.shared(**about) as first, output.progress("plan") as progress:
+    with ranks.shared(**about) as first, waiting.progress("plan") as progress:
         if first:
             check_file(out, "plan")
         made = moetailor.make_plan(
@@ -164,7 +164,7 @@ def allocate(
 
     budget, parameters = read_budget(method, remove, keep, size, memory, load_dtype), read_parameters(param)
     selected, kept = read_numbers(layers), read_pairs(protect)
-    with output.progress("allocate") as progress:
+    with waiting.progress("allocate") as progress:
         found = moetailor.allocate(
             moetailor.Calibration.open(calibration),
             method,

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from moetailor_cli import output
+from moetailor_cli import output, waiting
 from moetailor_cli.options import READS, RUNS, TRAINS, WRITES, Device, Dtype, Overwrite, Trust
 
 FILES = "JSONL with `messages`, with `prompt` and `completion`, or with `text`; or plain text, .txt. Repeatable."
@@ -118,7 +118,7 @@ def recover(
         check_file(json, "recovery")
     words = [word for entry in train or ["router"] for word in entry.split(",")]
     cut = {"length": length, "loss_on": loss_on}
-    with output.stages() as progress:
+    with waiting.stages() as progress:
         result = moetailor.recover(
             model,
             out,

@@ -50,8 +50,7 @@ def whole(verb: Callable[..., bool | None]) -> Callable[..., None]:
         output.set_quiet(quiet)
         if verbose:
             _let_libraries_speak()
-        # Under torchrun the first process speaks for all.
-        if verb(**given) is not False and os.environ.get("RANK", "0") == "0" and not quiet:
+        if verb(**given) is not False and output.speaks() and not quiet:
             if line := following(verb.__name__, given):
                 output.say(line)
 
@@ -68,7 +67,7 @@ def whole(verb: Callable[..., bool | None]) -> Callable[..., None]:
 def _let_libraries_speak() -> None:
     """Have libraries say what they do, those that are loaded later, too."""
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
-    logging.getLogger("moetailor").setLevel(logging.INFO)
+    logging.getLogger("moetailor").setLevel(logging.DEBUG)
     for name, setting in LIBRARIES.items():
         os.environ.setdefault(setting, "info")
         logging.getLogger(name).setLevel(logging.INFO)

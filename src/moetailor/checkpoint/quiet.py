@@ -12,8 +12,8 @@ from transformers.utils import logging as transformers_logging
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Keep transformers from printing progress bars and load reports of its own, unless moetailor's logger asks for
-    information."""
-    if logging.getLogger("moetailor").level == logging.INFO:
+    everything."""
+    if logging.getLogger("moetailor").level == logging.DEBUG:
         yield
         return
     level = transformers_logging.get_verbosity()
