@@ -14,8 +14,9 @@ from transformers import AutoTokenizer
 
 from moetailor.calibration import sources
 from moetailor.calibration.batch import Batch, document_key, load_batches, save_batches, text_fingerprint
+from moetailor.calibration.calibrate import calibrate
 from moetailor.calibration.spans import pieces
-from moetailor.calibration.text import TextOptions, read_batches
+from moetailor.calibration.text import TextOptions, length_of, read_batches
 from moetailor.errors import CalibrationError
 from moetailor.recovery.examples import ExampleOptions, read_blocks
 from support.letters import EOS, Letters
@@ -696,3 +697,25 @@ def test_null_says_nothing_whatever_the_file(tmp_path: Path) -> None:
     kind = pyarrow.schema([("messages", pyarrow.list_(pyarrow.string())), ("text", pyarrow.string())])
     parquet.write_table(pyarrow.Table.from_pylist(rows, schema=kind), tmp_path / "t.parquet")
     assert stream(read(lines)) == stream(read(str(tmp_path / "t.parquet")))
+
+
+@pytest.mark.parametrize(
+    ("asked", "taken", "expected"),
+    [(None, 512, 512), (None, 4096, 2048), (None, None, 2048), (64, 512, 64), (64, None, 64)],
+)
+def test_blocks_are_as_long_as_usual_or_as_the_model_takes(asked: int | None, taken: int | None, expected: int) -> None:
+    assert length_of(asked, taken) == expected
+
+
+def test_what_the_model_does_not_take_is_refused() -> None:
+    with pytest.raises(CalibrationError, match="--length 513 is more than the model takes"):
+        length_of(513, 512)
+
+
+def test_a_run_without_a_length_is_the_run_with_the_one_that_it_takes(tmp_path: Path) -> None:
+    """The reference model takes 512 positions; the second call finds the first one's work."""
+    options = {"data": (str(REFERENCE / "heldout.jsonl"),), "sequences": 1}
+    first = calibrate(REFERENCE, tmp_path / "calib", text=TextOptions(**options))
+    assert first.fingerprint["text"]["shapes"] == [[1, 512]]
+    again = calibrate(REFERENCE, tmp_path / "calib", text=TextOptions(**options, length=512))
+    assert again.fingerprint == first.fingerprint

@@ -168,7 +168,7 @@ def compress(
     bits: Bits = None,
     uniform_layers: Uniform = False,
     sequences: Sequences = 128,
-    length: Length = 2048,
+    length: Length = None,
     sample_tokens: SampleTokens = None,
     sample_size: SampleSize = "8GB",
     seed: Seed = None,
@@ -237,7 +237,7 @@ def compress(
         )
     if not first:
         return
-    output.calibration(measured, sequences * length)
+    output.calibration(measured)
     output.plan(plan)
     output.say(VERIFIED)
     _written(out)

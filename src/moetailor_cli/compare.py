@@ -77,7 +77,7 @@ def compare(
     held_out_sequences: Annotated[
         int, typer.Option(min=1, help="Blocks of held-out text.", rich_help_panel=READS)
     ] = 64,
-    length: Length = 2048,
+    length: Length = None,
     batch_size: Batch = 1,
     sample_tokens: SampleTokens = None,
     sample_size: SampleSize = "8GB",

@@ -67,7 +67,7 @@ def calibrate(
     out: Annotated[Path, typer.Option("--out", "-o", help="Calibration folder.", rich_help_panel=WRITES)],
     data: Data,
     sequences: Sequences = 128,
-    length: Length = 2048,
+    length: Length = None,
     sample_tokens: SampleTokens = None,
     sample_size: SampleSize = "8GB",
     seed: Seed = None,
@@ -129,7 +129,7 @@ def calibrate(
             **run,
         )
     if first:  # under torchrun it speaks for all
-        output.calibration(calibration, sequences * length)
+        output.calibration(calibration)
         output.took(out)
 
 
@@ -138,7 +138,7 @@ def evaluate(
     against: Annotated[str, typer.Option(help="The original: folder or hub name.", rich_help_panel=READS)],
     data: Data,
     sequences: Sequences = 64,
-    length: Length = 2048,
+    length: Length = None,
     batch_size: Batch = 1,
     tasks: Annotated[
         list[str] | None,

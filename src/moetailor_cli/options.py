@@ -33,7 +33,14 @@ Data = Annotated[
     ),
 ]
 Sequences = Annotated[int, typer.Option(min=1, help="Blocks of text to run.", rich_help_panel=READS)]
-Length = Annotated[int, typer.Option(min=1, help="Tokens of a block.", rich_help_panel=READS)]
+Length = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Tokens of a block. [dim]default: 2048, or what the model takes at most[/dim]",
+        rich_help_panel=READS,
+    ),
+]
 Seed = Annotated[
     int | None,
     typer.Option(

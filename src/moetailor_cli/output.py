@@ -133,9 +133,10 @@ def summary(found: Summary) -> None:
     _out.print(f"on disk: {nbytes(found.nbytes)}" + ("" if found.lies == "plain" else f"; experts are {found.lies}"))
 
 
-def calibration(made: Calibration, wanted: int) -> None:
-    """Print what was measured, and what a reader should know of it."""
-    text = made.fingerprint["text"]
+def calibration(made: Calibration) -> None:
+    """Print what was measured of a text that was read, and what a reader should know of it."""
+    text, options = made.fingerprint["text"], made.fingerprint["options"]
+    wanted = options["sequences"] * options["length"]
     say(f"{made.folder}: {text['counted']:,} tokens through {len(made.layers)} MoE layers")
     if text["tokens"] < wanted:
         warn(f"the text ended after {text['tokens']:,} of {wanted:,} tokens; plans rest on fewer tokens than asked for")

@@ -42,7 +42,14 @@ def recover(
         list[str] | None,
         typer.Option(help="Examples to measure the loss on, before and after. As --data.", rich_help_panel=READS),
     ] = None,
-    length: Annotated[int, typer.Option(min=2, help="Tokens of a block.", rich_help_panel=READS)] = 1024,
+    length: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="Tokens of a block. [dim]default: 1024, or what the model takes at most[/dim]",
+            rich_help_panel=READS,
+        ),
+    ] = None,
     steps: Annotated[
         int | None,
         typer.Option(min=1, help="Optimizer steps. Default: as many as --epochs takes.", rich_help_panel=TRAINS),

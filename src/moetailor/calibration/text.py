@@ -17,6 +17,9 @@ from moetailor.calibration.batch import Batch
 from moetailor.calibration.spans import Document, Encoder, documents
 from moetailor.errors import CalibrationError
 
+# Tokens of a block where nothing else is said and the model takes as many.
+LENGTH = 2048
+
 
 @dataclass(frozen=True, kw_only=True)
 class TextOptions:
@@ -25,7 +28,7 @@ class TextOptions:
     Attributes:
         data: sources, each ``FILE[:weight]`` or a name for the datasets library, ``NAME[,CONFIG][@SPLIT][:weight]``.
         sequences: how many blocks to take; all there are when None.
-        length: tokens of a block.
+        length: tokens of a block; 2048, or as many as the model takes if it takes fewer, when None.
         seed: shuffles the documents of each source: a file up to 4 MiB as a whole, a larger one by 64 places of 64 KiB
             at a time, drawn from all of it (whole row groups of Parquet; in .gz 4 MiB after 4 MiB); file order when
             None.
@@ -38,7 +41,7 @@ class TextOptions:
 
     data: tuple[str, ...]
     sequences: int | None = 128
-    length: int = 2048
+    length: int | None = None
     seed: int | None = None
     mask_special: bool = False
     batch_size: int = 4
@@ -72,21 +75,21 @@ def read_batches(
     Raises:
         CalibrationError: no or too little text, an unreadable source, or blocks longer than the model takes.
     """
-    check_length(options.length, max_length)
+    length = length_of(options.length, max_length)
     if not options.data:
         raise CalibrationError("no text given; name at least one file with --data")
     stream = _TokenStream(tokenizer)
-    need = None if options.sequences is None else options.sequences * options.length
+    need = None if options.sequences is None else options.sequences * length
     for portion in _mixed(options, stream):
         stream.add(portion)
         if need is not None and stream.length >= need:
             break
-    least = min(options.length, 64)
+    least = min(length, 64)
     if stream.length < least:
         raise CalibrationError(
             f"{', '.join(options.data)}: {stream.length} tokens of text, at least {least} are needed"
         )
-    batches = stream.batches(options, need)
+    batches = stream.batches(options, length, need)
     check_vocabulary(max(int(batch.input_ids.max()) for batch in batches), vocab_size)
     return batches
 
@@ -119,7 +122,7 @@ class _TokenStream:
         self.domain.append(torch.full((count,), domain))
         self.length += count
 
-    def batches(self, options: TextOptions, need: int | None) -> list[Batch]:
+    def batches(self, options: TextOptions, length: int, need: int | None) -> list[Batch]:
         end = self.length if need is None else min(need, self.length)
         parts = [torch.cat(part)[:end] for part in (self.ids, self.documents, self.positions, self.domain)]
         special = (
@@ -127,17 +130,14 @@ class _TokenStream:
             if options.mask_special
             else torch.empty(0, dtype=torch.long)
         )
-        full = end // options.length
-        starts = list(range(0, full * options.length, options.batch_size * options.length))
-        cuts = [
-            (start, min(start + options.batch_size * options.length, full * options.length), options.length)
-            for start in starts
-        ]
-        if end > full * options.length:
-            cuts.append((full * options.length, end, end - full * options.length))
+        whole = end // length * length
+        starts = range(0, whole, options.batch_size * length)
+        cuts = [(start, min(start + options.batch_size * length, whole), length) for start in starts]
+        if end > whole:
+            cuts.append((whole, end, end - whole))
         batches = []
-        for start, stop, length in cuts:
-            ids, document, position, domain = (part[start:stop].view(-1, length) for part in parts)
+        for start, stop, each in cuts:
+            ids, document, position, domain = (part[start:stop].view(-1, each) for part in parts)
             batches.append(
                 Batch(
                     input_ids=ids,
@@ -213,13 +213,21 @@ def check_vocabulary(largest: int, vocab_size: int | None) -> None:
         )
 
 
-def check_length(length: int, max_length: int | None) -> None:
-    """Refuse blocks longer than a model takes, if it says.
+def length_of(length: int | None, max_length: int | None, usual: int = LENGTH) -> int:
+    """Return the tokens of a block.
+
+    Args:
+        length: those that are asked for; None for the usual ones, or as many as the model takes if it takes fewer.
+        max_length: the longest sequence the model takes, if it says.
+        usual: see above.
 
     Raises:
-        CalibrationError: see the message.
+        CalibrationError: blocks are longer than the model takes.
     """
+    if length is None:
+        return min(usual, max_length or usual)
     if max_length is not None and length > max_length:
         raise CalibrationError(
             f"--length {length} is more than the model takes ({max_length}); use at most {max_length}"
         )
+    return length
