@@ -93,7 +93,7 @@ FLAGS = {
     "inspect": "--calibration --json --trust-remote-code",
     "calibrate": "--batch-size --data --device --device-map --dry-run --dtype --length --mask-special --out "
     "--residual --sample-size --sample-tokens --seed --sensitivity "
-    "--sequences --states --stream --trust-remote-code",
+    "--sequences --states --stream --text-column --trust-remote-code",
     "methods": "",
     "plan": "--allocation --batch-memory --bits --device --dry-run --guard-super-experts --keep --layers --load-dtype "
     "--memory --method --model --native --out --param --protect --remove --size --trust-remote-code --uniform-layers",
@@ -108,17 +108,17 @@ FLAGS = {
     "--device-map --dry-run --dtype --format --guard-super-experts --keep --layers --length --load-dtype "
     "--mask-special --memory --method --native "
     "--out --overwrite --param --propagate --protect --remove --sample-size --sample-tokens --seed "
-    "--sequences --size --states --stream --trust-remote-code --uniform-layers",
+    "--sequences --size --states --stream --text-column --trust-remote-code --uniform-layers",
     "evaluate": "--against --batch-size --data --device --device-map --dry-run --dtype --json --length --limit "
-    "--scratch --sequences --stream --task-data --task-dir --tasks --trust-remote-code",
+    "--scratch --sequences --stream --task-data --task-dir --tasks --text-column --trust-remote-code",
     "compare": "--batch-memory --batch-size --calibration --data --device --dry-run --dtype --held-out "
     "--held-out-sequences --length --mask-special --methods --out --remove --sample-size --sample-tokens --scratch "
-    "--seed --sequences --sizes --stream --trust-remote-code",
+    "--seed --sequences --sizes --stream --text-column --trust-remote-code",
     "serve": "--context --dry-run --engine --host --port",
     "recover": "--accumulate --anneal --anneal-gamma --batch-size --data --device --dtype --epochs "
     "--fsdp --gradient-checkpointing --held-out --json "
     "--layer-weight --length --lora-alpha --lora-rank --loss --loss-on --lr --out --overwrite --save-every --seed "
-    "--steps --teacher --temperature --train --trust-remote-code --warmup --weight-decay",
+    "--steps --teacher --temperature --text-column --train --trust-remote-code --warmup --weight-decay",
     "report": "",
 }
 # Those of every verb.

@@ -48,6 +48,7 @@ from moetailor_cli.options import (
     Size,
     States,
     Stream,
+    TextColumn,
     Trust,
     Uniform,
 )
@@ -167,6 +168,7 @@ def compress(
     allocation: Allocation = "uniform",
     bits: Bits = None,
     uniform_layers: Uniform = False,
+    text_column: TextColumn = None,
     sequences: Sequences = 128,
     length: Length = None,
     sample_tokens: SampleTokens = None,
@@ -206,7 +208,7 @@ def compress(
     selected, kept, allocated = read_numbers(layers), read_pairs(protect), read_allocation(allocation)
     parameters, width = read_bits(bits, method, parameters)
     blocks = {"sequences": sequences, "length": length, "seed": seed, "batch_size": batch_size}
-    text = moetailor.TextOptions(data=tuple(data), mask_special=mask_special, **blocks)
+    text = moetailor.TextOptions(data=tuple(data), mask_special=mask_special, text_column=text_column, **blocks)
     sample = read_sample(sample_tokens, sample_size, seed)
     given: dict[str, Any] = {"method": method, "budget": budget, "parameters": parameters, "layers": selected}
     given |= {"protect": kept, "allocation": allocated, "width": width, "calibration": calibration, "text": text}

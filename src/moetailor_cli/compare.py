@@ -28,6 +28,7 @@ from moetailor_cli.options import (
     Seed,
     Sequences,
     Stream,
+    TextColumn,
     Trust,
 )
 from moetailor_cli.reading import read_nbytes, read_sample
@@ -73,6 +74,7 @@ def compare(
             rich_help_panel=AMOUNT,
         ),
     ] = None,
+    text_column: TextColumn = None,
     sequences: Sequences = 128,
     held_out_sequences: Annotated[
         int, typer.Option(min=1, help="Blocks of held-out text.", rich_help_panel=READS)
@@ -111,9 +113,14 @@ def compare(
         seed=seed,
         mask_special=mask_special,
         batch_size=batch_size,
+        text_column=text_column,
     )
     held_out_text = moetailor.TextOptions(
-        data=tuple(held_out), sequences=held_out_sequences, length=length, batch_size=batch_size
+        data=tuple(held_out),
+        sequences=held_out_sequences,
+        length=length,
+        batch_size=batch_size,
+        text_column=text_column,
     )
     wanted = {
         "held_out": held_out_text,

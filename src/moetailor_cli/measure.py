@@ -31,6 +31,7 @@ from moetailor_cli.options import (
     Sequences,
     States,
     Stream,
+    TextColumn,
     Trust,
 )
 from moetailor_cli.reading import read_sample
@@ -66,6 +67,7 @@ def calibrate(
     model: Model,
     out: Annotated[Path, typer.Option("--out", "-o", help="Calibration folder.", rich_help_panel=WRITES)],
     data: Data,
+    text_column: TextColumn = None,
     sequences: Sequences = 128,
     length: Length = None,
     sample_tokens: SampleTokens = None,
@@ -111,6 +113,7 @@ def calibrate(
         seed=seed,
         mask_special=mask_special,
         batch_size=batch_size,
+        text_column=text_column,
     )
     sample = read_sample(sample_tokens, sample_size, seed)
     run: dict[str, Any] = {"residual": residual, "sensitivity": sensitivity, "stream": stream, "states": states}
@@ -137,6 +140,7 @@ def evaluate(
     compressed: Annotated[str, typer.Argument(metavar="OUT", help="Folder of the compressed checkpoint.")],
     against: Annotated[str, typer.Option(help="The original: folder or hub name.", rich_help_panel=READS)],
     data: Data,
+    text_column: TextColumn = None,
     sequences: Sequences = 64,
     length: Length = None,
     batch_size: Batch = 1,
@@ -170,7 +174,8 @@ def evaluate(
 
     if json is not None:
         check_file(json, "estimate" if dry_run else "scores")
-    text = moetailor.TextOptions(data=tuple(data), sequences=sequences, length=length, batch_size=batch_size)
+    blocks = {"sequences": sequences, "length": length, "batch_size": batch_size}
+    text = moetailor.TextOptions(data=tuple(data), text_column=text_column, **blocks)
     if dry_run:
         run = {"text": text, "tasks": bool(tasks), "stream": stream, "dtype": dtype}
         found = dry.evaluate(compressed, against, run, device=device, trust_remote_code=trust_remote_code)

@@ -26,9 +26,18 @@ Data = Annotated[
     list[str],
     typer.Option(
         "--data",
-        help="FILE[:weight], .jsonl, .txt (or these with .gz) or .parquet; or NAME[:weight] for the datasets library, "
+        help="FILE[:weight], .jsonl, .txt (or these with .gz or .zst) or .parquet; or NAME[:weight] for the datasets library, "
         "where NAME may go on as in NAME,CONFIG[@SPLIT]; with text, messages, or prompt and completion. Repeatable: "
         "sources are mixed by weight.",
+        rich_help_panel=READS,
+    ),
+]
+TextColumn = Annotated[
+    str | None,
+    typer.Option(
+        "--text-column",
+        metavar="NAME",
+        help="The column that holds the text of a row. [dim]default: text, messages, or prompt and completion[/dim]",
         rich_help_panel=READS,
     ),
 ]

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from moetailor_cli import output, waiting
-from moetailor_cli.options import READS, RUNS, TRAINS, WRITES, Device, Dtype, Overwrite, Trust
+from moetailor_cli.options import READS, RUNS, TRAINS, WRITES, Device, Dtype, Overwrite, TextColumn, Trust
 
 FILES = "JSONL with `messages`, with `prompt` and `completion`, or with `text`; or plain text, .txt. Repeatable."
 
@@ -18,6 +18,7 @@ def recover(
     model: Annotated[str, typer.Argument(metavar="OUT", help="The checkpoint to train: folder or hub name.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the result.", rich_help_panel=WRITES)],
     data: Annotated[list[str], typer.Option(help=FILES, rich_help_panel=READS)],
+    text_column: TextColumn = None,
     teacher: Annotated[
         str | None, typer.Option(help="The original: folder or hub name.", rich_help_panel=READS)
     ] = None,
@@ -124,7 +125,7 @@ def recover(
     if json is not None:
         check_file(json, "recovery")
     words = [word for entry in train or ["router"] for word in entry.split(",")]
-    cut = {"length": length, "loss_on": loss_on}
+    cut = {"length": length, "loss_on": loss_on, "text_column": text_column}
     with waiting.stages() as progress:
         result = moetailor.recover(
             model,

@@ -88,7 +88,7 @@ def calibrate(
         limit = longest_sequence(config)
         text = replace(text, length=length_of(text.length, limit))
         batches = read_batches(text, tokenizer, max_length=limit, vocab_size=getattr(config, "vocab_size", None))
-        read = {"tokenizer": tokenizer_fingerprint(tokenizer), "options": asdict(text)}
+        read = {"tokenizer": tokenizer_fingerprint(tokenizer), "options": _options(text)}
         measured = replace(measured, settings=measured.settings | read)
     else:
         batches = list(text)
@@ -109,6 +109,12 @@ def calibrate(
             )
     ranks.once(lambda: sweep(calibration.folder))
     return calibration
+
+
+def _options(text: TextOptions) -> dict[str, Any]:
+    """Return the options of a text for the fingerprint; a column that nobody named is not said."""
+    found = asdict(text)
+    return {name: value for name, value in found.items() if name != "text_column" or value is not None}
 
 
 def _resident(model: Any) -> MeasuredModel:

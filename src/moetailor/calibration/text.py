@@ -34,6 +34,7 @@ class TextOptions:
             None.
         mask_special: leave the tokenizer's special tokens out of every statistic.
         batch_size: blocks of a batch.
+        text_column: the column of a row that holds its text; `text`, `messages`, or `prompt` and `completion` when None.
 
     Raises:
         CalibrationError: a number that means nothing.
@@ -45,6 +46,7 @@ class TextOptions:
     seed: int | None = None
     mask_special: bool = False
     batch_size: int = 4
+    text_column: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "data", words_of(self.data))
@@ -155,7 +157,7 @@ class _TokenStream:
 def _mixed(options: TextOptions, stream: _TokenStream) -> Iterator[Portion]:
     """Take the next portion from the source that is furthest behind its share of the tokens."""
     names, weights = zip(*(_split_weight(entry) for entry in options.data), strict=True)
-    found = [documents(name, stream.tokenizer, seed=options.seed) for name in names]
+    found = [documents(name, stream.tokenizer, seed=options.seed, text_column=options.text_column) for name in names]
     # The first of each is read before anything is done, also of a source that will not be needed.
     sources = [_portions(chain([next(each)], each), stream.encoder) for each in found]
     taken = [0.0] * len(sources)

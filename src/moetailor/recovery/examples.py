@@ -32,11 +32,13 @@ class ExampleOptions:
         data: sources, read one after the other, as calibration reads them.
         length: tokens of a block; 1024, or as many as the model takes if it takes fewer, when None.
         loss_on: count ``completion`` tokens only (what the assistant says), or ``all``. Rows of ``text`` count whole.
+        text_column: the column of a row that holds its text; the usual ones when None.
     """
 
     data: tuple[str, ...]
     length: int | None = None
     loss_on: LossOn = "completion"
+    text_column: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "data", words_of(self.data))
@@ -130,7 +132,7 @@ def _stream(options: ExampleOptions, tokenizer: Any) -> tuple[torch.Tensor, torc
     encoder = Encoder(tokenizer)
     ids, counts = [torch.empty(0, dtype=torch.long)], [torch.empty(0, dtype=torch.bool)]
     for name in options.data:
-        for document in documents(name, tokenizer, training=True):
+        for document in documents(name, tokenizer, training=True, text_column=options.text_column):
             for tokens, counted in encoder.portions(document):
                 ids.append(torch.tensor(tokens))
                 counts.append(torch.tensor(counted) | (options.loss_on == "all"))
