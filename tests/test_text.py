@@ -461,6 +461,8 @@ def test_packed_lines_are_read_like_plain_ones(tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize("damage", ["cut", "none", "flipped"])
 def test_damaged_packing_is_named(tmp_path: Path, name: str, damage: str) -> None:
     ending = name.rpartition(".")[2]
+    if (ending, damage) == ("zst", "flipped"):
+        pytest.skip("a frame of Zstandard need not have a checksum")
     rows = "".join(json.dumps({"text": f"abc {number}"}) + "\n" for number in range(1000))
     whole = packed_as(ending, rows.encode())
     wrong = {"cut": whole[:-40], "none": b'{"text": "abc"}\n', "flipped": whole[:500] + b"\xff" * 9 + whole[509:]}
@@ -600,7 +602,7 @@ def test_parquet_without_text_lists_its_columns(tmp_path: Path) -> None:
     parquet.write_table(arrow.table({"content": ["a"], "id": [1]}), tmp_path / "t.parquet")
     assert refusal_of(str(tmp_path / "t.parquet")) == (
         f"{tmp_path / 't.parquet'}: has no column `messages` or `text`, nor both `prompt` and `completion`; "
-        "it has content, id"
+        "it has content, id; --text-column names another"
     )
 
 

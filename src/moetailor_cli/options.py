@@ -26,8 +26,8 @@ Data = Annotated[
     list[str],
     typer.Option(
         "--data",
-        help="FILE[:weight], .jsonl, .txt (or these with .gz or .zst) or .parquet; or NAME[:weight] for the datasets library, "
-        "where NAME may go on as in NAME,CONFIG[@SPLIT]; with text, messages, or prompt and completion. Repeatable: "
+        help="FILE[:weight], .jsonl, .txt (or these with .gz or .zst) or .parquet; or NAME[:weight] for the datasets "
+        "library, where NAME may go on as in NAME,CONFIG[@SPLIT]; with text, messages, or prompt and completion. Repeatable: "
         "sources are mixed by weight.",
         rich_help_panel=READS,
     ),

@@ -1,4 +1,4 @@
-"""Packed files, opened as what is in them: gzip, and Zstandard through pyarrow, which comes with the datasets library."""
+"""Packed files, opened as what is in them: gzip, and Zstandard through pyarrow, which datasets brings."""
 
 from __future__ import annotations
 

@@ -217,8 +217,8 @@ def _parquet(path: Path, seed: int | None, columns: _Columns) -> Iterator[Iterab
         raise CalibrationError(f"{path}: has no column {columns.text!r}; it has {', '.join(names)}")
     if columns.text is None and not {"messages", "text"} & set(read) and not {"prompt", "completion"} <= set(read):
         raise CalibrationError(
-            f"{path}: has no column `messages` or `text`, nor both `prompt` and `completion`; it has {', '.join(names)}; "
-            "--text-column names another"
+            f"{path}: has no column `messages` or `text`, nor both `prompt` and `completion`; "
+            f"it has {', '.join(names)}; --text-column names another"
         )
     groups = list(range(file.num_row_groups))
     if seed is not None:

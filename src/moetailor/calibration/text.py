@@ -34,7 +34,7 @@ class TextOptions:
             None.
         mask_special: leave the tokenizer's special tokens out of every statistic.
         batch_size: blocks of a batch.
-        text_column: the column of a row that holds its text; `text`, `messages`, or `prompt` and `completion` when None.
+        text_column: the column of a row that holds its text; the usual ones when None.
 
     Raises:
         CalibrationError: a number that means nothing.
