@@ -122,7 +122,7 @@ FLAGS = {
     "report": "",
 }
 # Those of every verb.
-EVERY = {"--quiet", "--verbose"}
+EVERY = {"--quiet", "--recipe", "--verbose"}
 
 
 def test_the_surface_is_frozen() -> None:

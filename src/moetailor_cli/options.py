@@ -27,8 +27,8 @@ Data = Annotated[
     typer.Option(
         "--data",
         help="FILE[:weight], .jsonl, .txt (or these with .gz or .zst) or .parquet; or NAME[:weight] for the datasets "
-        "library, where NAME may go on as in NAME,CONFIG[@SPLIT]; with text, messages, or prompt and completion. Repeatable: "
-        "sources are mixed by weight.",
+        "library, where NAME may go on as in NAME,CONFIG[@SPLIT]; with text, messages, or prompt and completion. "
+        "Repeatable: sources are mixed by weight.",
         rich_help_panel=READS,
     ),
 ]

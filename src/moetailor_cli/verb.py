@@ -8,6 +8,7 @@ import logging
 import os
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
@@ -16,6 +17,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from moetailor_cli import output
 from moetailor_cli.options import EVERY, PANELS
+from moetailor_cli.recipe import Recipe, keep
 from moetailor_cli.steps import following
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.", rich_help_panel=EVERY)]
@@ -44,21 +46,26 @@ def whole(verb: Callable[..., bool | None]) -> Callable[..., None]:
     """
 
     @functools.wraps(verb)
-    def run(*, quiet: bool, verbose: bool, **given: Any) -> None:
+    def run(*, recipe: Path | None, quiet: bool, verbose: bool, **given: Any) -> None:
         if quiet and verbose:
             raise typer.BadParameter("--quiet and --verbose: give one of them")
         output.set_quiet(quiet)
         if verbose:
             _let_libraries_speak()
-        if verb(**given) is not False and output.speaks() and not quiet:
+        told = verb(**given) is False
+        if not output.speaks():
+            return
+        keep(verb.__name__, given)
+        if not told and not quiet:
             if line := following(verb.__name__, given):
                 output.say(line)
 
-    hints = get_type_hints(verb, include_extras=True) | {"quiet": Quiet, "verbose": Verbose}
+    added: dict[str, tuple[Any, Any]] = {"recipe": (Recipe, None), "quiet": (Quiet, False), "verbose": (Verbose, False)}
+    hints = get_type_hints(verb, include_extras=True) | {name: hint for name, (hint, _) in added.items()}
     signature = inspect.signature(verb)
     own = [part.replace(annotation=hints[name]) for name, part in signature.parameters.items()]
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    own += [inspect.Parameter(name, kind, default=False, annotation=hints[name]) for name in ("quiet", "verbose")]
+    own += [inspect.Parameter(name, kind, default=value, annotation=hint) for name, (hint, value) in added.items()]
     run.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
     run.__annotations__ = hints
     return run
