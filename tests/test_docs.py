@@ -88,12 +88,12 @@ SearchOptions TaskOptions TextOptions Width __version__ allocate apply calibrate
 find_redundancy make_plan precheck read_batches recover
 """.split()
 FLAGS = {
-    "fit": "--choice --context --data --device --dry-run --dtype --engine --held-out --json --memory --out --overwrite "
-    "--trust-remote-code --yes",
-    "inspect": "--calibration --json --trust-remote-code",
+    "fit": "--choice --context --data --device --dry-run --dtype --engine --held-out --json --memory --out "
+    "--overwrite --push-to-hub --revision --trust-remote-code --yes",
+    "inspect": "--calibration --json --revision --trust-remote-code",
     "calibrate": "--batch-size --data --device --device-map --dry-run --dtype --length --mask-special --out "
-    "--residual --sample-size --sample-tokens --seed --sensitivity "
-    "--sequences --states --stream --text-column --trust-remote-code",
+    "--residual --revision --sample-size --sample-tokens --seed --sensitivity --sequences --states "
+    "--stream --text-column --trust-remote-code",
     "methods": "",
     "plan": "--allocation --batch-memory --bits --device --dry-run --guard-super-experts --keep --layers --load-dtype "
     "--memory --method --model --native --out --param --protect --remove --size --trust-remote-code --uniform-layers",
@@ -102,23 +102,23 @@ FLAGS = {
     "show": "--scores",
     "diff": "",
     "apply": "--allow-other-weights --batch-memory --calibration --converter --device --dry-run --format "
-    "--gguf-recipe --out --overwrite --propagate --quantizer --trust-remote-code "
-    "--verify",
-    "compress": "--allocation --batch-memory --batch-size --bits --calibration --data --device "
-    "--device-map --dry-run --dtype --format --guard-super-experts --keep --layers --length --load-dtype "
-    "--mask-special --memory --method --native "
-    "--out --overwrite --param --propagate --protect --remove --sample-size --sample-tokens --seed "
-    "--sequences --size --states --stream --text-column --trust-remote-code --uniform-layers",
+    "--gguf-recipe --out --overwrite --propagate --push-to-hub --quantizer --revision --trust-remote-code --verify",
+    "compress": "--allocation --batch-memory --batch-size --bits --calibration --data --device --device-map "
+    "--dry-run --dtype --format --guard-super-experts --keep --layers --length --load-dtype "
+    "--mask-special --memory --method --native --out --overwrite --param --propagate --protect --push-to-hub --remove "
+    "--revision --sample-size --sample-tokens --seed --sequences --size --states --stream --text-column "
+    "--trust-remote-code --uniform-layers",
     "evaluate": "--against --batch-size --data --device --device-map --dry-run --dtype --json --length --limit "
-    "--scratch --sequences --stream --task-data --task-dir --tasks --text-column --trust-remote-code",
+    "--revision --scratch --sequences --stream --task-data --task-dir --tasks --text-column "
+    "--trust-remote-code",
     "compare": "--batch-memory --batch-size --calibration --data --device --dry-run --dtype --held-out "
-    "--held-out-sequences --length --mask-special --methods --out --remove --sample-size --sample-tokens --scratch "
-    "--seed --sequences --sizes --stream --text-column --trust-remote-code",
+    "--held-out-sequences --length --mask-special --methods --out --remove --revision --sample-size "
+    "--sample-tokens --scratch --seed --sequences --sizes --stream --text-column --trust-remote-code",
     "serve": "--context --dry-run --engine --host --port",
-    "recover": "--accumulate --anneal --anneal-gamma --batch-size --data --device --dtype --epochs "
-    "--fsdp --gradient-checkpointing --held-out --json "
-    "--layer-weight --length --lora-alpha --lora-rank --loss --loss-on --lr --out --overwrite --save-every --seed "
-    "--steps --teacher --temperature --text-column --train --trust-remote-code --warmup --weight-decay",
+    "recover": "--accumulate --anneal --anneal-gamma --batch-size --data --device --dtype --epochs --fsdp "
+    "--gradient-checkpointing --held-out --json --layer-weight --length --lora-alpha --lora-rank --loss "
+    "--loss-on --lr --out --overwrite --revision --save-every --seed --steps --teacher --temperature "
+    "--text-column --train --trust-remote-code --warmup --weight-decay",
     "report": "",
 }
 # Those of every verb.

@@ -22,6 +22,14 @@ EVERY = "Every verb"
 PANELS = (READS, DECIDES, AMOUNT, MEASURES, TRAINS, WRITES, RUNS, SERVES, EVERY)
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder or hub name.")]
+Revision = Annotated[
+    str | None,
+    typer.Option(
+        "--revision",
+        help="Branch, tag or commit of the model that has a hub name; the same as NAME@REVISION.",
+        rich_help_panel=READS,
+    ),
+]
 Data = Annotated[
     list[str],
     typer.Option(
@@ -239,6 +247,15 @@ Propagate = Annotated[
         help="What stand-ins and merged experts are fitted on: original, their layer's inputs in the original model, "
         "or compressed, those that the compressed layers before it give.",
         rich_help_panel=DECIDES,
+    ),
+]
+Push = Annotated[
+    str | None,
+    typer.Option(
+        "--push-to-hub",
+        metavar="NAME",
+        help="Upload the finished folder with its card to this repository of the hub, which is made if need be.",
+        rich_help_panel=WRITES,
     ),
 ]
 Overwrite = Annotated[

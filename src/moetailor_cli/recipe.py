@@ -95,17 +95,22 @@ def _word(where: str, value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def keep(verb: str, given: Mapping[str, Any]) -> None:
-    """Write the settings of a run into what it made, in the words of a recipe.
+def made(verb: str, given: Mapping[str, Any]) -> Path | None:
+    """Return the file in which the artifact of a run says what it is; None where it made none.
 
     Args:
         verb: the verb, which ended well.
         given: its arguments and options by name.
     """
     if verb not in ARTIFACTS or given["out"] is None or given.get("dry_run"):
-        return
+        return None
     file = given["out"] / ARTIFACTS[verb] if ARTIFACTS[verb] else given["out"]
-    if file.is_file() and file.stat().st_mtime >= output.SINCE - 1:  # else it was there before
+    return file if file.is_file() and file.stat().st_mtime >= output.SINCE - 1 else None  # else it was there before
+
+
+def keep(verb: str, given: Mapping[str, Any]) -> None:
+    """Write the settings of a run into what it made, in the words of a recipe; see `made`."""
+    if (file := made(verb, given)) is not None:
         from moetailor.checkpoint.artifact import add_settings
 
         said = {name.replace("_", "-"): value for name, value in given.items() if name not in ELSEWHERE}

@@ -1,4 +1,4 @@
-"""What all verbs have in common: how their help is shown, how much they say, and what comes after them."""
+"""What all verbs have in common: how help is shown, how much is said, recipes, revisions, uploads, what comes next."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from rich.markup import escape
 from typer.core import TyperCommand, TyperGroup
 
 from moetailor_cli import output
-from moetailor_cli.options import EVERY, PANELS
-from moetailor_cli.recipe import Recipe, keep
+from moetailor_cli.options import EVERY, PANELS, Push, Revision
+from moetailor_cli.recipe import Recipe, keep, made
 from moetailor_cli.steps import following
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.", rich_help_panel=EVERY)]
@@ -38,6 +38,14 @@ LIBRARIES = {
 METAVARS = {"int": "N", "float": "X", "str": "TEXT", "path": "PATH", "file": "PATH", "directory": "PATH", "bool": ""}
 
 
+# The model that a verb may take from the hub, of which a revision may be asked for.
+HUB: dict[str, str] = dict.fromkeys(("fit", "inspect", "calibrate", "apply", "compress", "compare"), "model")
+HUB |= {"evaluate": "against", "recover": "teacher"}
+
+# The verbs whose result may go there.
+PUSHING = ("fit", "apply", "compress")
+
+
 def whole(verb: Callable[..., bool | None]) -> Callable[..., None]:
     """Return a verb with the options that every verb has; it ends with what comes next.
 
@@ -52,15 +60,23 @@ def whole(verb: Callable[..., bool | None]) -> Callable[..., None]:
         output.set_quiet(quiet)
         if verbose:
             _let_libraries_speak()
+        if revision := given.pop("revision", None):
+            given[HUB[verb.__name__]] = _at(given[HUB[verb.__name__]], revision)
+        if (pushed := given.pop("push_to_hub", None)) and not given["dry_run"]:
+            _check_pushed(pushed, given["out"])
         told = verb(**given) is False
         if not output.speaks():
             return
         keep(verb.__name__, given)
+        if pushed and made(verb.__name__, given):
+            _push(given["out"], pushed)
         if not told and not quiet:
             if line := following(verb.__name__, given):
                 output.say(line)
 
     added: dict[str, tuple[Any, Any]] = {"recipe": (Recipe, None), "quiet": (Quiet, False), "verbose": (Verbose, False)}
+    added |= {"revision": (Revision, None)} if verb.__name__ in HUB else {}
+    added |= {"push_to_hub": (Push, None)} if verb.__name__ in PUSHING else {}
     hints = get_type_hints(verb, include_extras=True) | {name: hint for name, (hint, _) in added.items()}
     signature = inspect.signature(verb)
     own = [part.replace(annotation=hints[name]) for name, part in signature.parameters.items()]
@@ -69,6 +85,31 @@ def whole(verb: Callable[..., bool | None]) -> Callable[..., None]:
     run.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
     run.__annotations__ = hints
     return run
+
+
+def _at(model: str | None, revision: str) -> str:
+    """Return the name of a model on the hub with its revision."""
+    if model is None or Path(model).exists() or "@" in model:
+        told = "names no model on the hub" if "@" not in (model or "") else "names its revision already"
+        raise typer.BadParameter(f"--revision {revision}: {model or 'nothing'} {told}; leave it out")
+    return f"{model}@{revision}"
+
+
+def _check_pushed(name: str, out: Path | None) -> None:
+    """Refuse what could not be uploaded once it is made."""
+    if out is None:
+        raise typer.BadParameter(f"--push-to-hub {name}: nothing is made without --out")
+    if output.speaks():
+        from moetailor.checkpoint.hub import check_upload
+
+        check_upload(name)
+
+
+def _push(folder: Path, name: str) -> None:
+    """Upload a result."""
+    from moetailor.checkpoint.hub import upload
+
+    output.say(f"uploaded to {upload(folder, name)}")
 
 
 def _let_libraries_speak() -> None:
