@@ -215,18 +215,19 @@ def check_vocabulary(largest: int, vocab_size: int | None) -> None:
         )
 
 
-def length_of(length: int | None, max_length: int | None, usual: int = LENGTH) -> int:
+def length_of(length: int | None, max_length: int | None, usual: int | None = None) -> int:
     """Return the tokens of a block.
 
     Args:
         length: those that are asked for; None for the usual ones, or as many as the model takes if it takes fewer.
         max_length: the longest sequence the model takes, if it says.
-        usual: see above.
+        usual: see above; `LENGTH` when None.
 
     Raises:
         CalibrationError: blocks are longer than the model takes.
     """
     if length is None:
+        usual = LENGTH if usual is None else usual
         return min(usual, max_length or usual)
     if max_length is not None and length > max_length:
         raise CalibrationError(
