@@ -125,7 +125,7 @@ def test_fit_makes_what_fits_and_goes_on_where_it_was(run, tmp_path: Path, monke
     out, text = tmp_path / "out", ["--data", REFERENCE / "calibration.jsonl", "--held-out", REFERENCE / "heldout.jsonl"]
     monkeypatch.setattr("moetailor.fit.SEQUENCES", 16)
     monkeypatch.setattr("moetailor.fit.JUDGED", 2)
-    monkeypatch.setattr("moetailor.fit.LENGTH", 128)
+    monkeypatch.setattr("moetailor.calibration.text.LENGTH", 128)
     words = ["fit", REFERENCE, "--memory", "11MB", "--engine", "vllm", "--context", "128", *text, "-o", out]
     code, shown, err = run(*words)
     assert code == 1

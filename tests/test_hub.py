@@ -10,8 +10,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 
+import moetailor
+from moetailor.checkpoint.hub import upload
 from moetailor.summary import summarise
 from support import hub
 from support.reference import REFERENCE
@@ -80,3 +83,82 @@ def test_what_was_downloaded_is_not_asked_for_again(tmp_path: Path) -> None:
         ran = inspect(served, tmp_path)
     assert ran.returncode == 0, ran.stderr
     assert before["model.safetensors"] == served.given["model.safetensors"] == 18585624
+
+
+def test_a_revision_is_asked_for_and_stays_with_the_name(tmp_path: Path) -> None:
+    with hub.serving(REFERENCE) as served:
+        first = inspect(served, tmp_path, "--revision", "v2")
+        asked = [path for path in served.asked if "/revision/" in path]
+    assert first.returncode == 0, first.stderr
+    assert json.loads(first.stdout)["source"] == f"{hub.NAME}@v2"
+    assert asked
+    assert set(asked) == {f"/api/models/{hub.NAME}/revision/v2"}
+
+
+def test_a_revision_is_one_of_a_model_on_the_hub(run) -> None:
+    for model, told in ((str(REFERENCE), "names no model on the hub"), ("a/b@c", "names its revision already")):
+        code, _, err = run("inspect", model, "--revision", "v2")
+        assert code == 2
+        assert told in " ".join(err.replace("│", " ").split())
+
+
+def test_a_revision_that_cannot_be_had_is_named(tmp_path: Path) -> None:
+    ran = inspect(hub.Hub("http://127.0.0.1:9"), tmp_path, "--revision", "v2")
+    assert ran.returncode == 1
+    assert f"{hub.NAME}@v2: neither a folder nor a model" in ran.stderr
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("planned")
+    text = moetailor.TextOptions(data=(str(REFERENCE / "calibration.jsonl"),), sequences=2, length=32)
+    calibration = moetailor.calibrate(REFERENCE, folder / "calib", text=text)
+    moetailor.make_plan(calibration, "frequency", moetailor.Budget.parse(keep=4)).save(folder / "plan.json")
+    return folder / "plan.json", folder / "calib"
+
+
+def push(
+    served: hub.Hub, home: Path, planned: tuple[Path, Path], *more: str, token: str
+) -> subprocess.CompletedProcess:
+    plan, calibration = map(str, planned)
+    words = ["apply", str(REFERENCE), plan, "--calibration", calibration, "-o", str(home / "out")]
+    environment = os.environ | served.environment(home) | {"HF_TOKEN": token}
+    command = [*MOETAILOR, *words, "--push-to-hub", *more]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_a_finished_result_is_uploaded_with_its_card(tmp_path: Path, planned: tuple[Path, Path]) -> None:
+    with hub.serving(REFERENCE) as served:
+        ran = push(served, tmp_path, planned, "some/small", token="hf_known")
+        assert ran.returncode == 0, ran.stderr
+        assert f"uploaded to {served.address}/some/small" in ran.stderr
+    written = {
+        str(f.relative_to(tmp_path / "out")): f.read_bytes() for f in (tmp_path / "out").rglob("*") if f.is_file()
+    }
+    assert {"README.md", "model.safetensors", "moetailor_plan.json"} <= written.keys()
+    assert served.taken == written
+    assert "/api/repos/create" in served.asked
+
+
+@pytest.mark.parametrize(("name", "told"), [("some/small", "does not know who you are"), ("a b", "--push-to-hub a b:")])
+def test_what_could_not_be_uploaded_is_refused_before_the_work(
+    tmp_path: Path, planned: tuple[Path, Path], name: str, told: str
+) -> None:
+    with hub.serving(REFERENCE) as served:
+        ran = push(served, tmp_path, planned, name, token="hf_unknown")
+    assert ran.returncode == 1
+    assert told in ran.stderr
+    assert "Traceback" not in ran.stderr
+    assert not (tmp_path / "out").exists()
+    assert served.taken == {}
+
+
+def test_what_the_hub_does_not_take_stays_and_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*given: object, **options: object) -> None:
+        raise ValueError("no more room")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", refuse)
+    with pytest.raises(
+        moetailor.MoetailorError, match=r"is whole, and the hub does not take it as a/b \(no more room\)"
+    ):
+        upload(tmp_path, "a/b")

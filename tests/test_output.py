@@ -13,10 +13,12 @@ import torch
 from rich.table import Table
 from rich.text import Text
 from safetensors.torch import save_file
+from typer.main import get_command
 
 from moetailor.checkpoint.files import SINGLE
-from moetailor_cli import app, output
+from moetailor_cli import app, output, waiting
 from moetailor_cli.console import PlainConsole
+from moetailor_cli.options import PANELS
 from support.plans import MIXED
 
 Get = Callable[[str], Path]
@@ -60,7 +62,7 @@ def test_colours_and_bars_still_reach_a_terminal(monkeypatch: pytest.MonkeyPatch
     assert "\x1b[31ma" in sent
     assert STEERS.search(re.sub(r"\x1b\[[0-9;]*m", "", sent)) is None
     monkeypatch.setattr(output, "_err", console)
-    with console.capture() as taken, output.stages() as stage:
+    with console.capture() as taken, waiting.stages() as stage:
         stage(HOSTILE, 1, 2)
     sent = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", taken.get())
     assert "50%" in sent
@@ -104,6 +106,32 @@ def test_help_is_shown_as_it_is_written(
     letters = re.sub(r"[\s│…]", "", shown)
     hints = get_type_hints(verb, include_extras=True)
     written = [extra.help for hint in hints.values() for extra in getattr(hint, "__metadata__", ())]
-    for text in [*filter(None, written), *verb.__doc__.split("\n\n")]:
+    command = get_command(app.app).commands[verb.__name__]
+    names = [name for part in command.params if part.param_type_name == "option" for name in part.opts]
+    for text in [*filter(None, written), *verb.__doc__.split("\n\n"), *names]:
         for word in re.sub(r"\[/?dim\]", "", text).split():
             assert word in letters, word
+
+
+def test_options_lie_in_the_same_groups_on_all_verbs() -> None:
+    groups: dict[str, set[str]] = {}
+    for verb in get_command(app.app).commands.values():
+        for part in verb.params:
+            if part.param_type_name == "option":
+                groups.setdefault(part.rich_help_panel, set()).add(part.opts[0])
+    assert set(groups) <= set(PANELS)
+    assert "--device" in groups["Where it runs"]
+    assert {"--data", "--length"} <= groups["What it reads"]
+    # The seed of a search or a training decides, that of text is about what is read.
+    twice = {name for name in set().union(*groups.values()) if sum(name in found for found in groups.values()) > 1}
+    assert twice <= {"--seed"}
+
+
+def test_help_goes_from_what_is_read_to_where_it_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    _, shown = call("compress", "--help", monkeypatch=monkeypatch, capsys=capsys)
+    found = re.findall(r"^╭─ (.*?) ─", shown, re.MULTILINE)
+    assert found == ["Arguments", *(name for name in PANELS if name in found)]
+    assert "NAME,CONFIG[@SPLIT]" in shown

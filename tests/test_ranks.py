@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -54,9 +55,13 @@ def dying(module: str, function: str, rank: int) -> str:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Return what a folder holds but the times."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != "log.jsonl")
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+    """Return what a folder holds but the times, and the settings that the command line writes behind the rest."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "log.jsonl"]
+    found = {str(path.relative_to(folder)): path.read_bytes() for path in files}
+    for name in ("calibration.json", "moetailor_provenance.json"):
+        if name in found:
+            found[name] = re.sub(rb',\n  "settings": \{.*\n  \}\n\}\n$', b"\n}\n", found[name], flags=re.DOTALL)
+    return found
 
 
 def copied(calibration: GetCalibration, to: Path) -> Path:

@@ -14,8 +14,9 @@ from transformers import AutoTokenizer
 
 from moetailor.calibration import sources
 from moetailor.calibration.batch import Batch, document_key, load_batches, save_batches, text_fingerprint
+from moetailor.calibration.calibrate import calibrate
 from moetailor.calibration.spans import pieces
-from moetailor.calibration.text import TextOptions, read_batches
+from moetailor.calibration.text import TextOptions, length_of, read_batches
 from moetailor.errors import CalibrationError
 from moetailor.recovery.examples import ExampleOptions, read_blocks
 from support.letters import EOS, Letters
@@ -387,7 +388,7 @@ def prose(tokens: int) -> str:
     return (text * (1 + 4 * tokens // len(text)))[: 4 * tokens]
 
 
-@pytest.mark.parametrize("kind", ["txt", "txt.gz", "jsonl"])
+@pytest.mark.parametrize("kind", ["txt", "txt.gz", "txt.zst", "jsonl"])
 def test_long_text_has_the_tokens_that_it_has_whole(tmp_path: Path, kind: str) -> None:
     tokenizer, text = AutoTokenizer.from_pretrained(REFERENCE), prose(100_000)
     longest, ids = 0, tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -401,8 +402,7 @@ def test_long_text_has_the_tokens_that_it_has_whole(tmp_path: Path, kind: str) -
     if kind == "jsonl":
         documents(file, text)
     else:
-        with (gzip.open if kind.endswith("gz") else open)(file, "wt") as out:
-            out.write(text)
+        file.write_bytes(text.encode() if kind == "txt" else packed_as(kind[4:], text.encode()))
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "all_special_ids")}
     wrapped = type("Counting", (), special | {"__call__": staticmethod(counting)})()
     batches = read(str(file), tokenizer=wrapped, length=1000)
@@ -436,10 +436,18 @@ def test_a_long_text_leaves_the_others_their_share(tmp_path: Path) -> None:
     assert from_long.tolist() == list(range(1, len(from_long) + 1))
 
 
-def test_packed_lines_are_read_like_plain_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def packed_as(ending: str, content: bytes) -> bytes:
+    if ending == "gz":
+        return gzip.compress(content)
+    arrow = pytest.importorskip("pyarrow")
+    return arrow.Codec("zstd").compress(content, asbytes=True)
+
+
+@pytest.mark.parametrize("ending", ["gz", "zst"])
+def test_packed_lines_are_read_like_plain_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str) -> None:
     file = Path(numbered(tmp_path / "t.jsonl", 300))
-    packed = tmp_path / "t.jsonl.gz"
-    packed.write_bytes(gzip.compress(file.read_bytes()))
+    packed = tmp_path / f"t.jsonl.{ending}"
+    packed.write_bytes(packed_as(ending, file.read_bytes()))
     assert stream(read(str(packed))) == stream(read(str(file)))
     assert stream(read(str(packed), seed=5)) == stream(read(str(file), seed=5))
     # Larger than a handful, neighbours are shuffled: 25 rows of 16 bytes, then the next ones.
@@ -449,14 +457,17 @@ def test_packed_lines_are_read_like_plain_ones(tmp_path: Path, monkeypatch: pyte
     assert sorted(found[:25]) == list(range(25))
 
 
-@pytest.mark.parametrize("name", ["t.jsonl.gz", "t.txt.gz"])
+@pytest.mark.parametrize("name", ["t.jsonl.gz", "t.txt.gz", "t.jsonl.zst", "t.txt.zst"])
 @pytest.mark.parametrize("damage", ["cut", "none", "flipped"])
-def test_damaged_gzip_is_named(tmp_path: Path, name: str, damage: str) -> None:
+def test_damaged_packing_is_named(tmp_path: Path, name: str, damage: str) -> None:
+    ending = name.rpartition(".")[2]
+    if (ending, damage) == ("zst", "flipped"):
+        pytest.skip("a frame of Zstandard need not have a checksum")
     rows = "".join(json.dumps({"text": f"abc {number}"}) + "\n" for number in range(1000))
-    whole = gzip.compress(rows.encode())
+    whole = packed_as(ending, rows.encode())
     wrong = {"cut": whole[:-40], "none": b'{"text": "abc"}\n', "flipped": whole[:500] + b"\xff" * 9 + whole[509:]}
     (tmp_path / name).write_bytes(wrong[damage])
-    assert refusal_of(str(tmp_path / name)).startswith(f"{tmp_path / name}: no whole gz file (")
+    assert refusal_of(str(tmp_path / name)).startswith(f"{tmp_path / name}: no whole {ending} file (")
 
 
 @pytest.mark.parametrize("seed", [None, 4])
@@ -591,7 +602,7 @@ def test_parquet_without_text_lists_its_columns(tmp_path: Path) -> None:
     parquet.write_table(arrow.table({"content": ["a"], "id": [1]}), tmp_path / "t.parquet")
     assert refusal_of(str(tmp_path / "t.parquet")) == (
         f"{tmp_path / 't.parquet'}: has no column `messages` or `text`, nor both `prompt` and `completion`; "
-        "it has content, id"
+        "it has content, id; --text-column names another"
     )
 
 
@@ -627,7 +638,7 @@ def test_folder_and_unknown_ending_are_refused(tmp_path: Path) -> None:
     assert refusal_of(str(tmp_path)) == f"--data {tmp_path}: is a folder; give .jsonl, .txt or .parquet files"
     (tmp_path / "t.csv").write_text("text")
     (tmp_path / "bare").write_text("text")
-    known = "known are .jsonl, .json, .txt, .parquet, .jsonl.gz, .json.gz, .txt.gz"
+    known = "known are .parquet, .jsonl, .json, .txt, and the last three with .gz or .zst"
     assert refusal_of(str(tmp_path / "t.csv")) == f"--data {tmp_path / 't.csv'}: ends in .csv; {known}"
     assert refusal_of(str(tmp_path / "bare")) == f"--data {tmp_path / 'bare'}: ends in nothing; {known}"
 
@@ -650,6 +661,46 @@ def test_missing_datasets_library_is_named_with_the_cure(monkeypatch: pytest.Mon
         "--data some/dataset: no such file; if it names a dataset, "
         "reading it needs the datasets library: pip install 'moetailor[datasets]'"
     )
+
+
+def test_a_line_of_a_packed_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl.zst").write_bytes(packed_as("zst", b'{"text": "ab"}\n' * 99 + b"{\n"))
+    assert refusal_of(str(tmp_path / "t.jsonl.zst")).startswith(f"{tmp_path / 't.jsonl.zst'}, line 100: expected a row")
+
+
+def test_missing_zstandard_library_is_named_with_the_cure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    for name in ("t.jsonl.zst", "t.txt.zst"):
+        (tmp_path / name).write_bytes(b"")
+        assert refusal_of(str(tmp_path / name)) == (
+            f"{tmp_path / name}: reading it needs the datasets library: pip install 'moetailor[datasets]'"
+        )
+
+
+def test_a_column_is_read_as_the_text(tmp_path: Path) -> None:
+    """In place of the usual ones, whichever are there; domains are read as ever; null is no text."""
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = [{"content": text, "text": "zz", "messages": None, "domain": "d"} for text in ("abcd", None, "ef")]
+    usual = documents(tmp_path / "usual.jsonl", "abcd", "ef", domain="d")
+    parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "t.parquet")
+    expected = read(usual)
+    for file in (jsonl(tmp_path / "t.jsonl", rows), str(tmp_path / "t.parquet")):
+        found = read(file, text_column="content")
+        assert (stream(found), found[0].domains) == (stream(expected), ("d",))
+    blocks = read_blocks(ExampleOptions(data=(file,), length=4, text_column="content"), Letters())
+    assert blocks.input_ids.flatten().tolist() == stream(expected)[: len(blocks) * 4]
+
+
+def test_a_column_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = [{"body": "abcd", "id": 1}]
+    parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "t.parquet")
+    file = jsonl(tmp_path / "t.jsonl", rows)
+    assert refusal_of(file, text_column="content") == f"{file}, line 1: has no column 'content'; it has 'body', 'id'"
+    said = refusal_of(str(tmp_path / "t.parquet"), text_column="content")
+    assert said == f"{tmp_path / 't.parquet'}: has no column 'content'; it has body, id"
+    assert "--text-column names another" in refusal_of(str(tmp_path / "t.parquet"))
+    assert "(or what --text-column names)" in refusal_of(file)
 
 
 def test_missing_parquet_library_is_named_with_the_cure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -696,3 +747,26 @@ def test_null_says_nothing_whatever_the_file(tmp_path: Path) -> None:
     kind = pyarrow.schema([("messages", pyarrow.list_(pyarrow.string())), ("text", pyarrow.string())])
     parquet.write_table(pyarrow.Table.from_pylist(rows, schema=kind), tmp_path / "t.parquet")
     assert stream(read(lines)) == stream(read(str(tmp_path / "t.parquet")))
+
+
+@pytest.mark.parametrize(
+    ("asked", "taken", "expected"),
+    [(None, 512, 512), (None, 4096, 2048), (None, None, 2048), (64, 512, 64), (64, None, 64)],
+)
+def test_blocks_are_as_long_as_usual_or_as_the_model_takes(asked: int | None, taken: int | None, expected: int) -> None:
+    assert length_of(asked, taken) == expected
+
+
+def test_what_the_model_does_not_take_is_refused() -> None:
+    with pytest.raises(CalibrationError, match="--length 513 is more than the model takes"):
+        length_of(513, 512)
+
+
+def test_a_run_without_a_length_is_the_run_with_the_one_that_it_takes(tmp_path: Path) -> None:
+    """The reference model takes 512 positions; the second call finds the first one's work."""
+    options = {"data": (str(REFERENCE / "heldout.jsonl"),), "sequences": 1}
+    first = calibrate(REFERENCE, tmp_path / "calib", text=TextOptions(**options))
+    assert first.fingerprint["text"]["shapes"] == [[1, 512]]
+    again = calibrate(REFERENCE, tmp_path / "calib", text=TextOptions(**options, length=512))
+    assert "text_column" not in first.fingerprint["options"]
+    assert again.fingerprint == first.fingerprint

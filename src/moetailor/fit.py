@@ -31,8 +31,8 @@ from moetailor.words import nbytes
 TEXTS = Path(__file__).parent / "texts"
 # Text in five domains, made for the reference model, see the README beside it.
 CALIBRATION, HELD_OUT = TEXTS / "calibration.jsonl.gz", TEXTS / "heldout.jsonl.gz"
-# Tokens of a block where the model takes as many, and the context that must fit where nothing else is said.
-LENGTH, CONTEXT = 2048, 8192
+# Tokens of the context that must fit where nothing else is said.
+CONTEXT = 8192
 # Blocks that calibrate, and that judge.
 SEQUENCES, JUDGED = 128, 64
 # Share of the memory that is free beyond which a model does not go into it as a whole.
@@ -138,11 +138,6 @@ class Job:
         """What the choice is asked to stay within."""
         return self.choice.budget(self.room.weights)
 
-    def text(self, original: Original, data: tuple[str, ...], sequences: int, batch_size: int) -> TextOptions:
-        """Return some text in blocks that the model takes."""
-        length = min(LENGTH, longest_sequence(original.plain_config) or LENGTH)
-        return TextOptions(data=data, length=length, sequences=sequences, batch_size=batch_size)
-
     def streams(self, original: Original) -> bool:
         """Say whether the model must run a layer at a time, since it does not go whole into the memory that is free."""
         device = resolve_device(self.device)
@@ -163,7 +158,7 @@ class Job:
 
 def foretold(host: Host, original: Original, job: Job) -> Estimate:
     """Return what making it will take; the text that is there may end sooner."""
-    given = {"budget": job.budget, "text": job.text(original, job.data, SEQUENCES, 4), "format": job.choice.format}
+    given = {"budget": job.budget, "text": TextOptions(data=job.data, sequences=SEQUENCES), "format": job.choice.format}
     given |= {"layers": None, "protect": (), "allocation": "uniform", "width": job.choice.width}
     run = {"stream": job.streams(original), "dtype": job.dtype, "sample": SampleOptions()}
     return of_compression(host, original, job.choice.made_by, given, calibration=None, **run)
@@ -191,7 +186,7 @@ def fit(
         _, plan = compress(
             original.source,
             out,
-            text=job.text(original, job.data, SEQUENCES, 4),
+            text=TextOptions(data=job.data, sequences=SEQUENCES),
             method=job.choice.method,
             parameters=job.choice.parameters,
             budget=job.budget,
@@ -200,4 +195,6 @@ def fit(
             overwrite=overwrite,
             **run,
         )
-    return plan, evaluate(out, original.source, text=job.text(original, job.held_out, JUDGED, 1), **run)
+    return plan, evaluate(
+        out, original.source, text=TextOptions(data=job.held_out, sequences=JUDGED, batch_size=1), **run
+    )

@@ -71,6 +71,7 @@ def load(kind: type[T], file: str | Path, name: str, version: int, *, error: typ
         raise error(f"{file}: not a moetailor {name}; {cure}")
     if (found := content.pop("version", None)) != version or type(found) is not int:
         raise error(f"{file}: a {name} of version {reprlib.repr(found)}, this moetailor reads {version}; {cure}")
+    content.pop("settings", None)  # for people: what the command line was given
     return read(kind, content, str(file), error=error, cure=cure)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import signal
 import sys
 import threading
@@ -14,8 +13,6 @@ from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
-from typer.core import TyperCommand
 
 from moetailor_cli import output
 from moetailor_cli.apply import apply, compress
@@ -27,13 +24,14 @@ from moetailor_cli.plan import allocate, diff, plan, show
 from moetailor_cli.recover import recover
 from moetailor_cli.report import report
 from moetailor_cli.serve import serve
+from moetailor_cli.verb import Root, Verb, whole
 
 app = typer.Typer(
     name="moetailor",
+    cls=Root,
     help="Make Mixture-of-Experts language models fit: one calibration, any method, any budget.",
     epilog="Start with: moetailor fit MODEL --memory 24GB",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
@@ -44,23 +42,8 @@ VERBS = (fit, inspect, calibrate, methods, plan, allocate, show, diff)
 VERBS += (apply, compress, evaluate, compare, report, recover, serve)
 
 
-class _Verb(TyperCommand):
-    """A verb whose help is shown as it is written: brackets are brackets, but for our own [dim]."""
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        for part in (self, *self.params):
-            part.help = _escaped(getattr(part, "help", None))  # type: ignore[union-attr]
-
-
-def _escaped(text: str | None) -> str | None:
-    """Return help with every bracket escaped that is no [dim]."""
-    parts = re.split(r"(\[/?dim\])", text or "")
-    return text and "".join(part if number % 2 else escape(part) for number, part in enumerate(parts))
-
-
 for verb in VERBS:
-    app.command(cls=_Verb)(verb)
+    app.command(cls=Verb)(whole(verb))
 
 
 @app.callback(invoke_without_command=True)
@@ -72,13 +55,25 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
         raise typer.Exit
 
 
+class Messages(logging.Handler):
+    """Prints what moetailor notes while it works."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one note."""
+        if output.speaks():
+            output.say(record.getMessage())
+
+
 def main() -> None:
     """Run the command line; a refused input is one message and exit code 1."""
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    logger = logging.getLogger("moetailor")
+    logger.setLevel(logging.INFO)
+    logger.handlers, logger.propagate = [Messages()], False
     warnings.showwarning = _show_warning
     try:
         with _stoppable():
-            app()
+            app(prog_name="moetailor")
     except SystemExit as stop:
         if stop.code in STOPPED:
             output.complain("stopped; nothing half-written stays, and the same command can be given again")
@@ -134,6 +129,8 @@ def _stoppable() -> Iterator[None]:
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *args: Any, **kwargs: Any) -> None:
-    """Print what moetailor says to its user, and nothing of what libraries say to theirs."""
+    """Print what moetailor says to its user, and of what libraries say to theirs nothing but with --verbose."""
     if category.__name__ == "MoetailorWarning":
         output.warn(str(message))
+    elif logging.getLogger("moetailor").level == logging.DEBUG:  # --verbose
+        logging.getLogger(category.__name__).warning(str(message))

@@ -10,8 +10,10 @@ from typing import Annotated, Any
 
 import typer
 
-from moetailor_cli import dry, output
+from moetailor_cli import dry, output, waiting
 from moetailor_cli.options import (
+    READS,
+    WRITES,
     Allocation,
     Batch,
     BatchMemory,
@@ -46,6 +48,7 @@ from moetailor_cli.options import (
     Size,
     States,
     Stream,
+    TextColumn,
     Trust,
     Uniform,
 )
@@ -67,26 +70,36 @@ VERIFIED = "opened again and run once: names, shapes and bytes are as planned, a
 def apply(
     model: Model,
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="plan.json")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the result.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the result.", rich_help_panel=WRITES)],
     calibration: Annotated[
-        Path | None, typer.Option(help="The plan's calibration folder, for plans with stand-ins or merged experts.")
+        Path | None,
+        typer.Option(
+            help="The plan's calibration folder, for plans with stand-ins or merged experts.", rich_help_panel=READS
+        ),
     ] = None,
     propagate: Propagate = "original",
     format: Format = "auto",
     overwrite: Overwrite = False,
     allow_other_weights: Annotated[
-        bool, typer.Option("--allow-other-weights", help="Apply the plan to another model of the same shapes.")
+        bool,
+        typer.Option(
+            "--allow-other-weights", help="Apply the plan to another model of the same shapes.", rich_help_panel=READS
+        ),
     ] = False,
     gguf_recipe: Annotated[
         Path | None,
         typer.Option(
             help="Folder for an importance matrix and tensor types, with which llama-quantize gives the plan's bits to "
-            "the result, which is an ordinary checkpoint; --format gguf."
+            "the result, which is an ordinary checkpoint; --format gguf.",
+            rich_help_panel=WRITES,
         ),
     ] = None,
     converter: Converter = None,
     quantizer: Quantizer = None,
-    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Open the result again and run it once.")] = True,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify/--no-verify", help="Open the result again and run it once.", rich_help_panel=WRITES),
+    ] = True,
     dry_run: DryRun = False,
     device: Device = None,
     batch_memory: BatchMemory = None,
@@ -110,7 +123,7 @@ def apply(
         dry.apply(model, plan, out, calibration, run, device=device, trust_remote_code=trust_remote_code)
         return
     made, digest = moetailor.Plan.load(plan), sha256(plan.read_bytes()).hexdigest()
-    with ranks.shared(folder=os.path.realpath(out), plan=digest) as first, output.stages() as progress:
+    with ranks.shared(folder=os.path.realpath(out), plan=digest) as first, waiting.stages() as progress:
         moetailor.apply(
             made,
             model,
@@ -139,7 +152,7 @@ def apply(
 
 def compress(
     model: Model,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the result.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the result.", rich_help_panel=WRITES)],
     data: Data,
     method: Method,
     native: Native = False,
@@ -155,8 +168,9 @@ def compress(
     allocation: Allocation = "uniform",
     bits: Bits = None,
     uniform_layers: Uniform = False,
+    text_column: TextColumn = None,
     sequences: Sequences = 128,
-    length: Length = 2048,
+    length: Length = None,
     sample_tokens: SampleTokens = None,
     sample_size: SampleSize = "8GB",
     seed: Seed = None,
@@ -165,7 +179,10 @@ def compress(
     stream: Stream = False,
     states: States = "auto",
     calibration: Annotated[
-        Path | None, typer.Option(help="Calibration folder to use or to make. [dim]default: OUT.calibration[/dim]")
+        Path | None,
+        typer.Option(
+            help="Calibration folder to use or to make. [dim]default: OUT.calibration[/dim]", rich_help_panel=READS
+        ),
     ] = None,
     propagate: Propagate = "original",
     format: Format = "auto",
@@ -191,7 +208,7 @@ def compress(
     selected, kept, allocated = read_numbers(layers), read_pairs(protect), read_allocation(allocation)
     parameters, width = read_bits(bits, method, parameters)
     blocks = {"sequences": sequences, "length": length, "seed": seed, "batch_size": batch_size}
-    text = moetailor.TextOptions(data=tuple(data), mask_special=mask_special, **blocks)
+    text = moetailor.TextOptions(data=tuple(data), mask_special=mask_special, text_column=text_column, **blocks)
     sample = read_sample(sample_tokens, sample_size, seed)
     given: dict[str, Any] = {"method": method, "budget": budget, "parameters": parameters, "layers": selected}
     given |= {"protect": kept, "allocation": allocated, "width": width, "calibration": calibration, "text": text}
@@ -201,7 +218,7 @@ def compress(
         dry.compress(model, out, given, run, device=device, trust_remote_code=trust_remote_code)
         return
     checked = moetailor.precheck(model, out, trust_remote_code=trust_remote_code, **given)
-    with ranks.shared(folder=os.path.realpath(out)) as first, output.stages() as progress:
+    with ranks.shared(folder=os.path.realpath(out)) as first, waiting.stages() as progress:
         if first:
             output.say(checked)
         measured, plan = moetailor.compress(
@@ -222,7 +239,7 @@ def compress(
         )
     if not first:
         return
-    output.calibration(measured, sequences * length)
+    output.calibration(measured)
     output.plan(plan)
     output.say(VERIFIED)
     _written(out)

@@ -7,8 +7,14 @@ from typing import Annotated
 
 import typer
 
-from moetailor_cli import dry, output, ranking
+from moetailor_cli import dry, output, ranking, waiting
+from moetailor_cli.completion import complete_methods
 from moetailor_cli.options import (
+    AMOUNT,
+    DECIDES,
+    READS,
+    RUNS,
+    WRITES,
     Batch,
     BatchMemory,
     Device,
@@ -22,6 +28,7 @@ from moetailor_cli.options import (
     Seed,
     Sequences,
     Stream,
+    TextColumn,
     Trust,
 )
 from moetailor_cli.reading import read_nbytes, read_sample
@@ -29,33 +36,50 @@ from moetailor_cli.reading import read_nbytes, read_sample
 
 def compare(
     model: Model,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the comparison.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the comparison.", rich_help_panel=WRITES)],
     held_out: Annotated[
-        list[str], typer.Option(help="Text to measure on, as --data; its documents may name a domain. Repeatable.")
+        list[str],
+        typer.Option(
+            help="Text to measure on, as --data; its documents may name a domain. Repeatable.", rich_help_panel=READS
+        ),
     ],
-    data: Annotated[list[str] | None, typer.Option(help="Calibration text, as calibrate takes it. Repeatable.")] = None,
-    calibration: Annotated[Path | None, typer.Option(help="A finished calibration folder, instead of --data.")] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="Calibration text, as calibrate takes it. Repeatable.", rich_help_panel=READS),
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="A finished calibration folder, instead of --data.", rich_help_panel=READS)
+    ] = None,
     methods: Annotated[
         list[str] | None,
         typer.Option(
             help="Names with commas, with parameters as in mone:score=exact, and bits of what stays as in reap@4; all "
-            "stands for those that are neither trained nor slow, with --sizes for bits, too. Repeatable. Default: all."
+            "stands for those that are neither trained nor slow, with --sizes for bits, too. Repeatable. Default: all.",
+            autocompletion=complete_methods,
+            rich_help_panel=DECIDES,
         ),
     ] = None,
     remove: Annotated[
         str | None,
         typer.Option(
             help="Shares of each layer's experts to remove, with commas. "
-            "[dim]default without --sizes: 10%,25%,50%[/dim]"
+            "[dim]default without --sizes: 10%,25%,50%[/dim]",
+            rich_help_panel=AMOUNT,
         ),
     ] = None,
     sizes: Annotated[
         str | None,
-        typer.Option(help="Instead of --remove: shares of the original's bytes, or bytes such as 12GB, with commas."),
+        typer.Option(
+            help="Instead of --remove: shares of the original's bytes, or bytes such as 12GB, with commas.",
+            rich_help_panel=AMOUNT,
+        ),
     ] = None,
+    text_column: TextColumn = None,
     sequences: Sequences = 128,
-    held_out_sequences: Annotated[int, typer.Option(min=1, help="Blocks of held-out text.")] = 64,
-    length: Length = 2048,
+    held_out_sequences: Annotated[
+        int, typer.Option(min=1, help="Blocks of held-out text.", rich_help_panel=READS)
+    ] = 64,
+    length: Length = None,
     batch_size: Batch = 1,
     sample_tokens: SampleTokens = None,
     sample_size: SampleSize = "8GB",
@@ -66,7 +90,8 @@ def compare(
         Path | None,
         typer.Option(
             help="Folder for hidden states of held-out text and, with --stream, the result that is measured. "
-            "[dim]default: in the folder of the comparison, where a stopped run finds the states again[/dim]"
+            "[dim]default: in the folder of the comparison, where a stopped run finds the states again[/dim]",
+            rich_help_panel=RUNS,
         ),
     ] = None,
     dry_run: DryRun = False,
@@ -88,9 +113,14 @@ def compare(
         seed=seed,
         mask_special=mask_special,
         batch_size=batch_size,
+        text_column=text_column,
     )
     held_out_text = moetailor.TextOptions(
-        data=tuple(held_out), sequences=held_out_sequences, length=length, batch_size=batch_size
+        data=tuple(held_out),
+        sequences=held_out_sequences,
+        length=length,
+        batch_size=batch_size,
+        text_column=text_column,
     )
     wanted = {
         "held_out": held_out_text,
@@ -106,7 +136,7 @@ def compare(
     if dry_run:
         dry.compare(model, wanted, device=device, trust_remote_code=trust_remote_code)
         return
-    with output.stages() as progress:
+    with waiting.stages() as progress:
         results = moetailor.compare(
             model,
             out,

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moetailor_cli import output
-from moetailor_cli.options import Device, Dtype, Engine, Model, Overwrite, Trust
+from moetailor_cli import output, waiting
+from moetailor_cli.options import AMOUNT, DECIDES, READS, SERVES, WRITES, Device, Dtype, Engine, Model, Overwrite, Trust
 
 if TYPE_CHECKING:
     from moetailor.fit import Outlook
@@ -24,10 +24,15 @@ ABOUT_KL = (
 def fit(
     model: Model,
     memory: Annotated[
-        str, typer.Option(help="What the engine may take, for weights, cache and itself, such as 24GB (10^9) or 24GiB.")
+        str,
+        typer.Option(
+            help="What the engine may take, for weights, cache and itself, such as 24GB (10^9) or 24GiB.",
+            rich_help_panel=AMOUNT,
+        ),
     ],
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Folder of the result. Without it nothing is made.")
+        Path | None,
+        typer.Option("--out", "-o", help="Folder of the result. Without it nothing is made.", rich_help_panel=WRITES),
     ] = None,
     engine: Engine = "transformers",
     context: Annotated[
@@ -36,23 +41,36 @@ def fit(
             min=1,
             help="Tokens of the one sequence whose keys and values must fit. [dim]default: 8192, or what the model "
             "takes at most[/dim]",
+            rich_help_panel=SERVES,
         ),
     ] = None,
-    choice: Annotated[int | None, typer.Option(min=1, help="Which to make; asked for when absent.")] = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Make the first that fits, and ask nothing.")] = False,
+    choice: Annotated[
+        int | None, typer.Option(min=1, help="Which to make; asked for when absent.", rich_help_panel=DECIDES)
+    ] = None,
+    yes: Annotated[
+        bool, typer.Option("--yes", "-y", help="Make the first that fits, and ask nothing.", rich_help_panel=DECIDES)
+    ] = False,
     data: Annotated[
-        list[str] | None, typer.Option(help="Calibration text, as calibrate takes it; some comes along. Repeatable.")
+        list[str] | None,
+        typer.Option(
+            help="Calibration text, as calibrate takes it; some comes along. Repeatable.", rich_help_panel=READS
+        ),
     ] = None,
     held_out: Annotated[
-        list[str] | None, typer.Option(help="Text to measure the result on; some comes along. Repeatable.")
+        list[str] | None,
+        typer.Option(help="Text to measure the result on; some comes along. Repeatable.", rich_help_panel=READS),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what fits and what it would take, and stop.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print what fits as JSON, and stop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what fits and what it would take, and stop.", rich_help_panel=WRITES)
+    ] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print what fits as JSON, and stop.", rich_help_panel=WRITES)
+    ] = False,
     overwrite: Overwrite = False,
     device: Device = None,
     dtype: Dtype = None,
     trust_remote_code: Trust = False,
-) -> None:
+) -> bool:
     """Make a model fit some memory and an engine: look what fits, make it, measure it, say how to serve it.
 
     [dim]moetailor fit Qwen/Qwen3-30B-A3B --memory 24GB --engine vllm -o OUT[/dim]
@@ -68,27 +86,28 @@ def fit(
         found = look(original, memory=parse_bytes(memory, "--memory"), engine=find_engine(engine), context=context)
         if json:
             print(json_module.dumps(found.to_json(), indent=2))
-            return
+            return False
         _show(model, found)
         if found.fits_as_it_is and choice is None:
             output.say(f"It fits as it is: {' '.join(found.engine.command(Path(model), found.room.context))}")
-            return
+            return False
         chosen = found.chosen(choice)
         job = Job(choice=chosen, room=found.room, **{name: value for name, value in given.items() if value})
         if out is None or dry_run:
             output.say(f"To make {chosen.name}:")
             output.estimate(foretold(Host.measured(output.BEGAN, original, device=device, dtype=dtype), original, job))
-            return
+            return True
     if not yes and choice is None and not _agreed(chosen.name, out):
-        return
+        return False
     opened = Original(model, trust_remote_code=trust_remote_code)
-    with output.stages() as progress:
+    with waiting.stages() as progress:
         plan, scores = fit(opened, out, job, overwrite=overwrite, progress=progress)
     output.plan(plan)
     output.scores(scores)
     output.expected(str(out), scores)
     output.took(out, out.with_name(f"{out.name}.calibration"))
     output.say(f"serve it: {' '.join(found.engine.command(out, found.room.context))}")
+    return False
 
 
 def _show(model: str, found: Outlook) -> None:

@@ -9,9 +9,12 @@ from typing import Annotated, Any
 
 import typer
 
-from moetailor_cli import dry, output
+from moetailor_cli import dry, output, waiting
 from moetailor_cli import redundancy as redundancy_module
 from moetailor_cli.options import (
+    MEASURES,
+    READS,
+    WRITES,
     Batch,
     Data,
     Device,
@@ -28,6 +31,7 @@ from moetailor_cli.options import (
     Sequences,
     States,
     Stream,
+    TextColumn,
     Trust,
 )
 from moetailor_cli.reading import read_sample
@@ -36,9 +40,10 @@ from moetailor_cli.reading import read_sample
 def inspect(
     model: Model,
     calibration: Annotated[
-        Path | None, typer.Option(help="Its calibration folder: also say how redundant the experts are.")
+        Path | None,
+        typer.Option(help="Its calibration folder: also say how redundant the experts are.", rich_help_panel=READS),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel=WRITES)] = False,
     trust_remote_code: Trust = False,
 ) -> None:
     """Show layers, experts, top-k, parameters and bytes of a checkpoint, and what of it is redundant.
@@ -60,21 +65,31 @@ def inspect(
 
 def calibrate(
     model: Model,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Calibration folder.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Calibration folder.", rich_help_panel=WRITES)],
     data: Data,
+    text_column: TextColumn = None,
     sequences: Sequences = 128,
-    length: Length = 2048,
+    length: Length = None,
     sample_tokens: SampleTokens = None,
     sample_size: SampleSize = "8GB",
     seed: Seed = None,
     batch_size: Batch = 4,
     mask_special: MaskSpecial = False,
     residual: Annotated[
-        bool, typer.Option("--residual", help="Also measure how far the experts turn the residual stream: easy_ep.")
+        bool,
+        typer.Option(
+            "--residual",
+            help="Also measure how far the experts turn the residual stream: easy_ep.",
+            rich_help_panel=MEASURES,
+        ),
     ] = False,
     sensitivity: Annotated[
         bool,
-        typer.Option("--sensitivity", help="Also measure how sensitive predictions are to errors of each layer: auto."),
+        typer.Option(
+            "--sensitivity",
+            help="Also measure how sensitive predictions are to errors of each layer: auto.",
+            rich_help_panel=MEASURES,
+        ),
     ] = False,
     stream: Stream = False,
     states: States = "auto",
@@ -98,6 +113,7 @@ def calibrate(
         seed=seed,
         mask_special=mask_special,
         batch_size=batch_size,
+        text_column=text_column,
     )
     sample = read_sample(sample_tokens, sample_size, seed)
     run: dict[str, Any] = {"residual": residual, "sensitivity": sensitivity, "stream": stream, "states": states}
@@ -105,7 +121,7 @@ def calibrate(
     if dry_run:
         dry.calibrate(model, run, device=device, trust_remote_code=trust_remote_code)
         return
-    with ranks.shared(folder=os.path.realpath(out)) as first, output.progress("calibrate") as progress:
+    with ranks.shared(folder=os.path.realpath(out)) as first, waiting.progress("calibrate") as progress:
         calibration = moetailor.calibrate(
             model,
             out,
@@ -116,24 +132,30 @@ def calibrate(
             **run,
         )
     if first:  # under torchrun it speaks for all
-        output.calibration(calibration, sequences * length)
+        output.calibration(calibration)
         output.took(out)
 
 
 def evaluate(
     compressed: Annotated[str, typer.Argument(metavar="OUT", help="Folder of the compressed checkpoint.")],
-    against: Annotated[str, typer.Option(help="The original: folder or hub name.")],
+    against: Annotated[str, typer.Option(help="The original: folder or hub name.", rich_help_panel=READS)],
     data: Data,
+    text_column: TextColumn = None,
     sequences: Sequences = 64,
-    length: Length = 2048,
+    length: Length = None,
     batch_size: Batch = 1,
     tasks: Annotated[
-        list[str] | None, typer.Option(help="Tasks of lm-evaluation-harness to run on both. Repeatable.")
+        list[str] | None,
+        typer.Option(help="Tasks of lm-evaluation-harness to run on both. Repeatable.", rich_help_panel=MEASURES),
     ] = None,
-    task_dir: Annotated[Path, typer.Option(help="Folder of the tasks' YAML files.")] = Path("examples/tasks"),
-    task_data: Annotated[Path | None, typer.Option(help="Folder of the files the tasks read.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Rows of each task.")] = None,
-    json: Annotated[Path | None, typer.Option(help="Write the scores to this file.")] = None,
+    task_dir: Annotated[Path, typer.Option(help="Folder of the tasks' YAML files.", rich_help_panel=MEASURES)] = Path(
+        "examples/tasks"
+    ),
+    task_data: Annotated[
+        Path | None, typer.Option(help="Folder of the files the tasks read.", rich_help_panel=MEASURES)
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Rows of each task.", rich_help_panel=MEASURES)] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the scores to this file.", rich_help_panel=WRITES)] = None,
     stream: Stream = False,
     scratch: Scratch = None,
     dry_run: DryRun = False,
@@ -152,14 +174,15 @@ def evaluate(
 
     if json is not None:
         check_file(json, "estimate" if dry_run else "scores")
-    text = moetailor.TextOptions(data=tuple(data), sequences=sequences, length=length, batch_size=batch_size)
+    blocks = {"sequences": sequences, "length": length, "batch_size": batch_size}
+    text = moetailor.TextOptions(data=tuple(data), text_column=text_column, **blocks)
     if dry_run:
         run = {"text": text, "tasks": bool(tasks), "stream": stream, "dtype": dtype}
         found = dry.evaluate(compressed, against, run, device=device, trust_remote_code=trust_remote_code)
         if json is not None:
             write_json(json, found.to_json())
         return
-    with output.stages() as progress:
+    with waiting.stages() as progress:
         scores = moetailor.evaluate(
             compressed,
             against,
@@ -186,5 +209,5 @@ def _redundancy(model: str, calibration: Path, trust_remote_code: bool) -> Any:
     import moetailor
 
     weights = moetailor.ExpertWeights(model, trust_remote_code=trust_remote_code)
-    with output.progress("inspect") as progress:
+    with waiting.progress("inspect") as progress:
         return moetailor.find_redundancy(moetailor.Calibration.open(calibration), weights=weights, progress=progress)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moetailor_cli import output
+from moetailor_cli.completion import complete_method
 
 if TYPE_CHECKING:
     from moetailor.methods.description import Description
@@ -16,7 +17,10 @@ HEAD = ("method", "a removed expert becomes", "reads", "paper")
 
 
 def methods(
-    name: Annotated[str | None, typer.Argument(metavar="[METHOD]", help="One method, with its parameters.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="METHOD", help="One method, with its parameters.", autocompletion=complete_method),
+    ] = None,
 ) -> None:
     """List the methods, or say what one does and what its parameters are.
 

@@ -1,23 +1,15 @@
-"""What a person sees: progress with the time left, tables and messages. Messages go to stderr, results to stdout."""
+"""What a person sees: tables and messages. Messages go to stderr, results to stdout."""
 
 from __future__ import annotations
 
+import os
 import textwrap
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 from rich.text import Text
 
@@ -26,8 +18,6 @@ from moetailor_cli.console import PlainConsole
 if TYPE_CHECKING:
     from moetailor import Calibration, Plan, RecoveryResult, Scores
     from moetailor.estimates.estimate import Estimate
-    from moetailor.progress import Progress as Told
-    from moetailor.progress import Stages
     from moetailor.summary import Summary
 
 # When the process began, nearly: for how long it took, and by the clock of files.
@@ -35,11 +25,34 @@ BEGAN, SINCE = time.perf_counter(), time.time()
 
 _out = PlainConsole()
 _err = PlainConsole(stderr=True)
+_quiet = False
+
+
+def set_quiet(quiet: bool) -> None:
+    """Leave messages, notes and progress out from now on, or print them again."""
+    global _quiet
+    _quiet = quiet
+
+
+def is_quiet() -> bool:
+    """Say whether messages are left out."""
+    return _quiet
+
+
+def speaks() -> bool:
+    """Say whether this process speaks: under torchrun the first does for all."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def messages() -> PlainConsole:
+    """Return the console of messages."""
+    return _err
 
 
 def say(text: str) -> None:
     """Print one message."""
-    _err.print(text, soft_wrap=True)
+    if not _quiet:
+        _err.print(text, soft_wrap=True)
 
 
 def result(line: Text | str) -> None:
@@ -76,6 +89,8 @@ def complain(text: str) -> None:
 
 def warn(text: str) -> None:
     """Print what the user should know though it went on."""
+    if _quiet:
+        return
     _err.print("note: ", style="yellow", end="")
     _err.print(text, soft_wrap=True)
 
@@ -86,28 +101,6 @@ def count(number: float) -> str:
         if number >= limit:
             return f"{number / limit:.2f} {unit}"
     return f"{number:.0f}"
-
-
-@contextmanager
-def progress(name: str) -> Iterator[Told]:
-    """Give a function to call with (done, in all); the bar goes away when it is done."""
-    with _bar(MofNCompleteColumn()) as bar:
-        task = bar.add_task(name, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-@contextmanager
-def stages() -> Iterator[Stages]:
-    """Give a function to call with (what is running, done, in all): one bar for each stage."""
-    with _bar(TaskProgressColumn()) as bar:
-        tasks: dict[str, object] = {}
-
-        def update(name: str, done: int, total: int) -> None:
-            if name not in tasks:
-                tasks[name] = bar.add_task(name, total=total)
-            bar.update(tasks[name], completed=done, total=total)  # type: ignore[arg-type]
-
-        yield update
 
 
 def summary(found: Summary) -> None:
@@ -140,9 +133,10 @@ def summary(found: Summary) -> None:
     _out.print(f"on disk: {nbytes(found.nbytes)}" + ("" if found.lies == "plain" else f"; experts are {found.lies}"))
 
 
-def calibration(made: Calibration, wanted: int) -> None:
-    """Print what was measured, and what a reader should know of it."""
-    text = made.fingerprint["text"]
+def calibration(made: Calibration) -> None:
+    """Print what was measured of a text that was read, and what a reader should know of it."""
+    text, options = made.fingerprint["text"], made.fingerprint["options"]
+    wanted = options["sequences"] * options["length"]
     say(f"{made.folder}: {text['counted']:,} tokens through {len(made.layers)} MoE layers")
     if text["tokens"] < wanted:
         warn(f"the text ended after {text['tokens']:,} of {wanted:,} tokens; plans rest on fewer tokens than asked for")
@@ -281,8 +275,3 @@ def took(*places: Path) -> dict[str, int | float]:
 
 def _span(numbers: Sequence[int]) -> str:
     return str(numbers[0]) if numbers[0] == numbers[-1] else f"{numbers[0]}-{numbers[-1]}"
-
-
-def _bar(amount: object) -> Progress:
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), amount, TimeRemainingColumn())
-    return Progress(*columns, console=_err, transient=True, disable=not _err.is_terminal)  # type: ignore[arg-type]

@@ -7,9 +7,13 @@ from typing import Annotated
 
 import typer
 
-from moetailor_cli import dry, output
+from moetailor_cli import dry, output, waiting
 from moetailor_cli import show as show_module
 from moetailor_cli.options import (
+    DECIDES,
+    READS,
+    RUNS,
+    WRITES,
     Allocation,
     BatchMemory,
     Bits,
@@ -44,7 +48,7 @@ from moetailor_cli.reading import (
 
 def plan(
     calibration: Annotated[Path, typer.Argument(metavar="CALIB", help="Calibration folder.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Where the plan goes (JSON).")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where the plan goes (JSON).", rich_help_panel=WRITES)],
     method: Method,
     native: Native = False,
     remove: Remove = None,
@@ -59,9 +63,13 @@ def plan(
     allocation: Allocation = "uniform",
     bits: Bits = None,
     uniform_layers: Uniform = False,
-    model: Annotated[str | None, typer.Option(help="Where the weights are, if the checkpoint was moved.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Where the weights are, if the checkpoint was moved.", rich_help_panel=READS)
+    ] = None,
     dry_run: DryRun = False,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; CUDA when there is one.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1, ...; CUDA when there is one.", rich_help_panel=RUNS)
+    ] = None,
     batch_memory: BatchMemory = None,
     trust_remote_code: Trust = False,
 ) -> None:
@@ -89,7 +97,7 @@ def plan(
         dry.plan(measured, method, parameters, budget, given, source, device, trust_remote_code)
         return
     about = {"calibration": calibration_hash(measured.fingerprint)}
-    with ranks.shared(**about) as first, output.progress("plan") as progress:
+    with ranks.shared(**about) as first, waiting.progress("plan") as progress:
         if first:
             check_file(out, "plan")
         made = moetailor.make_plan(
@@ -115,13 +123,14 @@ def plan(
         resolve_format(made, "native")
     made.save(out)
     output.plan(made)
-    output.say(f"the plan is in {out}")
     output.took(out, calibration / "measured")
 
 
 def allocate(
     calibration: Annotated[Path, typer.Argument(metavar="CALIB", help="Calibration folder.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Where the counts go (JSON), for --allocation.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Where the counts go (JSON), for --allocation.", rich_help_panel=WRITES)
+    ],
     method: Method,
     remove: Remove = None,
     keep: Keep = None,
@@ -131,12 +140,18 @@ def allocate(
     param: Parameter = None,
     layers: Layers = None,
     protect: Protect = None,
-    population: Annotated[int, typer.Option(min=2, help="Candidates of a generation.")] = 32,
-    generations: Annotated[int, typer.Option(min=1, help="Generations.")] = 50,
-    survivors: Annotated[int, typer.Option(min=1, help="Candidates that the next generation comes from.")] = 4,
-    samples: Annotated[int, typer.Option(min=1, help="Sequences of the calibration's text to run.")] = 64,
-    seed: Annotated[int, typer.Option(help="Another seed searches elsewhere.")] = 0,
-    model: Annotated[str | None, typer.Option(help="Where the weights are, if the checkpoint was moved.")] = None,
+    population: Annotated[int, typer.Option(min=2, help="Candidates of a generation.", rich_help_panel=DECIDES)] = 32,
+    generations: Annotated[int, typer.Option(min=1, help="Generations.", rich_help_panel=DECIDES)] = 50,
+    survivors: Annotated[
+        int, typer.Option(min=1, help="Candidates that the next generation comes from.", rich_help_panel=DECIDES)
+    ] = 4,
+    samples: Annotated[
+        int, typer.Option(min=1, help="Sequences of the calibration's text to run.", rich_help_panel=DECIDES)
+    ] = 64,
+    seed: Annotated[int, typer.Option(help="Another seed searches elsewhere.", rich_help_panel=DECIDES)] = 0,
+    model: Annotated[
+        str | None, typer.Option(help="Where the weights are, if the checkpoint was moved.", rich_help_panel=READS)
+    ] = None,
     device: Device = None,
     dtype: Dtype = None,
     trust_remote_code: Trust = False,
@@ -149,7 +164,7 @@ def allocate(
 
     budget, parameters = read_budget(method, remove, keep, size, memory, load_dtype), read_parameters(param)
     selected, kept = read_numbers(layers), read_pairs(protect)
-    with output.progress("allocate") as progress:
+    with waiting.progress("allocate") as progress:
         found = moetailor.allocate(
             moetailor.Calibration.open(calibration),
             method,
@@ -170,12 +185,13 @@ def allocate(
     counts = ", ".join(f"{layer}: {count}" for layer, count in found.counts.items())
     output.say(f"experts kept by layer: {counts}")
     output.say(f"overlap with the original's predictions: {found.overlap:.4f}, with uniform counts {found.uniform:.4f}")
-    output.say(f"the counts are in {out}; use them with --allocation {out}")
 
 
 def show(
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="plan.json")],
-    scores: Annotated[bool, typer.Option("--scores", help="Also print what the method ranked by.")] = False,
+    scores: Annotated[
+        bool, typer.Option("--scores", help="Also print what the method ranked by.", rich_help_panel=WRITES)
+    ] = False,
 ) -> None:
     """Show what a plan does with each slot; neither weights nor calibration are needed.
 

@@ -8,18 +8,23 @@ from typing import Annotated
 import typer
 
 from moetailor_cli import output
-from moetailor_cli.options import Engine
+from moetailor_cli.options import RUNS, SERVES, WRITES, Engine
 
 
 def serve(
     folder: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of a result, or of any checkpoint.")],
     engine: Engine = "transformers",
     context: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of a sequence, for engines that set that much memory aside.")
+        int | None,
+        typer.Option(
+            min=1, help="Tokens of a sequence, for engines that set that much memory aside.", rich_help_panel=SERVES
+        ),
     ] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command that would run, and stop.")] = False,
+    host: Annotated[str, typer.Option(help="Address to listen on.", rich_help_panel=RUNS)] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.", rich_help_panel=RUNS)] = 8000,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the command that would run, and stop.", rich_help_panel=WRITES)
+    ] = False,
 ) -> None:
     """Serve a checkpoint as OpenAI's API has it, with the engine that loads it.
 

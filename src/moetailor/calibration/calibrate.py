@@ -19,7 +19,7 @@ from moetailor.calibration.layers import PartlyLoaded, ResidentModel
 from moetailor.calibration.run import MeasuredModel, run_calibration
 from moetailor.calibration.sampling import SampleOptions
 from moetailor.calibration.sensitivity import measure_sensitivities
-from moetailor.calibration.text import TextOptions, read_batches
+from moetailor.calibration.text import TextOptions, length_of, read_batches
 from moetailor.checkpoint.anatomy import discover
 from moetailor.checkpoint.devices import resolve_device
 from moetailor.checkpoint.facts import facts_of_model
@@ -85,10 +85,10 @@ def calibrate(
             if original is None:
                 raise CalibrationError("a model in memory needs its tokenizer to read text; pass tokenizer=")
             tokenizer = original.tokenizer()
-        batches = read_batches(
-            text, tokenizer, max_length=longest_sequence(config), vocab_size=getattr(config, "vocab_size", None)
-        )
-        read = {"tokenizer": tokenizer_fingerprint(tokenizer), "options": asdict(text)}
+        limit = longest_sequence(config)
+        text = replace(text, length=length_of(text.length, limit))
+        batches = read_batches(text, tokenizer, max_length=limit, vocab_size=getattr(config, "vocab_size", None))
+        read = {"tokenizer": tokenizer_fingerprint(tokenizer), "options": _options(text)}
         measured = replace(measured, settings=measured.settings | read)
     else:
         batches = list(text)
@@ -109,6 +109,12 @@ def calibrate(
             )
     ranks.once(lambda: sweep(calibration.folder))
     return calibration
+
+
+def _options(text: TextOptions) -> dict[str, Any]:
+    """Return the options of a text for the fingerprint; a column that nobody named is not said."""
+    found = asdict(text)
+    return {name: value for name, value in found.items() if name != "text_column" or value is not None}
 
 
 def _resident(model: Any) -> MeasuredModel:

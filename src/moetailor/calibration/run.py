@@ -31,7 +31,7 @@ from moetailor.checkpoint.anatomy import Anatomy, MoELayer
 from moetailor.checkpoint.artifact import write_text
 from moetailor.checkpoint.facts import ModelFacts
 from moetailor.checkpoint.lock import growing
-from moetailor.progress import Progress
+from moetailor.progress import Progress, resumed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +134,7 @@ def _begun(
     hashes = noted(folder)[1]
     note(folder, fingerprint, hashes)
     missing = sorted(set(model.anatomy.layers) - measured_layers(folder, model.facts, hashes))
+    resumed(len(model.anatomy.layers) - len(missing), len(model.anatomy.layers), "layers")
     return hashes | {TEXT: save_batches(batches, folder / TEXT)}, missing
 
 

@@ -53,7 +53,9 @@ class Document:
     domain: str = ""
 
 
-def documents(name: str, tokenizer: Any, *, seed: int | None = None, training: bool = False) -> Iterator[Document]:
+def documents(
+    name: str, tokenizer: Any, *, seed: int | None = None, training: bool = False, text_column: str | None = None
+) -> Iterator[Document]:
     """Yield the documents of one source.
 
     Args:
@@ -62,6 +64,7 @@ def documents(name: str, tokenizer: Any, *, seed: int | None = None, training: b
         seed: shuffles them; file order when None.
         training: keep what the assistant says apart from what precedes it, as when a model answers a prompt, and refuse
             conversations of which nothing counts.
+        text_column: the column that holds the text of a row; the usual ones when None.
 
     Raises:
         CalibrationError: the source cannot be read, holds no text, or a row is none, with its file and line.
@@ -72,7 +75,7 @@ def documents(name: str, tokenizer: Any, *, seed: int | None = None, training: b
         key = document_key("".join(islice(blocks(path), KEYED // BLOCK)))
         yield Document(chain(_first(tokenizer, True), (Span(block, True) for block in pieces(blocks(path)))), key)
         return
-    for row in rows(name, seed):
+    for row in rows(name, seed, text_column):
         with expected(row.where):
             spans = _spans(row.fields, tokenizer, training)
             key = document_key("".join(span.content for span in spans if isinstance(span.content, str)))

@@ -17,6 +17,9 @@ from moetailor.calibration.batch import Batch
 from moetailor.calibration.spans import Document, Encoder, documents
 from moetailor.errors import CalibrationError
 
+# Tokens of a block where nothing else is said and the model takes as many.
+LENGTH = 2048
+
 
 @dataclass(frozen=True, kw_only=True)
 class TextOptions:
@@ -25,12 +28,13 @@ class TextOptions:
     Attributes:
         data: sources, each ``FILE[:weight]`` or a name for the datasets library, ``NAME[,CONFIG][@SPLIT][:weight]``.
         sequences: how many blocks to take; all there are when None.
-        length: tokens of a block.
+        length: tokens of a block; 2048, or as many as the model takes if it takes fewer, when None.
         seed: shuffles the documents of each source: a file up to 4 MiB as a whole, a larger one by 64 places of 64 KiB
             at a time, drawn from all of it (whole row groups of Parquet; in .gz 4 MiB after 4 MiB); file order when
             None.
         mask_special: leave the tokenizer's special tokens out of every statistic.
         batch_size: blocks of a batch.
+        text_column: the column of a row that holds its text; the usual ones when None.
 
     Raises:
         CalibrationError: a number that means nothing.
@@ -38,10 +42,11 @@ class TextOptions:
 
     data: tuple[str, ...]
     sequences: int | None = 128
-    length: int = 2048
+    length: int | None = None
     seed: int | None = None
     mask_special: bool = False
     batch_size: int = 4
+    text_column: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "data", words_of(self.data))
@@ -72,21 +77,21 @@ def read_batches(
     Raises:
         CalibrationError: no or too little text, an unreadable source, or blocks longer than the model takes.
     """
-    check_length(options.length, max_length)
+    length = length_of(options.length, max_length)
     if not options.data:
         raise CalibrationError("no text given; name at least one file with --data")
     stream = _TokenStream(tokenizer)
-    need = None if options.sequences is None else options.sequences * options.length
+    need = None if options.sequences is None else options.sequences * length
     for portion in _mixed(options, stream):
         stream.add(portion)
         if need is not None and stream.length >= need:
             break
-    least = min(options.length, 64)
+    least = min(length, 64)
     if stream.length < least:
         raise CalibrationError(
             f"{', '.join(options.data)}: {stream.length} tokens of text, at least {least} are needed"
         )
-    batches = stream.batches(options, need)
+    batches = stream.batches(options, length, need)
     check_vocabulary(max(int(batch.input_ids.max()) for batch in batches), vocab_size)
     return batches
 
@@ -119,7 +124,7 @@ class _TokenStream:
         self.domain.append(torch.full((count,), domain))
         self.length += count
 
-    def batches(self, options: TextOptions, need: int | None) -> list[Batch]:
+    def batches(self, options: TextOptions, length: int, need: int | None) -> list[Batch]:
         end = self.length if need is None else min(need, self.length)
         parts = [torch.cat(part)[:end] for part in (self.ids, self.documents, self.positions, self.domain)]
         special = (
@@ -127,17 +132,14 @@ class _TokenStream:
             if options.mask_special
             else torch.empty(0, dtype=torch.long)
         )
-        full = end // options.length
-        starts = list(range(0, full * options.length, options.batch_size * options.length))
-        cuts = [
-            (start, min(start + options.batch_size * options.length, full * options.length), options.length)
-            for start in starts
-        ]
-        if end > full * options.length:
-            cuts.append((full * options.length, end, end - full * options.length))
+        whole = end // length * length
+        starts = range(0, whole, options.batch_size * length)
+        cuts = [(start, min(start + options.batch_size * length, whole), length) for start in starts]
+        if end > whole:
+            cuts.append((whole, end, end - whole))
         batches = []
-        for start, stop, length in cuts:
-            ids, document, position, domain = (part[start:stop].view(-1, length) for part in parts)
+        for start, stop, each in cuts:
+            ids, document, position, domain = (part[start:stop].view(-1, each) for part in parts)
             batches.append(
                 Batch(
                     input_ids=ids,
@@ -155,7 +157,7 @@ class _TokenStream:
 def _mixed(options: TextOptions, stream: _TokenStream) -> Iterator[Portion]:
     """Take the next portion from the source that is furthest behind its share of the tokens."""
     names, weights = zip(*(_split_weight(entry) for entry in options.data), strict=True)
-    found = [documents(name, stream.tokenizer, seed=options.seed) for name in names]
+    found = [documents(name, stream.tokenizer, seed=options.seed, text_column=options.text_column) for name in names]
     # The first of each is read before anything is done, also of a source that will not be needed.
     sources = [_portions(chain([next(each)], each), stream.encoder) for each in found]
     taken = [0.0] * len(sources)
@@ -213,13 +215,22 @@ def check_vocabulary(largest: int, vocab_size: int | None) -> None:
         )
 
 
-def check_length(length: int, max_length: int | None) -> None:
-    """Refuse blocks longer than a model takes, if it says.
+def length_of(length: int | None, max_length: int | None, usual: int | None = None) -> int:
+    """Return the tokens of a block.
+
+    Args:
+        length: those that are asked for; None for the usual ones, or as many as the model takes if it takes fewer.
+        max_length: the longest sequence the model takes, if it says.
+        usual: see above; `LENGTH` when None.
 
     Raises:
-        CalibrationError: see the message.
+        CalibrationError: blocks are longer than the model takes.
     """
+    if length is None:
+        usual = LENGTH if usual is None else usual
+        return min(usual, max_length or usual)
     if max_length is not None and length > max_length:
         raise CalibrationError(
             f"--length {length} is more than the model takes ({max_length}); use at most {max_length}"
         )
+    return length

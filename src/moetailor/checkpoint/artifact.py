@@ -38,6 +38,20 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
     write_text(file, json.dumps(content, indent=2) + "\n")
 
 
+def add_settings(file: Path, settings: Mapping[str, Any]) -> None:
+    """Write into an artifact in JSON what it was made with; the rest stays as it is written.
+
+    Raises:
+        UnwritableError: see `write_bytes`.
+    """
+    text = file.read_text(encoding="utf-8")
+    if "settings" in (content := json.loads(text)):  # of what it was made from
+        del content["settings"]
+        text = json.dumps(content, indent=2)
+    said = json.dumps(settings, indent=2).replace("\n", "\n  ")
+    write_text(file, f'{text.rstrip().removesuffix("}").rstrip()},\n  "settings": {said}\n}}\n')
+
+
 def write_tensors(file: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Write tensors as one safetensors file; see `write_bytes`."""
     with _whole(file) as beside:

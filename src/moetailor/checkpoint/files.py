@@ -188,14 +188,11 @@ class Checkpoint:
         return {"config": config, "shards": shards}
 
 
-def open_checkpoint(
-    source: str | Path, *, revision: str | None = None, check: Check | None = None, headers: Path | None = None
-) -> Checkpoint:
+def open_checkpoint(source: str | Path, *, check: Check | None = None, headers: Path | None = None) -> Checkpoint:
     """Open a local folder, or download a model from the hub, and check all of it that needs no weights.
 
     Args:
-        source: a folder with config.json and safetensors files, or a hub name such as ``allenai/OLMoE-1B-7B-0125``.
-        revision: branch, tag or commit of a hub model.
+        source: a folder with config.json and safetensors files, or a hub name, see `find_folder`.
         check: called with the folder and its config.json before the weights are looked at, or downloaded.
         headers: see `find_folder`.
 
@@ -204,7 +201,7 @@ def open_checkpoint(
             or damaged shard, an index that does not agree with the shards or names a file outside the folder.
     """
     restore(Path(source))
-    folder = find_folder(source, revision=revision, check=check, headers=headers)
+    folder = find_folder(source, check=check, headers=headers)
     config = read_config(folder)
     return Checkpoint(folder=folder, source=str(source), config=config, tensors=_find_tensors(folder, config))
 

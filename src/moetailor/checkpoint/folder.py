@@ -29,14 +29,12 @@ SHARED_OUT = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 Check = Callable[[Path, dict], None]
 
 
-def find_folder(
-    source: str | Path, *, revision: str | None = None, check: Check | None = None, headers: Path | None = None
-) -> Path:
+def find_folder(source: str | Path, *, check: Check | None = None, headers: Path | None = None) -> Path:
     """Return the folder of a checkpoint, after downloading it when it is a model on the hub.
 
     Args:
-        source: a folder, or a hub name such as ``allenai/OLMoE-1B-7B-0125``.
-        revision: branch, tag or commit of a hub model.
+        source: a folder, or a hub name such as ``allenai/OLMoE-1B-7B-0125``, with a branch, tag or commit of it as in
+            ``NAME@REVISION``.
         check: called with the folder and its config.json, before weights are downloaded; raises what it refuses.
         headers: a folder of which the weights' headers are enough: of a model on the hub they are written there, and no
             weights are downloaded.
@@ -49,9 +47,10 @@ def find_folder(
         raise CheckpointError("no model is named; give its folder or hub name")
     local = folder.is_dir()
     if not local:
+        name, _, revision = name.partition("@")
         if name.count("/") > 1 or name.startswith((".", "/", "~")):
-            raise CheckpointError(f"{name}: no such folder")
-        folder = download(name, revision=revision, ignore_patterns=list(WEIGHTS))
+            raise CheckpointError(f"{source}: no such folder")
+        folder = download(name, revision=revision or None, ignore_patterns=list(WEIGHTS))
     check_links(folder)
     config = read_config(folder)
     if check is not None:

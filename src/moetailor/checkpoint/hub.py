@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moetailor.checkpoint.artifact import write_bytes
-from moetailor.errors import CheckpointError, UnwritableError, reason_of
+from moetailor.errors import CheckpointError, MoetailorError, UnwritableError, reason_of
 
 
 def download(name: str, **options: Any) -> Path:
@@ -30,7 +30,51 @@ def download(name: str, **options: Any) -> Path:
         return Path(snapshot_download(name, **options))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         told = f"neither a folder nor a model that the hub would give ({reason_of(error)})"
-        raise CheckpointError(f"{name}: {told}") from None
+        at = f"@{options['revision']}" if options.get("revision") else ""
+        raise CheckpointError(f"{name}{at}: {told}") from None
+
+
+def check_upload(name: str) -> None:
+    """Refuse a place on the hub that cannot be written to, as far as it shows before there is anything to write.
+
+    Raises:
+        MoetailorError: not a name of a repository, or nobody is logged in.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise MoetailorError(f"--push-to-hub {name}: {reason_of(error)}") from None
+    try:
+        HfApi().whoami()
+    except Exception as error:  # whatever the hub's HTTP library of the day raises
+        told = f"--push-to-hub {name}: the hub does not know who you are ({reason_of(error)})"
+        raise MoetailorError(f"{told}; log in with `hf auth login`, or leave it out") from None
+
+
+def upload(folder: Path, name: str) -> str:
+    """Upload the files of a finished result, its card among them, and return the address; a repository that is not
+    there is made.
+
+    Args:
+        folder: the result.
+        name: the repository.
+
+    Raises:
+        MoetailorError: the hub does not take it.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().create_repo(name, exist_ok=True)
+        HfApi().upload_folder(repo_id=name, folder_path=folder, commit_message="Upload from moetailor")
+    except Exception as error:  # see above
+        told = f"{folder} is whole, and the hub does not take it as {name} ({reason_of(error)})"
+        raise MoetailorError(f"{told}; try `hf upload {name} {folder}` later") from None
+    return f"{HfApi().endpoint}/{name}"
 
 
 def headers_only(name: str, folder: Path, shards: Iterable[str], out: Path) -> Path:

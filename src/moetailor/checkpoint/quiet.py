@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,7 +11,11 @@ from transformers.utils import logging as transformers_logging
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keep transformers from printing progress bars and load reports of its own."""
+    """Keep transformers from printing progress bars and load reports of its own, unless moetailor's logger asks for
+    everything."""
+    if logging.getLogger("moetailor").level == logging.DEBUG:
+        yield
+        return
     level = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()

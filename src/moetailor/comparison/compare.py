@@ -36,7 +36,7 @@ from moetailor.errors import MoetailorError, MoetailorWarning
 from moetailor.evaluation.evaluate import check_predicts
 from moetailor.methods.run import check_weights
 from moetailor.planning.plan import calibration_hash
-from moetailor.progress import Stages, part
+from moetailor.progress import Stages, part, resumed
 from moetailor.schema import load_json, read
 
 RUN, RESULTS, REPORT = "comparison.json", "results.json", "report.html"
@@ -194,6 +194,7 @@ def _calibrated(
 def _measured(bench: Bench, cells: Sequence[Cell], folder: Path, progress: Stages | None) -> list[dict]:
     """Return all cells: read where they are finished, measured where they are not."""
     found, steps = [], len(bench.batches)
+    resumed(sum((folder / cell.file).exists() for cell in cells), len(cells), "rows")
 
     def step(cell: int, done: int) -> None:
         if progress is not None:

@@ -11,7 +11,7 @@ from moetailor.calibration.capture import PORTION_CPU
 from moetailor.calibration.layers import PREDICTIONS
 from moetailor.calibration.sampling import SampleOptions
 from moetailor.calibration.sensitivity import TOKENS
-from moetailor.calibration.text import TextOptions, check_length
+from moetailor.calibration.text import TextOptions, length_of
 from moetailor.checkpoint.models import longest_sequence, resolve_dtype, stored_dtype
 from moetailor.checkpoint.original import Original
 from moetailor.estimates.estimate import Estimate, Host
@@ -101,13 +101,13 @@ def run_of(original: Original, text: TextOptions, *, stream: bool, device: str, 
         CalibrationError: blocks are longer than the model takes.
     """
     assert text.sequences is not None  # how much text there is would be known once it is read
-    check_length(text.length, longest_sequence(original.plain_config))
+    length = length_of(text.length, longest_sequence(original.plain_config))
     return Run(
         cost=cost_of(original),
         width=resolve_dtype(dtype, device, original.checkpoint).itemsize,
-        tokens=text.sequences * text.length,
-        batch=min(text.batch_size, text.sequences) * text.length,
-        length=text.length,
+        tokens=text.sequences * length,
+        batch=min(text.batch_size, text.sequences) * length,
+        length=length,
         stream=stream,
     )
 

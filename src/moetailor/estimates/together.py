@@ -9,9 +9,8 @@ from typing import Any
 from moetailor.calibration.folder import Calibration
 from moetailor.calibration.sampling import SampleOptions
 from moetailor.calibration.statistics import ON_REQUEST
-from moetailor.calibration.text import TextOptions
-from moetailor.checkpoint.facts import ModelFacts
-from moetailor.checkpoint.models import resolve_dtype
+from moetailor.calibration.text import TextOptions, length_of
+from moetailor.checkpoint.models import longest_sequence, resolve_dtype
 from moetailor.checkpoint.original import Original
 from moetailor.comparison.cells import Cell
 from moetailor.comparison.streamed import STATES
@@ -54,7 +53,7 @@ def of_compression(
         asked = {option: name in method.needs for name, option in ON_REQUEST.items()}
         parts.append(of_calibration(host, original, text=given["text"], sample=sample, **asked, **run))
     itemsize = resolve_dtype(run.get("dtype"), host.device, original.checkpoint).itemsize
-    sampled = _sampled(original.facts, itemsize, calibration, given["text"], sample)
+    sampled = _sampled(original, itemsize, calibration, given["text"], sample)
     parts.append(of_plan(host, original.facts, method, plan, sampled, original=original, calibration=calibration))
     form = resolve_format(
         plan, "moetailor" if given["allocation"] in ("error", "global") else given["format"], original
@@ -85,7 +84,7 @@ def of_comparison(
         asked |= {"sensitivity": True, "stream": stream}
         parts.append(of_calibration(host, original, text=text, sample=sample, **asked, dtype=dtype))
     parts.append(_recorded(host, run))
-    sampled, measured = _sampled(original.facts, run.width, calibration, text or held_out, sample), set()
+    sampled, measured = _sampled(original, run.width, calibration, text or held_out, sample), set()
     for cell in cells:
         plan = estimate_plan(original.facts, cell.method, cell.budget, width=cell.width)
         part = of_plan(host, original.facts, cell.method, plan, sampled, original=original, calibration=calibration)
@@ -151,12 +150,13 @@ def _streamed(host: Host, original: Original, run: Run, cell: Cell, plan: Plan, 
 
 
 def _sampled(
-    facts: ModelFacts, itemsize: int, calibration: Calibration | None, text: TextOptions, sample: SampleOptions
+    original: Original, itemsize: int, calibration: Calibration | None, text: TextOptions, sample: SampleOptions
 ) -> int:
     """Return the tokens of which each layer's inputs are, or will be, kept."""
     if calibration is None:
         assert text.sequences is not None  # as in `run_of`
-        return min(sample.of_model(facts, itemsize), text.sequences * text.length)
+        length = length_of(text.length, longest_sequence(original.plain_config))
+        return min(sample.of_model(original.facts, itemsize), text.sequences * length)
     return sampled_of(calibration)
 
 

@@ -195,5 +195,5 @@ def check_predicts(text: TextOptions) -> None:
     Raises:
         MoetailorError: see the message.
     """
-    if text.length < 2:
+    if text.length is not None and text.length < 2:
         raise MoetailorError(f"--length {text.length} predicts nothing; use at least 2")

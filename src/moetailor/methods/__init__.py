@@ -1,4 +1,4 @@
-"""One file for each method of the literature; importing this package registers them all."""
+"""One file for each method of the literature; importing this registers them all, and those of other packages."""
 
 from moetailor.methods import aimer as aimer
 from moetailor.methods import auto as auto
@@ -25,7 +25,10 @@ from moetailor.methods import refit as refit
 from moetailor.methods import seer_moe as seer_moe
 from moetailor.methods import sub_moe as sub_moe
 from moetailor.methods.method import Method
+from moetailor.methods.plugins import load_plugins
 from moetailor.methods.registry import METHODS, find_method
 from moetailor.methods.run import make_plan
 
 __all__ = ["METHODS", "Method", "find_method", "make_plan"]
+
+load_plugins()

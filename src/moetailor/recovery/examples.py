@@ -14,12 +14,14 @@ import torch
 from torch.utils.data import Dataset
 
 from moetailor.calibration.spans import Encoder, documents
-from moetailor.calibration.text import check_length, check_vocabulary, words_of
+from moetailor.calibration.text import check_vocabulary, length_of, words_of
 from moetailor.errors import CalibrationError, did_you_mean
 
 LossOn = Literal["completion", "all"]
 # The label of a token that does not count, by the convention of torch and transformers.
 IGNORED = -100
+# Tokens of a block where nothing else is said and the model takes as many.
+LENGTH = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,13 +30,15 @@ class ExampleOptions:
 
     Attributes:
         data: sources, read one after the other, as calibration reads them.
-        length: tokens of a block.
+        length: tokens of a block; 1024, or as many as the model takes if it takes fewer, when None.
         loss_on: count ``completion`` tokens only (what the assistant says), or ``all``. Rows of ``text`` count whole.
+        text_column: the column of a row that holds its text; the usual ones when None.
     """
 
     data: tuple[str, ...]
-    length: int = 1024
+    length: int | None = None
     loss_on: LossOn = "completion"
+    text_column: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "data", words_of(self.data))
@@ -94,20 +98,20 @@ def read_blocks(
     """
     if options.loss_on not in get_args(LossOn):
         raise CalibrationError(f"--loss-on {options.loss_on!r}" + did_you_mean(options.loss_on, get_args(LossOn)))
-    if options.length < 2:
+    if options.length is not None and options.length < 2:
         raise CalibrationError(f"--length {options.length} predicts nothing; use at least 2")
-    check_length(options.length, max_length)
+    length = length_of(options.length, max_length, LENGTH)
     if not options.data:
         raise CalibrationError("no examples given; name at least one file with --data")
     ids, counts = _stream(options, tokenizer)
-    full = len(ids) // options.length * options.length
+    full = len(ids) // length * length
     if not full:
         raise CalibrationError(
-            f"{', '.join(options.data)}: {len(ids)} tokens of examples, one block has {options.length}; give more, or "
+            f"{', '.join(options.data)}: {len(ids)} tokens of examples, one block has {length}; give more, or "
             "a shorter --length"
         )
     check_vocabulary(int(ids.max()), vocab_size)
-    input_ids = ids[:full].view(-1, options.length)
+    input_ids = ids[:full].view(-1, length)
     blocks = Blocks(input_ids, input_ids.masked_fill(~counts[:full].view_as(input_ids), IGNORED))
     live = (blocks.labels != IGNORED).any(1)
     if not bool(live.any()):
@@ -128,7 +132,7 @@ def _stream(options: ExampleOptions, tokenizer: Any) -> tuple[torch.Tensor, torc
     encoder = Encoder(tokenizer)
     ids, counts = [torch.empty(0, dtype=torch.long)], [torch.empty(0, dtype=torch.bool)]
     for name in options.data:
-        for document in documents(name, tokenizer, training=True):
+        for document in documents(name, tokenizer, training=True, text_column=options.text_column):
             for tokens, counted in encoder.portions(document):
                 ids.append(torch.tensor(tokens))
                 counts.append(torch.tensor(counted) | (options.loss_on == "all"))

@@ -16,7 +16,7 @@ from transformers.trainer_callback import TrainerState
 
 from moetailor.checkpoint.quiet import quiet_transformers
 from moetailor.errors import MoetailorError, reason_of
-from moetailor.progress import Progress
+from moetailor.progress import Progress, resumed
 from moetailor.recovery.examples import Blocks
 from moetailor.recovery.folder import check_parts, last_checkpoint
 from moetailor.recovery.loss import Student
@@ -188,6 +188,7 @@ def train(
         return last[1]
     if last is not None:
         check_parts(last[0])
+        resumed(last[1].global_step, last[1].max_steps, "steps")
     watch = _Watch(folder, progress)
     with quiet_transformers():
         trainer = Trainer(

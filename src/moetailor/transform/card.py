@@ -28,7 +28,8 @@ def model_card(plan: Plan, source: Path, form: Format, nbytes: int) -> str:
         nbytes: bytes of all its tensors.
     """
     named = plan.model.source
-    base = named if HUB_NAME.fullmatch(named) and not Path(named).exists() else ""
+    hub_name = named.partition("@")[0]  # the rest is a revision
+    base = hub_name if HUB_NAME.fullmatch(hub_name) and not Path(named).exists() else ""
     licence = original_licence(source)
     front: dict[str, Any] = {"base_model": base, "base_model_relation": "quantized"} if base else {}
     front |= licence | {"library_name": form.library, "tags": ["moetailor", "mixture-of-experts"]}
