@@ -85,8 +85,8 @@ SearchOptions TaskOptions TextOptions Width __version__ allocate apply calibrate
 find_redundancy make_plan precheck read_batches recover
 """.split()
 FLAGS = {
-    "fit": "--choice --context --data --device --dry-run --dtype --engine --held-out --json --memory --out --overwrite "
-    "--trust-remote-code --yes",
+    "fit": "--choice --context --converter --data --device --dry-run --dtype --engine --held-out --json --memory --out "
+    "--overwrite --quantizer --trust-remote-code --yes",
     "inspect": "--calibration --json --trust-remote-code",
     "calibrate": "--batch-size --data --device --device-map --dry-run --dtype --length --mask-special --out "
     "--residual --sample-size --sample-tokens --seed --sensitivity "
@@ -111,7 +111,7 @@ FLAGS = {
     "compare": "--batch-memory --batch-size --calibration --data --device --dry-run --dtype --held-out "
     "--held-out-sequences --length --mask-special --methods --out --remove --sample-size --sample-tokens --scratch "
     "--seed --sequences --sizes --stream --trust-remote-code",
-    "serve": "--context --dry-run --engine --host --port",
+    "serve": "--binary --context --dry-run --engine --host --port",
     "recover": "--accumulate --anneal --anneal-gamma --batch-size --data --device --dtype --epochs "
     "--fsdp --gradient-checkpointing --held-out --json "
     "--layer-weight --length --lora-alpha --lora-rank --loss --loss-on --lr --out --overwrite --save-every --seed "

@@ -65,7 +65,7 @@ BatchMemory = Annotated[
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint, or with tasks.")
 ]
-Engine = Annotated[str, typer.Option(help="What serves it: transformers or vllm.")]
+Engine = Annotated[str, typer.Option(help="What serves it: transformers, vllm or llama.cpp.")]
 Method = Annotated[
     str,
     typer.Option(
