@@ -111,6 +111,7 @@ FLAGS = {
     "compare": "--batch-memory --batch-size --calibration --data --device --dry-run --dtype --held-out "
     "--held-out-sequences --length --mask-special --methods --out --remove --sample-size --sample-tokens --scratch "
     "--seed --sequences --sizes --stream --trust-remote-code",
+    "lm-eval": "--dry-run --engine",
     "serve": "--binary --context --dry-run --engine --host --port",
     "recover": "--accumulate --anneal --anneal-gamma --batch-size --data --device --dtype --epochs "
     "--fsdp --gradient-checkpointing --held-out --json "

@@ -59,6 +59,7 @@ class Engine(ABC):
         overhead: share of the memory that is kept free of weights and cache: buffers, activations, the engine itself.
         program: what is run; empty where it runs in the process of moetailor.
         obtained: where the program comes from.
+        harness: what lm-evaluation-harness calls it; empty where it runs nothing with it.
         loads_originals: whether it loads a model as it was published.
     """
 
@@ -66,6 +67,7 @@ class Engine(ABC):
     overhead: Fraction
     program: str = ""
     obtained: str = "install it"
+    harness: str = ""
     loads_originals: bool = True
 
     @abstractmethod

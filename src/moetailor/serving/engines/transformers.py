@@ -17,6 +17,7 @@ class Transformers(Engine):
 
     name = "transformers"
     overhead = Fraction(1, 10)
+    harness = "hf"
 
     def choices(self, facts: ModelFacts) -> Sequence[Choice]:
         """Return bits and stand-ins, bits alone, and fewer experts."""

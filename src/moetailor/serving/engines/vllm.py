@@ -20,6 +20,7 @@ class Vllm(Engine):
     name = "vllm"
     overhead = Fraction(15, 100)
     program = "vllm"
+    harness = "vllm"
 
     def choices(self, facts: ModelFacts) -> Sequence[Choice]:
         """Return 8 and 4 bits by layer, 4 bits, and fewer experts in 4 bits, in groups that kernels take; with the
