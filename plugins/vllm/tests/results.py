@@ -41,6 +41,10 @@ METHODS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "auto": ("auto", {"size": "60%"}, {}),
     "auto, bits=false": ("auto", {"size": "70%"}, {"parameters": {"bits": False}}),
     "quantize": ("quantize", {"remove": "0%"}, {"parameters": {"bits": 4}}),
+    "quantize, fp8b128": ("quantize", {"remove": "0%"}, {"parameters": {"codes": "fp8b128"}}),
+    "quantize, mxfp4": ("quantize", {"remove": "0%"}, {"parameters": {"codes": "mxfp4"}}),
+    "quantize, nvfp4": ("quantize", {"remove": "0%"}, {"parameters": {"codes": "nvfp4"}}),
+    "quantize, vq": ("quantize", {"remove": "0%"}, {"parameters": {"codes": "vq", "bits": 2}}),
     "compressed_experts": ("compressed_experts", {"remove": "0%"}, {}),
 }
 PROMPTS = np.array([[(a * i * i + b * i + c) % 120 + 4 for i in range(32)] for a, b, c in ((7, 3, 11), (5, 1, 99))])
