@@ -21,6 +21,7 @@ from moetailor.checkpoint.original import Original
 from moetailor.fit import look
 from moetailor.serving import find_engine, offered
 from moetailor.transform.gguf_recipe import tensor_types
+from support.serving import KINDS, LLAMA, pairs
 from support.source import ROOT
 
 pytest.importorskip("gguf")
@@ -232,18 +233,19 @@ def serving(*command: str | Path) -> Iterator[str]:
 
 
 @pytest.mark.skipif(not (BINARIES and CONVERTER), reason="MOETAILOR_LLAMA_CPP and .._CONVERTER name no llama.cpp")
-@pytest.mark.parametrize(("memory", "name"), [("9MB", "bits by layer"), ("8MB", "fewer, in 4 bits")])
+@pytest.mark.parametrize("name", pairs(LLAMA, "run", made=False))
 def test_llama_cpp_answers_with_what_fit_wrote(
-    memory: str, name: str, run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert BINARIES
     assert CONVERTER
+    memory = KINDS[name].memory
     for option, value in (("SEQUENCES", 16), ("LENGTH", 128)):
         monkeypatch.setattr(f"moetailor.fit.{option}", value)
     out, tools = tmp_path / "out", ["--converter", CONVERTER, "--quantizer", Path(BINARIES) / "llama-quantize"]
     code, shown, err = run(*words(memory, out, *TEXT, *tools, "--yes"))
     assert code == 0, err
-    assert f"\n1  {name}" in shown
+    assert f"\n1  {'bits by layer' if name == 'gguf bits' else 'fewer, in 4 bits'}" in shown
     room = look(Original(REFERENCE), memory=int(memory[0]) * 10**6, engine=ENGINE, context=256).room
     assert (out / "model.gguf").stat().st_size <= room.weights
     with serving("serve", out, "--engine", "llama.cpp", "--binary", Path(BINARIES) / "llama-server") as address:

@@ -17,6 +17,7 @@ from moetailor.checkpoint.original import Original
 from moetailor.errors import MoetailorError, did_you_mean
 from moetailor.serving.choices import Choice
 from moetailor.serving.needs import cache_nbytes
+from moetailor.transform.formats.gguf import MODEL_FILE
 
 ENGINES: dict[str, Engine] = {}
 HOST, PORT = "127.0.0.1", 8000
@@ -91,6 +92,8 @@ class Engine(ABC):
         Raises:
             MoetailorError: it cannot, or is none.
         """
+        if (folder / MODEL_FILE).is_file() and not (folder / "config.json").exists():
+            raise MoetailorError(f"{folder}: {MODEL_FILE} is for --engine llama.cpp")
         entry = open_checkpoint(folder).config.get("quantization_config") or {}
         if (why := self.refusal(entry.get("quant_method", ""))) is not None:
             raise MoetailorError(f"{folder}: {why}")

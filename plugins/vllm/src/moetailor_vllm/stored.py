@@ -97,7 +97,7 @@ class FewBits(nn.Module):
 
     Args:
         shape: of the numbers, (n, O, I).
-        storage: how they lie: ``uint4g128`` (with zero points), ``int4g128``, ``vq2g128`` (codebooks), or as in `FLOATS`.
+        storage: how they lie: ``uint4g128`` (with zero points), ``int4g128``, ``vq2g128`` (codebooks), or in `FLOATS`.
         rank: of this process.
         axis: along which ranks cut the numbers, 1 or 2; None where each has all of them.
         dtype: of the scales, and so of the numbers.
