@@ -52,9 +52,9 @@ class LlamaCpp(Engine):
         bits: dict[str, Any] = {"codes": "uint", "group": BLOCK}
         by_layer = {"uniform_layers": True, "widths": "8,6,5,4,3,2" if _superblocks(facts) else "8,6,5,4", **bits}
         return (
-            Choice(name="bits by layer", method="auto", parameters=by_layer, rule="by layer", **gguf),
-            Choice(name="4 bits for all", method="quantize", parameters={"bits": 4, **bits}, rule="one width", **gguf),
-            Choice(name="fewer, in 4 bits", bits=f"uint4g{BLOCK}", rule="fewer in 4 bits", **few),
+            Choice(name="bits by layer", method="auto", parameters=by_layer, rule="GGUF", **gguf),
+            Choice(name="4 bits for all", method="quantize", parameters={"bits": 4, **bits}, rule="GGUF", **gguf),
+            Choice(name="fewer, in 4 bits", bits=f"uint4g{BLOCK}", rule="fewer in GGUF", **few),
         )
 
     def refusal(self, written: str) -> str | None:
