@@ -1,4 +1,4 @@
-"""Write docs/methods.md from the registry and docs/families.md from the tests' table of families."""
+"""Write docs/methods.md from the registry, docs/families.md and the table of docs/serving.md from the tests' own."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import moetailor  # noqa: E402
 from moetailor.checkpoint.anatomy import discover  # noqa: E402
 from moetailor.errors import MoetailorError  # noqa: E402
 from moetailor.methods.description import describe  # noqa: E402
-from support import families  # noqa: E402
+from support import families, serving  # noqa: E402
 
 METHODS_HEAD = """# Methods
 
@@ -36,6 +36,7 @@ streamed equals in memory, both formats round-trip). A family that is not listed
 refused, by name, where it breaks the contract.
 
 """
+TABLE = ("<!-- table: written by make docs from tests/support/serving.py -->", "<!-- end of table -->")
 
 
 def methods_page() -> str:
@@ -113,7 +114,40 @@ def families_page() -> str:
     return "\n".join(lines) + "\n"
 
 
-PAGES = {"methods.md": methods_page, "families.md": families_page}
+def serving_page() -> str:
+    """Return docs/serving.md with its table made anew."""
+    before, begin, rest = (DOCS / "serving.md").read_text().partition(TABLE[0])
+    _, end, after = rest.partition(TABLE[1])
+    assert begin, TABLE
+    assert end, TABLE
+    lines = ["| result | " + " | ".join(serving.BY) + " |", "|---" * (1 + len(serving.BY)) + "|"]
+    shown = {"run": "**run**", "read": "*read*"}
+    others: dict[str, list[str]] = {}
+    for kind in serving.KINDS.values():
+        cells = []
+        for engine in serving.BY:
+            note = ""
+            if by := kind.by.get(engine):
+                number = list(others).index(by) + 1 if by in others else len(others) + 1
+                others.setdefault(by, []).append(kind.says)
+                note = f" ({number})"
+            outcome = kind.outcomes[engine]
+            cells.append(shown.get(outcome, outcome) + note)
+        lines.append(f"| {kind.says} | {' | '.join(cells)} |")
+    lines += ["", "| engine | run by | refused by | read in |", "|---|---|---|---|"]
+    for engine, by in serving.BY.items():
+        cells = [_by(by.get(outcome, "-")) for outcome in ("run", "refused", "read")]
+        lines.append(f"| {engine} | {' | '.join(cells)} |")
+    lines += ["", *(f"({number}) {_by(by)}" + "  " for number, by in enumerate(others, 1))]
+    return before + begin + "\n".join(["", *lines, ""]) + end + after
+
+
+def _by(by: str) -> str:
+    """Return the name of a test as code, anything else as it is."""
+    return f"`{by}`" if "::" in by else by
+
+
+PAGES = {"methods.md": methods_page, "families.md": families_page, "serving.md": serving_page}
 
 if __name__ == "__main__":
     for file, page in PAGES.items():

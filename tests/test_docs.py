@@ -44,6 +44,7 @@ def test_commands_in_the_docs_have_flags_that_exist(page: Path) -> None:
     verbs = get_command(app).commands
     for line in re.findall(rf"^\s*(?:\$ )?(moetailor (?:{'|'.join(verbs)}) .*)$", page.read_text(), re.MULTILINE):
         words = shlex.split(line.partition("#")[0])
+        words = words[: words.index("--")] if "--" in words else words  # what follows is another program's
         verb = verbs[words[1]]
         known = {option for parameter in verb.params for option in parameter.opts}
         flags = {word for word in words[2:] if re.match(r"--?[a-z]", word)}
@@ -88,8 +89,8 @@ SearchOptions TaskOptions TextOptions Width __version__ allocate apply calibrate
 find_redundancy make_plan precheck read_batches recover
 """.split()
 FLAGS = {
-    "fit": "--choice --context --data --device --dry-run --dtype --engine --held-out --json --memory --out "
-    "--overwrite --push-to-hub --revision --trust-remote-code --yes",
+    "fit": "--choice --context --converter --data --device --dry-run --dtype --engine --held-out --json --memory --out "
+    "--overwrite --push-to-hub --quantizer --revision --trust-remote-code --yes",
     "inspect": "--calibration --json --revision --trust-remote-code",
     "calibrate": "--batch-size --data --device --device-map --dry-run --dtype --length --mask-special --out "
     "--residual --revision --sample-size --sample-tokens --seed --sensitivity --sequences --states "
@@ -114,7 +115,8 @@ FLAGS = {
     "compare": "--batch-memory --batch-size --calibration --data --device --dry-run --dtype --held-out "
     "--held-out-sequences --length --mask-special --methods --out --remove --revision --sample-size "
     "--sample-tokens --scratch --seed --sequences --sizes --stream --text-column --trust-remote-code",
-    "serve": "--context --dry-run --engine --host --port",
+    "lm-eval": "--dry-run --engine",
+    "serve": "--binary --context --dry-run --engine --host --port",
     "recover": "--accumulate --anneal --anneal-gamma --batch-size --data --device --dtype --epochs --fsdp "
     "--gradient-checkpointing --held-out --json --layer-weight --length --lora-alpha --lora-rank --loss "
     "--loss-on --lr --out --overwrite --revision --save-every --seed --steps --teacher --temperature "

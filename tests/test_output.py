@@ -101,7 +101,7 @@ def test_help_is_shown_as_it_is_written(
 ) -> None:
     """On a narrow terminal, where a word that is too long would be cut."""
     monkeypatch.setenv("COLUMNS", "80")
-    code, shown = call(verb.__name__, "--help", monkeypatch=monkeypatch, capsys=capsys)
+    code, shown = call(verb.__name__.replace("_", "-"), "--help", monkeypatch=monkeypatch, capsys=capsys)
     assert code == 0
     letters = re.sub(r"[\s│…]", "", shown)
     hints = get_type_hints(verb, include_extras=True)

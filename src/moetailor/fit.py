@@ -6,7 +6,8 @@ unless other text is given; a run that was stopped goes on where it was.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from moetailor.planning.budget import Budget
 from moetailor.planning.plan import Plan
 from moetailor.progress import Stages
 from moetailor.serving import Choice, Engine, Offered, Room, offered
+from moetailor.transform.formats.gguf import Gguf
 from moetailor.words import nbytes
 
 TEXTS = Path(__file__).parent / "texts"
@@ -58,7 +60,7 @@ class Outlook:
     @property
     def fits_as_it_is(self) -> bool:
         """Whether nothing has to be done."""
-        return self.nbytes <= self.room.weights
+        return self.engine.loads_originals and self.nbytes <= self.room.weights
 
     def chosen(self, number: int | None = None) -> Choice:
         """Return the choice of a number, from 1 on; the best where none is given.
@@ -109,8 +111,9 @@ def look(original: Original, *, memory: int, engine: Engine, context: int | None
     if context is not None and longest is not None and context > longest:
         raise MoetailorError(f"--context {context:,}: the model takes {longest:,} tokens at most")
     room = engine.room(original, memory, context or min(CONTEXT, longest or CONTEXT))
-    offers = offered(engine.choices(original.facts), original.facts, room.weights)
-    return Outlook(engine=engine, room=room, nbytes=original.facts.nbytes, offers=tuple(offers))
+    offers = offered(engine.choices(original.facts), original.facts, room.planned)
+    served = (replace(offer, nbytes=max(offer.nbytes - room.saved, 0)) for offer in offers)
+    return Outlook(engine=engine, room=room, nbytes=original.facts.nbytes, offers=tuple(served))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +125,7 @@ class Job:
         room: where the memory goes.
         data: calibration text, as `TextOptions` takes it.
         held_out: text to measure on.
+        tools: the programs that write the result, by the options of `compress`, see `Engine.tools`.
         device: where models run.
         dtype: dtype of the runs.
     """
@@ -130,13 +134,14 @@ class Job:
     room: Room
     data: tuple[str, ...] = (str(CALIBRATION),)
     held_out: tuple[str, ...] = (str(HELD_OUT),)
+    tools: Mapping[str, Path] = field(default_factory=dict)
     device: str | None = None
     dtype: str | None = None
 
     @property
     def budget(self) -> Budget:
         """What the choice is asked to stay within."""
-        return self.choice.budget(self.room.weights)
+        return self.choice.budget(self.room.planned)
 
     def streams(self, original: Original) -> bool:
         """Say whether the model must run a layer at a time, since it does not go whole into the memory that is free."""
@@ -166,8 +171,10 @@ def foretold(host: Host, original: Original, job: Job) -> Estimate:
 
 def fit(
     original: Original, out: Path, job: Job, *, overwrite: bool = False, progress: Stages | None = None
-) -> tuple[Plan, Scores]:
+) -> tuple[Plan, Scores | None]:
     """Calibrate, plan and write, unless that was done, and measure the result on text that it was not made with.
+
+    What transformers does not load, GGUF, is not measured.
 
     Args:
         original: the model.
@@ -193,8 +200,11 @@ def fit(
             width=job.choice.width,
             format=job.choice.format,
             overwrite=overwrite,
+            **job.tools,
             **run,
         )
+    if job.choice.format == Gguf.name:
+        return plan, None
     return plan, evaluate(
         out, original.source, text=TextOptions(data=job.held_out, sequences=JUDGED, batch_size=1), **run
     )

@@ -108,6 +108,8 @@ def compress(
     propagate: Propagate = "original",
     format: str = "auto",
     overwrite: bool = False,
+    converter: Path | None = None,
+    quantizer: Path | None = None,
     device: str | None = None,
     batch_memory: int | None = None,
     dtype: str | None = None,
@@ -136,6 +138,8 @@ def compress(
         propagate: what stand-ins and merged experts are fitted on, see `apply_to_checkpoint`.
         format: format of the result.
         overwrite: replace an earlier result, at the end.
+        converter: llama.cpp's ``convert_hf_to_gguf.py``, for format gguf, see `apply_to_checkpoint`.
+        quantizer: llama.cpp's ``llama-quantize``, the same.
         device: where the model runs.
         batch_memory: bytes that experts computed together may take; what the device is good for when None.
         dtype: dtype of the run.
@@ -177,6 +181,6 @@ def compress(
             **given,
         )
         fitted: dict[str, Any] = {"calibration": measured, "propagate": propagate, "device": device}
-        fitted |= {"batch_memory": batch_memory}
+        fitted |= {"batch_memory": batch_memory, "converter": converter, "quantizer": quantizer}
         apply(plan, original, out, progress=progress, **fitted, **written)
     return measured, plan

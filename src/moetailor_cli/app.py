@@ -18,6 +18,7 @@ from moetailor_cli import output
 from moetailor_cli.apply import apply, compress
 from moetailor_cli.compare import compare
 from moetailor_cli.fit import fit
+from moetailor_cli.lm_eval import lm_eval
 from moetailor_cli.measure import calibrate, evaluate, inspect
 from moetailor_cli.methods import methods
 from moetailor_cli.plan import allocate, diff, plan, show
@@ -39,7 +40,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 # Their exit codes; typer makes that of Ctrl-C.
 STOPPED = tuple(128 + number for number in SIGNALS)
 VERBS = (fit, inspect, calibrate, methods, plan, allocate, show, diff)
-VERBS += (apply, compress, evaluate, compare, report, recover, serve)
+VERBS += (apply, compress, evaluate, compare, report, recover, serve, lm_eval)
 
 
 for verb in VERBS:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 ABOUT_KL = (
     "KL, in nats a token, is how far predictions are from the original's. By rule it is what moetailor's small "
-    "reference model lost at as many bits; what this model loses is measured once it is made."
+    "reference model lost at as many bits"
 )
 
 
@@ -66,6 +66,20 @@ def fit(
     json: Annotated[
         bool, typer.Option("--json", help="Print what fits as JSON, and stop.", rich_help_panel=WRITES)
     ] = False,
+    converter: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --engine llama.cpp: its script convert_hf_to_gguf.py. [dim]default: the one on PATH[/dim]",
+            rich_help_panel=WRITES,
+        ),
+    ] = None,
+    quantizer: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --engine llama.cpp: its llama-quantize. [dim]default: the one on PATH[/dim]",
+            rich_help_panel=WRITES,
+        ),
+    ] = None,
     overwrite: Overwrite = False,
     device: Device = None,
     dtype: Dtype = None,
@@ -92,6 +106,8 @@ def fit(
             output.say(f"It fits as it is: {' '.join(found.engine.command(Path(model), found.room.context))}")
             return False
         chosen = found.chosen(choice)
+        if out is not None or converter or quantizer:
+            given["tools"] = found.engine.tools(original, converter, quantizer)
         job = Job(choice=chosen, room=found.room, **{name: value for name, value in given.items() if value})
         if out is None or dry_run:
             output.say(f"To make {chosen.name}:")
@@ -100,11 +116,16 @@ def fit(
     if not yes and choice is None and not _agreed(chosen.name, out):
         return False
     opened = Original(model, trust_remote_code=trust_remote_code)
+    if original.headers_only:  # nothing of it could be tried before
+        found.engine.tools(opened, converter, quantizer)
     with waiting.stages() as progress:
         plan, scores = fit(opened, out, job, overwrite=overwrite, progress=progress)
-    output.plan(plan)
-    output.scores(scores)
-    output.expected(str(out), scores)
+    output.plan(plan, chosen.format)
+    if scores is None:
+        _written(out, found)
+    else:
+        output.scores(scores)
+        output.expected(str(out), scores)
     output.took(out, out.with_name(f"{out.name}.calibration"))
     output.say(f"serve it: {' '.join(found.engine.command(out, found.room.context))}")
     return False
@@ -129,7 +150,21 @@ def _show(model: str, found: Outlook) -> None:
     output.result("")
     output.table(["what it can become", "weights", "KL, by rule", "which is"], rows)
     output.result("")
-    output.text(ABOUT_KL)
+    measured = "; what this model loses is measured once it is made." if found.engine.loads_originals else "."
+    output.text(ABOUT_KL + measured)
+
+
+def _written(out: Path, found: Outlook) -> None:
+    """Say how large a result is that only its engine loads."""
+    from moetailor.checkpoint.place import PROVENANCE_FILE
+    from moetailor.words import nbytes
+
+    written = json_module.loads((out / PROVENANCE_FILE).read_text())["bytes"]["compressed"]
+    room = found.room.weights
+    output.say(f"{out}: {nbytes(written)} written, weights may take {nbytes(room)}")
+    if written > room:
+        output.warn(f"{written - room:,} bytes more than fit; give less --memory, and --overwrite")
+    output.say(f"not measured: {found.engine.name} alone loads it; its llama-perplexity --kl-divergence measures it")
 
 
 def _agreed(name: str, out: Path) -> bool:

@@ -129,7 +129,7 @@ Trust = Annotated[
         "--trust-remote-code", help="Run code that comes with the checkpoint, or with tasks.", rich_help_panel=READS
     ),
 ]
-Engine = Annotated[str, typer.Option(help="What serves it: transformers or vllm.", rich_help_panel=SERVES)]
+Engine = Annotated[str, typer.Option(help="What serves it: transformers, vllm or llama.cpp.", rich_help_panel=SERVES)]
 Method = Annotated[
     str,
     typer.Option(

@@ -12,7 +12,9 @@ from moetailor_cli.options import RUNS, SERVES, WRITES, Engine
 
 
 def serve(
-    folder: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of a result, or of any checkpoint.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Folder of a result, or of any checkpoint; or a GGUF file.")
+    ],
     engine: Engine = "transformers",
     context: Annotated[
         int | None,
@@ -22,6 +24,10 @@ def serve(
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.", rich_help_panel=RUNS)] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.", rich_help_panel=RUNS)] = 8000,
+    binary: Annotated[
+        Path | None,
+        typer.Option(help="The engine's program, such as llama-server, where it is not on PATH.", rich_help_panel=RUNS),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the command that would run, and stop.", rich_help_panel=WRITES)
     ] = False,
@@ -30,17 +36,15 @@ def serve(
 
     [dim]moetailor serve OUT --engine vllm[/dim]
     """
-    from moetailor.checkpoint.files import open_checkpoint
-    from moetailor.errors import MoetailorError
+    import shlex
+
     from moetailor.serving import find_engine
 
     chosen = find_engine(engine)
-    entry = open_checkpoint(folder).config.get("quantization_config") or {}
-    if (why := chosen.refusal(entry.get("quant_method", ""))) is not None:
-        raise MoetailorError(f"{folder}: {why}")
-    command = " ".join(chosen.command(folder, context, host, port))
+    chosen.check(folder)
+    command = shlex.join(chosen.command(folder, context, host, port, binary))
     if dry_run:
         output.result(command)
         return
     output.say(f"http://{host}:{port}/v1: {command}")
-    chosen.serve(folder, context, host, port)
+    chosen.serve(folder, context, host, port, binary)

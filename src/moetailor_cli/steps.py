@@ -138,4 +138,6 @@ STEPS: dict[str, Callable[[Given], str | None]] = {
     "recover": _recover,
     # It serves until it is stopped, and says where before it begins.
     "serve": lambda given: None,
+    # It becomes the harness.
+    "lm_eval": lambda given: None,
 }

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 import moetailor
 from moetailor.checkpoint.loader import quiet_transformers
 from support.families import tiny_model
+from support.serving import KINDS
 from support.tiny import mixed_plan, token_batches
 
 # vLLM's CPU kernels want widths of 32; attention wants heads of that size.
@@ -28,20 +29,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "glm4_moe": SHAPE
     | {"moe_intermediate_size": 32, "head_dim": 32, "n_shared_experts": 1, "routed_scaling_factor": 1.5},
     "gpt_oss": SHAPE | {"intermediate_size": 32, "head_dim": 32},
-}
-METHODS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "reap": ("reap", {"remove": "25%"}, {"allocation": "error"}),
-    "refit": ("refit", {"remove": "50%"}, {}),
-    "frequency": ("frequency", {"remove": "50%"}, {}),
-    "ream": ("ream", {"remove": "50%"}, {}),
-    "mone": ("mone", {"remove": "50%"}, {}),
-    "conmoe": ("conmoe", {"remove": "50%"}, {}),
-    "linear": ("linear", {"remove": "50%"}, {"parameters": {"rank": 4}}),
-    "lightmoe": ("lightmoe", {"remove": "25%"}, {"parameters": {"rank": 2, "bases": 2}}),
-    "auto": ("auto", {"size": "60%"}, {}),
-    "auto, bits=false": ("auto", {"size": "70%"}, {"parameters": {"bits": False}}),
-    "quantize": ("quantize", {"remove": "0%"}, {"parameters": {"bits": 4}}),
-    "compressed_experts": ("compressed_experts", {"remove": "0%"}, {}),
 }
 PROMPTS = np.array([[(a * i * i + b * i + c) % 120 + 4 for i in range(32)] for a, b, c in ((7, 3, 11), (5, 1, 99))])
 TOKENS = 64
@@ -63,9 +50,9 @@ def make(family: str, method: str, folder: Path) -> Path:
     if method == "mixed":
         plan = mixed_plan(calibration, drop=family != "glm4_moe")  # its groups must stay equal
     else:
-        name, budget, more = METHODS[method]
-        plan = moetailor.make_plan(calibration, name, moetailor.Budget.parse(**budget), **more)
-    return moetailor.apply(plan, folder / family, out, calibration=calibration, format="moetailor")
+        plan = KINDS[method].plan(calibration)
+    form = "moetailor" if method == "mixed" else KINDS[method].format
+    return moetailor.apply(plan, folder / family, out, calibration=calibration, format=form)
 
 
 @torch.no_grad()

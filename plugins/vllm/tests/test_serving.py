@@ -17,7 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from results import METHODS, MODELS, PROMPTS, TOKENS, copied, expected, make
+from results import MODELS, PROMPTS, TOKENS, copied, expected, make
+from support.serving import ALONE, SERVED, pairs
 
 ROOT = Path(__file__).parents[1]
 PYTHON = os.environ.get("MOETAILOR_VLLM_PYTHON") or (sys.executable if find_spec("vllm") else None)
@@ -43,9 +44,9 @@ def serve(folder: Path) -> Serve:
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: moetailor-vllm\nVersion: 0\n")
     np.save(folder / "prompts.npy", PROMPTS)
 
-    def call(*words: str | Path) -> None:
+    def call(*words: str | Path, plugin: bool = True) -> None:
         command = [PYTHON, ROOT / "tests" / "serve.py", folder / "prompts.npy", str(TOKENS), *words]
-        paths = {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{info.parent}"}
+        paths = {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{info.parent}" if plugin else ""}
         done = subprocess.run(command, env=os.environ | paths, cwd=folder, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
 
@@ -75,9 +76,20 @@ def test_answers_of_every_kind_are_served_in_every_family(folder: Path, serve: S
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", MODELS)
-def test_every_method_is_served(family: str, folder: Path, serve: Serve) -> None:
-    done = {"compressed_experts"} | ({"lightmoe", "quantize"} if family in ("glm4_moe", "gpt_oss") else set())
-    check_all([make(family, method, folder) for method in METHODS if method not in done], serve)
+def test_every_kind_is_served(family: str, folder: Path, serve: Serve) -> None:
+    done = {"lightmoe", "quantize"} if family in ("glm4_moe", "gpt_oss") else set()
+    check_all([make(family, kind, folder) for kind in pairs(SERVED, "run") if kind not in done], serve)
+
+
+def test_vllm_alone_loads_native_results_and_refuses_ours(folder: Path, serve: Serve) -> None:
+    native = [make("qwen3_moe", kind, folder) for kind in pairs(ALONE, "run")]
+    # Served before, perhaps, by another test.
+    ours = [copied(make("qwen3_moe", kind, folder), "alone") for kind in pairs(ALONE, "refused")]
+    serve(*native, *ours, plugin=False)
+    for result in native:
+        check(result)
+    for result in ours:
+        assert "moetailor" in Path(f"{result}.refused.txt").read_text(), result.name
 
 
 def test_two_models_in_one_process(folder: Path, serve: Serve) -> None:

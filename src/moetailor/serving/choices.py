@@ -28,6 +28,10 @@ RULES: dict[str, dict[float, float]] = {
     "one width": {8.2: 3e-5, 6.2: 2e-4, 5.2: 6e-4, 4.2: 2.1e-3, 3.2: 7.8e-3, 2.2: 3.8e-2},
     "fewer experts": {10.5: 1.8e-2, 7.5: 0.1, 5.5: 0.22, 4.5: 0.3, 3.5: 0.43, 2.5: 0.64},
     "fewer in 4 bits": {4.2: 2.1e-3, 3.4: 5e-3, 2.5: 4e-2, 1.5: 0.19, 0.6: 0.64},
+    # GGUF, in bits as they are planned for it, with all else in Q8_0 (docs/formats.md, docs/serving.md); below 4.5 bits
+    # what our own codes lose in as many.
+    "GGUF": {8.7: 4e-4, 6.2: 9e-4, 5.8: 1.1e-3, 5.4: 1.4e-3, 4.9: 2.1e-3, 4.6: 2.6e-3, 3.6: 7.8e-3, 2.6: 3.8e-2},
+    "fewer in GGUF": {4.5: 2.6e-3, 3.7: 5.5e-3, 2.7: 4e-2, 1.6: 0.19, 0.7: 0.64},
 }
 # How much of the model's behaviour a KL leaves, in words.
 GRADES = {1e-3: "hardly noticed", 1e-2: "small", 5e-2: "noticed", 0.2: "large", float("inf"): "severe"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -11,10 +12,12 @@ from fractions import Fraction
 from pathlib import Path
 
 from moetailor.checkpoint.facts import ModelFacts
+from moetailor.checkpoint.files import open_checkpoint
 from moetailor.checkpoint.original import Original
 from moetailor.errors import MoetailorError, did_you_mean
 from moetailor.serving.choices import Choice
 from moetailor.serving.needs import cache_nbytes
+from moetailor.transform.formats.gguf import MODEL_FILE
 
 ENGINES: dict[str, Engine] = {}
 HOST, PORT = "127.0.0.1", 8000
@@ -29,17 +32,24 @@ class Room:
         cache: bytes of the keys and values of one sequence.
         overhead: bytes that the engine takes for itself.
         context: tokens of the sequence.
+        saved: bytes by which what is no expert is smaller where it is served than a plan counts it, see `planned`.
     """
 
     memory: int
     cache: int
     overhead: int
     context: int
+    saved: int = 0
 
     @property
     def weights(self) -> int:
         """Bytes that are left for weights."""
         return self.memory - self.cache - self.overhead
+
+    @property
+    def planned(self) -> int:
+        """Bytes that a plan may take to leave no more weights than that."""
+        return self.weights + self.saved
 
 
 class Engine(ABC):
@@ -48,10 +58,18 @@ class Engine(ABC):
     Attributes:
         name: as ``--engine`` names it.
         overhead: share of the memory that is kept free of weights and cache: buffers, activations, the engine itself.
+        program: what is run; empty where it runs in the process of moetailor.
+        obtained: where the program comes from.
+        harness: what lm-evaluation-harness calls it; empty where it runs nothing with it.
+        loads_originals: whether it loads a model as it was published.
     """
 
     name: str
     overhead: Fraction
+    program: str = ""
+    obtained: str = "install it"
+    harness: str = ""
+    loads_originals: bool = True
 
     @abstractmethod
     def choices(self, facts: ModelFacts) -> Sequence[Choice]:
@@ -65,8 +83,47 @@ class Engine(ABC):
             written: the `quant_method` of its config.json, empty where it has none.
         """
 
+    def check(self, folder: Path) -> None:
+        """Refuse a checkpoint that cannot be loaded.
+
+        Args:
+            folder: of the checkpoint.
+
+        Raises:
+            MoetailorError: it cannot, or is none.
+        """
+        if (folder / MODEL_FILE).is_file() and not (folder / "config.json").exists():
+            raise MoetailorError(f"{folder}: {MODEL_FILE} is for --engine llama.cpp")
+        entry = open_checkpoint(folder).config.get("quantization_config") or {}
+        if (why := self.refusal(entry.get("quant_method", ""))) is not None:
+            raise MoetailorError(f"{folder}: {why}")
+
+    def tools(self, original: Original, converter: Path | None, quantizer: Path | None) -> dict[str, Path]:
+        """Return the programs with which results are written in its form, by the options of `apply`.
+
+        Args:
+            original: what results are made of.
+            converter: that which was named.
+            quantizer: the same.
+
+        Raises:
+            MoetailorError: one is missing, cannot do it, or nothing is done with it.
+        """
+        if converter or quantizer:
+            raise MoetailorError(
+                f"--converter and --quantizer write GGUF, for --engine llama.cpp; {self.name} loads none"
+            )
+        return {}
+
     @abstractmethod
-    def command(self, folder: Path, context: int | None = None, host: str = HOST, port: int = PORT) -> list[str]:
+    def command(
+        self,
+        folder: Path,
+        context: int | None = None,
+        host: str = HOST,
+        port: int = PORT,
+        binary: Path | None = None,
+    ) -> list[str]:
         """Return the command that serves a checkpoint, as OpenAI's API has it.
 
         Args:
@@ -74,17 +131,24 @@ class Engine(ABC):
             context: tokens of a sequence; what the engine takes when None.
             host: address to listen on.
             port: port to listen on.
+            binary: the engine's program; `program`, wherever it is found, when None.
+
+        Raises:
+            MoetailorError: it has none.
         """
 
-    def serve(self, folder: Path, context: int | None, host: str, port: int) -> None:
+    def serve(self, folder: Path, context: int | None, host: str, port: int, binary: Path | None = None) -> None:
         """Serve a checkpoint; returns when it is stopped, or never.
 
         Raises:
             MoetailorError: the engine is not installed here.
         """
-        command = self.command(folder, context, host, port)
+        command = self.command(folder, context, host, port, binary)
         if shutil.which(command[0]) is None:
-            raise MoetailorError(f"{command[0]}: not found here; install it, or run where it is: {' '.join(command)}")
+            raise MoetailorError(
+                f"{command[0]}: not found here; {self.obtained}, name it with --binary, or run where it is: "
+                f"{shlex.join(command)}"
+            )
         os.execvp(command[0], command)
 
     def room(self, original: Original, memory: int, context: int) -> Room:

@@ -17,6 +17,7 @@ class Transformers(Engine):
 
     name = "transformers"
     overhead = Fraction(1, 10)
+    harness = "hf"
 
     def choices(self, facts: ModelFacts) -> Sequence[Choice]:
         """Return bits and stand-ins, bits alone, and fewer experts."""
@@ -44,11 +45,20 @@ class Transformers(Engine):
         """Refuse nothing."""
         return None
 
-    def command(self, folder: Path, context: int | None = None, host: str = HOST, port: int = PORT) -> list[str]:
+    def command(
+        self,
+        folder: Path,
+        context: int | None = None,
+        host: str = HOST,
+        port: int = PORT,
+        binary: Path | None = None,
+    ) -> list[str]:
         """Return the command of moetailor, which serves by transformers what that alone would not know."""
+        if binary is not None:
+            raise MoetailorError("--binary: transformers is served by moetailor's own program; leave it out")
         return [*("moetailor", "serve", str(folder), "--engine", self.name), "--host", host, "--port", str(port)]
 
-    def serve(self, folder: Path, context: int | None, host: str, port: int) -> None:
+    def serve(self, folder: Path, context: int | None, host: str, port: int, binary: Path | None = None) -> None:
         """Run the server of transformers in this process, where our format is registered."""
         from transformers.utils.import_utils import is_serve_available
 

@@ -19,6 +19,8 @@ class Vllm(Engine):
 
     name = "vllm"
     overhead = Fraction(15, 100)
+    program = "vllm"
+    harness = "vllm"
 
     def choices(self, facts: ModelFacts) -> Sequence[Choice]:
         """Return 8 and 4 bits by layer, 4 bits, and fewer experts in 4 bits, in groups that kernels take; with the
@@ -49,10 +51,17 @@ class Vllm(Engine):
             return f"{told}; install it, or use --engine transformers"
         return None
 
-    def command(self, folder: Path, context: int | None = None, host: str = HOST, port: int = PORT) -> list[str]:
+    def command(
+        self,
+        folder: Path,
+        context: int | None = None,
+        host: str = HOST,
+        port: int = PORT,
+        binary: Path | None = None,
+    ) -> list[str]:
         """Return the command of its server."""
         limit = [] if context is None else ["--max-model-len", str(context)]
-        return ["vllm", "serve", str(folder), "--host", host, "--port", str(port), *limit]
+        return [str(binary or self.program), "serve", str(folder), "--host", host, "--port", str(port), *limit]
 
 
 def has_plugin() -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 from moetailor.calibration.folder import Calibration
 from moetailor.checkpoint.artifact import write_bytes
 from moetailor.checkpoint.folder import INDEX
+from moetailor.checkpoint.lock import scratch
 from moetailor.checkpoint.original import Original
 from moetailor.checkpoint.place import new_folder
 from moetailor.errors import MoetailorError, MoetailorWarning, PlanError
@@ -131,6 +132,16 @@ def commands(out: Path) -> list[str]:
         ]
         steps[0][0] = "python"
     return [shlex.join(step) for step in steps]
+
+
+def check_converter(converter: Path, original: Original) -> None:
+    """Let a converter write the vocabulary of an original: it knows neither every family nor every tokenizer.
+
+    Raises:
+        MoetailorError: it cannot.
+    """
+    with scratch() as place:
+        _run("--converter", [*_convert(converter, original.folder, place / MODEL_FILE), "--vocab-only"])
 
 
 def _convert(converter: Path, folder: Path, file: Path) -> list[str]:

@@ -1,0 +1,96 @@
+"""Each kind of result in each engine that needs nothing installed; the others' tests run over the same pairs."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import moetailor
+from moetailor.checkpoint.quiet import quiet_transformers
+from moetailor.serving import find_engine
+from support.families import tiny_model
+from support.serving import ALONE, BY, KINDS, LLAMA, SGLANG, TRANSFORMERS, pairs
+from support.source import ROOT
+from support.tiny import load, logits, token_batches
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model whose matrices are whole groups of 32."""
+    folder = tmp_path_factory.mktemp("engines") / "original"
+    with quiet_transformers():
+        tiny_model("qwen3_moe", hidden_size=64, moe_intermediate_size=32).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def calibration(original: Path) -> moetailor.Calibration:
+    folder = original.with_name("calibration")
+    return moetailor.calibrate(original, folder, text=token_batches(8, 48), residual=True, sensitivity=True)
+
+
+def made(name: str, original: Path, calibration: moetailor.Calibration) -> Path:
+    """Return the folder of a result, made once."""
+    out, kind = original.with_name(name), KINDS[name]
+    if not out.exists():
+        moetailor.apply(kind.plan(calibration), original, out, calibration=calibration, format=kind.format)
+    return out
+
+
+@pytest.mark.parametrize("name", pairs(TRANSFORMERS, "run"))
+def test_transformers_gives_what_the_plan_gives(name: str, original: Path, calibration: moetailor.Calibration) -> None:
+    out = made(name, original, calibration)
+    find_engine("transformers").check(out)
+    in_memory = moetailor.apply(
+        moetailor.Plan.load(out / "moetailor_plan.json"), load(original), calibration=calibration
+    )
+    expected = logits(in_memory)
+    torch.testing.assert_close(logits(load(out)), expected, rtol=1e-4, atol=1e-4)
+    if name != "compressed_experts":
+        assert not torch.allclose(logits(load(original)), expected, rtol=1e-4, atol=1e-4)
+
+
+REFUSED = [(engine, name) for engine in (TRANSFORMERS, ALONE, LLAMA) for name in pairs(engine, "refused")]
+
+
+@pytest.mark.parametrize(("engine", "name"), REFUSED)
+def test_what_an_engine_does_not_load_is_refused(
+    engine: str,
+    name: str,
+    original: Path,
+    calibration: moetailor.Calibration,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By the engine here, before it is started; by transformers while it loads."""
+    monkeypatch.setattr("moetailor.serving.engines.vllm.find_spec", lambda name: None)
+    out = made(name, original, calibration)
+    if engine == TRANSFORMERS:
+        with pytest.raises(Exception, match=r"issues during automatic conversion of the weights"):
+            load(out)
+        return
+    said = {ALONE: "needs a plug-in for the moetailor format", LLAMA: r"loads GGUF files, and there is none"}
+    with pytest.raises(moetailor.MoetailorError, match=said[engine]):
+        find_engine({ALONE: "vllm", LLAMA: "llama.cpp"}[engine]).check(out)
+
+
+@pytest.mark.parametrize("engine", ["transformers", "vllm"])
+def test_a_gguf_file_is_for_llama_cpp(engine: str, tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_text("")
+    with pytest.raises(moetailor.MoetailorError, match=r"model.gguf is for --engine llama.cpp"):
+        find_engine(engine).check(tmp_path)
+
+
+def test_the_table_names_tests_that_are_there() -> None:
+    named = {by for engine in BY.values() for by in engine.values()} | {
+        by for k in KINDS.values() for by in k.by.values()
+    }
+    for by in (by for by in named if "::" in by):
+        file, _, name = by.partition("::")
+        assert re.search(rf"^def {name}\(", (ROOT / file).read_text(), re.MULTILINE), by
+    for name, kind in KINDS.items():
+        assert set(kind.outcomes) == {*BY}, name
+        for engine, outcome in kind.outcomes.items():
+            assert outcome in ("-", "as alone") or outcome in BY[engine], (name, engine)
+            mine = engine in kind.by or kind.method or kind.memory or engine == SGLANG or outcome in ("-", "as alone")
+            assert mine or outcome == "refused", (name, engine)
