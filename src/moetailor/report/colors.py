@@ -1,4 +1,4 @@
-"""A color and a mark for each method, alike in every picture and table of a page; bits alone have one color for all widths.
+"""A color and a mark for each method, alike in every picture and table of a page; bits alone have one color.
 
 They are none of the colors of the kinds of answers, so that a color means one thing.
 """
