@@ -33,6 +33,7 @@ from moetailor.estimates.estimate import Estimate, Host, duration
 from moetailor.fit import Job, Outlook, foretold, look
 from moetailor.planning.budget import parse_bytes
 from moetailor.serving import find_engine
+from moetailor.transform.formats import resolve_format
 from moetailor.words import nbytes
 
 MODELS = Path(__file__).with_name("models.json")
@@ -103,10 +104,16 @@ def told(found: Outlook) -> str:
 
 
 def takes(original: Original, found: Outlook) -> Estimate | None:
-    """Return what `fit` takes to make the best choice; None where there is nothing to make."""
+    """Return what `fit` takes to make the best choice; None where there is nothing to make.
+
+    Raises:
+        MoetailorError: its format cannot hold the result, which `fit` finds out when it is told to make it.
+    """
     if found.fits_as_it_is or not found.offers[0].fits:
         return None
     job = Job(choice=found.chosen(), room=found.room, device="cpu")
+    plan = job.choice.estimate(original.facts, found.room.weights)
+    resolve_format(plan, job.choice.format).check(plan, original)
     # As of a process that has just started: what this one did for other models is no part of it.
     host = replace(Host.measured(time.perf_counter(), original, device="cpu"), startup=10.0)
     return foretold(host, original, job)
