@@ -10,12 +10,13 @@ export HF_HUB_OFFLINE := 1
 export HF_DATASETS_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup test check docs demo bench floor clean
+.PHONY: help setup test check docs site demo bench floor clean
 help:
 	@echo "make demo     compare bits, methods and both on the reference model at five sizes"
 	@echo "make test     the test suite, in two processes; WORKERS=8 for more"
 	@echo "make check    formatting, lint and types"
 	@echo "make docs     write the generated pages"
+	@echo "make site     build the pages of docs/ as a site in site/; it asks nothing of the network"
 	@echo "make floor    the loading, streaming and round-trip tests under the oldest transformers supported"
 	@echo "make bench    the slow suite and the benchmarks"
 	@echo "make clean    delete the virtual environments"
@@ -34,6 +35,16 @@ test: setup
 
 docs: setup
 	$(BIN)/python docs/generate.py
+
+# An environment of its own: building pages needs nothing of ours. Dependency groups are news to older pips.
+.venv-docs/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
+	.venv-docs/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --group docs
+	touch $@
+
+site: .venv-docs/ready
+	.venv-docs/bin/mkdocs build --quiet --strict
 
 check: setup
 	$(BIN)/ruff format --check .
@@ -59,4 +70,4 @@ bench: setup
 	$(BIN)/python benchmarks/run.py
 
 clean:
-	rm -rf $(VENV) .venv-floor
+	rm -rf $(VENV) .venv-floor .venv-docs site

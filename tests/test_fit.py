@@ -14,8 +14,9 @@ import moetailor
 from moetailor.checkpoint.original import Original
 from moetailor.fit import CALIBRATION, HELD_OUT, TEXTS, Job, look
 from moetailor.serving import ENGINES, Choice, find_engine, offered
-from moetailor.serving.choices import GRADES, RULES, bits_of, expected_of
+from moetailor.serving.choices import RULES, bits_of, expected_of
 from moetailor.serving.needs import cache_nbytes
+from moetailor.words import GRADES
 from support.families import FAMILIES
 from support.source import ROOT
 from support.tiny import load

@@ -106,7 +106,7 @@ def test_help_is_shown_as_it_is_written(
     letters = re.sub(r"[\s│…]", "", shown)
     hints = get_type_hints(verb, include_extras=True)
     written = [extra.help for hint in hints.values() for extra in getattr(hint, "__metadata__", ())]
-    command = get_command(app.app).commands[verb.__name__]
+    command = get_command(app.app).commands[verb.__name__.replace("_", "-")]
     names = [name for part in command.params if part.param_type_name == "option" for name in part.opts]
     for text in [*filter(None, written), *verb.__doc__.split("\n\n"), *names]:
         for word in re.sub(r"\[/?dim\]", "", text).split():

@@ -1,6 +1,7 @@
 """The page of a comparison, from results made by hand: what it says, that it stands alone, and what is missing."""
 
 import copy
+import html
 import json
 import re
 import shutil
@@ -14,9 +15,10 @@ import pytest
 from moetailor.comparison.stored import read_results
 from moetailor.errors import MoetailorError
 from moetailor.report import write_report
+from moetailor.report.colors import PLAIN, looks
 from moetailor.report.drawing import Label, canvas, place
 from moetailor.report.maps import by_use
-from moetailor.report.words import digits, nbytes, reasons, verdict
+from moetailor.report.words import commands, digits, nbytes, reasons, verdict
 from moetailor_cli.app import main
 
 VOID = {"meta", "link", "br", "img"}
@@ -212,7 +214,9 @@ def test_what_is_not_ours_is_escaped(tmp_path: Path) -> None:
     alone = {"cells": cells, "groups": {"25% removed": [0]}, "front": [0]}
     found = page(tmp_path, **alone, heldout=RESULTS["heldout"] | {"domains": {name: 10}})
     assert name in found.drawn
-    assert found.tags.count("i") == 4  # the keys of four kinds of slots, and no more
+    assert (
+        found.tags.count("i") == 4 + 3
+    )  # the keys of four kinds of slots; of one method a key and two places; no more
 
 
 def test_the_same_results_give_the_same_bytes(tmp_path: Path) -> None:
@@ -263,7 +267,7 @@ def test_a_comparison_at_equal_bytes(tmp_path: Path) -> None:
         "Would <4> bits do?",
         "At most 50% of the bytes",
         "At most 40% of the bytes auto stays closest to the original: KL 9.00e-4",
-        "Squares are bits alone",
+        "Orange is bits alone",
         "0.90 over all",
         "kept in 4 bits",
         # Reasons that are alike stand in one row.
@@ -276,6 +280,76 @@ def test_a_comparison_at_equal_bytes(tmp_path: Path) -> None:
     # A name is written once in the picture, whatever its sizes.
     quality = (tmp_path / "report.html").read_text().partition("<svg")[2].partition("</svg>")[0]
     assert quality.count(">auto<") == 1
+
+
+def test_the_answer_comes_first_then_the_front_then_what_to_take(tmp_path: Path) -> None:
+    told = "Would 4 bits do? They lose 0.002. Bits alone stay under 0.001. Least is lost by auto."
+    found = page(tmp_path, **(SIZED | {"recommendation": told}))
+    text = (tmp_path / "report.html").read_text()
+    assert '<p class="first">Would 4 bits do? They lose 0.002.</p>' in text
+    order = [
+        "Would 4 bits do?",
+        "Bits alone stay under",
+        "Quality against bytes",
+        "What to take",
+        "Ranking",
+        "Expected and",
+    ]
+    assert sorted(order, key=found.text.index) == order
+    assert page(tmp_path).text.startswith(
+        "a/<b>model: a comparison by moetailor a/<b>model Would 4 bits do? That was not"
+    )
+
+
+def test_damage_has_a_grade_by_its_limits(tmp_path: Path) -> None:
+    costs = {0.00099: "hardly noticed", 0.001: "small", 0.049: "noticed", 0.05: "large", 0.2: "severe"}
+    for level, (kl, words) in enumerate(costs.items()):
+        alone = {"cells": [cell("auto", "25%", kl, 80_000_000)], "groups": {"25% removed": [0]}, "front": [0]}
+        text = page(tmp_path, **alone, spearman=None).text
+        assert f"{'■' * (level + 1)}{'□' * (4 - level)} {words} 25% removed auto stays closest" in text
+
+
+def test_each_size_has_the_commands_that_make_its_winner(tmp_path: Path) -> None:
+    found = page(tmp_path, **SIZED)
+    for size in ("50%", "40%"):
+        assert f"moetailor plan calib -o plan.json --method auto --size {size}" in found.text
+    assert found.text.count("moetailor apply 'a/<b>model' plan.json -o OUT --calibration calib") == 2
+
+
+def test_commands_name_what_is_not_usual() -> None:
+    usual = {"score": "fusion", "frequency": "unconditional", "novice": "mean", "shrinkage": 0.0}
+    mone = cell("mone", "25%", 0.1, 1, parameters=usual | {"novice": "optimal"}, bits="4/6")
+    (plan, apply) = commands(mone, "a model", "c")
+    assert plan == "moetailor plan c -o plan.json --method mone -p novice=optimal --bits 4/6 --remove 25%"
+    assert apply == "moetailor apply 'a model' plan.json -o OUT --calibration c"
+    four = bits(4, 0.1, 1) | {"parameters": {"rounding": "gptq", "bits": 4, "down": 0, "group": 128, "codes": "int"}}
+    assert commands(four, "m", "c")[0] == "moetailor plan c -o plan.json --method quantize -p codes=int"
+    uniform = cell("auto", "25%", 0.1, 1, parameters={"uniform_layers": True})
+    assert "-p uniform_layers=true --remove" in commands(uniform, "m", "c")[0]
+    unknown = cell("theirs", "25%", 0.1, 1, parameters={"x": 1})
+    assert "--method theirs -p x=1 --remove" in commands(unknown, "m", "c")[0]
+
+
+def test_a_method_has_one_color_throughout(tmp_path: Path) -> None:
+    found = looks(SIZED["cells"])
+    assert {color for name, (color, _) in found.items() if name.endswith("bits") and "+" not in name} == {PLAIN}
+    others = [look for name, look in found.items() if look[0] != PLAIN]
+    assert len(set(others)) == len(others) == 4  # auto, reap, reap + 4 bits, ean
+    page(tmp_path, **SIZED)
+    text = (tmp_path / "report.html").read_text()
+    pictures = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
+    quality, errors, *by_domain = [pictures[n] for n in (0, -3, -2, -1)]
+    for picture in (quality, errors, *by_domain):
+        assert found["auto"][0] in picture
+    assert f'<i style="background: {found["auto"][0]}"></i>auto' in text
+    many = looks([cell(f"m{n}", "25%", 0.1, 1) for n in range(30)])
+    assert len(set(many.values())) == 30
+
+
+def test_columns_say_their_units(tmp_path: Path) -> None:
+    text = page(tmp_path).text
+    head = "method KL, nats a token size, share loads in perplexity same top word, % KL expected, nats in memory"
+    assert f"{head} prefill, tokens/s decode, tokens/s made in, s" in text
 
 
 def test_why_rows_were_not_measured() -> None:
@@ -309,16 +383,20 @@ def test_labels_cover_nothing() -> None:
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
 @pytest.mark.parametrize("results", [RESULTS, SIZED], ids=["ratios", "sizes"])
 def test_a_browser_shows_it_on_a_phone(results: dict, tmp_path: Path) -> None:
-    """Nothing but the tables' own boxes scrolls sideways, and the browser has no complaint."""
+    """Nothing but the tables' own boxes scrolls sideways, size and engines are in sight, and there is no complaint."""
     write_report(results, tmp_path / "report.html")
-    probe = "<style>body { width: 360px }</style><script>document.title = document.body.scrollWidth</script></body>"
-    (tmp_path / "probe.html").write_text((tmp_path / "report.html").read_text().replace("</body>", probe))
+    edge = "Math.max(...[...d.querySelectorAll('td:nth-child(4)')].map((td) => td.getBoundingClientRect().right))"
+    # In a frame, whose width is that of a phone to the page's own rules; so high that it has no bar to scroll.
+    shown = html.escape((tmp_path / "report.html").read_text())
+    frame = f'<iframe style="width: 360px; height: 20000px; border: 0" srcdoc="{shown}"></iframe>'
+    told = f"d = frames[0].document; document.title = `${{d.body.scrollWidth}} ${{{edge} < 360}}`"
+    (tmp_path / "probe.html").write_text(f"{frame}<script>onload = () => {{ {told} }}</script>")
     options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0", "--dump-dom"]
     profile = f"--user-data-dir={tmp_path / 'profile'}"
     command = ["chromium", *options, profile, (tmp_path / "probe.html").as_uri()]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-    assert "<title>360</title>" in shown.stdout
-    assert "CONSOLE" not in shown.stderr
+    ran = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert "<title>360 true</title>" in ran.stdout
+    assert "CONSOLE" not in ran.stderr
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from decimal import Decimal
 
+# How much of a model's behaviour a KL leaves, in nats a token and in words.
+GRADES = {1e-3: "hardly noticed", 1e-2: "small", 5e-2: "noticed", 0.2: "large", float("inf"): "severe"}
+
 
 def unit(number: int) -> tuple[float, str]:
     """Return the size and the name of the unit that suits a number of bytes (10^3 steps)."""
@@ -39,3 +42,8 @@ def nats(number: float) -> str:
 def share(part: int, whole: int) -> str:
     """Return a share in whole percents, such as ``44%``."""
     return f"{part / whole:.0%}"
+
+
+def grade(kl: float) -> str:
+    """Return what a KL means, in words."""
+    return next(words for limit, words in GRADES.items() if kl < limit)

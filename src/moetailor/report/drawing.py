@@ -28,9 +28,8 @@ INK = "#010203"
 PAPER = "#fdfeff"
 # Seen on white and on black.
 MUTED = "#858b93"
-# Okabe and Ito's palette: told apart with any colour vision. The page lightens its blue where it is dark.
-BLUE, ORANGE, GREEN, PINK, SKY = "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9"
-YELLOW, RED = "#f0e442", "#d55e00"
+# The two ends of a scale, of Okabe and Ito's palette: told apart with any color vision.
+SKY, RED = "#56b4e9", "#d55e00"
 STYLE: dict[Any, Any] = {
     "font.size": 10,
     "xtick.labelsize": 9,
@@ -103,7 +102,7 @@ def svg(figure: Figure, alt: str) -> Markup:
     view = re.search(r'viewBox="[^"]*"', drawn)
     assert view is not None
     drawn = re.sub(r' id="[A-Za-z._]+_\d+"', "", drawn[drawn.index(">") :])
-    drawn = drawn.replace(INK, "currentColor").replace(PAPER, "var(--page)").replace(BLUE, "var(--accent)")
+    drawn = drawn.replace(INK, "currentColor").replace(PAPER, "var(--page)")
     names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
     return Markup(f'<svg {names} {view[0]} role="img" aria-label="{escape(alt)}"{drawn}')
 

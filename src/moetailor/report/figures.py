@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 
 from moetailor.answers import Keep
+from moetailor.report.colors import PLAIN, Look
 from moetailor.report.drawing import (
-    BLUE,
-    GREEN,
+    INK,
     MUTED,
-    ORANGE,
     PAPER,
-    PINK,
     RED,
     SKY,
-    YELLOW,
     Label,
     bottom,
     canvas,
@@ -29,19 +26,19 @@ from moetailor.report.drawing import (
 from moetailor.report.words import Cell
 from moetailor.words import nbytes
 
-MARKS = ((BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), (PINK, "D"), (SKY, "v"), (RED, "P"), (YELLOW, "X"), (MUTED, "*"))
 # Below this an expected error says no more than that it is nothing.
 NOTHING = 1e-6
 DEPTH = LinearSegmentedColormap.from_list("depth", [SKY, RED])
 
 
-def quality(cells: Sequence[Cell], original: int) -> Markup:
+def quality(cells: Sequence[Cell], original: int, looks: Mapping[str, Look]) -> Markup:
     """Draw KL against bytes: a point for each cell, those of one name joined; one line along the cells that no smaller
     one beats, another along those of bits alone.
 
     Args:
         cells: those that were measured, at least one; ``best`` says which no other beats in both.
         original: bytes of the original.
+        looks: color and mark of each name.
     """
     kls = [cell["fidelity"][""]["kl"] for cell in cells]
     zero = bottom(value for kl in kls for value in kl.values())
@@ -58,16 +55,16 @@ def quality(cells: Sequence[Cell], original: int) -> Markup:
     log_axis(axes, "y", [*lows, *highs])
     span = max(sizes) - min(sizes) or max(sizes)
     axes.set_xlim(min(sizes) - 0.25 * span, max(sizes) + 0.35 * span)
-    for numbers in series.values():
-        axes.plot([sizes[n] for n in numbers], [means[n] for n in numbers], color=MUTED, lw=0.6, alpha=0.5, zorder=1)
-    for numbers, color, width in ((_lowest(plain, means), ORANGE, 1.2), (best, BLUE, 1.6)):
+    for name, numbers in series.items():
+        color = looks[name][0]
+        axes.plot([sizes[n] for n in numbers], [means[n] for n in numbers], color=color, lw=0.7, alpha=0.6, zorder=1)
+    for numbers, color, width in ((_lowest(plain, means), PLAIN, 1.4), (best, INK, 1.2)):
         axes.plot([sizes[n] for n in numbers], [means[n] for n in numbers], color=color, lw=width, alpha=0.7, zorder=2)
     for n, cell in enumerate(cells):
-        color = BLUE if cell["best"] else MUTED if cell["removes"] else ORANGE
+        color, mark = looks[cell["name"]]
         axes.plot([sizes[n]] * 2, [lows[n], highs[n]], color=color, lw=1, zorder=2)
         face = color if cell["native"] else PAPER
-        mark, across = ("o", 5) if cell["removes"] else ("s", 5.5)
-        axes.plot(sizes[n], means[n], mark, ms=across, color=color, mfc=face, mew=1.3, zorder=3 + cell["best"])
+        axes.plot(sizes[n], means[n], mark, ms=5.5, color=color, mfc=face, mew=1.3, zorder=3 + cell["best"])
     axes.set_xlabel(f"size, % of the original's {nbytes(original)}")
     axes.set_title("KL from the original, nats a token")
     # A name is written once: at the largest on the front if one is there, else at the smallest, which is where there is
@@ -124,11 +121,12 @@ def layer_errors(cells: Sequence[Cell]) -> Markup | None:
     return svg(figure, "Measured against expected error of each layer")
 
 
-def expected_kl(cells: Sequence[Cell]) -> Markup | None:
+def expected_kl(cells: Sequence[Cell], looks: Mapping[str, Look]) -> Markup | None:
     """Draw the measured KL against what was expected; None when nothing was expected.
 
     Args:
         cells: those that were measured.
+        looks: color and mark of each name.
     """
     known = [cell for cell in cells if cell["expected_kl"] is not None]
     if not known:
@@ -136,27 +134,24 @@ def expected_kl(cells: Sequence[Cell]) -> Markup | None:
     pairs = [(cell["expected_kl"], cell["fidelity"][""]["kl"]["mean"]) for cell in known]
     zero = bottom(value for pair in pairs for value in pair)
     expected, measured = ([max(value, zero) for value in values] for values in zip(*pairs, strict=True))
-    groups = list(dict.fromkeys(cell["group"] for cell in known))
     figure, axes = canvas(4.2)
     _square(axes, expected, measured)
-    for number, group in enumerate(groups):
-        color, mark = MARKS[number % len(MARKS)]
-        at = [n for n, cell in enumerate(known) if cell["group"] == group]
-        drawn = [[values[n] for n in at] for values in (expected, measured)]
-        axes.plot(*drawn, mark, color=color, ms=6, label=group.removesuffix(" of the bytes"))
-    axes.legend(loc="best", frameon=False, handletextpad=0.2)
+    for cell, x, y in zip(known, expected, measured, strict=True):
+        color, mark = looks[cell["name"]]
+        axes.plot(x, y, mark, color=color, ms=6)
     axes.set_title("KL, nats a token, measured")
     axes.set_xlabel("expected")
     return svg(figure, "Measured against expected KL of each method and ratio or size")
 
 
-def domains(cells: Sequence[Cell], names: Sequence[str], title: str) -> Markup:
+def domains(cells: Sequence[Cell], names: Sequence[str], title: str, looks: Mapping[str, Look]) -> Markup:
     """Draw the KL of a few cells on each domain.
 
     Args:
         cells: at most five.
         names: the domains.
         title: of the picture.
+        looks: color and mark of each name.
     """
     rows = ["", *names]
     found = [[cell["fidelity"].get(row) for row in rows] for cell in cells]
@@ -168,7 +163,7 @@ def domains(cells: Sequence[Cell], names: Sequence[str], title: str) -> Markup:
     log_axis(axes, "x", (max(value, zero) for value in values))
     axes.grid(axis="x")
     for number, (cell, measured) in enumerate(zip(cells, found, strict=True)):
-        color, mark = MARKS[number]
+        color, mark = looks[cell["name"]]
         shift = 0.16 * (number - (len(cells) - 1) / 2)
         for row, fidelity in enumerate(measured):
             if fidelity is None:

@@ -12,9 +12,10 @@ from moetailor.answers import all_marks
 from moetailor.checkpoint.artifact import write_text
 from moetailor.checkpoint.place import check_file
 from moetailor.report import figures, maps
+from moetailor.report.colors import looks
 from moetailor.report.drawing import style
-from moetailor.report.words import digits, reasons, verdict
-from moetailor.words import nbytes
+from moetailor.report.words import commands, digits, reasons, verdict
+from moetailor.words import GRADES, grade, nbytes
 
 # Cells of a group that are drawn where all would be too many.
 BEST = 3
@@ -35,6 +36,7 @@ def write_report(results: Mapping[str, Any], file: str | Path) -> None:
         lstrip_blocks=True,
     )
     environment.filters |= {"digits": digits, "nbytes": nbytes, "sentence": lambda text: text[:1].upper() + text[1:]}
+    environment.filters |= {"grade": grade, "level": lambda kl: [*GRADES.values()].index(grade(kl))}
     with style():
         page = environment.get_template("page.html").render(_shown(results))
     check_file(Path(file), "report")
@@ -49,7 +51,7 @@ def _shown(results: Mapping[str, Any]) -> dict[str, Any]:
     ]
     measured = [cell for cell in cells if cell["error"] is None]
     original = results["model"]["nbytes"]
-    names = list(results["heldout"]["domains"])
+    names, drawn = list(results["heldout"]["domains"]), looks(cells)
     groups = []
     for title in results["groups"]:
         ranked = [cell for cell in measured if cell["group"] == title]
@@ -61,23 +63,29 @@ def _shown(results: Mapping[str, Any]) -> dict[str, Any]:
                 "name": title,
                 "cells": ranked,
                 "verdict": verdict(ranked, original),
+                "commands": commands(ranked[0], results["model"]["source"], results["calibration"]["folder"]),
                 "slots": maps.slots(best, results["usage"], f"What became of every slot, best methods, {title}"),
                 "other_slots": others
                 and maps.slots(others, results["usage"], f"What became of every slot, other methods, {title}"),
-                "domains": names and figures.domains(best, names, f"KL by domain, best methods, {title}"),
+                "domains": names and figures.domains(best, names, f"KL by domain, best methods, {title}", drawn),
             }
         )
     found = {letter for cell in measured for layer in cell["layers"].values() for letter in layer["slots"]}
+    first, _, rest = (results["recommendation"] or "").partition(". ")
     return {
         **results,
+        "first": f"{first}." if rest else first,
+        "rest": rest,
+        "colors": {name: color for name, (color, _) in drawn.items()},
+        "limits": [f"{words} below {limit:g}" for limit, words in GRADES.items()][:-1],
         "measured": measured,
         "plain": any(not cell["removes"] for cell in measured),
         "failed": [cell for cell in cells if cell["error"] is not None],
         "reasons": reasons([cell for cell in cells if cell["error"] is not None]),
         "groups": groups,
         "answers": [shown for mark, shown in all_marks().items() if mark in found],
-        "quality": measured and figures.quality(measured, original),
+        "quality": measured and figures.quality(measured, original, drawn),
         "maps": results["usage"] and maps.usage(results["usage"]),
         "layer_errors": figures.layer_errors(measured),
-        "expected_kl": figures.expected_kl(measured),
+        "expected_kl": figures.expected_kl(measured, drawn),
     }

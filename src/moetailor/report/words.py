@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from moetailor.methods.registry import METHODS
 from moetailor.words import nbytes
 
 Cell = Mapping[str, Any]
@@ -66,6 +68,28 @@ def verdict(cells: Sequence[Cell], original: int) -> str:
     elif native is not None:
         said += f" Best of those that load in stock engines is {native['name']}, KL {digits(_kl(native))}."
     return said
+
+
+def commands(cell: Cell, model: str, calibration: str) -> list[str]:
+    """Return what is typed to make a checkpoint of a cell.
+
+    Args:
+        cell: of the comparison.
+        model: the original, as it was named.
+        calibration: the folder of the calibration.
+    """
+    method = METHODS.get(cell["method"])
+    usual = {} if method is None else dict(method().parameters)
+    plan = ["moetailor", "plan", calibration, "-o", "plan.json", "--method", cell["method"]]
+    for name, value in cell["parameters"].items():
+        if name not in usual or usual[name] != value:
+            plan += ["-p", f"{name}={str(value).lower() if isinstance(value, bool) else value}"]
+    plan += ["--bits", cell["bits"]] if cell["bits"] else []
+    if cell["removes"]:
+        asked, _, amount = cell["budget"].partition(" ")
+        plan += [f"--{asked}", amount]
+    apply = ["moetailor", "apply", model, "plan.json", "-o", "OUT", "--calibration", calibration]
+    return [shlex.join(plan), shlex.join(apply)]
 
 
 def _kl(cell: Cell) -> float:

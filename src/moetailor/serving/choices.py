@@ -19,6 +19,7 @@ from moetailor.methods.method import Method
 from moetailor.methods.registry import find_method
 from moetailor.planning.budget import Budget
 from moetailor.planning.plan import Plan
+from moetailor.words import grade
 
 # KL in nats a token by the bits that a weight of an expert has on average, as measured on the reference model (commit
 # 3f77e0d, docs/bits.md): what each kind of choice may be expected to cost before anything is known of a model.
@@ -33,8 +34,6 @@ RULES: dict[str, dict[float, float]] = {
     "GGUF": {8.7: 4e-4, 6.2: 9e-4, 5.8: 1.1e-3, 5.4: 1.4e-3, 4.9: 2.1e-3, 4.6: 2.6e-3, 3.6: 7.8e-3, 2.6: 3.8e-2},
     "fewer in GGUF": {4.5: 2.6e-3, 3.7: 5.5e-3, 2.7: 4e-2, 1.6: 0.19, 0.7: 0.64},
 }
-# How much of the model's behaviour a KL leaves, in words.
-GRADES = {1e-3: "hardly noticed", 1e-2: "small", 5e-2: "noticed", 0.2: "large", float("inf"): "severe"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +114,7 @@ class Offered:
     def grade(self) -> str:
         """What that means, in words."""
         assert self.expected is not None
-        return next(words for limit, words in GRADES.items() if self.expected < limit)
+        return grade(self.expected)
 
     def to_json(self) -> dict:
         """Return it as JSON values."""
