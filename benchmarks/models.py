@@ -28,12 +28,10 @@ from moetailor.checkpoint.anatomy import build_skeleton
 from moetailor.checkpoint.files import DTYPE_NAMES, tensor_nbytes
 from moetailor.checkpoint.original import Original
 from moetailor.checkpoint.quiet import quiet_transformers
-from moetailor.errors import MoetailorError
 from moetailor.estimates.estimate import Estimate, Host, duration
 from moetailor.fit import Job, Outlook, foretold, look
 from moetailor.planning.budget import parse_bytes
 from moetailor.serving import find_engine
-from moetailor.transform.formats import resolve_format
 from moetailor.words import nbytes
 
 MODELS = Path(__file__).with_name("models.json")
@@ -98,22 +96,16 @@ def told(found: Outlook) -> str:
         return "as it is"
     best = found.offers[0]
     if not best.fits:
-        least = min((offer.nbytes for offer in found.offers if offer.nbytes), default=0)
-        return f"no: {nbytes(least)} at least" if least else "no"
+        others = [offer.why for offer in found.offers if not offer.nbytes]
+        return f"no: {others[0] if others else f'{nbytes(min(offer.nbytes for offer in found.offers))} at least'}"
     return f"{best.choice.name}: {nbytes(best.nbytes)}, {best.grade}"
 
 
 def takes(original: Original, found: Outlook) -> Estimate | None:
-    """Return what `fit` takes to make the best choice; None where there is nothing to make.
-
-    Raises:
-        MoetailorError: its format cannot hold the result, which `fit` finds out when it is told to make it.
-    """
+    """Return what `fit` takes to make the best choice; None where there is nothing to make."""
     if found.fits_as_it_is or not found.offers[0].fits:
         return None
     job = Job(choice=found.chosen(), room=found.room, device="cpu")
-    plan = job.choice.estimate(original.facts, found.room.weights)
-    resolve_format(plan, job.choice.format).check(plan, original)
     # As of a process that has just started: what this one did for other models is no part of it.
     host = replace(Host.measured(time.perf_counter(), original, device="cpu"), startup=10.0)
     return foretold(host, original, job)
@@ -143,13 +135,9 @@ def main() -> None:
             )
             cells, made = [], None
             for memory in budgets:
-                try:
-                    size = parse_bytes(memory, "--memory")
-                    found = look(original, memory=size, engine=find_engine(given.engine), context=given.context)
-                    estimate = takes(original, found)
-                except MoetailorError as error:
-                    cells.append(f"no: {error}")
-                    continue
+                size = parse_bytes(memory, "--memory")
+                found = look(original, memory=size, engine=find_engine(given.engine), context=given.context)
+                estimate = takes(original, found)
                 cells.append(told(found))
                 made = made or (estimate and (memory, estimate))
             counted = f"{count / 1e9:.2f} billion ({off:+.1%})"

@@ -165,11 +165,12 @@ def test_layers_whose_files_are_lost_are_measured_again(
 
 @pytest.mark.parametrize("done", range(1, 10))
 def test_stopped_sensitivities_go_on_after_the_last_finished_layer(
-    done: int, checkpoint: Get, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    done: int, checkpoint: Get, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Stop after each batch of three, in each of three layers: what was done is not done again, and gives the bytes of
     a run that nobody stopped.
     """
+    caplog.set_level("INFO", "moetailor")
     source, how = checkpoint("deepseek_v3"), {"text": token_batches(), "stream": True, "sensitivity": True}
     whole = moetailor.calibrate(source, tmp_path / "whole", **how)
     moetailor.calibrate(source, tmp_path / "c", text=token_batches(), stream=True)
@@ -178,8 +179,11 @@ def test_stopped_sensitivities_go_on_after_the_last_finished_layer(
             source, tmp_path / "c", **how, progress=lambda now, of: _interrupt() if (now, of) == (done, 9) else None
         )
     calls: list[tuple[int, int]] = []
+    caplog.clear()
     made = moetailor.calibrate(source, tmp_path / "c", **how, progress=lambda *at: calls.append(at))
     finished = (done - 1) // 3  # the last batch of a layer is told of before the layer is noted
+    told = [f"resumes: {finished} of 3 layers of the sensitivities are there"] if finished else []
+    assert [line for line in caplog.messages if "resumes" in line] == told
     assert calls == [(now, 9) for now in range(3 * finished + 1, 10)]
     assert digests(made.folder) == digests(whole.folder)
     assert not (made.folder / ".moetailor").exists()

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from moetailor.serving import ENGINES, Choice, find_engine, offered
 from moetailor.serving.choices import RULES, bits_of, expected_of
 from moetailor.serving.needs import cache_nbytes
 from moetailor.words import GRADES
-from support.families import FAMILIES
+from support.families import FAMILIES, tiny_model
 from support.source import ROOT
 from support.tiny import load
 
@@ -94,6 +95,22 @@ def test_offers_fit_or_say_why_and_the_best_comes_first() -> None:
     small = offered(ENGINES["vllm"].choices(facts), facts, 8_000_000)
     assert [offer.fits for offer in small] == [True, False, False]
     assert small[0].choice.bits == "int4g32"  # 96 inputs are three groups of 32
+
+
+def test_nothing_is_offered_that_its_format_does_not_hold(tmp_path: Path) -> None:
+    """Experts of gpt_oss have biases, which compressed-tensors does not hold; of what is not made nothing is warned."""
+    tiny_model("gpt_oss", hidden_size=32, intermediate_size=32).save_pretrained(tmp_path)
+    original = Original(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        offers = {
+            name: look(original, memory=original.facts.nbytes, engine=ENGINES[name], context=32).offers
+            for name in ("vllm", "transformers")
+        }
+    assert {offer.choice.format for offer in offers["vllm"]} == {"compressed-tensors"}
+    assert not any(offer.fits for offer in offers["vllm"])
+    assert any("without biases" in offer.why for offer in offers["vllm"])
+    assert any(offer.fits for offer in offers["transformers"])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -49,8 +49,7 @@ TYPE_BITS |= {"q3_k": 3.4375, "iq2_xs": 2.3125}
 @pytest.fixture
 def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list:
     """Stand-ins for llama.cpp's tools; runs are short."""
-    for name, value in (("SEQUENCES", 8), ("LENGTH", 64)):
-        monkeypatch.setattr(f"moetailor.fit.{name}", value)
+    monkeypatch.setattr("moetailor.fit.SEQUENCES", 2)
     (tmp_path / "convert.py").write_text(FAKE_CONVERTER)
     (tmp_path / "quantize").write_text(FAKE_QUANTIZER)
     (tmp_path / "quantize").chmod(0o755)
@@ -240,8 +239,7 @@ def test_llama_cpp_answers_with_what_fit_wrote(
     assert BINARIES
     assert CONVERTER
     memory = KINDS[name].memory
-    for option, value in (("SEQUENCES", 16), ("LENGTH", 128)):
-        monkeypatch.setattr(f"moetailor.fit.{option}", value)
+    monkeypatch.setattr("moetailor.fit.SEQUENCES", 4)
     out, tools = tmp_path / "out", ["--converter", CONVERTER, "--quantizer", Path(BINARIES) / "llama-quantize"]
     code, shown, err = run(*words(memory, out, *TEXT, *tools, "--yes"))
     assert code == 0, err

@@ -111,7 +111,7 @@ def look(original: Original, *, memory: int, engine: Engine, context: int | None
     if context is not None and longest is not None and context > longest:
         raise MoetailorError(f"--context {context:,}: the model takes {longest:,} tokens at most")
     room = engine.room(original, memory, context or min(CONTEXT, longest or CONTEXT))
-    offers = offered(engine.choices(original.facts), original.facts, room.planned)
+    offers = offered(engine.choices(original.facts), original.facts, room.planned, original)
     served = (replace(offer, nbytes=max(offer.nbytes - room.saved, 0)) for offer in offers)
     return Outlook(engine=engine, room=room, nbytes=original.facts.nbytes, offers=tuple(served))
 

@@ -40,7 +40,7 @@ from moetailor.checkpoint.anatomy import Anatomy
 from moetailor.checkpoint.experts import Experts
 from moetailor.checkpoint.storage import BITS, Integers
 from moetailor.errors import CalibrationError
-from moetailor.progress import Progress
+from moetailor.progress import Progress, resumed
 
 # A stream: the layer in which experts are replaced, or all of them, and what they are replaced by.
 Key = tuple[int, Errors]
@@ -124,6 +124,7 @@ def _run_streams(
     every: list[Key] = [(index, errors) for index in (ALL, *anatomy.layers) for errors in ERRORS]
     own = {key for number, key in enumerate(every) if ranks.mine(number)}
     original = walk.begin(stopped.layer)
+    resumed(original.layer, walk.count, "layers of the sensitivities")
     streams = {
         key: walk.again(original, _name(key)) if original.layer else walk.fork(original, _name(key))
         for key in every

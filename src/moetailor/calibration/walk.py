@@ -70,6 +70,11 @@ class Walk:
         """The model; of its decoder layers the one that the walk stands at has weights."""
         return self._source.model
 
+    @property
+    def count(self) -> int:
+        """How many decoder layers there are."""
+        return self._runner.count
+
     def begin(self, latest: int = 0) -> HiddenStates:
         """Return the stream that comes out of the embeddings.
 

@@ -5,6 +5,7 @@ Nothing is measured for that: config.json and headers are enough.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -13,12 +14,14 @@ from typing import Any
 
 from moetailor.answers import Width
 from moetailor.checkpoint.facts import ModelFacts
-from moetailor.errors import PlanError, TooSmallError
+from moetailor.checkpoint.original import Original
+from moetailor.errors import MoetailorWarning, PlanError, TooSmallError
 from moetailor.methods.estimate import estimate_plan
 from moetailor.methods.method import Method
 from moetailor.methods.registry import find_method
 from moetailor.planning.budget import Budget
 from moetailor.planning.plan import Plan
+from moetailor.transform.formats import resolve_format
 from moetailor.words import grade
 
 # KL in nats a token by the bits that a weight of an expert has on average, as measured on the reference model (commit
@@ -121,18 +124,21 @@ class Offered:
         return asdict(self) | ({"grade": self.grade} if self.fits else {})
 
 
-def offered(choices: Sequence[Choice], facts: ModelFacts, room: int) -> list[Offered]:
+def offered(choices: Sequence[Choice], facts: ModelFacts, room: int, original: Original | None = None) -> list[Offered]:
     """Return choices with what they would take: those that fit first, what should cost least before the others.
 
     Args:
         choices: which.
         facts: the model.
         room: bytes that its tensors may take.
+        original: the model, which a choice's format must be able to write; not looked at when None.
     """
     found = []
     for choice in choices:
         try:
             plan = choice.estimate(facts, room)
+            if original is not None:
+                _check_format(plan, choice.format, original)
         except TooSmallError as error:
             found.append(Offered(choice=choice, nbytes=error.least, fits=False, why="cannot be so small"))
         except PlanError as error:
@@ -144,6 +150,18 @@ def offered(choices: Sequence[Choice], facts: ModelFacts, room: int) -> list[Off
             expected = expected_of(choice.rule, bits_of(facts, nbytes))
             found.append(Offered(choice=choice, nbytes=nbytes, fits=True, expected=expected))
     return sorted(found, key=lambda offer: (not offer.fits, offer.expected or 0.0))
+
+
+def _check_format(plan: Plan, name: str, original: Original) -> None:
+    """Refuse what its format does not hold.
+
+    Raises:
+        PlanError: it does not.
+    """
+    with warnings.catch_warnings():
+        # Which engines do not load it is known here: it is made for one.
+        warnings.simplefilter("ignore", MoetailorWarning)
+        resolve_format(plan, name, original).check(plan, original)
 
 
 def bits_of(facts: ModelFacts, nbytes: int) -> float:
