@@ -556,7 +556,7 @@ def test_predictions_that_overflow_are_told_from_weights_that_do(cli: Cli, world
         ),
         ("t.jsonl", b'{"text": "good"}\n{"text": "\xff"}\n', "{file}"),
         ("t.txt", b"\xff\xfe\x00", "{file}"),
-        ("t.csv", b"text", "--data {file}: ends in .csv; known are .jsonl, .json, .txt, .parquet"),
+        ("t.csv", b"text", "--data {file}: ends in .csv; known are .parquet, .jsonl, .json, .txt"),
     ],
 )
 @pytest.mark.parametrize("verb", ["calibrate", "compress", "evaluate"])

@@ -18,6 +18,7 @@ from support.tiny import token_batches
 DEAD = 0
 """The number that stays where nothing but a method's own score tells two experts apart."""
 BLIND = {
+    "camera": "every expert stays, with as many neurons as the others",
     "random": "nothing is looked at",
     "aimer": "nothing but weights is looked at",
     "hc_smoe": "experts are compared by what they give for all tokens, reached or not",
