@@ -457,12 +457,14 @@ def test_packed_lines_are_read_like_plain_ones(tmp_path: Path, monkeypatch: pyte
     assert sorted(found[:25]) == list(range(25))
 
 
-@pytest.mark.parametrize("name", ["t.jsonl.gz", "t.txt.gz", "t.jsonl.zst", "t.txt.zst"])
-@pytest.mark.parametrize("damage", ["cut", "none", "flipped"])
-def test_damaged_packing_is_named(tmp_path: Path, name: str, damage: str) -> None:
-    ending = name.rpartition(".")[2]
-    if (ending, damage) == ("zst", "flipped"):
-        pytest.skip("a frame of Zstandard need not have a checksum")
+@pytest.mark.parametrize("text", ["t.jsonl", "t.txt"])
+@pytest.mark.parametrize(
+    ("ending", "damage"),
+    # A frame of Zstandard need not have a checksum, and so what is flipped in it is not noticed.
+    [("gz", "cut"), ("gz", "none"), ("gz", "flipped"), ("zst", "cut"), ("zst", "none")],
+)
+def test_damaged_packing_is_named(tmp_path: Path, text: str, ending: str, damage: str) -> None:
+    name = f"{text}.{ending}"
     rows = "".join(json.dumps({"text": f"abc {number}"}) + "\n" for number in range(1000))
     whole = packed_as(ending, rows.encode())
     wrong = {"cut": whole[:-40], "none": b'{"text": "abc"}\n', "flipped": whole[:500] + b"\xff" * 9 + whole[509:]}
