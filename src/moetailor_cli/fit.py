@@ -93,7 +93,7 @@ def fit(
     from moetailor.estimates.estimate import Host
     from moetailor.fit import Job, fit, foretold, look
     from moetailor.planning.budget import parse_bytes
-    from moetailor.serving import find_engine
+    from moetailor.serving import Served, find_engine
 
     given = {"data": data, "held_out": held_out, "device": device, "dtype": dtype}
     with looked_at(model, trust_remote_code=trust_remote_code) as original:
@@ -103,7 +103,8 @@ def fit(
             return False
         _show(model, found)
         if found.fits_as_it_is and choice is None:
-            output.say(f"It fits as it is: {' '.join(found.engine.command(Path(model), found.room.context))}")
+            served = Served(folder=Path(model), context=found.room.context)
+            output.say(f"It fits as it is: {' '.join(found.engine.command(served))}")
             return False
         chosen = found.chosen(choice)
         if out is not None or converter or quantizer:
@@ -127,7 +128,7 @@ def fit(
         output.scores(scores)
         output.expected(str(out), scores)
     output.took(out, out.with_name(f"{out.name}.calibration"))
-    output.say(f"serve it: {' '.join(found.engine.command(out, found.room.context))}")
+    output.say(f"serve it: {' '.join(found.engine.command(Served(folder=out, context=found.room.context)))}")
     return False
 
 

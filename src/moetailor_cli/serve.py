@@ -38,13 +38,14 @@ def serve(
     """
     import shlex
 
-    from moetailor.serving import find_engine
+    from moetailor.serving import Served, find_engine
 
     chosen = find_engine(engine)
     chosen.check(folder)
-    command = shlex.join(chosen.command(folder, context, host, port, binary))
+    served = Served(folder=folder, context=context, host=host, port=port, binary=binary)
+    command = shlex.join(chosen.command(served))
     if dry_run:
         output.result(command)
         return
     output.say(f"http://{host}:{port}/v1: {command}")
-    chosen.serve(folder, context, host, port, binary)
+    chosen.serve(served)

@@ -2,6 +2,6 @@
 
 from moetailor.serving import engines as engines
 from moetailor.serving.choices import Choice, Offered, offered
-from moetailor.serving.engine import ENGINES, HOST, PORT, Engine, Room, find_engine
+from moetailor.serving.engine import ENGINES, HOST, PORT, Engine, Room, Served, find_engine
 
-__all__ = ["ENGINES", "HOST", "PORT", "Choice", "Engine", "Offered", "Room", "find_engine", "offered"]
+__all__ = ["ENGINES", "HOST", "PORT", "Choice", "Engine", "Offered", "Room", "Served", "find_engine", "offered"]

@@ -52,6 +52,25 @@ class Room:
         return self.weights + self.saved
 
 
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """What is served, and where.
+
+    Attributes:
+        folder: of the checkpoint.
+        context: tokens of a sequence; what the engine takes when None.
+        host: address to listen on.
+        port: port to listen on.
+        binary: the engine's program; the one that is found when None.
+    """
+
+    folder: Path
+    context: int | None = None
+    host: str = HOST
+    port: int = PORT
+    binary: Path | None = None
+
+
 class Engine(ABC):
     """One engine that serves models.
 
@@ -116,34 +135,23 @@ class Engine(ABC):
         return {}
 
     @abstractmethod
-    def command(
-        self,
-        folder: Path,
-        context: int | None = None,
-        host: str = HOST,
-        port: int = PORT,
-        binary: Path | None = None,
-    ) -> list[str]:
+    def command(self, served: Served) -> list[str]:
         """Return the command that serves a checkpoint, as OpenAI's API has it.
 
         Args:
-            folder: of the checkpoint.
-            context: tokens of a sequence; what the engine takes when None.
-            host: address to listen on.
-            port: port to listen on.
-            binary: the engine's program; `program`, wherever it is found, when None.
+            served: the checkpoint, and where.
 
         Raises:
             MoetailorError: it has none.
         """
 
-    def serve(self, folder: Path, context: int | None, host: str, port: int, binary: Path | None = None) -> None:
+    def serve(self, served: Served) -> None:
         """Serve a checkpoint; returns when it is stopped, or never.
 
         Raises:
             MoetailorError: the engine is not installed here.
         """
-        command = self.command(folder, context, host, port, binary)
+        command = self.command(served)
         if shutil.which(command[0]) is None:
             raise MoetailorError(
                 f"{command[0]}: not found here; {self.obtained}, name it with --binary, or run where it is: "

@@ -15,7 +15,7 @@ from moetailor.checkpoint.facts import ModelFacts
 from moetailor.checkpoint.original import Original
 from moetailor.errors import MoetailorError
 from moetailor.serving.choices import Choice
-from moetailor.serving.engine import HOST, PORT, Engine, Room, group_of, register_engine
+from moetailor.serving.engine import Engine, Room, Served, group_of, register_engine
 from moetailor.transform.formats.gguf import MODEL_FILE, check_converter
 from moetailor.transform.gguf_recipe import BLOCK, MATRIX_FILE, SUPERBLOCK
 
@@ -86,18 +86,11 @@ class LlamaCpp(Engine):
             check_converter(tools["converter"], original)
         return tools
 
-    def command(
-        self,
-        folder: Path,
-        context: int | None = None,
-        host: str = HOST,
-        port: int = PORT,
-        binary: Path | None = None,
-    ) -> list[str]:
+    def command(self, served: Served) -> list[str]:
         """Return the command of its server, on the GGUF file that a folder holds, or that is named."""
-        limit = [] if context is None else ["--ctx-size", str(context)]
-        file, program = self._file(folder), str(binary or self.program)
-        return [program, "--model", str(file), "--host", host, "--port", str(port), *limit]
+        limit = [] if served.context is None else ["--ctx-size", str(served.context)]
+        command = [str(served.binary or self.program), "--model", str(self._file(served.folder))]
+        return [*command, "--host", served.host, "--port", str(served.port), *limit]
 
     def room(self, original: Original, memory: int, context: int) -> Room:
         """Return where the memory goes; what is no expert is rounded to 8 bits, whatever the plan is."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from moetailor.checkpoint.facts import ModelFacts
 from moetailor.errors import MoetailorError
 from moetailor.serving.choices import Choice
-from moetailor.serving.engine import HOST, PORT, Engine, register_engine
+from moetailor.serving.engine import Engine, Served, register_engine
 
 
 class Transformers(Engine):
@@ -45,20 +45,14 @@ class Transformers(Engine):
         """Refuse nothing."""
         return None
 
-    def command(
-        self,
-        folder: Path,
-        context: int | None = None,
-        host: str = HOST,
-        port: int = PORT,
-        binary: Path | None = None,
-    ) -> list[str]:
+    def command(self, served: Served) -> list[str]:
         """Return the command of moetailor, which serves by transformers what that alone would not know."""
-        if binary is not None:
+        if served.binary is not None:
             raise MoetailorError("--binary: transformers is served by moetailor's own program; leave it out")
-        return [*("moetailor", "serve", str(folder), "--engine", self.name), "--host", host, "--port", str(port)]
+        command = ["moetailor", "serve", str(served.folder), "--engine", self.name]
+        return [*command, "--host", served.host, "--port", str(served.port)]
 
-    def serve(self, folder: Path, context: int | None, host: str, port: int, binary: Path | None = None) -> None:
+    def serve(self, served: Served) -> None:
         """Run the server of transformers in this process, where our format is registered."""
         from transformers.utils.import_utils import is_serve_available
 
@@ -69,7 +63,7 @@ class Transformers(Engine):
 
         # Whoever asks which models there are is refused where nothing was ever downloaded.
         Path(HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)
-        Serve(force_model=str(folder), host=host, port=port)
+        Serve(force_model=str(served.folder), host=served.host, port=served.port)
 
 
 register_engine(Transformers())

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fractions import Fraction
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from moetailor.checkpoint.facts import ModelFacts
 from moetailor.checkpoint.family import QUANT_METHOD
 from moetailor.serving.choices import Choice
-from moetailor.serving.engine import HOST, PORT, Engine, group_of, register_engine
+from moetailor.serving.engine import Engine, Served, group_of, register_engine
 
 
 class Vllm(Engine):
@@ -51,17 +50,11 @@ class Vllm(Engine):
             return f"{told}; install it, or use --engine transformers"
         return None
 
-    def command(
-        self,
-        folder: Path,
-        context: int | None = None,
-        host: str = HOST,
-        port: int = PORT,
-        binary: Path | None = None,
-    ) -> list[str]:
+    def command(self, served: Served) -> list[str]:
         """Return the command of its server."""
-        limit = [] if context is None else ["--max-model-len", str(context)]
-        return [str(binary or self.program), "serve", str(folder), "--host", host, "--port", str(port), *limit]
+        limit = [] if served.context is None else ["--max-model-len", str(served.context)]
+        command = [str(served.binary or self.program), "serve", str(served.folder)]
+        return [*command, "--host", served.host, "--port", str(served.port), *limit]
 
 
 def has_plugin() -> bool:
