@@ -16,7 +16,7 @@ import torch
 
 import moetailor
 from measure import REFERENCE, provenance
-from moetailor.fitting.reduced_rank import Regression
+from moetailor.fitting.reduced_rank import Moments, Regression
 from moetailor.methods.run import view_of
 from moetailor.planning.view import LayerView
 
@@ -32,7 +32,7 @@ def tokens_of(layer: LayerView, expert: int) -> tuple[torch.Tensor, torch.Tensor
 def left_by_maps(fit: LayerView, text: LayerView, expert: int, ridge: float) -> torch.Tensor:
     """Return the energy of an expert on some text and what maps of each rank leave of it, [1 + ranks]."""
     x, q = tokens_of(fit, expert)
-    found = Regression(x, fit.experts.outputs(expert, x), q).solve(max(RANKS), ridge)
+    found = Regression(Moments.of(x, fit.experts.outputs(expert, x), q)).solve(max(RANKS), ridge)
     x, q = tokens_of(text, expert)
     y = text.experts.outputs(expert, x)
     errors = found.errors(x, y, q)

@@ -22,7 +22,7 @@ from moetailor.estimates.estimate import Estimate, Host, duration, in_turn
 from moetailor.estimates.running import of_calibration
 from moetailor.estimates.sizes import cost_of
 from moetailor.fitting.noise import held_out_errors
-from moetailor.fitting.reduced_rank import Regression
+from moetailor.fitting.reduced_rank import Moments, Regression
 from moetailor.fitting.work import of_noise, of_regression
 from moetailor.methods.registry import METHODS
 from moetailor.methods.run import view_of
@@ -69,7 +69,7 @@ def test_a_forward_pass_is_counted_as_torch_counts_it() -> None:
 @pytest.mark.parametrize(("tokens", "width", "rank"), [(900, 256, 32), (100, 256, 32), (900, 640, 64), (200, 640, 16)])
 def test_a_regression_is_counted_as_torch_counts_it(tokens: int, width: int, rank: int) -> None:
     x, y = torch.randn(2, tokens, width)
-    found = counted(lambda: Regression(x, y, torch.ones(tokens)).solve(rank, 0.01))
+    found = counted(lambda: Regression(Moments.of(x, y, torch.ones(tokens))).solve(rank, 0.01))
     assert of_regression(width, tokens, rank).products == pytest.approx(found, rel=0.05)
 
 

@@ -12,7 +12,7 @@ from moetailor.answers import Answer, Constant, Linear
 from moetailor.errors import MoetailorWarning
 from moetailor.fitting.constants import constant_errors, constants
 from moetailor.fitting.held_out import held_out_masks
-from moetailor.fitting.reduced_rank import Regression, shared_inputs
+from moetailor.fitting.reduced_rank import Moments, Regression, centre_of, shared_inputs
 from moetailor.fitting.tokens import Tokens, tokens_of
 from moetailor.planning.layer_plan import LayerPlan
 from moetailor.planning.view import LayerView
@@ -62,15 +62,20 @@ def held_out_errors(layer: LayerView, expert: int, ranks: Sequence[int], ridge: 
     tokens = tokens_of(layer, {expert: 1.0})
     constant = map_error(layer, expert, 0, ridge)
     total, x_TD = torch.zeros(len(ranks), dtype=torch.float64), layer.inputs(tokens.place)
-    y_TD = layer.outputs(expert, tokens.place).to(x_TD.dtype)
-    weight_T = tokens.weight.to(x_TD.device)
+    y_TD, weight_T = layer.outputs(expert, tokens.place).to(x_TD.dtype), tokens.weight.to(x_TD.device)
+    centre = centre_of(x_TD[: tokens.own], y_TD[: tokens.own], weight_T[: tokens.own])
+
+    def moments(at: slice | torch.Tensor) -> Moments:
+        return Moments.of(x_TD[at], y_TD[at], weight_T[at], centre)
+
+    others = moments(slice(tokens.own, None))
     for chooses in folds(layer, tokens.place[: tokens.own]):
         if not bool(chooses.any()) or bool(chooses.all()):
             continue
-        rest = tokens.rest(chooses).to(x_TD.device)
-        own = tokens.own - int(chooses.sum())
-        found = Regression(x_TD[rest], y_TD[rest], weight_T[rest], own).solve(max(ranks), ridge)
-        errors = found.errors(x_TD[~rest], y_TD[~rest], weight_T[~rest]).cpu()
+        # An expert's own tokens are the first.
+        fitted, judges = (mask.nonzero().flatten().to(x_TD.device) for mask in (~chooses, chooses))
+        found = Regression(moments(fitted), others).solve(max(ranks), ridge)
+        errors = found.errors(x_TD[judges], y_TD[judges], weight_T[judges]).cpu()
         total += torch.stack([errors[min(rank, len(errors) - 1)] for rank in ranks])
     return constant * total / total[0] if float(total[0]) > 0 else torch.full_like(total, constant)
 
@@ -98,7 +103,7 @@ def build_maps(layer: LayerView, plan: LayerPlan, ridge: float, shrinkage: float
     for at, (expert, answer) in enumerate(maps.items()):
         regression = _regression(layer, expert)
         inner, outer, mean = _factors(regression, answer.rank, ridge, common, layer)
-        if regression is None or len(regression.x_TD) < answer.rank:
+        if regression is None or regression.tokens < answer.rank:
             scarce.append(expert)
         # like a novice's: pulled towards the layer's mean where few tokens say what the expert does
         count = float(layer.sums.count[expert])
@@ -149,8 +154,10 @@ def _regression(layer: LayerView, expert: int, tokens: Tokens | None = None) -> 
     if not tokens.own:
         return None
     x_TD = layer.inputs(tokens.place)
-    y_TD = layer.outputs(expert, tokens.place).to(x_TD.dtype)
-    return Regression(x_TD, y_TD, tokens.weight.to(x_TD.device), tokens.own)
+    y_TD, weight_T = layer.outputs(expert, tokens.place).to(x_TD.dtype), tokens.weight.to(x_TD.device)
+    own = Moments.of(x_TD[: tokens.own], y_TD[: tokens.own], weight_T[: tokens.own])
+    others = Moments.of(x_TD[tokens.own :], y_TD[tokens.own :], weight_T[tokens.own :], own.centre)
+    return Regression(own, others)
 
 
 def _factors(

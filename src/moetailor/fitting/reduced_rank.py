@@ -3,14 +3,14 @@
 min over rank-r W of sum_t q_t |y_t - mu - (x_t - m) W|^2 + ridge, with m and mu the weighted means. With
 C = sum q (x-m)(x-m)^T / Q + lambda I = L L^T and M = sum q (x-m)(y-mu)^T / Q, the best W of rank r is A B with
 B^T = V_r, the first right singular vectors of L^-1 M, and A = C^-1 M V_r.
-Shapes: T tokens, D model width, r rank.
+Shapes: T tokens, D inputs, O outputs, both the model's width here, r rank.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
 import torch
 
@@ -47,61 +47,119 @@ class LinearMap:
         return energy - torch.cat([gained.new_zeros(1), gained.cumsum(0)])
 
 
+@dataclass(frozen=True, kw_only=True)
+class Moments:
+    """Sums over tokens, each counted from a centre near their mean, so that little cancels.
+
+    Attributes:
+        tokens: how many.
+        weight: Q, the sum of q.
+        centre: what is taken off inputs and targets, [D] and [O].
+        x: sum q x, float64 [D].
+        y: sum q y, float64 [O].
+        xx: sum q x x^T, [D, D].
+        xy: sum q x y^T, [D, O].
+    """
+
+    tokens: int
+    weight: float
+    centre: tuple[torch.Tensor, torch.Tensor]
+    x: torch.Tensor
+    y: torch.Tensor
+    xx: torch.Tensor
+    xy: torch.Tensor
+
+    @classmethod
+    def of(
+        cls,
+        x_TD: torch.Tensor,
+        y_TO: torch.Tensor,
+        weight_T: torch.Tensor,
+        centre: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> Moments:
+        """Return those of some tokens.
+
+        Args:
+            x_TD: inputs.
+            y_TO: targets.
+            weight_T: q, not negative.
+            centre: see the attribute; the tokens' own means when None.
+        """
+        weight_T = weight_T.double()
+        centre = centre or centre_of(x_TD, y_TO, weight_T)
+        root = weight_T.sqrt().to(x_TD)
+        x, y = ((part - mean.to(part)) * root[:, None] for part, mean in zip((x_TD, y_TO), centre, strict=True))
+        return cls(
+            tokens=len(x),
+            weight=float(weight_T.sum()),
+            centre=centre,
+            x=(root @ x).double(),
+            y=(root @ y).double(),
+            xx=x.T @ x,
+            xy=x.T @ y,
+        )
+
+    def __add__(self, other: Moments) -> Moments:
+        """Return those of both together, which have the same centre."""
+        sums = {name: getattr(self, name) + getattr(other, name) for name in ("tokens", "weight", "x", "y", "xx", "xy")}
+        return Moments(centre=self.centre, **sums)
+
+
+def centre_of(x_TD: torch.Tensor, y_TO: torch.Tensor, weight_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the weighted means of inputs and targets, float64 [D] and [O]."""
+    share = (weight_T.double() / weight_T.double().sum().clamp_min(1e-300)).to(x_TD)
+    return (share @ x_TD).double(), (share @ y_TO).double()
+
+
 class Regression:
     """One problem, solved for several ridges and ranks.
 
     Args:
-        x_TD: inputs.
-        y_TD: targets.
-        weight_T: weights q, not negative.
-        own: so many of the first tokens say what the means are; all when None.
+        own: moments of the tokens that say what the means are.
+        others: of tokens that join them, around the same centre.
+
+    Attributes:
+        tokens: how many.
+        total: the sum of their weights.
+        mean_in: m, float64 [D].
+        mean_out: mu, float64 [O].
+        gram: C without its ridge, float64 [D, D].
+        cross: M, [D, O].
     """
 
-    def __init__(self, x_TD: torch.Tensor, y_TD: torch.Tensor, weight_T: torch.Tensor, own: int | None = None) -> None:
-        own, self.total = len(x_TD) if own is None else own, float(weight_T.sum())
-        share = (weight_T.double() / max(self.total, 1e-300))[:, None]
-        first = share[:own] / share[:own].sum().clamp_min(1e-300)
-        self.mean_in, self.mean_out = (first * x_TD[:own]).sum(0), (first * y_TD[:own]).sum(0)
-        root = share.sqrt().to(x_TD.dtype)
-        self.x_TD = (x_TD - self.mean_in.to(x_TD)) * root
-        self.y_TD = (y_TD - self.mean_out.to(y_TD)) * root.to(y_TD)
-
-    @cached_property
-    def gram(self) -> torch.Tensor:
-        """C without its ridge [D, D], or x x^T [T, T] where there are fewer tokens than dimensions; float64."""
-        x = self.x_TD
-        return (x @ x.T if self.dual else x.T @ x).double()
-
-    @property
-    def dual(self) -> bool:
-        """Whether there are fewer tokens than dimensions."""
-        return len(self.x_TD) < self.x_TD.shape[1]
+    def __init__(self, own: Moments, others: Moments | None = None) -> None:
+        every = own if others is None else own + others
+        self.tokens, self.total = every.tokens, every.weight
+        total, x, y = max(every.weight, 1e-300), every.x, every.y
+        m, mu = (part / max(own.weight, 1e-300) for part in (own.x, own.y))
+        self.mean_in, self.mean_out = m + own.centre[0], mu + own.centre[1]
+        # sum q (x - m)(y - mu)^T = sum q x y^T - m (sum q y)^T - (sum q x - Q m) mu^T
+        self.gram = every.xx.double().addr_(m, x, alpha=-1).addr_(x - total * m, m, alpha=-1).div_(total)
+        m, mu, x, y = (part.to(every.xy) for part in (m, mu, x, y))
+        self.cross = every.xy.addr(m, y, alpha=-1).addr_(x - total * m, mu, alpha=-1).div_(total)
 
     def solve(self, rank: int, ridge: float) -> LinearMap:
         """Return the map of the highest rank asked for.
 
         Args:
             rank: r; fewer when there are fewer tokens.
-            ridge: lambda as a share of the mean of C's diagonal.
+            ridge: lambda as a share of the mean of C's diagonal; no less than what rounding does to it.
         """
-        rank = min(rank, *self.x_TD.shape, self.y_TD.shape[1])
-        scale = float(self.gram.diagonal().sum()) / self.x_TD.shape[1]
+        rank = min(rank, self.tokens, *self.cross.shape)
+        scale = float(self.gram.diagonal().mean())
         if rank == 0 or scale <= 0:
-            return self._map(self.x_TD.new_zeros(self.x_TD.shape[1], 0), self.y_TD.new_zeros(self.y_TD.shape[1], 0))
-        factor = _cholesky(self.gram, max(ridge, 1e-12) * scale)
+            return self._map(*(self.cross.new_zeros(size, 0) for size in self.cross.shape))
+        factor = _cholesky(self.gram, max(ridge, torch.finfo(self.cross.dtype).eps) * scale)
 
         def full(right: torch.Tensor) -> torch.Tensor:
             """Return C^-1 M right."""
-            seen = self.y_TD @ right
-            if self.dual:  # (x^T x + l)^-1 x^T = x^T (x x^T + l)^-1
-                return self.x_TD.T @ torch.cholesky_solve(seen.double(), factor).to(seen.dtype)
-            return torch.cholesky_solve((self.x_TD.T @ seen).double(), factor).to(seen.dtype)
+            return torch.cholesky_solve((self.cross @ right).double(), factor).to(right)
 
         def operator(right: torch.Tensor) -> torch.Tensor:
             """Return M^T C^-1 M right, whose first eigenvectors are V_r."""
-            return self.y_TD.T @ (self.x_TD @ full(right))
+            return self.cross.T @ full(right)
 
-        outer = _leading(operator, self.y_TD.shape[1], rank, self.y_TD)
+        outer = _leading(operator, self.cross.shape[1], rank, self.cross)
         return self._map(full(outer), outer)
 
     def solve_with(self, inner: torch.Tensor, ridge: float) -> LinearMap:
@@ -111,11 +169,11 @@ class Regression:
             inner: A, [D, r].
             ridge: share of the mean diagonal of A^T C A that is added to it.
         """
-        inner = inner.to(self.x_TD)
-        seen = self.x_TD @ inner
-        gram = (seen.T @ seen).double()
+        inner = inner.to(self.gram)
+        gram = inner.T @ self.gram @ inner
         gram.diagonal().add_(max(ridge, 1e-9) * float(gram.diagonal().mean()) + 1e-300)
-        return self._map(inner, torch.linalg.solve(gram, (seen.T @ self.y_TD).double()).to(inner).T)
+        outer = torch.linalg.solve(gram, inner.T @ self.cross.double())
+        return self._map(inner.to(self.cross), outer.to(self.cross).T)
 
     def _map(self, inner: torch.Tensor, outer: torch.Tensor) -> LinearMap:
         return LinearMap(mean_in=self.mean_in, mean_out=self.mean_out, inner=inner, outer=outer.T)
@@ -135,8 +193,8 @@ def shared_inputs(problems: Iterable[Regression], width: int, rank: int, ridge: 
     """
     gram, energy = torch.zeros(2, width, width, dtype=torch.float64)
     for problem in problems:
-        cross = (problem.x_TD.T @ problem.y_TD).double()
-        gram += problem.total * (problem.x_TD.T @ problem.x_TD).double().cpu()
+        cross = problem.cross.double()
+        gram += problem.total * problem.gram.cpu()
         energy += problem.total * (cross @ cross.T).cpu()
     if not bool(gram.any()):
         return torch.zeros(width, rank, dtype=torch.float64)

@@ -61,6 +61,11 @@ def of_outputs(shape: ExpertShape, tokens: float) -> Work:
     return Work(products=2 * tokens * weights, elements=4 * tokens * (shape.width + shape.intermediate), steps=12)
 
 
+def of_moments(width: int, tokens: float) -> Work:
+    """Return the work of sums over tokens, x x^T and x y^T: 2 n D^2 each."""
+    return Work(products=4 * tokens * width**2, elements=8 * tokens * width, steps=10)
+
+
 def of_regression(width: int, tokens: float, rank: int) -> Work:
     """Return the work of one reduced-rank regression, see `Regression.solve`.
 
@@ -69,18 +74,16 @@ def of_regression(width: int, tokens: float, rank: int) -> Work:
         tokens: that it is fitted to, n.
         rank: the highest, r.
     """
-    small, rank = min(tokens, width), int(min(rank, tokens, width))
-    # x x^T or x^T x: 2 n D m, with m the smaller of both
-    # inputs, outputs and one of them in float64; the moments, their shifted copy and its factor
-    nbytes = int(16 * tokens * width + 24 * small**2)
-    found = Work(products=2 * tokens * width * small, elements=12 * tokens * width, steps=40, nbytes=nbytes)
-    found += of_factor(int(small))
+    rank = int(min(rank, tokens, width))
+    # inputs and outputs; the moments in float32 and float64, their shifted copy and its factor
+    found = of_moments(width, tokens) + Work(steps=30, nbytes=int(16 * tokens * width + 48 * width**2))
+    found += of_factor(width) + Work(elements=6 * width**2, steps=10)
 
-    def full(columns: int) -> Work:  # C^-1 M v: 4 n D v and a solve, 2 m^2 v
-        return Work(products=4 * tokens * width * columns, doubles=2 * small**2 * columns, steps=8)
+    def full(columns: int) -> Work:  # C^-1 M v: 2 D^2 v for each factor
+        return Work(products=2 * width**2 * columns, doubles=2 * width**2 * columns, steps=6)
 
     def operator(columns: int) -> Work:  # M^T C^-1 M v
-        return full(columns) + Work(products=4 * tokens * width * columns, steps=4)
+        return full(columns) + Work(products=2 * width**2 * columns, steps=2)
 
     if not rank:
         return found
@@ -103,8 +106,10 @@ def of_held_out_maps(layer: LayerSize, rank: int) -> Work:
     few = tokens < min(SCARCE * width, ENOUGH)
     times, fitted = (FOLDS, tokens * (1 - 1 / FOLDS)) if few else (1, tokens * (1 - 1 / EVERY))
     judged = Work(products=4 * (tokens - fitted) * width * rank, elements=16 * tokens * width, steps=30)
-    regression = of_regression(width, fitted_tokens(layer, fitted), rank)
-    return of_outputs(layer.shape, fitted_tokens(layer)) + times * (regression + judged)
+    others = of_moments(width, fitted_tokens(layer) - tokens)
+    return (
+        of_outputs(layer.shape, fitted_tokens(layer)) + others + times * (of_regression(width, fitted, rank) + judged)
+    )
 
 
 def of_map(layer: LayerSize, rank: int) -> Work:
