@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ import torch
 
 from moetailor import ranks
 from moetailor.calibration.batch import Batch, evenly_spaced_sequences
-from moetailor.calibration.capture import replaced_forward
+from moetailor.calibration.capture import captured, replaced_forward
 from moetailor.calibration.effects import ERRORS, Effect, Effects, Errors, LayerEffects, Together
 from moetailor.calibration.folder import Calibration
 from moetailor.calibration.layers import Head, PartlyLoaded, pieces
@@ -132,32 +132,46 @@ def _run_streams(
     }
     for index in walk.layers():
         moe = anatomy.layers.get(index)
-        for (at, _), stream in streams.items():
-            if at != ALL or moe is None:
-                walk.advance(stream)
-        if moe is None:
-            walk.advance(original)
-            stopped.note(index + 1)
-            continue
-        streams |= {key: walk.fork(original, _name(key)) for key in every if key in own and key[0] == index}
-        module, sums = walk.model.get_submodule(moe.experts), calibration.sums(index)
-        with _outputs(module) as right:
-            walk.advance(original)
-        for errors in ERRORS:
-            alone: Key = (index, errors)
-            together: Key = (ALL, errors)
-            if not own & {alone, together}:
-                continue
-            with _constants(module, sums) if errors == "constants" else _rounded(module, _bits(sums, int(errors[-1]))):
-                if alone in own:
-                    with _outputs(module) as wrong:
-                        walk.advance(streams[alone])
-                    squared_T = (torch.cat(wrong).float() - torch.cat(right).float()).square().sum(-1)
-                    stopped.squared[_name(alone)] = float(squared_T.cpu()[counted].sum())
-                if together in own:
-                    walk.advance(streams[together])
+        # In portions of the routed pairs: what they take does not grow with the sequences.
+        with nullcontext() if moe is None else captured(walk.model, moe, None):
+            for (at, _), stream in streams.items():
+                if at != ALL or moe is None:
+                    walk.advance(stream)
+            if moe is None:
+                walk.advance(original)
+            else:
+                streams |= {key: walk.fork(original, _name(key)) for key in every if key in own and key[0] == index}
+                module = walk.model.get_submodule(moe.experts)
+                _err(walk, index, module, calibration.sums(index), original, streams, counted, stopped)
         stopped.note(index + 1)
     return original, streams
+
+
+def _err(
+    walk: Walk,
+    index: int,
+    module: Any,
+    sums: Sums,
+    original: HiddenStates,
+    streams: Mapping[Key, HiddenStates],
+    counted: torch.Tensor,
+    stopped: Stopped,
+) -> None:
+    """Run the original's stream through a layer, and with errors those that get theirs there; see `_run_streams`."""
+    with _outputs(module) as right:
+        walk.advance(original)
+    for errors in ERRORS:
+        alone, together = streams.get((index, errors)), streams.get((ALL, errors))
+        if alone is None and together is None:
+            continue
+        with _constants(module, sums) if errors == "constants" else _rounded(module, _bits(sums, int(errors[-1]))):
+            if alone is not None:
+                with _outputs(module) as wrong:
+                    walk.advance(alone)
+                squared_T = (torch.cat(wrong).float() - torch.cat(right).float()).square().sum(-1)
+                stopped.squared[_name((index, errors))] = float(squared_T.cpu()[counted].sum())
+            if together is not None:
+                walk.advance(together)
 
 
 def _name(key: Key) -> str:

@@ -11,13 +11,13 @@ Row = Mapping[str, Any]
 # Nats a token that nobody misses (perplexity grows by a tenth of a percent), and so many that nothing is advised.
 ENOUGH, TOO_MUCH = 1e-3, 0.1
 # Bytes that differ by less than this share are as many.
-SAME = 0.005
+SAME = 0.02
 
 
 def front(cells: Sequence[Row]) -> list[int]:
     """Return the numbers of the rows that no other beats in bytes and KL, from the smallest up; of equals the first.
 
-    Rows that were planned to one size differ by less than an expert: so little smaller is not smaller.
+    Rows of one size differ by an expert, or by what a method could not use: so little smaller is not smaller.
 
     Args:
         cells: as in results.json; those that failed are on no front.
