@@ -100,7 +100,7 @@ FLAGS = {
     "--memory --method --model --native --out --param --protect --remove --size --trust-remote-code --uniform-layers",
     "allocate": "--device --dtype --generations --keep --layers --load-dtype --memory --method --model --out "
     "--param --population --protect --remove --samples --seed --size --survivors --trust-remote-code",
-    "show": "--scores",
+    "show": "--ranking --scores",
     "diff": "",
     "apply": "--allow-other-weights --batch-memory --calibration --converter --device --dry-run --format "
     "--gguf-recipe --out --overwrite --propagate --push-to-hub --quantizer --revision --trust-remote-code --verify",

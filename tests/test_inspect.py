@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import moetailor
 from moetailor.checkpoint.anatomy import discover
+from moetailor.inspection.buddies import MOST
 from moetailor.inspection.redundancy import FEW, RANKS, REMOVE, RIDGE, STAND_INS, layer_redundancy
 from moetailor.inspection.verdict import spread, verdict, weighed, widths_told
 from moetailor.methods.run import view_of
@@ -95,9 +96,11 @@ def test_nearest_experts(found, pairs: list) -> None:
                 apart[other] = (energy - 2 * factor * product + factor**2 * square) / energy, factor
         if apart:
             nearest.append(min(apart.values())[0])
-            assert one.distance == pytest.approx(nearest[-1], rel=1e-4)
-            assert one.nearest == min(apart, key=lambda other: apart[other])
-            assert one.factor == pytest.approx(apart[one.nearest][1], rel=1e-4)
+            assert [buddy.expert for buddy in one.buddies] == sorted(apart, key=lambda other: apart[other])[:MOST]
+            mine = [index for index, _, _ in pairs if one.expert in index]
+            for buddy in one.buddies:
+                assert (buddy.distance, buddy.factor) == pytest.approx(apart[buddy.expert], rel=1e-4)
+                assert buddy.together == pytest.approx(sum(buddy.expert in index for index in mine) / len(mine))
     assert found.least_distance == pytest.approx(min(nearest), rel=1e-4)
     assert found.mean_distance == pytest.approx(sum(nearest) / len(nearest), rel=1e-4)
 
@@ -168,7 +171,7 @@ def test_what_was_planted_is_found_and_nothing_else(planted: moetailor.Redundanc
         assert layer.lost["10%"]["constant"] == 0  # one of twelve, the dead one
         for one in layer.experts:
             copies = {what.original, what.duplicate, what.permuted, what.scaled}
-            assert (one.distance < 1e-4) == (one.expert in copies)
+            assert (one.buddies[:1] != () and one.buddies[0].distance < 1e-4) == (one.expert in copies)
 
 
 @pytest.mark.parametrize("width", [80, 100])
@@ -215,7 +218,8 @@ def test_an_expert_that_gives_nothing_is_a_constant() -> None:
     module.down_proj.data[3] = 0
     made = layer_redundancy(layer_of_tokens(module))
     assert [(finding.expert, finding.kind) for finding in made.findings] == [(3, "constant")]
-    assert made.experts[3].nearest is None
+    assert made.experts[3].buddies == ()
+    assert [len(one.buddies) for one in made.experts[:3]] == [2, 2, 2]
 
 
 @pytest.mark.parametrize(("tokens", "constants"), [(FEW - 1, 0), (FEW, 4)])

@@ -171,3 +171,18 @@ def test_neither_weights_nor_calibration_are_needed(run: Show, tmp_path: Path) -
     run("show", MIXED)
     assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
     assert json.loads((tmp_path / "a.json").read_text())["model"]["source"] == "a/model"
+
+
+def test_a_ranking_is_a_line_a_layer_the_first_to_go_first(run: Show) -> None:
+    """Slot 1 is protected: it stays, whatever its score."""
+    scores = [0.3, 0.1, 0.2, *(0.4 + slot for slot in range(9))]
+    lines = run("show", plan("by_hand", layer(DROP, KEEP, DROP, scores=scores)), options=("--ranking",))
+    order = [2, 0, 1, *range(3, 12)]
+    assert [json.loads(line) for line in lines] == [
+        {"layer": 0, "experts": order, "scores": [scores[slot] for slot in order], "stay": 10}
+    ]
+
+
+def test_a_plan_without_scores_has_no_ranking(run: Show) -> None:
+    told = " ".join(run("show", MIXED, options=("--ranking",), code=1))
+    assert "mixed gave no scores" in told

@@ -192,12 +192,23 @@ def show(
     scores: Annotated[
         bool, typer.Option("--scores", help="Also print what the method ranked by.", rich_help_panel=WRITES)
     ] = False,
+    ranking: Annotated[
+        bool,
+        typer.Option(
+            "--ranking",
+            help="Print only that, a line of JSON a layer, the first to go first: for engines that mask experts.",
+            rich_help_panel=WRITES,
+        ),
+    ] = False,
 ) -> None:
     """Show what a plan does with each slot; neither weights nor calibration are needed.
 
     [dim]moetailor show plan.json[/dim]
     """
-    show_module.show(str(plan), read_plan(plan), scores=scores)
+    if ranking:
+        show_module.ranking(str(plan), read_plan(plan))
+    else:
+        show_module.show(str(plan), read_plan(plan), scores=scores)
 
 
 def diff(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import textwrap
 from collections import Counter
 from collections.abc import Sequence
@@ -50,6 +51,29 @@ def show(name: str, plan: Plan, *, scores: bool = False) -> None:
             paragraph("", listed or ["the method gave no scores"], ", ")
     if whole := [label for label, layer in layers.items() if layer.untouched]:
         paragraph("whole", [f"layers {', '.join(whole)}"])
+
+
+def ranking(name: str, plan: Plan) -> None:
+    """Print how the experts of each layer rank, a line of JSON each, the first to go first.
+
+    Args:
+        name: what the plan is called.
+        plan: the plan.
+
+    Raises:
+        PlanError: its method gave no scores.
+    """
+    from moetailor.errors import PlanError
+
+    layers = {stack.index: plan.layers[stack.prefix] for stack in plan.model.stacks if stack.prefix in plan.layers}
+    if not all(layer.scores for layer in layers.values()):
+        raise PlanError(f"{name}: {plan.method} gave no scores; plan by a method that ranks, such as reap")
+    for index, layer in layers.items():
+        # Those that stay are last, protected ones too.
+        stay = set(layer.kept_slots)
+        order = sorted(range(len(layer.scores)), key=lambda slot: (slot in stay, layer.scores[slot], slot))
+        scores = [layer.scores[slot] for slot in order]
+        print(json.dumps({"layer": index, "experts": order, "scores": scores, "stay": len(stay)}))
 
 
 def diff(names: Sequence[str], plans: Sequence[Plan]) -> None:

@@ -21,7 +21,7 @@ def following(verb: str, given: Given) -> str | None:
         verb: the verb, which ended well.
         given: its arguments and options by name.
     """
-    if given.get("json") is True:
+    if given.get("json") is True or given.get("ranking"):
         return None  # for a program
     if given.get("dry_run") and verb not in COMMANDS:
         return AGAIN

@@ -20,6 +20,7 @@ from moetailor.checkpoint.weights import ExpertWeights
 from moetailor.errors import PlanError
 from moetailor.fitting.distances import functional_distances
 from moetailor.fitting.linear_maps import held_out_errors
+from moetailor.inspection.buddies import Buddy, buddies
 from moetailor.inspection.verdict import Lost, spread, verdict, weighed, widths_told
 from moetailor.methods.run import check_weights, view_of
 from moetailor.planning.budget import Budget
@@ -65,9 +66,7 @@ class ExpertRedundancy:
         usage: its share of the layer's routed pairs.
         companion: the expert that most often runs on the same tokens; None when none ever does.
         together: the share of its tokens that this one runs on too.
-        nearest: the expert whose output, times a factor, gives its own best; None when none gives any of it.
-        factor: that factor.
-        distance: the share of its energy that is lost then, from 0 to 1.
+        buddies: the experts whose output, times a factor, gives most of its own, nearest first.
         energy: its energy.
         left: what each of `STAND_INS` leaves of that, on tokens that it was not fitted on.
     """
@@ -76,9 +75,7 @@ class ExpertRedundancy:
     usage: float
     companion: int | None
     together: float
-    nearest: int | None
-    factor: float
-    distance: float
+    buddies: tuple[Buddy, ...]
     energy: float
     left: dict[str, float]
 
@@ -220,7 +217,8 @@ def layer_redundancy(layer: LayerView, tokens: int = 128) -> LayerRedundancy:
     usage_E = sums.count / sums.count.sum()
     together_EE = (sums.together / sums.count.clamp_min(1)[:, None]).fill_diagonal_(0)
     together, companion = (part.tolist() for part in together_EE.max(1))
-    distance, nearest = (part.tolist() for part in distance_EE.clone().fill_diagonal_(math.inf).min(1))
+    distance = distance_EE.clone().fill_diagonal_(math.inf).amin(1).tolist()
+    ranked = buddies(distance_EE, factor_EE, together_EE)
     entropy, energy = float(torch.special.entr(usage_E).sum()) / math.log(2), float(energy_E.sum())
     reached = [expert for expert in experts if energy_E[expert] > 0]
     return LayerRedundancy(
@@ -242,9 +240,7 @@ def layer_redundancy(layer: LayerView, tokens: int = 128) -> LayerRedundancy:
                 usage=float(usage_E[expert]),
                 companion=companion[expert] if together[expert] else None,
                 together=together[expert],
-                nearest=nearest[expert] if distance[expert] < 1 else None,
-                factor=float(factor_EE[expert, nearest[expert]]),
-                distance=distance[expert],
+                buddies=ranked[expert],
                 energy=float(energy_E[expert]),
                 left=_named(left_ER[expert]),
             )
