@@ -104,11 +104,11 @@ FLAGS = {
     "diff": "",
     "apply": "--allow-other-weights --batch-memory --calibration --converter --device --dry-run --format "
     "--gguf-recipe --out --overwrite --propagate --push-to-hub --quantizer --revision --trust-remote-code --verify",
-    "compress": "--allocation --batch-memory --batch-size --bits --calibration --data --device --device-map "
-    "--dry-run --dtype --format --guard-super-experts --keep --layers --length --load-dtype "
-    "--mask-special --memory --method --native --out --overwrite --param --propagate --protect --push-to-hub --remove "
-    "--revision --sample-size --sample-tokens --seed --sequences --size --states --stream --text-column "
-    "--trust-remote-code --uniform-layers",
+    "compress": "--allocation --batch-memory --batch-size --bits --calibration --converter --data --device "
+    "--device-map --dry-run --dtype --format --guard-super-experts --keep --layers --length --load-dtype "
+    "--mask-special --memory --method --native --out --overwrite --param --propagate --protect --push-to-hub "
+    "--quantizer --remove --revision --sample-size --sample-tokens --seed --sequences --size --states --stream "
+    "--text-column --trust-remote-code --uniform-layers",
     "evaluate": "--against --batch-size --data --device --device-map --dry-run --dtype --json --length --limit "
     "--revision --scratch --sequences --stream --task-data --task-dir --tasks --text-column "
     "--trust-remote-code",

@@ -117,6 +117,34 @@ def test_fit_writes_a_file_and_says_what_serves_it(run: Callable, tools: list, t
     assert (out / "model.gguf").stat().st_mtime_ns == before
 
 
+def test_compress_runs_the_tools(run: Callable, tools: list, tmp_path: Path) -> None:
+    out, bits = tmp_path / "out", ["-p", "bits=4", "-p", "codes=uint", "-p", "group=32"]
+    command = [
+        "compress",
+        REFERENCE,
+        "-o",
+        out,
+        *TEXT[:2],
+        "--sequences",
+        "2",
+        "--length",
+        "64",
+        "--method",
+        "quantize",
+    ]
+    command += [*bits, "--format", "gguf"]
+    code, _, err = run(*command, *tools[:3], tmp_path / "lost")
+    assert code == 1
+    assert f"--quantizer {tmp_path / 'lost'}: there is no such file" in " ".join(err.split())
+    assert not list(tmp_path.glob("out*"))  # nothing was calibrated before that was said
+    code, _, err = run(*command, *tools, "--dry-run")
+    assert code == 1
+    assert "nothing is foretold of --converter" in err
+    code, _, err = run(*command, *tools)
+    assert code == 0, err
+    assert (out / "model.gguf").read_text() == "GGUF Q8_0"
+
+
 def test_fewer_experts_are_written_when_all_do_not_fit(run: Callable, tools: list, tmp_path: Path) -> None:
     code, shown, err = run(*words("8MB", tmp_path / "out", *TEXT, *tools, "--yes"))
     assert code == 0, err

@@ -27,6 +27,7 @@ from moetailor.progress import Stages, part
 from moetailor.transform.apply import apply
 from moetailor.transform.build import Propagate
 from moetailor.transform.formats import resolve_format
+from moetailor.transform.formats.format import Finish
 
 
 def precheck(
@@ -44,6 +45,8 @@ def precheck(
     text: TextOptions | None = None,
     format: str = "auto",
     overwrite: bool = False,
+    converter: Path | None = None,
+    quantizer: Path | None = None,
     trust_remote_code: bool = False,
 ) -> str:
     """Refuse what cannot work, and say in one line what would be done.
@@ -62,6 +65,8 @@ def precheck(
         text: calibration text; its files must stay, they are not read here.
         format: format of the result.
         overwrite: an earlier result is replaced.
+        converter: llama.cpp's ``convert_hf_to_gguf.py``, for format gguf.
+        quantizer: llama.cpp's ``llama-quantize``, the same.
         trust_remote_code: run code that comes with the checkpoint.
 
     Raises:
@@ -79,6 +84,7 @@ def precheck(
     if not ruled:
         form = resolve_format(plan, format, original)
         form.check(plan, original)
+        form.check_tools(Finish(plan=plan, original=original, converter=converter, quantizer=quantizer))
     written = "moetailor" if ruled else form.name
     kept = sorted({len(layer.pool) for layer in plan.layers.values()}) or ["all"]
     return (
@@ -154,6 +160,7 @@ def compress(
     given: dict[str, Any] = {"parameters": parameters, "allocation": allocation, "protect": pairs_of(protect)}
     given |= {"layers": None if layers is None else list(layers), "width": width}
     written: dict[str, Any] = {"format": format, "overwrite": overwrite}
+    written |= {"converter": converter, "quantizer": quantizer}
     precheck(original, out, method=method, budget=budget, calibration=calibration, text=text, **given, **written)
     folder = Path(calibration) if calibration is not None else Path(out).with_name(Path(out).name + ".calibration")
     needs = find_method(method).needs | ({"sensitivity"} if allocation == "error" else set())
@@ -181,6 +188,6 @@ def compress(
             **given,
         )
         fitted: dict[str, Any] = {"calibration": measured, "propagate": propagate, "device": device}
-        fitted |= {"batch_memory": batch_memory, "converter": converter, "quantizer": quantizer}
+        fitted["batch_memory"] = batch_memory
         apply(plan, original, out, progress=progress, **fitted, **written)
     return measured, plan

@@ -187,6 +187,8 @@ def compress(
     propagate: Propagate = "original",
     format: Format = "auto",
     overwrite: Overwrite = False,
+    converter: Converter = None,
+    quantizer: Quantizer = None,
     dry_run: DryRun = False,
     device: Device = None,
     batch_memory: BatchMemory = None,
@@ -214,9 +216,11 @@ def compress(
     given |= {"protect": kept, "allocation": allocated, "width": width, "calibration": calibration, "text": text}
     given |= {"format": format, "overwrite": overwrite}
     if dry_run:
+        dry.refuse_converter(converter)
         run = {"sample": sample, "stream": stream, "states": states, "dtype": dtype, "propagate": propagate}
         dry.compress(model, out, given, run, device=device, trust_remote_code=trust_remote_code)
         return
+    given |= {"converter": converter, "quantizer": quantizer}
     checked = moetailor.precheck(model, out, trust_remote_code=trust_remote_code, **given)
     with ranks.shared(folder=os.path.realpath(out)) as first, waiting.stages() as progress:
         if first:

@@ -103,14 +103,12 @@ def apply(
     import moetailor
     from moetailor.checkpoint.original import looked_at
     from moetailor.checkpoint.place import check_place
-    from moetailor.errors import PlanError
     from moetailor.estimates.deciding import of_apply, sampled_of
     from moetailor.estimates.estimate import Host
     from moetailor.transform.disk import plan_for
     from moetailor.transform.formats import resolve_format
 
-    if run["converter"] is not None:
-        raise PlanError("--dry-run: nothing is foretold of --converter; leave one of them out")
+    refuse_converter(run["converter"])
     made, given = moetailor.Plan.load(plan), None if calibration is None else moetailor.Calibration.open(calibration)
     with looked_at(model, trust_remote_code=trust_remote_code) as original:
         inputs = {"the original": original.folder, "the calibration": calibration}
@@ -124,6 +122,14 @@ def apply(
         host = Host.measured(output.BEGAN, original, device=device)
         sampled, front = 0 if given is None else sampled_of(given), run["propagate"] == "compressed"
         output.estimate(of_apply(host, fitted, original, form, sampled, compressed=front, verify=run["verify"]))
+
+
+def refuse_converter(converter: Path | None) -> None:
+    """Refuse to say what another program's work would take."""
+    from moetailor.errors import PlanError
+
+    if converter is not None:
+        raise PlanError("--dry-run: nothing is foretold of --converter; leave one of them out")
 
 
 def compress(

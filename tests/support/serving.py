@@ -37,6 +37,8 @@ BY: dict[str, dict[str, str]] = {
 }
 NATIVE = {TRANSFORMERS: "run", ALONE: "run", SERVED: "as alone", LLAMA: "refused", SGLANG: "read"}
 PACKED = {TRANSFORMERS: "run", ALONE: "read", SERVED: "as alone", LLAMA: "refused", SGLANG: "read"}
+# Loaded by transformers, and by no other engine here.
+QUANTIZED = {TRANSFORMERS: "run", ALONE: "-", SERVED: "as alone", LLAMA: "refused", SGLANG: "-"}
 OURS = {TRANSFORMERS: "run", ALONE: "refused", SERVED: "run", LLAMA: "refused", SGLANG: "refused"}
 GGUF = {TRANSFORMERS: "refused", ALONE: "refused", SERVED: "as alone", LLAMA: "run", SGLANG: "-"}
 NO_GGUF = dict.fromkeys((TRANSFORMERS, ALONE), f"{HERE}::test_a_gguf_file_is_for_llama_cpp")
@@ -98,6 +100,24 @@ KINDS: dict[str, Kind] = {
     "gguf bits": Kind(says="GGUF: bits by layer (`fit`)", memory="9MB", format="gguf", outcomes=GGUF, by=NO_GGUF),
     "gguf fewer": Kind(
         says="GGUF: fewer experts in 4 bits (`fit`)", memory="8MB", format="gguf", outcomes=GGUF, by=NO_GGUF
+    ),
+    "vllm-mone": Kind(
+        says="vllm-mone: constants (`mone`)",
+        outcomes=QUANTIZED | {ALONE: "read"},
+        by={
+            TRANSFORMERS: "tests/contract/test_vllm_mone.py::test_vllm_gives_what_our_runtime_gives",
+            ALONE: "vLLM 0.33's source; 0.32 has no such experts",
+        },
+    ),
+    "native fp8": Kind(
+        says="native: slots dropped of originals in FP8, by block too",
+        outcomes=QUANTIZED,
+        by={TRANSFORMERS: "tests/contract/test_quantized.py::test_transformers_alone_loads_drops"},
+    ),
+    "native mxfp4": Kind(
+        says="native: slots dropped of an original in MXFP4 (gpt-oss)",
+        outcomes=QUANTIZED,
+        by={TRANSFORMERS: "tests/contract/test_quantized.py::test_transformers_alone_loads_drops"},
     ),
     "reap": Kind(
         says="counts that differ by layer (`--allocation`)",

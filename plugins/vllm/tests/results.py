@@ -1,7 +1,9 @@
 """Results of moetailor on tiny models of several families, and what transformers gives for them."""
 
 import shutil
+from dataclasses import replace
 from functools import cache
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import moetailor
+from moetailor.answers import Width
 from moetailor.checkpoint.loader import quiet_transformers
+from moetailor.planning.plan import Plan
 from support.families import tiny_model
 from support.serving import KINDS
 from support.tiny import mixed_plan, token_batches
@@ -32,6 +36,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 PROMPTS = np.array([[(a * i * i + b * i + c) % 120 + 4 for i in range(32)] for a, b, c in ((7, 3, 11), (5, 1, 99))])
 TOKENS = 64
+WIDTHS = ("int4g32", "fp8b128", "mxfp4", "vq2/4", "8", "4", "nvfp4")
 
 
 @cache
@@ -45,14 +50,34 @@ def calibrated(family: str, folder: Path) -> moetailor.Calibration:
 
 @cache
 def make(family: str, method: str, folder: Path) -> Path:
-    """Return the folder of a result; `mixed` is drops, remaps with scales, constants and linear maps in one layer."""
+    """Return the folder of a result; see `by_hand` for `mixed`, `widths` and `int4g32`."""
     calibration, out = calibrated(family, folder), folder / f"{family}-{method.replace(', ', '-')}"
-    if method == "mixed":
-        plan = mixed_plan(calibration, drop=family != "glm4_moe")  # its groups must stay equal
-    else:
-        plan = KINDS[method].plan(calibration)
-    form = "moetailor" if method == "mixed" else KINDS[method].format
+    plan, form = by_hand(calibration, family, method), "moetailor"
+    if plan is None:
+        plan, form = KINDS[method].plan(calibration), KINDS[method].format
     return moetailor.apply(plan, folder / family, out, calibration=calibration, format=form)
+
+
+def by_hand(calibration: moetailor.Calibration, family: str, method: str) -> Plan | None:
+    """Return a plan that no method of `KINDS` makes; `mixed` is drops, remaps with scales, constants
+    and linear maps in one layer, `widths` has every expert of a layer in another storage.
+    """
+    if method == "int4g32":
+        return moetailor.make_plan(
+            calibration,
+            "quantize",
+            moetailor.Budget.parse(remove="0%"),
+            parameters={"bits": 4, "codes": "int", "group": 32},
+        )
+    if method == "widths":
+        plan = KINDS["quantize"].plan(calibration)
+        layers = {
+            prefix: replace(layer, widths=dict(zip(layer.pool, cycle(map(Width.parse, WIDTHS)), strict=False)))
+            for prefix, layer in plan.layers.items()
+        }
+        return replace(plan, layers=layers)
+    # Groups of glm4_moe must stay equal.
+    return mixed_plan(calibration, drop=family != "glm4_moe") if method == "mixed" else None
 
 
 @torch.no_grad()

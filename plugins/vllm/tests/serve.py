@@ -1,9 +1,10 @@
 """Runs in the environment that has vLLM: greedy tokens and log-probabilities of some folders, or why one is refused.
 
-usage: serve.py PROMPTS.npy TOKENS [--together] FOLDER...
+usage: serve.py PROMPTS.npy TOKENS [--together | --ranks] FOLDER...
 
 Beside each folder it leaves FOLDER.vllm.npz (`greedy` [S, TOKENS] and `logp` [S, T, V] of the prompts' positions) or
-FOLDER.refused.txt. With --together all models are loaded first, and run in the other order.
+FOLDER.refused.txt. With --together all models are loaded first, and run in the other order;
+with --ranks each runs on two ranks (tensor parallelism), in a process each.
 """
 
 import os
@@ -24,7 +25,7 @@ os.environ |= {
 }
 
 
-def load(folder: str) -> Any:
+def load(folder: str, ranks: int = 1) -> Any:
     """Return a model; None when it is refused, which is written down."""
     from vllm import LLM
 
@@ -39,6 +40,7 @@ def load(folder: str) -> Any:
             max_num_seqs=4,
             max_num_batched_tokens=512,
             max_logprobs=-1,
+            tensor_parallel_size=ranks,
         )
     except Exception as error:
         cause: BaseException = error
@@ -74,8 +76,11 @@ def main() -> None:
         for folder, model in reversed(models.items()):
             run(model, folder, prompts, tokens)
         return
+    ranks = 1
+    if folders[0] == "--ranks":
+        ranks, folders = 2, folders[1:]
     for folder in folders:
-        if (model := load(folder)) is not None:
+        if (model := load(folder, ranks)) is not None:
             run(model, folder, prompts, tokens)
             del model
 

@@ -73,7 +73,7 @@ def moetailor_layer(slots: SlotMap, biased: bool = False, seed: int = 0) -> torc
     return module
 
 
-def served(slots: SlotMap, module: Any, rank: Rank = ALONE) -> Answers:
+def served(slots: SlotMap, module: Any, rank: Rank = ALONE, *, live: bool = False) -> Answers:
     """Return the plug-in's answers of one rank with the tensors of moetailor's module."""
     expert = Expert(
         width=WIDTH,
@@ -81,6 +81,7 @@ def served(slots: SlotMap, module: Any, rank: Rank = ALONE) -> Answers:
         dtype=torch.float32,
         activated=lambda *projected: Experts(module).activated(projected),
         biased=Experts(module).shape.biased,
+        live=live,
         rank=rank,
     )
     answers = Answers(Slots.read(slots.to_json(), "layer 0"), expert, "experts")

@@ -1,15 +1,9 @@
-"""vLLM serves what moetailor writes: tokens and probabilities are transformers', and what does not fit is refused.
-
-vLLM may lie in an environment of its own: MOETAILOR_VLLM_PYTHON names its Python, that of the tests when it is not set.
-"""
+"""vLLM serves what moetailor writes: tokens and probabilities are transformers', and what does not fit is refused."""
 
 import json
 import os
 import subprocess
-import sys
-import tomllib
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from results import MODELS, PROMPTS, TOKENS, copied, expected, make
 from support.serving import ALONE, SERVED, pairs
+from vllm_python import PYTHON, ROOT, SKIP, site
 
-ROOT = Path(__file__).parents[1]
-PYTHON = os.environ.get("MOETAILOR_VLLM_PYTHON") or (sys.executable if find_spec("vllm") else None)
-pytestmark = pytest.mark.skipif(
-    PYTHON is None, reason="vllm is not installed; MOETAILOR_VLLM_PYTHON may name a Python that has it"
-)
+pytestmark = SKIP
 Serve = Callable[..., None]
 
 
@@ -36,17 +27,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def serve(folder: Path) -> Serve:
     """Return a function that runs serve.py with the plug-in installed, as far as its entry point goes."""
-    entry = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["vllm.general_plugins"]
-    info = folder / "site" / "moetailor_vllm-0.dist-info"
-    info.mkdir(parents=True)
-    lines = [f"{name} = {target}" for name, target in entry.items()]
-    (info / "entry_points.txt").write_text("\n".join(["[vllm.general_plugins]", *lines]))
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: moetailor-vllm\nVersion: 0\n")
+    path = site(folder)
     np.save(folder / "prompts.npy", PROMPTS)
 
     def call(*words: str | Path, plugin: bool = True) -> None:
         command = [PYTHON, ROOT / "tests" / "serve.py", folder / "prompts.npy", str(TOKENS), *words]
-        paths = {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{info.parent}" if plugin else ""}
+        paths = {"PYTHONPATH": path if plugin else ""}
         done = subprocess.run(command, env=os.environ | paths, cwd=folder, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
 
@@ -96,6 +82,17 @@ def test_two_models_in_one_process(folder: Path, serve: Serve) -> None:
     both = [make("qwen3_moe", "mone", folder), make("glm4_moe", "auto", folder)]
     serve("--together", *both)
     for result in both:
+        check(result)
+
+
+@pytest.mark.slow
+def test_two_ranks_give_what_one_gives(folder: Path, serve: Serve) -> None:
+    """Storages whose groups and codes are cut between ranks, each expert in a width of its own, and stand-ins."""
+    kinds = ("int4g32", "quantize, fp8b128", "quantize, mxfp4", "quantize, vq", "widths", "mixed", "lightmoe")
+    results = [make("qwen3_moe", kind, folder) for kind in kinds]
+    cut = [copied(result, "ranks") for result in results]
+    serve("--ranks", *cut)
+    for result in cut:
         check(result)
 
 

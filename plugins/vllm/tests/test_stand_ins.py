@@ -12,8 +12,8 @@ import moetailor_vllm
 from moetailor.answers import FLOATS, Constant, Kind, LowRank, Packed, SlotMap, Width
 from moetailor_vllm.slots import Slots
 from moetailor_vllm.stand_ins import Expert, stand_ins
-from moetailor_vllm.stored import FewBits, Rank, storages
-from support_vllm import call, everything, moetailor_layer, pooled, served, slot_map
+from moetailor_vllm.stored import ALONE, FewBits, Rank, storages
+from support_vllm import WIDTH, call, everything, moetailor_layer, pooled, served, slot_map
 
 UINT, SYMMETRIC, FP8 = Packed(bits=4, down=6), Packed(bits=3, codes="int", group=32), Packed(bits=8, codes="fp8")
 EXPERT = Expert(width=32, inner=32, dtype=torch.float32, activated=torch.mul)
@@ -36,11 +36,12 @@ NO_POOL = slot_map(2, (0, UINT), LowRank(1, 3), (1, FP8), LowRank(1), Constant()
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("live", [False, True])
 @pytest.mark.parametrize("tokens", [1, 40])
 @pytest.mark.parametrize("slots", MAPS.values(), ids=MAPS)
-def test_answers_are_moetailors(slots: SlotMap, tokens: int) -> None:
+def test_answers_are_moetailors(slots: SlotMap, tokens: int, live: bool) -> None:
     module = moetailor_layer(slots)
-    answers = served(slots, module)
+    answers = served(slots, module, live=live)
     x, chosen, gates = call(slots, tokens)
     weights = gates * answers.scale[chosen]
     row, weight = answers.rows(chosen, weights)
@@ -51,11 +52,12 @@ def test_answers_are_moetailors(slots: SlotMap, tokens: int) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("live", [False, True])
 @pytest.mark.parametrize("tokens", [1, 40])
-def test_biases_and_other_activations_are_moetailors(tokens: int) -> None:
+def test_biases_and_other_activations_are_moetailors(tokens: int, live: bool) -> None:
     module = moetailor_layer(NO_POOL, biased=True)
     x, chosen, gates = call(NO_POOL, tokens)
-    got = served(NO_POOL, module).given(x, chosen, gates)
+    got = served(NO_POOL, module, live=live).given(x, chosen, gates)
     torch.testing.assert_close(got, module(x, chosen, gates), rtol=1e-4, atol=1e-4)
 
 
@@ -121,6 +123,43 @@ def test_every_storage_that_moetailor_writes_is_served(codes: Kind) -> None:
     for part in ("gate", "up", "down"):
         name = f"{width.stem}_{part}"
         torch.testing.assert_close(answers.stand_ins[0].numbers(name), module.tensor(name), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("codes", ["uint", "int"])
+def test_integers_of_every_width_are_moetailors(codes: Kind, bits: int) -> None:
+    """Codes that bytes hold whole, and those that are put together from parts; groups of 31 cut bytes, too."""
+    width = Width(bits=bits, codes=codes, group=31)
+    slots = slot_map(2, (0, Packed.of(width)), (1, Packed.of(width)))
+    module = moetailor_layer(slots)
+    (stand_in,) = served(slots, module).stand_ins
+    x = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(0))
+    for part in ("gate", "up", "down"):
+        name = f"{width.stem}_{part}"
+        numbers = module.tensor(name)
+        torch.testing.assert_close(stand_in.numbers(name), numbers, rtol=0, atol=0)
+        torch.testing.assert_close(stand_in.numbers(name, torch.tensor([1, 1, 0])), numbers[[1, 1, 0]], rtol=0, atol=0)
+        inputs = x.repeat(1, numbers.shape[2] // WIDTH)
+        torch.testing.assert_close(stand_in.tensors[name].product(inputs, 1), inputs @ numbers[1].T)
+
+
+@pytest.mark.parametrize(
+    "storage", ["uint4g32", "uint5g32", "uint8g32", "int8g64", "vq2g32", "vq3g32", "fp8", "mxfp4", "nvfp4"]
+)
+def test_numbers_in_bfloat16_are_those_of_float32_rounded_once(storage: str) -> None:
+    few, exact = (FewBits((2, 16, 64), storage, ALONE, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
+    generator = torch.Generator().manual_seed(0)
+    for suffix, shape in few.parts.items():
+        if few.scale.dtype == torch.uint8 or (suffix == "_packed" and storage == "fp8"):
+            stored = torch.randint(1, 120, shape, generator=generator, dtype=torch.uint8)
+        elif suffix == "_scale":
+            stored = torch.randn(shape, generator=generator).bfloat16()
+        else:
+            stored = torch.randint(-(2**31), 2**31, shape, generator=generator).int()
+        if suffix == "_global_scale":
+            stored = torch.tensor([[3.0], [0.7]])
+        few.load(suffix, stored), exact.load(suffix, stored)
+    torch.testing.assert_close(few.numbers(), exact.numbers().bfloat16(), rtol=0, atol=0)
 
 
 def test_tables_of_codebooks_are_moetailors() -> None:

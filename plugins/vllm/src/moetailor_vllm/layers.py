@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
+from itertools import count
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
@@ -22,6 +24,7 @@ from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapManager
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.fused_moe.router.gate_linear import GateLinear
+from vllm.platforms import current_platform
 
 from moetailor_vllm.answers import Answers
 from moetailor_vllm.config import AllArrived, current_config, slots_of
@@ -55,6 +58,7 @@ class SlotExperts(RoutedExperts):
     """Routed experts with a pool of other rows than the router has slots, and what answers for the rest."""
 
     slotted = True
+    live = False
     answers: Answers | None
 
     def __init__(
@@ -96,6 +100,10 @@ class SlotExperts(RoutedExperts):
                 f"{layer_name}: {type(self.quant_method).__name__} routes inside its kernel, where slots cannot be "
                 "mapped; choose another one with --moe-backend"
             )
+        # Kernels of CPUs are in no graph, so they need not run what no slot asks for.
+        self.live = current_platform.is_cpu() and not self.quant_method.mk_can_overlap_shared_experts
+        self.number = next(NUMBERS)
+        LAYERS[self.number] = self
         expert = Expert(
             width=width,
             inner=inner,
@@ -103,6 +111,7 @@ class SlotExperts(RoutedExperts):
             activated=self.activated,
             gated=moe_config.is_act_and_mul,
             biased=moe_config.has_bias,
+            live=self.live,
             rank=Rank(moe_config.moe_parallel_config.tp_rank, moe_config.moe_parallel_config.tp_size),
         )
         self.answers = Answers(slots, expert, layer_name)
@@ -168,21 +177,35 @@ class SlotExperts(RoutedExperts):
         shared_experts_input: torch.Tensor | None = None,
     ) -> Any:
         """Return what rows of the pool give, by vLLM's kernel, and stand-ins; [T, D], to be added up over ranks."""
-        answers = self.answers
-        if answers is None:
+        if self.answers is None:
             return super().forward_modular(x, topk_weights, topk_ids, shared_experts, shared_experts_input)
+        if self.live:
+            return answered(x, topk_weights, topk_ids, self.number)
+        return self.answer(x, topk_weights, topk_ids, shared_experts, shared_experts_input)
+
+    def answer(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, *shared: Any) -> torch.Tensor:
+        """Return the same of a layer that has a map."""
+        answers = self.answers
+        assert answers is not None
         slot_TK = topk_ids.long()
         weight_TK = topk_weights.float() * answers.scale[slot_TK]
         row_TK, row_weight_TK = answers.rows(slot_TK, weight_TK)
-        out_TD = super().forward_modular(
-            x, row_weight_TK.to(topk_weights), row_TK.to(topk_ids), shared_experts, shared_experts_input
-        )
-        if not answers.stand_ins:
-            return out_TD
-        # Kernels may want wider rows than the model has.
-        given_TD = answers.given(x[:, : answers.width], slot_TK, weight_TK)
-        out_TD[:, : answers.width] += given_TD.to(out_TD.dtype)
-        return out_TD
+        row_weight_TK, row_TK = row_weight_TK.to(topk_weights), row_TK.to(topk_ids)
+        if self.live and not (live_TK := answers.row[slot_TK] >= 0).all():
+            # Pairs that have a row, each as a token of its own that has no other.
+            token_P, slot_P = live_TK.nonzero(as_tuple=True)
+            out_TD = torch.zeros_like(x, dtype=torch.float32)
+            if len(token_P):
+                pair = token_P, slot_P
+                out_PD = super().forward_modular(x[token_P], row_weight_TK[pair][:, None], row_TK[pair][:, None])
+                out_TD.index_add_(0, token_P, out_PD.float())
+        else:
+            out_TD = super().forward_modular(x, row_weight_TK, row_TK, *shared)
+        if answers.stand_ins:
+            # Kernels may want wider rows than the model has.
+            given_TD = answers.given(x[:, : answers.width], slot_TK, weight_TK)
+            out_TD[:, : answers.width] += given_TD.to(out_TD.dtype)
+        return out_TD.to(x.dtype)
 
     def activated(self, *projected: torch.Tensor) -> torch.Tensor:
         """Return what the down projection is applied to, [P, F], from what gate and up gave, by vLLM's own operator."""
@@ -191,6 +214,29 @@ class SlotExperts(RoutedExperts):
         both, out = torch.cat(projected, -1), torch.empty_like(projected[0])
         config = ApplyMoEActivationConfig.from_configs(self.moe_config, self.quant_method.moe_quant_config)
         return apply_moe_activation(self.activation, out, both, activation_config=config)
+
+
+# Layers with a map, by number, so that `answered` finds them.
+LAYERS: WeakValueDictionary[int, SlotExperts] = WeakValueDictionary()
+NUMBERS = count()
+
+
+@torch.library.custom_op("moetailor_vllm::answered", mutates_args=())
+def answered(x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, number: int) -> torch.Tensor:
+    """Return what a layer with a map gives, [T, D]; an operator of its own, as shapes in it follow from the routing.
+
+    Args:
+        x: tokens.
+        topk_weights: weights of their slots.
+        topk_ids: slots.
+        number: of the layer.
+    """
+    return LAYERS[number].answer(x, topk_weights, topk_ids)
+
+
+@answered.register_fake
+def _(x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, number: int) -> torch.Tensor:
+    return torch.empty_like(x)
 
 
 def refuse(layer: str, config: FusedMoEConfig, manager: ExpertMapManager, more: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -33,6 +34,8 @@ class Expert:
         activated: what the down projection is applied to, from what the others gave.
         gated: whether it has three matrices or two.
         biased: whether each has a bias.
+        live: whether pairs for which nothing runs are left out, and experts that nothing reaches: what runs, and its
+            shapes, then follow from what the router chose, which no graph can hold.
         rank: of this process.
     """
 
@@ -42,6 +45,7 @@ class Expert:
     activated: Callable[..., torch.Tensor]
     gated: bool = True
     biased: bool = False
+    live: bool = False
     rank: Rank = ALONE
 
     @property
@@ -179,7 +183,7 @@ class LowRanks(StandIns):
 
     def forward(self, x_TD: torch.Tensor, slot_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
         """Return sum_k g_k E_k(x), float32 [T, D]."""
-        pairs = Pairs(x_TD, self.number[slot_TK], len(self.base))
+        pairs = Pairs(x_TD, self.number[slot_TK], len(self.base), live=self.expert.live)
         # Members are sorted by their bases, so pairs are too; one base more for those that have none.
         base_P = F.pad(self.base, (0, 1), value=self.bases)[pairs.number_P]
         base_ends = ends(base_P, self.bases)
@@ -208,19 +212,38 @@ class PackedExperts(StandIns):
 
     def forward(self, x_TD: torch.Tensor, slot_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
         """Return sum_k g_k E_k(x), float32 [T, D]."""
-        pairs = Pairs(x_TD, self.number[slot_TK], self.count)
+        pairs = Pairs(x_TD, self.number[slot_TK], self.count, live=self.expert.live)
+        return pairs.summed(self._each(pairs) if self.expert.live else self._grouped(pairs), weight_TK)
+
+    def _each(self, pairs: Pairs) -> torch.Tensor:
+        """Return what the pairs give, [P, D], expert by expert: codes of those that are reached become numbers."""
+        y_PD = torch.empty_like(pairs.x_PD)
+        for number, (start, end) in enumerate(pairwise([0, *pairs.ends_n.tolist()])):
+            if start == end:
+                continue
+
+            def product(part: str, x: torch.Tensor, number: int = number) -> torch.Tensor:
+                y = self.tensors[f"{self.stem}_{part}"].product(x, number)
+                return y + self.numbers(f"{self.stem}_{part}_bias")[number] if self.expert.biased else y
+
+            h_PF = self.expert.activated(*(product(part, pairs.x_PD[start:end]) for part in self.expert.inputs))
+            y_PD[start:end] = product("down", h_PF)
+        return y_PD
+
+    def _grouped(self, pairs: Pairs) -> torch.Tensor:
+        """Return the same in shapes that the call alone decides."""
         number_P = pairs.number_P.clamp_max(self.count - 1)
         # Few pairs: each turns the codes of its own expert into numbers. Many: all experts' codes, once.
         few = len(number_P) <= self.count
         rows = number_P if few else None
-        groups = torch.arange(1, len(number_P) + 1, dtype=torch.int32, device=x_TD.device) if few else pairs.ends_n
+        groups = torch.arange(1, len(number_P) + 1, dtype=torch.int32, device=number_P.device) if few else pairs.ends_n
 
         def product(part: str, x: torch.Tensor) -> torch.Tensor:
             y = grouped(x, self.numbers(f"{self.stem}_{part}", rows).to(x.dtype).transpose(1, 2), groups)
             return y + self.numbers(f"{self.stem}_{part}_bias")[number_P] if self.expert.biased else y
 
         h_PF = self.expert.activated(*(product(part, pairs.x_PD) for part in self.expert.inputs))
-        return pairs.summed(product("down", h_PF), weight_TK)
+        return product("down", h_PF)
 
 
 def stand_ins(slots: Slots, expert: Expert) -> list[StandIns]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +16,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from moetailor_vllm.lookups import PARTS, cut, looked_up, nbytes, rows_of, tables, unpacked
 from moetailor_vllm.slots import Packed
 
-# Numbers in float32 that decoding may hold at a time beside its result.
-AT_ONCE = 2**24
+# Numbers that decoding may hold at a time beside its result: on CPUs what their caches hold.
+AT_ONCE = {"cpu": 2**18, "": 2**24}
 # Weights of a code by bits of a weight, where codes are numbers of rows of a table.
 CODE_WEIGHTS = {1: 8, 2: 4, 3: 2, 4: 2}
 # Floats as codes: bits, and inputs that share a scale, all of a row where there are 0; blocks have as many outputs.
@@ -130,6 +132,8 @@ class FewBits(nn.Module):
             groups = -(-codes // max(group // self.step, 1))
             self.size = -(-codes // groups) * self.step
             packed = -(-codes * self.bits * self.step // 32)
+        # Codes of so many bits, each for `step` weights.
+        self.code = self.bits * self.step
         self.parts = {
             "_packed": (count, outputs, packed),
             "_scale": (count, -(-outputs // self.high), groups),
@@ -152,24 +156,47 @@ class FewBits(nn.Module):
             # Groups that reach over the edge of a rank become several with one scale.
             finer = math.gcd(self.size, inputs)
             self.repeats, self.size = self.size // finer, finer
-        self.local = (count, outputs, inputs)
-        groups, packed = -(-inputs // self.size), self.parts["_packed"][2] // (split if self.axis == 2 else 1)
-        kind = torch.uint8 if self.codes in FLOATS else torch.int32
+        self.local, self.count = (count, outputs, inputs), -(-inputs // self.step)
+        groups = -(-inputs // self.size)
         self.dtype = dtype or torch.get_default_dtype()
         # Scales of floats of 4 bits are bytes.
         scales = torch.uint8 if self.codes in FLOATS and self.bits == 4 else self.dtype
-        self.register_buffer("packed", torch.empty(count, outputs, packed, dtype=kind))
+        octets = sum(nbytes(self.code, self.count))
+        self.register_buffer("packed", torch.empty(count, outputs, octets, dtype=torch.uint8))
         self.register_buffer("scale", torch.empty(count, outputs, groups, dtype=scales))
         if self.codes == "nvfp4":
             self.register_buffer("whole", torch.empty(count, 1, dtype=torch.float32))
-        if scales is torch.uint8:
-            table = torch.tensor([sign * size for sign in (1, -1) for size in SIZES])
-            self.register_buffer("table", table.to(self.scale.device), persistent=False)
         if self.codes == "uint":
             self.register_buffer("zero", torch.empty(count, outputs, groups, dtype=torch.uint8))
+        self._make_tables(scales)
+
+    def _make_tables(self, scales: torch.dtype) -> None:
+        with torch.device("cpu"):
+            values = self._values()
+            # Numbers times scales are rounded once where the model's type holds both; else float32 has them first.
+            fits = scales == self.dtype and values.nan_to_num().equal(values.nan_to_num().to(self.dtype).float())
+            self.work = self.dtype if fits else torch.float32
+            # Codes of 6 bits for two weights are no sum of what their parts give: they are put together first.
+            book = values.shape[1] > 1 and len(PARTS[self.code]) > 1
+            found = tables(torch.arange(len(values))[:, None], torch.uint8) if book else tables(values, self.work)
+            # Integers of 8 bits are what their bytes are, which is faster than a table.
+            found = [] if self.bits == 8 and self.codes in ("uint", "int") else found
+        self.tables = len(found)
+        for number, table in enumerate(found):
+            self.register_buffer(f"table{number}", table.to(self.scale.device), persistent=False)
+        self.register_buffer("book", values.to(self.scale.device, self.work) if book else None, persistent=False)
+
+    def _values(self) -> torch.Tensor:
+        """Return what each code stands for before its scale, float32 [codes, weights of a code]."""
         if self.codes == "vq":
-            tables = safetensors.torch.load_file(Path(__file__).with_name("codebooks.safetensors"))
-            self.register_buffer("table", tables[f"vq{self.bits}"].float().to(self.scale.device), persistent=False)
+            books = safetensors.torch.load_file(Path(__file__).with_name("codebooks.safetensors"))
+            return books[f"vq{self.bits}"].float()
+        if self.codes in FLOATS and self.bits == 8:
+            return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()[:, None]
+        if self.codes in FLOATS:
+            return torch.tensor([[sign * size] for sign in (1, -1) for size in SIZES], dtype=torch.float32)
+        # Codes and zero points are stored with 2^(b-1) added; without zero points this is what is left.
+        return torch.arange(2**self.bits)[:, None].float() - (2 ** (self.bits - 1) if self.codes == "int" else 0)
 
     def _share(self, size: int, of: int) -> int:
         if size % (self.rank.count * of):
@@ -182,7 +209,8 @@ class FewBits(nn.Module):
     def load(self, suffix: str, tensor: torch.Tensor) -> None:
         """Take this rank's part of a stored tensor, whose shape was checked."""
         if suffix == "_packed":
-            self.packed.copy_(self.rank.cut(tensor, self.axis))
+            for number, words in enumerate(self.rank.cut(tensor, self.axis)):
+                self.packed[number].copy_(cut(words, self.code, self.count))
             return
         if suffix == "_global_scale":
             self.whole.copy_(tensor.contiguous().view(torch.float32))
@@ -195,58 +223,49 @@ class FewBits(nn.Module):
             tensor = tensor.repeat_interleave(self.repeats, 2)[..., : self.shape[2] // self.size]
         (self.scale if suffix == "_scale" else self.zero).copy_(self.rank.cut(tensor, self.axis))
 
-    def numbers(self, rows: torch.Tensor | None = None) -> torch.Tensor:
+    def numbers(self, rows: torch.Tensor | slice = slice(None)) -> torch.Tensor:
         """Return the numbers of some matrices, [rows, O, I] of this rank: exact in float32, then rounded once."""
-        count = self.local[0] if rows is None else len(rows)
-        out = self.scale.new_empty(count, *self.local[1:], dtype=self.dtype)
-        step = max(AT_ONCE // math.prod(self.local[1:]), 1)
-        for start in range(0, count, step):
-            some = slice(start, start + step)
-            out[some] = self._decoded(some if rows is None else rows[some])
-        return out
+        out = self.packed.new_empty(len(self.scale[rows]) * self.local[1], self.local[2], dtype=self.dtype)
+        for some, numbers in self._decoded(rows):
+            out[some] = numbers
+        return out.view(-1, *self.local[1:])
 
-    def _decoded(self, rows: torch.Tensor | slice) -> torch.Tensor:
-        packed, inputs = self.packed[rows], self.local[2]
-        if self.codes in FLOATS:
-            floats = packed.view(torch.float8_e4m3fn) if self.bits == 8 else self.table[unpacked(packed, 4, inputs)]
-            units = floats.float()
-        elif self.codes == "vq":
-            code = unpacked(packed, self.bits * self.step, -(-inputs // self.step))
-            units = F.embedding(code, self.table).flatten(-2)[..., :inputs]
-        else:
-            units = unpacked(packed, self.bits, inputs).float()
-        scale = self._scales(rows)
-        parted = F.pad(units, (0, scale.shape[-1] * self.size - inputs)).unflatten(-1, (-1, self.size))
-        # Codes and zero points are stored with 2^(b-1) added; without zero points this is what is left.
-        if self.codes in ("uint", "int"):
-            parted = parted - (self.zero[rows][..., None] if self.codes == "uint" else 2 ** (self.bits - 1))
-        return (parted * scale[..., None]).to(self.dtype).flatten(-2)[..., :inputs]
+    def product(self, x_PI: torch.Tensor, row: int) -> torch.Tensor:
+        """Return W x of one matrix, [P, O]; its numbers are never there at once."""
+        parts = [F.linear(x_PI, numbers.to(x_PI.dtype)) for _, numbers in self._decoded(slice(row, row + 1))]
+        return torch.cat(parts, -1)
+
+    def _decoded(self, rows: torch.Tensor | slice) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Yield the numbers of some rows of all rows of some matrices, [R, I], and which they are."""
+        packed, scale = self.packed[rows].flatten(0, 1), self._scales(rows).flatten(0, 1)
+        zero = self.zero[rows].flatten(0, 1).to(self.work) if self.codes == "uint" else None
+        found, inputs = [getattr(self, f"table{number}") for number in range(self.tables)], self.local[2]
+        step = max(AT_ONCE.get(packed.device.type, AT_ONCE[""]) // inputs, 1)
+        for start in range(0, len(packed), step):
+            some = slice(start, start + step)
+            if found:
+                units = looked_up(packed[some], found, self.code, self.count)
+            else:
+                units = packed[some].to(self.work)
+            if self.book is not None:
+                units = rows_of(self.book, units)
+            if missing := scale.shape[-1] * self.size - units.shape[-1]:
+                units = F.pad(units, (0, missing))
+            units = units.unflatten(-1, (-1, self.size))
+            if zero is not None:
+                units.sub_(zero[some, :, None])
+            elif not found:
+                units.sub_(2**7)
+            yield some, units.mul_(scale[some, :, None]).flatten(-2)[..., :inputs].to(self.dtype)
 
     def _scales(self, rows: torch.Tensor | slice) -> torch.Tensor:
-        """Return the scales of some matrices, float32 [rows, O, G]."""
+        """Return the scales of some matrices in the type of `work`, [rows, O, G]."""
         scale = self.scale[rows]
         if self.codes == "mxfp4":  # exponents, counted as float32 counts its own
             return (scale.int() << MANTISSA).view(torch.float32)
         if self.codes == "nvfp4":
             return scale.view(torch.float8_e4m3fn).float() / self.whole[rows][..., None]
-        return scale.float()
-
-
-def unpacked(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
-    """Return the first codes of rows of words as they are stored, int64 [..., count].
-
-    Eight codes lie in as many bytes as a code has bits; put into eight bytes, these are one number.
-
-    Args:
-        words: int32 [..., W], codes from the lowest bit up.
-        bits: of a code.
-        count: codes of a row.
-    """
-    octets, eights = words.contiguous().view(torch.uint8), -(-count // 8)
-    octets = F.pad(octets, (0, eights * bits - octets.shape[-1])).unflatten(-1, (eights, bits))
-    eight = F.pad(octets, (0, 8 - bits)).view(torch.int64)
-    shifts = torch.arange(0, 8 * bits, bits, device=words.device)
-    return (eight >> shifts & 2**bits - 1).flatten(-2)[..., :count]
+        return scale.to(self.work)
 
 
 def storages(width: Packed) -> dict[str, str]:
