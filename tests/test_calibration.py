@@ -147,13 +147,13 @@ def test_layers_whose_files_are_lost_are_measured_again(
             text=batches,
             **how,
             sensitivity=True,
-            progress=lambda done, _: _interrupt() if done == 7 else None,
+            progress=lambda _, done, every: _interrupt() if done == 7 else None,
         )
     assert (made.folder / ".moetailor" / "states-sensitivity" / "0" / "original" / "layer-0002").exists() == stream
     for layer in lost:
         (made.folder / f"layer-{layer:04d}.safetensors").unlink()
     calls: list[tuple[int, int]] = []
-    moetailor.calibrate(source, made.folder, text=batches, **how, progress=lambda *at: calls.append(at))
+    moetailor.calibrate(source, made.folder, text=batches, **how, progress=lambda _, *at: calls.append(at))
     # No layer behind the last lost one runs.
     assert calls == [(done, 2 * (max(lost) + 1)) for done in range(1, 2 * (max(lost) + 1) + 1)]
     left = digests(made.folder)
@@ -176,15 +176,16 @@ def test_stopped_sensitivities_go_on_after_the_last_finished_layer(
     moetailor.calibrate(source, tmp_path / "c", text=token_batches(), stream=True)
     with pytest.raises(KeyboardInterrupt):
         moetailor.calibrate(
-            source, tmp_path / "c", **how, progress=lambda now, of: _interrupt() if (now, of) == (done, 9) else None
+            source, tmp_path / "c", **how, progress=lambda _, *at: _interrupt() if at == (done, 12) else None
         )
     calls: list[tuple[int, int]] = []
     caplog.clear()
-    made = moetailor.calibrate(source, tmp_path / "c", **how, progress=lambda *at: calls.append(at))
+    made = moetailor.calibrate(source, tmp_path / "c", **how, progress=lambda _, *at: calls.append(at))
     finished = (done - 1) // 3  # the last batch of a layer is told of before the layer is noted
     told = [f"resumes: {finished} of 3 layers of the sensitivities are there"] if finished else []
     assert [line for line in caplog.messages if "resumes" in line] == told
-    assert calls == [(now, 9) for now in range(3 * finished + 1, 10)]
+    # Behind three layers of three batches come their predictions.
+    assert calls == [(now, 12) for now in range(3 * finished + 1, 13)]
     assert digests(made.folder) == digests(whole.folder)
     assert not (made.folder / ".moetailor").exists()
 
@@ -228,7 +229,7 @@ def test_a_run_killed_before_it_measured_anything_begins_again(checkpoint: Get, 
 
 
 def test_a_second_run_into_one_folder_is_refused(checkpoint: Get, tmp_path: Path) -> None:
-    def second(done: int, total: int) -> None:
+    def second(what: str, done: int, total: int) -> None:
         if done == 2:
             thread = threading.Thread(target=run)
             thread.start()
@@ -279,7 +280,7 @@ def test_a_finished_run_is_not_run_again(checkpoint: Get, calibration: GetCalibr
     done = calibration("olmoe")
     calls: list[tuple[int, int]] = []
     again = moetailor.calibrate(
-        checkpoint("olmoe"), done.folder, text=token_batches(), residual=True, progress=lambda *at: calls.append(at)
+        checkpoint("olmoe"), done.folder, text=token_batches(), residual=True, progress=lambda _, *at: calls.append(at)
     )
     assert again == done
     assert calls == []
@@ -294,9 +295,21 @@ def test_another_run_in_the_same_folder_is_refused(checkpoint: Get, calibration:
 def test_progress_counts_to_the_end(checkpoint: Get, tmp_path: Path) -> None:
     calls: list[tuple[int, int]] = []
     moetailor.calibrate(
-        checkpoint("olmoe"), tmp_path / "c", text=token_batches(), progress=lambda *at: calls.append(at)
+        checkpoint("olmoe"), tmp_path / "c", text=token_batches(), progress=lambda _, *at: calls.append(at)
     )
     assert calls == [(done, 4) for done in range(1, 5)]
+
+
+def test_sensitivities_are_a_stage_that_ends_with_its_predictions(checkpoint: Get, tmp_path: Path) -> None:
+    calls: list[tuple[str, int, int]] = []
+    given = {"text": token_batches(), "sensitivity": True, "progress": lambda *at: calls.append(at)}
+    moetailor.calibrate(checkpoint("olmoe"), tmp_path / "c", **given)
+    # Two layers and the head, over four blocks of a sequence each.
+    blocks = sum(len(batch.input_ids) for batch in token_batches())
+    assert [call for call in calls if call[0] == "sensitivity"] == [
+        ("sensitivity", done, 3 * blocks) for done in range(1, 3 * blocks + 1)
+    ]
+    assert [call[0] for call in calls] == ["calibrate"] * 4 + ["sensitivity"] * 3 * blocks
 
 
 def test_a_model_in_memory_gives_the_numbers_of_its_checkpoint(

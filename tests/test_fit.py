@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +15,7 @@ import torch
 import moetailor
 from moetailor.checkpoint.original import Original
 from moetailor.fit import CALIBRATION, HELD_OUT, TEXTS, Job, look
-from moetailor.serving import ENGINES, Choice, find_engine, offered
+from moetailor.serving import ENGINES, Choice, Served, find_engine, offered
 from moetailor.serving.choices import RULES, bits_of, expected_of
 from moetailor.serving.needs import cache_nbytes
 from moetailor.words import GRADES
@@ -212,6 +213,34 @@ def test_serve_says_what_it_would_run_and_refuses_what_the_engine_does_not_load(
     assert code == 1
     assert "vllm: not found here; install it, name it with --binary, or run where it is: vllm serve" in err
     assert run("serve", tmp_path, "--dry-run")[0] == 1
+
+
+def test_what_is_missing_is_said_when_it_is_needed_and_not_before(
+    run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Looking for llama.cpp needs no library of its own; the last line of fit is a command, and says what it lacks."""
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    words = ["fit", REFERENCE, "--memory", "8MB", "--context", "256", "--engine", "llama.cpp"]
+    code, shown, err = run(*words)
+    assert (code, "\n1  fewer, in 4 bits" in shown) == (0, True), err
+    code, shown, err = run(*words, "-o", tmp_path / "out", "--yes")
+    assert (code, "\n1  fewer, in 4 bits" in shown) == (1, True)
+    assert "error: format gguf: writing an importance matrix needs the gguf library: pip install" in err
+    monkeypatch.setattr("transformers.utils.import_utils.is_serve_available", lambda: False)
+    code, _, err = run("fit", REFERENCE, "--memory", "1GB")
+    assert code == 0
+    told, last = err.splitlines()[-2:]
+    assert told == "note: transformers cannot serve here: pip install 'moetailor[serve]'"
+    assert last.startswith(f"It fits as it is: moetailor serve {REFERENCE}")
+    code, _, err = run("serve", REFERENCE)
+    assert (code, "http://" in err) == (1, False)
+
+
+def test_vllm_is_given_a_revision_as_it_takes_it(tmp_path: Path) -> None:
+    (tmp_path / "a@b").mkdir()
+    hub, here = (find_engine("vllm").command(Served(folder=folder)) for folder in (Path("a/b@v2"), tmp_path / "a@b"))
+    assert " ".join(hub) == "vllm serve a/b --host 127.0.0.1 --port 8000 --revision v2"
+    assert " ".join(here) == f"vllm serve {tmp_path / 'a@b'} --host 127.0.0.1 --port 8000"
 
 
 def test_a_choice_says_its_estimate() -> None:

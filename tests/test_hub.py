@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
@@ -17,6 +18,8 @@ import moetailor
 from moetailor.checkpoint.hub import upload
 from moetailor.summary import summarise
 from support import hub
+from support.families import tiny_model
+from support.quantized import LAYOUTS, write_source
 from support.reference import REFERENCE
 
 MOETAILOR = [sys.executable, "-c", "from moetailor_cli.app import main; main()"]
@@ -36,6 +39,49 @@ def test_a_look_downloads_headers_and_says_the_same(tmp_path: Path) -> None:
     assert json.loads(ran.stdout) == json.loads(json.dumps(summarise(REFERENCE).to_json())) | {"source": hub.NAME}
     assert 0 < served.given["model.safetensors"] <= 100_001
     assert list(tmp_path.rglob("*.safetensors")) == []
+
+
+# Runs both verbs in one process, as if each were the first to ask for the model.
+BOTH = """
+import shutil, sys
+from moetailor_cli.app import main
+model, home = sys.argv[1:]
+for words in (["inspect", model, "--json"], ["fit", model, "--memory", "6MB", "--context", "24", "--json"]):
+    sys.argv = ["moetailor", *words]
+    try: main()
+    except SystemExit as stop: assert not stop.code, words
+    print("====")
+    shutil.rmtree(home)
+"""
+
+
+@pytest.mark.parametrize("name", ["fp8-blocks", "mxfp4", "shards"])
+def test_inspect_and_fit_download_config_and_headers_alone(name: str, run, tmp_path: Path) -> None:
+    """Some 13 MB of weights, most of it the embedding and the head, of which each file's beginning is asked for."""
+    if name == "shards":
+        folder = tmp_path / "source"
+        tiny_model("qwen3_moe", vocab_size=100_000).save_pretrained(folder, max_shard_size="4MB")
+        assert len(list(folder.glob("*.safetensors"))) == 3
+    else:
+        layout = LAYOUTS[name]
+        folder, _ = write_source(replace(layout, changes=layout.changes | {"vocab_size": 200_000}), tmp_path)
+    sizes = {file.name: file.stat().st_size for file in folder.iterdir()}
+    home = tmp_path / "home"
+    with hub.serving(folder) as served:
+        command = [sys.executable, "-c", BOTH, hub.NAME, str(home)]
+        environment = os.environ | served.environment(home)
+        ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    weights = {file for file in sizes if file.endswith(".safetensors")}
+    # Each verb asks once for the first hundred thousand bytes of each file; what else it gets is config and index.
+    asked = {file: 2 * min(100_001, sizes[file]) for file in weights}
+    assert {file: served.given[file] for file in weights} == asked
+    assert served.given.keys() - weights <= {"config.json", "model.safetensors.index.json", "generation_config.json"}
+    total = sum(sizes.values())
+    assert sum(served.given.values()) / 2 <= 100_001 * len(weights) + 20_000 < 0.05 * total
+    looked, fitted, _ = ran.stdout.split("====\n")
+    assert json.loads(looked) == json.loads(run("inspect", folder, "--json")[1]) | {"source": hub.NAME}
+    assert fitted == run("fit", folder, "--memory", "6MB", "--context", "24", "--json")[1]
 
 
 def test_what_is_refused_is_refused_by_its_config(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import get_type_hints
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 from typer.main import get_command
 
 from moetailor.checkpoint.files import SINGLE
+from moetailor.errors import MoetailorWarning
 from moetailor_cli import app, output, waiting
 from moetailor_cli.console import PlainConsole
 from moetailor_cli.options import PANELS
@@ -69,6 +71,47 @@ def test_colours_and_bars_still_reach_a_terminal(monkeypatch: pytest.MonkeyPatch
     assert STEERS.search(sent) is None
 
 
+@pytest.mark.parametrize("told", [output.warn, output.say, output.complain])
+def test_messages_stand_whole_beside_bars_and_break_between_words(
+    told: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    console = PlainConsole(force_terminal=True, width=40, color_system=None)
+    monkeypatch.setattr(output, "_err", console)
+    words = "layer 3: 3 of 23 experts were fitted on few tokens; keep more with --sample-tokens"
+    with console.capture() as taken, waiting.stages() as stage:
+        stage("calibrate", 1, 2)
+        told(words)
+    # Where a bar was wiped away, something new begins.
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", taken.get().replace("\x1b[2K", "\n")).splitlines()
+    begin = next(number for number, line in enumerate(lines) if "layer 3: 3" in line)
+    kind = "note: " if told is output.warn else "error: " if told is output.complain else ""
+    shown = [line.rstrip() for line in lines[begin : begin + 3]]
+    assert " ".join(shown) == kind + words
+    assert all(len(line) <= 40 for line in shown)
+
+
+def test_a_command_to_copy_stays_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    console = PlainConsole(force_terminal=True, width=40, color_system=None)
+    monkeypatch.setattr(output, "_err", console)
+    command = "next: moetailor evaluate OUT --against MODEL --data heldout.jsonl"
+    with console.capture() as taken:
+        output.say(command, copied=True)
+    assert taken.get() == f"{command}\n"
+
+
+def test_a_note_is_said_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def verb(*given: object, **options: object) -> None:
+        for number in (1, 2, 1):
+            warnings.warn(f"layer {number}", MoetailorWarning, stacklevel=1)
+
+    monkeypatch.setattr(app, "app", verb)
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        app.main()
+    assert capsys.readouterr().err.splitlines() == ["note: layer 1", "note: layer 2"]
+
+
 def call(*arguments: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
     monkeypatch.setattr(sys, "argv", ["moetailor", *map(str, arguments)])
     with pytest.raises(SystemExit) as stop:
@@ -95,14 +138,16 @@ def test_names_in_plans_and_checkpoints_are_harmless(
         assert "m[31model" in shown
 
 
+@pytest.mark.parametrize("columns", [80, 120])
 @pytest.mark.parametrize("verb", app.VERBS, ids=lambda verb: verb.__name__)
 def test_help_is_shown_as_it_is_written(
-    verb: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    verb: Callable, columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """On a narrow terminal, where a word that is too long would be cut."""
-    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("COLUMNS", str(columns))
     code, shown = call(verb.__name__.replace("_", "-"), "--help", monkeypatch=monkeypatch, capsys=capsys)
     assert code == 0
+    assert max(map(len, shown.splitlines())) <= columns
     letters = re.sub(r"[\s│…]", "", shown)
     hints = get_type_hints(verb, include_extras=True)
     written = [extra.help for hint in hints.values() for extra in getattr(hint, "__metadata__", ())]

@@ -84,6 +84,7 @@ def precheck(
     if not ruled:
         form = resolve_format(plan, format, original)
         form.check(plan, original)
+        form.check_library()
         form.check_tools(Finish(plan=plan, original=original, converter=converter, quantizer=quantizer))
     written = "moetailor" if ruled else form.name
     kept = sorted({len(layer.pool) for layer in plan.layers.values()}) or ["all"]
@@ -176,7 +177,7 @@ def compress(
             device=device,
             dtype=dtype,
             device_map=device_map,
-            progress=part(progress, "calibrate"),
+            progress=progress,
         )
         plan = make_plan(
             measured,

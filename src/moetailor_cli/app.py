@@ -10,6 +10,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -71,7 +72,7 @@ def main() -> None:
     logger = logging.getLogger("moetailor")
     logger.setLevel(logging.INFO)
     logger.handlers, logger.propagate = [Messages()], False
-    warnings.showwarning = _show_warning
+    warnings.showwarning = partial(_show_warning, set())
     try:
         with _stoppable():
             app(prog_name="moetailor")
@@ -129,9 +130,11 @@ def _stoppable() -> Iterator[None]:
             signal.signal(number, before[number])
 
 
-def _show_warning(message: Warning | str, category: type[Warning], *args: Any, **kwargs: Any) -> None:
-    """Print what moetailor says to its user, and of what libraries say to theirs nothing but with --verbose."""
+def _show_warning(said: set[str], message: Warning | str, category: type[Warning], *args: Any, **kwargs: Any) -> None:
+    """Print what moetailor says to its user, once, and of what libraries say to theirs nothing but with --verbose."""
     if category.__name__ == "MoetailorWarning":
-        output.warn(str(message))
+        if str(message) not in said:
+            output.warn(str(message))
+        said.add(str(message))
     elif logging.getLogger("moetailor").level == logging.DEBUG:  # --verbose
         logging.getLogger(category.__name__).warning(str(message))

@@ -261,4 +261,4 @@ def _written(out: Path) -> None:
     original = moetailor.Plan.load(out / PLAN_FILE).model.nbytes
     output.say(f"{out}: {nbytes(told['bytes']['compressed'])}, the original has {nbytes(original)}")
     if told["format"] == "gguf" and (steps := commands(out)):
-        output.say("\n".join(["now, with llama.cpp's own tools:", *steps]))
+        output.say("\n".join(["now, with llama.cpp's own tools:", *steps]), copied=True)

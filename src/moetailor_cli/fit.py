@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,6 +15,8 @@ from moetailor_cli.options import AMOUNT, DECIDES, READS, SERVES, WRITES, Device
 
 if TYPE_CHECKING:
     from moetailor.fit import Outlook
+    from moetailor.serving import Engine as Engines
+    from moetailor.serving import Served
 
 ABOUT_KL = (
     "KL, in nats a token, is how far predictions are from the original's. By rule it is what moetailor's small "
@@ -104,7 +107,7 @@ def fit(
         _show(model, found)
         if found.fits_as_it_is and choice is None:
             served = Served(folder=Path(model), context=found.room.context)
-            output.say(f"It fits as it is: {' '.join(found.engine.command(served))}")
+            _served("It fits as it is", found.engine, served)
             return False
         chosen = found.chosen(choice)
         if out is not None or converter or quantizer:
@@ -128,7 +131,7 @@ def fit(
         output.scores(scores)
         output.expected(str(out), scores)
     output.took(out, out.with_name(f"{out.name}.calibration"))
-    output.say(f"serve it: {' '.join(found.engine.command(Served(folder=out, context=found.room.context)))}")
+    _served("serve it", found.engine, Served(folder=out, context=found.room.context))
     return False
 
 
@@ -166,6 +169,13 @@ def _written(out: Path, found: Outlook) -> None:
     if written > room:
         output.warn(f"{written - room:,} bytes more than fit; give less --memory, and --overwrite")
     output.say(f"not measured: {found.engine.name} alone loads it; its llama-perplexity --kl-divergence measures it")
+
+
+def _served(what: str, engine: Engines, served: Served) -> None:
+    """Say how the engine is started, and before that what it lacks here."""
+    if (told := engine.absent(served)) is not None:
+        output.warn(told)
+    output.say(f"{what}: {shlex.join(engine.command(served))}", copied=True)
 
 
 def _agreed(name: str, out: Path) -> bool:

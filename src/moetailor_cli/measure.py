@@ -121,7 +121,7 @@ def calibrate(
     if dry_run:
         dry.calibrate(model, run, device=device, trust_remote_code=trust_remote_code)
         return
-    with ranks.shared(folder=os.path.realpath(out)) as first, waiting.progress("calibrate") as progress:
+    with ranks.shared(folder=os.path.realpath(out)) as first, waiting.stages() as progress:
         calibration = moetailor.calibrate(
             model,
             out,

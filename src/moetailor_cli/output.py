@@ -49,10 +49,15 @@ def messages() -> PlainConsole:
     return _err
 
 
-def say(text: str) -> None:
-    """Print one message."""
+def say(text: str, *, copied: bool = False) -> None:
+    """Print one message, in a terminal in lines that end between words.
+
+    Args:
+        text: the message.
+        copied: whether it holds a command to be copied, which stays one line.
+    """
     if not _quiet:
-        _err.print(text, soft_wrap=True)
+        _told(Text(text), copied=copied)
 
 
 def result(line: Text | str) -> None:
@@ -83,16 +88,18 @@ def table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 def complain(text: str) -> None:
     """Print why something was refused."""
-    _err.print("error: ", style="bold red", end="")
-    _err.print(text, soft_wrap=True)
+    _told(Text.assemble(("error: ", "bold red"), text))
 
 
 def warn(text: str) -> None:
     """Print what the user should know though it went on."""
-    if _quiet:
-        return
-    _err.print("note: ", style="yellow", end="")
-    _err.print(text, soft_wrap=True)
+    if not _quiet:
+        _told(Text.assemble(("note: ", "yellow"), text))
+
+
+def _told(text: Text, *, copied: bool = False) -> None:
+    """Print a message at once: bars that are on show take the place of what has no end of line yet."""
+    _err.print(text, soft_wrap=copied or not _err.is_terminal)
 
 
 def count(number: float) -> str:

@@ -47,5 +47,6 @@ def serve(
     if dry_run:
         output.result(command)
         return
-    output.say(f"http://{host}:{port}/v1: {command}")
+    if chosen.absent(served) is None:
+        output.say(f"http://{host}:{port}/v1: {command}", copied=True)
     chosen.serve(served)

@@ -72,7 +72,7 @@ def whole(verb: Callable[..., bool | None]) -> Callable[..., None]:
             _push(given["out"], pushed)
         if not told and not quiet:
             if line := following(verb.__name__, given):
-                output.say(line)
+                output.say(line, copied=True)
 
     added: dict[str, tuple[Any, Any]] = {"recipe": (Recipe, None), "quiet": (Quiet, False), "verbose": (Verbose, False)}
     added |= {"revision": (Revision, None)} if verb.__name__ in HUB else {}

@@ -29,6 +29,12 @@ def test_low_scores_become_constants_and_keep_their_slots() -> None:
     assert plan.kept_slots == [0, 1, 2]
 
 
+def test_where_all_stay_nothing_is_built() -> None:
+    """As where a share is less than one expert, and what stays is rounded."""
+    assert MoNE().build(LAYER, MoNE().plan(LAYER, 3)) == {}
+    assert MoNE().build(LAYER, MoNE().plan(LAYER, 1)).keys() == {"constant"}
+
+
 def test_novices_by_hand() -> None:
     # mean (1 + 3) / 2; gate mean (1 + 1.5) / 1.5; g^2 mean (1 + .75) / 1.25; never routed: zero
     for name, expected in (("mean", 2.0), ("gate_mean", 2.5 / 1.5), ("optimal", 1.75 / 1.25), ("zero", 0.0)):

@@ -27,7 +27,7 @@ from moetailor.checkpoint.lock import growing, sweep
 from moetailor.checkpoint.models import longest_sequence, resolve_dtype
 from moetailor.checkpoint.original import Original, open_original
 from moetailor.errors import CalibrationError, did_you_mean
-from moetailor.progress import Progress
+from moetailor.progress import Stages, part
 
 States = Literal["auto", "memory", "disk"]
 
@@ -47,7 +47,7 @@ def calibrate(
     dtype: str | None = None,
     device_map: str | None = None,
     trust_remote_code: bool = False,
-    progress: Progress | None = None,
+    progress: Stages | None = None,
 ) -> Calibration:
     """Measure what each routed expert does on text.
 
@@ -67,7 +67,8 @@ def calibrate(
         dtype: ``float32``, ``bfloat16`` or ``float16``; the checkpoint's on CUDA, else float32.
         device_map: as transformers takes it, for a model spread over several devices.
         trust_remote_code: run code that comes with the checkpoint.
-        progress: called with (batches done, batches in all) over all layers; with `sensitivity` it starts again.
+        progress: called with (what is running, batches done, batches in all) over all layers: ``calibrate``, and then
+            ``sensitivity`` where that is measured.
 
     Raises:
         CheckpointError: the model cannot be used.
@@ -98,14 +99,21 @@ def calibrate(
     itemsize = getattr(torch, measured.settings["dtype"].removeprefix("torch.")).itemsize
     sample = replace(sample, tokens=sample.of_model(measured.facts, itemsize))
     calibration = run_calibration(
-        measured, batches, Path(out), sample=sample, residual=residual, states_on_disk=on_disk, progress=progress
+        measured,
+        batches,
+        Path(out),
+        sample=sample,
+        residual=residual,
+        states_on_disk=on_disk,
+        progress=part(progress, "calibrate"),
     )
     if sensitivity and calibration.sensitivities() is None:
         with ranks.held(growing(calibration.folder)) as work:
             # Not where the calibration's own run keeps its states: that one resumes from what it finds.
             waiting = work / f"{STATES}-sensitivity" if on_disk else None
+            told = part(progress, "sensitivity")
             calibration = measure_sensitivities(
-                calibration, measured.open(), measured.anatomy, states=waiting, progress=progress
+                calibration, measured.open(), measured.anatomy, states=waiting, progress=told
             )
     ranks.once(lambda: sweep(calibration.folder))
     return calibration

@@ -69,18 +69,25 @@ def measure_sensitivities(
         source: the model that was calibrated.
         anatomy: its MoE layers.
         states: where hidden states wait between layers; None keeps them in memory.
-        progress: called with (batches done, batches in all) over all layers.
+        progress: called with (batches done, batches in all) over all layers, and behind them over predictions.
 
     Raises:
         CalibrationError: the logits are not finite.
     """
     batches = evenly_spaced_sequences(calibration.batches(), TOKENS)
     folder = None if states is None else states / str(ranks.number())
-    walk = Walk(source, batches, folder=folder, progress=progress)
+
+    def layers_done(done: int, total: int) -> None:
+        if progress:  # predictions are still to come
+            progress(done, total + len(batches))
+
+    walk = Walk(source, batches, folder=folder, progress=layers_done)
     counted = torch.cat([batch.counted.flatten() for batch in batches])
     stopped = Stopped(folder, dict(calibration.hashes))
     original, streams = _run_streams(walk, calibration, anatomy, counted, stopped)
-    own = {key: (kl, stopped.squared.get(_name(key), 0.0)) for key, kl in _kl(walk, original, streams).items()}
+    own = {
+        key: (kl, stopped.squared.get(_name(key), 0.0)) for key, kl in _kl(walk, original, streams, progress).items()
+    }
     measured = {key: found for part in ranks.every(own) for key, found in part.items()}
     if states is not None:
         ranks.once(lambda: shutil.rmtree(states, ignore_errors=True))
@@ -247,9 +254,11 @@ def _kept(numbers: torch.Tensor) -> torch.Tensor:
     return short if same else numbers.clone()
 
 
-def _kl(walk: Walk, original: HiddenStates, replaced: Mapping[Key, HiddenStates]) -> dict[Key, float]:
+def _kl(
+    walk: Walk, original: HiddenStates, replaced: Mapping[Key, HiddenStates], progress: Progress | None
+) -> dict[Key, float]:
     """Return the sum over counted tokens of KL(original || replaced) for each stream."""
-    found = dict.fromkeys(replaced, 0.0)
+    found, before = dict.fromkeys(replaced, 0.0), walk.count * len(walk.batches)
 
     vocab_size = walk.model.config.get_text_config().vocab_size
 
@@ -264,6 +273,8 @@ def _kl(walk: Walk, original: HiddenStates, replaced: Mapping[Key, HiddenStates]
                 # KL(p || q) = sum_v p (log p - log q)
                 kl_BC = (p.exp() * (p - q)).sum(-1).cpu()
                 found[key] += float(kl_BC[batch.counted[:, here]].sum(dtype=torch.float64))
+        if progress:
+            progress(before + number + 1, before + len(walk.batches))
 
     walk.predict(add)
     return found

@@ -186,7 +186,7 @@ def _calibrated(
         text=text,
         residual="residual" in recorded,
         sensitivity=True,
-        progress=part(progress, "calibrate"),
+        progress=progress,
         **options,
     )
 

@@ -70,4 +70,5 @@ class MoNE(Method):
 
     def build(self, layer: LayerView, plan: LayerPlan) -> dict[str, torch.Tensor]:
         """Return the novices of the slots that the plan replaces, ``constant`` [n, D] in float64."""
-        return {"constant": constants(layer.sums, self.novice, self.shrinkage)[list(plan.of(Constant))]}
+        novices = list(plan.of(Constant))
+        return {"constant": constants(layer.sums, self.novice, self.shrinkage)[novices]} if novices else {}

@@ -145,6 +145,11 @@ class Engine(ABC):
             MoetailorError: it has none.
         """
 
+    def absent(self, served: Served) -> str | None:
+        """Say what serving needs that is not installed here, and how it is had; None where all is there."""
+        program = self.command(served)[0]
+        return None if shutil.which(program) else f"{program}: not found here; {self.obtained}"
+
     def serve(self, served: Served) -> None:
         """Serve a checkpoint; returns when it is stopped, or never.
 
@@ -152,11 +157,8 @@ class Engine(ABC):
             MoetailorError: the engine is not installed here.
         """
         command = self.command(served)
-        if shutil.which(command[0]) is None:
-            raise MoetailorError(
-                f"{command[0]}: not found here; {self.obtained}, name it with --binary, or run where it is: "
-                f"{shlex.join(command)}"
-            )
+        if (told := self.absent(served)) is not None:
+            raise MoetailorError(f"{told}, name it with --binary, or run where it is: {shlex.join(command)}")
         os.execvp(command[0], command)
 
     def room(self, original: Original, memory: int, context: int) -> Room:

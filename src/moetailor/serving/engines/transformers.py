@@ -52,12 +52,16 @@ class Transformers(Engine):
         command = ["moetailor", "serve", str(served.folder), "--engine", self.name]
         return [*command, "--host", served.host, "--port", str(served.port)]
 
-    def serve(self, served: Served) -> None:
-        """Run the server of transformers in this process, where our format is registered."""
+    def absent(self, served: Served) -> str | None:
+        """Say what transformers needs to serve."""
         from transformers.utils.import_utils import is_serve_available
 
-        if not is_serve_available():
-            raise MoetailorError("transformers cannot serve here: pip install 'moetailor[serve]'")
+        return None if is_serve_available() else "transformers cannot serve here: pip install 'moetailor[serve]'"
+
+    def serve(self, served: Served) -> None:
+        """Run the server of transformers in this process, where our format is registered."""
+        if (told := self.absent(served)) is not None:
+            raise MoetailorError(told)
         from huggingface_hub.constants import HF_HUB_CACHE
         from transformers.cli.serve import Serve
 

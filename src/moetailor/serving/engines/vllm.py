@@ -53,7 +53,12 @@ class Vllm(Engine):
     def command(self, served: Served) -> list[str]:
         """Return the command of its server."""
         limit = [] if served.context is None else ["--max-model-len", str(served.context)]
-        command = [str(served.binary or self.program), "serve", str(served.folder)]
+        name, at, revision = str(served.folder).partition("@")
+        if at and not served.folder.exists():  # a model on the hub
+            limit += ["--revision", revision]
+        else:
+            name = str(served.folder)
+        command = [str(served.binary or self.program), "serve", name]
         return [*command, "--host", served.host, "--port", str(served.port), *limit]
 
 

@@ -46,12 +46,7 @@ class Gguf(Native):
         return None
 
     def check(self, plan: Plan, original: Original) -> None:
-        """Ask for the library that writes importance matrices; say what llama.cpp may not load.
-
-        Raises:
-            MoetailorError: it is missing.
-        """
-        find_library()
+        """Say what llama.cpp may not load."""
         if getattr(original.config, "tie_word_embeddings", False):
             warnings.warn(
                 "format gguf: the head is tied to the embedding; llama.cpp loads that in some families, and in others "
@@ -59,6 +54,10 @@ class Gguf(Native):
                 MoetailorWarning,
                 stacklevel=3,
             )
+
+    def check_library(self) -> None:
+        """Ask for the library that writes importance matrices."""
+        find_library()
 
     def carried(self, plan: Plan) -> Plan:
         """Return the plan with experts as they lie, for llama.cpp to round."""
