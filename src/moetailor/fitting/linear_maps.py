@@ -115,7 +115,8 @@ def build_maps(layer: LayerView, plan: LayerPlan, ridge: float, shrinkage: float
     if scarce:
         warnings.warn(
             f"layer {layer.index}: {len(scarce)} linear stand-ins have fewer sampled tokens than their rank (expert "
-            f"{scarce[0]} first) and are of a lower rank in truth; keep more with --sample-tokens",
+            f"{scarce[0]} first) and are of a lower rank in truth; keep more with "
+            "`moetailor calibrate --sample-tokens`",
             MoetailorWarning,
             stacklevel=2,
         )

@@ -103,7 +103,8 @@ class MergeMoE(Method):
         if scarce:
             warnings.warn(
                 f"layer {layer.index}: {len(scarce)} of {len(merged)} merged experts were fitted on fewer tokens "
-                f"({min(scarce)} at least) than they have neurons ({neurons}); keep more with --sample-tokens"
+                f"({min(scarce)} at least) than they have neurons ({neurons}); "
+                "keep more with `moetailor calibrate --sample-tokens`"
                 + ("" if self.fit == "ridge" else ", or fit with -p fit=ridge"),
                 MoetailorWarning,
                 stacklevel=2,

@@ -90,7 +90,8 @@ class Refit(Method):
         if scarce:
             warnings.warn(
                 f"layer {layer.index}: {len(scarce)} of {len(downs)} experts were fitted on fewer tokens "
-                f"({min(scarce)} at least) than they have neurons ({neurons}); keep more with --sample-tokens",
+                f"({min(scarce)} at least) than they have neurons ({neurons}); "
+                "keep more with `moetailor calibrate --sample-tokens`",
                 MoetailorWarning,
                 stacklevel=2,
             )

@@ -105,7 +105,8 @@ def importance(
         view.close()
     if unseen:
         _warn(
-            f"{unseen} experts have no sampled token, so all their inputs weigh alike; calibrate with more --sequences"
+            f"{unseen} experts have no sampled token, so all their inputs weigh alike; "
+            "take more text with `moetailor calibrate --sequences`"
         )
     return found
 
