@@ -97,7 +97,7 @@ find_redundancy make_plan precheck read_batches recover
 """.split()
 FLAGS = {
     "fit": "--choice --context --converter --data --device --dry-run --dtype --engine --held-out --json --memory --out "
-    "--overwrite --push-to-hub --quantizer --revision --trust-remote-code --yes",
+    "--overwrite --push-to-hub --quantizer --revision --text-column --trust-remote-code --yes",
     "inspect": "--calibration --json --revision --trust-remote-code",
     "calibrate": "--batch-size --data --device --device-map --dry-run --dtype --length --mask-special --out "
     "--residual --revision --sample-size --sample-tokens --seed --sensitivity --sequences --states "

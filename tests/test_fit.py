@@ -181,6 +181,13 @@ def test_fit_without_a_place_foretells_and_what_fits_is_left_alone(run, tmp_path
     assert "did you mean 'vllm'" in run("fit", REFERENCE, "--memory", "10MB", "--engine", "vlm")[2]
 
 
+def test_a_column_is_that_of_texts_that_are_given() -> None:
+    outlook = look(Original(REFERENCE), memory=11_000_000, engine=find_engine("vllm"), context=128)
+    job = Job(choice=outlook.chosen(), room=outlook.room, data=("mine.jsonl",), text_column="body")
+    assert (job.text.data, job.text.text_column) == (("mine.jsonl",), "body")
+    assert (job.judging.data, job.judging.text_column) == ((str(HELD_OUT),), None)
+
+
 def test_fit_streams_what_does_not_go_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     original = Original(REFERENCE)
     outlook = look(original, memory=10_000_000, engine=find_engine("transformers"))

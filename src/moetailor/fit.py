@@ -125,6 +125,7 @@ class Job:
         room: where the memory goes.
         data: calibration text, as `TextOptions` takes it.
         held_out: text to measure on.
+        text_column: the column that holds the text of a row; what comes along has one of its own.
         tools: the programs that write the result, by the options of `compress`, see `Engine.tools`.
         device: where models run.
         dtype: dtype of the runs.
@@ -134,6 +135,7 @@ class Job:
     room: Room
     data: tuple[str, ...] = (str(CALIBRATION),)
     held_out: tuple[str, ...] = (str(HELD_OUT),)
+    text_column: str | None = None
     tools: Mapping[str, Path] = field(default_factory=dict)
     device: str | None = None
     dtype: str | None = None
@@ -142,6 +144,20 @@ class Job:
     def budget(self) -> Budget:
         """What the choice is asked to stay within."""
         return self.choice.budget(self.room.planned)
+
+    @property
+    def text(self) -> TextOptions:
+        """What it is calibrated on."""
+        return self._options(self.data, SEQUENCES)
+
+    @property
+    def judging(self) -> TextOptions:
+        """What it is measured on."""
+        return replace(self._options(self.held_out, JUDGED), batch_size=1)
+
+    def _options(self, names: tuple[str, ...], sequences: int) -> TextOptions:
+        own = set(names) <= {str(CALIBRATION), str(HELD_OUT)}
+        return TextOptions(data=names, sequences=sequences, text_column=None if own else self.text_column)
 
     def streams(self, original: Original) -> bool:
         """Say whether the model must run a layer at a time, since it does not go whole into the memory that is free."""
@@ -163,7 +179,7 @@ class Job:
 
 def foretold(host: Host, original: Original, job: Job) -> Estimate:
     """Return what making it will take; the text that is there may end sooner."""
-    given = {"budget": job.budget, "text": TextOptions(data=job.data, sequences=SEQUENCES), "format": job.choice.format}
+    given = {"budget": job.budget, "text": job.text, "format": job.choice.format}
     given |= {"layers": None, "protect": (), "allocation": "uniform", "width": job.choice.width}
     run = {"stream": job.streams(original), "dtype": job.dtype, "sample": SampleOptions()}
     return of_compression(host, original, job.choice.made_by, given, calibration=None, **run)
@@ -193,7 +209,7 @@ def fit(
         _, plan = compress(
             original.source,
             out,
-            text=TextOptions(data=job.data, sequences=SEQUENCES),
+            text=job.text,
             method=job.choice.method,
             parameters=job.choice.parameters,
             budget=job.budget,
@@ -205,6 +221,4 @@ def fit(
         )
     if job.choice.format == Gguf.name:
         return plan, None
-    return plan, evaluate(
-        out, original.source, text=TextOptions(data=job.held_out, sequences=JUDGED, batch_size=1), **run
-    )
+    return plan, evaluate(out, original.source, text=job.judging, **run)

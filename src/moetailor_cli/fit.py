@@ -11,7 +11,20 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moetailor_cli import output, waiting
-from moetailor_cli.options import AMOUNT, DECIDES, READS, SERVES, WRITES, Device, Dtype, Engine, Model, Overwrite, Trust
+from moetailor_cli.options import (
+    AMOUNT,
+    DECIDES,
+    READS,
+    SERVES,
+    WRITES,
+    Device,
+    Dtype,
+    Engine,
+    Model,
+    Overwrite,
+    TextColumn,
+    Trust,
+)
 
 if TYPE_CHECKING:
     from moetailor.fit import Outlook
@@ -63,6 +76,7 @@ def fit(
         list[str] | None,
         typer.Option(help="Text to measure the result on; some comes along. Repeatable.", rich_help_panel=READS),
     ] = None,
+    text_column: TextColumn = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what fits and what it would take, and stop.", rich_help_panel=WRITES)
     ] = False,
@@ -98,7 +112,7 @@ def fit(
     from moetailor.planning.budget import parse_bytes
     from moetailor.serving import Served, find_engine
 
-    given = {"data": data, "held_out": held_out, "device": device, "dtype": dtype}
+    given = {"data": data, "held_out": held_out, "text_column": text_column, "device": device, "dtype": dtype}
     with looked_at(model, trust_remote_code=trust_remote_code) as original:
         found = look(original, memory=parse_bytes(memory, "--memory"), engine=find_engine(engine), context=context)
         if json:
