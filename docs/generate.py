@@ -129,7 +129,7 @@ def families_page() -> str:
         "",
         "Refused for now whatever the family: models wrapped in a multi-modal one, and quantized originals in other",
     ]
-    lines += ["forms than those in [formats.md](formats.md#quantized-originals)."]
+    lines += ["forms than those in [Formats](formats.md#quantized-originals)."]
     return "\n".join(lines) + "\n"
 
 

@@ -309,11 +309,15 @@ def test_damage_has_a_grade_by_its_limits(tmp_path: Path) -> None:
         assert f"{'■' * (level + 1)}{'□' * (4 - level)} {words} 25% removed auto stays closest" in text
 
 
-def test_each_size_has_the_commands_that_make_its_winner(tmp_path: Path) -> None:
+def test_each_size_has_the_plan_that_makes_its_winner_and_all_have_one_apply(tmp_path: Path) -> None:
     found = page(tmp_path, **SIZED)
-    for size in ("50%", "40%"):
-        assert f"moetailor plan calib -o plan.json --method auto --size {size}" in found.text
-    assert found.text.count("moetailor apply 'a/<b>model' plan.json -o OUT --calibration calib") == 2
+    plans = [
+        f"# at most {size} of the bytes: auto moetailor plan calib -o plan.json --method auto --size {size}"
+        for size in ("50%", "40%")
+    ]
+    apply = "# then moetailor apply 'a/<b>model' plan.json -o OUT --calibration calib"
+    assert " ".join([*plans, apply]) in found.text
+    assert found.tags.count("pre") == found.text.count("moetailor apply") == 1
 
 
 def test_commands_name_what_is_not_usual() -> None:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import yaml
@@ -17,11 +18,19 @@ from support.source import ROOT
 
 DOCS = ROOT / "docs"
 MKDOCS = shutil.which("mkdocs", path=os.pathsep.join([str(ROOT / ".venv-docs" / "bin"), os.environ["PATH"]]))
-spec = importlib.util.spec_from_file_location("outside", DOCS / "outside.py")
-assert spec is not None
-assert spec.loader is not None
-outside = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(outside)
+
+
+def hook(name: str) -> ModuleType:
+    """Return a hook of the site, which is in no package."""
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+outside, narrow = hook("outside"), hook("narrow")
 SETTINGS = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
 
 
@@ -57,6 +66,22 @@ def test_every_link_of_a_page_is_one_of_a_page_in_the_site() -> None:
         place = outside.OUTSIDE.get(str(origin.relative_to(ROOT)), origin.name)
         for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", outside.relinked(origin.read_text(), place)):
             assert target.startswith(("http:", "https:", "mailto:")) or target in shown, (place, target)
+
+
+def test_commands_wrap_flags_stay_whole_and_an_empty_head_is_none() -> None:
+    start, end = "<pre><span></span><code>", "</code></pre></div>"
+    cases = {
+        f'<div class="highlight">{start}make a\n# b --c\n{end}': f'<div class="highlight wraps">{start}'
+        f'<span class="line">make a\n</span><span class="line"># b --c\n</span>{end}',
+        f'<div class="highlight">{start}a    makes\n{end}': None,
+        f'<div class="language-python highlight">{start}make = 1\n{end}': None,
+        "<code>plan --uniform-layers -p a=b-c</code>": '<code>plan <span class="flag">--uniform-layers</span> '
+        '<span class="flag">-p</span> a=b-c</code>',
+        "<thead>\n<tr>\n<th></th>\n<th></th>\n</tr>\n</thead>\n<tbody>": "<tbody>",
+        "<tr>\n<th></th>\n<th>KL</th>\n</tr>": "<tr>\n<td></td>\n<th>KL</th>\n</tr>",
+    }
+    for made, shown in cases.items():
+        assert narrow.narrowed(made) == (made if shown is None else shown)
 
 
 def test_the_method_of_the_page_about_your_own_can_be_planned(tmp_path: Path) -> None:
