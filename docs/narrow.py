@@ -1,6 +1,7 @@
 """What the site does for a narrow screen and a screen reader with a page's HTML.
 
-A hook of mkdocs, see mkdocs.yml. Commands wrap where a line ends, no flag is cut, and a remark behind a command goes to a line of its own; a table's empty head is no head.
+A hook of mkdocs, see mkdocs.yml. Commands wrap where a line ends, no flag is cut, and a remark behind a command goes to
+a line of its own; a table's empty head is no head.
 """
 
 from __future__ import annotations

@@ -72,7 +72,8 @@ def test_commands_wrap_flags_stay_whole_and_an_empty_head_is_none() -> None:
     start, end = "<pre><span></span><code>", "</code></pre></div>"
     cases = {
         f'<div class="highlight">{start}make a  # of\n# b --c\n{end}': f'<div class="highlight wraps">{start}'
-        f'<span class="line">make a  <span class="remark"># of</span>\n</span><span class="line"># b <span class="flag">--c</span>\n</span>{end}',
+        f'<span class="line">make a  <span class="remark"># of</span>\n</span>'
+        f'<span class="line"># b <span class="flag">--c</span>\n</span>{end}',
         f'<div class="highlight">{start}a    makes\n{end}': None,
         f'<div class="language-python highlight">{start}make = 1\n{end}': None,
         "<code>plan --uniform-layers -p a=b-c</code>": '<code>plan <span class="flag">--uniform-layers</span> '
