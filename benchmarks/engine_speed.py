@@ -30,7 +30,7 @@ os.environ |= {
 }
 
 import torch
-from transformers import OlmoeConfig, OlmoeForCausalLM
+from transformers import OlmoeForCausalLM
 
 from measure import provenance
 from moetailor.answers import Constant, Linear, LowRank
@@ -40,7 +40,7 @@ from moetailor.planning.layer_plan import LayerPlan
 from moetailor.runtime.quantizer import QUANT_METHOD, MoetailorConfig, MoetailorQuantizer
 from moetailor.runtime.reshape import LayerChange, reshape_model
 from run import expected_speed, live_share, random_ids
-from speed import EXPERTS, RANKS, VOCABULARY, in_bits, of_slots
+from speed import EXPERTS, RANKS, VOCABULARY, fill, in_bits, of_slots, olmoe
 
 CONTEXT, LAYERS = 1024, 2
 ORIGINAL, DROPPED = "original", "reap 50%"
@@ -64,18 +64,8 @@ CASES: dict[str, Callable[[], LayerPlan] | None] = {
 
 def write(name: str, folder: Path) -> None:
     """Write the original, or a result, with random weights."""
-    config = OlmoeConfig(
-        hidden_size=2048,
-        intermediate_size=1024,
-        num_attention_heads=16,
-        num_experts=EXPERTS // 2 if name == DROPPED else EXPERTS,
-        num_experts_per_tok=8,
-        num_hidden_layers=LAYERS,
-        vocab_size=VOCABULARY,
-        pad_token_id=1,
-        eos_token_id=None,
-        tie_word_embeddings=False,
-    )
+    experts = EXPERTS // 2 if name == DROPPED else EXPERTS
+    config = olmoe(num_experts=experts, num_hidden_layers=LAYERS, tie_word_embeddings=False)
     with torch.device("meta"):
         model: Any = OlmoeForCausalLM(config).to(torch.bfloat16)
     if make := CASES.get(name):
@@ -86,24 +76,9 @@ def write(name: str, folder: Path) -> None:
         model.config.quantization_config, model.quantization_method = form, QUANT_METHOD
         model.hf_quantizer, model.is_quantized = MoetailorQuantizer(form, pre_quantized=True), True
     model.to_empty(device="cpu")
+    torch.manual_seed(0)
     fill(model)
     model.save_pretrained(folder)
-
-
-def fill(model: Any) -> None:
-    """Draw weights, and codes of as many sorts as there are."""
-    torch.manual_seed(0)
-    for name, tensor in (*model.named_parameters(), *model.model.layers.named_buffers()):
-        if tensor.dtype == torch.int32:
-            tensor.copy_(torch.randint(-(2**31), 2**31, tensor.shape, dtype=torch.int64))
-        elif tensor.dtype == torch.uint8 and name.endswith("_scale"):
-            tensor.fill_(118)  # 2^-9
-        elif tensor.dtype == torch.uint8:
-            tensor.copy_(torch.randn(tensor.shape).to(torch.float8_e4m3fn).view(torch.uint8))
-        elif tensor.is_floating_point() and tensor.ndim > 1:
-            tensor.normal_(0, 0.001 if name.endswith("_scale") else 0.02)
-        else:
-            tensor.fill_(1)
 
 
 def share_left(whole: Any, folder: Path, ids: torch.Tensor) -> tuple[float, float]:

@@ -56,19 +56,31 @@ CASES: dict[str, Callable[[], LayerPlan]] = {
 } | {bits: lambda bits=bits: in_bits(bits) for bits in ("8", "5", "4", "2", "vq4", "vq3", "vq2", "vq1", "fp8")}
 
 
+def olmoe(**more: Any) -> OlmoeConfig:
+    """Return the config of a model with the shapes of OLMoE-1B-7B and a small vocabulary."""
+    shapes = {"hidden_size": 2048, "intermediate_size": 1024, "num_attention_heads": 16, "num_experts_per_tok": 8}
+    ids = {"vocab_size": VOCABULARY, "pad_token_id": 1, "eos_token_id": None}
+    return OlmoeConfig(**shapes, **ids, **({"num_experts": EXPERTS} | more))
+
+
+def fill(model: Any) -> None:
+    """Draw weights, and codes of as many sorts as there are."""
+    for name, tensor in (*model.named_parameters(), *model.base_model.layers.named_buffers()):
+        if tensor.dtype == torch.int32:
+            tensor.copy_(torch.randint(-(2**31), 2**31, tensor.shape, dtype=torch.int64))
+        elif tensor.dtype == torch.uint8 and name.endswith("_scale"):
+            tensor.fill_(118)  # 2^-9
+        elif tensor.dtype == torch.uint8:
+            tensor.copy_(torch.randn(tensor.shape).to(torch.float8_e4m3fn).view(torch.uint8))
+        elif tensor.is_floating_point() and tensor.ndim > 1:
+            tensor.normal_(0, 0.001 if name.endswith("_scale") else 0.02)
+        else:
+            tensor.fill_(1)
+
+
 def filled(dtype: torch.dtype, plan: LayerPlan | None = None) -> Any:
     """Return a model of one layer with random weights, with this plan."""
-    config = OlmoeConfig(
-        hidden_size=2048,
-        intermediate_size=1024,
-        num_attention_heads=16,
-        num_experts=EXPERTS,
-        num_experts_per_tok=8,
-        num_hidden_layers=1,
-        vocab_size=VOCABULARY,
-        pad_token_id=1,
-        eos_token_id=None,
-    )
+    config = olmoe(num_hidden_layers=1)
     with torch.device("meta"):
         model: Any = OlmoeModel(config).to(dtype)
     if plan is not None:
@@ -78,15 +90,7 @@ def filled(dtype: torch.dtype, plan: LayerPlan | None = None) -> Any:
         reshape_model(model, anatomy, {layer.index: change})
     model.to_empty(device="cpu")
     model.rotary_emb = type(model.rotary_emb)(config)
-    for name, tensor in (*model.named_parameters(), *model.layers.named_buffers()):
-        if tensor.dtype == torch.int32:
-            tensor.copy_(torch.randint(-(2**31), 2**31, tensor.shape, dtype=torch.int64))
-        elif tensor.dtype == torch.uint8:
-            tensor.copy_(torch.randn(tensor.shape).to(torch.float8_e4m3fn).view(torch.uint8))
-        elif tensor.is_floating_point() and tensor.ndim > 1:
-            tensor.normal_(0, 0.001 if name.endswith("_scale") else 0.02)
-        else:
-            tensor.fill_(1)
+    fill(model)
     if plan is not None:
         model.layers[0].mlp.experts.fill_map()
     return model.eval()

@@ -84,7 +84,6 @@ def precheck(
     if not ruled:
         form = resolve_format(plan, format, original)
         form.check(plan, original)
-        form.check_library()
         form.check_tools(Finish(plan=plan, original=original, converter=converter, quantizer=quantizer))
     written = "moetailor" if ruled else form.name
     kept = sorted({len(layer.pool) for layer in plan.layers.values()}) or ["all"]

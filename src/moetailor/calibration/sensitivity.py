@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -139,22 +139,24 @@ def _run_streams(
     }
     for index in walk.layers():
         moe = anatomy.layers.get(index)
+        if moe is None:
+            for stream in (*streams.values(), original):
+                walk.advance(stream)
+            stopped.note(index + 1)
+            continue
         # In portions of the routed pairs: what they take does not grow with the sequences.
-        with nullcontext() if moe is None else captured(walk.model, moe, None):
+        with captured(walk.model, moe, None):
             for (at, _), stream in streams.items():
-                if at != ALL or moe is None:
+                if at != ALL:
                     walk.advance(stream)
-            if moe is None:
-                walk.advance(original)
-            else:
-                streams |= {key: walk.fork(original, _name(key)) for key in every if key in own and key[0] == index}
-                module = walk.model.get_submodule(moe.experts)
-                _err(walk, index, module, calibration.sums(index), original, streams, counted, stopped)
+            streams |= {key: walk.fork(original, _name(key)) for key in every if key in own and key[0] == index}
+            module = walk.model.get_submodule(moe.experts)
+            _run_with_errors(walk, index, module, calibration.sums(index), original, streams, counted, stopped)
         stopped.note(index + 1)
     return original, streams
 
 
-def _err(
+def _run_with_errors(
     walk: Walk,
     index: int,
     module: Any,

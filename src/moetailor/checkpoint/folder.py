@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
-from moetailor.checkpoint.hub import download, headers_only
+from moetailor.checkpoint.hub import download, headers_only, name_and_revision
 from moetailor.errors import CheckpointError
 from moetailor.schema import unique
 
@@ -47,10 +47,10 @@ def find_folder(source: str | Path, *, check: Check | None = None, headers: Path
         raise CheckpointError("no model is named; give its folder or hub name")
     local = folder.is_dir()
     if not local:
-        name, _, revision = name.partition("@")
+        name, revision = name_and_revision(source)
         if name.count("/") > 1 or name.startswith((".", "/", "~")):
             raise CheckpointError(f"{source}: no such folder")
-        folder = download(name, revision=revision or None, ignore_patterns=list(WEIGHTS))
+        folder = download(name, revision=revision, ignore_patterns=list(WEIGHTS))
     check_links(folder)
     config = read_config(folder)
     if check is not None:

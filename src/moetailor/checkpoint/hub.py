@@ -13,6 +13,16 @@ from moetailor.checkpoint.artifact import write_bytes
 from moetailor.errors import CheckpointError, MoetailorError, UnwritableError, reason_of
 
 
+def name_and_revision(source: str | Path) -> tuple[str, str | None]:
+    """Return the name of a model on the hub and its branch, tag or commit, of ``NAME@REVISION``; None where none is
+    said. A folder that is there is a name as a whole.
+    """
+    if os.path.exists(source):  # Path.exists raises for a name that is longer than any path
+        return str(source), None
+    name, _, revision = str(source).partition("@")
+    return name, revision or None
+
+
 def download(name: str, **options: Any) -> Path:
     """Return the folder of files of a model in the hub's cache, after downloading what is not there.
 

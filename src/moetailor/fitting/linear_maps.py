@@ -68,7 +68,7 @@ def held_out_errors(layer: LayerView, expert: int, ranks: Sequence[int], ridge: 
     def moments(at: slice | torch.Tensor) -> Moments:
         return Moments.of(x_TD[at], y_TD[at], weight_T[at], centre)
 
-    others = moments(slice(tokens.own, None))
+    others = moments(slice(tokens.own, None)) if len(x_TD) > tokens.own else None
     for chooses in folds(layer, tokens.place[: tokens.own]):
         if not bool(chooses.any()) or bool(chooses.all()):
             continue
@@ -157,8 +157,9 @@ def _regression(layer: LayerView, expert: int, tokens: Tokens | None = None) -> 
     x_TD = layer.inputs(tokens.place)
     y_TD, weight_T = layer.outputs(expert, tokens.place).to(x_TD.dtype), tokens.weight.to(x_TD.device)
     own = Moments.of(x_TD[: tokens.own], y_TD[: tokens.own], weight_T[: tokens.own])
-    others = Moments.of(x_TD[tokens.own :], y_TD[tokens.own :], weight_T[tokens.own :], own.centre)
-    return Regression(own, others)
+    if len(x_TD) == tokens.own:
+        return Regression(own)
+    return Regression(own, Moments.of(x_TD[tokens.own :], y_TD[tokens.own :], weight_T[tokens.own :], own.centre))
 
 
 def _factors(

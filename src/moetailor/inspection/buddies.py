@@ -41,14 +41,14 @@ def buddies(distance_EE: torch.Tensor, factor_EE: torch.Tensor, together_EE: tor
         together_EE: the share of an expert's tokens that the other runs on too.
     """
     found = []
-    for expert, row in enumerate(distance_EE):
-        ranked = [int(other) for other in row.argsort(stable=True) if int(other) != expert and float(row[other]) < 1]
+    for expert, row in enumerate(distance_EE.tolist()):
+        ranked = [other for other in sorted(range(len(row)), key=row.__getitem__) if other != expert and row[other] < 1]
         found.append(
             tuple(
                 Buddy(
                     expert=other,
                     factor=float(factor_EE[expert, other]),
-                    distance=float(row[other]),
+                    distance=row[other],
                     together=float(together_EE[expert, other]),
                 )
                 for other in ranked[:MOST]

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from moetailor._version import __version__
+from moetailor.checkpoint.hub import name_and_revision
 from moetailor.planning.plan import Plan
 from moetailor.transform.formats import Format
 
@@ -28,7 +29,7 @@ def model_card(plan: Plan, source: Path, form: Format, nbytes: int) -> str:
         nbytes: bytes of all its tensors.
     """
     named = plan.model.source
-    hub_name = named.partition("@")[0]  # the rest is a revision
+    hub_name, _ = name_and_revision(named)
     base = hub_name if HUB_NAME.fullmatch(hub_name) and not Path(named).exists() else ""
     licence = original_licence(source)
     front: dict[str, Any] = {"base_model": base, "base_model_relation": "quantized"} if base else {}

@@ -110,7 +110,6 @@ def apply_to_checkpoint(
     plan = plan_for(original, plan, calibration, propagate=propagate, allow_other_weights=allow_other_weights)
     form = resolve_format(plan, format, original)
     form.check(plan, original)
-    form.check_library()
     tools = {name: Path(tool) for name, tool in (("converter", converter), ("quantizer", quantizer)) if tool}
     finish = Finish(plan=plan, original=original, calibration=calibration, **tools)
     form.check_tools(finish)

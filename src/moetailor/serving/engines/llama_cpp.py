@@ -16,8 +16,8 @@ from moetailor.checkpoint.original import Original
 from moetailor.errors import MoetailorError
 from moetailor.serving.choices import Choice
 from moetailor.serving.engine import Engine, Room, Served, group_of, register_engine
-from moetailor.transform.formats.gguf import MODEL_FILE, Gguf, check_converter
-from moetailor.transform.gguf_recipe import BLOCK, MATRIX_FILE, SUPERBLOCK
+from moetailor.transform.formats.gguf import MODEL_FILE, check_converter
+from moetailor.transform.gguf_recipe import BLOCK, MATRIX_FILE, SUPERBLOCK, find_library
 
 CONVERTER, QUANTIZER = "convert_hf_to_gguf.py", "llama-quantize"
 # Bits of a weight in Q8_0, and of what the converter leaves in float32: vectors, and the router.
@@ -70,7 +70,7 @@ class LlamaCpp(Engine):
 
     def tools(self, original: Original, converter: Path | None, quantizer: Path | None) -> dict[str, Path]:
         """Return llama.cpp's own: those that were named, else those that are found, once the former was tried."""
-        Gguf().check_library()
+        find_library()
         named = {"converter": (converter, CONVERTER), "quantizer": (quantizer, QUANTIZER)}
         found = {option: path or shutil.which(name) for option, (path, name) in named.items()}
         if missing := [name for option, (_, name) in named.items() if found[option] is None]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from moetailor.checkpoint.facts import ModelFacts
 from moetailor.checkpoint.family import QUANT_METHOD
+from moetailor.checkpoint.hub import name_and_revision
 from moetailor.serving.choices import Choice
 from moetailor.serving.engine import Engine, Served, group_of, register_engine
 
@@ -53,11 +54,8 @@ class Vllm(Engine):
     def command(self, served: Served) -> list[str]:
         """Return the command of its server."""
         limit = [] if served.context is None else ["--max-model-len", str(served.context)]
-        name, at, revision = str(served.folder).partition("@")
-        if at and not served.folder.exists():  # a model on the hub
-            limit += ["--revision", revision]
-        else:
-            name = str(served.folder)
+        name, revision = name_and_revision(served.folder)
+        limit += [] if revision is None else ["--revision", revision]
         command = [str(served.binary or self.program), "serve", name]
         return [*command, "--host", served.host, "--port", str(served.port), *limit]
 

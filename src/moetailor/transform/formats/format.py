@@ -79,13 +79,6 @@ class Format(ABC):
             PlanError: see the message.
         """
 
-    def check_library(self) -> None:  # noqa: B027 (most need none)
-        """Ask for the library that writes it, which whoever only looks does not need.
-
-        Raises:
-            MoetailorError: it is missing.
-        """
-
     def able(self, plan: Plan, original: Original) -> bool:
         """Say whether `check` refuses nothing."""
         try:

@@ -55,16 +55,13 @@ class Gguf(Native):
                 stacklevel=3,
             )
 
-    def check_library(self) -> None:
-        """Ask for the library that writes importance matrices."""
-        find_library()
-
     def carried(self, plan: Plan) -> Plan:
         """Return the plan with experts as they lie, for llama.cpp to round."""
         return replace(plan, layers={name: replace(layer, widths={}) for name, layer in plan.layers.items()})
 
     def check_tools(self, finish: Finish) -> None:
-        """Refuse tools that are not there, or do not go together."""
+        """Ask for the library that writes importance matrices, and refuse tools that are not there or alone."""
+        find_library()
         if finish.quantizer and not finish.converter:
             raise PlanError("--quantizer: rounds what --converter has converted; give that too")
         for option, tool in (("--converter", finish.converter), ("--quantizer", finish.quantizer)):
