@@ -1,10 +1,10 @@
 """What choosing, rounding, merging and fitting cost on one layer with the shapes of a known model, random weights.
 
-Each method plans and builds twice in a process of its own: first counted, then timed. Beside its seconds stands what
-its matrix products alone would take at the float32 rate of this machine, measured in the same process on products of
-the layer's own shapes, and the peak of its memory (VmHWM). Products are counted by torch as they run; factorisations
-are not counted. The share is that of processor seconds, of all threads, so that other work on the machine does not
-count; on a GPU that of wall time.
+Each method plans and builds twice in a process of its own: first counted, then timed; with `--uncounted` once. Beside
+its seconds stands what its matrix products alone would take at the float32 rate of this machine, measured in the same
+process on products of the layer's own shapes, and the peak of its memory (VmHWM). Products are counted by torch as they
+run; factorisations are not counted. The share is that of processor seconds, of all threads, so that other work on the
+machine does not count; on a GPU that of wall time.
 """
 
 from __future__ import annotations
@@ -116,8 +116,8 @@ def busy(device: str) -> float:
     return time.process_time() if device == "cpu" else now(device)
 
 
-def measure(name: str, folder: Path, tokens: int, shape: str, device: str) -> dict[str, float]:
-    """Plan and build once; return seconds, counted operations and the machine's rate."""
+def measure(name: str, folder: Path, tokens: int, shape: str, device: str, *, counted: bool) -> dict[str, float]:
+    """Plan and build once; return seconds, operations, where they are to be counted, and the machine's rate."""
     from torch.utils.flop_counter import FlopCounterMode
 
     import moetailor
@@ -141,8 +141,9 @@ def measure(name: str, folder: Path, tokens: int, shape: str, device: str) -> di
 
     with torch.no_grad():
         # Counting takes as long as small steps do, so it has a run of its own, in which libraries start, too.
-        with counter:
-            run()
+        if counted:
+            with counter:
+                run()
         start = busy(device)
         began, planned, built = run()
         spent = busy(device) - start
@@ -157,20 +158,22 @@ def measure(name: str, folder: Path, tokens: int, shape: str, device: str) -> di
     }
 
 
-def lines(names: Sequence[str], tokens: int, shape: str, device: str) -> Iterator[str]:
+def lines(names: Sequence[str], tokens: int, shape: str, device: str, *, counted: bool = True) -> Iterator[str]:
     """Measure each case in a process of its own; yield the lines of a table."""
     yield f"{'case':40} {'plan':>7} {'build':>7} {'busy':>8} {'products alone':>15} {'share':>6} {'peak':>8}"
     with tempfile.TemporaryDirectory() as scratch:
         folder, out = checkpoint_of(shape, Path(scratch)), Path(scratch) / "out.json"
         for name in names:
             where = f"--checkpoint {folder} --tokens {tokens} --shape {shape} --device {device}"
+            where += " --uncounted" * (not counted)
             ran = run_process(["bash", "-c", f"exec {sys.executable} {__file__} --case '{name}' {where} > {out}"])
             found = json.loads(out.read_text())
             alone, took = found["operations"] / found["rate"], found["busy"]
+            products = f"{alone:14.1f}s {alone / took:6.2f}" if counted else f"{'-':>15} {'-':>6}"
             on_device = f" + {found['device_bytes'] / 1e9:.2f} GB" * bool(found["device_bytes"])
             yield (
-                f"{name:40} {found['plan']:6.1f}s {found['build']:6.1f}s {took:7.1f}s {alone:14.1f}s "
-                f"{alone / took:6.2f} {ran.peak_bytes / 1e9:5.2f} GB{on_device}"
+                f"{name:40} {found['plan']:6.1f}s {found['build']:6.1f}s {took:7.1f}s {products} "
+                f"{ran.peak_bytes / 1e9:5.2f} GB{on_device}"
             )
 
 
@@ -180,15 +183,17 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32768, help="sampled tokens (default %(default)s)")
     parser.add_argument("--shape", choices=SHAPES, default="olmoe", help="(default %(default)s)")
     parser.add_argument("--device", default="cpu", help="where it is computed (default %(default)s)")
+    parser.add_argument("--uncounted", action="store_true", help="count no operations, which takes as long again")
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), help="the cases to measure")
     parser.add_argument("--case", choices=CASES, help="measure one case in this process, and print JSON")
     parser.add_argument("--checkpoint", type=Path, help="of the case")
     options = parser.parse_args()
     if options.case:
-        print(json.dumps(measure(options.case, options.checkpoint, options.tokens, options.shape, options.device)))
+        given = (options.case, options.checkpoint, options.tokens, options.shape, options.device)
+        print(json.dumps(measure(*given, counted=not options.uncounted)))
         return
     print(" ".join(f"{key} {value}" for key, value in provenance().items()))
-    for line in lines(options.only, options.tokens, options.shape, options.device):
+    for line in lines(options.only, options.tokens, options.shape, options.device, counted=not options.uncounted):
         print(line, flush=True)
 
 
