@@ -1,6 +1,6 @@
 """Tokens a second of compressed layers beside the original's, in memory and in one process: no checkpoint is written.
 
-One layer with the shapes of OLMoE-1B-7B and random weights, 512 tokens of prefill and 16 decoded one by one. Original
+One layer with the shapes of OLMoE-1B-7B and random weights, a prompt (512 tokens) and 16 decoded one by one. Original
 and result run in turns (A B A B), one thread; seconds are those of the process (CPU time), so that other work on the
 machine disturbs less. A ratio is the median of the turns with the lowest and highest, above 1 when the result is
 faster.
@@ -118,12 +118,13 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), help="the cases to measure")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="of the models")
     parser.add_argument("--turns", type=int, default=5, help="turns of each ratio (default %(default)s)")
+    parser.add_argument("--length", type=int, default=512, help="tokens of the prompt (default %(default)s)")
     options = parser.parse_args()
     torch.set_grad_enabled(False)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     print(" ".join(f"{name} {value}" for name, value in provenance().items()), flush=True)
-    ids = random_ids(1, 512, VOCABULARY)
+    ids = random_ids(1, options.length, VOCABULARY)
     for dtype in options.dtype:
         original = filled(DTYPES[dtype])
         for name in options.only:

@@ -1,12 +1,16 @@
 """Few tokens: codes multiplied without forming weights, and graphs whose shapes do not depend on what routers chose."""
 
+from types import SimpleNamespace
+from typing import Any
+
+import numba
 import pytest
 import torch
 from torch import nn
 
 from moetailor.answers import Answer, Auxiliary, Constant, Keep, Linear, LowRank, Narrow, Remap, Width, packed
 from moetailor.checkpoint.anatomy import discover
-from moetailor.checkpoint.storage import few_bits, find_storage
+from moetailor.checkpoint.storage import compiled, few_bits, find_storage
 from moetailor.planning.layer_plan import LayerPlan
 from moetailor.runtime.reshape import LayerChange, reshape_model
 from support.families import tiny_model
@@ -42,9 +46,13 @@ def layer(slots: list[Answer], widths: dict[int, Width]) -> nn.Module:
     return module
 
 
-@pytest.mark.parametrize("inputs", [40, 96])
+@pytest.mark.parametrize("loops", [True, False])
+@pytest.mark.parametrize("inputs", [37, 40, 96])
 @pytest.mark.parametrize("name", CODES)
-def test_products_of_codes_are_those_of_their_numbers(name: str, inputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_of_codes_are_those_of_their_numbers(
+    name: str, inputs: int, loops: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(few_bits, "runs_compiled", lambda _: loops)
     storage, shape = find_storage(name), (3, 24, inputs)
     generator = torch.Generator().manual_seed(0)
     parts = storage.encode(torch.randn(shape, generator=generator), "F32")
@@ -55,6 +63,51 @@ def test_products_of_codes_are_those_of_their_numbers(name: str, inputs: int, mo
         torch.testing.assert_close(storage.product(x, parts, shape), expected, rtol=1e-4, atol=1e-4)
         some = {part: tensor[1:2] for part, tensor in parts.items()}
         torch.testing.assert_close(storage.product(x[1:2], some, shape), expected[1:2], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F32"])
+@pytest.mark.parametrize("inputs", [37, 96])
+@pytest.mark.parametrize("name", CODES)
+def test_loops_give_the_bits_of_what_they_stand_for(
+    name: str, inputs: int, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage, shape = find_storage(name), (3, 24, inputs)
+    parts = storage.encode(torch.randn(shape, generator=torch.Generator().manual_seed(0)), dtype)
+    found = storage.decode(parts, shape)
+    monkeypatch.setattr(few_bits, "runs_compiled", lambda _: False)
+    expected = storage.decode(parts, shape)
+    assert found.dtype == expected.dtype
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["uint5g24", "vq2g16"])
+def test_threads_share_the_outputs_of_a_product(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage, shape, generator = find_storage(name), (2, 23, 96), torch.Generator().manual_seed(0)
+    parts = storage.encode(torch.randn(shape, generator=generator), "F32")
+    x = torch.randn(2, 3, 96, generator=generator)
+    expected, numbers = storage.product(x, parts, shape), storage.decode(parts, shape)
+    monkeypatch.setattr(compiled, "SHARE", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    torch.testing.assert_close(storage.product(x, parts, shape), expected, rtol=0, atol=0)
+    torch.testing.assert_close(storage.decode(parts, shape), numbers, rtol=0, atol=0)
+
+
+def test_gradients_of_inputs_pass_products_of_codes() -> None:
+    storage, shape = find_storage("uint4g16"), (1, 8, 32)
+    parts = storage.encode(torch.randn(shape, generator=torch.Generator().manual_seed(0)), "F32")
+    x = torch.ones(1, 2, 32, requires_grad=True)
+    storage.product(x, parts, shape).sum().backward()
+    torch.testing.assert_close(x.grad, storage.decode(parts, shape).sum(1).expand(1, 2, 32), rtol=1e-5, atol=1e-5)
+
+
+def test_loops_are_compiled_where_nothing_can_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    def njit(cache: bool = False, **options: object) -> Any:
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return numba.njit(**options)
+
+    monkeypatch.setattr(compiled, "numba", SimpleNamespace(njit=njit))
+    assert compiled._compiled(lambda one: one + 1)(1) == 2
 
 
 @pytest.mark.parametrize("tokens", [1, 40])

@@ -82,6 +82,11 @@ def formed(device: torch.device) -> int:
     return 2**25 if device.type == "cuda" else 2**19
 
 
+def runs_compiled(tensor: torch.Tensor) -> bool:
+    """Return whether loops compiled for a CPU may run on a tensor: neither graphs nor gradients can follow them."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not tensor.requires_grad
+
+
 def take_own(number: int) -> None:
     """Make ``cuda`` mean another GPU in each process of a machine, where it has GPUs.
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from moetailor.checkpoint.storage.few_bits import Codes, FewBits, longer
+from moetailor.checkpoint.storage.few_bits import Codes, FewBits
+from moetailor.checkpoint.storage.lookup import longer
 
 # Added to the diagonal of the moments, as a share of its mean.
 DAMPING = 0.01

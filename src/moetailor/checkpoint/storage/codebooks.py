@@ -18,8 +18,8 @@ import torch
 from torch.nn import functional as F
 
 from moetailor.checkpoint.devices import passing_nbytes
-from moetailor.checkpoint.storage.few_bits import Codes, FewBits, longer
-from moetailor.checkpoint.storage.lookup import Lookup, lookup
+from moetailor.checkpoint.storage.few_bits import Codes, FewBits
+from moetailor.checkpoint.storage.lookup import Lookup, longer, lookup
 from moetailor.checkpoint.storage.storage import register_storages
 
 # Weights of a code by bits of a weight: the more, the better, as long as codes are of 8 bits or fewer.
@@ -67,15 +67,8 @@ class Codebook(FewBits):
         """Return the table's numbers."""
         return self._listed(code).flatten(-2)[..., :inputs]
 
-    def units(self, packed: torch.Tensor, inputs: int) -> torch.Tensor:
+    def look_up(self, device: torch.device) -> Lookup:
         """Return the table's numbers."""
-        return self._lookup(packed.device).numbers(packed, inputs)
-
-    def ready(self, device: torch.device) -> None:
-        """Read the table."""
-        self._lookup(device)
-
-    def _lookup(self, device: torch.device) -> Lookup:
         return lookup(f"vq{self.bits}", device, lambda device: Lookup.of(self._table(device), self.code_bits))
 
     def pack(self, codes: Codes) -> dict[str, torch.Tensor]:

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from moetailor.checkpoint.devices import formed
+from moetailor.checkpoint.devices import formed, runs_compiled
 from moetailor.checkpoint.files import DTYPES
+from moetailor.checkpoint.storage.lookup import Lookup, longer, octets_of
 from moetailor.checkpoint.storage.storage import Storage
 
 # Inputs of a matrix up to which its weights are not scaled, but sums over groups are; groups so small that scaling the
@@ -186,6 +187,13 @@ class FewBits(Storage):
         """
 
     @abstractmethod
+    def look_up(self, device: torch.device) -> Lookup | None:
+        """Return what stored codes stand for, on a device; None where they are bytes, and stand for these less 128."""
+
+    def ready(self, device: torch.device) -> None:
+        """Make the table of codes."""
+        self.look_up(device)
+
     def units(self, packed: torch.Tensor, inputs: int) -> torch.Tensor:
         """Return the same of stored codes, ``_packed``.
 
@@ -193,6 +201,9 @@ class FewBits(Storage):
             packed: of some matrices, or of some of their rows.
             inputs: of a matrix.
         """
+        found = self.look_up(packed.device)
+        assert found is not None, "bytes have units of their own"
+        return found.numbers(packed, inputs)
 
     def scales(self, parts: Mapping[str, torch.Tensor], outputs: int) -> torch.Tensor:
         """Return the scales of stored tensors, [n, O, G], in the dtype of the numbers."""
@@ -213,8 +224,17 @@ class FewBits(Storage):
 
     def decode(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
         """Return the numbers of stored tensors in the dtype of the scales: exact in float32, then rounded once."""
-        scale, zero = self.scales(parts, shape[1]), self.zeros(parts, shape[1])
-        return self._scaled(self.units(parts["_packed"], shape[2]), scale, zero)
+        return self._decoded(parts["_packed"], self.scales(parts, shape[1]), self.zeros(parts, shape[1]), shape[2])
+
+    def _decoded(
+        self, packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, inputs: int
+    ) -> torch.Tensor:
+        if not runs_compiled(packed):
+            return self._scaled(self.units(packed, inputs), scale, zero)
+        from moetailor.checkpoint.storage import compiled  # numba takes half a second
+
+        octets, found = octets_of(packed), self.look_up(packed.device)
+        return compiled.numbers(octets, found, scale, zero, self.size(inputs), inputs).to(scale.dtype)
 
     def _scaled(self, units: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
         numbers = self.parted(units)
@@ -225,40 +245,39 @@ class FewBits(Storage):
 
     def product(self, x_nPI: torch.Tensor, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
         """Return x W^T, some outputs after the other: what is small stays in caches, and in memory that is there."""
+        packed, few = parts["_packed"], x_nPI.shape[1] <= FEW
         scale, zero = self.scales(parts, shape[1]), self.zeros(parts, shape[1])
-        rows, found = max(formed(x_nPI.device) // (len(x_nPI) * shape[2]), 1), []
-        given = self._formed
-        if x_nPI.shape[1] <= FEW:
-            x_nPI, given = x_nPI.float(), self._summed if self.size(shape[2]) > SMALL else self._formed
+        if few and runs_compiled(x_nPI):
+            from moetailor.checkpoint.storage import compiled
+
+            octets, found = octets_of(packed), self.look_up(packed.device)
+            return compiled.product(x_nPI, octets, found, scale, zero, self.size(shape[2]))
+        x_nPI = x_nPI.float() if few else x_nPI
+        given = self._summed if few and self.size(shape[2]) > SMALL else self._formed
+        rows, outputs = max(formed(x_nPI.device) // (len(x_nPI) * shape[2]), 1), []
         for start in range(0, shape[1], rows):
             some = slice(start, start + rows)
-            units = self.units(parts["_packed"][:, some], shape[2])
-            found.append(given(x_nPI, units, scale[:, some], None if zero is None else zero[:, some]))
-        return torch.cat(found, -1)
+            outputs.append(given(x_nPI, packed[:, some], scale[:, some], None if zero is None else zero[:, some]))
+        return torch.cat(outputs, -1)
 
     def _summed(
-        self, x_nPI: torch.Tensor, units: torch.Tensor, scale_nOG: torch.Tensor, zero_nOG: torch.Tensor | None
+        self, x_nPI: torch.Tensor, packed: torch.Tensor, scale_nOG: torch.Tensor, zero_nOG: torch.Tensor | None
     ) -> torch.Tensor:
         """Return sum_G s_G (x_G . q_G - z_G sum x_G) over groups in float32, so that no weight is scaled."""
-        units_nOGi, x_nPGi, scale_nOG = self.parted(units), self.parted(x_nPI), scale_nOG.float()
-        sums_nGPO = x_nPGi.transpose(1, 2) @ units_nOGi.permute(0, 2, 3, 1)
+        units_nOGi, x_nPGi = self.parted(self.units(packed, x_nPI.shape[2])), self.parted(x_nPI)
+        scale_nOG, sums_nGPO = scale_nOG.float(), x_nPGi.transpose(1, 2) @ units_nOGi.permute(0, 2, 3, 1)
         given_nPO = (sums_nGPO * scale_nOG.transpose(1, 2)[:, :, None]).sum(1)
         if zero_nOG is None:
             return given_nPO
         return given_nPO - x_nPGi.sum(-1) @ (scale_nOG * zero_nOG).transpose(1, 2)
 
     def _formed(
-        self, x_nPI: torch.Tensor, units: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None
+        self, x_nPI: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None
     ) -> torch.Tensor:
         """Return x W^T with the numbers of W."""
-        numbers = self._scaled(units, scale, zero).to(x_nPI.dtype)
+        numbers = self._decoded(packed, scale, zero, x_nPI.shape[2]).to(x_nPI.dtype)
         return torch.stack([F.linear(x, weight) for x, weight in zip(x_nPI, numbers, strict=True)])
 
     @abstractmethod
     def pack(self, codes: Codes) -> dict[str, torch.Tensor]:
         """Return the stored tensors of some codes."""
-
-
-def longer(each: torch.Tensor, more: int) -> torch.Tensor:
-    """Return rows with so many zeros more, or numbers less; no copy where there is nothing to do."""
-    return F.pad(each, (0, more)) if more else each

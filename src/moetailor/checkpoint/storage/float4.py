@@ -14,8 +14,8 @@ from functools import cache
 import torch
 from torch.nn import functional as F
 
-from moetailor.checkpoint.storage.few_bits import Codes, FewBits, longer
-from moetailor.checkpoint.storage.lookup import Lookup, lookup
+from moetailor.checkpoint.storage.few_bits import Codes, FewBits
+from moetailor.checkpoint.storage.lookup import Lookup, longer, lookup
 
 SIZES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 MOST, SIGN = SIZES[-1], len(SIZES)
@@ -46,15 +46,8 @@ class Float4(FewBits):
         """Return the floats."""
         return F.embedding(code.int(), _table(str(code.device)))[..., 0]
 
-    def units(self, packed: torch.Tensor, inputs: int) -> torch.Tensor:
+    def look_up(self, device: torch.device) -> Lookup:
         """Return the floats."""
-        return self._lookup(packed.device).numbers(packed, inputs)
-
-    def ready(self, device: torch.device) -> None:
-        """Make the table of codes."""
-        self._lookup(device)
-
-    def _lookup(self, device: torch.device) -> Lookup:
         return lookup("float4", device, lambda device: Lookup.of(_table(str(device)), self.bits))
 
     def pack(self, codes: Codes) -> dict[str, torch.Tensor]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from moetailor.checkpoint.storage.few_bits import Codes, FewBits
+from moetailor.checkpoint.storage.lookup import Lookup, lookup
 from moetailor.checkpoint.storage.storage import register_storage
 
 FLOAT8 = torch.float8_e4m3fn
@@ -40,6 +41,10 @@ class Float8(FewBits):
     def units(self, packed: torch.Tensor, inputs: int) -> torch.Tensor:
         """Return the floats."""
         return floats(packed.view(torch.int8))
+
+    def look_up(self, device: torch.device) -> Lookup:
+        """Return the floats."""
+        return lookup("float8", device, lambda device: Lookup.of(_table(device), self.bits))
 
     def pack(self, codes: Codes) -> dict[str, torch.Tensor]:
         """Return the stored tensors of some codes."""
@@ -80,6 +85,10 @@ def floats(code: torch.Tensor) -> torch.Tensor:
     # is several times sooner than what torch does with floats of 8 bits.
     half = code.to(torch.int16).bitwise_left_shift_(7).bitwise_and_(KEPT).view(torch.float16)
     return half.float().mul_(2.0**8)
+
+
+def _table(device: torch.device) -> torch.Tensor:
+    return floats(torch.arange(256, device=device).to(torch.uint8).view(torch.int8))[:, None]
 
 
 register_storage(Float8())

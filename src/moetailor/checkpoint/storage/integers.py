@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from moetailor.checkpoint.storage.few_bits import Codes, FewBits, longer
-from moetailor.checkpoint.storage.lookup import Lookup, lookup
+from moetailor.checkpoint.storage.few_bits import Codes, FewBits
+from moetailor.checkpoint.storage.lookup import Lookup, longer, lookup
 from moetailor.checkpoint.storage.storage import register_storages
 
 BITS = range(2, 9)
@@ -74,13 +74,12 @@ class Integers(FewBits):
         if self.bits == 8:  # 128 is added to each
             octets = (packed ^ FLIP).flatten().view(torch.int8).view(*packed.shape[:-1], -1)
             return octets[..., :inputs].float()
-        return self._lookup(packed.device).numbers(packed, inputs)
+        return super().units(packed, inputs)
 
-    def ready(self, device: torch.device) -> None:
-        """Make the table of codes."""
-        self._lookup(device)
-
-    def _lookup(self, device: torch.device) -> Lookup:
+    def look_up(self, device: torch.device) -> Lookup | None:
+        """Return the codes as numbers; those of 8 bits are bytes."""
+        if self.bits == 8:
+            return None
         half = 2 ** (self.bits - 1)
         return lookup(
             f"int{self.bits}",

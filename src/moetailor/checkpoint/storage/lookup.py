@@ -9,8 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-
-from moetailor.checkpoint.storage.few_bits import longer
+from torch.nn import functional as F
 
 # What a look-up gives moves as one element, of at most 16 bytes: by the float32 numbers in it.
 ELEMENTS = {2: torch.int64, 4: torch.complex128}
@@ -62,8 +61,7 @@ class Lookup:
 
     def _rows(self, words: torch.Tensor, count: int) -> torch.Tensor:
         """Return the rows of the table that stand for at least so many numbers, [..., rows]."""
-        # Flat, as axes of length one may have strides with which bytes cannot be viewed as others.
-        octets = words.contiguous().flatten().view(torch.uint8).view(*words.shape[:-1], -1)
+        octets = octets_of(words)
         if 8 % self.bits == 0:
             return octets.int()
         # Eight codes lie in as many bytes as a code has bits: put into eight bytes, they are one number.
@@ -81,3 +79,14 @@ def lookup(name: str, device: torch.device, make: Callable[[torch.device], Looku
     if key not in LOOKUPS:
         LOOKUPS[key] = make(device)
     return LOOKUPS[key]
+
+
+def octets_of(words: torch.Tensor) -> torch.Tensor:
+    """Return the bytes of rows, uint8 [..., B]."""
+    # Flat, as axes of length one may have strides with which bytes cannot be viewed as others.
+    return words.contiguous().flatten().view(torch.uint8).view(*words.shape[:-1], -1)
+
+
+def longer(each: torch.Tensor, more: int) -> torch.Tensor:
+    """Return rows with so many zeros more, or numbers less; no copy where there is nothing to do."""
+    return F.pad(each, (0, more)) if more else each
