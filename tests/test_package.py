@@ -48,7 +48,7 @@ def content(wheel: Path) -> set[str]:
 
 
 def test_a_wheel_holds_both_packages_and_nothing_else(wheel: Path) -> None:
-    files = [file for file in (ROOT / "src").rglob("*") if file.is_file() and file.suffix != ".pyc"]
+    files = [file for file in (ROOT / "src").rglob("*") if file.is_file() and file.parent.name != "__pycache__"]
     assert content(wheel) == {file.relative_to(ROOT / "src").as_posix() for file in files}
     assert {"moetailor/py.typed", "moetailor_cli/py.typed"} <= content(wheel)
 
