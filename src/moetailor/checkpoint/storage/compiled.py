@@ -1,4 +1,4 @@
-"""A few inputs times rows of codes on a CPU, in one pass: each row is looked up into a cache, and multiplied there.
+"""Rows of codes on a CPU, in one pass: each is looked up into a cache, and scaled or multiplied with inputs there.
 
 Through torch every step would go over a whole matrix in memory, which takes longer than the product. Shapes: n
 matrices, P inputs of each, O outputs, I inputs, B bytes of a row, G groups.
@@ -19,6 +19,8 @@ from moetailor.checkpoint.storage.lookup import Lookup
 
 # What a look-up gives moves as so many elements of one of these types.
 ELEMENTS = {1: (np.float32, 1), 2: (np.int64, 1), 4: (np.complex128, 1), 8: (np.complex128, 2)}
+# Codes of so many bits lie across bytes: how many of them a look-up has.
+ACROSS = {3: 4, 5: 2, 6: 2, 7: 2}
 # Weights from which on a thread is worth to be woken.
 SHARE = 2**18
 
@@ -72,6 +74,7 @@ def _shared(
 ) -> None:
     """Run a loop over outputs, which threads share; its last arguments are the first and last of these."""
     (count, outputs, _), inputs = octets_nOB.shape, scale_nOG.shape[2] * size
+    assert found is None or ACROSS.get(found.bits, found.codes) == found.codes, "the loops read past other tables"
     element, elements = ELEMENTS[found.table.shape[1]] if found else (np.float32, 0)
     table = found.table.numpy().reshape(-1).view(element) if found else np.zeros(0, element)
     zero = torch.zeros(0, 0, 0) if zero_nOG is None else zero_nOG
@@ -127,7 +130,7 @@ def _across(bits: int, codes: int) -> Any:
     return look
 
 
-_across_3, _across_5, _across_6, _across_7 = _across(3, 4), _across(5, 2), _across(6, 2), _across(7, 2)
+_across_3, _across_5, _across_6, _across_7 = (_across(*each) for each in ACROSS.items())
 
 
 @_compiled
