@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numba
 import pytest
@@ -111,14 +112,24 @@ def test_loops_are_compiled_where_nothing_can_be_kept(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("tokens", [1, 40])
-def test_large_experts_run_one_by_one_and_give_the_same(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_tokens_and_large_experts_run_one_by_one_and_give_the_same(
+    tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     module, generator = layer(*SLOTS["bits"]), torch.Generator().manual_seed(0)
     x, gates = torch.randn(tokens, 32, generator=generator), torch.rand(tokens, 2, generator=generator)
     chosen = torch.rand(tokens, 8, generator=generator).topk(2, 1).indices
+    alone = Mock(side_effect=packed._one_by_one)
+    monkeypatch.setattr(packed, "_one_by_one", alone)
     with torch.no_grad():
-        expected = module(x, chosen, gates)
+        with monkeypatch.context() as patch:
+            patch.setattr(packed, "runs_compiled", lambda _: False)
+            expected = module(x, chosen, gates)
+        assert not alone.called
+        torch.testing.assert_close(module(x, chosen, gates), expected, rtol=1e-4, atol=1e-5)
+        assert alone.called == (tokens == 1)
         monkeypatch.setattr(packed, "formed", lambda _: 1)
         torch.testing.assert_close(module(x, chosen, gates), expected, rtol=1e-4, atol=1e-5)
+        assert alone.called
 
 
 @pytest.mark.parametrize("tokens", [1, 3])

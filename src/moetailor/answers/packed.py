@@ -19,9 +19,10 @@ import torch
 from moetailor.answers.answer import Answer, Call, Context
 from moetailor.answers.products import Pairs, grouped, joined_gates
 from moetailor.answers.width import Width
-from moetailor.checkpoint.devices import formed
+from moetailor.checkpoint.devices import formed, runs_compiled
 from moetailor.checkpoint.experts import Experts, ExpertShape
 from moetailor.checkpoint.storage import TensorSpec
+from moetailor.checkpoint.storage.few_bits import FEW
 from moetailor.errors import PlanError
 
 if TYPE_CHECKING:
@@ -107,6 +108,9 @@ class Packed(Width, Answer):
         """Add the gated outputs, a class at a time; slots with one expert run it once for a token."""
         experts = Experts(module)
         at_once = max(4 * formed(call.hidden_TD.device) // math.prod(experts.shape.matrices["down"]), 1)
+        # So few tokens are multiplied with the codes as they lie, and no weight becomes a number (`FewBits.product`).
+        if len(call.hidden_TD) <= FEW and runs_compiled(call.hidden_TD):
+            at_once = 1
         for width in module.slots.packed:
             row_TK, gate_TK = joined_gates(call.of_slots(getattr(module, f"{width.stem}_row")), call.gate_TK)
             pairs = Pairs.of(row_TK, gate_TK)
@@ -145,7 +149,7 @@ def _one_by_one(experts: Experts, stem: str, x_PD: torch.Tensor, pairs: Pairs) -
 
 
 def _several(experts: Experts, stem: str, x_PD: torch.Tensor, number_P: torch.Tensor, at_once: int) -> torch.Tensor:
-    """Return the same where experts are small: some at a time are turned into numbers, and run grouped.
+    """Return the same where experts are small and tokens many: some at a time are turned into numbers, and run grouped.
 
     Args:
         experts: the compressed ones.
