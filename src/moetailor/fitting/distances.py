@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 
 import torch
@@ -11,6 +11,8 @@ import torch
 from moetailor.planning.view import LayerView
 
 EPSILON = 1e-12
+# Numbers that all experts give together, where that is for 128 tokens at least.
+AT_ONCE = 2**26
 
 
 def weight_products(layers: Sequence[LayerView]) -> dict[str, torch.Tensor]:
@@ -73,9 +75,10 @@ def functional_distances(
     weight = torch.cat([gate for _, gate in routed]).double().square()
     pairs = list(zip(experts, routed, strict=True))
     x_TD = torch.cat([layer.sample.hidden[token] for (layer, _), (token, _) in pairs])
-    own_TD = torch.cat(
-        [layer.experts.outputs(expert, layer.inputs(token)).float() for (layer, expert), (token, _) in pairs]
-    )
+    own_TD = torch.empty(x_TD.shape, device=layers[0].experts.device)  # in place first, see `outputs_of_all`
+    counts = [len(token) for token, _ in routed]
+    for (layer, expert), (token, _), own_nD in zip(experts, routed, own_TD.split(counts), strict=True):
+        own_nD.copy_(layer.experts.outputs(expert, layer.inputs(token)))
 
     def summed(values_T: torch.Tensor) -> torch.Tensor:
         """Return sum g^2 value over the tokens of each expert, float64 [E]."""
@@ -104,12 +107,25 @@ def output_gram(layer: LayerView, tokens: int, gate_TE: torch.Tensor | None = No
         gate_TE: factor on each expert's output, 1 when None.
     """
     gram = torch.zeros(layer.num_experts, layer.num_experts, dtype=torch.float64)
-    for token in torch.arange(min(tokens, len(layer.sample.hidden))).split(128):
-        x_TD = layer.sample.hidden[token]
-        rows = []
-        for expert in range(layer.num_experts):
-            output = layer.experts.outputs(expert, x_TD).float()
-            rows.append((output if gate_TE is None else output * gate_TE[token, expert, None].to(output)).flatten())
-        outputs = torch.stack(rows)
-        gram += (outputs @ outputs.T).double().cpu()
+    for token, outputs_EnD in outputs_of_all(layer, torch.arange(min(tokens, len(layer.sample.hidden)))):
+        if gate_TE is not None:
+            outputs_EnD *= gate_TE[token].T[..., None].to(outputs_EnD)
+        rows = outputs_EnD.flatten(1)
+        gram += (rows @ rows.T).double().cpu()
     return gram
+
+
+def outputs_of_all(layer: LayerView, token: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield some of the sampled tokens, [n], and what every expert gives for them, float32 [E, n, D].
+
+    Args:
+        layer: the layer.
+        token: sampled tokens, routed to an expert or not.
+    """
+    width = layer.sample.hidden.shape[1]
+    for some in token.split(max(AT_ONCE // (layer.num_experts * width), 128)):
+        # In place before experts are read: what is put between these as they come and go leaves the heap in pieces.
+        outputs_EnD = torch.empty(layer.num_experts, len(some), width, device=layer.experts.device)
+        for expert, outputs_nD in enumerate(outputs_EnD):
+            outputs_nD.copy_(layer.experts.outputs(expert, layer.inputs(some)))
+        yield some, outputs_EnD

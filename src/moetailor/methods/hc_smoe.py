@@ -60,5 +60,7 @@ class HCSMoE(Method):
 def mean_outputs(layer: LayerView, tokens: int) -> torch.Tensor:
     """Return the mean output of every expert over the same sampled tokens, routed or not, float64 [E, D]."""
     x_TD = layer.sample.hidden[:tokens]
-    outputs = [layer.experts.outputs(expert, x_TD).double().mean(0).cpu() for expert in range(layer.num_experts)]
-    return torch.stack(outputs)
+    found = torch.empty(layer.num_experts, x_TD.shape[1], dtype=torch.float64)
+    for expert, mean in enumerate(found):
+        mean.copy_(layer.experts.outputs(expert, x_TD).double().mean(0))
+    return found

@@ -13,6 +13,7 @@ from itertools import chain, combinations, product
 import torch
 
 from moetailor.calibration.statistics import Sample
+from moetailor.fitting.distances import outputs_of_all
 from moetailor.methods.choose import kept_of_group, refuse_protected
 from moetailor.methods.routing import own_gates, routing_of
 from moetailor.planning.view import LayerView
@@ -63,12 +64,8 @@ def subset_errors(layer: LayerView, tokens: int, where: str) -> Callable[[torch.
     sample = Sample(**{name: part[:tokens] for name, part in vars(layer.sample).items()})
     rule, known_T = routing_of(sample, layer.limits, layer.correction, where)
     rule, own_TE = replace(rule, logits=rule.logits[known_T]), own_gates(sample)[known_T]
-    parts = []
-    for x_TD in sample.hidden[known_T].split(128):
-        outputs = [layer.experts.outputs(expert, x_TD).float() for expert in range(layer.num_experts)]
-        y_TED = torch.stack(outputs, 1)
-        parts.append((y_TED @ y_TED.mT).cpu())
-    gram_TEE = torch.cat(parts)
+    every = (outputs_EnD.transpose(0, 1) for _, outputs_EnD in outputs_of_all(layer, known_T.nonzero().flatten()))
+    gram_TEE = torch.cat([(y_nED @ y_nED.mT).cpu() for y_nED in every])
 
     def errors(kept_SE: torch.Tensor) -> torch.Tensor:
         found = []
