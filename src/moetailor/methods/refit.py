@@ -71,6 +71,15 @@ class Refit(Method):
 
     def build(self, layer: LayerView, plan: LayerPlan) -> dict[str, torch.Tensor]:
         """Return the experts that stay with their down projections fitted."""
+        downs = self._downs(layer, plan)
+        fitted = (
+            layer.experts.expert(expert) | {"down": downs.pop(expert).to(layer.experts.dtype)}
+            for expert in plan.rebuilt
+        )
+        return stacked(fitted, len(plan.rebuilt))
+
+    def _downs(self, layer: LayerView, plan: LayerPlan) -> dict[int, torch.Tensor]:
+        """Return the fitted down projections; what is only there to fit them goes before the experts are stacked."""
         gates_TE, missing_TD = missing_output(layer, plan)
         downs: dict[int, torch.Tensor] = {}
         for _round in range(self.rounds):
@@ -93,13 +102,9 @@ class Refit(Method):
                 f"({min(scarce)} at least) than they have neurons ({neurons}); "
                 "keep more with `moetailor calibrate --sample-tokens`",
                 MoetailorWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
-        fitted = (
-            layer.experts.expert(expert) | {"down": downs.pop(expert).to(layer.experts.dtype)}
-            for expert in plan.rebuilt
-        )
-        return stacked(fitted, len(plan.rebuilt))
+        return downs
 
 
 def missing_output(layer: LayerView, plan: LayerPlan) -> tuple[torch.Tensor, torch.Tensor]:
