@@ -79,7 +79,7 @@ def passing_nbytes(device: torch.device) -> int:
 
 def formed(device: torch.device) -> int:
     """Return how many weights are best turned into numbers at the same time: on a GPU many, for the launches."""
-    return 2**25 if device.type == "cuda" else 2**19
+    return 2**26 if device.type == "cuda" else 2**20
 
 
 def runs_compiled(tensor: torch.Tensor) -> bool:

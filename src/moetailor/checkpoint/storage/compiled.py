@@ -19,8 +19,8 @@ from moetailor.checkpoint.storage.lookup import Lookup
 
 # What a look-up gives moves as so many elements of one of these types.
 ELEMENTS = {1: (np.float32, 1), 2: (np.int64, 1), 4: (np.complex128, 1), 8: (np.complex128, 2)}
-# Codes of so many bits lie across bytes: how many of them a look-up has.
-ACROSS = {3: 4, 5: 2, 6: 2, 7: 2}
+# Codes of six bits lie across bytes: how many of them a look-up has.
+SIXES = 2
 # Weights from which on a thread is worth to be woken.
 SHARE = 2**18
 
@@ -56,11 +56,16 @@ def numbers(
     zero_nOG: torch.Tensor | None,
     size: int,
     inputs: int,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Return W, s (q - z), float32 [n, O, I]; the arguments are those of `product`, and the inputs of a matrix."""
-    out = np.empty((*octets_nOB.shape[:2], inputs), np.float32)
-    _shared(_numbers, octets_nOB, found, scale_nOG, zero_nOG, size, out)
-    return torch.from_numpy(out)
+    """Return W, s (q - z), [n, O, I]: exact in float32, then rounded once to a dtype.
+
+    The arguments are those of `product`, and the inputs of a matrix.
+    """
+    halved = dtype == torch.bfloat16
+    out = np.empty((*octets_nOB.shape[:2], inputs), np.uint16 if halved else np.float32)
+    _shared(_rounded if halved else _numbers, octets_nOB, found, scale_nOG, zero_nOG, size, out)
+    return torch.from_numpy(out).view(dtype) if halved else torch.from_numpy(out).to(dtype)
 
 
 def _shared(
@@ -74,9 +79,12 @@ def _shared(
 ) -> None:
     """Run a loop over outputs, which threads share; its last arguments are the first and last of these."""
     (count, outputs, _), inputs = octets_nOB.shape, scale_nOG.shape[2] * size
-    assert found is None or ACROSS.get(found.bits, found.codes) == found.codes, "the loops read past other tables"
-    element, elements = ELEMENTS[found.table.shape[1]] if found else (np.float32, 0)
-    table = found.table.numpy().reshape(-1).view(element) if found else np.zeros(0, element)
+    if found is None or found.integers:
+        elements, table = 0, np.zeros(0, np.float32)
+    else:
+        assert 8 % found.bits == 0 or (found.bits, found.codes) == (6, SIXES), "the loops read past other tables"
+        element, elements = ELEMENTS[found.table.shape[1]]
+        table = found.table.numpy().reshape(-1).view(element)
     zero = torch.zeros(0, 0, 0) if zero_nOG is None else zero_nOG
     scale, zero = (part.float().contiguous().numpy() for part in (scale_nOG, zero))
     codes = (found.bits if found else 8, elements, octets_nOB.numpy(), table, scale, zero, size)
@@ -97,6 +105,8 @@ def _compiled(function: Any, **options: Any) -> Any:
         return numba.njit(**options)(function)
 
 
+# What is called for each row or group: a call would count the references of its arrays.
+_inlined = partial(_compiled, inline="always")
 # Sums that may be taken in any order, which vectors need.
 _summing = partial(_compiled, fastmath={"reassoc", "contract"})
 
@@ -107,95 +117,144 @@ def _pool(process: int, threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads)
 
 
-def _across(bits: int, codes: int) -> Any:
-    """Return what looks up codes that lie across bytes; compiled for these numbers, so that its loops are unrolled."""
-    step, rows, mask = bits * codes, 8 // codes, np.uint64((1 << bits * codes) - 1)
+def _integers(bits: int) -> Any:
+    """Return what tells integers that lie across bytes; compiled for their bits, so that its loops are unrolled."""
+    mask, half = np.uint64((1 << bits) - 1), np.int32(1 << bits - 1)
 
     @_compiled
-    def look(row, table, units):
-        # Eight codes lie in as many bytes as a code has bits; the last ones may have fewer, where no more codes are.
-        whole = min(len(row) // bits, len(units) // rows)
+    def told(row, units):
+        # Eight lie in as many bytes as one has bits; the last ones may have fewer, where no more of them are.
+        whole = len(row) // bits
         for eight in range(whole):
             word = np.uint64(0)
             for octet in range(bits):
                 word |= np.uint64(row[eight * bits + octet]) << np.uint64(8 * octet)
-            for each in range(rows):
-                units[eight * rows + each] = table[word >> np.uint64(step * each) & mask]
+            for each in range(8):
+                units[8 * eight + each] = np.float32(np.int32(word >> np.uint64(bits * each) & mask) - half)
         word = np.uint64(0)
-        for octet in range(min(len(row) - whole * bits, bits)):
+        for octet in range(len(row) - whole * bits):
             word |= np.uint64(row[whole * bits + octet]) << np.uint64(8 * octet)
-        for each in range(len(units) - whole * rows):
-            units[whole * rows + each] = table[word >> np.uint64(step * each) & mask]
+        for each in range(8 if len(row) > whole * bits else 0):
+            units[8 * whole + each] = np.float32(np.int32(word >> np.uint64(bits * each) & mask) - half)
 
-    return look
-
-
-_across_3, _across_5, _across_6, _across_7 = (_across(*each) for each in ACROSS.items())
+    return told
 
 
-@_compiled
-def _looked_up(bits, elements, row, table, units):
-    if bits == 3:
-        _across_3(row, table, units)
-    elif bits == 5:
-        _across_5(row, table, units)
-    elif bits == 6:
-        _across_6(row, table, units)
-    elif bits == 7:
-        _across_7(row, table, units)
-    elif elements == 0:
-        for at in range(len(units)):
+_integers_3, _integers_5, _integers_6, _integers_7 = (_integers(bits) for bits in (3, 5, 6, 7))
+
+
+@_inlined
+def _told(bits, row, units):
+    if bits == 8:
+        for at in range(len(row)):
             units[at] = np.float32(np.int32(row[at]) - np.int32(128))
-    elif elements == 1:
-        for at in range(len(units)):
-            units[at] = table[row[at]]
+    elif bits == 4:
+        for at in range(len(row)):
+            octet = np.int32(row[at])
+            units[2 * at] = np.float32((octet & np.int32(15)) - np.int32(8))
+            units[2 * at + 1] = np.float32((octet >> np.int32(4)) - np.int32(8))
+    elif bits == 2:
+        for at in range(len(row)):
+            octet = np.int32(row[at])
+            for each in range(4):
+                units[4 * at + each] = np.float32((octet >> np.int32(2 * each) & np.int32(3)) - np.int32(2))
+    elif bits == 3:
+        _integers_3(row, units)
+    elif bits == 5:
+        _integers_5(row, units)
+    elif bits == 6:
+        _integers_6(row, units)
     else:
-        for at in range(len(units) // 2):
-            units[2 * at] = table[2 * np.int64(row[at])]
-            units[2 * at + 1] = table[2 * np.int64(row[at]) + 1]
+        _integers_7(row, units)
+
+
+@_inlined
+def _looked_up(bits, elements, row, table, units, cells):
+    # Cells are the same place as units, in elements of the table.
+    if elements == 0:
+        _told(bits, row, units)
+    elif bits == 6:
+        # Three bytes have four codes, two look-ups; rows end with a word, so that no more codes are where bytes end.
+        for three in range(len(row) // 3):
+            low, middle, high = np.int32(row[3 * three]), np.int32(row[3 * three + 1]), np.int32(row[3 * three + 2])
+            cells[2 * three] = table[low | (middle & np.int32(15)) << np.int32(8)]
+            cells[2 * three + 1] = table[middle >> np.int32(4) | high << np.int32(4)]
+    elif elements == 1:
+        for at in range(len(row)):
+            cells[at] = table[row[at]]
+    else:
+        for at in range(len(row)):
+            cells[2 * at] = table[2 * np.int64(row[at])]
+            cells[2 * at + 1] = table[2 * np.int64(row[at]) + 1]
 
 
 @_compiled
-def _room(bits, elements, table, inputs):
-    # For whole bytes, and for eight codes where they lie across bytes.
-    at_once = max(elements, 1) if 8 % bits == 0 else 2 if bits == 3 else 4
-    per = table.itemsize // 4 * at_once
-    return np.zeros(-(-inputs // per) * per, np.float32)
+def _room(octets):
+    # A byte stands for eight weights at most.
+    return np.zeros(8 * octets.shape[2], np.float32)
 
 
 @_summing
 def _products(bits, elements, octets, table, scale, zero, size, x, out, first, last):
-    inputs, groups = x.shape[2], scale.shape[2]
-    units = _room(bits, elements, table, inputs)
+    (_, count, inputs), groups = x.shape, scale.shape[2]
+    units = _room(octets)
+    cells = units.view(table.dtype)
+    # Integers of 8 and of 4 bits are multiplied as they are told; for the latter those inputs lie together that have
+    # the lower halves of bytes.
+    straight = elements == 0 and (bits == 8 or (bits == 4 and size % 2 == 0))
+    halves, sums = np.zeros((count, 2, (inputs + 1) // 2), np.float32), np.zeros((count, groups), np.float32)
     for n in range(len(x)):
-        sums = np.zeros((x.shape[1], groups), np.float32)
-        for p in range(len(sums) if zero.size else 0):
-            for g in range(groups):
+        for p in range(count):
+            halves[p, 0], halves[p, 1, : inputs // 2] = x[n, p, ::2], x[n, p, 1::2]
+            for g in range(groups if zero.size else 0):
                 sums[p, g] = x[n, p, g * size : (g + 1) * size].sum()
         for o in range(first, last):
-            _looked_up(bits, elements, octets[n, o], table, units.view(table.dtype))
-            for p in range(x.shape[1]):
+            row = octets[n, o]
+            if not straight:
+                _looked_up(bits, elements, row, table, units, cells)
+            for p in range(count):
                 total = np.float32(0)
                 for g in range(groups):
                     some = slice(g * size, min((g + 1) * size, inputs))
-                    each = _dot(units[some], x[n, p, some])
+                    if not straight:
+                        each = _dot(units[some], x[n, p, some])
+                    elif bits == 8:
+                        each = _dot_octets(row[some], x[n, p, some])
+                    else:
+                        half = slice(g * size // 2, min((g + 1) * size, inputs + 1) // 2)
+                        each = _dot_halves(row[half], halves[p, 0, half], halves[p, 1, half])
                     if zero.size:
                         each -= zero[n, o, g] * sums[p, g]
                     total += each * scale[n, o, g]
                 out[n, p, o] = total
 
 
+@_inlined
+def _row(n, o, bits, elements, octets, table, scale, zero, size, units, cells, out):
+    _looked_up(bits, elements, octets[n, o], table, units, cells)
+    for g in range(scale.shape[2]):
+        some = slice(g * size, min((g + 1) * size, len(out)))
+        less = zero[n, o, g] if zero.size else np.float32(0)
+        _scaled(units[some], less, scale[n, o, g], out[some])
+
+
 @_compiled
 def _numbers(bits, elements, octets, table, scale, zero, size, out, first, last):
-    inputs, groups = out.shape[2], scale.shape[2]
-    units = _room(bits, elements, table, inputs)
+    units = _room(octets)
+    cells = units.view(table.dtype)
     for n in range(len(out)):
         for o in range(first, last):
-            _looked_up(bits, elements, octets[n, o], table, units.view(table.dtype))
-            for g in range(groups):
-                some = slice(g * size, min((g + 1) * size, inputs))
-                less = zero[n, o, g] if zero.size else np.float32(0)
-                _scaled(units[some], less, scale[n, o, g], out[n, o, some])
+            _row(n, o, bits, elements, octets, table, scale, zero, size, units, cells, out[n, o])
+
+
+@_compiled
+def _rounded(bits, elements, octets, table, scale, zero, size, out, first, last):
+    units, row = _room(octets), np.empty(out.shape[2], np.float32)
+    cells, words = units.view(table.dtype), row.view(np.uint32)
+    for n in range(len(out)):
+        for o in range(first, last):
+            _row(n, o, bits, elements, octets, table, scale, zero, size, units, cells, row)
+            _halved(words, out[n, o])
 
 
 @_summing
@@ -206,7 +265,33 @@ def _dot(some, others):
     return total
 
 
-@_compiled
+@_summing
+def _dot_octets(octets, others):
+    total = np.float32(0)
+    for at in range(len(octets)):
+        total += np.float32(np.int32(octets[at]) - np.int32(128)) * others[at]
+    return total
+
+
+@_summing
+def _dot_halves(octets, others, more):
+    total = np.float32(0)
+    for at in range(len(octets)):
+        octet = np.int32(octets[at])
+        total += np.float32((octet & np.int32(15)) - np.int32(8)) * others[at]
+        total += np.float32((octet >> np.int32(4)) - np.int32(8)) * more[at]
+    return total
+
+
+@_inlined
 def _scaled(units, less, scale, out):
     for at in range(len(units)):
         out[at] = (units[at] - less) * scale
+
+
+@_compiled
+def _halved(words, out):
+    # The upper half of a float32 is a bfloat16: half a unit of its last place is added, less where a tie is even.
+    for at in range(len(out)):
+        even = words[at] >> np.uint32(16) & np.uint32(1)
+        out[at] = np.uint16(words[at] + np.uint32(0x7FFF) + even >> np.uint32(16))

@@ -224,17 +224,18 @@ class FewBits(Storage):
 
     def decode(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
         """Return the numbers of stored tensors in the dtype of the scales: exact in float32, then rounded once."""
-        return self._decoded(parts["_packed"], self.scales(parts, shape[1]), self.zeros(parts, shape[1]), shape[2])
+        scale = self.scales(parts, shape[1])
+        return self._decoded(parts["_packed"], scale, self.zeros(parts, shape[1]), shape[2], scale.dtype)
 
     def _decoded(
-        self, packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, inputs: int
+        self, packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, inputs: int, dtype: torch.dtype
     ) -> torch.Tensor:
         if not runs_compiled(packed):
-            return self._scaled(self.units(packed, inputs), scale, zero)
+            return self._scaled(self.units(packed, inputs), scale, zero).to(dtype)
         from moetailor.checkpoint.storage import compiled  # numba takes half a second
 
         octets, found = octets_of(packed), self.look_up(packed.device)
-        return compiled.numbers(octets, found, scale, zero, self.size(inputs), inputs).to(scale.dtype)
+        return compiled.numbers(octets, found, scale, zero, self.size(inputs), inputs, dtype)
 
     def _scaled(self, units: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
         numbers = self.parted(units)
@@ -275,7 +276,8 @@ class FewBits(Storage):
         self, x_nPI: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None
     ) -> torch.Tensor:
         """Return x W^T with the numbers of W."""
-        numbers = self._decoded(packed, scale, zero, x_nPI.shape[2]).to(x_nPI.dtype)
+        narrow = min(scale.dtype, x_nPI.dtype, key=lambda dtype: dtype.itemsize)
+        numbers = self._decoded(packed, scale, zero, x_nPI.shape[2], narrow).to(x_nPI.dtype)
         return torch.stack([F.linear(x, weight) for x, weight in zip(x_nPI, numbers, strict=True)])
 
     @abstractmethod

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -80,12 +81,7 @@ class Integers(FewBits):
         """Return the codes as numbers; those of 8 bits are bytes."""
         if self.bits == 8:
             return None
-        half = 2 ** (self.bits - 1)
-        return lookup(
-            f"int{self.bits}",
-            device,
-            lambda device: Lookup.of(torch.arange(-half, half, device=device).float()[:, None], self.bits),
-        )
+        return lookup(f"int{self.bits}", device, partial(Lookup.of_integers, self.bits))
 
     def zeros(self, parts: Mapping[str, torch.Tensor], outputs: int) -> torch.Tensor | None:
         """Return the zero points, unless codes are symmetric."""

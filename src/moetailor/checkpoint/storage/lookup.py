@@ -6,7 +6,7 @@ Shapes: K rows of a table, V numbers of a row, W words.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn import functional as F
@@ -28,11 +28,13 @@ class Lookup:
         bits: of a code.
         codes: that are looked up at once.
         table: float32 [2^(bits codes), codes V], the first code in the lowest bits.
+        integers: whether codes stand for themselves less half of all, for which loops need no table.
     """
 
     bits: int
     codes: int
     table: torch.Tensor
+    integers: bool = False
 
     @classmethod
     def of(cls, table_KV: torch.Tensor, bits: int) -> Lookup:
@@ -44,6 +46,12 @@ class Lookup:
         for _ in range(codes - 1):
             table = torch.cat([table.repeat(len(table_KV), 1), table_KV.repeat_interleave(len(table), 0)], 1)
         return cls(bits=bits, codes=codes, table=table)
+
+    @classmethod
+    def of_integers(cls, bits: int, device: torch.device) -> Lookup:
+        """Return it for integers that are stored with half of all added."""
+        half = 2 ** (bits - 1)
+        return replace(cls.of(torch.arange(-half, half, device=device).float()[:, None], bits), integers=True)
 
     def numbers(self, words: torch.Tensor, count: int) -> torch.Tensor:
         """Return what rows of codes stand for, float32 [..., count].
