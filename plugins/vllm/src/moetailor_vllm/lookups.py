@@ -5,13 +5,35 @@ Shapes: C codes, B bytes, m codes of a byte, V numbers of a code, O outputs, n m
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import safetensors.torch
 import torch
 from torch.nn import functional as F
 
+# Weights of a code by bits of a weight, where codes are numbers of rows of a table.
+CODE_WEIGHTS = {1: 8, 2: 4, 3: 2, 4: 2}
+# Floats as codes: bits, and inputs that share a scale, all of a row where there are 0; blocks have as many outputs.
+FLOATS: dict[str, tuple[int, int]] = {"fp8": (8, 0), "fp8b128": (8, 128), "mxfp4": (4, 32), "nvfp4": (4, 16)}
+# What floats of 4 bits stand for, e2m1, those with a sign behind the others.
+SIZES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 # How a code of so many bits is cut into parts of which bytes hold a whole number, from the lowest bit up.
 PARTS = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
 # A row of so many bytes is read as one number.
 WHOLE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def values_of(codes: str, bits: int) -> torch.Tensor:
+    """Return what each code stands for before its scale, float32 [codes, weights of a code]."""
+    if codes == "vq":
+        books = safetensors.torch.load_file(Path(__file__).with_name("codebooks.safetensors"))
+        return books[f"vq{bits}"].float()
+    if codes in FLOATS and bits == 8:
+        return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()[:, None]
+    if codes in FLOATS:
+        return torch.tensor([[sign * size] for sign in (1, -1) for size in SIZES], dtype=torch.float32)
+    # Codes and zero points are stored with 2^(b-1) added; without zero points this is what is left.
+    return torch.arange(2**bits)[:, None].float() - (2 ** (bits - 1) if codes == "int" else 0)
 
 
 def tables(values_CV: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:

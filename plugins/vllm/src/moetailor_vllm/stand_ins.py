@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from moetailor_vllm.pairs import Pairs, ends, grouped
 from moetailor_vllm.slots import Constant, Linear, LowRank, Packed, Slots
-from moetailor_vllm.stored import ALONE, FewBits, Plain, Rank, stem, storages
+from moetailor_vllm.stored import ALONE, FewBits, Plain, Rank
+from moetailor_vllm.widths import stem, storages
 
 # The grouped kernels of CUDA want rows of 16 bytes.
 ALIGNMENT = 8

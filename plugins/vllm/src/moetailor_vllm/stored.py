@@ -9,24 +9,30 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-import safetensors.torch
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from moetailor_vllm.lookups import PARTS, cut, looked_up, nbytes, rows_of, tables, unpacked
-from moetailor_vllm.slots import Packed
+from moetailor_vllm.codes import Codes
+from moetailor_vllm.compiled import numbers_of, product_of, runs_compiled
+from moetailor_vllm.lookups import (
+    CODE_WEIGHTS,
+    FLOATS,
+    PARTS,
+    cut,
+    looked_up,
+    nbytes,
+    rows_of,
+    tables,
+    unpacked,
+    values_of,
+)
 
 # Numbers that decoding may hold at a time beside its result: on CPUs what their caches hold.
-AT_ONCE = {"cpu": 2**18, "": 2**24}
-# Weights of a code by bits of a weight, where codes are numbers of rows of a table.
-CODE_WEIGHTS = {1: 8, 2: 4, 3: 2, 4: 2}
-# Floats as codes: bits, and inputs that share a scale, all of a row where there are 0; blocks have as many outputs.
-FLOATS: dict[str, tuple[int, int]] = {"fp8": (8, 0), "fp8b128": (8, 128), "mxfp4": (4, 32), "nvfp4": (4, 16)}
-# What floats of 4 bits stand for, e2m1, those with a sign behind the others.
-SIZES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+AT_ONCE = {"cpu": 2**20, "": 2**24}
+# Inputs of a matrix up to which codes are multiplied as they are.
+FEW = 4
 # Bits of float32 behind its exponent.
 MANTISSA = 23
 
@@ -172,7 +178,7 @@ class FewBits(nn.Module):
 
     def _make_tables(self, scales: torch.dtype) -> None:
         with torch.device("cpu"):
-            values = self._values()
+            values = values_of(self.codes, self.bits)
             # Numbers times scales are rounded once where the model's type holds both; else float32 has them first.
             fits = scales == self.dtype and values.nan_to_num().equal(values.nan_to_num().to(self.dtype).float())
             self.work = self.dtype if fits else torch.float32
@@ -185,18 +191,6 @@ class FewBits(nn.Module):
         for number, table in enumerate(found):
             self.register_buffer(f"table{number}", table.to(self.scale.device), persistent=False)
         self.register_buffer("book", values.to(self.scale.device, self.work) if book else None, persistent=False)
-
-    def _values(self) -> torch.Tensor:
-        """Return what each code stands for before its scale, float32 [codes, weights of a code]."""
-        if self.codes == "vq":
-            books = safetensors.torch.load_file(Path(__file__).with_name("codebooks.safetensors"))
-            return books[f"vq{self.bits}"].float()
-        if self.codes in FLOATS and self.bits == 8:
-            return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()[:, None]
-        if self.codes in FLOATS:
-            return torch.tensor([[sign * size] for sign in (1, -1) for size in SIZES], dtype=torch.float32)
-        # Codes and zero points are stored with 2^(b-1) added; without zero points this is what is left.
-        return torch.arange(2**self.bits)[:, None].float() - (2 ** (self.bits - 1) if self.codes == "int" else 0)
 
     def _share(self, size: int, of: int) -> int:
         if size % (self.rank.count * of):
@@ -232,17 +226,26 @@ class FewBits(nn.Module):
 
     def product(self, x_PI: torch.Tensor, row: int) -> torch.Tensor:
         """Return W x of one matrix, [P, O]; its numbers are never there at once."""
+        if len(x_PI) <= FEW and runs_compiled(x_PI):
+            scale = self._scales(slice(row, row + 1))[0]
+            return product_of(x_PI, self.packed[row], self._meant, scale, self._zero(row), self.size).to(x_PI)
         parts = [F.linear(x_PI, numbers.to(x_PI.dtype)) for _, numbers in self._decoded(slice(row, row + 1))]
         return torch.cat(parts, -1)
 
     def _decoded(self, rows: torch.Tensor | slice) -> Iterator[tuple[slice, torch.Tensor]]:
         """Yield the numbers of some rows of all rows of some matrices, [R, I], and which they are."""
         packed, scale = self.packed[rows].flatten(0, 1), self._scales(rows).flatten(0, 1)
-        zero = self.zero[rows].flatten(0, 1).to(self.work) if self.codes == "uint" else None
+        zero = self._zero(rows).flatten(0, -2).to(self.work)
+        own, loops = len(zero) > 1, runs_compiled(packed)
         found, inputs = [getattr(self, f"table{number}") for number in range(self.tables)], self.local[2]
         step = max(AT_ONCE.get(packed.device.type, AT_ONCE[""]) // inputs, 1)
         for start in range(0, len(packed), step):
             some = slice(start, start + step)
+            less = zero[some] if own else zero
+            if loops:
+                meant = (self._meant, scale[some], less, self.size, inputs, self.dtype)
+                yield some, numbers_of(packed[some], *meant)
+                continue
             if found:
                 units = looked_up(packed[some], found, self.code, self.count)
             else:
@@ -252,11 +255,19 @@ class FewBits(nn.Module):
             if missing := scale.shape[-1] * self.size - units.shape[-1]:
                 units = F.pad(units, (0, missing))
             units = units.unflatten(-1, (-1, self.size))
-            if zero is not None:
-                units.sub_(zero[some, :, None])
-            elif not found:
-                units.sub_(2**7)
+            units.sub_(less[..., None])
             yield some, units.mul_(scale[some, :, None]).flatten(-2)[..., :inputs].to(self.dtype)
+
+    @property
+    def _meant(self) -> Codes:
+        return Codes.of(self.codes, self.bits, self.count)
+
+    def _zero(self, rows: torch.Tensor | slice | int) -> torch.Tensor:
+        """Return the zero points of some matrices, [rows, O, G]; one of all, [1, 1], where codes have none."""
+        if self.codes == "uint":
+            return self.zero[rows]
+        # Bytes stand for themselves, and are stored with 128 added.
+        return self.scale.new_full((1, 1), 2**7 if self.codes == "int" and self.bits == 8 else 0, dtype=self.work)
 
     def _scales(self, rows: torch.Tensor | slice) -> torch.Tensor:
         """Return the scales of some matrices in the type of `work`, [rows, O, G]."""
@@ -266,32 +277,3 @@ class FewBits(nn.Module):
         if self.codes == "nvfp4":
             return scale.view(torch.float8_e4m3fn).float() / self.whole[rows][..., None]
         return scale.to(self.work)
-
-
-def storages(width: Packed) -> dict[str, str]:
-    """Return how each matrix of an expert in few bits lies.
-
-    Raises:
-        NotImplementedError: as numbers beside the codes of a quantized original, or in a way that is not known here.
-    """
-    if width.bits > 8:
-        raise NotImplementedError("moetailor-vllm does not serve experts beside the codes of a quantized original")
-    if width.codes not in ("uint", "int", "vq", *FLOATS):
-        raise NotImplementedError(
-            f"moetailor-vllm does not serve experts in {width.codes}; a newer one may, or transformers"
-        )
-    down = width.down or width.bits
-
-    def storage(bits: int) -> str:
-        if width.codes in FLOATS:
-            return width.codes
-        codes = "uint" if width.codes == "vq" and bits not in CODE_WEIGHTS else width.codes
-        return f"{codes}{bits}g{width.group}"
-
-    return {"gate": storage(width.bits), "up": storage(width.bits), "down": storage(down)}
-
-
-def stem(width: Packed) -> str:
-    """Return the start of the names of the tensors of a width."""
-    bits = f"{width.codes}{width.bits}_{width.down or width.bits}_g{width.group}"
-    return f"packed_{width.codes if width.codes in FLOATS else bits}"
