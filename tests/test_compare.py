@@ -546,7 +546,7 @@ def test_words_of_rows() -> None:
             {"methods": "quantize:codes=vq@uint4"},
             "--methods quantize:codes=vq@uint4: parameters say codes",
         ),
-        ({"methods": "auto@4", "remove": None, "sizes": "40%"}, "--bits: auto says itself how experts lie"),
+        ({"methods": "auto@4", "remove": None, "sizes": "40%"}, "--methods auto@4: auto says itself how experts lie"),
         ({"sizes": "40%"}, "--remove and --sizes: rows are of equal ratios or of equal bytes; give one of them"),
         ({"remove": None, "sizes": 0.4}, "--size 0.4: bytes are whole; did you mean 40%?"),
         ({"remove": None, "sizes": "140%"}, "--size 140%: must be above 0% and at most 100% of the original's bytes"),

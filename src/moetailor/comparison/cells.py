@@ -95,7 +95,11 @@ def cells_of(
     for budget in ordered:
         for method, width in chosen:
             if method.removes:
-                refuse_unknown(method, budget, "uniform", width)
+                try:
+                    refuse_unknown(method, budget, "uniform", width)
+                except PlanError as error:
+                    named = f"--methods {method.name}@{width.text}:" if width else "--bits:"
+                    raise PlanError(str(error).replace("--bits:", named)) from None
                 cells.append(Cell(method=method, budget=budget, width=width))
     return list({cell.file: cell for cell in cells}.values())
 
