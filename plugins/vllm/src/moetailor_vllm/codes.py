@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,9 +14,12 @@ from moetailor_vllm.lookups import PARTS, nbytes, tables, values_of
 ELEMENTS = {1: (np.float32, 1), 2: (np.int64, 1), 4: (np.complex128, 1), 8: (np.complex128, 2)}
 
 
-@dataclass(frozen=True)
-class Codes:
-    """What codes stand for.
+# Nothing to take away, no elements of a table, and no rows of a book.
+NOTHING, NO_TABLE, NO_BOOK = np.float32(0), np.zeros(0, np.float32), np.zeros((0, 2), np.float32)
+
+
+class Codes(NamedTuple):
+    """What codes stand for: for integers, for what a table says of bytes, or for two weights in a row of a book.
 
     Attributes:
         starts: where the bytes of each part start in a row, int64 [R + 1].
@@ -30,10 +32,10 @@ class Codes:
 
     starts: np.ndarray
     widths: np.ndarray
-    less: np.float32
-    table: np.ndarray
-    elements: int
-    book: np.ndarray
+    less: np.float32 = NOTHING
+    table: np.ndarray = NO_TABLE
+    elements: int = 0
+    book: np.ndarray = NO_BOOK
 
     @classmethod
     @cache
@@ -46,26 +48,16 @@ class Codes:
             count: codes of a row.
         """
         with torch.device("cpu"):
-            values_CV = values_of(codes, bits)
-            bits *= values_CV.shape[1]
-            integers, many = codes in ("uint", "int"), len(PARTS[bits]) > 1
-            told, element, elements = np.zeros(0, np.float32), np.float32, 0
-            if not integers and not many:
-                (table,) = tables(values_CV, torch.float32)
-                element, elements = ELEMENTS[table.shape[1]]
-                told = table.flatten().numpy()
-        counted = integers or many
-        return cls(
-            starts=np.cumsum([0, *nbytes(bits, count)]),
-            widths=np.array(PARTS[bits] if counted else (), np.int64),
-            # Integers of 8 bits have a zero point for it.
-            less=np.float32(2 ** (bits - 1) if codes == "int" and bits < 8 else 0),
-            table=told.view(element),
-            elements=elements,
-            book=values_CV.float().contiguous().numpy() if many and not integers else np.zeros((0, 2), np.float32),
-        )
-
-    @property
-    def parts(self) -> tuple[Any, ...]:
-        """What the loops take."""
-        return self.starts, self.widths, self.less, self.table, self.elements, self.book
+            values_CV = values_of(codes, bits).float()
+        code = bits * values_CV.shape[1]
+        starts, widths = np.cumsum([0, *nbytes(code, count)]), np.array(PARTS[code], np.int64)
+        if codes in ("uint", "int"):
+            # Those of 8 bits have a zero point for it.
+            less = np.float32(2 ** (bits - 1) if codes == "int" and bits < 8 else 0)
+            return cls(starts=starts, widths=widths, less=less)
+        if len(widths) > 1:
+            return cls(starts=starts, widths=widths, book=values_CV.contiguous().numpy())
+        (table,) = tables(values_CV, torch.float32)
+        element, elements = ELEMENTS[table.shape[1]]
+        told = table.flatten().numpy().view(element)
+        return cls(starts=starts, widths=widths[:0], table=told, elements=elements)

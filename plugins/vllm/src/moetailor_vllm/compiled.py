@@ -87,7 +87,7 @@ def _shared(
 
     def some(first: int, last: int) -> None:
         rows = slice(first, last)
-        run(octets[rows], codes.parts, scale[rows], zero[rows] if own else zero, own, size, out[rows], *more)
+        run(octets[rows], tuple(codes), scale[rows], zero[rows] if own else zero, own, size, out[rows], *more)
 
     weights = len(octets) * scale.shape[1] * size
     threads = min(torch.get_num_threads(), max(weights // SHARE, 1), len(octets))
