@@ -48,7 +48,7 @@ def layer(slots: list[Answer], widths: dict[int, Width]) -> nn.Module:
 
 
 @pytest.mark.parametrize("loops", [True, False])
-@pytest.mark.parametrize("inputs", [37, 40, 96])
+@pytest.mark.parametrize("inputs", [37, 40, 42, 96])
 @pytest.mark.parametrize("name", CODES)
 def test_products_of_codes_are_those_of_their_numbers(
     name: str, inputs: int, loops: bool, monkeypatch: pytest.MonkeyPatch
@@ -67,7 +67,7 @@ def test_products_of_codes_are_those_of_their_numbers(
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F32"])
-@pytest.mark.parametrize("inputs", [37, 96])
+@pytest.mark.parametrize("inputs", [10, 37, 42, 52, 96])
 @pytest.mark.parametrize("name", CODES)
 def test_loops_give_the_bits_of_what_they_stand_for(
     name: str, inputs: int, dtype: str, monkeypatch: pytest.MonkeyPatch

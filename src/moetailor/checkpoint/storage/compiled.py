@@ -174,11 +174,15 @@ def _looked_up(bits, elements, row, table, units, cells):
     if elements == 0:
         _told(bits, row, units)
     elif bits == 6:
-        # Three bytes have four codes, two look-ups; rows end with a word, so that no more codes are where bytes end.
-        for three in range(len(row) // 3):
+        # Three bytes have four codes, two look-ups; where a row ends with one or two bytes they are one look-up.
+        whole = len(row) // 3
+        for three in range(whole):
             low, middle, high = np.int32(row[3 * three]), np.int32(row[3 * three + 1]), np.int32(row[3 * three + 2])
             cells[2 * three] = table[low | (middle & np.int32(15)) << np.int32(8)]
             cells[2 * three + 1] = table[middle >> np.int32(4) | high << np.int32(4)]
+        if len(row) % 3:
+            high = np.int32(row[len(row) - 1]) << np.int32(8) if len(row) % 3 == 2 else np.int32(0)
+            cells[2 * whole] = table[(np.int32(row[3 * whole]) | high) & np.int32(4095)]
     elif elements == 1:
         for at in range(len(row)):
             cells[at] = table[row[at]]
@@ -199,8 +203,7 @@ def _products(bits, elements, octets, table, scale, zero, size, x, out, first, l
     (_, count, inputs), groups = x.shape, scale.shape[2]
     units = _room(octets)
     cells = units.view(table.dtype)
-    # Integers of 8 and of 4 bits are multiplied as they are told; for the latter those inputs lie together that have
-    # the lower halves of bytes.
+    # Integers of 8 and 4 bits are multiplied as they are told; of 4, inputs of the lower halves of bytes lie together.
     straight = elements == 0 and (bits == 8 or (bits == 4 and size % 2 == 0))
     halves, sums = np.zeros((count, 2, (inputs + 1) // 2), np.float32), np.zeros((count, groups), np.float32)
     for n in range(len(x)):
