@@ -11,7 +11,7 @@ from torch import nn
 
 from moetailor.answers import Answer, Auxiliary, Constant, Keep, Linear, LowRank, Narrow, Remap, Width, packed
 from moetailor.checkpoint.anatomy import discover
-from moetailor.checkpoint.storage import compiled, few_bits, find_storage
+from moetailor.checkpoint.storage import compiled, few_bits, find_storage, loops
 from moetailor.planning.layer_plan import LayerPlan
 from moetailor.runtime.reshape import LayerChange, reshape_model
 from support.families import tiny_model
@@ -81,6 +81,15 @@ def test_loops_give_the_bits_of_what_they_stand_for(
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_loops_tell_every_float_of_8_bits(dtype: torch.dtype) -> None:
+    octets, scale = torch.arange(256, dtype=torch.uint8), torch.full((1, 1, 1), 0.75, dtype=dtype)
+    found = find_storage("fp8").decode({"_packed": octets.view(1, 1, 256), "_scale": scale}, (1, 1, 256))
+    expected = (octets.view(torch.float8_e4m3fn).float() * 0.75).to(dtype)
+    assert int(expected.isnan().sum()) == 2
+    torch.testing.assert_close(found[0, 0], expected, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("name", ["uint5g24", "vq2g16"])
 def test_threads_share_the_outputs_of_a_product(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     storage, shape, generator = find_storage(name), (2, 23, 96), torch.Generator().manual_seed(0)
@@ -107,8 +116,8 @@ def test_loops_are_compiled_where_nothing_can_be_kept(monkeypatch: pytest.Monkey
             raise RuntimeError("cannot cache function: no locator available")
         return numba.njit(**options)
 
-    monkeypatch.setattr(compiled, "numba", SimpleNamespace(njit=njit))
-    assert compiled._compiled(lambda one: one + 1)(1) == 2
+    monkeypatch.setattr(loops, "numba", SimpleNamespace(njit=njit))
+    assert loops._compiled(lambda one: one + 1)(1) == 2
 
 
 @pytest.mark.parametrize("tokens", [1, 40])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -44,7 +44,7 @@ class Float8(FewBits):
 
     def look_up(self, device: torch.device) -> Lookup:
         """Return the floats."""
-        return lookup("float8", device, lambda device: Lookup.of(_table(device), self.bits))
+        return lookup("float8", device, lambda device: replace(Lookup.of(_table(device), self.bits), told="float8"))
 
     def pack(self, codes: Codes) -> dict[str, torch.Tensor]:
         """Return the stored tensors of some codes."""

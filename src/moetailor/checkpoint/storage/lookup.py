@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch.nn import functional as F
@@ -28,13 +29,13 @@ class Lookup:
         bits: of a code.
         codes: that are looked up at once.
         table: float32 [2^(bits codes), codes V], the first code in the lowest bits.
-        integers: whether codes stand for themselves less half of all, for which loops need no table.
+        told: how loops tell codes without the table: ``integers`` less half of all, or ``float8``, e4m3.
     """
 
     bits: int
     codes: int
     table: torch.Tensor
-    integers: bool = False
+    told: Literal["", "integers", "float8"] = ""
 
     @classmethod
     def of(cls, table_KV: torch.Tensor, bits: int) -> Lookup:
@@ -51,7 +52,7 @@ class Lookup:
     def of_integers(cls, bits: int, device: torch.device) -> Lookup:
         """Return it for integers that are stored with half of all added."""
         half = 2 ** (bits - 1)
-        return replace(cls.of(torch.arange(-half, half, device=device).float()[:, None], bits), integers=True)
+        return replace(cls.of(torch.arange(-half, half, device=device).float()[:, None], bits), told="integers")
 
     def numbers(self, words: torch.Tensor, count: int) -> torch.Tensor:
         """Return what rows of codes stand for, float32 [..., count].
