@@ -1,6 +1,6 @@
-"""Loops over rows of codes, which numba compiles: all of them in one file, whose time says what is kept of them.
+"""Loops over rows of codes, which numba compiles; shapes: see `compiled`.
 
-Shapes: see `compiled`.
+All are in one file: numba takes what it has kept of a function as long as the function's own file is as old.
 """
 
 from __future__ import annotations
