@@ -16,7 +16,18 @@ from moetailor.planning.layer_plan import LayerPlan
 from moetailor.runtime.reshape import LayerChange, reshape_model
 from support.families import tiny_model
 
-CODES = ["int8g16", "uint8g32", "uint7g16", "int6g32", "uint5g24", "uint4g16", "int3g32", "uint3g8", "uint2g24"]
+CODES = [
+    "int8g16",
+    "uint8g32",
+    "uint7g16",
+    "int6g32",
+    "uint5g24",
+    "uint4g16",
+    "int4g10",
+    "int3g32",
+    "uint3g8",
+    "uint2g24",
+]
 CODES += ["vq4g16", "vq3g32", "vq2g16", "vq1g24", "fp8", "fp8b128", "mxfp4", "nvfp4"]
 BITS = ["8", "vq3/5", "int4g8", "fp8", "mxfp4", "nvfp4", "fp8b128", "int4g8"]
 OWN: list[Answer] = [Keep()] * 8
