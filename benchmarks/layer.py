@@ -128,8 +128,15 @@ def measure(name: str, folder: Path, tokens: int, shape: str, device: str, *, co
     counter, rate = FlopCounterMode(display=False), matrix_rate(shape, device)
 
     def run() -> tuple[float, float, float]:
-        layer = layer_view(folder, tokens, shape, device)
+        layer, done = layer_view(folder, tokens, shape, device), 0
         began = now(device)
+
+        def told(experts: int) -> None:
+            nonlocal done
+            done += experts
+            print(f"{name}: {done} experts looked at after {now(device) - began:.0f} s", file=sys.stderr)
+
+        layer.advance = told
         plan = method.plan(layer, layer.num_experts // 2)
         planned = now(device)
         given = method.build(layer, plan)
@@ -185,7 +192,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="where it is computed (default %(default)s)")
     parser.add_argument("--uncounted", action="store_true", help="count no operations, which takes as long again")
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), help="the cases to measure")
-    parser.add_argument("--case", choices=CASES, help="measure one case in this process, and print JSON")
+    parser.add_argument(
+        "--case", choices=CASES, help="measure one case in this process, say how far it is, and print JSON"
+    )
     parser.add_argument("--checkpoint", type=Path, help="of the case")
     options = parser.parse_args()
     if options.case:
