@@ -56,7 +56,7 @@ ARXIV = re.compile(r"arXiv:(\d{4}\.\d{5})")
 def methods_page() -> str:
     """Return docs/methods.md."""
     measured = json.loads((DOCS.parent / "benchmarks" / "methods.json").read_text())
-    lines = [METHODS_HEAD + "| method | | a removed expert becomes | paper |", "|---|---|---|---|"]
+    lines = [METHODS_HEAD + "| method | what it does | a removed expert becomes | paper |", "|---|---|---|---|"]
     methods = [describe(moetailor.METHODS[name]) for name in sorted(moetailor.METHODS)]
     for found in methods:
         becomes = ", ".join(kind.label for kind in found.becomes)
