@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import moetailor
-from moetailor.answers import Width
+from moetailor.answers import Width, packed
 from moetailor.checkpoint.files import open_checkpoint
 from moetailor.checkpoint.loader import quiet_transformers
 from moetailor.checkpoint.original import Original
@@ -133,7 +133,11 @@ def test_every_code_arrives(codes: str, made: Made, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("remove", [None, "25%"])
-def test_stock_transformers_gives_what_our_runtime_gives(remove: str | None, made: Made, tmp_path: Path) -> None:
+def test_stock_transformers_gives_what_our_runtime_gives(
+    remove: str | None, made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Few tokens would be multiplied with codes in float32, whose sums are nearer to the numbers meant than bfloat16's.
+    monkeypatch.setattr(packed, "runs_compiled", lambda _: False)
     plan = made.plan("mxfp4", remove)
     out, said = made.written(plan, tmp_path / "out")
     model, own = in_bf16(out), made.ours(plan)
