@@ -27,30 +27,24 @@ _inlined = partial(_compiled, inline="always")
 _summing = partial(_compiled, fastmath={"reassoc", "contract"})
 
 
-def _integers(bits: int) -> Any:
-    """Return what tells integers that lie across bytes; compiled for their bits, so that its loops are unrolled."""
+@_inlined
+def _across(bits, row, units):
+    # Bits are a constant of each call, for which the loops are unrolled. Functions made for each of them would have one
+    # name, under which what numba kept of one is taken for another.
     mask, half = np.uint64((1 << bits) - 1), np.int32(1 << bits - 1)
-
-    @_compiled
-    def told(row, units):
-        # Eight lie in as many bytes as one has bits; the last ones may have fewer, where no more of them are.
-        whole = len(row) // bits
-        for eight in range(whole):
-            word = np.uint64(0)
-            for octet in range(bits):
-                word |= np.uint64(row[eight * bits + octet]) << np.uint64(8 * octet)
-            for each in range(8):
-                units[8 * eight + each] = np.float32(np.int32(word >> np.uint64(bits * each) & mask) - half)
+    # Eight lie in as many bytes as one has bits; the last ones may have fewer, where no more of them are.
+    whole = len(row) // bits
+    for eight in range(whole):
         word = np.uint64(0)
-        for octet in range(len(row) - whole * bits):
-            word |= np.uint64(row[whole * bits + octet]) << np.uint64(8 * octet)
-        for each in range(8 if len(row) > whole * bits else 0):
-            units[8 * whole + each] = np.float32(np.int32(word >> np.uint64(bits * each) & mask) - half)
-
-    return told
-
-
-_integers_3, _integers_5, _integers_6, _integers_7 = (_integers(bits) for bits in (3, 5, 6, 7))
+        for octet in range(bits):
+            word |= np.uint64(row[eight * bits + octet]) << np.uint64(8 * octet)
+        for each in range(8):
+            units[8 * eight + each] = np.float32(np.int32(word >> np.uint64(bits * each) & mask) - half)
+    word = np.uint64(0)
+    for octet in range(len(row) - whole * bits):
+        word |= np.uint64(row[whole * bits + octet]) << np.uint64(8 * octet)
+    for each in range(8 if len(row) > whole * bits else 0):
+        units[8 * whole + each] = np.float32(np.int32(word >> np.uint64(bits * each) & mask) - half)
 
 
 @_inlined
@@ -69,13 +63,13 @@ def _told(bits, row, units):
             for each in range(4):
                 units[4 * at + each] = np.float32((octet >> np.int32(2 * each) & np.int32(3)) - np.int32(2))
     elif bits == 3:
-        _integers_3(row, units)
+        _across(3, row, units)
     elif bits == 5:
-        _integers_5(row, units)
+        _across(5, row, units)
     elif bits == 6:
-        _integers_6(row, units)
+        _across(6, row, units)
     else:
-        _integers_7(row, units)
+        _across(7, row, units)
 
 
 @_inlined
