@@ -131,6 +131,13 @@ def test_loops_are_compiled_where_nothing_can_be_kept(monkeypatch: pytest.Monkey
     assert loops._compiled(lambda one: one + 1)(1) == 2
 
 
+def test_no_loop_is_made_by_a_function() -> None:
+    """Numba keeps what it compiled under a function's name: several of one name were taken for each other."""
+    made = [part.py_func.__qualname__ for part in vars(loops).values() if hasattr(part, "py_func")]
+    assert len(made) > 10
+    assert not [name for name in made if "<locals>" in name]
+
+
 @pytest.mark.parametrize("tokens", [1, 40])
 def test_few_tokens_and_large_experts_run_one_by_one_and_give_the_same(
     tokens: int, monkeypatch: pytest.MonkeyPatch
