@@ -17,7 +17,7 @@ help:
 	@echo "make check    formatting, lint and types"
 	@echo "make docs     write the generated pages"
 	@echo "make site     build the pages of docs/ as a site in site/; it asks nothing of the network"
-	@echo "make floor    the loading, streaming and round-trip tests under the oldest transformers supported"
+	@echo "make floor    the test suite with the oldest release of each dependency that is supported"
 	@echo "make bench    the slow suite and the benchmarks"
 	@echo "make clean    delete the virtual environments"
 
@@ -26,6 +26,8 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	# torch first and alone: it decides that the CPU build is taken.
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	# torch for GPUs brings Triton; where it does not, a small release interprets the kernels that tests run.
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/pip install --quiet --disable-pip-version-check triton==3.5.1
 	touch $@
 
 setup: $(VENV)/ready
@@ -56,14 +58,18 @@ demo: setup
 		--held-out $(REFERENCE)/heldout.jsonl --length 256 --sizes 60%,50%,40%,35%,30% \
 		--methods quantize@8,quantize@6,quantize@4,quantize@3,quantize@2,reap,reap@4,mone@4,auto
 
-.venv-floor/ready: pyproject.toml constraints.txt
+# The oldest release of each dependency that pyproject.toml admits, but of torch, of which one is at hand everywhere.
+.venv-floor/ready: pyproject.toml
 	$(PYTHON) -m venv .venv-floor
-	.venv-floor/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
-	.venv-floor/bin/pip install --quiet --disable-pip-version-check transformers==5.15.0 --editable . peft pytest
+	.venv-floor/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 triton==3.5.1 uv pytest pytest-xdist
+	echo torch==2.13.0 > .venv-floor/torch
+	.venv-floor/bin/uv pip install --quiet --python .venv-floor/bin/python --resolution lowest-direct \
+		--override .venv-floor/torch --editable '.[recover,gguf]'
 	touch $@
 
+# Old releases say of others, and these of them, that they will go.
 floor: .venv-floor/ready
-	.venv-floor/bin/python -m pytest tests/contract
+	.venv-floor/bin/python -m pytest -W ignore::DeprecationWarning --numprocesses $(WORKERS) --dist loadfile
 
 bench: setup
 	$(BIN)/python -m pytest -m slow

@@ -9,11 +9,12 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 from rich.markup import escape
 from typer.core import TyperCommand, TyperGroup
+from typer.models import OptionInfo
 
 from moetailor_cli import output
 from moetailor_cli.options import EVERY, PANELS, Push, Revision
@@ -34,8 +35,9 @@ LIBRARIES = {
     "huggingface_hub": "HF_HUB_VERBOSITY",
     "datasets": "DATASETS_VERBOSITY",
 }
-# What stands beside a flag for its value; a flag that takes none has nothing there.
-METAVARS = {"int": "N", "float": "X", "str": "TEXT", "path": "PATH", "file": "PATH", "directory": "PATH", "bool": ""}
+# What stands beside a flag for its value, in few letters: what a wide column takes, help lacks. A flag that takes none
+# has nothing there, and choices are named.
+METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH", bool: ""}
 
 
 # The model that a verb may take from the hub, of which a revision may be asked for.
@@ -78,6 +80,8 @@ def whole(verb: Callable[..., bool | None]) -> Callable[..., None]:
     added |= {"revision": (Revision, None)} if verb.__name__ in HUB else {}
     added |= {"push_to_hub": (Push, None)} if verb.__name__ in PUSHING else {}
     hints = get_type_hints(verb, include_extras=True) | {name: hint for name, (hint, _) in added.items()}
+    for hint in hints.values():
+        _name_value(hint)
     signature = inspect.signature(verb)
     own = [part.replace(annotation=hints[name]) for name, part in signature.parameters.items()]
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
@@ -85,6 +89,16 @@ def whole(verb: Callable[..., bool | None]) -> Callable[..., None]:
     run.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
     run.__annotations__ = hints
     return run
+
+
+def _name_value(hint: Any) -> None:
+    """Say what the value of an option is called, where it does not say so itself."""
+    kind, *told = get_args(hint) or [hint]
+    for option in told:
+        if isinstance(option, OptionInfo) and option.metavar is None:
+            while get_args(kind):  # list[str] | None
+                kind = get_args(kind)[0]
+            option.metavar = METAVARS.get(kind)
 
 
 def _at(model: str | None, revision: str) -> str:
@@ -131,10 +145,10 @@ class Verb(TyperCommand):
 
     def get_params(self, ctx: Any) -> list[Any]:
         """Return arguments and options, these group by group."""
-        found = _narrow(super().get_params(ctx), ctx)
+        found: list[Any] = super().get_params(ctx)
         for part in found:
             if part.param_type_name == "option" and part.rich_help_panel is None:
-                part.rich_help_panel = EVERY  # --help
+                part.rich_help_panel, part.metavar = EVERY, ""  # --help
         return sorted(found, key=lambda part: PANELS.index(part.rich_help_panel) if part.rich_help_panel else -1)
 
 
@@ -142,17 +156,11 @@ class Root(TyperGroup):
     """The command of which the verbs are parts."""
 
     def get_params(self, ctx: Any) -> list[Any]:
-        """Return its options."""
-        return _narrow(super().get_params(ctx), ctx)
-
-
-def _narrow(parts: list[Any], ctx: Any) -> list[Any]:
-    """Call the values of options in few letters: what a wide column takes, help lacks."""
-    for part in parts:
-        if part.param_type_name == "option" and part.metavar is None:
-            kind = re.sub(r"^<(?:list\[)?(\w+)(?: range)?\]?>$", r"\1", part.display_type(ctx))
-            part.metavar = METAVARS.get(kind)
-    return parts
+        """Return its options, which take no value."""
+        found = super().get_params(ctx)
+        for part in found:
+            part.metavar = ""
+        return found
 
 
 def _escaped(text: str | None) -> str | None:
