@@ -141,7 +141,7 @@ def measure(name: str, folder: Path, tokens: int, shape: str, device: str, *, co
         planned = now(device)
         given = method.build(layer, plan)
         rounded_experts(
-            layer, plan, {name: given[name] for name in given if name in layer.shape.tensors}, method.rounding
+            layer, plan, {part: given[part] for part in given if part in layer.shape.tensors}, method.rounding
         )
         layer.close()
         return began, planned, now(device)

@@ -2,15 +2,14 @@
 
 One layer with the shapes of OLMoE-1B-7B and random weights, a prompt (512 tokens) and 16 decoded one by one. Original
 and result run in turns (A B A B), one thread; seconds are those of the process (CPU time), so that other work on the
-machine disturbs less. A ratio is the median of the turns with the lowest and highest, above 1 when the result is
-faster.
+machine disturbs less, and on a GPU those of the clock. A ratio is the median of the turns with the lowest and highest,
+above 1 when the result is faster.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from itertools import cycle
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from transformers import OlmoeConfig, OlmoeModel
 
+from layer import busy
 from measure import provenance
 from moetailor.answers import Answer, Constant, Keep, Linear, LowRank, Width
 from moetailor.checkpoint.anatomy import discover
@@ -67,18 +67,18 @@ def fill(model: Any) -> None:
     """Draw weights, and codes of as many sorts as there are."""
     for name, tensor in (*model.named_parameters(), *model.base_model.layers.named_buffers()):
         if tensor.dtype == torch.int32:
-            tensor.copy_(torch.randint(-(2**31), 2**31, tensor.shape, dtype=torch.int64))
+            tensor.copy_(torch.randint(-(2**31), 2**31, tensor.shape, dtype=torch.int64, device=tensor.device))
         elif tensor.dtype == torch.uint8 and name.endswith("_scale"):
             tensor.fill_(118)  # 2^-9
         elif tensor.dtype == torch.uint8:
-            tensor.copy_(torch.randn(tensor.shape).to(torch.float8_e4m3fn).view(torch.uint8))
+            tensor.copy_(torch.randn_like(tensor, dtype=torch.float32).to(torch.float8_e4m3fn).view(torch.uint8))
         elif tensor.is_floating_point() and tensor.ndim > 1:
             tensor.normal_(0, 0.001 if name.endswith("_scale") else 0.02)
         else:
             tensor.fill_(1)
 
 
-def filled(dtype: torch.dtype, plan: LayerPlan | None = None) -> Any:
+def filled(dtype: torch.dtype, plan: LayerPlan | None = None, device: str = "cpu") -> Any:
     """Return a model of one layer with random weights, with this plan."""
     config = olmoe(num_hidden_layers=1)
     with torch.device("meta"):
@@ -88,8 +88,8 @@ def filled(dtype: torch.dtype, plan: LayerPlan | None = None) -> Any:
         layer = next(iter(anatomy.layers.values()))
         change = LayerChange(experts=slot_map.plain_pool, slots=plan.kept_slots, slot_map=slot_map)
         reshape_model(model, anatomy, {layer.index: change})
-    model.to_empty(device="cpu")
-    model.rotary_emb = type(model.rotary_emb)(config)
+    model.to_empty(device=device)
+    model.rotary_emb = type(model.rotary_emb)(config).to(device)
     fill(model)
     if plan is not None:
         model.layers[0].mlp.experts.fill_map()
@@ -97,19 +97,19 @@ def filled(dtype: torch.dtype, plan: LayerPlan | None = None) -> Any:
 
 
 def prefill_seconds(model: Any, ids: torch.Tensor) -> float:
-    """Return the CPU seconds of one pass over a prompt."""
-    began = time.process_time()
+    """Return the seconds of one pass over a prompt."""
+    began = busy(ids.device.type)
     model(input_ids=ids, use_cache=False)
-    return time.process_time() - began
+    return busy(ids.device.type) - began
 
 
 def decode_seconds(model: Any, ids: torch.Tensor) -> float:
-    """Return the CPU seconds of 16 tokens, one by one, behind 64 others."""
+    """Return the seconds of 16 tokens, one by one, behind 64 others."""
     cache = model(input_ids=ids[:, :64], use_cache=True).past_key_values
-    began = time.process_time()
+    began = busy(ids.device.type)
     for at in range(64, 80):
         model(input_ids=ids[:, at : at + 1], past_key_values=cache, use_cache=True)
-    return time.process_time() - began
+    return busy(ids.device.type) - began
 
 
 def main() -> None:
@@ -119,16 +119,17 @@ def main() -> None:
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="of the models")
     parser.add_argument("--turns", type=int, default=5, help="turns of each ratio (default %(default)s)")
     parser.add_argument("--length", type=int, default=512, help="tokens of the prompt (default %(default)s)")
+    parser.add_argument("--device", default="cpu", help="where the models run (default %(default)s)")
     options = parser.parse_args()
     torch.set_grad_enabled(False)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     print(" ".join(f"{name} {value}" for name, value in provenance().items()), flush=True)
-    ids = random_ids(1, options.length, VOCABULARY)
+    ids = random_ids(1, options.length, VOCABULARY).to(options.device)
     for dtype in options.dtype:
-        original = filled(DTYPES[dtype])
+        original = filled(DTYPES[dtype], None, options.device)
         for name in options.only:
-            result = filled(DTYPES[dtype], CASES[name]())
+            result = filled(DTYPES[dtype], CASES[name](), options.device)
             print(f"{name:40} {dtype:8}", end="", flush=True)
             for run in (prefill_seconds, decode_seconds):
                 run(original, ids), run(result, ids)

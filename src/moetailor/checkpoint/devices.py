@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from typing import TypeVar
 
 import psutil
@@ -12,6 +13,9 @@ from moetailor.errors import MoetailorError, reason_of
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
+
+# Builds of torch for CUDA bring it, but for Windows. Known before graphs are traced, which cannot look for it.
+HAS_TRITON = find_spec("triton") is not None
 
 
 def resolve_device(name: str | None) -> str:
@@ -85,6 +89,22 @@ def formed(device: torch.device) -> int:
 def runs_compiled(tensor: torch.Tensor) -> bool:
     """Return whether loops compiled for a CPU may run on a tensor: neither graphs nor gradients can follow them."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not tensor.requires_grad
+
+
+def runs_kernels(tensor: torch.Tensor) -> bool:
+    """Return whether kernels written in Triton may run on a tensor, in graphs too; gradients cannot follow them."""
+    return HAS_TRITON and tensor.device.type == "cuda" and not tensor.requires_grad
+
+
+def is_apart(device: str) -> bool:
+    """Return whether a device has memory of its own, into which numbers must be moved."""
+    return torch.device(device).type != "cpu"
+
+
+def finish(device: torch.device | str) -> None:
+    """Wait until a device has done all that it was asked for; a CPU always has."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def take_own(number: int) -> None:

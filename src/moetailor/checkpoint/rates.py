@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from moetailor.checkpoint.devices import finish
+
 # Seconds that each rate is measured for, after one run that does not count, and the bytes that are read at once.
 SECONDS, CHUNK = 0.2, 2**23
 # Rows and columns of the matrices, and numbers of the vectors: those of a layer, and what caches do not hold.
@@ -33,35 +35,34 @@ class Rates:
     reading: float | None
 
 
-def measured_rates(device: str, dtype: torch.dtype, files: Iterable[Path] = ()) -> Rates | None:
-    """Measure this machine; None for devices other than CPUs, for which nothing is foretold.
+def measured_rates(device: str, dtype: torch.dtype, files: Iterable[Path] = ()) -> Rates:
+    """Measure this machine.
 
     Args:
         device: where work is to be done.
         dtype: dtype of the products.
         files: what is to be read; only the beginning of some is.
     """
-    if torch.device(device).type != "cpu":
-        return None
     generator = torch.Generator().manual_seed(0)
-    matrix = torch.randn(SIZE, SIZE, generator=generator).to(dtype)
-    vector, other, small = torch.zeros(NUMBERS), torch.zeros(NUMBERS), torch.zeros(1)
+    matrix = torch.randn(SIZE, SIZE, generator=generator).to(device, dtype)
+    vector, other, small = (torch.zeros(numbers, device=device) for numbers in (NUMBERS, NUMBERS, 1))
+
+    def a_second(run: Callable[[], object]) -> float:
+        """Return how often something runs in a second, the first time left out."""
+        run()
+        began, count = time.perf_counter(), 0
+        while (taken := time.perf_counter() - began) < SECONDS or not count:
+            run()
+            finish(device)
+            count += 1
+        return count / taken
+
     return Rates(
-        products=2 * SIZE**3 * _times_a_second(lambda: matrix @ matrix),
-        elements=NUMBERS * _times_a_second(lambda: torch.add(vector, 1, out=other)),
-        step=1 / _times_a_second(lambda: small + 1),
+        products=2 * SIZE**3 * a_second(lambda: matrix @ matrix),
+        elements=NUMBERS * a_second(lambda: torch.add(vector, 1, out=other)),
+        step=1 / a_second(lambda: small + 1),
         reading=_reading(files),
     )
-
-
-def _times_a_second(run: Callable[[], object]) -> float:
-    """Return how often something runs in a second, the first time left out."""
-    run()
-    began, count = time.perf_counter(), 0
-    while (taken := time.perf_counter() - began) < SECONDS or not count:
-        run()
-        count += 1
-    return count / taken
 
 
 def _reading(files: Iterable[Path]) -> float | None:

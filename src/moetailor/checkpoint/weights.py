@@ -67,7 +67,8 @@ class ExpertWeights:
     def _streamed(self) -> StreamedModel:
         if isinstance(self._source, StreamedModel):
             return self._source
-        checked, device = self._original.skeleton, torch.device(resolve_device(self._device))
+        # As tensors say it: cuda is one of several.
+        checked, device = self._original.skeleton, torch.empty(0, device=resolve_device(self._device)).device
         return checked if checked.device == device else self._original.streamed(dtype=torch.float32, device=device)
 
     @cached_property

@@ -71,7 +71,7 @@ def of_plan(
     return Estimate(
         verb="plan",
         seconds=host.seconds(total, moved=reads) if counted else None,
-        why=host.why if counted else f"nobody has counted what {method.name} computes",
+        why="" if counted else f"nobody has counted what {method.name} computes",
         **host.memory(memory),
         reads=reads,
         writes=writes,
@@ -171,7 +171,7 @@ def of_apply(
     return Estimate(
         verb="apply",
         seconds=seconds,
-        why=host.why if counted else uncounted,
+        why="" if counted else uncounted,
         **host.memory(memory),
         reads=reads,
         writes=nbytes + TENSOR * len(original.checkpoint.tensors) + _json_nbytes(plan) + _beside(original),

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import torch
 
-from moetailor.checkpoint.devices import resolve_device
+from moetailor.checkpoint.devices import is_apart, resolve_device
 from moetailor.checkpoint.models import resolve_dtype
 from moetailor.checkpoint.original import Original
 from moetailor.checkpoint.rates import Rates, measured_rates, resident_now
@@ -74,13 +74,13 @@ class Host:
     Attributes:
         device: where work is done.
         startup: seconds that it took to come here: so many it takes another time, too.
-        rates: what was measured; None where there is a device, of which nothing is known.
+        rates: what was measured.
         resident: bytes of memory that the process has.
     """
 
     device: str
     startup: float
-    rates: Rates | None
+    rates: Rates
     resident: int
 
     @classmethod
@@ -98,15 +98,14 @@ class Host:
         found = measured_rates(device, run, files_of(original) if original else ())
         return cls(device=device, startup=startup, rates=found, resident=resident_now())
 
-    def seconds(self, work: Work, *, moved: int = 0) -> float | None:
-        """Return the seconds that work takes, without those to start; None where nothing is known.
+    def seconds(self, work: Work, *, moved: int = 0) -> float:
+        """Return the seconds that work takes, with those to start.
 
         Args:
             work: the work.
             moved: bytes that are read or written.
         """
-        if (rates := self.rates) is None:
-            return None
+        rates = self.rates
         flops = work.products / PRODUCTS + work.doubles / DOUBLES + work.spectra / SPECTRA
         reading = moved / rates.reading if rates.reading else 0.0
         return (
@@ -120,14 +119,9 @@ class Host:
             taken: bytes that work takes where it is done.
             mapped: bytes of files that pass through memory on the way to a device.
         """
-        if self.rates is None:
+        if is_apart(self.device):
             return {"memory": self.resident + mapped, "device_memory": taken}
         return {"memory": self.resident + taken}
-
-    @property
-    def why(self) -> str:
-        """Why no time is foretold; empty where it is."""
-        return "" if self.rates else f"no rate is known of {self.device}"
 
 
 def in_turn(verb: str, parts: Sequence[Estimate], startup: float) -> Estimate:

@@ -149,7 +149,6 @@ def of_calibration(
     return Estimate(
         verb="calibrate",
         seconds=host.seconds(work, moved=moved),
-        why=host.why,
         **host.memory(run.memory(held), cost.nbytes),
         reads=reads,
         writes=writes,
@@ -218,7 +217,7 @@ def of_evaluation(
     return Estimate(
         verb="evaluate",
         seconds=None if tasks else host.seconds(work, moved=moved),
-        why="tasks take as long as they take" if tasks else host.why,
+        why="tasks take as long as they take" if tasks else "",
         **host.memory(taken, cost.nbytes),
         reads=reads,
         writes=0,

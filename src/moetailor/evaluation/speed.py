@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from moetailor.checkpoint.devices import finish
+
 
 @dataclass(frozen=True)
 class Speed:
@@ -64,10 +66,8 @@ def resident_nbytes(model: Any) -> int:
 
 
 def _seconds(run: Callable[[], Any], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    finish(device)
     began = time.perf_counter()
     run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    finish(device)
     return time.perf_counter() - began
