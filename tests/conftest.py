@@ -8,6 +8,8 @@ import zlib
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if not os.path.exists("/dev/nvidiactl"):
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read as Triton is loaded: kernels run where there is no GPU, too
 
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +26,12 @@ from support.source import lengths
 from support.tiny import token_batches
 
 torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Ignore what users of scarce calibration text are told, of which the tests have little."""
+    # In pyproject.toml it would load all that is tested before the settings above are there.
+    config.addinivalue_line("filterwarnings", "ignore::moetailor.errors.MoetailorWarning")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moetailor.answers.answer import Answer, Call, Context
+from moetailor.answers.products import FEW as FEW_PAIRS
 from moetailor.answers.products import Pairs, grouped, joined_gates
 from moetailor.answers.width import Width
-from moetailor.checkpoint.devices import formed, runs_compiled
+from moetailor.checkpoint.devices import formed, runs_compiled, runs_kernels
 from moetailor.checkpoint.experts import Experts, ExpertShape
 from moetailor.checkpoint.storage import TensorSpec
 from moetailor.checkpoint.storage.few_bits import FEW
@@ -113,6 +114,9 @@ class Packed(Width, Answer):
             at_once = 1
         for width in module.slots.packed:
             row_TK, gate_TK = joined_gates(call.of_slots(getattr(module, f"{width.stem}_row")), call.gate_TK)
+            if row_TK.numel() <= FEW_PAIRS and runs_kernels(call.hidden_TD):
+                out_TD = out_TD + _by_kernels(experts, width.stem, call.hidden_TD, row_TK, gate_TK)
+                continue
             pairs = Pairs.of(row_TK, gate_TK)
             if len(pairs):
                 x_PD = call.hidden_TD[pairs.token]
@@ -122,6 +126,35 @@ class Packed(Width, Answer):
                     given_PD = _one_by_one(experts, width.stem, x_PD, pairs)
                 out_TD = pairs.added(out_TD, given_PD * pairs.gate)
         return out_TD
+
+
+def _by_kernels(
+    experts: Experts, stem: str, hidden_TD: torch.Tensor, number_TK: torch.Tensor, gate_TK: torch.Tensor
+) -> torch.Tensor:
+    """Return the gated outputs of a class for a few tokens, float32 [T, D], with its codes as they lie.
+
+    Slots that stand for nothing cost nothing in a kernel, so that no shape depends on what the router chose: the device
+    is never waited for, and graphs hold for all tokens.
+
+    Args:
+        experts: the compressed ones.
+        stem: of the class.
+        hidden_TD: inputs.
+        number_TK: the expert of each slot, negative for none.
+        gate_TK: the gates.
+    """
+    module, number_P = experts.module, number_TK.flatten()
+
+    def given(part: str, inputs: torch.Tensor) -> torch.Tensor:
+        product = module.picked(f"{stem}_{part}", inputs, number_P)
+        if not experts.shape.biased:
+            return product
+        return product + module.tensor(f"{stem}_{part}_bias")[number_P.clamp_min(0)]
+
+    x_PD = hidden_TD.repeat_interleave(number_TK.shape[1], 0)
+    given_PD = given("down", experts.activated([given(part, x_PD) for part in experts.inputs]))
+    given_PD = given_PD.masked_fill(number_P[:, None] < 0, 0) * gate_TK.flatten()[:, None]
+    return given_PD.unflatten(0, number_TK.shape).sum(1)
 
 
 def _one_by_one(experts: Experts, stem: str, x_PD: torch.Tensor, pairs: Pairs) -> torch.Tensor:

@@ -7,7 +7,7 @@ implementation (eager, grouped, batched) keep working. Shapes: T tokens, K slots
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from moetailor.answers.products import Pairs, joined_gates
 from moetailor.checkpoint.experts import Experts
 from moetailor.checkpoint.files import DTYPE_NAMES, DTYPES
 from moetailor.checkpoint.storage import Storage, TensorSpec, find_storage
+from moetailor.checkpoint.storage.few_bits import FewBits
 
 
 class CompressedExperts(nn.Module):
@@ -89,6 +90,13 @@ class CompressedExperts(nn.Module):
         """Return x W^T for some of the matrices of one of the added tensors and a few inputs of each, [n, P, O]."""
         storage, parts = self._parts(name, rows)
         return storage.product(x_nPI, parts, self.added[name].shape)
+
+    def picked(self, name: str, x_PI: torch.Tensor, number_P: torch.Tensor) -> torch.Tensor:
+        """Return x W^T of each input with the matrix of its number in one of the added tensors that are in few bits,
+        [P, O]; zeros where that is negative.
+        """
+        storage, parts = self._parts(name, slice(None))
+        return cast(FewBits, storage).picked(x_PI, number_P, parts, self.added[name].shape)
 
     def _parts(self, name: str, rows: torch.Tensor | slice) -> tuple[Storage, dict[str, torch.Tensor]]:
         spec = self.added[name]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from moetailor.checkpoint.devices import formed, runs_compiled
+from moetailor.checkpoint.devices import formed, runs_compiled, runs_kernels
 from moetailor.checkpoint.files import DTYPES
 from moetailor.checkpoint.storage.lookup import Lookup, longer, octets_of
 from moetailor.checkpoint.storage.storage import Storage
@@ -230,12 +230,14 @@ class FewBits(Storage):
     def _decoded(
         self, packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, inputs: int, dtype: torch.dtype
     ) -> torch.Tensor:
-        if not runs_compiled(packed):
+        if runs_compiled(packed):
+            from moetailor.checkpoint.storage.compiled import numbers  # numba takes half a second
+        elif runs_kernels(packed):
+            from moetailor.checkpoint.storage.kernels import numbers
+        else:
             return self._scaled(self.units(packed, inputs), scale, zero).to(dtype)
-        from moetailor.checkpoint.storage import compiled  # numba takes half a second
-
         octets, found = octets_of(packed), self.look_up(packed.device)
-        return compiled.numbers(octets, found, scale, zero, self.size(inputs), inputs, dtype)
+        return numbers(octets, found, scale, zero, self.size(inputs), inputs, dtype)
 
     def _scaled(self, units: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
         numbers = self.parted(units)
@@ -260,6 +262,18 @@ class FewBits(Storage):
             some = slice(start, start + rows)
             outputs.append(given(x_nPI, packed[:, some], scale[:, some], None if zero is None else zero[:, some]))
         return torch.cat(outputs, -1)
+
+    def picked(
+        self, x_PI: torch.Tensor, number_P: torch.Tensor, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...]
+    ) -> torch.Tensor:
+        """Return x W^T of each input with the matrix of its number, where kernels run, float32 [P, O]; zeros where that
+        is negative.
+        """
+        from moetailor.checkpoint.storage import kernels
+
+        octets, found = octets_of(parts["_packed"]), self.look_up(x_PI.device)
+        scale, zero = self.scales(parts, shape[1]), self.zeros(parts, shape[1])
+        return kernels.picked(x_PI, number_P, octets, found, scale, zero, self.size(shape[2]))
 
     def _summed(
         self, x_nPI: torch.Tensor, packed: torch.Tensor, scale_nOG: torch.Tensor, zero_nOG: torch.Tensor | None

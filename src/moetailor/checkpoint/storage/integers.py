@@ -162,7 +162,7 @@ def unpacked(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     # A copy whose strides are plain, also those of axes of length one: only such bytes can be viewed as others.
     packed = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)
     packed = longer(packed, eights * bits - packed.shape[-1]).flatten().view(OF_BYTES[unit])
-    eight = longer(packed.view(-1, bits // unit), (8 - bits) // unit).view(torch.int64)
+    eight = longer(packed.view(-1, bits // unit), (8 - bits) // unit).flatten().view(torch.int64)
     for codes in (4, 2, 1) if bits < 8 else ():
         upper = sum((1 << codes * bits) - 1 << lane + codes * bits for lane in range(0, 64, 16 * codes))
         eight.add_(eight & upper, alpha=(1 << codes * (8 - bits)) - 1)  # as upper << codes (8 - bits) alone
