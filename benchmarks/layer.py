@@ -131,7 +131,7 @@ def measure(name: str, folder: Path, tokens: int, shape: str, device: str, *, co
         layer, done = layer_view(folder, tokens, shape, device), 0
         began = now(device)
 
-        def told(experts: int) -> None:
+        def told(experts: int, new: bool) -> None:
             nonlocal done
             done += experts
             print(f"{name}: {done} experts looked at after {now(device) - began:.0f} s", file=sys.stderr)

@@ -423,7 +423,10 @@ def test_the_best_is_never_lost_and_found_in_the_end() -> None:
     assert best(32) == target
 
 
-def test_a_stopped_search_ends_as_one_that_was_not(calibration: GetCalibration, tmp_path: Path) -> None:
+def test_a_stopped_search_ends_as_one_that_was_not(
+    calibration: GetCalibration, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "moetailor")
     calibrated, budget = calibration("olmoe"), Budget.parse(keep=6)
     options = SearchOptions(population=2, generations=8, survivors=1, samples=2)
     whole = moetailor.allocate(calibrated, "reap", budget, tmp_path / "whole.json", options=options)
@@ -436,8 +439,10 @@ def test_a_stopped_search_ends_as_one_that_was_not(calibration: GetCalibration, 
         moetailor.allocate(calibrated, "reap", budget, tmp_path / "two.json", options=options, progress=stop)
     assert not (tmp_path / "two.json").exists()
     tried = json.loads((tmp_path / "two.search.json").read_text())["overlap"]
+    assert not caplog.messages
     resumed = moetailor.allocate(calibrated, "reap", budget, tmp_path / "two.json", options=options)
     assert resumed == whole
+    assert caplog.messages == [f"resumes: {len(tried)} allocations that were tried are there"]
     for name in ("{}.json", "{}.search.json"):
         assert (tmp_path / name.format("two")).read_bytes() == (tmp_path / name.format("whole")).read_bytes()
     assert tried.items() < json.loads((tmp_path / "whole.search.json").read_text())["overlap"].items()

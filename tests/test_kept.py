@@ -58,7 +58,10 @@ def _kept(folder: str, names: list[str]) -> list[str]:
     return [name for name in names if name == kept.FOLDER]
 
 
-def test_a_run_that_was_stopped_goes_on(measured: moetailor.Calibration, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_was_stopped_goes_on(
+    measured: moetailor.Calibration, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "moetailor")
     seen: list[int] = []
     inner, limit = mix_bits.held_out_errors, 6
     monkeypatch.setattr(mix_bits, "at_once", lambda layer: 3)
@@ -73,8 +76,14 @@ def test_a_run_that_was_stopped_goes_on(measured: moetailor.Calibration, monkeyp
     with pytest.raises(KeyboardInterrupt):
         planned(measured)
     assert seen == [0, 1, 2, 3, 4, 5]
+    assert not caplog.messages
     limit = 1000
     found = planned(measured)
+    total = sum(stack.num_experts for stack in measured.model.stacks)
+    assert caplog.messages == [f"resumes: 6 of {total} experts are there"]
+    # Nothing is left to go on with.
+    assert planned(measured, remove="30%") != found
+    assert len(caplog.messages) == 1
     assert seen == [expert for stack in measured.model.stacks for expert in range(stack.num_experts)]
     shutil.rmtree(measured.folder / kept.FOLDER)
     assert planned(measured) == found

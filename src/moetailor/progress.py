@@ -17,13 +17,14 @@ def part(progress: Stages | None, name: str) -> Progress | None:
     return None if progress is None else partial(progress, name)
 
 
-def resumed(done: int, total: int, what: str) -> None:
+def resumed(done: int, total: int | None, what: str) -> None:
     """Note that a run goes on from what one before it has left, where that is something.
 
     Args:
         done: how many there are.
-        total: how many there will be.
+        total: how many there will be; None where that is not known.
         what: of what.
     """
     if done:
-        logging.getLogger("moetailor").info(f"resumes: {done:,} of {total:,} {what} are there")
+        of = "" if total is None else f"of {total:,} "
+        logging.getLogger("moetailor").info(f"resumes: {done:,} {of}{what} are there")

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
@@ -209,6 +211,8 @@ def test_families_do_not_matter(name: str, family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", STOCK)
 def test_transformers_alone_loads_drops(name: str, made: Get, tmp_path: Path) -> None:
+    if name == "fp8-rows" and Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("transformers gives other numbers for FP8 by row before 5.23")
     plan = made(name).plan("reap")
     out = made(name).applied(plan, tmp_path / "out")
     model, anatomy = stock(made(name).source), anatomy_of(load(made(name).twin))

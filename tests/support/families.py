@@ -24,11 +24,11 @@ class Family:
     config: dict[str, Any]
     why: str = ""
     """The reason for a refusal."""
-    since: str = "5.15"
+    since: str = "5.21"
     """The older of the two tested transformers releases that has the family in this shape."""
 
 
-def _family(model_type: str, *, why: str = "", since: str = "5.15", **config: Any) -> Family:
+def _family(model_type: str, *, why: str = "", since: str = "5.21", **config: Any) -> Family:
     """Add what the tiny configs share; `None` keeps a shared field out."""
     base: dict[str, Any] = {
         "vocab_size": 128,

@@ -38,7 +38,7 @@ from moetailor.methods.registry import find_method
 from moetailor.methods.run import check_weights, view_of
 from moetailor.planning.budget import Budget
 from moetailor.planning.plan import calibration_hash
-from moetailor.progress import Progress
+from moetailor.progress import Progress, resumed
 from moetailor.runtime.reshape import LayerChange, reshape_model
 from moetailor.schema import Within, load
 
@@ -130,6 +130,7 @@ def allocate(
     }
     with claimed(out), claimed(tried), scratch() as folder:
         file = SearchFile(tried, about | {"dtype": str(torch_dtype)})
+        resumed(len(file.content["overlap"]), None, "allocations that were tried")
         original, anatomy = source.load(dtype=torch_dtype, device=device), source.anatomy
         reference = Reference(folder, batches).record(original)
 

@@ -34,7 +34,7 @@ from moetailor.planning.checks import check_plan
 from moetailor.planning.layer_plan import LayerPlan, keep_only
 from moetailor.planning.plan import Plan, calibration_hash
 from moetailor.planning.view import LayerView
-from moetailor.progress import Progress
+from moetailor.progress import Progress, resumed
 
 
 def make_plan(
@@ -169,8 +169,13 @@ def _counted(views: Sequence[LayerView], progress: Progress | None) -> Callable[
     """Let layers tell how many of their experts were looked at; return what else tells it, by layer."""
     done = {view.index: 0 for view in views}
     every = {view.index: view.num_experts for view in views}
+    measures = False
 
-    def tell(layer: int, experts: int) -> None:
+    def tell(layer: int, experts: int, new: bool = False) -> None:
+        nonlocal measures
+        if new and not measures:
+            measures = True
+            resumed(sum(done.values()), sum(every.values()), "experts")
         done[layer] = min(done[layer] + experts, every[layer])
         if progress:
             progress(sum(done.values()), sum(every.values()))

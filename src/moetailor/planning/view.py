@@ -44,7 +44,7 @@ class LayerView:
         read_domains: reads which domain of the text each sampled token comes from; None where there is but one.
         open_experts: opens the experts.
         kept: where what is measured of each expert is kept; None where nowhere is.
-        advance: told how many experts were looked at, in work that takes long.
+        advance: told how many experts were looked at, in work that takes long, and whether that was measured now.
     """
 
     index: int
@@ -65,7 +65,7 @@ class LayerView:
     open_experts: Callable[[], AbstractContextManager[Experts]]
     read_domains: Callable[[], torch.Tensor] | None = None
     kept: Kept | None = None
-    advance: Callable[[int], None] | None = None
+    advance: Callable[[int, bool], None] | None = None
     _opened: ExitStack = field(default_factory=ExitStack)
 
     @cached_property
@@ -131,7 +131,7 @@ class LayerView:
                 if self.kept is not None:
                     self.kept.write(what, rows)
             if self.advance is not None:
-                self.advance(len(some))
+                self.advance(len(some), bool(missing))
         assert rows is not None  # a layer has experts
         return rows
 
