@@ -50,15 +50,16 @@ Head = Callable[[torch.Tensor], torch.Tensor]
 PREDICTIONS = 2**25
 
 
-def pieces(tokens: int, sequences: int, vocab_size: int) -> list[slice]:
+def pieces(tokens: int, sequences: int, vocab_size: int, numbers: int | None = None) -> list[slice]:
     """Return the parts of a batch's sequences whose predictions are made at once.
 
     Args:
         tokens: of a sequence.
         sequences: of the batch.
         vocab_size: numbers of a prediction.
+        numbers: that are made at once; `PREDICTIONS` when None.
     """
-    size = max(PREDICTIONS // (sequences * vocab_size), 1)
+    size = max((numbers or PREDICTIONS) // (sequences * vocab_size), 1)
     return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
 

@@ -23,6 +23,7 @@ from moetailor.calibration.finite import not_finite
 from moetailor.calibration.layers import LayerRunner, PartlyLoaded, ResidentModel, pieces
 from moetailor.calibration.walk import Walk
 from moetailor.checkpoint.artifact import save_tensors
+from moetailor.checkpoint.devices import passing_nbytes
 from moetailor.checkpoint.tensors import is_finite, read_tensors
 from moetailor.errors import MoetailorError
 from moetailor.progress import Progress
@@ -170,12 +171,14 @@ class Reference:
                     if a.shape != b.shape:
                         told = f"the original has {a.shape[-1]} words, the compressed model {b.shape[-1]}"
                         raise MoetailorError(told)
-                    found = judge(a.float(), b.to(a.device).float(), words[:, here].to(a.device))
-                    if not all(map(is_finite, found.values())):
-                        if is_finite(a):
-                            raise _not_finite(source.model, "compressed model", b.dtype)
-                        raise _not_finite(first.model, "original", a.dtype)
-                    parts.append(found)
+                    b, word = b.to(a.device), words[:, here].to(a.device)
+                    # As many as caches hold: each is gone over many times.
+                    for some in pieces(a.shape[1], len(words), vocab_size, passing_nbytes(a.device) // 4):
+                        parts.append(found := judge(a[:, some].float(), b[:, some].float(), word[:, some]))
+                        if not all(map(is_finite, found.values())):
+                            if is_finite(a):
+                                raise _not_finite(source.model, "compressed model", b.dtype)
+                            raise _not_finite(first.model, "original", a.dtype)
                 yield batch, {name: torch.cat([part[name].cpu() for part in parts], 1) for name in parts[0]}
 
     def _states(self, source: PartlyLoaded, progress: Progress | None) -> Iterator[torch.Tensor]:
