@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -94,6 +95,15 @@ def runs_compiled(tensor: torch.Tensor) -> bool:
 def runs_kernels(tensor: torch.Tensor) -> bool:
     """Return whether kernels written in Triton may run on a tensor, in graphs too; gradients cannot follow them."""
     return HAS_TRITON and tensor.device.type == "cuda" and not tensor.requires_grad
+
+
+def launching(tensor: torch.Tensor) -> AbstractContextManager[Any]:
+    """Return a context in which kernels start where a tensor is, as torch's own do, and not on the first of several
+    GPUs; graphs see to that themselves.
+    """
+    if tensor.device.type != "cuda" or torch.compiler.is_compiling():
+        return nullcontext()
+    return torch.cuda.device(tensor.device)
 
 
 def is_apart(device: str) -> bool:

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from moetailor.checkpoint.devices import launching
 from moetailor.checkpoint.storage.lookup import Lookup
 
 # Outputs and inputs that a program looks up at a time.
@@ -110,7 +111,8 @@ def numbers(
     grid = (triton.cdiv(rows, BLOCK["ROWS"]), triton.cdiv(inputs, BLOCK["COLUMNS"]))
     codes, constants = _codes(octets_nOB, found, scale_nOG, zero_nOG, size)
     if rows:
-        _numbers[grid](out, *codes, rows, inputs, **constants)
+        with launching(out):
+            _numbers[grid](out, *codes, rows, inputs, **constants)
     return out
 
 
@@ -138,7 +140,8 @@ def picked(
     out = torch.empty(len(x_PI), outputs, device=x_PI.device)
     grid = (len(x_PI), triton.cdiv(outputs, BLOCK["ROWS"]))
     codes, constants = _codes(octets_nOB, found, scale_nOG, zero_nOG, size)
-    _products[grid](out, x_PI.contiguous(), number_P.contiguous(), *codes, outputs, inputs, **constants)
+    with launching(out):
+        _products[grid](out, x_PI.contiguous(), number_P.contiguous(), *codes, outputs, inputs, **constants)
     return out
 
 
