@@ -4,8 +4,8 @@ What `compiled` is on a CPU. Through torch every step would go over all weights 
 matrices, P inputs, O outputs, I inputs of a matrix, B bytes of a row, G groups.
 """
 
-# pyright: reportMissingImports=false, reportIndexIssue=false
-# Triton is where GPUs are, and calls its functions as `kernel[grid](...)`.
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportCallIssue=false, reportOperatorIssue=false
+# Triton is where GPUs are, calls its functions as `kernel[grid](...)`, and gives their arguments types of its own.
 
 from __future__ import annotations
 
