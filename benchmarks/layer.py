@@ -106,8 +106,9 @@ def matrix_rate(shape: str, device: str) -> float:
 
 def now(device: str) -> float:
     """Return the time when all that was asked of the device is done."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
+    from moetailor.checkpoint.devices import finish
+
+    finish(device)
     return time.perf_counter()
 
 

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moetailor.answers.answer import Answer, Call, Context
-from moetailor.answers.products import FEW as FEW_PAIRS
-from moetailor.answers.products import Pairs, grouped, joined_gates
+from moetailor.answers.products import FEW_PAIRS, Pairs, grouped, joined_gates
 from moetailor.answers.width import Width
 from moetailor.checkpoint.devices import formed, runs_compiled, runs_kernels
 from moetailor.checkpoint.experts import Experts, ExpertShape

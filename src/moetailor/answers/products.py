@@ -16,7 +16,7 @@ from transformers.integrations.moe import _grouped_linear
 
 # As many pairs are all run when a call is compiled, with gates of zero where they stand for nothing: shapes must not
 # depend on what the router chose.
-FEW = 64
+FEW_PAIRS = 64
 # The grouped kernels of CUDA want rows of 16 bytes.
 ALIGNMENT = 8
 
@@ -45,7 +45,7 @@ class Pairs:
             number_TK: what each slot runs.
             gate_TK: the gates.
         """
-        if torch.compiler.is_compiling() and number_TK.numel() <= FEW:
+        if torch.compiler.is_compiling() and number_TK.numel() <= FEW_PAIRS:
             # Those that stand for nothing go where another one goes anyway, so that no more weights are read.
             live_TK = number_TK >= 0
             every = number_TK.where(live_TK, number_TK.max().clamp_min(0)).flatten()
