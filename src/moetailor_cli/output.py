@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
+from moetailor_cli import log
 from moetailor_cli.console import PlainConsole
 
 if TYPE_CHECKING:
@@ -56,8 +57,7 @@ def say(text: str, *, copied: bool = False) -> None:
         text: the message.
         copied: whether it holds a command to be copied, which stays one line.
     """
-    if not _quiet:
-        _told(Text(text), copied=copied)
+    _told(Text(text), copied=copied)
 
 
 def result(line: Text | str) -> None:
@@ -88,18 +88,19 @@ def table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 def complain(text: str) -> None:
     """Print why something was refused."""
-    _told(Text.assemble(("error: ", "bold red"), text))
+    _told(Text.assemble(("error: ", "bold red"), text), always=True)
 
 
 def warn(text: str) -> None:
     """Print what the user should know though it went on."""
-    if not _quiet:
-        _told(Text.assemble(("note: ", "yellow"), text))
+    _told(Text.assemble(("note: ", "yellow"), text))
 
 
-def _told(text: Text, *, copied: bool = False) -> None:
+def _told(text: Text, *, copied: bool = False, always: bool = False) -> None:
     """Print a message at once: bars that are on show take the place of what has no end of line yet."""
-    _err.print(text, soft_wrap=copied or not _err.is_terminal)
+    log.note(text.plain)
+    if always or not _quiet:
+        _err.print(text, soft_wrap=copied or not _err.is_terminal)
 
 
 def count(number: float) -> str:

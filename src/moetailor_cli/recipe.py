@@ -12,18 +12,20 @@ import typer
 from moetailor_cli import output
 from moetailor_cli.options import EVERY
 
-# Where the artifact of a verb says what it was made with: in the file of --out, or in this one in its folder.
+# Where the artifact of a verb says what it was made with: in the file of --out or --json, or in this one in its folder.
 ARTIFACTS = {
     "calibrate": "calibration.json",
     "plan": "",
+    "allocate": "",
     "apply": "moetailor_provenance.json",
     "compress": "moetailor_provenance.json",
     "fit": "moetailor_provenance.json",
+    "evaluate": "",
     "recover": "moetailor_provenance.json",
     "compare": "results.json",
 }
 # Not what an artifact is: where it lies, and how much was said on the way.
-ELSEWHERE = ("out", "overwrite", "yes", "dry_run")
+ELSEWHERE = ("out", "json", "overwrite", "yes", "dry_run")
 
 
 def _read(context: typer.Context, file: Path | None) -> Path | None:
@@ -96,25 +98,27 @@ def _word(where: str, value: Any) -> str:
 
 
 def made(verb: str, given: Mapping[str, Any]) -> Path | None:
-    """Return the file in which the artifact of a run says what it is; None where it made none.
+    """Return the file or folder that a run made; None where it made none that can say what it is.
 
     Args:
-        verb: the verb, which ended well.
+        verb: the verb.
         given: its arguments and options by name.
     """
-    if verb not in ARTIFACTS or given["out"] is None or given.get("dry_run"):
+    place = given["json" if verb == "evaluate" else "out"] if verb in ARTIFACTS else None
+    if place is None or given.get("dry_run"):
         return None
-    file = given["out"] / ARTIFACTS[verb] if ARTIFACTS[verb] else given["out"]
-    return file if file.is_file() and file.stat().st_mtime >= output.SINCE - 1 else None  # else it was there before
+    file = place / ARTIFACTS[verb]
+    return place if file.is_file() and file.stat().st_mtime >= output.SINCE - 1 else None  # else it was there before
 
 
 def keep(verb: str, given: Mapping[str, Any]) -> None:
     """Write the settings of a run into what it made, in the words of a recipe; see `made`."""
-    if (file := made(verb, given)) is not None:
+    if (place := made(verb, given)) is not None:
         from moetailor.checkpoint.artifact import add_settings
 
         said = {name.replace("_", "-"): value for name, value in given.items() if name not in ELSEWHERE}
-        add_settings(file, {name: _plain(value) for name, value in said.items() if value not in (None, False, [])})
+        kept = {name: _plain(value) for name, value in said.items() if value not in (None, False, [])}
+        add_settings(place / ARTIFACTS[verb], kept)
 
 
 def _plain(value: Any) -> Any:

@@ -16,7 +16,7 @@ from rich.markup import escape
 from typer.core import TyperCommand, TyperGroup
 from typer.models import OptionInfo
 
-from moetailor_cli import output
+from moetailor_cli import log, output
 from moetailor_cli.options import EVERY, PANELS, Push, Revision
 from moetailor_cli.recipe import Recipe, keep, made
 from moetailor_cli.steps import following
@@ -60,6 +60,7 @@ def whole(verb: Callable[..., bool | None]) -> Callable[..., None]:
         if quiet and verbose:
             raise typer.BadParameter("--quiet and --verbose: give one of them")
         output.set_quiet(quiet)
+        log.begin()
         if verbose:
             _let_libraries_speak()
         if revision := given.pop("revision", None):
@@ -70,11 +71,13 @@ def whole(verb: Callable[..., bool | None]) -> Callable[..., None]:
         if not output.speaks():
             return
         keep(verb.__name__, given)
-        if pushed and made(verb.__name__, given):
+        artifact = made(verb.__name__, given)
+        if pushed and artifact:
             _push(given["out"], pushed)
-        if not told and not quiet:
-            if line := following(verb.__name__, given):
-                output.say(line, copied=True)
+        if not told and (line := following(verb.__name__, given)):
+            output.say(line, copied=True)
+        if artifact:
+            log.keep(artifact)
 
     added: dict[str, tuple[Any, Any]] = {"recipe": (Recipe, None), "quiet": (Quiet, False), "verbose": (Verbose, False)}
     added |= {"revision": (Revision, None)} if verb.__name__ in HUB else {}

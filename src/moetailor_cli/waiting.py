@@ -16,7 +16,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from moetailor_cli import output
+from moetailor_cli import log, output
 
 if TYPE_CHECKING:
     from moetailor.progress import Progress as Told
@@ -29,6 +29,7 @@ EVERY = 30.0
 @contextmanager
 def progress(name: str) -> Iterator[Told]:
     """Give a function to call with (done, in all); the bar goes away when it is done."""
+    log.note(name)
     if not output.messages().is_terminal:
         lines = Lines()
         yield lambda done, total: lines.tell(name, done, total)
@@ -42,7 +43,7 @@ def progress(name: str) -> Iterator[Told]:
 def stages() -> Iterator[Stages]:
     """Give a function to call with (what is running, done, in all): one bar for each stage."""
     if not output.messages().is_terminal:
-        yield Lines().tell
+        yield _noted(Lines().tell)
         return
     with _bar(TaskProgressColumn()) as bar:
         tasks: dict[str, object] = {}
@@ -52,7 +53,20 @@ def stages() -> Iterator[Stages]:
                 tasks[name] = bar.add_task(name, total=total)
             bar.update(tasks[name], completed=done, total=total)  # type: ignore[arg-type]
 
-        yield update
+        yield _noted(update)
+
+
+def _noted(tell: Stages) -> Stages:
+    """Return the same function; stages stand in the log when they begin."""
+    begun: set[str] = set()
+
+    def told(name: str, done: int, total: int) -> None:
+        if name not in begun:
+            begun.add(name)
+            log.note(name)
+        tell(name, done, total)
+
+    return told
 
 
 class Lines:
