@@ -136,6 +136,8 @@ AUXILIARY: dict[str, Row] = {
     "half + vectors": Row(method="compressed_experts", train=("all",)),
     "half + one set a layer": Row(method="compressed_experts", parameters={"vectors": "layer"}, train=("all",)),
     "half + vectors + constants": Row(method="compressed_experts", parameters={"constants": True}, train=("all",)),
+    "half + maps": Row(method="compressed_experts", parameters={"vectors": "none", "rank": 16}, train=("all",)),
+    "half + vectors + maps": Row(method="compressed_experts", parameters={"rank": 16}, train=("all",)),
 }
 SETS = {"recovery": ROWS, "ablation": ABLATION, "auxiliary": AUXILIARY}
 TWO = {"recovery": ("maths", "intent"), "ablation": ("maths", "intent"), "auxiliary": ("maths", "code")}
