@@ -204,9 +204,9 @@ def compress(
     from moetailor import ranks
     from moetailor.methods.allocation import read_allocation
 
-    method, format = read_menu(method, native), read_format(format, native)
+    parameters, format = read_parameters(param, method.lower() if uniform_layers else None), read_format(format, native)
+    method, parameters = read_menu(method, native, parameters, bits)
     budget = read_budget(method, remove, keep, size, memory, load_dtype)
-    parameters = read_parameters(param, method.lower() if uniform_layers else None)
     selected, kept, allocated = read_numbers(layers), read_pairs(protect), read_allocation(allocation)
     parameters, width = read_bits(bits, method, parameters)
     blocks = {"sequences": sequences, "length": length, "seed": seed, "batch_size": batch_size}

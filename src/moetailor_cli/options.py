@@ -144,7 +144,7 @@ Native = Annotated[
     bool,
     typer.Option(
         "--native",
-        help="With --method auto: only what stock engines load, which is --method refit.",
+        help="With --method auto: only what stock engines load, which is --method refit -p neurons=chosen.",
         rich_help_panel=DECIDES,
     ),
 ]

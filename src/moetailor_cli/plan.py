@@ -84,9 +84,9 @@ def plan(
     from moetailor.planning.plan import calibration_hash
     from moetailor.transform.formats import resolve_format
 
-    method = read_menu(method, native)
-    budget = read_budget(method, remove, keep, size, memory, load_dtype)
     parameters = read_parameters(param, method.lower() if uniform_layers else None)
+    method, parameters = read_menu(method, native, parameters, bits)
+    budget = read_budget(method, remove, keep, size, memory, load_dtype)
     selected, kept, allocated = read_numbers(layers), read_pairs(protect), read_allocation(allocation)
     (parameters, width), working = read_bits(bits, method, parameters), read_nbytes(batch_memory)
     measured = moetailor.Calibration.open(calibration)

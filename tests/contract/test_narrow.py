@@ -61,7 +61,7 @@ def test_narrow_experts_are_the_original_with_neurons_masked_in_every_form(
     form = resolve_format(plan, "auto", Original(checkpoint(name))).name
     assert form == ("moetailor" if name in SHARED else "narrow")
     if name in SHARED:
-        with pytest.raises(moetailor.PlanError, match=f"format narrow: .*{SHARED[name]}.*; use --format moetailor"):
+        with pytest.raises(moetailor.PlanError, match=f"format narrow .*{SHARED[name]}.*; format moetailor can"):
             moetailor.apply(plan, checkpoint(name), tmp_path / "out", format="narrow", **given)
         return
     out = moetailor.apply(plan, checkpoint(name), tmp_path / "out", **given)

@@ -1,19 +1,27 @@
 """Refit: what is left against the model with masked routers, fits against plain normal equations, never worse."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moetailor
-from moetailor.answers import Drop, Fitted, Keep
+from moetailor.answers import Drop, Fitted, Keep, Narrow
+from moetailor.checkpoint.experts import Experts, ExpertShape
+from moetailor.checkpoint.files import open_checkpoint
 from moetailor.fitting.least_squares import RIDGES
-from moetailor.methods.refit import Refit, fitted_down, missing_output
+from moetailor.methods.refit import Refit, _ways
+from moetailor.methods.refitted import fitted_down, missing_output
 from moetailor.planning.layer_plan import LayerPlan, keep_only
+from moetailor.transform.formats import resolve_format
+from support.families import tiny_model
+from support.hand import layer_of, sums_of
 from support.naive import masked_outputs
-from support.tiny import view
+from support.tiny import anatomy_of, logits, token_batches, view
+from support.tiny import load as load_tiny
 
 Get = Callable[[str], Path]
 GetCalibration = Callable[[str], moetailor.Calibration]
@@ -114,3 +122,67 @@ def test_weights_of_half_width_are_fitted_in_full(checkpoint: Get, calibration: 
     for name, parameter in narrow.named_parameters():
         assert parameter.dtype == torch.bfloat16
         torch.testing.assert_close(parameter.float(), wide.get_parameter(name), rtol=0.1, atol=0.02)
+
+
+@pytest.fixture
+def twins(checkpoint: Get, tmp_path: Path) -> Path:
+    """Return a checkpoint whose experts have each neuron twice, with columns of their own."""
+    model, folder = tiny_model("olmoe", vocab_size=128), tmp_path / "twins"
+    for layer in anatomy_of(model).layers.values():
+        experts = model.get_submodule(layer.experts)
+        half = Experts(experts).shape.intermediate // 2
+        with torch.no_grad():
+            for part in experts.gate_up_proj.chunk(2, 1):
+                part[:, half:] = part[:, :half]
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(checkpoint("olmoe")).save_pretrained(folder)
+    return folder
+
+
+def test_experts_whose_neurons_are_there_twice_all_stay_with_half_of_them(twins: Path, tmp_path: Path) -> None:
+    calibration = moetailor.calibrate(twins, tmp_path / "calib", text=token_batches(64, 48))
+    budget, chosen = moetailor.Budget.parse(remove="50%"), {"neurons": "chosen"}
+    plan = moetailor.make_plan(calibration, "refit", budget, parameters=chosen)
+    assert {answer for layer in plan.layers.values() for answer in layer.slots} == {Narrow(8)}
+    whole = moetailor.make_plan(calibration, "refit", budget)
+    assert {len(layer.pool) for layer in whole.layers.values()} == {4}
+    out = moetailor.apply(plan, twins, tmp_path / "out", calibration=calibration, format="native")
+    config, before = (json.loads((folder / "config.json").read_text()) for folder in (out, twins))
+    assert config == before | {"intermediate_size": 8}
+    assert open_checkpoint(out).nbytes == plan.nbytes <= whole.nbytes + 2 * 4 * calibration.model.stacks[0].slot_bytes
+    original = logits(load_tiny(twins))
+    lost = (logits(load_tiny(out)) - original).square().sum() / original.square().sum()
+    assert lost < 1e-5
+    dropped = moetailor.apply(whole, twins, tmp_path / "whole", calibration=calibration)
+    assert (logits(load_tiny(dropped)) - original).square().sum() / original.square().sum() > 100 * lost
+
+
+def test_more_experts_with_fewer_neurons_take_no_more_bytes() -> None:
+    """By hand: 32 experts of 96 neurons and 192 inputs in 16 bits, 1,152 bytes a neuron, 384 a slot of the router."""
+    shape = ExpertShape(width=192, intermediate=96)
+    sums = sums_of([(0, 1.0, [1.0] * 192)], 32, 1)
+    about = {"shape": shape, "expert_bytes": 96 * 1152, "slot_bytes": 384, "dtype": "BF16", "num_experts": 32}
+    layer = layer_of(sums, **about)
+    # 16 x 110,592 + 16 x 384 bytes are 19 experts of 80 neurons (19.1), 23 of 64 (23.9), 31 of 48 (31.8), and 32 of 47,
+    # which are 40.
+    assert list(_ways(layer, 16)) == [(16, 96), (19, 80), (23, 64), (31, 48), (32, 40)]
+    assert list(_ways(layer, 32)) == [(32, 96)]
+    layer.groups = 4
+    assert list(_ways(layer, 16)) == [(16, 96), (20, 72), (28, 48), (32, 40)]
+    layer.groups, layer.nbytes = 1, 16 * 96 * 1152 + 100_000
+    assert list(_ways(layer, 16))[:2] == [(16, 96), (20, 80)]
+    layer.nbytes = layer.slot_bytes = 0  # where the router does not count
+    assert list(_ways(layer, 16)) == [(16, 96), (19, 80), (24, 64), (32, 48)]
+
+
+@pytest.mark.parametrize(
+    ("family", "given"), [("deepseek_v2", {}), ("olmoe", {"layers": [0]}), ("olmoe", {"protect": [(0, 1)]})]
+)
+def test_where_no_ordinary_checkpoint_holds_them_experts_keep_their_neurons(
+    family: str, given: dict, calibration: GetCalibration
+) -> None:
+    budget = moetailor.Budget.parse(remove="50%")
+    plan = moetailor.make_plan(calibration(family), "refit", budget, parameters={"neurons": "chosen"}, **given)
+    assert not any(layer.of(Narrow) for layer in plan.layers.values())
+    if not given:
+        assert resolve_format(plan, "native").name == "native"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 from torch import nn
 
@@ -31,6 +31,7 @@ class ModelFacts:
         nbytes: bytes of all tensors of the checkpoint.
         stacks: every MoE layer on disk, sizes only.
         dtypes: bytes of all tensors by their dtype.
+        one_width: why its config cannot say another width of experts; empty where it can, None where nobody looked.
     """
 
     source: str
@@ -42,6 +43,7 @@ class ModelFacts:
     nbytes: Count
     stacks: tuple[Stack, ...]
     dtypes: Mapping[str, Count] = field(default_factory=dict)
+    one_width: str | None = None
 
     def __post_init__(self) -> None:
         if unknown := {*self.dtypes, *(stack.dtype for stack in self.stacks)} - set(DTYPES):
@@ -68,24 +70,29 @@ class ModelFacts:
 
     def to_json(self) -> dict:
         """Return the facts as JSON values."""
-        return asdict(self)
+        found = asdict(self)
+        return {name: value for name, value in found.items() if name != "one_width" or value is not None}
 
 
-def facts_of_checkpoint(checkpoint: Checkpoint, anatomy: Anatomy, stacks: Mapping[str, DiskStack]) -> ModelFacts:
+def facts_of_checkpoint(
+    checkpoint: Checkpoint, anatomy: Anatomy, stacks: Mapping[str, DiskStack], *, one_width: str
+) -> ModelFacts:
     """Return the facts of a checkpoint.
 
     Args:
         checkpoint: the opened checkpoint.
         anatomy: its MoE layers in memory.
         stacks: its MoE layers on disk.
+        one_width: see `ModelFacts`.
     """
-    return _facts(
+    found = _facts(
         anatomy,
         checkpoint.source,
         checkpoint.fingerprint(),
         _by_dtype((info.dtype, info.nbytes) for info in checkpoint.tensors.values()),
         [stack.sizes() for stack in stacks.values()],
     )
+    return replace(found, one_width=one_width)
 
 
 def facts_of_model(model: nn.Module, anatomy: Anatomy) -> ModelFacts:

@@ -28,6 +28,7 @@ from moetailor.checkpoint.loader import StreamedModel
 from moetailor.checkpoint.lock import scratch
 from moetailor.checkpoint.models import load_model, load_numbers, load_tokenizer
 from moetailor.checkpoint.mone import ENTRY, Rows, as_ours, has_constants
+from moetailor.checkpoint.width import one_width
 from moetailor.errors import CheckpointError
 
 Takes = Literal["originals", "results", "anything"]
@@ -163,7 +164,8 @@ class Original:
     def facts(self) -> ModelFacts:
         """What planning must know of it."""
         _ = self.skeleton  # whose every parameter must be there
-        return facts_of_checkpoint(self.checkpoint, self.anatomy, self.stacks)
+        why = one_width(self.plain_config, self._empty, self.anatomy)
+        return facts_of_checkpoint(self.checkpoint, self.anatomy, self.stacks, one_width=why)
 
     def streamed(
         self,

@@ -10,27 +10,43 @@ output:
 
 with g' the gates among those that stay. One token in eight is never fitted: these tokens say how strong the ridge is,
 and whether an expert is better left as it was.
+
+With `neurons=chosen` more experts stay in the same bytes, each with the neurons whose absence costs least (`camera`),
+and W_e has a column for each of these. How many neurons is tried on a few layers, one round each: fewer, as long as
+that leaves less error on the held-out tokens. All layers get as many, which config.json can say.
 """
 
 from __future__ import annotations
 
+import logging
 import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 
-from moetailor.answers import Answer, Drop, Fitted, Keep
+from moetailor import ranks
+from moetailor.answers import Answer, Drop, Fitted, Keep, Narrow
+from moetailor.answers.narrow import cut
 from moetailor.errors import MoetailorWarning
 from moetailor.fitting.averages import stacked
 from moetailor.fitting.held_out import held_out
-from moetailor.fitting.least_squares import RIDGES, NormalEquations, ridge, ridge_errors
 from moetailor.methods.method import AtLeast, Method
+from moetailor.methods.refitted import fitted
 from moetailor.methods.registry import register
-from moetailor.methods.routing import own_gates, routing_of
 from moetailor.methods.subsets import best_subset
 from moetailor.planning.layer_plan import LayerPlan, untouched
+from moetailor.planning.plan import answers_nbytes
 from moetailor.planning.view import LayerView
+
+logger = logging.getLogger(__name__)
+
+# Shares of their neurons that experts may keep, tried in this order, and on how many layers.
+SHARES = (0.85, 0.7, 0.55, 0.4)
+PROBED = 4
+# Neurons are a multiple of this, for kernels; of the next one where experts have fewer than sixteen times as many.
+MULTIPLES = (64, 8)
 
 
 @register
@@ -39,127 +55,152 @@ class Refit(Method):
     """Drop experts and fit the down projections of those that stay to the output of all: native, and fitted.
 
     Attributes:
+        neurons: ``all`` of the experts that stay, or as many as are ``chosen`` for more experts to stay in the same
+            bytes, where config.json has an entry for the width of experts alone and no expert is protected.
         rounds: how often each of them is fitted.
         swaps: so many times the best exchange of a kept expert for a dropped one is made, as long as one helps.
         tokens: sampled tokens that subsets are compared on.
         seed: another seed starts at other subsets.
     """
 
+    neurons: Literal["all", "chosen"] = "all"
     rounds: Annotated[int, AtLeast(1)] = 3
     swaps: Annotated[int, AtLeast(0)] = 64
     tokens: Annotated[int, AtLeast(1)] = 1024
     seed: int = 0
 
     name = "refit"
+    needs = frozenset({"tokens", "gate_sq_norm_sq"})
     reads_weights = True
     slow = True
-    builds = frozenset({"fitted"})
+    builds = frozenset({"fitted", "narrow"})
+
+    @property
+    def decides_counts(self) -> bool:
+        """Where it decides on neurons, too."""
+        return self.neurons == "chosen"
 
     def plan(self, layer: LayerView, keep: int) -> LayerPlan:
-        """Choose the experts of one layer."""
+        """Choose the experts of one layer, which keep all their neurons."""
+        return self._plan(layer, keep, layer.shape.intermediate)
+
+    def plan_layers(self, layers: Sequence[LayerView], keeps: Sequence[int]) -> Iterator[LayerPlan]:
+        """Choose the experts of the layers, and how many neurons they keep."""
+        alike = len({(layer.num_experts, layer.shape, keep) for layer, keep in zip(layers, keeps, strict=True)}) == 1
+        if self.neurons == "all" or not alike or any(not layer.narrows or layer.protected for layer in layers):
+            yield from super().plan_layers(layers, keeps)
+            return
+        keep, neurons = self._chosen(layers, keeps[0])
+
+        def planned(layer: LayerView) -> LayerPlan:
+            found = self._plan(layer, keep, neurons)
+            layer.close()
+            return found
+
+        yield from ranks.each(layers, planned)
+
+    def _plan(self, layer: LayerView, keep: int, neurons: int) -> LayerPlan:
+        """Choose the experts of one layer that stay with so many neurons."""
+        every, stays = layer.num_experts, Fitted() if neurons == layer.shape.intermediate else Narrow(neurons)
         options = {"swaps": self.swaps, "tokens": self.tokens, "seed": self.seed}
-        kept = best_subset(layer, keep, self.name, exhaustive=0, samples=100, **options)
-        if len(kept) == layer.num_experts:
-            return untouched(layer.num_experts)
+        kept = (
+            range(every) if keep == every else best_subset(layer, keep, self.name, exhaustive=0, samples=100, **options)
+        )
+        if len(kept) == every and stays == Fitted():
+            return untouched(every)
 
         def slot(number: int) -> Answer:
             if number not in kept:
                 return Drop()
-            return Keep() if number in layer.protected else Fitted()
+            return Keep() if number in layer.protected else stays
 
-        return LayerPlan(slots=tuple(slot(number) for number in range(layer.num_experts)))
+        return LayerPlan(slots=tuple(slot(number) for number in range(every)))
+
+    def _chosen(self, layers: Sequence[LayerView], keep: int) -> tuple[int, int]:
+        """Return how many experts stay, and how many neurons of each, for layers that are alike.
+
+        Args:
+            layers: the layers.
+            keep: experts that would stay whole.
+        """
+        few = min(PROBED, len(layers))
+        probed = [layers[round(number * (len(layers) - 1) / max(few - 1, 1))] for number in range(few)]
+        best, least = (keep, layers[0].shape.intermediate), float("inf")
+        for experts, neurons in _ways(layers[0], keep):
+
+            def lost(layer: LayerView, keep: int = experts, neurons: int = neurons) -> float:
+                missing_TD = fitted(layer, self._plan(layer, keep, neurons), rounds=1).missing
+                error = _cost(layer) * float(missing_TD[held_out(torch.arange(len(missing_TD)))].square().sum(1).mean())
+                layer.close()
+                return error
+
+            error = sum(ranks.each(probed, lost))
+            logger.info(f"refit: {experts} experts of {neurons} neurons lose {error:.3g} on held-out tokens")
+            if error >= least:
+                break
+            best, least = (experts, neurons), error
+        return best
 
     def build(self, layer: LayerView, plan: LayerPlan) -> dict[str, torch.Tensor]:
-        """Return the experts that stay with their down projections fitted."""
-        downs = self._downs(layer, plan)
-        fitted = (
-            layer.experts.expert(expert) | {"down": downs.pop(expert).to(layer.experts.dtype)}
-            for expert in plan.rebuilt
+        """Return the experts that stay with their down projections fitted, some with fewer neurons."""
+        stays, downs = self._downs(layer, plan)
+        experts = [*downs]
+        made = (
+            cut(layer.experts.expert(expert), stays[expert]) | {"down": downs.pop(expert).to(layer.experts.dtype)}
+            for expert in experts
         )
-        return stacked(fitted, len(plan.rebuilt))
+        found = stacked(made, len(experts))
+        return {f"narrow_{name}": stack for name, stack in found.items()} if plan.of(Narrow) else found
 
-    def _downs(self, layer: LayerView, plan: LayerPlan) -> dict[int, torch.Tensor]:
-        """Return the fitted down projections; what is only there to fit them goes before the experts are stacked."""
-        gates_TE, missing_TD = missing_output(layer, plan)
-        downs: dict[int, torch.Tensor] = {}
-        for _round in range(self.rounds):
-            for expert in plan.rebuilt:
-                matrices = layer.experts.expert(expert)
-                original = matrices["down"].to(missing_TD)
-                before = downs.get(expert, original)
-                token = gates_TE[:, expert].nonzero().flatten()
-                hidden_TF = layer.experts.hidden(matrices, layer.inputs(token)).to(missing_TD)
-                features_TF = gates_TE[token, expert, None].to(missing_TD) * hidden_TF
-                target_TD = missing_TD[token] + features_TF @ before.T
-                downs[expert] = fitted_down(token, features_TF, target_TD, original, before)
-                missing_TD[token] = target_TD - features_TF @ downs[expert].T
-        neurons = layer.experts.shape.intermediate
-        fitted_TE = gates_TE[~held_out(torch.arange(len(gates_TE)))]
-        scarce = [count for expert in downs if (count := int((fitted_TE[:, expert] > 0).sum())) < neurons]
-        if scarce:
+    def _downs(
+        self, layer: LayerView, plan: LayerPlan
+    ) -> tuple[dict[int, torch.Tensor | slice], dict[int, torch.Tensor]]:
+        """Return neurons and down projections; what is only there to fit them goes before the experts are stacked."""
+        fit = fitted(layer, plan, self.rounds)
+        fitted_TE = fit.gates[~held_out(torch.arange(len(fit.gates)))]
+        neurons = {expert: down.shape[1] for expert, down in fit.downs.items()}
+        reached = {expert: int((fitted_TE[:, expert] > 0).sum()) for expert in neurons}
+        if scarce := [reached[expert] for expert in neurons if reached[expert] < neurons[expert]]:
             warnings.warn(
-                f"layer {layer.index}: {len(scarce)} of {len(downs)} experts were fitted on fewer tokens "
-                f"({min(scarce)} at least) than they have neurons ({neurons}); "
+                f"layer {layer.index}: {len(scarce)} of {len(neurons)} experts were fitted on fewer tokens "
+                f"({min(scarce)} at least) than they have neurons ({max(neurons.values())}); "
                 "keep more with `moetailor calibrate --sample-tokens`",
                 MoetailorWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
-        return downs
+        return fit.stays, fit.downs
 
 
-def missing_output(layer: LayerView, plan: LayerPlan) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the gates among the experts that stay [T, E], and what these lack of the original's output [T, D].
-
-    Args:
-        layer: the layer.
-        plan: which experts stay.
-
-    Raises:
-        PlanError: what the router would do is not known.
-    """
-    sample = layer.sample
-    rule, known_T = routing_of(sample, layer.limits, layer.correction, f"refit, layer {layer.index}")
-    stays_E = torch.zeros(layer.num_experts, dtype=torch.bool)
-    stays_E[plan.kept_slots] = True
-    gates_TE = rule.gates(stays_E[None])[0]
-    # Where the rule does not give the router's own choice, nothing is known of another one.
-    gates_TE[~known_T] = 0
-    own_TE = own_gates(sample) * known_T[:, None]
-    wide = torch.promote_types(layer.experts.dtype, torch.float32)
-    missing_TD = torch.zeros(sample.hidden.shape, dtype=wide, device=layer.experts.device)
-    for expert in range(layer.num_experts):
-        chose = own_TE[:, expert].nonzero().flatten()
-        missing_TD[chose] += own_TE[chose, expert, None].to(missing_TD) * layer.outputs(expert, chose).to(missing_TD)
-        if stays_E[expert]:
-            given = gates_TE[:, expert].nonzero().flatten()
-            outputs = layer.experts.outputs(expert, layer.inputs(given))
-            missing_TD[given] -= gates_TE[given, expert, None].to(missing_TD) * outputs.to(missing_TD)
-    return gates_TE, missing_TD
-
-
-def fitted_down(
-    token: torch.Tensor,
-    features_TF: torch.Tensor,
-    target_TD: torch.Tensor,
-    original: torch.Tensor,
-    before: torch.Tensor,
-) -> torch.Tensor:
-    """Return the down projection of one expert, as strongly pulled to the original as held-out tokens say; the one of
-    `before` where no fit helps these.
+def _ways(layer: LayerView, keep: int) -> Iterator[tuple[int, int]]:
+    """Yield how many experts may stay with how many neurons each, in the bytes of some whole ones: fewer and fewer
+    neurons, until all experts stay.
 
     Args:
-        token: places in the sample, [T].
-        features_TF: what it is applied to there.
-        target_TD: what it should give.
-        original: the one of the original, [D, F].
-        before: the one so far, [D, F].
+        layer: one of the layers, which are alike.
+        keep: the whole experts.
     """
-    chooses = held_out(token).to(features_TF.device)
-    fit, choose = (NormalEquations.zeros(len(original), original.shape[1], original.device) for _ in range(2))
-    fit.add(features_TF[~chooses], target_TD[~chooses])
-    choose.add(features_TF[chooses], target_TD[chooses])
-    if not fit.tokens or not choose.tokens:
-        return before
-    errors = ridge_errors(fit, choose, original, RIDGES)
-    best = min(range(len(RIDGES)), key=errors.__getitem__)
-    return ridge(fit, original, RIDGES[best]).to(original) if errors[best] < choose.error(before) else before
+    width, every, experts = layer.shape.intermediate, layer.num_experts, keep
+    multiple = next((each for each in MULTIPLES if width >= 16 * each), MULTIPLES[-1])
+    room = (layer.nbytes or keep * layer.expert_bytes) + keep * layer.slot_bytes
+    one, two = (answers_nbytes([Narrow(neurons)], layer.shape, layer.dtype) for neurons in (1, 2))
+
+    def most(experts: int) -> int:
+        """Return how many neurons so many experts may keep."""
+        return (1 + (room // experts - layer.slot_bytes - one) // (two - one)) // multiple * multiple
+
+    yield keep, width
+    for share in SHARES:
+        if experts == every:
+            return
+        neurons = int(share * width) // multiple * multiple
+        more = room // (one + (neurons - 1) * (two - one) + layer.slot_bytes) // layer.groups * layer.groups
+        if neurons and experts < more:
+            experts = min(more, every)
+            yield experts, most(experts)
+
+
+def _cost(layer: LayerView) -> float:
+    """Return what an error of a layer costs: nats where calibration priced it, else as a part of what experts give."""
+    if layer.sensitivity is not None:
+        return layer.sensitivity
+    return float(layer.sums.tokens / layer.sums.gate_sq_norm_sq.sum())

@@ -95,6 +95,9 @@ def make_plan(
     limit = method_budget(budget, chosen, facts)
     shares = layer_nbytes(facts, estimate, limit, chosen)
     views = [view_of(calibration, s.index or 0, weights, protected, shares[s.prefix]) for s in stacks]
+    narrows = facts.one_width == "" and sum(stack.lies == "plain" for stack in stacks) == len(facts.stacks)
+    for view, stack in zip(views, stacks, strict=True):
+        view.narrows, view.slot_bytes = narrows, 0 if limit.size is None else stack.slot_bytes
     keeps = [estimate.layers[stack.prefix].stored for stack in stacks]
     plans: list[LayerPlan] = []
     looked_at = _counted(views, progress)
@@ -142,14 +145,15 @@ def view_of(
     nbytes: int = 0,
 ) -> LayerView:
     """Return what a method or its `build` sees of one decoder layer."""
-    stack = next(stack for stack in calibration.model.stacks if stack.index == layer)
+    facts = calibration.model
+    stack = next(stack for stack in facts.stacks if stack.index == layer)
     assert stack.shape is not None
     return LayerView(
         index=layer,
         num_experts=stack.num_experts,
-        top_k=calibration.model.top_k,
-        groups=calibration.model.groups.count,
-        limits=calibration.model.groups,
+        top_k=facts.top_k,
+        groups=facts.groups.count,
+        limits=facts.groups,
         protected=frozenset(expert for at, expert in protected if at == layer),
         nbytes=nbytes,
         expert_bytes=stack.expert_bytes,

@@ -33,6 +33,8 @@ class LayerView:
         protected: experts that must stay.
         nbytes: bytes that the layer's experts and stand-ins may take; 0 when nobody said.
         expert_bytes: bytes of one expert.
+        slot_bytes: bytes of one slot's rows in the router, where the budget is of all bytes; else 0.
+        narrows: whether an ordinary checkpoint can hold fewer neurons in all experts that stay.
         shape: what an expert is made of.
         dtype: safetensors dtype of the experts.
         prices: what errors cost the predictions in the end; None where it was not measured.
@@ -55,6 +57,8 @@ class LayerView:
     protected: frozenset[int] = frozenset()
     nbytes: int = 0
     expert_bytes: int = 0
+    slot_bytes: int = 0
+    narrows: bool = False
     shape: ExpertShape = ExpertShape(width=0, intermediate=0)  # noqa: RUF009 (frozen)
     dtype: str = "F32"
     prices: Prices | None = None

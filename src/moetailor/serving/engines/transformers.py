@@ -35,6 +35,7 @@ class Transformers(Engine):
             Choice(
                 name="fewer experts",
                 method="refit",
+                parameters={"neurons": "chosen"},
                 format="native",
                 rule="fewer experts",
                 loads="transformers, vLLM, llama.cpp",

@@ -46,6 +46,7 @@ class Format(ABC):
 
     Attributes:
         name: as ``--format`` knows it.
+        also: the name of another form for which it may be taken, where that one cannot hold a plan.
         automatic: whether ``--format auto`` may choose it, in the order in which formats are registered.
         library: what loads it, as the hub names it.
         loading: how it loads, a sentence for the model card.
@@ -53,6 +54,7 @@ class Format(ABC):
     """
 
     name: str
+    also: str = ""
     automatic: bool = False
     library: str = "transformers"
     loading: str
@@ -161,7 +163,7 @@ def find_format(name: str) -> Format:
 
 
 def resolve_format(plan: Plan, wanted: str, original: Original | None = None) -> Format:
-    """Return the form to write: the one asked for, or with ``auto`` the first one that can hold the plan.
+    """Return the form to write: the first that can hold the plan, of those of the name, or with ``auto`` of many.
 
     Args:
         plan: the plan.
@@ -175,6 +177,10 @@ def resolve_format(plan: Plan, wanted: str, original: Original | None = None) ->
         fitting = (form for form in FORMATS.values() if form.automatic and form.refusal(plan) is None)
         return next(form for form in fitting if original is None or form.able(plan, original))
     if reason := (form := find_format(wanted)).refusal(plan):
+        if other := next(
+            (other for other in FORMATS.values() if other.also == wanted and not other.refusal(plan)), None
+        ):
+            return other
         fits = next((other.name for other in FORMATS.values() if other.refusal(plan) is None), None)
         raise PlanError(f"format {wanted} {reason}" + (f"; format {fits} can hold it" if fits else ""))
     return form
