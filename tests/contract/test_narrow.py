@@ -1,15 +1,19 @@
 """Narrow experts on every family: the original with other neurons masked, and ordinary where a config says it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import moetailor
+from moetailor.answers import Drop
 from moetailor.checkpoint.experts import Experts
 from moetailor.checkpoint.files import open_checkpoint
 from moetailor.checkpoint.original import Original
+from moetailor.planning.checks import check_plan
+from moetailor.planning.layer_plan import LayerPlan
 from moetailor.transform.formats import resolve_format
 from support.tiny import Get, GetCalibration, anatomy_of, eager, every_family, load, logits
 
@@ -70,6 +74,28 @@ def test_narrow_experts_are_the_original_with_neurons_masked_in_every_form(
     (changed,) = {key for key in after if after[key] != before.get(key)}
     assert before.get(changed, after[changed]) == 2 * after[changed] or changed not in before
     assert open_checkpoint(out).tensors.keys() == open_checkpoint(checkpoint(name)).tensors.keys()
+    torch.testing.assert_close(logits(eager(load(out))), expected, rtol=1e-4, atol=1e-5)
+
+
+@every_family
+def test_narrow_experts_beside_dropped_slots_are_ordinary_too(
+    name: str, checkpoint: Get, calibration: GetCalibration, tmp_path: Path
+) -> None:
+    plan, given = narrow_plan(calibration(name)), {"calibration": calibration(name)}
+    groups = plan.model.groups.count
+    layers = {}
+    for prefix, layer in plan.layers.items():
+        each = len(layer.slots) // groups
+        slots = (Drop() if slot % each == each - 1 else answer for slot, answer in enumerate(layer.slots))
+        layers[prefix] = LayerPlan(slots=tuple(slots))
+    fewer = replace(plan, layers=layers)
+    check_plan(fewer, plan.model)
+    expected = logits(eager(moetailor.apply(fewer, load(checkpoint(name)), **given)))
+    form = resolve_format(fewer, "auto", Original(checkpoint(name))).name
+    assert form == ("moetailor" if name in SHARED else "narrow")
+    asked = "auto" if name in SHARED else "native"
+    out = moetailor.apply(fewer, checkpoint(name), tmp_path / "out", format=asked, **given)
+    assert open_checkpoint(out).nbytes == fewer.nbytes < plan.nbytes
     torch.testing.assert_close(logits(eager(load(out))), expected, rtol=1e-4, atol=1e-5)
 
 
