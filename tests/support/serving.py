@@ -89,6 +89,12 @@ def packed(says: str, outcomes: Mapping[str, str] = PACKED, **parameters: Any) -
 
 KINDS: dict[str, Kind] = {
     "native refit": Kind(says="native: slots dropped (`refit`)", method="refit", format="native", outcomes=NATIVE),
+    "native narrow": Kind(
+        says="narrow: experts with fewer neurons (`camera`, `auto --native`)",
+        method="camera",
+        format="narrow",
+        outcomes=NATIVE,
+    ),
     "native ream": Kind(says="native: experts merged (`ream`)", method="ream", format="native", outcomes=NATIVE),
     "expanded": Kind(
         says="expanded: remaps written out (`conmoe`)", method="conmoe", format="expanded", outcomes=NATIVE

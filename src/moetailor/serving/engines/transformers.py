@@ -37,7 +37,7 @@ class Transformers(Engine):
                 method="refit",
                 parameters={"neurons": "chosen"},
                 format="native",
-                rule="fewer experts",
+                rule="narrower experts",
                 loads="transformers, vLLM, llama.cpp",
             ),
         )

@@ -30,7 +30,8 @@ class Vllm(Engine):
         ours = Choice(name="bits and stand-ins", method="auto", format="moetailor", loads="vLLM with moetailor-vllm")
         every = (ours,) if has_plugin() else ()
         if group is None:
-            few = Choice(name="fewer experts", method="refit", format="native", rule="fewer experts", loads=loads)
+            given = {"method": "refit", "parameters": {"neurons": "chosen"}, "rule": "narrower experts"}
+            few = Choice(name="fewer experts", format="native", loads=loads, **given)
             return (*every, few)
         packed: dict[str, Any] = {"format": "compressed-tensors", "loads": loads}
         bits: dict[str, Any] = {"codes": "int", "group": group}
