@@ -16,7 +16,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import moetailor
-from moetailor.answers import Width
+from moetailor.answers import Drop, Fitted, Narrow, Width
 from moetailor.checkpoint.original import looked_at
 from moetailor.checkpoint.rates import Rates, peak_nbytes, resident_now
 from moetailor.estimates.estimate import Estimate, Host, duration, in_turn
@@ -24,9 +24,11 @@ from moetailor.estimates.running import of_calibration
 from moetailor.estimates.sizes import cost_of
 from moetailor.fitting.noise import held_out_errors
 from moetailor.fitting.reduced_rank import Moments, Regression
-from moetailor.fitting.work import of_noise, of_regression
+from moetailor.fitting.work import of_noise, of_refitted, of_regression
+from moetailor.methods.refitted import fitted
 from moetailor.methods.registry import METHODS
 from moetailor.methods.run import view_of
+from moetailor.planning.layer_plan import LayerPlan
 from moetailor.planning.work import LayerSize, Work
 from support import hub
 from support.reference import REFERENCE, TEXT
@@ -85,6 +87,18 @@ def test_rounding_is_counted_as_torch_counts_it(widths: str, made: moetailor.Cal
     assert (32 * of_noise(size, chosen)).products == pytest.approx(found, rel=0.15)
 
 
+@pytest.mark.parametrize("neurons", [96, 48])
+def test_fits_of_experts_that_stay_are_counted_as_torch_counts_them(neurons: int, made: moetailor.Calibration) -> None:
+    """Which counts no factors and no inverses, of which there are few here."""
+    layer = view_of(made, 0, moetailor.ExpertWeights(REFERENCE))
+    stays = Fitted() if neurons == 96 else Narrow(neurons)
+    plan = LayerPlan(slots=tuple(stays if slot % 2 else Drop() for slot in range(32)))
+    size = LayerSize(experts=32, top_k=4, shape=layer.shape, sampled=len(layer.sample.key))
+    found = counted(lambda: fitted(layer, plan, rounds=2))
+    work = of_refitted(size, 16, neurons, 2)
+    assert work.products + work.doubles == pytest.approx(found, rel=0.15)
+
+
 def test_what_a_calibration_writes_is_foretold(made: moetailor.Calibration) -> None:
     host = Host(device="cpu", startup=5, rates=RATES, resident=10**9)
     text = moetailor.TextOptions(data=(), sequences=8, length=256)
@@ -141,6 +155,7 @@ def test_every_verb_foretells_and_writes_nothing(run, made: moetailor.Calibratio
         ["calibrate", REFERENCE, "-o", out, *TEXT, "--stream", "--dtype", "bfloat16"],
         ["plan", calib, "-o", out, "--method", "auto", "--remove", "25%"],
         ["plan", calib, "-o", out, "--method", "linear", "--remove", "25%", "-p", "ranks=chosen"],
+        ["plan", calib, "-o", out, "--method", "auto", "--native", "--remove", "50%"],
         ["plan", calib, "-o", out, "--method", "mergemoe", "--remove", "25%"],
         ["apply", REFERENCE, plan, "-o", out, "--calibration", calib],
         ["evaluate", small, "--against", REFERENCE, *HELD_OUT],

@@ -53,7 +53,8 @@ def of_plan(
         calibration: the calibration; None before there is one.
     """
     stacks = [stack for stack in facts.stacks if stack.index is not None and stack.prefix in estimate.layers]
-    total, reads, memory, writes, opened, left, counted = Work(), 0, 0, _json_nbytes(estimate), 0, 0, True
+    total = method.trying([size_of(stack, facts, sampled) for stack in stacks])
+    reads, memory, writes, opened, left, counted = 0, 0, _json_nbytes(estimate), 0, 0, True
     for stack in stacks:
         layer, (sums, sample) = size_of(stack, facts, sampled), _statistics(stack, facts, sampled)
         work = method.work(layer)

@@ -202,6 +202,31 @@ def batch_of(layer: LayerSize) -> tuple[int, int]:
     return count, count * nbytes
 
 
+def of_refitted(layer: LayerSize, kept: int, neurons: int, rounds: int) -> Work:
+    """Return the work of fitting the down projections of experts that stay to what all gave, see `refitted.fitted`.
+
+    Args:
+        layer: the layer.
+        kept: experts that stay.
+        neurons: of each that stay, n.
+        rounds: how often each is fitted.
+    """
+    width, inner, tokens = layer.shape.width, layer.shape.intermediate, layer.sampled * layer.top_k / kept
+    found = layer.experts * of_outputs(layer.shape, layer.tokens) + kept * of_outputs(layer.shape, tokens)
+    # what is missing, and of one expert what it is applied to and what it should give, some times
+    found += Work(nbytes=int(12 * (layer.sampled * width + tokens * (inner + width))))
+    # gate and up; what it gave, p p^T and y p^T, and what it gives then
+    products = tokens * (2 * len(layer.shape.inputs) * width * inner + 6 * width * neurons + 2 * neurons**2)
+    each = Work(products=products, elements=tokens * (8 * inner + 8 * width), steps=60)
+    # A, C, W0 G twice, A^T A and the solution; V^T H V, and the factor of the strength that is chosen
+    each += Work(doubles=16 * width * neurons**2 + 4 * neurons**3, elements=8 * width * neurons)
+    each += of_eigenvectors(neurons) + of_factor(neurons)
+    # h h^T and its inverse, and for every neuron that goes the rest of both: 2 F^2 + 2 D F numbers, some times
+    gone = inner - neurons
+    cut = Work(products=2 * tokens * inner**2, doubles=2 * inner**3, elements=3 * gone * inner * (inner + width))
+    return found + kept * rounds * each + (kept * cut if gone else Work())
+
+
 def of_low_rank(layer: LayerSize, ranks: Sequence[int]) -> Work:
     """Return the work of pricing an expert's low-rank parts over a base, see `mix_plain`: three matrices are turned,
     W L = U S V^T with L the factor of a moment in float64, and the expert is run for each rank.

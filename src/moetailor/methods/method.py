@@ -149,6 +149,14 @@ class Method(ABC):
         """
         return None if self.reads_weights else Work()
 
+    def trying(self, layers: Sequence[LayerSize]) -> Work:
+        """Return what is computed on some of the layers before the first one is decided.
+
+        Args:
+            layers: the layers.
+        """
+        return Work()
+
     def kept_under(self, layer: LayerView) -> Mapping[str, Any] | None:
         """Return what the rows of numbers that it keeps of each expert depend on, see `LayerView.each_expert`; None
         where it keeps none.

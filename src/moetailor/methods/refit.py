@@ -32,6 +32,7 @@ from moetailor.answers.narrow import cut
 from moetailor.errors import MoetailorWarning
 from moetailor.fitting.averages import stacked
 from moetailor.fitting.held_out import held_out
+from moetailor.fitting.work import of_outputs, of_refitted
 from moetailor.methods.method import AtLeast, Method
 from moetailor.methods.refitted import fitted
 from moetailor.methods.registry import register
@@ -39,6 +40,7 @@ from moetailor.methods.subsets import best_subset
 from moetailor.planning.layer_plan import LayerPlan, untouched
 from moetailor.planning.plan import answers_nbytes
 from moetailor.planning.view import LayerView
+from moetailor.planning.work import LayerSize, Work
 
 logger = logging.getLogger(__name__)
 
@@ -140,6 +142,27 @@ class Refit(Method):
                 break
             best, least = (experts, neurons), error
         return best
+
+    def work(self, layer: LayerSize) -> Work:
+        """Return the work of the search for a subset, with half of the experts and an exchange for every fourth."""
+        experts, tokens = layer.experts, min(self.tokens, layer.sampled)
+        found = experts * of_outputs(layer.shape, tokens) + Work(products=2 * tokens * experts**2 * layer.shape.width)
+        tried = min(self.swaps, experts // 4) * experts**2 // 4 * tokens
+        return found + Work(products=2 * tried * experts**2, elements=12 * tried * experts, steps=20 * experts)
+
+    def trying(self, layers: Sequence[LayerSize]) -> Work:
+        """Return the work of three ways on the layers where they are tried, with half of the experts."""
+        if self.neurons == "all" or not layers:
+            return Work()
+        layer, ways = layers[0], 3 * min(PROBED, len(layers))
+        fits = of_refitted(layer, max(layer.experts // 2, 1), layer.shape.intermediate, 1)
+        return ways * (self.work(layer) + fits)
+
+    def building(self, layer: LayerSize, plan: LayerPlan) -> Work:
+        """Return the work of the fits."""
+        narrow = next(iter(plan.of(Narrow).values()), None)
+        neurons = layer.shape.intermediate if narrow is None else narrow.neurons
+        return of_refitted(layer, max(len(plan.pool), 1), neurons, self.rounds) if plan.computed else Work()
 
     def build(self, layer: LayerView, plan: LayerPlan) -> dict[str, torch.Tensor]:
         """Return the experts that stay with their down projections fitted, some with fewer neurons."""
