@@ -166,8 +166,8 @@ def calibration(made: Calibration) -> None:
         )
 
 
-def plan(made: Plan, form: str = "") -> None:
-    """Print what becomes of the slots, a line for each kind of layer; `form` is the format where one is known."""
+def plan(made: Plan, form: str = "auto") -> None:
+    """Print what becomes of the slots, a line for each kind of layer; `form` is the format that was asked for."""
     from moetailor.answers import ANSWERS
     from moetailor.transform.formats import resolve_format
     from moetailor.words import nbytes
@@ -187,7 +187,7 @@ def plan(made: Plan, form: str = "") -> None:
         kinds.setdefault(f"{len(layer.pool)} of {len(layer.slots)} experts stay, {told}", []).append(prefix)
     say(
         f"{made.method}, {made.budget}: {nbytes(made.model.nbytes)} becomes {nbytes(made.nbytes)} "
-        f"({form or resolve_format(made, 'auto').name} format)"
+        f"({resolve_format(made, form).name} format)"
     )
     if made.expected is not None:
         say(f"  expected KL: {made.expected:.2g} nats a token")
