@@ -125,10 +125,13 @@ class Refit(Method):
             layers: the layers.
             keep: experts that would stay whole.
         """
+        ways = list(_ways(layers[0], keep))
+        if len(ways) == 1:
+            return ways[0]
         few = min(PROBED, len(layers))
         probed = [layers[round(number * (len(layers) - 1) / max(few - 1, 1))] for number in range(few)]
-        best, least = (keep, layers[0].shape.intermediate), float("inf")
-        for experts, neurons in _ways(layers[0], keep):
+        best, least = ways[0], float("inf")
+        for experts, neurons in ways:
 
             def lost(layer: LayerView, keep: int = experts, neurons: int = neurons) -> float:
                 missing_TD = fitted(layer, self._plan(layer, keep, neurons), rounds=1).missing
@@ -219,7 +222,8 @@ def _ways(layer: LayerView, keep: int) -> Iterator[tuple[int, int]]:
         more = room // (one + (neurons - 1) * (two - one) + layer.slot_bytes) // layer.groups * layer.groups
         if neurons and experts < more:
             experts = min(more, every)
-            yield experts, most(experts)
+            if (left := most(experts)) < width:
+                yield experts, left
 
 
 def _cost(layer: LayerView) -> float:
