@@ -339,6 +339,7 @@ def test_from_the_command_line(
     assert "with uniform counts 0." in said
     kept = json.loads(counts.read_text())
     assert kept.pop("format") == "moetailor-allocation"
+    assert kept.pop("settings")["method"] == "frequency"
     kept = {int(layer): count for layer, count in kept.items()}
     run("plan", folder, "-o", plan, "--method", "frequency", "--keep", 6, "--allocation", counts)
     found = moetailor.Plan.load(plan)

@@ -150,7 +150,7 @@ def test_two_processes_write_the_result_of_one(
     assert (ran.stdout + ran.stderr).count("the original has") == 1
     alone = moetailor.apply(plan, sharded, tmp_path / "one", calibration=measured, **options)
     assert contents(tmp_path / "two") == contents(alone)
-    assert sorted(os.listdir(tmp_path)) == ["one", "plan.json", "two"]
+    assert sorted(os.listdir(tmp_path)) == ["one", "plan.json", "two", "two.log"]
 
 
 @pytest.mark.slow

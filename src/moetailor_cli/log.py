@@ -32,8 +32,11 @@ def keep(artifact: Path) -> None:
     from importlib.metadata import version
 
     from moetailor.checkpoint.artifact import write_text
+    from moetailor.checkpoint.folder import CONFIG
 
     file = Path(f"{os.path.abspath(artifact)}.log")  # of `OUT/` and `.`, too
+    if (file.parent / CONFIG).exists():  # a model's folder, in which nothing else shall lie
+        return
     before = file.read_text(encoding="utf-8", errors="replace") + "\n" if file.is_file() else ""
     command, *rest = _lines
     with_these = ", ".join(f"{name} {version(name)}" for name in ("moetailor", "torch", "transformers"))

@@ -41,7 +41,8 @@ def read_allocation(text: str) -> Allocation:
         raise PlanError(f"--allocation {text}" + did_you_mean(text, RULES) + "; or name a .json file")
     cure = 'write layers to experts kept, such as {"0": 24, "1": "75%"}'
     content = load_json(text, error=PlanError, cure=cure)
-    content.pop("format", None)  # of those that a search wrote
+    for name in ("format", "settings"):  # of those that a search wrote
+        content.pop(name, None)
     return read(dict[int, int | float | str], content, f"--allocation {text}", error=PlanError, cure=cure)
 
 
