@@ -374,7 +374,7 @@ def judge(code: int | None, said: str, arguments: tuple, before: dict[str, bytes
     writes = WRITES.get(arguments[0], "").split()
     after = state(place)
     changed = [name for name in before.keys() | after.keys() if before.get(name) != after.get(name)]
-    if other := [name for name in changed if name.split("/")[0] not in writes]:
+    if other := [name for name in changed if name.split("/")[0].removesuffix(".log") not in writes]:
         return f"changed {other[0]}"
     if code == 1 and (left := [name for name in changed if name.startswith("new") or ".partial" in name]):
         return f"left {left[0]}"

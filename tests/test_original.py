@@ -250,7 +250,7 @@ def test_counts_beyond_the_weights_are_refused_before_anything_is_built(
     began = time.monotonic()
     told = "its weights are numbered up to 7 and have up to 128 rows"
     assert refusal(folder) == f"{folder}/config.json: {name} = {count:,}; {told}"
-    assert time.monotonic() - began < 0.5
+    assert time.monotonic() - began < 2
 
 
 def test_there_is_room_for_as_many_experts_as_rows_but_not_for_layers(copy: Callable[..., Path]) -> None:
