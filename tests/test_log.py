@@ -5,6 +5,10 @@ import re
 import shlex
 from pathlib import Path
 
+import pytest
+
+from moetailor.errors import UnwritableError
+from moetailor_cli import log
 from support.reference import REFERENCE, TEXT
 
 LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  (.*)")
@@ -50,6 +54,24 @@ def test_what_makes_nothing_leaves_no_log(run, tmp_path: Path) -> None:
     assert run(*where, "--length", "1000000")[0] == 1
     assert run("inspect", REFERENCE)[0] == 0
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_is_no_log_stays_and_a_log_that_cannot_be_written_is_no_fault(
+    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calib, other = tmp_path / "calib", tmp_path / "calib.log"
+    other.write_text("what the shell sent here\n")
+    assert run("calibrate", REFERENCE, "-o", calib, *TEXT)[0] == 0
+    assert other.read_text() == "what the shell sent here\n"
+
+    def full(artifact: Path) -> None:
+        raise UnwritableError(artifact, OSError(28, "No space left on device"))
+
+    monkeypatch.setattr(log, "keep", full)
+    code, _, err = run("plan", calib, "-o", tmp_path / "plan.json", "-m", "mone", "--remove", "25%")
+    assert code == 0
+    assert "no log was kept: " in err
+    assert (tmp_path / "plan.json").is_file()
 
 
 def test_scores_keep_their_settings_and_a_log(run, tmp_path: Path) -> None:

@@ -247,10 +247,10 @@ def test_counts_beyond_the_weights_are_refused_before_anything_is_built(
     name: str, count: int, copy: Callable[..., Path]
 ) -> None:
     folder = copy("olmoe", **{name: count})
-    began = time.monotonic()
+    began = time.process_time()
     told = "its weights are numbered up to 7 and have up to 128 rows"
     assert refusal(folder) == f"{folder}/config.json: {name} = {count:,}; {told}"
-    assert time.monotonic() - began < 2
+    assert time.process_time() - began < 0.5
 
 
 def test_there_is_room_for_as_many_experts_as_rows_but_not_for_layers(copy: Callable[..., Path]) -> None:

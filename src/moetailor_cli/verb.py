@@ -74,10 +74,10 @@ def whole(verb: Callable[..., bool | None]) -> Callable[..., None]:
         artifact = made(verb.__name__, given)
         if pushed and artifact:
             _push(given["out"], pushed)
-        if not told and (line := following(verb.__name__, given)):
+        if not told and (artifact or not quiet) and (line := following(verb.__name__, given)):
             output.say(line, copied=True)
         if artifact:
-            log.keep(artifact)
+            _log(artifact)
 
     added: dict[str, tuple[Any, Any]] = {"recipe": (Recipe, None), "quiet": (Quiet, False), "verbose": (Verbose, False)}
     added |= {"revision": (Revision, None)} if verb.__name__ in HUB else {}
@@ -127,6 +127,16 @@ def _push(folder: Path, name: str) -> None:
     from moetailor.checkpoint.hub import upload
 
     output.say(f"uploaded to {upload(folder, name)}")
+
+
+def _log(artifact: Path) -> None:
+    """Keep the log; what was made is complete without it, as where only its own folder can be written to."""
+    from moetailor.errors import UnwritableError
+
+    try:
+        log.keep(artifact)
+    except UnwritableError as error:
+        output.warn(f"no log was kept: {error}")
 
 
 def _let_libraries_speak() -> None:
