@@ -20,7 +20,7 @@ from moetailor.answers import Drop, Fitted, Narrow, Width
 from moetailor.checkpoint.original import looked_at
 from moetailor.checkpoint.rates import Rates, peak_nbytes, resident_now
 from moetailor.estimates.estimate import Estimate, Host, duration, in_turn
-from moetailor.estimates.running import of_calibration
+from moetailor.estimates.running import of_calibration, run_of
 from moetailor.estimates.sizes import cost_of
 from moetailor.fitting.noise import held_out_errors
 from moetailor.fitting.reduced_rank import Moments, Regression
@@ -111,6 +111,21 @@ def test_what_a_calibration_writes_is_foretold(made: moetailor.Calibration) -> N
     found = of_calibration(apart, original, text=text, sample=moetailor.SampleOptions(), sensitivity=True)
     assert found.device_memory is not None
     assert "on the device" in found.lines()[1]
+
+
+def test_what_a_batch_and_files_hold_in_memory() -> None:
+    text = moetailor.TextOptions(data=(), sequences=8, length=256, batch_size=2)
+    with looked_at(REFERENCE) as original:
+        run, short = (
+            run_of(original, text, stream=False, device="cpu", dtype=dtype) for dtype in ("float32", "bfloat16")
+        )
+        shape, top_k = original.facts.stacks[0].shape, original.facts.top_k
+    assert shape is not None
+    # A pair's inputs, outputs and gated outputs; gate, up, their product, and one between.
+    assert run.outputs == 2 * 256 * top_k * (3 * shape.width + 4 * shape.intermediate) * 4
+    # The file is in bfloat16: in float32 no weight is its own.
+    assert not run.mapped
+    assert short.mapped
 
 
 def test_times_are_work_by_rates() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import moetailor
+from moetailor.calibration.layers import by_rows
 from moetailor.checkpoint.original import Original
 from moetailor.evaluation import fidelity as fidelity_module
 from moetailor.evaluation.fidelity import Reference
@@ -152,6 +153,13 @@ def test_what_is_streamed_has_no_speed(tmp_path: Path) -> None:
     output.scores(found)
 
 
+def test_what_is_said_of_rows_stays_in_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits_BCV, words_BC = torch.arange(40.0).view(2, 5, 4), torch.arange(10).view(2, 5)
+    monkeypatch.setattr("moetailor.calibration.layers.passing_nbytes", lambda device: 3 * 4 * 4)
+    said = by_rows(lambda a_RV, b_R: {"sum": a_RV[:, 0] + b_R}, logits_BCV, words_BC)
+    assert torch.equal(said["sum"], logits_BCV[..., 0] + words_BC)
+
+
 @pytest.mark.parametrize(("given", "flag"), [({"device_map": "auto"}, "--device-map"), ({"tasks": "arc"}, "--tasks")])
 def test_what_needs_the_whole_model_is_refused_beside_stream(given: dict, flag: str) -> None:
     text = moetailor.TextOptions(data=(str(HELD_OUT),), sequences=1, length=32)
@@ -166,14 +174,21 @@ def test_what_needs_the_whole_model_is_refused_beside_stream(given: dict, flag: 
 def test_heads_run_on_some_tokens_at_a_time(
     family: str, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever a family does to its logits."""
+    """Whatever a family does to its logits; of some of these tokens three rows are judged at a time."""
     one, other = tiny_model(family, seed=0), tiny_model(family, seed=1)
     batches = token_batches(2)
     monkeypatch.setattr("moetailor.calibration.layers.PREDICTIONS", size * 2 * one.config.vocab_size)
+    monkeypatch.setattr("moetailor.calibration.layers.passing_nbytes", lambda device: 3 * 4 * one.config.vocab_size)
     found = Reference(tmp_path / "r", batches).record(one).compare(other, one)[""]
-    total, count = 0.0, 0
+    total, same, losses, count = 0.0, 0, [0.0, 0.0], 0
     for batch in batches:
         with torch.no_grad():
             p, q = (model(batch.input_ids).logits.double().log_softmax(-1)[:, :-1] for model in (one, other))
         total, count = total + float((p.exp() * (p - q)).sum()), count + p[..., 0].numel()
+        same += int((p.argmax(-1) == q.argmax(-1)).sum())
+        words = batch.input_ids[:, 1:, None]
+        losses = [loss - float(logp.gather(2, words).sum()) for loss, logp in zip(losses, (p, q), strict=True)]
     assert found.kl.mean == pytest.approx(total / count, rel=1e-4)
+    assert found.top1_agreement.mean == pytest.approx(same / count)
+    perplexities = [found.original_perplexity.mean, found.compressed_perplexity.mean]
+    assert perplexities == pytest.approx([math.exp(loss / count) for loss in losses], rel=1e-4)

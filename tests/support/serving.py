@@ -109,10 +109,10 @@ KINDS: dict[str, Kind] = {
     ),
     "vllm-mone": Kind(
         says="vllm-mone: constants (`mone`)",
-        outcomes=QUANTIZED | {ALONE: "read"},
+        outcomes=QUANTIZED | {ALONE: "run"},
         by={
             TRANSFORMERS: "tests/contract/test_vllm_mone.py::test_vllm_gives_what_our_runtime_gives",
-            ALONE: "vLLM 0.33's source; 0.32 has no such experts",
+            ALONE: f"{PLUGIN}::test_vllm_alone_serves_constants_in_its_own_layout",
         },
     ),
     "native fp8": Kind(

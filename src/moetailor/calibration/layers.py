@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from moetailor.calibration.batch import Batch
+from moetailor.checkpoint.devices import passing_nbytes
 from moetailor.errors import CheckpointError
 
 
@@ -46,21 +47,38 @@ class ResidentModel:
 
 # From what the last decoder layer gives for some tokens, [B, C, D], to logits, [B, C, V].
 Head = Callable[[torch.Tensor], torch.Tensor]
-# Numbers of the predictions that are best made at once: more take memory for nothing.
-PREDICTIONS = 2**25
+# Numbers of the predictions that are best made at once: fewer take a product longer, more take memory for nothing.
+PREDICTIONS = 2**26
 
 
-def pieces(tokens: int, sequences: int, vocab_size: int, numbers: int | None = None) -> list[slice]:
+def pieces(tokens: int, sequences: int, vocab_size: int) -> list[slice]:
     """Return the parts of a batch's sequences whose predictions are made at once.
 
     Args:
         tokens: of a sequence.
         sequences: of the batch.
         vocab_size: numbers of a prediction.
-        numbers: that are made at once; `PREDICTIONS` when None.
     """
-    size = max((numbers or PREDICTIONS) // (sequences * vocab_size), 1)
+    size = max(PREDICTIONS // (sequences * vocab_size), 1)
     return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
+
+
+def by_rows(
+    judge: Callable[..., dict[str, torch.Tensor]], logits_BCV: torch.Tensor, *others: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Return what is said of predictions, [B, C] by name, a few at a time: as many as caches hold, since each is gone
+    over many times.
+
+    Args:
+        judge: called with some rows of all arguments, logits in float32 [R, V]; gives [R] by name.
+        logits_BCV: logits.
+        others: more logits [B, C, V], and what else there is of each, [B, C]; on the same device.
+    """
+    shape, vocab_size = logits_BCV.shape[:-1], logits_BCV.shape[-1]
+    some = max(passing_nbytes(logits_BCV.device) // (4 * vocab_size), 1)
+    rows = [each.flatten(0, 1).split(some) for each in (logits_BCV, *others)]
+    parts = [judge(*(r.float() if r.is_floating_point() else r for r in each)) for each in zip(*rows, strict=True)]
+    return {name: torch.cat([part[name] for part in parts]).view(shape) for name in parts[0]}
 
 
 class _Done(Exception):

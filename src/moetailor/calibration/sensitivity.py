@@ -31,7 +31,7 @@ from moetailor.calibration.batch import Batch, evenly_spaced_sequences
 from moetailor.calibration.capture import captured, replaced_forward
 from moetailor.calibration.effects import ERRORS, Effect, Effects, Errors, LayerEffects, Together
 from moetailor.calibration.folder import Calibration
-from moetailor.calibration.layers import Head, PartlyLoaded, pieces
+from moetailor.calibration.layers import Head, PartlyLoaded, by_rows, pieces
 from moetailor.calibration.states import HiddenStates
 from moetailor.calibration.statistics import Sums
 from moetailor.calibration.stopped import Stopped
@@ -271,12 +271,15 @@ def _kl(
         for key, stream in replaced.items():
             hidden = stream[number]
             for here, p in zip(parts, true, strict=True):
-                q = torch.log_softmax(head(hidden[:, here]).float(), -1)
-                # KL(p || q) = sum_v p (log p - log q)
-                kl_BC = (p.exp() * (p - q)).sum(-1).cpu()
+                kl_BC = by_rows(_divergence, p, head(hidden[:, here]))["kl"].cpu()
                 found[key] += float(kl_BC[batch.counted[:, here]].sum(dtype=torch.float64))
         if progress:
             progress(before + number + 1, before + len(walk.batches))
 
     walk.predict(add)
     return found
+
+
+def _divergence(logp_RV: torch.Tensor, logits_RV: torch.Tensor) -> dict[str, torch.Tensor]:
+    # KL(p || q) = sum_v p (log p - log q)
+    return {"kl": (logp_RV.exp() * (logp_RV - logits_RV.log_softmax(-1))).sum(-1)}

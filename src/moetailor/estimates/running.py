@@ -5,6 +5,7 @@ Shapes: T tokens, B sequences of a batch, L tokens of a sequence, D model width,
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from moetailor.calibration.capture import PORTION_CPU
@@ -12,6 +13,7 @@ from moetailor.calibration.layers import PREDICTIONS
 from moetailor.calibration.sampling import SampleOptions
 from moetailor.calibration.sensitivity import TOKENS
 from moetailor.calibration.text import TextOptions, length_of
+from moetailor.checkpoint.files import DTYPE_NAMES
 from moetailor.checkpoint.models import longest_sequence, resolve_dtype, stored_dtype
 from moetailor.checkpoint.original import Original
 from moetailor.estimates.estimate import Estimate, Host
@@ -24,6 +26,9 @@ TOKEN, SMALL = 33, 1000
 # How often numbers are gone over while they are loaded, while predictions are compared, and while experts are rounded
 # to see what that costs.
 LOADED, COMPARED, ROUNDED = 6, 16, 90
+# Portions of outputs that lie there while a layer's statistics are taken: what its experts are given and work out, and
+# sums in float64.
+PORTIONS = 8
 # Share of all experts that transformers has read, and not stacked yet, when there is most: .5 and .97 were measured.
 AHEAD = 0.7
 SHORTER = "for {:,} tokens; a text that ends sooner takes less"
@@ -42,6 +47,7 @@ class Run:
         batch: tokens of a batch, B L.
         length: tokens of a sequence, L.
         stream: whether a layer is in memory at a time.
+        mapped: whether some weights of a model in memory are its files' own, which then stay mapped.
     """
 
     cost: ModelCost
@@ -50,6 +56,7 @@ class Run:
     batch: int
     length: int
     stream: bool
+    mapped: bool
 
     @property
     def states(self) -> int:
@@ -66,7 +73,7 @@ class Run:
         """The work of bringing the weights into memory, beside reading them."""
         return Work(elements=LOADED * self.cost.numbers)
 
-    def memory(self, held: int) -> int:
+    def memory(self, held: int, *, captured: bool = False) -> int:
         """Return the bytes of memory of a run.
 
         While a whole model is loaded its files are mapped, and of experts that lie one by one more are read ahead than
@@ -74,24 +81,33 @@ class Run:
 
         Args:
             held: bytes of that, without a batch's own.
+            captured: whether statistics are taken, for which experts run on a portion of a batch at a time.
         """
-        cost = self.cost
+        cost, batch = self.cost, self.activations + (PORTIONS * PORTION_CPU if captured else self.outputs)
         if self.stream:
             resting, loading = max(cost.largest.numbers, cost.outside), 2 * cost.stacked
-            return max(resting * self.width + held + self.activations, loading * self.width + held)
+            return max(resting * self.width + held + batch, loading * self.width + held)
         ahead = AHEAD * sum(layer.routed_all for layer in cost.layers) if cost.stacked else 0
         loading = int(cost.numbers + ahead) * self.width + cost.nbytes
-        return max(loading, cost.numbers * self.width + held + self.activations)
+        return max(loading, cost.numbers * self.width + self.mapped * cost.nbytes + held + batch)
 
     @property
     def predictions(self) -> int:
         """Bytes of memory that predictions of two models take while they are compared."""
-        return 6 * min(PREDICTIONS, self.batch * self.cost.vocabulary) * 4
+        return 2 * min(PREDICTIONS, self.batch * self.cost.vocabulary) * self.width
 
     @property
     def activations(self) -> int:
-        """Bytes of memory that a batch takes."""
-        return self.batch * self.cost.width * self.width * 12 + 3 * PORTION_CPU
+        """Bytes of memory that a batch takes beside its experts."""
+        return self.batch * self.cost.width * self.width * 12
+
+    @property
+    def outputs(self) -> int:
+        """Bytes of memory that all experts of a layer take that run on a batch: 3 D and 4 F numbers a pair."""
+        width = self.cost.width
+        # The K experts of a token have 3 K D F weights.
+        numbers = max(3 * layer.top_k * width + 4 * layer.routed // (3 * width) for layer in self.cost.layers)
+        return self.batch * numbers * self.width
 
 
 def run_of(original: Original, text: TextOptions, *, stream: bool, device: str, dtype: str | None) -> Run:
@@ -102,13 +118,16 @@ def run_of(original: Original, text: TextOptions, *, stream: bool, device: str, 
     """
     assert text.sequences is not None  # how much text there is would be known once it is read
     length = length_of(text.length, longest_sequence(original.plain_config))
+    run, keys = resolve_dtype(dtype, device, original.checkpoint), Counter(original.skeleton.names.values())
+    alone = (key for key, name in original.skeleton.names.items() if keys[name] == 1)
     return Run(
         cost=cost_of(original),
-        width=resolve_dtype(dtype, device, original.checkpoint).itemsize,
+        width=run.itemsize,
         tokens=text.sequences * length,
         batch=min(text.batch_size, text.sequences) * length,
         length=length,
         stream=stream,
+        mapped=any(original.checkpoint.numbers[key].dtype == DTYPE_NAMES[run] for key in alone),
     )
 
 
@@ -140,7 +159,7 @@ def of_calibration(
         predicted = run.length * cost.vocabulary * 4
         # While experts are rounded their numbers are kept as the checkpoint has them; predictions come afterwards
         kept = cost.largest.routed_all * min(run.width, stored_dtype(original.checkpoint).itemsize)
-        held = max(kept, predicted + 5 * min(PREDICTIONS * 4, predicted))
+        held = max(kept, predicted + 2 * min(PREDICTIONS * 4, predicted))
         held += 0 if on_disk else streams
         work += _sensitivities(run)
     held = max(held, 2 * max(layers, default=0) + (0 if on_disk else run.states))
@@ -149,7 +168,7 @@ def of_calibration(
     return Estimate(
         verb="calibrate",
         seconds=host.seconds(work, moved=moved),
-        **host.memory(run.memory(held), cost.nbytes),
+        **host.memory(run.memory(held, captured=True), cost.nbytes),
         reads=reads,
         writes=writes,
         meanwhile=meanwhile,
