@@ -14,7 +14,10 @@ import torch
 
 import moetailor
 from moetailor.checkpoint.original import Original
-from moetailor.fit import CALIBRATION, HELD_OUT, TEXTS, Job, look
+from moetailor.checkpoint.rates import Rates
+from moetailor.estimates.estimate import Host
+from moetailor.estimates.running import of_evaluation
+from moetailor.fit import CALIBRATION, HELD_OUT, TEXTS, Job, foretold, look
 from moetailor.serving import ENGINES, Choice, Served, find_engine, offered
 from moetailor.serving.choices import RULES, bits_of, expected_of
 from moetailor.serving.needs import cache_nbytes
@@ -179,6 +182,21 @@ def test_fit_without_a_place_foretells_and_what_fits_is_left_alone(run, tmp_path
     assert code == 1
     assert "the model takes 512 tokens at most" in err
     assert "did you mean 'vllm'" in run("fit", REFERENCE, "--memory", "10MB", "--engine", "vlm")[2]
+
+
+def test_measuring_is_foretold_with_making_where_the_result_is_measured() -> None:
+    original, rates = Original(REFERENCE), Rates(products=1e9, elements=1e8, step=1e-6, reading=1e9)
+    host, parts = Host(device="cpu", startup=5, rates=rates, resident=10**8), {}
+    for engine in ("transformers", "llama.cpp"):
+        found = look(original, memory=10_000_000, engine=find_engine(engine), context=128)
+        job = Job(choice=found.chosen(), room=found.room)
+        parts[engine] = foretold(host, original, job)
+    measuring = of_evaluation(host, original, found.room.planned, text=job.judging)
+    # 64 blocks of as many tokens as the model takes
+    assert measuring.notes == ("measured on 32,768 tokens",)
+    assert parts["transformers"].notes[-1:] == measuring.notes
+    assert measuring.notes[0] not in parts["llama.cpp"].notes
+    assert parts["transformers"].seconds > measuring.seconds
 
 
 def test_a_column_is_that_of_texts_that_are_given() -> None:

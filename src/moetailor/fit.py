@@ -18,7 +18,8 @@ from moetailor.checkpoint.models import longest_sequence, resolve_dtype
 from moetailor.checkpoint.original import Original
 from moetailor.checkpoint.place import PLAN_FILE
 from moetailor.errors import MoetailorError
-from moetailor.estimates.estimate import Estimate, Host
+from moetailor.estimates.estimate import Estimate, Host, in_turn
+from moetailor.estimates.running import of_evaluation
 from moetailor.estimates.sizes import cost_of
 from moetailor.estimates.together import of_compression
 from moetailor.evaluation.evaluate import Scores, evaluate
@@ -178,11 +179,16 @@ class Job:
 
 
 def foretold(host: Host, original: Original, job: Job) -> Estimate:
-    """Return what making it will take; the text that is there may end sooner."""
+    """Return what making and measuring it will take; the text that is there may end sooner."""
     given = {"budget": job.budget, "text": job.text, "format": job.choice.format}
     given |= {"layers": None, "protect": (), "allocation": "uniform", "width": job.choice.width}
-    run = {"stream": job.streams(original), "dtype": job.dtype, "sample": SampleOptions()}
-    return of_compression(host, original, job.choice.made_by, given, calibration=None, **run)
+    run = {"stream": job.streams(original), "dtype": job.dtype}
+    parts = [of_compression(host, original, job.choice.made_by, given, calibration=None, sample=SampleOptions(), **run)]
+    if job.choice.format != Gguf.name:
+        parts.append(
+            of_evaluation(host, original, min(job.room.planned, original.facts.nbytes), text=job.judging, **run)
+        )
+    return in_turn("fit", parts, host.startup)
 
 
 def fit(

@@ -174,6 +174,7 @@ def evaluate(compressed: str, against: str, run: Options, *, device: str | None,
     from moetailor.errors import MoetailorError
     from moetailor.estimates.estimate import Host
     from moetailor.estimates.running import of_evaluation
+    from moetailor.estimates.sizes import downloads_of
     from moetailor.transform.origin import unlike
 
     given: dict[str, Any] = {"takes": "anything", "trust_remote_code": trust_remote_code}
@@ -183,7 +184,8 @@ def evaluate(compressed: str, against: str, run: Options, *, device: str | None,
         if why := unlike(result.config, original.config):
             raise MoetailorError(f"{against} cannot be the original of {compressed}: its {why}")
         host = Host.measured(output.BEGAN, original, device=device, dtype=run["dtype"])
-        found = of_evaluation(host, original, result, **run)
+        nbytes, downloads = result.checkpoint.nbytes, downloads_of(result)
+        found = of_evaluation(host, original, nbytes, downloads=downloads, **run)
     output.estimate(found)
     return found
 

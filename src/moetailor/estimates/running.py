@@ -215,20 +215,31 @@ def _sensitivities(run: Run) -> Work:
 def of_evaluation(
     host: Host,
     original: Original,
-    compressed: Original,
+    compressed: int,
     *,
     text: TextOptions,
+    downloads: int = 0,
     tasks: bool = False,
     stream: bool = False,
     dtype: str | None = None,
 ) -> Estimate:
     """Return what `evaluate` will take on a machine, where the compressed model computes as much as the original.
 
-    The other arguments are those of `evaluate`, but `tasks`: whether some run, of which nobody knows how long.
+    The other arguments are those of `evaluate`, but for these.
+
+    Args:
+        host: the machine.
+        original: the original.
+        compressed: bytes of the compressed checkpoint.
+        text: what is evaluated on.
+        downloads: bytes of it that the hub would have to give.
+        tasks: whether some run, of which nobody knows how long.
+        stream: see `evaluate`.
+        dtype: see `evaluate`.
     """
     check_predicts(text)
     run = run_of(original, text, stream=stream, device=host.device, dtype=dtype)
-    cost, reads = run.cost, run.cost.nbytes + compressed.checkpoint.nbytes
+    cost, reads = run.cost, run.cost.nbytes + compressed
     # The original's head lies beside the compressed model.
     taken = run.memory(cost.outside * run.width + run.predictions)
     work = 2 * run.loading + judging(run, speed=not stream)
@@ -241,8 +252,8 @@ def of_evaluation(
         reads=reads,
         writes=0,
         meanwhile=run.states * (3 if stream else 1),
-        downloads=downloads_of(original) + downloads_of(compressed),
-        notes=(SHORTER.format(run.tokens),),
+        downloads=downloads_of(original) + downloads,
+        notes=(f"measured on {run.tokens:,} tokens",),
     )
 
 
