@@ -16,15 +16,17 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import moetailor
-from moetailor.answers import Drop, Fitted, Narrow, Width
+from moetailor.answers import Constant, Drop, Fitted, LowRank, Narrow, Width
 from moetailor.checkpoint.original import looked_at
 from moetailor.checkpoint.rates import Rates, peak_nbytes, resident_now
 from moetailor.estimates.estimate import Estimate, Host, duration, in_turn
 from moetailor.estimates.running import of_calibration, run_of
 from moetailor.estimates.sizes import cost_of
+from moetailor.fitting import linear_maps
 from moetailor.fitting.noise import held_out_errors
 from moetailor.fitting.reduced_rank import Moments, Regression
-from moetailor.fitting.work import of_noise, of_refitted, of_regression
+from moetailor.fitting.work import of_low_rank, of_noise, of_refitted, of_regression
+from moetailor.methods import mix_plain
 from moetailor.methods.refitted import fitted
 from moetailor.methods.registry import METHODS
 from moetailor.methods.run import view_of
@@ -96,6 +98,18 @@ def test_fits_of_experts_that_stay_are_counted_as_torch_counts_them(neurons: int
     size = LayerSize(experts=32, top_k=4, shape=layer.shape, sampled=len(layer.sample.key))
     found = counted(lambda: fitted(layer, plan, rounds=2))
     work = of_refitted(size, 16, neurons, 2)
+    assert work.products + work.doubles == pytest.approx(found, rel=0.15)
+
+
+def test_own_parts_over_a_base_are_counted_as_torch_counts_them(made: moetailor.Calibration) -> None:
+    """Which counts no factors and no eigenvectors."""
+    layer = view_of(made, 0, moetailor.ExpertWeights(REFERENCE))
+    ranks, base = mix_plain.low_ranks(layer.shape), mix_plain.base_of(layer)
+    slots = [Constant(), *(LowRank(0, rank) for rank in ranks)]
+    found = counted(lambda: [mix_plain._errors(layer, expert, base, slots) for expert in range(32)])
+    found -= counted(lambda: [linear_maps.held_out_errors(layer, expert, [0], mix_plain.RIDGE) for expert in range(32)])
+    size = LayerSize(experts=32, top_k=4, shape=layer.shape, sampled=len(layer.sample.key))
+    work = 32 * of_low_rank(size, ranks)
     assert work.products + work.doubles == pytest.approx(found, rel=0.15)
 
 

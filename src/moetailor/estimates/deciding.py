@@ -14,7 +14,7 @@ from moetailor.checkpoint.facts import ModelFacts
 from moetailor.checkpoint.layout import Stack
 from moetailor.checkpoint.original import Original
 from moetailor.checkpoint.weights import ExpertWeights
-from moetailor.estimates.estimate import Estimate, Host
+from moetailor.estimates.estimate import LIBRARIES, Estimate, Host
 from moetailor.estimates.sizes import downloads_of, statistics_nbytes
 from moetailor.fitting.work import of_width
 from moetailor.methods.method import Method
@@ -99,8 +99,8 @@ def opened_nbytes(layer: LayerSize, work: Work | None) -> int:
     """
     experts, computed = 4 * layer.experts * layer.weights, (work or Work()).nbytes
     if experts > working_nbytes(torch.zeros(0).device):  # they stay on disk
-        return computed
-    return max(4 * experts // 3, experts + computed)
+        return LIBRARIES + computed
+    return LIBRARIES + max(4 * experts // 3, experts + computed)
 
 
 def _statistics(stack: Stack, facts: ModelFacts, sampled: int) -> tuple[int, int]:

@@ -19,6 +19,8 @@ from moetailor.words import nbytes
 
 # Shares of the rate of products of large matrices that kinds of work reach, as measured, see docs/estimates.md.
 PRODUCTS, DOUBLES, SPECTRA = 0.7, 0.35, 0.3
+# Bytes of libraries' code that is read into memory once a process computes, and not before: 25 to 31 MB were seen.
+LIBRARIES = 30 * 10**6
 
 
 @dataclass(frozen=True, kw_only=True)

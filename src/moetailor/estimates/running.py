@@ -16,7 +16,7 @@ from moetailor.calibration.text import TextOptions, length_of
 from moetailor.checkpoint.files import DTYPE_NAMES
 from moetailor.checkpoint.models import longest_sequence, resolve_dtype, stored_dtype
 from moetailor.checkpoint.original import Original
-from moetailor.estimates.estimate import Estimate, Host
+from moetailor.estimates.estimate import LIBRARIES, Estimate, Host
 from moetailor.estimates.sizes import ModelCost, cost_of, downloads_of, statistics_nbytes
 from moetailor.evaluation.evaluate import check_predicts
 from moetailor.planning.work import Work
@@ -28,7 +28,7 @@ TOKEN, SMALL = 33, 1000
 LOADED, COMPARED, ROUNDED = 6, 16, 90
 # Portions of outputs that lie there while a layer's statistics are taken: what its experts are given and work out, and
 # sums in float64.
-PORTIONS = 8
+PORTIONS = 7
 # Share of all experts that transformers has read, and not stacked yet, when there is most: .5 and .97 were measured.
 AHEAD = 0.7
 SHORTER = "for {:,} tokens; a text that ends sooner takes less"
@@ -83,7 +83,8 @@ class Run:
             held: bytes of that, without a batch's own.
             captured: whether statistics are taken, for which experts run on a portion of a batch at a time.
         """
-        cost, batch = self.cost, self.activations + (PORTIONS * PORTION_CPU if captured else self.outputs)
+        cost, held = self.cost, held + LIBRARIES
+        batch = self.activations + (PORTIONS * PORTION_CPU if captured else self.outputs)
         if self.stream:
             resting, loading = max(cost.largest.numbers, cost.outside), 2 * cost.stacked
             return max(resting * self.width + held + batch, loading * self.width + held)

@@ -49,10 +49,13 @@ def of_eigenvectors(size: int) -> Work:
     return Work(spectra=9 * size**3, steps=3)
 
 
-def of_singular(rows: int, columns: int) -> Work:
-    """Return the work of singular values and vectors, about 6 a b^2 + 20 b^3 for b <= a."""
-    small, large = sorted((rows, columns))
-    return Work(spectra=6 * large * small**2 + 20 * small**3, steps=3)
+def of_approximation(rows: int, columns: int) -> Work:
+    """Return the work of all approximations of a matrix [O, I] on its inputs, see `whitened.approximate`."""
+    if rows <= columns:  # W C W^T and U^T W: 2 O I^2 and 4 O^2 I
+        return Work(doubles=2 * rows * columns**2 + 4 * rows**2 * columns, steps=10) + of_eigenvectors(rows)
+    # W L, its gram matrix and (W L) V: 6 O I^2; V^T L^-1: I^3
+    doubles = 6 * rows * columns**2 + columns**3
+    return Work(doubles=doubles, steps=10) + of_factor(columns) + of_eigenvectors(columns)
 
 
 def of_outputs(shape: ExpertShape, tokens: float) -> Work:
@@ -228,8 +231,8 @@ def of_refitted(layer: LayerSize, kept: int, neurons: int, rounds: int) -> Work:
 
 
 def of_low_rank(layer: LayerSize, ranks: Sequence[int]) -> Work:
-    """Return the work of pricing an expert's low-rank parts over a base, see `mix_plain`: three matrices are turned,
-    W L = U S V^T with L the factor of a moment in float64, and the expert is run for each rank.
+    """Return the work of pricing an expert's low-rank parts over a base, see `mix_plain`: its matrices are approximated
+    on what some tokens give them, and it runs on the others for each rank.
 
     Args:
         layer: the layer.
@@ -238,11 +241,11 @@ def of_low_rank(layer: LayerSize, ranks: Sequence[int]) -> Work:
     shape, tokens = layer.shape, layer.tokens
     few = tokens < min(SCARCE * shape.width, ENOUGH)
     times, held = (FOLDS, tokens / FOLDS) if few else (1, tokens / EVERY)
-    found = of_outputs(shape, tokens)
+    fitted = tokens - held
+    # outputs of all; what the down projection gets of some, and the moments of both kinds of inputs
+    seen = 2 * fitted * (len(shape.inputs) * shape.width * shape.intermediate + shape.width**2 + shape.intermediate**2)
+    found = of_outputs(shape, tokens) + Work(products=seen, elements=6 * fitted * shape.width, steps=30)
     for rows, columns in shape.matrices.values():
-        # x^T x, a factor, W L and V^T L^-1
-        doubles = 2 * (tokens - held) * columns**2 + 2 * rows * columns**2 + columns**3
-        found += Work(doubles=doubles, elements=6 * tokens * columns, steps=20) + of_factor(columns)
-        found += of_singular(rows, columns)
+        found += of_approximation(rows, columns)
         found += Work(doubles=2 * sum(ranks) * rows * columns, elements=4 * len(ranks) * rows * columns, steps=40)
     return times * (found + len(ranks) * of_outputs(shape, held))
