@@ -77,7 +77,7 @@ class Run:
         """Return the bytes of memory of a run.
 
         While a whole model is loaded its files are mapped, and of experts that lie one by one more are read ahead than
-        are stacked; after that there is what is held beside it.
+        are stacked, whose memory the process keeps; after that there is what is held beside it.
 
         Args:
             held: bytes of that, without a batch's own.
@@ -89,8 +89,7 @@ class Run:
             resting, loading = max(cost.largest.numbers, cost.outside), 2 * cost.stacked
             return max(resting * self.width + held + batch, loading * self.width + held)
         ahead = AHEAD * sum(layer.routed_all for layer in cost.layers) if cost.stacked else 0
-        loading = int(cost.numbers + ahead) * self.width + cost.nbytes
-        return max(loading, cost.numbers * self.width + self.mapped * cost.nbytes + held + batch)
+        return int(cost.numbers + ahead) * self.width + max(cost.nbytes, self.mapped * cost.nbytes + held + batch)
 
     @property
     def predictions(self) -> int:
