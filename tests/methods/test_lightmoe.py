@@ -304,6 +304,14 @@ def test_chosen_ranks_spend_the_same_rows_where_they_count() -> None:
     assert len(built["low_rank_up_in"]) == sum(ranks(chosen).values())
 
 
+def test_one_base_serves_all_experts_but_one() -> None:
+    """The form of D2-MoE: the expert with the most gate mass stays."""
+    layer = layer_of_mass([0.1, 0.3, 0.2, 0.4])
+    (plan,) = plans([layer], 2, rank=2, select="count", start="svd")
+    (base,) = bases_of(plan)
+    assert plan.slots == (LowRank(base, 2), LowRank(base, 2), LowRank(base, 2), Keep())
+
+
 def test_what_cannot_work_is_refused() -> None:
     with pytest.raises(moetailor.PlanError, match="such a low-rank part is no smaller than an expert"):
         plans([layer_of_mass([1] * 6)], 4, rank=INNER)

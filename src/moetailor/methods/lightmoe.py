@@ -11,6 +11,10 @@ Here: the same by default. Beyond it, by parameters: bases by least squares on w
 start as the best approximation of what the base lacks on these inputs, down projections fitted in closed form to what
 the other matrices then leave, and ranks by how much each takes away. `keep` counts what is stored: kept experts and
 bases.
+
+The form of D2-MoE (arXiv:2502.17298), one base and a part of low rank for every expert, is ``--keep 2`` with
+``bases=1``, ``select=count``, ``start=svd`` and a rank that fits the bytes: one expert of a layer stays whole, and the
+base is weighted by gate mass, where D2-MoE takes Fisher information; the base is not pruned.
 """
 
 from __future__ import annotations
