@@ -206,7 +206,7 @@ def live_share(model: Any, ids: torch.Tensor) -> float:
         if auxiliary := module.slots.of(Auxiliary):
             live += len(slot_TK) * next(iter(auxiliary.values())).main
             return
-        row_TK = module.slot_map[slot_TK]
+        row_TK = torch.tensor(module.slots.rows)[slot_TK]
         # Slots of one token that share a row are one run; constants (negative rows) are none.
         live += distinct(row_TK, row_TK >= 0)
         if module.slots.of(LowRank):

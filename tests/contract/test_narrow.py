@@ -8,14 +8,15 @@ import pytest
 import torch
 
 import moetailor
-from moetailor.answers import Drop
+from moetailor.answers import Drop, Narrow
 from moetailor.checkpoint.experts import Experts
 from moetailor.checkpoint.files import open_checkpoint
 from moetailor.checkpoint.original import Original
+from moetailor.evaluation.fidelity import Reference
 from moetailor.planning.checks import check_plan
 from moetailor.planning.layer_plan import LayerPlan
 from moetailor.transform.formats import resolve_format
-from support.tiny import Get, GetCalibration, anatomy_of, eager, every_family, load, logits
+from support.tiny import Get, GetCalibration, anatomy_of, eager, every_family, load, logits, token_batches
 
 # Families whose config has one entry for the width of experts and that of other matrices, with a word of theirs.
 SHARED = dict.fromkeys(
@@ -108,3 +109,27 @@ def test_written_out_in_full_they_have_neurons_that_give_nothing(
     assert open_checkpoint(out).nbytes == plan.model.nbytes
     compressed = moetailor.apply(plan, load(checkpoint(name)), **given)
     torch.testing.assert_close(logits(eager(load(out))), logits(eager(compressed)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["olmoe", "qwen3_moe", "granitemoe"])
+def test_rows_that_grouped_products_do_not_take_run_one_by_one(
+    name: str, checkpoint: Get, calibration: GetCalibration, tmp_path: Path
+) -> None:
+    """As transformers loads them, not as tests do: five neurons in float32 are 20 bytes, and whole rows are 16."""
+    plan, given = narrow_plan(calibration(name)), {"calibration": calibration(name)}
+    layers = {p: replace(layer, slots=(Narrow(5),) * len(layer.slots)) for p, layer in plan.layers.items()}
+    plan = replace(plan, layers=layers)
+    with pytest.warns(
+        moetailor.MoetailorWarning, match=r"5 neurons are no multiple of 8.*experts_implementation='eager'"
+    ):
+        out = moetailor.apply(plan, checkpoint(name), tmp_path / "out", format="narrow", **given)
+    result, original, kl = Original(out, takes="results"), Original(checkpoint(name)), {}
+    found = logits(result.load(dtype=torch.float32, device="cpu"))
+    torch.testing.assert_close(found, logits(eager(load(out))))
+    for way in ("load", "streamed"):
+        before, after = (getattr(each, way)(dtype=torch.float32, device="cpu") for each in (original, result))
+        kl[way] = Reference(tmp_path / way, token_batches(2)).record(before).compare(after, before)[""].kl.mean
+    assert kl["streamed"] == pytest.approx(kl["load"], rel=1e-4)
+    # Whole rows run as transformers has them.
+    wide = original.load(dtype=torch.float32, device="cpu")
+    assert wide.config._experts_implementation == "grouped_mm"

@@ -34,6 +34,10 @@ from moetailor.errors import CheckpointError
 Takes = Literal["originals", "results", "anything"]
 
 
+# Bytes that rows of matrices must be multiples of in grouped products.
+ROW = 16
+
+
 class Original:
     """A checkpoint opened once.
 
@@ -185,6 +189,7 @@ class Original:
         """
         with self._wide_corrections():
             model = build_skeleton(self.plain_config, dtype, of=type(self._empty))
+        self._avoid_grouped_products(model)
         return StreamedModel(self.checkpoint, model, dtype=dtype, device=device, prepare=prepare, complete=complete)
 
     def load(self, *, dtype: torch.dtype, device: str, device_map: str | None = None) -> nn.Module:
@@ -198,16 +203,40 @@ class Original:
         Raises:
             CheckpointError: transformers cannot load it, or tensors are missing from it.
         """
-        trusted = self.trust_remote_code
         with self._wide_corrections():
-            if self.checkpoint.coded and (self.substituted or not self.written_here):
-                sources = {name: LazyTensor(info) for name, info in self.checkpoint.numbers.items()}
-                kind, place, config = type(self._empty), device_map or device, self.plain_config
-                if self.substituted:
-                    config = copy.copy(config)
-                    config.quantization_config = self.checkpoint.config["quantization_config"]
-                return load_numbers(self.source, kind, config, sources, dtype=dtype, device_map=place)
-            return load_model(self.folder, dtype=dtype, device=device, device_map=device_map, trust_remote_code=trusted)
+            model = self._loaded(dtype, device, device_map)
+        self._avoid_grouped_products(model)
+        return model
+
+    def _loaded(self, dtype: torch.dtype, device: str, device_map: str | None) -> nn.Module:
+        if self.checkpoint.coded and (self.substituted or not self.written_here):
+            sources = {name: LazyTensor(info) for name, info in self.checkpoint.numbers.items()}
+            kind, place, config = type(self._empty), device_map or device, self.plain_config
+            if self.substituted:
+                config = copy.copy(config)
+                config.quantization_config = self.checkpoint.config["quantization_config"]
+            return load_numbers(self.source, kind, config, sources, dtype=dtype, device_map=place)
+        trusted = self.trust_remote_code
+        return load_model(self.folder, dtype=dtype, device=device, device_map=device_map, trust_remote_code=trusted)
+
+    @cached_property
+    def _without_experts(self) -> bool:
+        """Whether no experts are found in it: then it is loaded as it is."""
+        try:
+            return self._empty is None or not self.anatomy.layers
+        except CheckpointError:
+            return True
+
+    def _avoid_grouped_products(self, model: nn.Module) -> None:
+        """Have transformers run experts one after the other where a row of their matrices is no whole 16 bytes: its
+        grouped products stop there. Our own runtime sees to that itself.
+        """
+        if self.written_here or self.substituted or self._without_experts:
+            return
+        names = {f"{layer.experts}.{name}" for layer in self.anatomy.layers.values() for name in layer.expert_rows}
+        rows = [row for name, row in model.named_parameters() if name in names and row.dim() > 2]
+        if any(size * row.element_size() % ROW for row in rows for size in row.shape[1:]):
+            model.set_experts_implementation("eager")  # type: ignore[operator]
 
     def tokenizer(self) -> Any:
         """Return the tokenizer that lies beside the weights.
@@ -223,11 +252,10 @@ class Original:
 
         They are few, they decide which experts run, and engines read them as they lie on disk.
         """
-        try:
-            kind, layers = type(self._empty), self.anatomy.layers.values()
-        except CheckpointError:  # anything else is loaded as it is
+        if self._without_experts:
             yield
             return
+        kind, layers = type(self._empty), self.anatomy.layers.values()
         names = {layer.correction.rpartition(".")[2] for layer in layers if layer.correction}
         before = kind._keep_in_fp32_modules_strict
         kind._keep_in_fp32_modules_strict = {*(before or ()), *names}

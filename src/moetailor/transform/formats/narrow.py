@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 
 from moetailor.answers import Narrow
 from moetailor.answers.narrow import cut
+from moetailor.answers.products import ALIGNMENT
 from moetailor.checkpoint.original import Original
 from moetailor.checkpoint.width import width_entry
-from moetailor.errors import CheckpointError, PlanError
+from moetailor.errors import CheckpointError, MoetailorWarning, PlanError
 from moetailor.planning.plan import Plan
 from moetailor.transform.formats.expanded import Expanded
 from moetailor.transform.formats.format import Finish
@@ -47,7 +50,11 @@ class Narrower(Expanded):
             PlanError: see the message.
         """
         super().check(plan, original)
-        _entry(original, _neurons(plan))
+        _entry(original, neurons := _neurons(plan))
+        if neurons % ALIGNMENT:
+            told = f"{neurons} neurons are no multiple of {ALIGNMENT}, which grouped products ask for in 16 bits"
+            cure = "load the result with experts_implementation='eager'"
+            warnings.warn(f"format {self.name}: {told}: {cure}", MoetailorWarning, stacklevel=4)
 
     def room(self, plan: Plan, finish: Finish) -> int:
         """Return the bytes of the compressed form and of the ordinary one."""
