@@ -63,9 +63,9 @@ def numbers(
     The arguments are those of `product`, and the inputs of a matrix.
     """
     halved = dtype == torch.bfloat16
-    out = np.empty((*octets_nOB.shape[:2], inputs), np.uint16 if halved else np.float32)
-    _shared(loops.rounded if halved else loops.numbers, octets_nOB, found, scale_nOG, zero_nOG, size, out)
-    return torch.from_numpy(out).view(dtype) if halved else torch.from_numpy(out).to(dtype)
+    out = np.empty((*octets_nOB.shape[:2], inputs), np.uint16 if halved else np.uint32)
+    _shared(loops.numbers, octets_nOB, found, scale_nOG, zero_nOG, size, out)
+    return torch.from_numpy(out).view(dtype if halved else torch.float32).to(dtype)
 
 
 def _shared(

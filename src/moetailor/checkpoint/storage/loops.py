@@ -10,6 +10,7 @@ from typing import Any
 
 import numba
 import numpy as np
+from numba.extending import intrinsic
 
 
 def _compiled(function: Any, **options: Any) -> Any:
@@ -21,7 +22,8 @@ def _compiled(function: Any, **options: Any) -> Any:
         return numba.njit(**options)(function)
 
 
-# What is called for each row or group: a call would count the references of its arrays.
+# What is called for each row or group: a call would count the references of its arrays, as a slice does. Whole numbers
+# that are computed with become 64 bits wide, and indices that may be negative are looked at: hence the casts.
 _inlined = partial(_compiled, inline="always")
 # Sums that may be taken in any order, which vectors need.
 _summing = partial(_compiled, fastmath={"reassoc", "contract"})
@@ -31,37 +33,36 @@ _summing = partial(_compiled, fastmath={"reassoc", "contract"})
 def _across(bits, row, units):
     # Bits are a constant of each call, for which the loops are unrolled. Functions made for each of them would have one
     # name, under which what numba kept of one is taken for another.
-    mask, half = np.uint64((1 << bits) - 1), np.int32(1 << bits - 1)
-    # Eight lie in as many bytes as one has bits; the last ones may have fewer, where no more of them are.
-    whole = len(row) // bits
+    mask, half = np.uint64((1 << bits) - 1), np.float32(1 << bits - 1)
+    # Eight lie in as many bytes as one has bits; the last ones may have fewer, where no more of them are. The words are
+    # kept behind what they stand for: loops over all of them become vectors, one that does both does not.
+    words, whole = units[len(units) // 2 :].view(np.uint64), len(row) // bits
     for eight in range(whole):
-        word = np.uint64(0)
+        words[eight] = 0
         for octet in range(bits):
-            word |= np.uint64(row[eight * bits + octet]) << np.uint64(8 * octet)
-        for each in range(8):
-            units[8 * eight + each] = np.float32(np.int32(word >> np.uint64(bits * each) & mask) - half)
-    word = np.uint64(0)
+            words[eight] |= np.uint64(row[eight * bits + octet]) << np.uint64(8 * octet)
+    words[whole] = 0
     for octet in range(len(row) - whole * bits):
-        word |= np.uint64(row[whole * bits + octet]) << np.uint64(8 * octet)
-    for each in range(8 if len(row) > whole * bits else 0):
-        units[8 * whole + each] = np.float32(np.int32(word >> np.uint64(bits * each) & mask) - half)
+        words[whole] |= np.uint64(row[whole * bits + octet]) << np.uint64(8 * octet)
+    for eight in range(whole + (len(row) > whole * bits)):
+        for each in range(8):
+            code = np.uint8(words[eight] >> np.uint64(bits * each) & mask)
+            units[8 * eight + each] = np.float32(code) - half
 
 
 @_inlined
 def _told(bits, row, units):
     if bits == 8:
         for at in range(len(row)):
-            units[at] = np.float32(np.int32(row[at]) - np.int32(128))
+            units[at] = np.float32(row[at]) - np.float32(128)
     elif bits == 4:
         for at in range(len(row)):
-            octet = np.int32(row[at])
-            units[2 * at] = np.float32((octet & np.int32(15)) - np.int32(8))
-            units[2 * at + 1] = np.float32((octet >> np.int32(4)) - np.int32(8))
+            units[2 * at] = np.float32(np.uint8(row[at] & np.uint8(15))) - np.float32(8)
+            units[2 * at + 1] = np.float32(np.uint8(row[at] >> np.uint8(4))) - np.float32(8)
     elif bits == 2:
         for at in range(len(row)):
-            octet = np.int32(row[at])
             for each in range(4):
-                units[4 * at + each] = np.float32((octet >> np.int32(2 * each) & np.int32(3)) - np.int32(2))
+                units[4 * at + each] = np.float32(np.uint8(row[at] >> np.uint8(2 * each) & np.uint8(3))) - np.float32(2)
     elif bits == 3:
         _across(3, row, units)
     elif bits == 5:
@@ -76,10 +77,9 @@ def _told(bits, row, units):
 def _floats(row, words, units):
     # e4m3, moved to its places in a float32, is 2^(7 - 127) of what it stands for; all ones stand for no number.
     for at in range(len(row)):
-        octet = np.uint32(row[at])
-        size = octet & np.uint32(0x7F)
-        word = np.uint32(0x7F800001) if size == np.uint32(0x7F) else size << np.uint32(20)
-        words[at] = word | (octet & np.uint32(0x80)) << np.uint32(24)
+        size, sign = np.uint32(np.uint8(row[at] & np.uint8(0x7F))), np.uint32(np.uint8(row[at] & np.uint8(0x80)))
+        word = np.uint32(0x7F800001) if size == np.uint32(0x7F) else np.uint32(size << np.uint32(20))
+        words[at] = word | sign << np.uint32(24)
     for at in range(len(row)):
         units[at] *= np.float32(2.0**120)
 
@@ -110,6 +110,22 @@ def _looked_up(bits, elements, row, table, units, cells):
             cells[2 * at + 1] = table[2 * np.int64(row[at]) + 1]
 
 
+def _as_bits(_context: Any, number: Any) -> Any:
+    word = numba.uint32(number)
+    return word, lambda context, builder, _, given: builder.bitcast(given[0], context.get_value_type(numba.uint32))
+
+
+# Of a float32, as uint32: by way of an array it would take a loop more.
+_bits: Any = intrinsic(_as_bits)
+
+
+@_inlined
+def _halved(word):
+    # The upper half of a float32 is a bfloat16: half a unit of its last place is added, less where a tie is even.
+    even = word >> np.uint32(16) & np.uint32(1)
+    return np.uint16(word + np.uint32(0x7FFF) + even >> np.uint32(16))
+
+
 @_compiled
 def _room(octets):
     # A byte stands for eight weights at most.
@@ -135,87 +151,36 @@ def products(bits, elements, octets, table, scale, zero, size, x, out, first, la
             if not straight:
                 _looked_up(bits, elements, row, table, units, cells)
             for p in range(count):
-                total = np.float32(0)
+                given, low, high, total = x[n, p], halves[p, 0], halves[p, 1], np.float32(0)
                 for g in range(groups):
-                    some = slice(g * size, min((g + 1) * size, inputs))
+                    each, start, stop = np.float32(0), np.uint64(g * size), np.uint64(min((g + 1) * size, inputs))
                     if not straight:
-                        each = _dot(units[some], x[n, p, some])
+                        for at in range(start, stop):
+                            each += units[at] * given[at]
                     elif bits == 8:
-                        each = _dot_octets(row[some], x[n, p, some])
+                        for at in range(start, stop):
+                            each += (np.float32(row[at]) - np.float32(128)) * given[at]
                     else:
-                        half = slice(g * size // 2, min((g + 1) * size, inputs + 1) // 2)
-                        each = _dot_halves(row[half], halves[p, 0, half], halves[p, 1, half])
+                        for at in range(start // np.uint64(2), (stop + np.uint64(1)) // np.uint64(2)):
+                            each += (np.float32(np.uint8(row[at] & np.uint8(15))) - np.float32(8)) * low[at]
+                            each += (np.float32(np.uint8(row[at] >> np.uint8(4))) - np.float32(8)) * high[at]
                     if zero.size:
                         each -= zero[n, o, g] * sums[p, g]
                     total += each * scale[n, o, g]
                 out[n, p, o] = total
 
 
-@_inlined
-def _row(n, o, bits, elements, octets, table, scale, zero, size, units, cells, out):
-    _looked_up(bits, elements, octets[n, o], table, units, cells)
-    for g in range(scale.shape[2]):
-        some = slice(g * size, min((g + 1) * size, len(out)))
-        less = zero[n, o, g] if zero.size else np.float32(0)
-        _scaled(units[some], less, scale[n, o, g], out[some])
-
-
 @_compiled
 def numbers(bits, elements, octets, table, scale, zero, size, out, first, last):
-    """Fill some rows of W, out float32 [n, O, I]."""
+    """Fill some rows of W, out [n, O, I]: the bits of float32 as uint32, or of bfloat16 as uint16."""
     units = _room(octets)
     cells = units.view(table.dtype)
     for n in range(len(out)):
         for o in range(first, last):
-            _row(n, o, bits, elements, octets, table, scale, zero, size, units, cells, out[n, o])
-
-
-@_compiled
-def rounded(bits, elements, octets, table, scale, zero, size, out, first, last):
-    """Fill some rows of W in bfloat16, out uint16 [n, O, I]."""
-    units, row = _room(octets), np.empty(out.shape[2], np.float32)
-    cells, words = units.view(table.dtype), row.view(np.uint32)
-    for n in range(len(out)):
-        for o in range(first, last):
-            _row(n, o, bits, elements, octets, table, scale, zero, size, units, cells, row)
-            _halved(words, out[n, o])
-
-
-@_summing
-def _dot(some, others):
-    total = np.float32(0)
-    for at in range(len(some)):
-        total += some[at] * others[at]
-    return total
-
-
-@_summing
-def _dot_octets(octets, others):
-    total = np.float32(0)
-    for at in range(len(octets)):
-        total += np.float32(np.int32(octets[at]) - np.int32(128)) * others[at]
-    return total
-
-
-@_summing
-def _dot_halves(octets, others, more):
-    total = np.float32(0)
-    for at in range(len(octets)):
-        octet = np.int32(octets[at])
-        total += np.float32((octet & np.int32(15)) - np.int32(8)) * others[at]
-        total += np.float32((octet >> np.int32(4)) - np.int32(8)) * more[at]
-    return total
-
-
-@_inlined
-def _scaled(units, less, scale, out):
-    for at in range(len(units)):
-        out[at] = (units[at] - less) * scale
-
-
-@_compiled
-def _halved(words, out):
-    # The upper half of a float32 is a bfloat16: half a unit of its last place is added, less where a tie is even.
-    for at in range(len(out)):
-        even = words[at] >> np.uint32(16) & np.uint32(1)
-        out[at] = np.uint16(words[at] + np.uint32(0x7FFF) + even >> np.uint32(16))
+            _looked_up(bits, elements, octets[n, o], table, units, cells)
+            row = out[n, o]
+            for g in range(scale.shape[2]):
+                less, by = zero[n, o, g] if zero.size else np.float32(0), scale[n, o, g]
+                for at in range(np.uint64(g * size), np.uint64(min((g + 1) * size, len(row)))):
+                    word = _bits((units[at] - less) * by)
+                    row[at] = word if row.itemsize == 4 else _halved(word)
