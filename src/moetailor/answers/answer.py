@@ -155,7 +155,7 @@ class Answer:
         Args:
             module: the experts; `module.tensor(name)` gives a tensor of `tensors`, buffers are attributes.
             call: what they are called with.
-            out_TD: the output so far.
+            out_TD: the output so far, float32 at least, which nothing else holds: added to in place.
         """
         return out_TD
 

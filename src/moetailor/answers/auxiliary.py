@@ -131,7 +131,7 @@ class Auxiliary(Answer):
             out_TD = pairs.added(out_TD, given_PD * pairs.gate)
         if split.constants:
             given_TD = weighted_rows(module.tensor("auxiliary_constant"), slot_TK, aside_TK.masked_fill(~able_TK, 0))
-            out_TD = out_TD + given_TD.to(out_TD)
+            out_TD.add_(given_TD)
         if split.rank:
             # Only auxiliary slots have rows of the pool, so that these number the maps, too.
             aside = Pairs.of(row_TK.masked_fill(main_TK, -1), aside_TK)

@@ -98,7 +98,7 @@ class Borrowed(Answer):
             if len(token):
                 gate_P1 = gate_TK[token, place, None]
                 given_PD = _asked(module.lenders[source.layer], call.hidden_TD[token], source.source, gate_P1)
-                out_TD = out_TD.index_add(0, token, given_PD.to(out_TD))
+                out_TD.index_add_(0, token, given_PD.to(out_TD))
         return out_TD
 
 

@@ -39,4 +39,4 @@ class Constant(Answer):
     def run(cls, module: Any, call: Call, out_TD: torch.Tensor) -> torch.Tensor:
         """Add g c for each slot."""
         given_TD = weighted_rows(module.tensor("constant"), call.of_slots(module.constant_slot), call.gate_TK)
-        return out_TD + given_TD.to(out_TD)
+        return out_TD.add_(given_TD)

@@ -99,7 +99,7 @@ class Linear(Answer):
         number_TK = call.of_slots(module.linear_slot)
         constant = module.tensor("linear_constant")
         weight_TK = call.gate_TK.masked_fill(number_TK < 0, 0).to(constant.dtype)
-        out_TD = out_TD + weighted_rows(constant, number_TK, weight_TK).to(out_TD)
+        out_TD.add_(weighted_rows(constant, number_TK, weight_TK))
         if number_TK.numel() <= len(constant) and not torch.compiler.is_compiling():
             return _chosen(module, call, number_TK, out_TD)
         # y_t = sum_R g_(t, owner of R) <x_t, in_R> out_R: two thin products over all maps of the layer.
@@ -107,7 +107,7 @@ class Linear(Answer):
         inputs, outputs = (module.tensor(f"linear_{name}").view(-1, width) for name in ("in", "out"))
         gate_Tn = weight_TK.new_zeros(len(number_TK), count).scatter_add(1, number_TK.clamp_min(0), weight_TK)
         inner_TR = F.linear(call.hidden_TD, inputs)[:, module.linear_input]
-        return out_TD + ((inner_TR * gate_Tn[:, module.linear_owner]) @ outputs).to(out_TD)
+        return out_TD.add_((inner_TR * gate_Tn[:, module.linear_owner]) @ outputs)
 
 
 def _chosen(module: Any, call: Call, number_TK: torch.Tensor, out_TD: torch.Tensor) -> torch.Tensor:

@@ -143,12 +143,12 @@ def _added(module: Any, x_TD: torch.Tensor, pairs: Pairs, out_TD: torch.Tensor) 
     # The down projection is linear: sum_p g_p W h_p = W sum_p g_p h_p. Sums are kept in float32 at least.
     gate_P1 = pairs.gate if pairs.live is None else pairs.gate.masked_fill(~pairs.live, 0)
     gated_PF = (inner_PF * gate_P1).to(out_TD)
-    summed_UF = gated_PF.new_zeros(len(once), gated_PF.shape[1]).index_add(0, place_P, gated_PF)
+    summed_UF = gated_PF.new_zeros(len(once), gated_PF.shape[1]).index_add_(0, place_P, gated_PF)
     given_UD = base("down", summed_UF.to(inner_PF), bias=False).to(out_TD)
     if experts.shape.biased:
-        gate_U1 = gated_PF.new_zeros(len(once), 1).index_add(0, place_P, gate_P1.to(out_TD))
+        gate_U1 = gated_PF.new_zeros(len(once), 1).index_add_(0, place_P, gate_P1.to(out_TD))
         given_UD = given_UD + gate_U1 * module.tensor("low_rank_base_down_bias")[base_U].to(out_TD)
-    out_TD = out_TD.index_add(0, token_U, given_UD)
+    out_TD.index_add_(0, token_U, given_UD)
     more_PD = own("down", gated_PF.to(inner_PF))
     return out_TD if more_PD is None else pairs.added(out_TD, more_PD)
 

@@ -114,7 +114,7 @@ class Packed(Width, Answer):
         for width in module.slots.packed:
             row_TK, gate_TK = joined_gates(call.of_slots(getattr(module, f"{width.stem}_row")), call.gate_TK)
             if row_TK.numel() <= FEW_PAIRS and runs_kernels(call.hidden_TD):
-                out_TD = out_TD + _by_kernels(experts, width.stem, call.hidden_TD, row_TK, gate_TK)
+                out_TD.add_(_by_kernels(experts, width.stem, call.hidden_TD, row_TK, gate_TK))
                 continue
             pairs = Pairs.of(row_TK, gate_TK)
             if len(pairs):

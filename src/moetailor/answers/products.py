@@ -65,10 +65,10 @@ class Pairs:
         return torch.bincount(self.number, minlength=numbers).tolist()
 
     def added(self, out_TD: torch.Tensor, given_PD: torch.Tensor) -> torch.Tensor:
-        """Return an output to which is added what the pairs give, gates included."""
+        """Return an output to which is added, in place, what the pairs give, gates included."""
         if self.live is not None:
             given_PD = given_PD.masked_fill(~self.live, 0)
-        return out_TD.index_add(0, self.token, given_PD.to(out_TD))
+        return out_TD.index_add_(0, self.token, given_PD.to(out_TD))
 
 
 def grouped(
