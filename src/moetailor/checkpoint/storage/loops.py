@@ -35,7 +35,8 @@ def _across(bits, row, units):
     # name, under which what numba kept of one is taken for another.
     mask, half = np.uint64((1 << bits) - 1), np.float32(1 << bits - 1)
     # Eight lie in as many bytes as one has bits; the last ones may have fewer, where no more of them are. The words are
-    # kept behind what they stand for: loops over all of them become vectors, one that does both does not.
+    # kept behind what they stand for, which fills half of the room at most, as a row is whole words of 32 bits: loops
+    # over all of them become vectors, one that does both does not.
     words, whole = units[len(units) // 2 :].view(np.uint64), len(row) // bits
     for eight in range(whole):
         words[eight] = 0
