@@ -14,6 +14,8 @@ import torch
 from torch.nn import functional as F
 from transformers.integrations.moe import _grouped_linear
 
+from moetailor.checkpoint.devices import evened, in_tiles, multiplied
+
 # As many pairs are all run when a call is compiled, with gates of zero where they stand for nothing: shapes must not
 # depend on what the router chose.
 FEW_PAIRS = 64
@@ -88,6 +90,11 @@ def grouped(
         bias_EO: biases.
         transposed: how the matrices lie.
     """
+    if in_tiles(x_PI) and not transposed:
+        counts = torch.bincount(expert_P, minlength=len(weight_EOI)).tolist()
+        found = [multiplied(x, weight) for x, weight in zip(x_PI.split(counts), weight_EOI, strict=True) if len(x)]
+        given_PO = torch.cat(found)
+        return given_PO if bias_EO is None else given_PO + bias_EO[expert_P]
     if 1 not in weight_EOI.stride()[1:]:  # interleaved gate and up projections
         weight_EOI = weight_EOI.contiguous()
     numbers = torch.arange(len(weight_EOI), device=expert_P.device)
@@ -145,7 +152,7 @@ def thin(
         if not rank:
             found.append(some)
         elif count == 1:
-            found.append(F.linear(x, inner(run)) @ outer(run))
+            found.append((F.linear(evened(x), inner(run)) @ outer(run))[:some])
         else:
             place = torch.arange(count).repeat_interleave(torch.tensor(mine)).to(x.device)
             both = [factor.view(count, rank, -1) for factor in (inner(run), outer(run))]

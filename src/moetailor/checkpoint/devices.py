@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import psutil
 import torch
+from torch.nn import functional
 
 from moetailor.errors import MoetailorError, reason_of
 
@@ -17,6 +18,9 @@ Found = TypeVar("Found")
 
 # Builds of torch for CUDA bring it, but for Windows. Known before graphs are traced, which cannot look for it.
 HAS_TRITON = find_spec("triton") is not None
+
+# Inputs of a product in bfloat16 that tiles of a CPU take at once.
+TILE = 32
 
 
 def resolve_device(name: str | None) -> str:
@@ -84,7 +88,28 @@ def passing_nbytes(device: torch.device) -> int:
 
 def formed(device: torch.device) -> int:
     """Return how many weights are best turned into numbers at the same time: on a GPU many, for the launches."""
-    return 2**26 if device.type == "cuda" else 2**20
+    return 2**28 if device.type == "cuda" else 2**22
+
+
+def in_tiles(tensor: torch.Tensor) -> bool:
+    """Return whether products of a tensor are those of a CPU's tiles, one by one: of bfloat16, outside graphs."""
+    return tensor.device.type == "cpu" and tensor.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
+
+
+def evened(x_PI: torch.Tensor) -> torch.Tensor:
+    """Return inputs of a product, in tiles with a few zeros more: torch compiles a product of bfloat16 for each number
+    of inputs, which takes longer than the product, and tiles take `TILE` at a time anyway.
+    """
+    return functional.pad(x_PI, (0, 0, 0, -len(x_PI) % TILE)) if in_tiles(x_PI) else x_PI
+
+
+def multiplied(x_PI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
+    """Return x W^T, [P, O]; in tiles the matrix stands on the left, where it is read as it lies: what stands on the
+    right is first copied into another order.
+    """
+    if not in_tiles(x_PI):
+        return functional.linear(x_PI, weight_OI)
+    return (weight_OI @ evened(x_PI).T)[:, : len(x_PI)].T.contiguous()
 
 
 def runs_compiled(tensor: torch.Tensor) -> bool:

@@ -10,9 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional as F
 
-from moetailor.checkpoint.devices import formed, runs_compiled, runs_kernels
+from moetailor.checkpoint.devices import formed, multiplied, runs_compiled, runs_kernels
 from moetailor.checkpoint.files import DTYPES
 from moetailor.checkpoint.storage.lookup import Lookup, longer, octets_of
 from moetailor.checkpoint.storage.storage import Storage
@@ -224,20 +223,25 @@ class FewBits(Storage):
 
     def decode(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
         """Return the numbers of stored tensors in the dtype of the scales: exact in float32, then rounded once."""
-        scale = self.scales(parts, shape[1])
-        return self._decoded(parts["_packed"], scale, self.zeros(parts, shape[1]), shape[2], scale.dtype)
+        return self._decoded(parts, shape, torch.float32, (0, shape[1]))
 
     def _decoded(
-        self, packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, inputs: int, dtype: torch.dtype
+        self, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...], dtype: torch.dtype, rows: tuple[int, int]
     ) -> torch.Tensor:
-        if runs_compiled(packed):
-            from moetailor.checkpoint.storage.compiled import numbers  # numba takes half a second
-        elif runs_kernels(packed):
-            from moetailor.checkpoint.storage.kernels import numbers
-        else:
-            return self._scaled(self.units(packed, inputs), scale, zero).to(dtype)
-        octets, found = octets_of(packed), self.look_up(packed.device)
-        return numbers(octets, found, scale, zero, self.size(inputs), inputs, dtype)
+        """Return rows of the same, from one to that before another, in a dtype if that of scales is no narrower."""
+        if runs_compiled(parts["_packed"]):
+            from moetailor.checkpoint.storage import compiled  # numba takes half a second
+
+            return compiled.numbers(self, parts, shape, dtype, rows)
+        some, inputs, zero = slice(*rows), shape[2], self.zeros(parts, shape[1])
+        packed, scale = parts["_packed"][:, some], self.scales(parts, shape[1])[:, some]
+        dtype, zero = min(scale.dtype, dtype, key=lambda each: each.itemsize), None if zero is None else zero[:, some]
+        if runs_kernels(packed):
+            from moetailor.checkpoint.storage import kernels
+
+            found = self.look_up(packed.device)
+            return kernels.numbers(octets_of(packed), found, scale, zero, self.size(inputs), inputs, dtype)
+        return self._scaled(self.units(packed, inputs), scale, zero).to(dtype)
 
     def _scaled(self, units: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
         numbers = self.parted(units)
@@ -248,20 +252,16 @@ class FewBits(Storage):
 
     def product(self, x_nPI: torch.Tensor, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
         """Return x W^T, some outputs after the other: what is small stays in caches, and in memory that is there."""
-        packed, few = parts["_packed"], x_nPI.shape[1] <= FEW
-        scale, zero = self.scales(parts, shape[1]), self.zeros(parts, shape[1])
+        few = x_nPI.shape[1] <= FEW
         if few and runs_compiled(x_nPI):
             from moetailor.checkpoint.storage import compiled
 
-            octets, found = octets_of(packed), self.look_up(packed.device)
-            return compiled.product(x_nPI, octets, found, scale, zero, self.size(shape[2]))
-        x_nPI = x_nPI.float() if few else x_nPI
+            return compiled.product(self, x_nPI, parts, shape)
         given = self._summed if few and self.size(shape[2]) > SMALL else self._formed
-        rows, outputs = max(formed(x_nPI.device) // (len(x_nPI) * shape[2]), 1), []
-        for start in range(0, shape[1], rows):
-            some = slice(start, start + rows)
-            outputs.append(given(x_nPI, packed[:, some], scale[:, some], None if zero is None else zero[:, some]))
-        return torch.cat(outputs, -1)
+        x_nPI, some = x_nPI.float() if few else x_nPI, max(formed(x_nPI.device) // (len(x_nPI) * shape[2]), 1)
+        starts = range(0, shape[1], some)
+        found = [given(x_nPI, parts, shape, (start, min(start + some, shape[1]))) for start in starts]
+        return found[0] if len(found) == 1 else torch.cat(found, -1)
 
     def picked(
         self, x_PI: torch.Tensor, number_P: torch.Tensor, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...]
@@ -276,23 +276,24 @@ class FewBits(Storage):
         return kernels.picked(x_PI, number_P, octets, found, scale, zero, self.size(shape[2]))
 
     def _summed(
-        self, x_nPI: torch.Tensor, packed: torch.Tensor, scale_nOG: torch.Tensor, zero_nOG: torch.Tensor | None
+        self, x_nPI: torch.Tensor, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...], rows: tuple[int, int]
     ) -> torch.Tensor:
-        """Return sum_G s_G (x_G . q_G - z_G sum x_G) over groups in float32, so that no weight is scaled."""
-        units_nOGi, x_nPGi = self.parted(self.units(packed, x_nPI.shape[2])), self.parted(x_nPI)
-        scale_nOG, sums_nGPO = scale_nOG.float(), x_nPGi.transpose(1, 2) @ units_nOGi.permute(0, 2, 3, 1)
+        """Return sum_G s_G (x_G . q_G - z_G sum x_G) over groups in float32, for some outputs: no weight is scaled."""
+        some, zero_nOG = slice(*rows), self.zeros(parts, shape[1])
+        units_nOGi, x_nPGi = self.parted(self.units(parts["_packed"][:, some], shape[2])), self.parted(x_nPI)
+        scale_nOG = self.scales(parts, shape[1])[:, some].float()
+        sums_nGPO = x_nPGi.transpose(1, 2) @ units_nOGi.permute(0, 2, 3, 1)
         given_nPO = (sums_nGPO * scale_nOG.transpose(1, 2)[:, :, None]).sum(1)
         if zero_nOG is None:
             return given_nPO
-        return given_nPO - x_nPGi.sum(-1) @ (scale_nOG * zero_nOG).transpose(1, 2)
+        return given_nPO - x_nPGi.sum(-1) @ (scale_nOG * zero_nOG[:, some]).transpose(1, 2)
 
     def _formed(
-        self, x_nPI: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None
+        self, x_nPI: torch.Tensor, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...], rows: tuple[int, int]
     ) -> torch.Tensor:
-        """Return x W^T with the numbers of W."""
-        narrow = min(scale.dtype, x_nPI.dtype, key=lambda dtype: dtype.itemsize)
-        numbers = self._decoded(packed, scale, zero, x_nPI.shape[2], narrow).to(x_nPI.dtype)
-        return torch.stack([F.linear(x, weight) for x, weight in zip(x_nPI, numbers, strict=True)])
+        """Return some outputs of x W^T with the numbers of W."""
+        numbers = self._decoded(parts, shape, x_nPI.dtype, rows).to(x_nPI.dtype)
+        return torch.stack([multiplied(x, weight) for x, weight in zip(x_nPI, numbers, strict=True)])
 
     @abstractmethod
     def pack(self, codes: Codes) -> dict[str, torch.Tensor]:

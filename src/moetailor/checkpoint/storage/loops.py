@@ -111,13 +111,14 @@ def _looked_up(bits, elements, row, table, units, cells):
             cells[2 * at + 1] = table[2 * np.int64(row[at]) + 1]
 
 
-def _as_bits(_context: Any, number: Any) -> Any:
-    word = numba.uint32(number)
-    return word, lambda context, builder, _, given: builder.bitcast(given[0], context.get_value_type(numba.uint32))
+def _seen_as(kind: Any, _context: Any, given: Any) -> Any:
+    """Return what the bits of a number mean as one of another kind: by way of an array it would take a loop more."""
+    found = kind(given)
+    return found, lambda context, builder, _, args: builder.bitcast(args[0], context.get_value_type(kind))
 
 
-# Of a float32, as uint32: by way of an array it would take a loop more.
-_bits: Any = intrinsic(_as_bits)
+_bits: Any = intrinsic(lambda context, number: _seen_as(numba.uint32, context, number))
+_float: Any = intrinsic(lambda context, word: _seen_as(numba.float32, context, word))
 
 
 @_inlined
@@ -125,6 +126,20 @@ def _halved(word):
     # The upper half of a float32 is a bfloat16: half a unit of its last place is added, less where a tie is even.
     even = word >> np.uint32(16) & np.uint32(1)
     return np.uint16(word + np.uint32(0x7FFF) + even >> np.uint32(16))
+
+
+@_inlined
+def _of_groups(bits, scale, zero, n, o, by, less):
+    # Scales in bfloat16 come as their bits; zero points are codes in words that lie along the outputs.
+    at, shift, mask = np.uint64(o * bits // 32), np.uint32(o * bits % 32), np.uint32((1 << bits) - 1)
+    for g in range(len(by)):
+        half = scale.itemsize == 2
+        by[g] = _float(np.uint32(np.uint32(scale[n, o, g]) << np.uint32(16))) if half else scale[n, o, g]
+    for g in range(zero.shape[2]):
+        code = zero[n, at, g] >> shift
+        if shift + bits > 32:
+            code |= zero[n, at + np.uint64(1), g] << np.uint32(32 - shift)
+        less[g] = np.float32(np.uint32(code) & mask) - np.float32(1 << bits - 1)
 
 
 @_compiled
@@ -141,6 +156,7 @@ def products(bits, elements, octets, table, scale, zero, size, x, out, first, la
     cells = units.view(table.dtype)
     # Integers of 8 and 4 bits are multiplied as they are told; of 4, inputs of the lower halves of bytes lie together.
     straight = elements == 0 and (bits == 8 or (bits == 4 and size % 2 == 0))
+    by, less = np.zeros(groups, np.float32), np.zeros(groups, np.float32)
     halves, sums = np.zeros((count, 2, (inputs + 1) // 2), np.float32), np.zeros((count, groups), np.float32)
     for n in range(len(x)):
         for p in range(count):
@@ -149,6 +165,7 @@ def products(bits, elements, octets, table, scale, zero, size, x, out, first, la
                 sums[p, g] = x[n, p, g * size : (g + 1) * size].sum()
         for o in range(first, last):
             row = octets[n, o]
+            _of_groups(bits, scale, zero, n, o, by, less)
             if not straight:
                 _looked_up(bits, elements, row, table, units, cells)
             for p in range(count):
@@ -166,22 +183,24 @@ def products(bits, elements, octets, table, scale, zero, size, x, out, first, la
                             each += (np.float32(np.uint8(row[at] & np.uint8(15))) - np.float32(8)) * low[at]
                             each += (np.float32(np.uint8(row[at] >> np.uint8(4))) - np.float32(8)) * high[at]
                     if zero.size:
-                        each -= zero[n, o, g] * sums[p, g]
-                    total += each * scale[n, o, g]
+                        each -= less[g] * sums[p, g]
+                    total += each * by[g]
                 out[n, p, o] = total
 
 
 @_compiled
-def numbers(bits, elements, octets, table, scale, zero, size, out, first, last):
-    """Fill some rows of W, out [n, O, I]: the bits of float32 as uint32, or of bfloat16 as uint16."""
+def numbers(bits, elements, octets, table, scale, zero, size, out, start, first, last):
+    """Fill some rows of W, out [n, O, I] from one row on: the bits of float32 as uint32, or of bfloat16 as uint16."""
     units = _room(octets)
     cells = units.view(table.dtype)
+    by, less = np.zeros(scale.shape[2], np.float32), np.zeros(scale.shape[2], np.float32)
     for n in range(len(out)):
         for o in range(first, last):
             _looked_up(bits, elements, octets[n, o], table, units, cells)
-            row = out[n, o]
-            for g in range(scale.shape[2]):
-                less, by = zero[n, o, g] if zero.size else np.float32(0), scale[n, o, g]
+            _of_groups(bits, scale, zero, n, o, by, less)
+            row = out[n, o - start]
+            for g in range(len(by)):
+                zero_point, times = less[g], by[g]
                 for at in range(np.uint64(g * size), np.uint64(min((g + 1) * size, len(row)))):
-                    word = _bits((units[at] - less) * by)
+                    word = _bits((units[at] - zero_point) * times)
                     row[at] = word if row.itemsize == 4 else _halved(word)
