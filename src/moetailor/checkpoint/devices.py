@@ -18,8 +18,8 @@ Found = TypeVar("Found")
 
 # Builds of torch for CUDA bring it, but for Windows. Known before graphs are traced, which cannot look for it.
 HAS_TRITON = find_spec("triton") is not None
-
-# Inputs of a product in bfloat16 that tiles of a CPU take at once.
+# Whether this CPU multiplies bfloat16 in tiles (AMX), and inputs that these take at once; older torch does not say.
+HAS_TILES = bool(getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16"))
 TILE = 32
 
 
@@ -93,7 +93,8 @@ def formed(device: torch.device) -> int:
 
 def in_tiles(tensor: torch.Tensor) -> bool:
     """Return whether products of a tensor are those of a CPU's tiles, one by one: of bfloat16, outside graphs."""
-    return tensor.device.type == "cpu" and tensor.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
+    on_cpu = HAS_TILES and tensor.device.type == "cpu"
+    return on_cpu and tensor.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
 
 
 def evened(x_PI: torch.Tensor) -> torch.Tensor:
