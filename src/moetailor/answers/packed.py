@@ -107,7 +107,7 @@ class Packed(Width, Answer):
     def run(cls, module: Any, call: Call, out_TD: torch.Tensor) -> torch.Tensor:
         """Add the gated outputs, a class at a time; slots with one expert run it once for a token."""
         experts = Experts(module)
-        at_once = max(formed(call.hidden_TD.device) // (2 * math.prod(experts.shape.matrices["down"])), 1)
+        at_once = max(formed(call.hidden_TD.device) // math.prod(experts.shape.matrices["down"]), 1)
         # So few tokens are multiplied with the codes as they lie, and no weight becomes a number (`FewBits.product`).
         if len(call.hidden_TD) <= FEW and runs_compiled(call.hidden_TD):
             at_once = 1

@@ -88,7 +88,7 @@ def passing_nbytes(device: torch.device) -> int:
 
 def formed(device: torch.device) -> int:
     """Return how many weights are best turned into numbers at the same time: on a GPU many, for the launches."""
-    return 2**28 if device.type == "cuda" else 2**22
+    return 2**27 if device.type == "cuda" else 2**21
 
 
 def in_tiles(tensor: torch.Tensor) -> bool:
