@@ -71,7 +71,9 @@ def fill(model: Any) -> None:
         elif tensor.dtype == torch.uint8 and name.endswith("_scale"):
             tensor.fill_(118)  # 2^-9
         elif tensor.dtype == torch.uint8:
-            tensor.copy_(torch.randn_like(tensor, dtype=torch.float32).to(torch.float8_e4m3fn).view(torch.uint8))
+            # As large as scales make them: the largest is 448. Some CPUs are slow with those that are next to nothing.
+            drawn = torch.randn_like(tensor, dtype=torch.float32) * 100
+            tensor.copy_(drawn.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8))
         elif tensor.is_floating_point() and tensor.ndim > 1:
             tensor.normal_(0, 0.001 if name.endswith("_scale") else 0.02)
         else:

@@ -90,7 +90,7 @@ def grouped(
         bias_EO: biases.
         transposed: how the matrices lie.
     """
-    if in_tiles(x_PI) and not transposed:
+    if in_tiles(x_PI) and len(x_PI) > FEW_PAIRS and not transposed:
         counts = torch.bincount(expert_P, minlength=len(weight_EOI)).tolist()
         found = [multiplied(x, weight) for x, weight in zip(x_PI.split(counts), weight_EOI, strict=True) if len(x)]
         given_PO = torch.cat(found)

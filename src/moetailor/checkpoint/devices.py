@@ -99,9 +99,9 @@ def in_tiles(tensor: torch.Tensor) -> bool:
 
 def evened(x_PI: torch.Tensor) -> torch.Tensor:
     """Return inputs of a product, in tiles with a few zeros more: torch compiles a product of bfloat16 for each number
-    of inputs, which takes longer than the product, and tiles take `TILE` at a time anyway.
+    of inputs, which takes longer than the product, and tiles take `TILE` at a time anyway. Fewer are soon all known.
     """
-    return functional.pad(x_PI, (0, 0, 0, -len(x_PI) % TILE)) if in_tiles(x_PI) else x_PI
+    return functional.pad(x_PI, (0, 0, 0, -len(x_PI) % TILE)) if in_tiles(x_PI) and len(x_PI) > TILE else x_PI
 
 
 def multiplied(x_PI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
