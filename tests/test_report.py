@@ -21,7 +21,7 @@ from moetailor.report.maps import by_use
 from moetailor.report.words import commands, digits, nbytes, reasons, verdict
 from moetailor_cli.app import main
 
-VOID = {"meta", "link", "br", "img"}
+VOID = {"meta", "link", "br", "img", "wbr"}
 
 
 def cell(method: str, asked: str, kl: float, size: int, **fields: object) -> dict:
@@ -383,24 +383,42 @@ def test_labels_cover_nothing() -> None:
         assert axes.get_window_extent().containsx(box.x1)
 
 
+def in_a_browser(report: Path, width: int, told: str) -> subprocess.CompletedProcess[str]:
+    """Show a report in a frame, whose width is that of a screen to the page's own rules; so high that it has no bar to
+    scroll. Its title becomes what an expression over its document `d` says.
+    """
+    shown = html.escape(report.read_text())
+    frame = f'<iframe style="width: {width}px; height: 20000px; border: 0" srcdoc="{shown}"></iframe>'
+    script = f"<script>onload = () => {{ d = frames[0].document; document.title = {told} }}</script>"
+    (probe := report.parent / "probe.html").write_text(frame + script)
+    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0", "--dump-dom"]
+    command = ["chromium", *options, f"--user-data-dir={report.parent / 'profile'}", probe.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+
+
+NEEDS_CHROMIUM = pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+@NEEDS_CHROMIUM
 @pytest.mark.parametrize("results", [RESULTS, SIZED], ids=["ratios", "sizes"])
 def test_a_browser_shows_it_on_a_phone(results: dict, tmp_path: Path) -> None:
     """Nothing but the tables' own boxes scrolls sideways, size and engines are in sight, and there is no complaint."""
     write_report(results, tmp_path / "report.html")
     edge = "Math.max(...[...d.querySelectorAll('td:nth-child(4)')].map((td) => td.getBoundingClientRect().right))"
-    # In a frame, whose width is that of a phone to the page's own rules; so high that it has no bar to scroll.
-    shown = html.escape((tmp_path / "report.html").read_text())
-    frame = f'<iframe style="width: 360px; height: 20000px; border: 0" srcdoc="{shown}"></iframe>'
-    told = f"d = frames[0].document; document.title = `${{d.body.scrollWidth}} ${{{edge} < 360}}`"
-    (tmp_path / "probe.html").write_text(f"{frame}<script>onload = () => {{ {told} }}</script>")
-    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0", "--dump-dom"]
-    profile = f"--user-data-dir={tmp_path / 'profile'}"
-    command = ["chromium", *options, profile, (tmp_path / "probe.html").as_uri()]
-    ran = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    ran = in_a_browser(tmp_path / "report.html", 360, f"`${{d.body.scrollWidth}} ${{{edge} < 360}}`")
     assert "<title>360 true</title>" in ran.stdout
     assert "CONSOLE" not in ran.stderr
+
+
+@pytest.mark.slow
+@NEEDS_CHROMIUM
+def test_long_names_leave_all_columns_in_sight(tmp_path: Path) -> None:
+    named = [each | {"name": f"{each['name']}:refit=True:multiple=1"} for each in SIZED["cells"]]
+    write_report(SIZED | {"cells": named}, tmp_path / "report.html")
+    wide = "[...d.querySelectorAll('.scroll')].filter((box) => box.scrollWidth > box.clientWidth).length"
+    ran = in_a_browser(tmp_path / "report.html", 1280, f"`${{{wide}}} tables scroll`")
+    assert "<title>0 tables scroll</title>" in ran.stdout
 
 
 @pytest.mark.parametrize(
