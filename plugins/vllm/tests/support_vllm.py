@@ -1,5 +1,6 @@
 """A layer of random experts with one of every answer, as moetailor runs it and as the plug-in does."""
 
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -107,4 +108,28 @@ def pooled(module: Any, x_TD: torch.Tensor, row_TK: torch.Tensor, weight_TK: tor
         for row, weight in zip(rows, weights, strict=True):
             gate, up = (module.gate_up_proj[row] @ x_TD[token]).chunk(2)
             out[token] += weight * (module.down_proj[row] @ (F.silu(gate) * up))
+    return out
+
+
+def in_float64(module: Any, x_TD: torch.Tensor, slot_TK: torch.Tensor, gate_TK: torch.Tensor) -> torch.Tensor:
+    """Return what the answers give, each slot of each token by itself in float64."""
+    slots: SlotMap = module.slots
+    constants, maps = list(slots.of(Constant)), slots.of(Linear)
+    start = dict(zip(maps, accumulate((map.rank for map in maps.values()), initial=0), strict=False))
+
+    def given(slot: int, x: torch.Tensor) -> torch.Tensor:
+        scale = slots.scales[slot] if slots.scales else 1.0
+        if slot in constants:
+            return scale * module.tensor("constant")[constants.index(slot)].double()
+        if slot in maps:
+            rows = slice(start[slot], start[slot] + maps[slot].rank)
+            inner, outer = (module.tensor(name)[rows].double() for name in ("linear_in", "linear_out"))
+            return scale * (module.tensor("linear_constant")[list(maps).index(slot)] + outer.T @ (inner @ x))
+        weights = {name: weight.double() for name, weight in module.weights(slot).items()}  # the scale included
+        return weights["down"] @ (F.silu(weights["gate"] @ x) * (weights["up"] @ x))
+
+    out = torch.zeros_like(x_TD, dtype=torch.float64)
+    for token, (chosen, gates) in enumerate(zip(slot_TK.tolist(), gate_TK.tolist(), strict=True)):
+        for slot, gate in zip(chosen, gates, strict=True):
+            out[token] += gate * given(slot, x_TD[token].double())
     return out

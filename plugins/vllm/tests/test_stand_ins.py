@@ -15,7 +15,7 @@ from moetailor_vllm.slots import Slots
 from moetailor_vllm.stand_ins import Expert, stand_ins
 from moetailor_vllm.stored import ALONE, FewBits, Rank
 from moetailor_vllm.widths import storages
-from support_vllm import WIDTH, call, everything, moetailor_layer, pooled, served, slot_map
+from support_vllm import WIDTH, call, everything, in_float64, moetailor_layer, pooled, served, slot_map
 
 UINT, SYMMETRIC, FP8 = Packed(bits=4, down=6), Packed(bits=3, codes="int", group=32), Packed(bits=8, codes="fp8")
 EXPERT = Expert(width=32, inner=32, dtype=torch.float32, activated=torch.mul)
@@ -59,7 +59,11 @@ def test_answers_are_moetailors(slots: SlotMap, tokens: int, live: bool) -> None
     assert (row >= 0).all()
     got = pooled(module, x, row, weight) if slots.plain_pool else torch.zeros_like(x)
     got = got + answers.given(x, chosen, weights)
-    torch.testing.assert_close(got, module(x, chosen, gates), rtol=1e-5, atol=1e-5)
+    # Outputs reach 73, where sums of float32 in any order are some 1e-5 off: both are held against float64.
+    exact = in_float64(module, x, chosen, gates)
+    rounding = (module(x, chosen, gates) - exact).abs().max()
+    assert rounding <= 1e-6 * exact.abs().max()
+    assert (got - exact).abs().max() <= 1e-5 + 2 * rounding
 
 
 @torch.no_grad()
