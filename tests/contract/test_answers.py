@@ -3,7 +3,6 @@
 import warnings
 from pathlib import Path
 
-import pytest
 import torch
 from torch import nn
 
@@ -14,7 +13,7 @@ from moetailor.checkpoint.experts import Experts
 from moetailor.checkpoint.files import open_checkpoint
 from moetailor.checkpoint.quiet import quiet_transformers
 from support import naive
-from support.tiny import IDS, Get, GetCalibration, anatomy_of, eager, every_family, load, logits
+from support.tiny import IDS, Get, GetCalibration, anatomy_of, eager, every_family, every_family_with, load, logits
 
 LOW = {"rank": 2, "bases": 2, "start": "svd", "select": "count"}
 
@@ -78,8 +77,7 @@ def test_low_rank_experts_are_their_base_and_their_own_part(
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
-@every_family
-@pytest.mark.parametrize("answer", ["low_rank", "vectors", "maps"])
+@every_family_with("answer", "low_rank", "vectors", "maps")
 def test_they_round_trip(name: str, answer: str, checkpoint: Get, calibration: GetCalibration, tmp_path: Path) -> None:
     experts = calibration(name).model.stacks[0].num_experts
     plan = low_plan(calibration(name))
@@ -101,8 +99,7 @@ def test_they_round_trip(name: str, answer: str, checkpoint: Get, calibration: G
     assert torch.isfinite(expected).all()
 
 
-@every_family
-@pytest.mark.parametrize("rank", [0, 2])
+@every_family_with("rank", 0, 2)
 def test_auxiliary_slots_modulate_what_runs(rank: int, name: str, checkpoint: Get, calibration: GetCalibration) -> None:
     """Vectors on the inputs of an expert's matrices are factors on the columns of these matrices; maps add."""
     experts = calibration(name).model.stacks[0].num_experts

@@ -19,7 +19,7 @@ from moetailor.planning.layer_plan import LayerPlan
 from moetailor.summary import summarise
 from support import naive
 from support.methods import REMOVING, TINY_PARAMETERS
-from support.tiny import IDS, anatomy_of, eager, every_family, load, logits
+from support.tiny import IDS, anatomy_of, eager, every_family, every_family_with, load, logits
 
 Get = Callable[[str], Path]
 GetCalibration = Callable[[str], moetailor.Calibration]
@@ -71,8 +71,7 @@ def test_they_give_what_their_numbers_give(name: str, checkpoint: Get, calibrati
         torch.testing.assert_close(got, y, rtol=1e-4, atol=1e-4)
 
 
-@every_family
-@pytest.mark.parametrize("every", [None, "4", "vq1/2", "fp8", "nvfp4"])
+@every_family_with("every", None, "4", "vq1/2", "fp8", "nvfp4")
 def test_they_round_trip(
     name: str, every: str | None, checkpoint: Get, calibration: GetCalibration, tmp_path: Path
 ) -> None:

@@ -26,7 +26,7 @@ from moetailor.summary import summarise
 from moetailor.transform.formats import FORMATS
 from support.families import tiny_model
 from support.reference import REFERENCE
-from support.tiny import IDS, Get, GetCalibration, anatomy_of, eager, every_family, load, logits, token_batches
+from support.tiny import IDS, Get, GetCalibration, anatomy_of, eager, every_family_with, load, logits, token_batches
 
 FORMAT = "compressed-tensors"
 # transformers has all experts of a layer in one tensor, on disk too.
@@ -70,11 +70,11 @@ def greedy(model: torch.nn.Module) -> torch.Tensor:
         return model.generate(IDS, max_new_tokens=16, min_new_tokens=16, do_sample=False)[:, IDS.shape[1] :]
 
 
-@every_family
-@pytest.mark.parametrize(("bits", "codes"), [(4, "int"), (8, "fp8")])
+@every_family_with("width", (4, "int"), (8, "fp8"), ids=["int4", "fp8"])
 def test_stock_transformers_gives_what_our_runtime_gives(
-    name: str, bits: int, codes: str, checkpoint: Get, calibration: GetCalibration, tmp_path: Path
+    name: str, width: tuple[int, str], checkpoint: Get, calibration: GetCalibration, tmp_path: Path
 ) -> None:
+    bits, codes = width
     plan, folder = planned(calibration(name), bits, codes), checkpoint(name)
     if name in FUSED:
         with pytest.raises(moetailor.PlanError) as refused:

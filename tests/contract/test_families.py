@@ -33,6 +33,7 @@ from support.tiny import (
     anatomy_of,
     eager,
     every_family,
+    every_family_with,
     load,
     logits,
     mixed_plan,
@@ -179,8 +180,7 @@ def test_streamed_calibration_is_that_in_memory(
                 )
 
 
-@every_family
-@pytest.mark.parametrize("drop", [False, True], ids=["slots-kept", "slots-dropped"])
+@every_family_with("drop", False, True, ids=["slots-kept", "slots-dropped"])
 def test_the_moetailor_format_round_trips(
     name: str, drop: bool, checkpoint: Get, calibration: GetCalibration, tmp_path: Path
 ) -> None:
@@ -230,8 +230,7 @@ def test_stand_ins_and_remaps_are_what_they_say(name: str, checkpoint: Get, cali
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
-@every_family
-@pytest.mark.parametrize("method", ["hc_smoe", "ream"], ids=["slots-kept", "slots-dropped"])
+@every_family_with("method", "hc_smoe", "ream", ids=["slots-kept", "slots-dropped"])
 def test_merged_experts_round_trip(
     name: str, method: str, checkpoint: Get, calibration: GetCalibration, tmp_path: Path
 ) -> None:

@@ -17,9 +17,8 @@ from moetailor.methods.run import view_of
 from moetailor.planning.view import LayerView
 from support.families import FAMILIES
 from support.methods import NARROWING, REFUSED_BY, REMOVING, TINY_PARAMETERS
-from support.tiny import load, logits
+from support.tiny import ARCHETYPES, load, logits
 
-ARCHETYPES = ["deepseek_v3", "gpt_oss", "olmoe", "qwen2_moe"]
 PRODUCT = [
     pytest.param(method, family, marks=() if family in ARCHETYPES else pytest.mark.slow)
     for method in sorted(moetailor.METHODS)

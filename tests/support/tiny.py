@@ -1,8 +1,9 @@
-"""The tiny checkpoints: text for them, how to load them, a plan with one of everything."""
+"""The tiny checkpoints: which of them a test takes, text for them, how to load them, a plan with one of everything."""
 
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,9 +22,31 @@ from moetailor.planning.view import LayerView
 from support.families import FAMILIES
 
 every_family = pytest.mark.parametrize("name", sorted(FAMILIES))
+# Families that differ most: biases, groups of experts, shared ones, and none of these.
+ARCHETYPES = ["deepseek_v3", "gpt_oss", "olmoe", "qwen2_moe"]
 IDS = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(7))
 Get = Callable[[str], Path]
 GetCalibration = Callable[[str], moetailor.Calibration]
+
+
+def every_family_with(argument: str, *variants: Any, ids: list[str] | None = None) -> pytest.MarkDecorator:
+    """Run a test with every variant on the archetypes, and on the other families with one each, in turn; the rest of
+    the product is marked slow.
+    """
+    told = ids or [str(variant) for variant in variants]
+    return pytest.mark.parametrize(
+        ("name", argument),
+        [
+            pytest.param(
+                name,
+                variant,
+                id=f"{said}-{name}",
+                marks=() if name in ARCHETYPES or number % len(variants) == turn else pytest.mark.slow,
+            )
+            for number, name in enumerate(sorted(FAMILIES))
+            for turn, (variant, said) in enumerate(zip(variants, told, strict=True))
+        ],
+    )
 
 
 def token_batches(count: int = 2, length: int = 12, vocabulary: int = 128) -> list[moetailor.Batch]:

@@ -12,7 +12,7 @@ import re
 import warnings
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -205,11 +205,9 @@ def _layer(model: nn.Module, experts: str, rows: dict[str, int], counts: list[tu
     slot_rows = {
         name.removeprefix(block + "."): axis for name, axis in inside.items() if not name.startswith(experts + ".")
     }
-    tensors = tensors_of(model)
+    tensors, module = tensors_of(model.get_submodule(block)), cast(Any, model.get_submodule(experts))
     # The router is the part of the block that holds the matrix [slots, hidden].
-    routers = [
-        name.split(".")[0] for name in slot_rows if tensors[f"{block}.{name}"].dim() == 2 and name.endswith("weight")
-    ]
+    routers = [name.split(".")[0] for name in slot_rows if tensors[name].dim() == 2 and name.endswith("weight")]
     if not routers:
         raise CheckpointError(f"{block}: found no router weight with a row for each expert")
     return MoELayer(
@@ -217,8 +215,8 @@ def _layer(model: nn.Module, experts: str, rows: dict[str, int], counts: list[tu
         block=block,
         experts=experts,
         router=f"{block}.{routers[0]}",
-        num_experts=tensors[f"{experts}.down_proj"].shape[0],
-        expert_shape=Experts(model.get_submodule(experts)).shape,
+        num_experts=module.down_proj.shape[0],
+        expert_shape=Experts(module).shape,
         expert_rows=expert_rows,
         slot_rows=slot_rows,
         counts=tuple((path, name) for path, name in counts if path == block or path.startswith(block + ".")),

@@ -180,7 +180,8 @@ class StreamedModel:
 
     def _load_tensors(self, keys: list[str], sources: Mapping[str, LazyTensor] | None = None) -> None:
         # The rules only move numbers: they do so in the narrower dtype, and what came of it is widened.
-        wanted = {name: tensors_of(self.model)[name].dtype for name in {self.names[key] for key in keys}}
+        found = self.model.get_parameter_or_buffer
+        wanted = {name: found(name).dtype for name in {self.names[key] for key in keys}}
         narrow = {
             re.escape(self.names[key]): min(
                 wanted[self.names[key]],
@@ -192,8 +193,7 @@ class StreamedModel:
         given = {key: sources[key] if sources else LazyTensor(self.checkpoint.numbers[key]) for key in keys}
         self._convert(given, narrow, device=self.device)
         for name, dtype in wanted.items():
-            tensor = tensors_of(self.model)[name]
-            tensor.data = tensor.data.to(dtype)
+            found(name).data = found(name).data.to(dtype)
 
     def _convert(
         self, sources: Mapping[str, object], dtypes: dict[str, torch.dtype] | None = None, *, device: str | torch.device
