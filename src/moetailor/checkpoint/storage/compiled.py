@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from moetailor.checkpoint.storage.few_bits import FewBits
 
 # What a look-up gives moves as so many elements of one of these types.
-ELEMENTS = {1: (np.float32, 1), 2: (np.int64, 1), 4: (np.complex128, 1), 8: (np.complex128, 2)}
+ELEMENTS = {1: (np.uint32, 1), 2: (np.int64, 1), 4: (np.complex128, 1), 8: (np.complex128, 2)}
 # Codes of six bits lie across bytes: how many of them a look-up has.
 SIXES = 2
 # Zero points of codes that have none.
@@ -82,8 +82,9 @@ def _shared(
 ) -> None:
     """Run a loop over rows, which threads share; its last arguments are the first row and that behind the last one."""
     found = storage.look_up(scale_nOG.device)
+    # Each type of table is a loop to compile, and a loop takes seconds: those without one have that of another.
     if found is None or found.told == "integers":
-        elements, table = 0, np.zeros(0, np.float32)
+        elements, table = 0, np.zeros(0, np.uint32)
     elif found.told == "float8":
         elements, table = -1, np.zeros(0, np.uint32)
     else:
