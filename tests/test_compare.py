@@ -537,6 +537,7 @@ def test_words_of_rows() -> None:
     [
         ({"methods": "mnoe"}, "--methods mnoe: no method 'mnoe'; did you mean 'mone'"),
         ({"methods": "linear:rank"}, "--methods linear:rank: write parameters as linear:parameter=value"),
+        ({"methods": "linear,rank=4"}, "--methods rank=4: parameters follow their method with colons"),
         ({"methods": "reap@9"}, "--methods reap@9: write 2 to 8, or as 4/6 with those of the down projection"),
         ({"methods": "quantize@4/6:group=32"}, "write bits as quantize:group=32@4/6, last"),
         ({"methods": "linear:rank=2@"}, "--methods linear:rank=2@: write 2 to 8, or as 4/6"),

@@ -112,6 +112,11 @@ def _read(word: str, *, sized: bool) -> list[tuple[Method, Width | None]]:
         return quick + [found for more in (PLAIN + COMPOSED if sized else ()) for found in _read(more, sized=sized)]
     whole, at, bits = word.partition("@")
     name, *given = whole.split(":")
+    if "=" in name:
+        told = (
+            "parameters follow their method with colons, as in linear:rank=4:ranks=chosen; methods lie between commas"
+        )
+        raise PlanError(f"--methods {word}: {told}")
     if name.lower() not in METHODS:
         raise PlanError(f"--methods {word}: no method {name!r}" + did_you_mean(name, [*METHODS, ALL]))
     pairs = [entry.partition("=") for entry in given]
