@@ -37,7 +37,17 @@ sys.path.append(str(ROOT / "tests"))
 from support.kills import count_steps, die_at
 
 # Keys whose values are times, or follow from them, and what is noted once a run is whole: a kill may come before that.
-TIMES = {"seconds", "calibrate_seconds", "tokens_per_second", "speed", "prefill", "decode", "settings"}
+TIMES = {
+    "seconds",
+    "calibrate_seconds",
+    "tokens_per_second",
+    "speed",
+    "prefill",
+    "decode",
+    "prefill_low",
+    "decode_low",
+    "settings",
+}
 UNREAD = ("log.jsonl", "report.html")
 # Whole at every moment, and with more in it later.
 GROWING = (".search.json", "calibration.json", "run.json")

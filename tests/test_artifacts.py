@@ -234,7 +234,7 @@ def cell(**changes: Any) -> dict:
         "seconds": {"plan": 1.0},
         "native": True,
         "fidelity": {"": measured | {"top1_agreement": interval}},
-        "speed": {"prefill": 10.0, "decode": 1.0},
+        "speed": {"prefill": 10.0, "decode": 1.0, "prefill_low": 9.0, "decode_low": 0.5},
         "resident": 70,
         "expected_kl": None,
         "layers": {"0": {"expected": 0.1, "measured": 0.2, "slots": "##.>"}},
@@ -243,7 +243,7 @@ def cell(**changes: Any) -> dict:
 
 RESULTS = {
     "format": "moetailor-comparison",
-    "version": 2,
+    "version": 3,
     "model": {"source": "m", "model_type": "olmoe", "nbytes": 100, "top_k": 2, "layers": {"0": 4}},
     "about": {
         "moetailor": "0", "torch": "2", "transformers": "5", "threads": 1, "device": "cpu",
@@ -251,7 +251,10 @@ RESULTS = {
     },
     "calibration": {"data": ["a"], "tokens": 10, "folder": "c"},
     "heldout": {"data": ["b"], "tokens": 10, "domains": {}},
-    "original": {"perplexity": {"": 20.0}, "prefill": 10.0, "decode": 1.0, "resident": 100},
+    "original": {
+        "perplexity": {"": 20.0}, "resident": 100,
+        "prefill": 10.0, "decode": 1.0, "prefill_low": 9.0, "decode_low": 0.5,
+    },
     "usage": {"0": {"": [0.25, 0.25, 0.25, 0.25]}},
     "sensitivities": None,
     "cells": [cell(), cell(error="no") | dict.fromkeys(

@@ -79,7 +79,7 @@ def timeless(results: dict) -> dict:
         return [timeless(entry) for entry in results]
     if not isinstance(results, dict):
         return results
-    gone = ("seconds", "speed", "prefill", "decode", "folder")
+    gone = ("seconds", "speed", "prefill", "decode", "prefill_low", "decode_low", "folder")
     return {key: timeless(value) for key, value in results.items() if key not in gone}
 
 

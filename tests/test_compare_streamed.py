@@ -132,7 +132,8 @@ def test_what_was_not_measured_is_said(done: tuple[Path, list], run, monkeypatch
     assert sorted(cells) == [("mone", "remove 25%"), ("mone", "remove 95%"), ("reap + 4 bits", "remove 25%")]
     assert len(beside) == len(cells)
     perplexity = results["original"]["perplexity"]
-    assert results["original"] == {"perplexity": perplexity, "prefill": None, "decode": None, "resident": None}
+    speeds = dict.fromkeys(("prefill", "decode", "prefill_low", "decode_low", "resident"))
+    assert results["original"] == {"perplexity": perplexity} | speeds
     page = (out / "report.html").read_text()
     for said in (
         "bytes in memory, prefill and decode were not measured, as models were streamed",
@@ -149,7 +150,6 @@ def test_what_was_not_measured_is_said(done: tuple[Path, list], run, monkeypatch
     code, shown, err = run(*words, "--stream")
     assert code == 0, err
     assert max(map(len, shown.splitlines())) <= 80
-    assert "speed not measured (streamed)" in shown
     assert "reap + 4 bits (95% removed): model.layers.0: plan leaves 2 slots" in shown
     assert len(beside) == len(cells)
     code, _, err = run(*words)

@@ -45,7 +45,12 @@ def cell(method: str, asked: str, kl: float, size: int, **fields: object) -> dic
         "seconds": {"plan": 1.0, "apply": 2.0, "evaluate": 3.0},
         "native": method == "reap",
         "fidelity": {"": fidelity, "wiki": fidelity, "code": fidelity},
-        "speed": {"prefill": 5000.0 + size / 1e5, "decode": 200.0},
+        "speed": {
+            "prefill": 5000.0 + size / 1e5,
+            "decode": 200.0,
+            "prefill_low": 4000.0 + size / 1e5,
+            "decode_low": 150.0,
+        },
         "resident": 2 * size,
         "expected_kl": kl * 1.5,
         "layers": {
@@ -61,7 +66,7 @@ FAILED = cell("naee", "25%", 1, 1, error="needs <script>alert(1)</script> & more
 SHARES = {"": [0.1, 0.4, 0.3, 0.2], "wiki": [0.0, 0.5, 0.3, 0.2], "code": [0.2, 0.3, 0.3, 0.2]}
 RESULTS = {
     "format": "moetailor-comparison",
-    "version": 2,
+    "version": 3,
     "model": {
         "source": "a/<b>model",
         "model_type": "olmoe",
@@ -79,7 +84,14 @@ RESULTS = {
     },
     "calibration": {"data": ["a.jsonl"], "tokens": 4096, "folder": "calib"},
     "heldout": {"data": ["b.jsonl"], "tokens": 1000, "domains": {"wiki": 600, "code": 400}},
-    "original": {"perplexity": {"": 20.0, "wiki": 20.0}, "prefill": 4321.0, "decode": 180.0, "resident": 200_000_000},
+    "original": {
+        "perplexity": {"": 20.0, "wiki": 20.0},
+        "prefill": 4321.0,
+        "decode": 180.0,
+        "prefill_low": 3210.0,
+        "decode_low": 170.0,
+        "resident": 200_000_000,
+    },
     "usage": {"1": SHARES, "2": SHARES},
     "sensitivities": {"1": 0.5, "2": 0.25},
     "cells": [
@@ -174,6 +186,7 @@ def test_the_page_holds_every_number(tmp_path: Path) -> None:
             said = [digits(kl["mean"]), f"{digits(kl['low'])} to {digits(kl['high'])}", nbytes(row["nbytes"])]
             said += [f"{20 * (1 + kl['mean']):.2f}", f"{100 * (1 - kl['mean']):.1f}%", digits(row["expected_kl"])]
             said += [nbytes(row["resident"]), digits(row["speed"]["prefill"]), "6.00"]
+            said += [f"from {digits(row['speed']['prefill_low'])}", "3,210 to 4,321", "170 to 180"]
             for number in said:
                 assert number in found.text, (row["method"], number)
     for fact in (
@@ -428,7 +441,7 @@ def test_long_names_leave_all_columns_in_sight(tmp_path: Path) -> None:
         ("{", "not JSON"),
         ("[]", "not a JSON object; make it with `moetailor compare`"),
         ("{}", "not a moetailor comparison; make it with `moetailor compare`"),
-        (json.dumps(RESULTS | {"version": 1}), "a comparison of version 1, this moetailor reads 2; make it with"),
+        (json.dumps(RESULTS | {"version": 1}), "a comparison of version 1, this moetailor reads 3; make it with"),
     ],
 )
 def test_other_files_are_refused(content: str | None, message: str, tmp_path: Path) -> None:

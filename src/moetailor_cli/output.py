@@ -223,8 +223,9 @@ def scores(measured: Scores) -> None:
     if measured.speed is not None:
         first, second = measured.speed
         for name in ("prefill", "decode"):
-            pair = getattr(first, name), getattr(second, name)
-            sizes.add_row(f"{name}, tokens/s", f"{pair[0]:,.0f}", f"{pair[1]:,.0f}", f"{pair[1] / pair[0]:.3f}")
+            pair = [(getattr(each, f"{name}_low"), getattr(each, name)) for each in (first, second)]
+            said = [f"{low:,.0f} to {high:,.0f}" for low, high in pair]
+            sizes.add_row(f"{name}, tokens/s", *said, f"{pair[1][1] / pair[0][1]:.2f}")
     for task, metrics in measured.tasks.items():
         for metric, (before, after) in metrics.items():
             if metric in ("acc", "acc_norm", "perplexity"):

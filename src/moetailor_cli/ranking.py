@@ -9,7 +9,7 @@ from rich.text import Text
 
 from moetailor_cli import output
 
-COLUMNS = ("method", "KL, nats", "95%", "perplexity", "top-1", "size", "plan, s", "decode")
+COLUMNS = ("method", "KL, nats", "95%", "perplexity", "top-1", "size", "plan, s")
 
 
 def show(results: Mapping[str, Any]) -> None:
@@ -22,7 +22,6 @@ def show(results: Mapping[str, Any]) -> None:
     from moetailor.words import nbytes
 
     original, whole = results["original"], results["model"]["nbytes"]
-    decode = original["decode"]
     front = set(results["front"])
     failed = []
     for title, numbers in results["groups"].items():
@@ -31,7 +30,7 @@ def show(results: Mapping[str, Any]) -> None:
         measured = {number: cell for number, cell in cells.items() if cell["error"] is None}
         if measured:
             output.result(Text(title, "bold"))
-            rows = [_row(cell, whole, decode, number in front) for number, cell in measured.items()]
+            rows = [_row(cell, whole, number in front) for number, cell in measured.items()]
             output.table(COLUMNS, rows)
             output.result("")
     for names, asked, reason in reasons(failed):
@@ -39,8 +38,7 @@ def show(results: Mapping[str, Any]) -> None:
     if failed:
         output.result("")
     perplexity = f"perplexity {original['perplexity']['']:.2f}, " if original["perplexity"] else ""
-    speed = "speed not measured (streamed)" if decode is None else f"decode {decode:,.0f} tokens/s"
-    output.result(f"original: {perplexity}{nbytes(whole)}, {speed}")
+    output.result(f"original: {perplexity}{nbytes(whole)}")
     if front:
         output.result("* no other row is as small and as close to the original")
     if found := results["spearman"]:
@@ -53,7 +51,7 @@ def show(results: Mapping[str, Any]) -> None:
         output.text(results["recommendation"])
 
 
-def _row(cell: Mapping[str, Any], whole: int, decode: float | None, best: bool) -> list[str]:
+def _row(cell: Mapping[str, Any], whole: int, best: bool) -> list[str]:
     found = cell["fidelity"][""]
     kl = found["kl"]
     return [
@@ -64,5 +62,4 @@ def _row(cell: Mapping[str, Any], whole: int, decode: float | None, best: bool) 
         f"{found['top1_agreement']['mean']:.1%}",
         f"{cell['nbytes'] / whole:.1%}",
         f"{cell['seconds']['plan'] + cell['seconds']['apply']:.1f}",
-        "-" if decode is None else f"x {cell['speed']['decode'] / decode:.2f}",
     ]

@@ -7,7 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -100,7 +100,7 @@ class Bench(ABC):
             shutil.rmtree(self._partial, ignore_errors=True)
             Reference(self._partial, self.batches).record(self.model, self._progress)
             seconds, speed = time.perf_counter() - began, self.speed(self.model)
-            measured = dict.fromkeys(("prefill", "decode")) if speed is None else asdict(speed)
+            measured = dict.fromkeys(each.name for each in fields(Speed)) if speed is None else asdict(speed)
             measured |= {"resident": self.resident(self.model), "seconds": seconds}
             write_json(self.folder / "original.json", measured)
             self._partial.rename(self._reference)

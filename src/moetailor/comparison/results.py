@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -241,7 +241,7 @@ def results_of(
         },
         "original": {
             "perplexity": {name: part["original"]["perplexity"] for name, part in fidelity.items()},
-            **{name: original[name] for name in ("prefill", "decode", "resident")},
+            **{name: original[name] for name in (*(each.name for each in fields(Speed)), "resident")},
         },
         "usage": usage(calibration),
         "sensitivities": sensitivities_of(calibration),

@@ -10,7 +10,7 @@ from moetailor.answers import all_marks
 from moetailor.errors import MoetailorError
 from moetailor.schema import Count, Few, Within, load, load_json, read
 
-VERSION = 2
+VERSION = 3
 ANEW = "make it with `moetailor compare`"
 Positive = Annotated[float, Within(1e-300, 1e300)]
 Share = Annotated[float, Within(0, 1)]
@@ -59,6 +59,8 @@ class _Fidelity(TypedDict):
 class _Speed(TypedDict):
     prefill: Positive
     decode: Positive
+    prefill_low: Positive
+    decode_low: Positive
 
 
 class _Layer(TypedDict):
@@ -136,6 +138,8 @@ class _HeldOut(TypedDict):
 class _Running(TypedDict):
     prefill: Positive | None
     decode: Positive | None
+    prefill_low: Positive | None
+    decode_low: Positive | None
     resident: Count | None
 
 

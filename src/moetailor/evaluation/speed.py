@@ -14,20 +14,24 @@ from moetailor.checkpoint.devices import finish
 
 @dataclass(frozen=True)
 class Speed:
-    """Tokens a second.
+    """Tokens a second: in the fastest of a few repeats and in the slowest, which differ where a machine has other work.
 
     Attributes:
         prefill: tokens of the prompt, one forward pass.
         decode: new tokens, one at a time with a cache.
+        prefill_low: the former in the slowest.
+        decode_low: the latter in the slowest.
     """
 
     prefill: float
     decode: float
+    prefill_low: float
+    decode_low: float
 
 
 @torch.no_grad()
 def measure_speed(model: Any, input_ids: torch.Tensor, *, new_tokens: int = 32, repeats: int = 3) -> Speed:
-    """Measure a model, best of a few repeats after one warm-up.
+    """Measure a model a few times, after one warm-up.
 
     Args:
         model: a causal language model.
@@ -55,8 +59,9 @@ def measure_speed(model: Any, input_ids: torch.Tensor, *, new_tokens: int = 32, 
         return _seconds(steps, device)
 
     prefill()
-    fastest = min(prefill() for _ in range(repeats)), min(decode() for _ in range(repeats))
-    return Speed(prefill=input_ids.numel() / fastest[0], decode=new_tokens * len(input_ids) / fastest[1])
+    first = sorted(input_ids.numel() / prefill() for _ in range(repeats))
+    then = sorted(new_tokens * len(input_ids) / decode() for _ in range(repeats))
+    return Speed(prefill=first[-1], decode=then[-1], prefill_low=first[0], decode_low=then[0])
 
 
 def resident_nbytes(model: Any) -> int:
