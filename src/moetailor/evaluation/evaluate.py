@@ -76,7 +76,7 @@ class Scores:
         pair, loaded = ("original", "compressed"), {}
         if self.resident is not None and self.speed is not None:
             loaded["resident_bytes"] = dict(zip(pair, self.resident, strict=True))
-            loaded["tokens_per_second"] = dict(zip(pair, map(asdict, self.speed), strict=True))
+            loaded["tokens_per_second"] = dict(zip(pair, [asdict(each) for each in self.speed], strict=True))
         return {
             "format": "moetailor-scores",
             "version": 1,
