@@ -16,9 +16,8 @@ from support.tiny import load, logits, token_batches
 
 Get = Callable[[str], Path]
 GetCalibration = Callable[[str], moetailor.Calibration]
-every_device = pytest.mark.parametrize(
-    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA"))]
-)
+CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA"))
+every_device = pytest.mark.parametrize("device", ["cpu", CUDA])
 
 
 @every_device
@@ -40,7 +39,8 @@ def test_every_method_plans_and_builds_there(
     assert float((made[0] - made[1]).norm() / made[0].norm()) < 0.02
 
 
-@every_device
+# Against the CPU itself it takes long and finds what other tests do.
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.slow), CUDA])
 def test_bits_are_chosen_and_rounded_there(device: str, tmp_path: Path) -> None:
     """On the reference model: nearly all codes and widths are those of the CPU, and what is lost is the same."""
     data = moetailor.TextOptions(data=(str(REFERENCE / "calibration.jsonl"),), sequences=24, length=256)

@@ -17,10 +17,10 @@ from support.tiny import load, logits, token_batches
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model whose matrices are whole groups of 32."""
+    """A tiny model whose matrices are whole groups of 32 and blocks of 128."""
     folder = tmp_path_factory.mktemp("engines") / "original"
     with quiet_transformers():
-        tiny_model("qwen3_moe", hidden_size=64, moe_intermediate_size=32).save_pretrained(folder)
+        tiny_model("qwen3_moe", hidden_size=256, moe_intermediate_size=128).save_pretrained(folder)
     return folder
 
 
@@ -79,6 +79,33 @@ def test_a_gguf_file_is_for_llama_cpp(engine: str, tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_text("")
     with pytest.raises(moetailor.MoetailorError, match=r"model.gguf is for --engine llama.cpp"):
         find_engine(engine).check(tmp_path)
+
+
+INT4 = {"type": "int", "num_bits": 4, "symmetric": True, "group_size": 64, "strategy": "group"}
+FP8 = {"type": "float", "num_bits": 8, "symmetric": True, "group_size": None, "strategy": "block"}
+
+
+KERNELS = [
+    ([INT4], True),
+    ([INT4 | {"group_size": 128}, FP8], True),
+    ([INT4 | {"group_size": 32}], False),
+    ([INT4, INT4 | {"num_bits": 8}], False),
+    ([INT4 | {"symmetric": False}], False),
+    ([FP8 | {"strategy": "channel"}], False),
+]
+
+
+@pytest.mark.parametrize(("schemes", "runs"), KERNELS)
+def test_few_bits_without_a_kernel_here_are_told(schemes: list, runs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which these are, a test with vLLM says."""
+    groups = {f"group_{number}": {"weights": weights} for number, weights in enumerate(schemes)}
+    entry = {"quant_method": "compressed-tensors", "config_groups": groups}
+    for gpu, tiles, expected in ((False, True, runs), (False, False, False), (True, False, True)):
+        monkeypatch.setattr("moetailor.serving.engines.vllm.has_gpu", lambda gpu=gpu: gpu)
+        monkeypatch.setattr("moetailor.serving.engines.vllm.HAS_TILES", tiles)
+        assert (find_engine("vllm").stops(entry) is None) == expected
+        assert find_engine("transformers").stops(entry) is None
+        assert find_engine("vllm").stops({}) is None
 
 
 def test_the_table_names_tests_that_are_there() -> None:

@@ -145,6 +145,7 @@ def fit(
         output.scores(scores)
         output.expected(str(out), scores)
     output.took(out, out.with_name(f"{out.name}.calibration"))
+    found.engine.check(out)
     _served("serve it", found.engine, Served(folder=out, context=found.room.context))
     return False
 

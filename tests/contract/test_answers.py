@@ -13,7 +13,7 @@ from moetailor.checkpoint.experts import Experts
 from moetailor.checkpoint.files import open_checkpoint
 from moetailor.checkpoint.quiet import quiet_transformers
 from support import naive
-from support.tiny import IDS, Get, GetCalibration, anatomy_of, eager, every_family, every_family_with, load, logits
+from support.tiny import IDS, Get, GetCalibration, anatomy_of, eager, every_family_with, families_in_turn, load, logits
 
 LOW = {"rank": 2, "bases": 2, "start": "svd", "select": "count"}
 
@@ -42,7 +42,7 @@ def vector_plan(calibration: moetailor.Calibration, keep: int, **parameters: obj
     )
 
 
-@every_family
+@families_in_turn(1)
 def test_low_rank_experts_are_their_base_and_their_own_part(
     name: str, checkpoint: Get, calibration: GetCalibration
 ) -> None:

@@ -19,7 +19,7 @@ from moetailor.planning.layer_plan import LayerPlan
 from moetailor.summary import summarise
 from support import naive
 from support.methods import REMOVING, TINY_PARAMETERS
-from support.tiny import IDS, anatomy_of, eager, every_family, every_family_with, load, logits
+from support.tiny import IDS, anatomy_of, eager, every_family_with, families_in_turn, load, logits
 
 Get = Callable[[str], Path]
 GetCalibration = Callable[[str], moetailor.Calibration]
@@ -57,7 +57,7 @@ def dequantized(model: torch.nn.Module, compressed: torch.nn.Module, plan: moeta
     return model
 
 
-@every_family
+@families_in_turn(2)
 def test_they_give_what_their_numbers_give(name: str, checkpoint: Get, calibration: GetCalibration) -> None:
     plan = mixed(calibration(name))
     compressed = eager(moetailor.apply(plan, load(checkpoint(name)), calibration=calibration(name)))

@@ -12,7 +12,7 @@ from moetailor.answers import Answer, Borrowed, Constant, Drop, Keep, LowRank, R
 from moetailor.checkpoint.files import open_checkpoint
 from moetailor.planning.layer_plan import LayerPlan
 from moetailor.transform.formats import FORMATS
-from support.tiny import Get, GetCalibration, eager, every_family, load, logits
+from support.tiny import Get, GetCalibration, eager, families_in_turn, load, logits
 
 FORMAT = "expanded"
 
@@ -34,7 +34,7 @@ def written(plan: moetailor.Plan, folder: Path, calibration: moetailor.Calibrati
     return expanded, moetailor.apply(plan, folder, out / "ours", format="moetailor", **given)
 
 
-@every_family
+@families_in_turn(0)
 def test_remaps_have_experts_of_their_own_again(
     name: str, checkpoint: Get, calibration: GetCalibration, tmp_path: Path
 ) -> None:

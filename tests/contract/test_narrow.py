@@ -16,7 +16,7 @@ from moetailor.evaluation.fidelity import Reference
 from moetailor.planning.checks import check_plan
 from moetailor.planning.layer_plan import LayerPlan
 from moetailor.transform.formats import resolve_format
-from support.tiny import Get, GetCalibration, anatomy_of, eager, every_family, load, logits, token_batches
+from support.tiny import Get, GetCalibration, anatomy_of, eager, families_in_turn, load, logits, token_batches
 
 # Families whose config has one entry for the width of experts and that of other matrices, with a word of theirs.
 SHARED = dict.fromkeys(
@@ -49,7 +49,7 @@ def masked(original: torch.nn.Module, compressed: torch.nn.Module) -> torch.nn.M
     return original
 
 
-@every_family
+@families_in_turn(1)
 def test_narrow_experts_are_the_original_with_neurons_masked_in_every_form(
     name: str, checkpoint: Get, calibration: GetCalibration, tmp_path: Path
 ) -> None:
@@ -78,7 +78,7 @@ def test_narrow_experts_are_the_original_with_neurons_masked_in_every_form(
     torch.testing.assert_close(logits(eager(load(out))), expected, rtol=1e-4, atol=1e-5)
 
 
-@every_family
+@families_in_turn(2)
 def test_narrow_experts_beside_dropped_slots_are_ordinary_too(
     name: str, checkpoint: Get, calibration: GetCalibration, tmp_path: Path
 ) -> None:

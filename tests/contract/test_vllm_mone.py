@@ -18,7 +18,7 @@ from moetailor.errors import CheckpointError
 from moetailor.planning.layer_plan import LayerPlan
 from moetailor.recovery.examples import ExampleOptions
 from moetailor.transform.formats import FORMATS
-from support.tiny import Get, GetCalibration, eager, every_family, load, logits
+from support.tiny import Get, GetCalibration, eager, families_in_turn, load, logits
 
 FORMAT, VALUE = "vllm-mone", "approx_value"
 
@@ -75,7 +75,7 @@ def put_in_place(model: nn.Module, values: dict[int, dict[int, torch.Tensor]]) -
         module.forward = forward
 
 
-@every_family
+@families_in_turn(0)
 def test_vllm_gives_what_our_runtime_gives(
     name: str, checkpoint: Get, calibration: GetCalibration, tmp_path: Path
 ) -> None:

@@ -41,6 +41,7 @@ PACKED = {TRANSFORMERS: "run", ALONE: "read", SERVED: "as alone", LLAMA: "refuse
 QUANTIZED = {TRANSFORMERS: "run", ALONE: "-", SERVED: "as alone", LLAMA: "refused", SGLANG: "-"}
 OURS = {TRANSFORMERS: "run", ALONE: "refused", SERVED: "run", LLAMA: "refused", SGLANG: "refused"}
 GGUF = {TRANSFORMERS: "refused", ALONE: "refused", SERVED: "as alone", LLAMA: "run", SGLANG: "-"}
+OWN_KERNELS = {ALONE: f"{PLUGIN}::test_vllm_alone_runs_few_bits_by_its_own_kernels"}
 NO_GGUF = dict.fromkeys((TRANSFORMERS, ALONE), f"{HERE}::test_a_gguf_file_is_for_llama_cpp")
 
 
@@ -84,6 +85,7 @@ def rounded(says: str, **parameters: Any) -> Kind:
 def packed(says: str, outcomes: Mapping[str, str] = PACKED, **parameters: Any) -> Kind:
     """Return all experts in few bits, as compressed-tensors."""
     more: dict[str, Any] = {"options": {"parameters": parameters}, "format": "compressed-tensors"}
+    more |= {"by": OWN_KERNELS} if outcomes[ALONE] == "run" else {}
     return Kind(says=says, method="quantize", budget={"remove": "0%"}, outcomes=outcomes, **more)
 
 
@@ -99,9 +101,12 @@ KINDS: dict[str, Kind] = {
     "expanded": Kind(
         says="expanded: remaps written out (`conmoe`)", method="conmoe", format="expanded", outcomes=NATIVE
     ),
-    "int4": packed("compressed-tensors: 4 bits", bits=4, codes="int", group=32),
+    "int4": packed("compressed-tensors: 4 bits", PACKED | {ALONE: "run"}, bits=4, codes="int", group=32),
     "int8": packed("compressed-tensors: 8 bits", bits=8, codes="int", group=32),
     "fp8": packed("compressed-tensors: FP8 by row", bits=8, codes="fp8"),
+    "fp8b128": packed(
+        "compressed-tensors: FP8 by block", PACKED | {TRANSFORMERS: "refused", ALONE: "run"}, bits=8, codes="fp8b128"
+    ),
     "nvfp4": packed("compressed-tensors: NVFP4", PACKED | {TRANSFORMERS: "refused"}, codes="nvfp4"),
     "gguf bits": Kind(says="GGUF: bits by layer (`fit`)", memory="9MB", format="gguf", outcomes=GGUF, by=NO_GGUF),
     "gguf fewer": Kind(
@@ -122,8 +127,11 @@ KINDS: dict[str, Kind] = {
     ),
     "native mxfp4": Kind(
         says="native: slots dropped of an original in MXFP4 (gpt-oss)",
-        outcomes=QUANTIZED,
-        by={TRANSFORMERS: "tests/contract/test_quantized.py::test_transformers_alone_loads_drops"},
+        outcomes=QUANTIZED | {ALONE: "run"},
+        by={
+            TRANSFORMERS: "tests/contract/test_quantized.py::test_transformers_alone_loads_drops",
+            ALONE: f"{PLUGIN}::test_vllm_alone_serves_drops_of_an_original_in_mxfp4",
+        },
     ),
     "reap": Kind(
         says="counts that differ by layer (`--allocation`)",
@@ -184,6 +192,7 @@ def pairs(engine: str, *outcomes: str, made: bool = True) -> list[str]:
     Args:
         engine: its name.
         outcomes: which.
-        made: only kinds that are made of a tiny model.
+        made: only kinds that are made of a tiny model, and have no other test there.
     """
-    return [name for name, kind in KINDS.items() if kind.outcomes[engine] in outcomes and (kind.method or not made)]
+    own = {name for name, kind in KINDS.items() if kind.method and engine not in kind.by}
+    return [name for name, kind in KINDS.items() if kind.outcomes[engine] in outcomes and (name in own or not made)]

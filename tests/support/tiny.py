@@ -37,16 +37,26 @@ def every_family_with(argument: str, *variants: Any, ids: list[str] | None = Non
     return pytest.mark.parametrize(
         ("name", argument),
         [
-            pytest.param(
-                name,
-                variant,
-                id=f"{said}-{name}",
-                marks=() if name in ARCHETYPES or number % len(variants) == turn else pytest.mark.slow,
-            )
-            for number, name in enumerate(sorted(FAMILIES))
+            pytest.param(name, variant, id=f"{said}-{name}", marks=_marks(name, turn, len(variants)))
+            for name in sorted(FAMILIES)
             for turn, (variant, said) in enumerate(zip(variants, told, strict=True))
         ],
     )
+
+
+def families_in_turn(turn: int) -> pytest.MarkDecorator:
+    """Run a test on the archetypes and on each third of the other families, the rest is marked slow.
+
+    Args:
+        turn: the first of them, 0 to 2. Tests of formats and answers have different ones: each family is in some.
+    """
+    names = [pytest.param(name, marks=_marks(name, turn, 3)) for name in sorted(FAMILIES)]
+    return pytest.mark.parametrize("name", names)
+
+
+def _marks(name: str, turn: int, turns: int) -> tuple[pytest.MarkDecorator, ...]:
+    now = name in ARCHETYPES or sorted(FAMILIES).index(name) % turns == turn
+    return () if now else (pytest.mark.slow,)
 
 
 def token_batches(count: int = 2, length: int = 12, vocabulary: int = 128) -> list[moetailor.Batch]:

@@ -36,14 +36,20 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 PROMPTS = np.array([[(a * i * i + b * i + c) % 120 + 4 for i in range(32)] for a, b, c in ((7, 3, 11), (5, 1, 99))])
 TOKENS = 64
+# Wide enough for groups and blocks of 128, of which vLLM has kernels.
+WIDE = {"hidden_size": 256, "num_attention_heads": 4, "moe_intermediate_size": 128, "head_dim": 64}
 WIDTHS = ("int4g32", "fp8b128", "mxfp4", "vq2/4", "8", "4", "nvfp4")
 
 
 @cache
 def calibrated(family: str, folder: Path) -> moetailor.Calibration:
-    """Return the calibration of a family's tiny model, which lies in a folder."""
+    """Return the calibration of a family's tiny model, which lies in a folder; `NAME, wide`: of a wider one in
+    bfloat16.
+    """
     with quiet_transformers():
-        tiny_model(family, **MODELS[family]).save_pretrained(folder / family)
+        name, _, wide = family.partition(", ")
+        model = tiny_model(name, **MODELS[name] | (WIDE if wide else {}))
+        model.to(torch.bfloat16 if wide else torch.float32).save_pretrained(folder / family)
     text = token_batches(8, 48)
     return moetailor.calibrate(folder / family, folder / f"{family}-cal", text=text, residual=True, sensitivity=True)
 
@@ -56,6 +62,14 @@ def make(family: str, method: str, folder: Path) -> Path:
     if plan is None:
         plan, form = KINDS[method].plan(calibration), KINDS[method].format
     return moetailor.apply(plan, folder / family, out, calibration=calibration, format=form)
+
+
+def packed(width: str, form: str, folder: Path) -> Path:
+    """Return the folder of a wide model with fewer experts in few bits, in some format."""
+    calibration = calibrated("qwen3_moe, wide", folder)
+    plan = moetailor.make_plan(calibration, "reap", moetailor.Budget.parse(remove="25%"), width=Width.parse(width))
+    out = folder / f"wide-{width}-{form}"
+    return moetailor.apply(plan, folder / "qwen3_moe, wide", out, calibration=calibration, format=form)
 
 
 def by_hand(calibration: moetailor.Calibration, family: str, method: str) -> Plan | None:
@@ -81,10 +95,10 @@ def by_hand(calibration: moetailor.Calibration, family: str, method: str) -> Pla
 
 
 @torch.no_grad()
-def expected(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+def expected(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[np.ndarray, np.ndarray]:
     """Return transformers' greedy tokens [S, TOKENS] and log-probabilities of the prompts' positions [S, T, V]."""
     with quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     prompts = torch.from_numpy(PROMPTS)
     mask = torch.ones_like(prompts)
     greedy = model.generate(
@@ -96,7 +110,13 @@ def expected(folder: Path) -> tuple[np.ndarray, np.ndarray]:
         eos_token_id=None,
         pad_token_id=1,
     )
-    return greedy[:, prompts.shape[1] :].numpy(), model(prompts).logits.double().log_softmax(-1)[:, :-1].numpy()
+    return greedy[:, prompts.shape[1] :].numpy(), log_probabilities(model)
+
+
+@torch.no_grad()
+def log_probabilities(model: torch.nn.Module) -> np.ndarray:
+    """Return those that a model gives at the prompts' positions, [S, T, V]."""
+    return model(torch.from_numpy(PROMPTS)).logits.double().log_softmax(-1)[:, :-1].numpy()
 
 
 def copied(folder: Path, name: str) -> Path:

@@ -1,10 +1,10 @@
 """Runs in the environment that has vLLM: greedy tokens and log-probabilities of some folders, or why one is refused.
 
-usage: serve.py PROMPTS.npy TOKENS [--together | --ranks] FOLDER...
+usage: serve.py PROMPTS.npy TOKENS [--together | --ranks | --bfloat16] FOLDER...
 
 Beside each folder it leaves FOLDER.vllm.npz (`greedy` [S, TOKENS] and `logp` [S, T, V] of the prompts' positions) or
 FOLDER.refused.txt. With --together all models are loaded first, and run in the other order;
-with --ranks each runs on two ranks (tensor parallelism), in a process each.
+with --ranks each runs on two ranks (tensor parallelism), in a process each; float32 is computed in, or bfloat16.
 """
 
 import os
@@ -25,14 +25,14 @@ os.environ |= {
 }
 
 
-def load(folder: str, ranks: int = 1) -> Any:
+def load(folder: str, ranks: int = 1, dtype: str = "float32") -> Any:
     """Return a model; None when it is refused, which is written down."""
     from vllm import LLM
 
     try:
         return LLM(
             folder,
-            dtype="float32",
+            dtype=dtype,
             skip_tokenizer_init=True,
             enforce_eager=True,
             enable_prefix_caching=False,
@@ -76,11 +76,9 @@ def main() -> None:
         for folder, model in reversed(models.items()):
             run(model, folder, prompts, tokens)
         return
-    ranks = 1
-    if folders[0] == "--ranks":
-        ranks, folders = 2, folders[1:]
-    for folder in folders:
-        if (model := load(folder, ranks)) is not None:
+    how: dict[str, Any] = {"--ranks": {"ranks": 2}, "--bfloat16": {"dtype": "bfloat16"}}.get(folders[0], {})
+    for folder in folders[1:] if how else folders:
+        if (model := load(folder, **how)) is not None:
             run(model, folder, prompts, tokens)
             del model
 

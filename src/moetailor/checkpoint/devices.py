@@ -23,6 +23,11 @@ HAS_TILES = bool(getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16"))
 TILE = 32
 
 
+def has_gpu() -> bool:
+    """Say whether torch finds a GPU here."""
+    return torch.cuda.is_available()
+
+
 def resolve_device(name: str | None) -> str:
     """Return the device to run on: the one named, else ``cuda`` where there is one, else ``cpu``.
 
@@ -30,7 +35,7 @@ def resolve_device(name: str | None) -> str:
         MoetailorError: the device cannot be used here.
     """
     if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return "cuda" if has_gpu() else "cpu"
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
@@ -149,5 +154,5 @@ def take_own(number: int) -> None:
     Args:
         number: of the process.
     """
-    if torch.cuda.is_available():
+    if has_gpu():
         torch.cuda.set_device(number % torch.cuda.device_count())

@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 from moetailor.checkpoint.facts import ModelFacts
 from moetailor.checkpoint.files import open_checkpoint
 from moetailor.checkpoint.original import Original
-from moetailor.errors import MoetailorError, did_you_mean
+from moetailor.errors import MoetailorError, MoetailorWarning, did_you_mean
 from moetailor.serving.choices import Choice
 from moetailor.serving.needs import cache_nbytes
 from moetailor.transform.formats.gguf import MODEL_FILE
@@ -102,8 +104,16 @@ class Engine(ABC):
             written: the `quant_method` of its config.json, empty where it has none.
         """
 
+    def stops(self, entry: Mapping[str, Any]) -> str | None:
+        """Say why a checkpoint that it loads elsewhere stops it on this machine; None where that is not known.
+
+        Args:
+            entry: the `quantization_config` of its config.json, empty where it has none.
+        """
+        return None
+
     def check(self, folder: Path) -> None:
-        """Refuse a checkpoint that cannot be loaded.
+        """Refuse a checkpoint that cannot be loaded; warn of one that stops the engine on this machine.
 
         Args:
             folder: of the checkpoint.
@@ -116,6 +126,8 @@ class Engine(ABC):
         entry = open_checkpoint(folder).config.get("quantization_config") or {}
         if (why := self.refusal(entry.get("quant_method", ""))) is not None:
             raise MoetailorError(f"{folder}: {why}")
+        if (why := self.stops(entry)) is not None:
+            warnings.warn(f"{folder}: {why}", MoetailorWarning, stacklevel=2)
 
     def tools(self, original: Original, converter: Path | None, quantizer: Path | None) -> dict[str, Path]:
         """Return the programs with which results are written in its form, by the options of `apply`.

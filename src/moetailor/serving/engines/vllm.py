@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from importlib.util import find_spec
 from typing import Any
 
+from moetailor.checkpoint.devices import HAS_TILES, has_gpu
 from moetailor.checkpoint.facts import ModelFacts
 from moetailor.checkpoint.family import QUANT_METHOD
 from moetailor.checkpoint.hub import name_and_revision
+from moetailor.checkpoint.storage.compressed import METHOD
 from moetailor.serving.choices import Choice
 from moetailor.serving.engine import Engine, Served, group_of, register_engine
 
@@ -52,6 +54,16 @@ class Vllm(Engine):
             return f"{told}; install it, or use --engine transformers"
         return None
 
+    def stops(self, entry: Mapping[str, Any]) -> str | None:
+        """Name the few bits for which vLLM has kernels on CPUs, where a checkpoint has others and no GPU is here."""
+        if has_gpu() or entry.get("quant_method") != METHOD:
+            return None
+        schemes = [group.get("weights") or {} for group in entry.get("config_groups", {}).values()]
+        if HAS_TILES and all(map(_runs_on_cpus, schemes)):
+            return None
+        kernels = "4 bits without zero points in groups of 64 or 128, and fp8b128, where the CPU has AMX"
+        return f"no GPU is found here, and on a CPU vLLM 0.32 stops at experts in few bits but {kernels}"
+
     def command(self, served: Served) -> list[str]:
         """Return the command of its server."""
         limit = [] if served.context is None else ["--max-model-len", str(served.context)]
@@ -59,6 +71,13 @@ class Vllm(Engine):
         limit += [] if revision is None else ["--revision", revision]
         command = [str(served.binary or self.program), "serve", name]
         return [*command, "--host", served.host, "--port", str(served.port), *limit]
+
+
+def _runs_on_cpus(weights: Mapping[str, Any]) -> bool:
+    """Say whether vLLM 0.32 has a kernel with which CPUs run a scheme of compressed-tensors."""
+    if weights.get("type") == "float":
+        return weights.get("strategy") == "block"
+    return weights.get("num_bits") == 4 and bool(weights.get("symmetric")) and weights.get("group_size") in (64, 128)
 
 
 def has_plugin() -> bool:
