@@ -71,6 +71,15 @@ def test_colours_and_bars_still_reach_a_terminal(monkeypatch: pytest.MonkeyPatch
     assert STEERS.search(sent) is None
 
 
+def test_a_label_that_is_too_long_ends_between_its_pieces(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(output._out, "_width", 32)
+    output.table(["method", "KL, nats"], [["*camera:refit=True:multiple=16", "0.0138"], [" reap", "0.1"]])
+    shown = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert shown[1:] == ["*camera:refit=True:    0.0138", "  multiple=16", f" reap{0.1:>24}"]
+
+
 @pytest.mark.parametrize("told", [output.warn, output.say, output.complain])
 def test_messages_stand_whole_beside_bars_and_break_between_words(
     told: Callable[[str], None], monkeypatch: pytest.MonkeyPatch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from decimal import Decimal
 
@@ -42,6 +43,13 @@ def nats(number: float) -> str:
 def share(part: int, whole: int) -> str:
     """Return a share in whole percents, such as ``44%``."""
     return f"{part / whole:.0%}"
+
+
+def pieces(name: str) -> list[str]:
+    """Return the pieces of a method's name between which a line may end, such as ``refit:``, ``neurons=`` and
+    ``chosen``.
+    """
+    return re.findall(r"[^:=]+[:=]?|[:=]", name)
 
 
 def grade(kl: float) -> str:

@@ -77,13 +77,27 @@ def text(words: str, style: str = "") -> None:
 
 
 def table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table: labels in the first column, numbers in the others."""
+    """Print a table: labels in the first column, in lines that end between their pieces, numbers in the others."""
+    _, *wide = (2 + max(map(len, column)) for column in zip(names, *rows, strict=True))
+    room = width() - sum(wide)
     shown = Table(box=None, pad_edge=False, header_style="dim")
     for number, name in enumerate(names):
         shown.add_column(name, justify="right" if number else "left", no_wrap=number > 0, overflow="fold")
-    for row in rows:
-        shown.add_row(*row)
+    for label, *numbers in rows:
+        shown.add_row(_in_lines(label, room), *numbers)
     _out.print(shown)
+
+
+def _in_lines(label: str, room: int) -> str:
+    """Return a label in as many lines as it needs, those behind the first indented."""
+    from moetailor.words import pieces
+
+    lines = [""]
+    for piece in pieces(label):
+        if lines[-1].strip() and len(lines[-1] + piece) > room:
+            lines.append("  ")
+        lines[-1] += piece
+    return "\n".join(lines)
 
 
 def complain(text: str) -> None:

@@ -15,7 +15,7 @@ from moetailor.report import figures, maps
 from moetailor.report.colors import looks
 from moetailor.report.drawing import style
 from moetailor.report.words import commands, digits, reasons, verdict
-from moetailor.words import GRADES, grade, nbytes
+from moetailor.words import GRADES, grade, nbytes, pieces
 
 # Cells of a group that are drawn where all would be too many.
 BEST = 3
@@ -36,7 +36,7 @@ def write_report(results: Mapping[str, Any], file: str | Path) -> None:
         lstrip_blocks=True,
     )
     environment.filters |= {"digits": digits, "nbytes": nbytes, "sentence": lambda text: text[:1].upper() + text[1:]}
-    environment.filters |= {"grade": grade, "level": lambda kl: [*GRADES.values()].index(grade(kl))}
+    environment.filters |= {"pieces": pieces, "grade": grade, "level": lambda kl: [*GRADES.values()].index(grade(kl))}
     with style():
         page = environment.get_template("page.html").render(_shown(results))
     check_file(Path(file), "report")
