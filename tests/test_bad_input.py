@@ -989,6 +989,10 @@ def test_balance_above_one_is_refused(cli: Cli, world: World, tmp_path: Path) ->
             "{file}, model.layers.0: slot 2 is named twice",
         ),
         (
+            lambda plan: plan["layers"]["model.layers.0"].update(scores=[0.5] * 9),
+            "{file}, model.layers.0, scores: 9 for 8 experts",
+        ),
+        (
             lambda plan: plan["layers"].update({"model.layers.0": {"experts": 8, "keep": [0, 1], "drop": [2, 3, 4]}}),
             "{file}, model.layers.0: slots [5, 6, 7] are not named; each of 8 needs one of "
             + ", ".join(kind for kind in ANSWERS if kind != "packed"),

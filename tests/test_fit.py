@@ -163,6 +163,11 @@ def test_fit_makes_what_fits_and_goes_on_where_it_was(run, tmp_path: Path, monke
     assert moetailor.Plan.load(out / "moetailor_plan.json").nbytes == 18_536_832 - 7_077_888 * 2 + 7_077_888 * 9 // 16
     assert Original(out).config.quantization_config["config_groups"]["group_0"]["weights"]["group_size"] == 32
     before = (out / "model.safetensors").stat().st_mtime_ns
+    # Other text, or another model of that shape, makes another result; and none takes the place of what is there.
+    other = tmp_path / "other.jsonl"
+    other.write_text((REFERENCE / "calibration.jsonl").read_text())
+    code, _, err = run(*words, "--data", other, "--choice", "2")
+    assert (code, f"{out}: exists; choose another folder" in " ".join(err.split())) == (1, True), err
     monkeypatch.setattr("moetailor.fit.compress", lambda *args, **options: pytest.fail("it is there already"))
     assert run(*words, "--choice", "2")[0] == 0
     assert (out / "model.safetensors").stat().st_mtime_ns == before

@@ -42,8 +42,9 @@ metric_list: [{{metric: acc}}]
 def result(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The reference model with constants and experts in few bits, in moetailor format."""
     text = moetailor.TextOptions(data=(str(REFERENCE / "calibration.jsonl"),), sequences=8, length=64)
-    budget, out = moetailor.Budget.parse(size="45%"), tmp_path_factory.mktemp("made") / "out, of auto"
-    moetailor.compress(REFERENCE, out, text=text, method="auto", budget=budget, format="moetailor")
+    budget, out = moetailor.Budget.parse(size="30%"), tmp_path_factory.mktemp("made") / "out, in 4 bits"
+    width, given = moetailor.Width(bits=4), {"method": "mone", "format": "moetailor"}
+    moetailor.compress(REFERENCE, out, text=text, budget=budget, width=width, **given)
     return out
 
 

@@ -3,12 +3,14 @@
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import moetailor
 from moetailor.checkpoint.artifact import add_settings, write_json
 from moetailor_cli import output
+from moetailor_cli import recipe as recipe_module
 from support.reference import REFERENCE, TEXT
 
 SETTINGS = f"""
@@ -54,6 +56,20 @@ def test_a_recipe_says_what_the_command_line_does_not(run, tmp_path: Path, recip
     assert moetailor.Plan.load(tmp_path / "again" / "moetailor_plan.json") == plan
 
 
+@pytest.mark.parametrize("written", ["3:17", "[0:5, 3:17]", "'3:17'"])
+def test_what_looks_like_a_number_is_taken_as_it_is_written(written: str, tmp_path: Path) -> None:
+    """YAML reads 3:17 as minutes and seconds, and 0123 as octal."""
+    (tmp_path / "run.yaml").write_text(f"protect: {written}\nrevision: 0123\nlength: 64\nseed: null\nstream: true\n")
+    known = {name: SimpleNamespace(name=name) for name in ("revision", "length", "seed")}
+    known |= {
+        "protect": SimpleNamespace(name="protect", multiple=True),
+        "stream": SimpleNamespace(name="stream", is_flag=True),
+    }
+    found = recipe_module._defaults(tmp_path / "run.yaml", known)
+    wanted = {"protect": ["0:5", "3:17"] if "[" in written else ["3:17"], "revision": "0123", "length": "64"}
+    assert found == wanted | {"stream": True}
+
+
 def test_plans_and_calibrations_keep_their_settings(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calib, file = tmp_path / "calib", tmp_path / "plan.json"
     assert run("calibrate", REFERENCE, "-o", calib, *TEXT)[0] == 0
@@ -75,7 +91,7 @@ def test_plans_and_calibrations_keep_their_settings(run, tmp_path: Path, monkeyp
     ("text", "told"),
     [
         ("sequence: 4", "'sequence' is no setting; did you mean 'sequences'?"),
-        ("12: 4", "12 is no setting. Known: "),
+        ("12: 4", "'12' is no setting. Known: "),
         ("recipe: x", "'recipe' is no setting"),
         ("- a", "holds no settings"),
         ("a: [", "cannot be read"),

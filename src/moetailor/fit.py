@@ -6,6 +6,7 @@ unless other text is given; a run that was stopped goes on where it was.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -16,13 +17,14 @@ from moetailor.calibration.text import TextOptions
 from moetailor.checkpoint.devices import free_nbytes, resolve_device
 from moetailor.checkpoint.models import longest_sequence, resolve_dtype
 from moetailor.checkpoint.original import Original
-from moetailor.checkpoint.place import PLAN_FILE
+from moetailor.checkpoint.place import PLAN_FILE, PROVENANCE_FILE
 from moetailor.errors import MoetailorError
 from moetailor.estimates.estimate import Estimate, Host, in_turn
 from moetailor.estimates.running import of_evaluation
 from moetailor.estimates.sizes import cost_of
 from moetailor.estimates.together import of_compression
 from moetailor.evaluation.evaluate import Scores, evaluate
+from moetailor.methods.estimate import budget_words
 from moetailor.pipeline import compress
 from moetailor.planning.budget import Budget
 from moetailor.planning.plan import Plan
@@ -166,16 +168,20 @@ class Job:
         itemsize = resolve_dtype(self.dtype, device, original.checkpoint).itemsize
         return cost_of(original).numbers * itemsize > WHOLE * free_nbytes(device)
 
-    def made(self, out: Path) -> Plan | None:
-        """Return the plan of a result that is what this makes, where there is one."""
-        if not (out / PLAN_FILE).is_file():
+    def made(self, out: Path, original: Original) -> Plan | None:
+        """Return the plan of a result that is what this makes of a model, where there is one."""
+        if not (out / PLAN_FILE).is_file() or not (out / PROVENANCE_FILE).is_file():
             return None
         plan = Plan.load(out / PLAN_FILE)
-        widths = {width for layer in plan.layers.values() for width in layer.widths.values()}
-        method, width = self.choice.made_by, self.choice.width
-        wanted = (method.name, dict(method.parameters), str(self.budget))
-        same = (plan.method, dict(plan.parameters), plan.budget) == wanted
-        return plan if same and (width is None or widths == {width}) else None
+        method, budget = self.choice.made_by, budget_words(self.budget, "uniform", self.choice.width)
+        wanted = (method.name, dict(method.parameters), budget, original.facts.fingerprint)
+        if (plan.method, dict(plan.parameters), plan.budget, plan.model.fingerprint) != wanted:
+            return None
+        # The length is that of the model where none was said.
+        told = json.loads((out / PROVENANCE_FILE).read_text())
+        read = (told.get("calibration") or {}).get("options", {})
+        text = json.loads(json.dumps(asdict(self.text)))
+        return plan if all(read.get(name) == value for name, value in text.items() if name != "length") else None
 
 
 def foretold(host: Host, original: Original, job: Job) -> Estimate:
@@ -210,7 +216,7 @@ def fit(
     """
     run: dict[str, Any] = {"device": job.device, "dtype": job.dtype, "stream": job.streams(original)}
     run |= {"trust_remote_code": original.trust_remote_code, "progress": progress}
-    plan = None if overwrite else job.made(out)
+    plan = None if overwrite else job.made(out, original)
     if plan is None:
         _, plan = compress(
             original.source,

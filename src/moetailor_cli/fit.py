@@ -164,10 +164,13 @@ def _show(model: str, found: Outlook) -> None:
     for offer in found.offers:
         number += offer.fits
         size = nbytes(offer.nbytes) if offer.nbytes else "-"
-        cost = (nats(offer.expected or 0.0), offer.grade) if offer.fits else ("-", offer.why)
+        cost = (nats(offer.expected or 0.0), offer.grade) if offer.fits else ("-", "does not fit")
         rows.append([f"{number if offer.fits else '-'}  {offer.choice.name}", size, *cost])
     output.result("")
     output.table(["what it can become", "weights", "KL, by rule", "which is"], rows)
+    for offer in found.offers:
+        if not offer.fits:
+            output.text(f"{offer.choice.name}: {offer.why}")
     output.result("")
     measured = "; what this model loses is measured once it is made." if found.engine.loads_originals else "."
     output.text(ABOUT_KL + measured)

@@ -61,8 +61,16 @@ def _defaults(file: Path, known: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a recipe says, by the names of parameters."""
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """What looks like a number is a word as it is written: 3:17 is no number of base 60."""
+
+    kinds = ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:null")
+    Loader.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in found if tag in kinds]
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
     try:
-        content = yaml.safe_load(file.read_bytes())
+        content = yaml.load(file.read_bytes(), Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise typer.BadParameter(f"--recipe {file}: cannot be read ({' '.join(str(error).split())})") from None
     if not isinstance(content, dict):

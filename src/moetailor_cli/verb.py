@@ -74,6 +74,10 @@ def whole(verb: Callable[..., bool | None]) -> Callable[..., None]:
         artifact = made(verb.__name__, given)
         if pushed and artifact:
             _push(given["out"], pushed)
+        elif pushed and not given["dry_run"]:
+            output.warn(
+                f"nothing was made, and nothing uploaded; `hf upload {pushed} {given['out']}` uploads what is there"
+            )
         if not told and (artifact or not quiet) and (line := following(verb.__name__, given)):
             output.say(line, copied=True)
         if artifact:

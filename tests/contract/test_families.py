@@ -34,6 +34,7 @@ from support.tiny import (
     eager,
     every_family,
     every_family_with,
+    families_in_turn,
     load,
     logits,
     mixed_plan,
@@ -74,7 +75,7 @@ def test_tensors_on_disk_are_the_experts_in_memory(name: str, checkpoint: Get) -
         )
 
 
-@every_family
+@families_in_turn(0)
 def test_experts_read_one_by_one_are_those_of_the_layer(name: str, checkpoint: Get) -> None:
     naive.assert_read_alike(checkpoint(name))
 
@@ -130,7 +131,7 @@ def test_statistics_equal_a_loop_over_tokens(name: str, checkpoint: Get, calibra
             )
 
 
-@every_family
+@families_in_turn(1)
 def test_router_probabilities_choose_as_the_router_did(name: str, checkpoint: Get) -> None:
     """The gate of a token is its probability, up to one factor a token: the proof of the table of sigmoids."""
     model = load(checkpoint(name))
@@ -202,7 +203,7 @@ def test_the_moetailor_format_round_trips(
     assert torch.isfinite(expected).all()
 
 
-@every_family
+@families_in_turn(0)
 def test_stand_ins_and_remaps_are_what_they_say(name: str, checkpoint: Get, calibration: GetCalibration) -> None:
     """The output of a compressed layer is the sum over slots of gate x what the plan put behind the slot."""
     plan = mixed_plan(calibration(name), False)
@@ -275,7 +276,7 @@ def test_an_expert_is_its_matrices(name: str, checkpoint: Get) -> None:
     assert all(torch.equal(tensor, getattr(module, part)) for part, tensor in packed.items())
 
 
-@every_family
+@families_in_turn(1)
 def test_native_drops_load_in_stock_transformers(
     name: str, checkpoint: Get, calibration: GetCalibration, tmp_path: Path
 ) -> None:
@@ -297,7 +298,7 @@ def test_refused_families_are_named_with_the_reason(name: str) -> None:
         discover(config)
 
 
-@every_family
+@families_in_turn(2)
 def test_dtypes_are_those_of_transformers_and_correction_biases_stay_wide(name: str, checkpoint: Get) -> None:
     """Some families round correction biases, most do not: a router must choose as it does from the numbers on disk."""
     folder = checkpoint(name)

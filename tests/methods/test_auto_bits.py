@@ -20,7 +20,10 @@ from moetailor.errors import TooSmallError
 from moetailor.fitting.held_out import held_out
 from moetailor.fitting.noise import held_out_errors
 from moetailor.fitting.widths import RIDGE, quantized
+from moetailor.methods.estimate import estimate_plan, layer_nbytes
 from moetailor.methods.mix_bits import Priced, mixed
+from moetailor.methods.registry import find_method
+from moetailor.planning.plan import stored_nbytes
 from moetailor.planning.view import LayerView
 from support.hand import prices_of
 from support.layers import layer_of_tokens, random_experts
@@ -150,6 +153,27 @@ def test_more_experts_are_protected_than_would_fit_whole(calibration: GetCalibra
         moetailor.make_plan(measured, "auto", moetailor.Budget.parse(size="41%"), protect=protect)
     least = moetailor.Budget.parse(size=refused.value.least)
     assert moetailor.make_plan(measured, "auto", least, protect=protect).nbytes <= refused.value.least
+
+
+@pytest.mark.parametrize("more", [0, 1, 2, 5])
+def test_layers_share_a_size_to_the_last_byte(more: int, calibration: GetCalibration) -> None:
+    """Else the least that is named would itself be refused."""
+    measured, method = calibration("olmoe"), find_method("auto").of({})
+    budget = moetailor.Budget(size=measured.model.nbytes // 2 + more)
+    estimate = estimate_plan(measured.model, method, budget)
+    stacks = {stack.prefix: stack for stack in measured.model.stacks}
+    given = layer_nbytes(measured.model, estimate, budget, method)
+    extra = [given[prefix] - stored_nbytes(plan, stacks[prefix]) for prefix, plan in estimate.layers.items()]
+    assert sum(extra) == budget.size - estimate.nbytes
+    assert max(extra) - min(extra) <= 1
+
+
+def test_processes_take_the_plan_of_the_first(calibration: GetCalibration, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Solving stops after a time: each could come to another."""
+    measured, asked = calibration("olmoe"), []
+    monkeypatch.setattr("moetailor.ranks.once", lambda do: asked.append(do()) or asked[-1][::-1])
+    plan = moetailor.make_plan(measured, "auto", moetailor.Budget.parse(size="60%"), parameters={"bits": False})
+    assert [layer.slots for layer in plan.layers.values()] == [layer.slots for layer in asked[-1][::-1]]
 
 
 def test_what_is_protected_stays_where_errors_cost_nothing() -> None:

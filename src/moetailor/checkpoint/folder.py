@@ -13,16 +13,13 @@ import re
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
-from moetailor.checkpoint.hub import download, headers_only, name_and_revision
+from moetailor.checkpoint.hub import PICKLES, WEIGHTS, download, headers_only, name_and_revision
 from moetailor.errors import CheckpointError
 from moetailor.schema import unique
 
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-# What is not downloaded before the config was looked at, if at all.
-WEIGHTS = ("*.safetensors", *PICKLES, "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "original/*")
 # One process's part of a model that was saved while it was shared out; transformers puts it before all else.
 SHARED_OUT = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 

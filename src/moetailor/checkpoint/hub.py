@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
 import shutil
@@ -11,6 +12,10 @@ from typing import Any
 
 from moetailor.checkpoint.artifact import write_bytes
 from moetailor.errors import CheckpointError, MoetailorError, UnwritableError, reason_of
+
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+# What is not downloaded before the config was looked at, if at all.
+WEIGHTS = ("*.safetensors", *PICKLES, "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "original/*")
 
 
 def name_and_revision(source: str | Path) -> tuple[str, str | None]:
@@ -34,11 +39,10 @@ def download(name: str, **options: Any) -> Path:
         CheckpointError: the hub does not give it.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(name, **options))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:  # whatever the hub's HTTP library of the day raises
         told = f"neither a folder nor a model that the hub would give ({reason_of(error)})"
         at = f"@{options['revision']}" if options.get("revision") else ""
         raise CheckpointError(f"{name}{at}: {told}") from None
@@ -60,7 +64,7 @@ def check_upload(name: str) -> None:
         raise MoetailorError(f"--push-to-hub {name}: {reason_of(error)}") from None
     try:
         HfApi().whoami()
-    except Exception as error:  # whatever the hub's HTTP library of the day raises
+    except Exception as error:  # see above
         told = f"--push-to-hub {name}: the hub does not know who you are ({reason_of(error)})"
         raise MoetailorError(f"{told}; log in with `hf auth login`, or leave it out") from None
 
@@ -101,12 +105,14 @@ def headers_only(name: str, folder: Path, shards: Iterable[str], out: Path) -> P
     Raises:
         CheckpointError: the hub does not give them, or what it gives is no header.
     """
-    for file in filter(Path.is_file, folder.iterdir()):
-        shutil.copyfile(file, out / file.name)
     found = {shard: tensors for shard in shards if (tensors := _tensors(name, shard, folder.name)) is not None}
     if not found:
         raise CheckpointError(f"{name}: has no safetensors weights; name a model that has")
+    # Of a download that was stopped some weights are there already.
+    beside = [file for file in folder.iterdir() if not any(fnmatch.fnmatch(file.name, kind) for kind in WEIGHTS)]
     try:
+        for file in filter(Path.is_file, beside):
+            shutil.copyfile(file, out / file.name)
         for shard, tensors in found.items():
             header = json.dumps(tensors).encode()
             end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
@@ -127,7 +133,7 @@ def _tensors(name: str, shard: str, commit: str) -> dict[str, dict[str, Any]] | 
         found = HfApi().parse_safetensors_file_metadata(name, shard, revision=commit)
     except EntryNotFoundError:
         return None
-    except Exception as error:  # whatever the hub's HTTP library of the day raises
+    except Exception as error:  # see above
         told = f"the header of {shard} cannot be had from the hub ({reason_of(error)})"
         raise CheckpointError(f"{name}: {told}; try again later, or name another model") from None
     return {

@@ -130,7 +130,9 @@ class Auto(JointMethod):
         if not layers:
             return
         if not self.bits:
-            yield from mix_plain.mixed(list(ranks.each(layers, self._choice)), nbytes)
+            choices = list(ranks.each(layers, self._choice))
+            # By one process: how far it comes in its time is not the same twice.
+            yield from ranks.once(lambda: list(mix_plain.mixed(choices, nbytes)))
             return
         prices = layers[0].prices
         assert prices is not None

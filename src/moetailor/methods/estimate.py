@@ -138,9 +138,11 @@ def layer_nbytes(facts: ModelFacts, estimate: Plan, budget: Budget, method: Meth
     stacks = {stack.prefix: stack for stack in facts.stacks if stack.prefix in estimate.layers}
     # Of what is rounded at the end the bytes here are those before it.
     rounded = not method.decides_widths and any(plan.widths for plan in estimate.layers.values())
-    spare = 0 if budget.size is None or not stacks or rounded else (budget.size - estimate.nbytes) // len(stacks)
+    spare = 0 if budget.size is None or rounded else budget.size - estimate.nbytes
     whole = {prefix: replace(plan, widths={}) if rounded else plan for prefix, plan in estimate.layers.items()}
-    return {prefix: spare + stored_nbytes(plan, stacks[prefix]) for prefix, plan in whole.items()}
+    # Equal shares, to the last byte.
+    shares = {prefix: (spare + number) // len(stacks) for number, prefix in enumerate(stacks)}
+    return {prefix: shares[prefix] + stored_nbytes(plan, stacks[prefix]) for prefix, plan in whole.items()}
 
 
 def allocation_bounds(

@@ -173,9 +173,12 @@ class LayerPlan:
         if lost := [slot for slot in range(size) if slot not in found]:
             kinds = ", ".join(name for name, kind in ANSWERS.items() if kind.from_method)
             raise PlanError(f"{where}: slots {lost} are not named; each of {size} needs one of {kinds}")
+        scores = checked(tuple[float, ...] | None, "scores") or ()
+        if len(scores) not in (0, size):
+            raise PlanError(f"{where}, scores: {len(scores)} for {size} experts; {CURE}")
         return cls(
             slots=tuple(found[slot] for slot in range(size)),
-            scores=checked(tuple[float, ...] | None, "scores") or (),
+            scores=scores,
             expected=checked(float | None, "expected"),
             widths=_read_widths(checked(list[dict[str, Any]] | None, "widths") or [], size, f"{where}, widths"),
         )
