@@ -48,6 +48,25 @@ def test_numbers_equal_a_loop_over_tokens(tmp_path: Path) -> None:
     assert found.kl.low <= found.kl.mean <= found.kl.high
 
 
+def test_a_last_block_of_one_token_predicts_nothing(tmp_path: Path) -> None:
+    one, other = tiny_model("olmoe", seed=0), tiny_model("olmoe", seed=1)
+    last = moetailor.Batch.of(torch.tensor([[3]]))
+    found, expected = (
+        Reference(tmp_path / str(len(batches)), batches).record(one).compare(other, one)
+        for batches in ([*token_batches(), last], token_batches())
+    )
+    assert found == expected
+
+
+def test_what_ends_too_soon_is_no_measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A StopIteration from somewhere inside a model does not pass for the end of the text."""
+    model, broken = tiny_model("olmoe"), tiny_model("olmoe")
+    reference = Reference(tmp_path / "r", token_batches()).record(model)
+    monkeypatch.setattr(broken.model.layers[1].mlp, "forward", lambda *given, **more: next(iter(())))
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        reference.compare(broken, model)
+
+
 def test_a_model_agrees_with_itself(tmp_path: Path) -> None:
     model = tiny_model("olmoe")
     found = Reference(tmp_path / "r", token_batches()).record(model).compare(model, model)[""]

@@ -62,7 +62,7 @@ def test_a_look_downloads_headers_and_says_the_same(tmp_path: Path) -> None:
     assert list(tmp_path.rglob("*.safetensors")) == []
 
 
-@pytest.mark.parametrize("name", ["fp8-blocks", "mxfp4", "shards"])
+@pytest.mark.parametrize("name", ["fp8-blocks", "mxfp4", "w4a16", "shards"])
 def test_inspect_and_fit_download_config_and_headers_alone(name: str, run, ask: Ask, tmp_path: Path) -> None:
     """Some 13 MB of weights, most of it the embedding and the head, of which each file's beginning is asked for."""
     if name == "shards":

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 import moetailor
-from moetailor.answers import Keep, Remap, Width
+from moetailor.answers import Borrowed, Keep, Remap, Width
 from moetailor.checkpoint.experts import Experts
 from moetailor.checkpoint.files import open_checkpoint
 from moetailor.checkpoint.quiet import quiet_transformers
+from moetailor.evaluation.fidelity import Reference
 from moetailor.methods.registry import with_bits
 from moetailor.planning.layer_plan import LayerPlan
 from moetailor.summary import summarise
@@ -115,6 +116,24 @@ def test_every_method_takes_bits_on_top(
     packed = sum(layer.experts * layer.expert_bytes for layer in summarise(out).moe)
     if method not in ("auto", "lightmoe"):  # whose bases are experts of another size
         assert packed == sum(info.nbytes for info in stored)
+
+
+def test_experts_of_other_layers_lie_in_few_bits_too(
+    checkpoint: Get, calibration: GetCalibration, tmp_path: Path
+) -> None:
+    """Whose layer has no parameter left among its experts."""
+    measured, given = calibration("olmoe"), {"parameters": {"scope": 2}}
+    budget = moetailor.Budget.parse(remove="50%")
+    plans = [moetailor.make_plan(measured, "conmoe", budget, width=width, **given) for width in (Width(bits=8), None)]
+    assert any(isinstance(answer, Borrowed) for layer in plans[0].layers.values() for answer in layer.slots)
+    packed, plain = (
+        load(moetailor.apply(plan, checkpoint("olmoe"), tmp_path / str(number), calibration=measured))
+        for number, plan in enumerate(plans)
+    )
+    torch.testing.assert_close(logits(packed), logits(plain), rtol=0.1, atol=0.1)
+    found = Reference(tmp_path / "r", [moetailor.Batch.of(IDS)]).record(plain).compare(packed, plain)[""]
+    assert found.tokens == IDS.numel() - len(IDS)
+    assert 0 < found.kl.mean < 0.01
 
 
 def test_auxiliary_slots_need_their_experts_as_they_are(calibration: GetCalibration) -> None:

@@ -26,7 +26,7 @@ from moetailor.errors import PlanError
 from moetailor.planning.plan import Plan
 from moetailor.summary import summarise
 from support import naive
-from support.quantized import LAYOUTS, write_source
+from support.quantized import LAYOUTS, fp8, write_source
 from support.tiny import anatomy_of, eager, load, logits, token_batches
 from support.training import blocks
 
@@ -227,6 +227,27 @@ def test_transformers_alone_loads_drops(name: str, made: Get, tmp_path: Path) ->
     with naive.masked(model, anatomy.layers.values(), dropped_by(plan, anatomy)):
         expected = logits(model)
     torch.testing.assert_close(logits(stock(out)), expected, rtol=2e-2, atol=2e-2)
+
+
+ONE_SCALE = fp8((0, 0), "weight_scale", torch.float32, 0)
+FP8 = {
+    "one scale for a matrix": ({"activation_scheme": "dynamic"}, fp8((0, 0), "weight_scale_inv", torch.float32, 0)),
+    "which other tools call so": ({"activation_scheme": "static"}, ONE_SCALE),
+    "blocks, as MiniMax-M2 says": ({"fmt": "float8_e4m3fn", "weight_block_size": [8, 8]}, None),
+}
+
+
+@pytest.mark.parametrize(("entry", "quantize"), FP8.values(), ids=FP8)
+def test_fp8_has_other_spellings(entry: dict[str, Any], quantize: Any, tmp_path: Path) -> None:
+    layout = LAYOUTS["fp8-blocks-qwen3"]
+    layout = replace(layout, entry={"quant_method": "fp8"} | entry, quantize=quantize or layout.quantize)
+    source, twin = write_source(layout, tmp_path)
+    assert torch.equal(logits(in_memory(source)), logits(in_memory(twin)))
+    streamed = [
+        moetailor.calibrate(folder, tmp_path / f"c-{folder.name}", text=token_batches(), stream=True).hashes
+        for folder in (source, twin)
+    ]
+    assert streamed[0] == streamed[1]
 
 
 BESIDE = [(name, method) for name in sorted(LAYOUTS) for method in ("mone", "hc_smoe")]

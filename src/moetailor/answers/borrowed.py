@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -109,7 +110,8 @@ def sources(slots: SlotMap) -> list[Borrowed]:
 
 def _asked(lender: Any, hidden_PD: torch.Tensor, slot: int, gate_P1: torch.Tensor) -> torch.Tensor:
     """Ask the experts module of another layer for one of its own slots."""
-    device = next(lender.parameters()).device  # adapters may be around it
+    # Adapters may be around it; experts in few bits are buffers.
+    device = next(chain(lender.parameters(), lender.buffers())).device
     if device.type != "meta":  # weights that accelerate has put elsewhere: its hooks move the inputs
         hidden_PD, gate_P1 = hidden_PD.to(device), gate_P1.to(device)
     return lender(hidden_PD, torch.full_like(gate_P1, slot, dtype=torch.long), gate_P1)

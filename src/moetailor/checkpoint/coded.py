@@ -97,10 +97,11 @@ def with_codes(checkpoint: Checkpoint) -> Checkpoint:
         return checkpoint
     found: dict[str, Coded] = {}
     for info in checkpoint.tensors.values():
-        for way in ways:
-            if (name := way.weight_of(info)) is not None:
-                found[name] = _checked(checkpoint, name, way)
-                break
+        fitting = [(name, way) for way in ways if (name := way.weight_of(info)) is not None]
+        whole = ((name, way) for name, way in fitting if not way.missing(way.parts_of(name, checkpoint.tensors)))
+        if fitting:
+            name, way = next(whole, fitting[0])
+            found[name] = _checked(checkpoint, name, way)
     if not found and "source" not in checkpoint.config["quantization_config"]:
         # Such as transformers and engines would load in a way of their own, or not at all.
         method = checkpoint.config["quantization_config"]["quant_method"]

@@ -97,9 +97,11 @@ def facts_of_checkpoint(
 
 def facts_of_model(model: nn.Module, anatomy: Anatomy) -> ModelFacts:
     """Return the facts of a model in memory; its weights are told apart by a few values of each tensor."""
-    tensors = {name: tensor for name, tensor in tensors_of(model).items() if not tensor.is_meta}
+    tensors = tensors_of(model)
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
+        if tensor.is_meta:  # offloaded
+            continue
         values = tensor.detach().flatten()[:: max(tensor.numel() // 64, 1)].float().cpu()
         digest.update(name.encode() + values.numpy().tobytes())
     stacks = []
@@ -117,8 +119,8 @@ def facts_of_model(model: nn.Module, anatomy: Anatomy) -> ModelFacts:
                 shape=layer.expert_shape,
             )
         )
-    every = model.state_dict().values()
-    dtypes = _by_dtype((DTYPE_NAMES[tensor.dtype], tensor.nbytes) for tensor in every)
+    every = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}  # tied ones once
+    dtypes = _by_dtype((DTYPE_NAMES[tensor.dtype], tensor.nbytes) for tensor in every.values())
     return _facts(anatomy, "", {"memory": digest.hexdigest()[:32]}, dtypes, stacks)
 
 

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from inspect import signature
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -181,15 +182,12 @@ class StreamedModel:
     def _load_tensors(self, keys: list[str], sources: Mapping[str, LazyTensor] | None = None) -> None:
         # The rules only move numbers: they do so in the narrower dtype, and what came of it is widened.
         found = self.model.get_parameter_or_buffer
-        wanted = {name: found(name).dtype for name in {self.names[key] for key in keys}}
-        narrow = {
-            re.escape(self.names[key]): min(
-                wanted[self.names[key]],
-                DTYPES[self.checkpoint.numbers[key].dtype],
-                key=lambda dtype: dtype.itemsize,
-            )
-            for key in keys
-        }
+        stored: dict[str, set[torch.dtype]] = defaultdict(set)
+        for key in keys:
+            stored[self.names[key]].add(DTYPES[self.checkpoint.numbers[key].dtype])
+        wanted = {name: found(name).dtype for name in stored}
+        size = attrgetter("itemsize")
+        narrow = {re.escape(name): min(wanted[name], max(each, key=size), key=size) for name, each in stored.items()}
         given = {key: sources[key] if sources else LazyTensor(self.checkpoint.numbers[key]) for key in keys}
         self._convert(given, narrow, device=self.device)
         for name, dtype in wanted.items():

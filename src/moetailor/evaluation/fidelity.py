@@ -177,6 +177,8 @@ class Reference:
             for number, after in enumerate(states):
                 batch, before = self.batches[number], self._recorded(number)
                 words = batch.input_ids[:, 1:]
+                if not words.shape[1]:  # the last block of a text may be one token, which nothing predicts
+                    continue
                 parts = [
                     judged(before[:, here], after[:, here], words[:, here])
                     for here in pieces(words.shape[1], len(words), vocab_size)
@@ -194,12 +196,12 @@ class Reference:
                 done(number + 1, count)
                 return hidden
 
-            return map(run, range(count))
+            return (run(number) for number in range(count))  # to map, a StopIteration in it is the end
         walk = Walk(source, self.batches, folder=self.folder / "walk", progress=progress)
         stream = walk.begin()
         for _ in walk.layers(beside=lenders_of(source.model)):
             walk.advance(stream)
-        return map(stream.__getitem__, range(count))
+        return (stream[number] for number in range(count))
 
     def _recorded(self, number: int) -> torch.Tensor:
         cure = f"delete {self.folder} and run the same command again"

@@ -6,6 +6,7 @@ weights come, so weight conversion, device maps, PEFT and saving stay transforme
 
 from __future__ import annotations
 
+import re
 from functools import cached_property
 from typing import Any
 
@@ -99,6 +100,13 @@ class MoetailorQuantizer(HfQuantizer):
             self.quantization_config.version = 1
             model._weight_conversions = None
         return model
+
+    def update_parallel_plan(self, model: Any, plan: dict[str, str]) -> None:
+        """Leave experts whole in each process: what stands beside the pool would be summed once for each of them."""
+        named = (path for path, module in model.named_modules() if isinstance(module, CompressedExperts))
+        experts = {re.sub(r"\.\d+(?=\.)", ".*", path) for path in named}  # plans name all layers at once
+        for key in [key for key in plan if any(f"{key}.".startswith(f"{path}.") for path in experts)]:
+            del plan[key]
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """Say that `save_pretrained` works."""

@@ -19,7 +19,20 @@ from moetailor.runtime.experts import CompressedExperts
 @cache
 def compressed_class(base: type[nn.Module]) -> type[nn.Module]:
     """Return the compressed form of an experts class, of the same Python module: transformers looks names up there."""
-    return type(f"Compressed{base.__name__}", (CompressedExperts, base), {"__module__": base.__module__})
+    made = {"__module__": base.__module__, "__reduce_ex__": _reduced}
+    return type(f"Compressed{base.__name__}", (CompressedExperts, base), made)
+
+
+def _reduced(module: nn.Module, protocol: Any) -> tuple:
+    """Say how a module is pickled: its class is made anew, since no Python module has it under its name."""
+    _, base = type(module).__bases__
+    _, _, *state = nn.Module.__reduce_ex__(module, protocol)
+    return _empty, (base,), *state
+
+
+def _empty(base: type[nn.Module]) -> nn.Module:
+    made = compressed_class(base)
+    return made.__new__(made)
 
 
 @dataclass(frozen=True, kw_only=True)

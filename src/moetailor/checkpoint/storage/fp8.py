@@ -66,12 +66,14 @@ class ScaledFp8(Fp8):
 
 @register_reader("fp8")
 def read_fp8(entry: Mapping[str, Any]) -> list[Quantized]:
-    """Read ``weight_block_size``: blocks as DeepSeek-V3 and Qwen3 have them, or one scale for a matrix."""
+    """Read ``weight_block_size``: blocks as DeepSeek-V3 and Qwen3 have them, or one scale for a matrix, perhaps under
+    compressed-tensors' name.
+    """
     word(entry, "activation_scheme", ("dynamic", "static"))
-    word(entry, "fmt", ("e4m3",))
+    word(entry, "fmt", ("e4m3", "float8_e4m3fn"))
     block = entry.get("weight_block_size")
     if block is None:
-        return [Fp8(block=(0, 0))]
+        return [Fp8(block=(0, 0)), ScaledFp8(block=(0, 0))]
     if not (isinstance(block, list | tuple) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)):
         raise CheckpointError(f"weight_block_size = {block!r}: not two sizes; put it right")
     return [Fp8(block=(block[0], block[1]))]
