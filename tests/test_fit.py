@@ -101,7 +101,7 @@ def test_offers_fit_or_say_why_and_the_best_comes_first() -> None:
     assert small[0].choice.bits == "int4g32"  # 96 inputs are three groups of 32
 
 
-def test_nothing_is_offered_that_its_format_does_not_hold(tmp_path: Path) -> None:
+def test_nothing_is_offered_that_its_format_does_not_hold(run, tmp_path: Path) -> None:
     """Experts of gpt_oss have biases, which compressed-tensors does not hold; of what is not made nothing is warned."""
     tiny_model("gpt_oss", hidden_size=32, intermediate_size=32).save_pretrained(tmp_path)
     original = Original(tmp_path)
@@ -115,6 +115,13 @@ def test_nothing_is_offered_that_its_format_does_not_hold(tmp_path: Path) -> Non
     assert not any(offer.fits for offer in offers["vllm"])
     assert any("without biases" in offer.why for offer in offers["vllm"])
     assert any(offer.fits for offer in offers["transformers"])
+    # At 80 columns the names of choices stay whole, and why one is refused stands below.
+    words = ["fit", tmp_path, "--memory", "120kB", "--context", "32"]
+    for engine, told in (("transformers", "\nfewer experts: "), ("vllm", "4 bits for all")):
+        _, shown, err = run(*words, "--engine", engine, "--dry-run")
+        assert told in shown
+        assert max(map(len, shown.splitlines())) <= 80
+        assert ("format compressed-tensors holds experts without biases" in err) == (engine == "vllm")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

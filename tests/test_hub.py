@@ -227,6 +227,14 @@ def test_what_could_not_be_uploaded_is_refused_before_the_work(
     assert served.taken == {}
 
 
+def test_where_nothing_is_made_nothing_is_uploaded_and_that_is_said(ask: Ask, tmp_path: Path) -> None:
+    words = ["fit", REFERENCE, "--memory", "1GB", "-o", tmp_path / "out", "--push-to-hub", "some/small"]
+    with hub.serving(REFERENCE) as served:
+        code, _, err = ask(served, tmp_path, *words, HF_TOKEN="hf_known")
+    assert (code, served.taken) == (0, {})
+    assert "nothing was made, and nothing uploaded; `hf upload some/small" in " ".join(err.split())
+
+
 def test_what_the_hub_does_not_take_stays_and_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*given: object, **options: object) -> None:
         raise ValueError("no more room")

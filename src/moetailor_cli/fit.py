@@ -168,7 +168,7 @@ def _show(model: str, found: Outlook) -> None:
         rows.append([f"{number if offer.fits else '-'}  {offer.choice.name}", size, *cost])
     output.result("")
     output.table(["what it can become", "weights", "KL, by rule", "which is"], rows)
-    for offer in found.offers:
+    for offer in found.offers if number else ():  # where none fits, the refusal says why
         if not offer.fits:
             output.text(f"{offer.choice.name}: {offer.why}")
     output.result("")
