@@ -1,6 +1,7 @@
 """Quantized originals of every layout: each does what the plain checkpoint of its numbers does, and keeps its codes."""
 
 import json
+import os
 import re
 import shutil
 import warnings
@@ -227,6 +228,17 @@ def test_transformers_alone_loads_drops(name: str, made: Get, tmp_path: Path) ->
     with naive.masked(model, anatomy.layers.values(), dropped_by(plan, anatomy)):
         expected = logits(model)
     torch.testing.assert_close(logits(stock(out)), expected, rtol=2e-2, atol=2e-2)
+
+
+@every_layout
+def test_headers_alone_say_what_the_whole_says(name: str, tmp_path: Path) -> None:
+    """As of a model on the hub: numbers are holes."""
+    source, _ = write_source(LAYOUTS[name], tmp_path)
+    whole, file = summarise(source).to_json(), source / "model.safetensors"
+    size, header = file.stat().st_size, int.from_bytes(file.read_bytes()[:8], "little")
+    os.truncate(file, 8 + header)
+    os.truncate(file, size)
+    assert summarise(source).to_json() == whole
 
 
 ONE_SCALE = fp8((0, 0), "weight_scale", torch.float32, 0)

@@ -41,8 +41,10 @@ class Packs(Grouped):
             raise CheckpointError(f"{told.name!r} is {told.dtype} {list(told.shape)}, not two whole numbers")
         outputs, inputs = told.read().tolist()
         if outputs == inputs == 0:  # of a model on the hub headers alone are there
-            codes = parts[self.code].shape
-            outputs, inputs = codes[0], codes[1] * 32 // self.bits
+            outputs, words = parts[self.code].shape
+            inputs, scales = words * 32 // self.bits, parts[self.scale].shape
+            if self.group > 0 and len(scales) == 2:  # a row of codes may end inside a word
+                inputs = min(inputs, scales[1] * self.group)
         return max(outputs, 0), max(inputs, 0)
 
     def expected(self, shape: tuple[int, ...]) -> dict[str, Allowed]:
