@@ -7,9 +7,11 @@ import pytest
 import torch
 
 import moetailor
+from moetailor.checkpoint.original import Original
 from moetailor.checkpoint.quiet import quiet_transformers
 from moetailor.serving import find_engine
 from support.families import tiny_model
+from support.quantized import LAYOUTS, write_source
 from support.serving import ALONE, BY, KINDS, LLAMA, SGLANG, TRANSFORMERS, pairs
 from support.source import ROOT
 from support.tiny import load, logits, token_batches
@@ -106,6 +108,16 @@ def test_few_bits_without_a_kernel_here_are_told(schemes: list, runs: bool, monk
         assert (find_engine("vllm").stops(entry) is None) == expected
         assert find_engine("transformers").stops(entry) is None
         assert find_engine("vllm").stops({}) is None
+
+
+def test_of_a_quantized_original_the_plug_in_gets_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moetailor.serving.engines.vllm.find_spec", lambda name: name)
+    source, twin = write_source(LAYOUTS["fp8-blocks-qwen3"], tmp_path)
+    formats = [
+        {choice.format for choice in find_engine("vllm").choices(Original(folder).facts)} for folder in (source, twin)
+    ]
+    assert "moetailor" not in formats[0]
+    assert "moetailor" in formats[1]
 
 
 def test_the_table_names_tests_that_are_there() -> None:

@@ -5,8 +5,9 @@ import json
 import os
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -655,6 +656,24 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
     pytest.importorskip("datasets")
     missing = tmp_path / "no" / "such.jsonl"
     assert refusal_of(str(missing)).startswith(f"--data {missing}: neither a file nor a dataset that can be read (")
+
+
+def test_whatever_breaks_while_a_dataset_is_read_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """HTTP libraries have exceptions of their own; a row that is none keeps its own words."""
+
+    class HungUp(Exception):
+        """What an HTTP library raises."""
+
+    def broken(*given: object, **more: object) -> Iterator[dict]:
+        yield {"text": "abcdefgh"}
+        raise HungUp("the server hung up")
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=broken))
+    said = "neither a file nor a dataset that can be read (HungUp: the server hung up)"
+    assert refusal_of("some/dataset") == f"--data some/dataset: {said}"
+    rows = SimpleNamespace(load_dataset=lambda *given, **more: iter([{"text": 3}]))
+    monkeypatch.setitem(sys.modules, "datasets", rows)
+    assert refusal_of("some/dataset").startswith("--data some/dataset, row 1: ")
 
 
 def test_missing_datasets_library_is_named_with_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from moetailor.calibration.sampling import SampleOptions
 from moetailor.calibration.text import TextOptions
-from moetailor.checkpoint.devices import free_nbytes, resolve_device
+from moetailor.checkpoint.devices import free_nbytes, give_back, resolve_device
 from moetailor.checkpoint.models import longest_sequence, resolve_dtype
 from moetailor.checkpoint.original import Original
 from moetailor.checkpoint.place import PLAN_FILE, PROVENANCE_FILE
@@ -233,4 +233,5 @@ def fit(
         )
     if job.choice.format == Gguf.name:
         return plan, None
+    give_back()
     return plan, evaluate(out, original.source, text=job.judging, **run)

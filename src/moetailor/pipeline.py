@@ -13,6 +13,7 @@ from moetailor.calibration.folder import Calibration
 from moetailor.calibration.sampling import SampleOptions
 from moetailor.calibration.statistics import ON_REQUEST
 from moetailor.calibration.text import TextOptions, files_of
+from moetailor.checkpoint.devices import give_back
 from moetailor.checkpoint.original import Original, open_original
 from moetailor.checkpoint.place import check_place, holding
 from moetailor.checkpoint.weights import ExpertWeights
@@ -178,6 +179,7 @@ def compress(
             device_map=device_map,
             progress=progress,
         )
+        give_back()
         plan = make_plan(
             measured,
             method,
@@ -187,6 +189,7 @@ def compress(
             progress=part(progress, "plan"),
             **given,
         )
+        give_back()
         fitted: dict[str, Any] = {"calibration": measured, "propagate": propagate, "device": device}
         fitted["batch_memory"] = batch_memory
         apply(plan, original, out, progress=progress, **fitted, **written)

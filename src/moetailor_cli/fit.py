@@ -61,7 +61,8 @@ def fit(
         ),
     ] = None,
     choice: Annotated[
-        int | None, typer.Option(min=1, help="Which to make; asked for when absent.", rich_help_panel=DECIDES)
+        int | None,
+        typer.Option(min=1, help="Which to make, by its number; the first when absent.", rich_help_panel=DECIDES),
     ] = None,
     yes: Annotated[
         bool, typer.Option("--yes", "-y", help="Make the first that fits, and ask nothing.", rich_help_panel=DECIDES)

@@ -73,7 +73,7 @@ def plan(
     batch_memory: BatchMemory = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Decide what stands behind every slot. Exactly one of --remove, --keep, --size and --memory.
+    """Decide what stands behind every slot. One of --remove, --keep, --size and --memory; `quantize` needs none.
 
     [dim]moetailor plan calib -o plan.json --method mone --remove 25% -p score=exact -p novice=optimal[/dim]
     """

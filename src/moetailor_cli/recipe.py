@@ -40,7 +40,7 @@ Recipe = Annotated[
     typer.Option(
         "--recipe",
         metavar="FILE.yaml",
-        help="Settings, a line for each: names of flags without dashes, or of arguments. The command line goes first.",
+        help="Settings, a line for each: names of flags without dashes, or of arguments. The command line wins.",
         callback=_read,
         is_eager=True,
         rich_help_panel=EVERY,

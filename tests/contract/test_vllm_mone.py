@@ -114,6 +114,13 @@ def test_vllm_gives_what_our_runtime_gives(
     torch.testing.assert_close(logits(load(ours)), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_transformers_alone_does_not_load_it(checkpoint: Get, calibration: GetCalibration, tmp_path: Path) -> None:
+    given = {"calibration": calibration("olmoe"), "format": FORMAT}
+    out = moetailor.apply(planned(calibration("olmoe")), checkpoint("olmoe"), tmp_path / "out", **given)
+    with pytest.raises(Exception, match="ignore_mismatched_sizes"):
+        load(out)
+
+
 def behind(plan: moetailor.Plan, answer: Answer, **fields: object) -> moetailor.Plan:
     """Return a plan with an answer behind the first slot of its first layer."""
     (name, layer), *_ = plan.layers.items()

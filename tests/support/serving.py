@@ -114,9 +114,9 @@ KINDS: dict[str, Kind] = {
     ),
     "vllm-mone": Kind(
         says="vllm-mone: constants (`mone`)",
-        outcomes=QUANTIZED | {ALONE: "run"},
+        outcomes=QUANTIZED | {TRANSFORMERS: "refused", ALONE: "run"},
         by={
-            TRANSFORMERS: "tests/contract/test_vllm_mone.py::test_vllm_gives_what_our_runtime_gives",
+            TRANSFORMERS: "tests/contract/test_vllm_mone.py::test_transformers_alone_does_not_load_it",
             ALONE: f"{PLUGIN}::test_vllm_alone_serves_constants_in_its_own_layout",
         },
     ),

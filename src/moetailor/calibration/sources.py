@@ -257,7 +257,9 @@ def _dataset(name: str, seed: int | None, columns: _Columns) -> Iterator[Row]:
             found = found.shuffle(seed=seed, buffer_size=BUFFER)
         for number, fields in enumerate(found, start=1):
             yield columns.row(fields, partial("--data {}, row {}".format, name, number))
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except CalibrationError:  # a row of it
+        raise
+    except Exception as error:  # whatever the libraries of the day raise, for files and for HTTP
         told = f"neither a file nor a dataset that can be read ({reason_of(error)})"
         raise CalibrationError(f"--data {name}: {told}") from None
 

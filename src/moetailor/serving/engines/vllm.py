@@ -30,7 +30,9 @@ class Vllm(Engine):
         """
         loads, group = "vLLM", group_of(facts)
         ours = Choice(name="bits and stand-ins", method="auto", format="moetailor", loads="vLLM with moetailor-vllm")
-        every = (ours,) if has_plugin() else ()
+        # The plug-in takes nothing that came of a quantized original.
+        plain = all(stack.lies == "plain" for stack in facts.stacks)
+        every = (ours,) if plain and has_plugin() else ()
         if group is None:
             given = {"method": "refit", "parameters": {"neurons": "chosen"}, "rule": "narrower experts"}
             few = Choice(name="fewer experts", format="native", loads=loads, **given)
