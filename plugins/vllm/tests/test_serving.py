@@ -40,7 +40,8 @@ def serve(folder: Path) -> Serve:
 
     def call(*words: str | Path, plugin: bool = True) -> None:
         command = [PYTHON, ROOT / "tests" / "serve.py", folder / "prompts.npy", str(TOKENS), *words]
-        paths = {"PYTHONPATH": path if plugin else ""}
+        # Without it also where it is installed: vLLM takes the plug-ins that are named, and none is.
+        paths = {"PYTHONPATH": path} if plugin else {"PYTHONPATH": "", "VLLM_PLUGINS": ""}
         done = subprocess.run(command, env=os.environ | paths, cwd=folder, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
 
