@@ -59,7 +59,8 @@ def test_a_recipe_says_what_the_command_line_does_not(run, tmp_path: Path, recip
 @pytest.mark.parametrize("written", ["3:17", "[0:5, 3:17]", "'3:17'"])
 def test_what_looks_like_a_number_is_taken_as_it_is_written(written: str, tmp_path: Path) -> None:
     """YAML reads 3:17 as minutes and seconds, and 0123 as octal."""
-    (tmp_path / "run.yaml").write_text(f"protect: {written}\nrevision: 0123\nlength: 64\nseed: null\nstream: true\n")
+    rest = "revision: 0123\nlength: 64\nseed: null\n<<: {stream: true}\n"
+    (tmp_path / "run.yaml").write_text(f"protect: {written}\n{rest}")
     known = {name: SimpleNamespace(name=name) for name in ("revision", "length", "seed")}
     known |= {
         "protect": SimpleNamespace(name="protect", multiple=True),

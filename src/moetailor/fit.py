@@ -29,6 +29,7 @@ from moetailor.pipeline import compress
 from moetailor.planning.budget import Budget
 from moetailor.planning.plan import Plan
 from moetailor.progress import Stages
+from moetailor.schema import read
 from moetailor.serving import Choice, Engine, Offered, Room, offered
 from moetailor.transform.formats.gguf import Gguf
 from moetailor.words import nbytes
@@ -177,11 +178,14 @@ class Job:
         wanted = (method.name, dict(method.parameters), budget, original.facts.fingerprint)
         if (plan.method, dict(plan.parameters), plan.budget, plan.model.fingerprint) != wanted:
             return None
-        # The length is that of the model where none was said.
         told = json.loads((out / PROVENANCE_FILE).read_text())
-        read = (told.get("calibration") or {}).get("options", {})
-        text = json.loads(json.dumps(asdict(self.text)))
-        return plan if all(read.get(name) == value for name, value in text.items() if name != "length") else None
+        if (options := (told.get("calibration") or {}).get("options")) is None:
+            return None
+        text = read(
+            TextOptions, options, f"{out / PROVENANCE_FILE}: options", error=MoetailorError, cure="pass --overwrite"
+        )
+        # The length is that of the model where none was said.
+        return plan if replace(text, length=self.text.length) == self.text else None
 
 
 def foretold(host: Host, original: Original, job: Job) -> Estimate:

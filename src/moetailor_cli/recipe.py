@@ -64,9 +64,9 @@ def _defaults(file: Path, known: Mapping[str, Any]) -> dict[str, Any]:
     class Loader(yaml.SafeLoader):
         """What looks like a number is a word as it is written: 3:17 is no number of base 60."""
 
-    kinds = ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:null")
+    numbers = [f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "timestamp")]
     Loader.yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in found if tag in kinds]
+        first: [(tag, pattern) for tag, pattern in found if tag not in numbers]
         for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
     try:

@@ -98,9 +98,10 @@ def with_codes(checkpoint: Checkpoint) -> Checkpoint:
     found: dict[str, Coded] = {}
     for info in checkpoint.tensors.values():
         fitting = [(name, way) for way in ways if (name := way.weight_of(info)) is not None]
-        whole = ((name, way) for name, way in fitting if not way.missing(way.parts_of(name, checkpoint.tensors)))
-        if fitting:
-            name, way = next(whole, fitting[0])
+        if len(fitting) > 1:  # the same codes, whose other parts have other names
+            whole = [(name, way) for name, way in fitting if not way.missing(way.parts_of(name, checkpoint.tensors))]
+            fitting = whole or fitting
+        for name, way in fitting[:1]:
             found[name] = _checked(checkpoint, name, way)
     if not found and "source" not in checkpoint.config["quantization_config"]:
         # Such as transformers and engines would load in a way of their own, or not at all.
