@@ -9,28 +9,43 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import moetailor
 from moetailor.answers import Constant, Drop, Fitted, LowRank, Narrow, Width
+from moetailor.checkpoint.experts import ExpertShape
 from moetailor.checkpoint.original import looked_at
 from moetailor.checkpoint.rates import Rates, peak_nbytes, resident_now
+from moetailor.estimates.deciding import Sampled
 from moetailor.estimates.estimate import Estimate, Host, duration, in_turn
 from moetailor.estimates.running import of_calibration, run_of
 from moetailor.estimates.sizes import cost_of
 from moetailor.fitting import linear_maps
 from moetailor.fitting.noise import held_out_errors
 from moetailor.fitting.reduced_rank import Moments, Regression
-from moetailor.fitting.work import of_low_rank, of_noise, of_refitted, of_regression
+from moetailor.fitting.widths import quantized
+from moetailor.fitting.work import (
+    of_held_out_maps,
+    of_low_rank,
+    of_map,
+    of_noise,
+    of_refitted,
+    of_regression,
+    of_width,
+)
 from moetailor.methods import mix_plain
 from moetailor.methods.refitted import fitted
 from moetailor.methods.registry import METHODS
 from moetailor.methods.run import view_of
+from moetailor.methods.subsets import best_subset
 from moetailor.planning.layer_plan import LayerPlan
+from moetailor.planning.view import LayerView
 from moetailor.planning.work import LayerSize, Work
 from support import hub
 from support.reference import REFERENCE, TEXT
@@ -45,6 +60,15 @@ def counted(run: Callable[[], object]) -> int:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops()
+
+
+def most_taken(run: Callable[[], object]) -> int:
+    """Return the bytes of memory that torch takes at most beside those that it has."""
+    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
+    events = profiled.profiler.kineto_results.events()
+    taken = [event for event in events if event.name() == "[memory]"]
+    return max(accumulate(event.nbytes() for event in sorted(taken, key=lambda event: event.start_ns())))
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +135,55 @@ def test_own_parts_over_a_base_are_counted_as_torch_counts_them(made: moetailor.
     size = LayerSize(experts=32, top_k=4, shape=layer.shape, sampled=len(layer.sample.key))
     work = 32 * of_low_rank(size, ranks)
     assert work.products + work.doubles == pytest.approx(found, rel=0.15)
+
+
+# What is computed with the experts of a layer, and how it is counted.
+TAKES: dict[str, tuple[Callable[[LayerView], object], Callable[[LayerSize], Work]]] = {
+    "maps": (
+        lambda layer: [linear_maps.map_error(layer, expert, 8, 0.01) for expert in range(32)],
+        lambda size: of_map(size, 8),
+    ),
+    "maps on held-out tokens": (
+        lambda layer: [linear_maps.held_out_errors(layer, expert, [0, 8], 0.01) for expert in range(32)],
+        lambda size: of_held_out_maps(size, 8),
+    ),
+    "widths": (
+        lambda layer: held_out_errors(layer, range(32), WIDTHS, dtype=torch.bfloat16),
+        lambda size: of_noise(size, WIDTHS),
+    ),
+    "codes": (
+        lambda layer: [*quantized(layer, EACH, layer.experts.matrices, STORAGES, dtype=torch.bfloat16)],
+        lambda size: of_width(size, WIDTHS[1]),
+    ),
+    "fits": (lambda layer: fitted(layer, HALF, rounds=1), lambda size: of_refitted(size, 16, 96, 1)),
+    "own parts": (
+        lambda layer: [
+            mix_plain._errors(layer, expert, mix_plain.base_of(layer), [Constant(), LowRank(0, 8)])
+            for expert in range(32)
+        ],
+        lambda size: of_low_rank(size, [8]) + of_held_out_maps(size, 8),
+    ),
+    "subsets": (
+        lambda layer: best_subset(layer, 16, "refit", exhaustive=0, samples=100, swaps=1, tokens=1024, seed=0),
+        lambda size: METHODS["refit"]().work(size),
+    ),
+}
+WIDTHS = [Width.parse("8"), Width.parse("4")]
+STORAGES = WIDTHS[1].storages(ExpertShape(width=192, intermediate=96))
+EACH = [{expert: 1.0} for expert in range(32)]
+HALF = LayerPlan(slots=tuple(Fitted() if slot % 2 else Drop() for slot in range(32)))
+
+
+@pytest.mark.parametrize("name", TAKES)
+def test_memory_is_counted_as_torch_counts_it(name: str, made: moetailor.Calibration) -> None:
+    """On the experts of the reference model, of which one has fifty times as many tokens as another."""
+    layer, (run, count) = view_of(made, 0, moetailor.ExpertWeights(REFERENCE)), TAKES[name]
+    size = Sampled.of(made).size(made.model.stacks[0], made.model)
+    assert max(size.counts) > 50 * min(size.counts)
+    assert sum(size.counts) == 4 * size.sampled == 4 * len(layer.sample.key)
+    layer.inputs(torch.arange(1))
+    assert float(layer.sums.count.sum()) == 4 * size.sampled  # so all that the layer keeps is read
+    assert count(size).nbytes == pytest.approx(most_taken(lambda: run(layer)), rel=0.2)
 
 
 def test_what_a_calibration_writes_is_foretold(made: moetailor.Calibration) -> None:

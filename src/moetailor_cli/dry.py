@@ -59,7 +59,7 @@ def plan(
     """
     from moetailor.checkpoint.original import looked_at
     from moetailor.errors import PlanError
-    from moetailor.estimates.deciding import of_plan, sampled_of
+    from moetailor.estimates.deciding import Sampled, of_plan
     from moetailor.estimates.estimate import Host
     from moetailor.methods.estimate import estimate_plan
     from moetailor.methods.registry import find_method
@@ -75,8 +75,7 @@ def plan(
         if original is not None:
             check_same(original, facts)
         host = Host.measured(output.BEGAN, original, device=device)
-        sampled = sampled_of(calibration)
-        output.estimate(of_plan(host, facts, chosen, found, sampled, original=original, calibration=calibration))
+        output.estimate(of_plan(host, facts, chosen, found, Sampled.of(calibration), original=original))
 
 
 def apply(
@@ -103,7 +102,7 @@ def apply(
     import moetailor
     from moetailor.checkpoint.original import looked_at
     from moetailor.checkpoint.place import check_place
-    from moetailor.estimates.deciding import of_apply, sampled_of
+    from moetailor.estimates.deciding import Sampled, of_apply
     from moetailor.estimates.estimate import Host
     from moetailor.transform.disk import plan_for
     from moetailor.transform.formats import resolve_format
@@ -120,7 +119,8 @@ def apply(
         form.check(fitted, original)
         fitted = form.carried(fitted)
         host = Host.measured(output.BEGAN, original, device=device)
-        sampled, front = 0 if given is None else sampled_of(given), run["propagate"] == "compressed"
+        sampled = Sampled(tokens=0) if given is None else Sampled.of(given)
+        front = run["propagate"] == "compressed"
         output.estimate(of_apply(host, fitted, original, form, sampled, compressed=front, verify=run["verify"]))
 
 

@@ -16,7 +16,7 @@ from moetailor.calibration.batch import AGAIN, Batch, load_batches
 from moetailor.calibration.domains import sampled_domains
 from moetailor.calibration.effects import Effects, Prices
 from moetailor.calibration.sampling import SampleOptions
-from moetailor.calibration.statistics import ON_REQUEST, SAMPLE, SUMS, Sample, Sums, load_sample, load_sums
+from moetailor.calibration.statistics import ON_REQUEST, SAMPLE, SUMS, Sample, Sums, load_counts, load_sample, load_sums
 from moetailor.calibration.text import TextOptions
 from moetailor.checkpoint.artifact import write_json
 from moetailor.checkpoint.facts import ModelFacts
@@ -104,6 +104,10 @@ class Calibration:
         file, experts = layer_file(self.folder, layer), self._experts(layer)
         known = self._known(part_name(file, SAMPLE))
         return load_sample(file, experts, self.model.width, self.model.top_k, known=known)
+
+    def sampled_counts(self, layer: int) -> torch.Tensor:
+        """Read how many of the sampled tokens each expert of one layer has, [E], and nothing else; see `sums`."""
+        return load_counts(layer_file(self.folder, layer), self._experts(layer))
 
     @property
     def prices(self) -> Prices | None:

@@ -179,6 +179,12 @@ def load_sample(file: Path, experts: int, width: int, top_k: int, *, known: str 
     return Sample(**found)
 
 
+def load_counts(file: Path, experts: int) -> torch.Tensor:
+    """Read how many sampled tokens of one layer each expert has, [E], and nothing else; see `load_sums`."""
+    index = read_tensors(file, f"{SAMPLE}index", error=CalibrationError, cure=AGAIN)
+    return torch.cat([part.flatten() for part in index.values()]).bincount(minlength=experts)
+
+
 def _check_kinds(
     file: Path, found: Mapping[str, torch.Tensor], kinds: Mapping[str, tuple], optional: Collection[str] = ()
 ) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -31,15 +31,44 @@ OPENED, VERIFIED = 6, 8
 SLOT, LAYER, TENSOR = 14, 100, 190
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sampled:
+    """The tokens of which each layer's inputs are kept.
+
+    Attributes:
+        tokens: how many.
+        calibration: that keeps them; None before there is one: experts are taken to have as many each then.
+    """
+
+    tokens: int
+    calibration: Calibration | None = None
+
+    @classmethod
+    def of(cls, calibration: Calibration) -> Sampled:
+        """Return those of a calibration."""
+        about = calibration.fingerprint
+        return cls(tokens=min(about["sample"]["tokens"], about["text"]["tokens"]), calibration=calibration)
+
+    def size(self, stack: Stack, facts: ModelFacts) -> LayerSize:
+        """Return a layer that the model runs as far as work depends on it."""
+        assert stack.shape is not None
+        assert stack.index is not None
+        counts = () if self.calibration is None else self.calibration.sampled_counts(stack.index).tolist()
+        return LayerSize(
+            experts=stack.num_experts,
+            top_k=facts.top_k,
+            shape=stack.shape,
+            sampled=self.tokens,
+            counts=tuple(counts),
+        )
+
+    def nbytes(self, stack: Stack, facts: ModelFacts) -> tuple[int, int]:
+        """Return the bytes of what calibration keeps of a layer, see `statistics_nbytes`."""
+        return statistics_nbytes(stack.num_experts, facts.width, facts.top_k, self.tokens, 4)
+
+
 def of_plan(
-    host: Host,
-    facts: ModelFacts,
-    method: Method,
-    estimate: Plan,
-    sampled: int,
-    *,
-    original: Original | None,
-    calibration: Calibration | None,
+    host: Host, facts: ModelFacts, method: Method, estimate: Plan, sampled: Sampled, *, original: Original | None
 ) -> Estimate:
     """Return what `make_plan` will take.
 
@@ -50,14 +79,13 @@ def of_plan(
         estimate: what `estimate_plan` gave.
         sampled: tokens of which each layer's inputs are kept.
         original: where experts are; needed where the method reads them.
-        calibration: the calibration; None before there is one.
     """
     stacks = [stack for stack in facts.stacks if stack.index is not None and stack.prefix in estimate.layers]
-    total = method.trying([size_of(stack, facts, sampled) for stack in stacks])
+    layers, calibration = [sampled.size(stack, facts) for stack in stacks], sampled.calibration
+    total = method.trying(layers)
     reads, memory, writes, opened, left, counted = 0, 0, _json_nbytes(estimate), 0, 0, True
-    for stack in stacks:
-        layer, (sums, sample) = size_of(stack, facts, sampled), _statistics(stack, facts, sampled)
-        work = method.work(layer)
+    for stack, layer in zip(stacks, layers, strict=True):
+        (sums, sample), work = sampled.nbytes(stack, facts), method.work(layer)
         reads, memory, counted = reads + sums, max(memory, sums), counted and work is not None
         if not (work is None or work):
             continue
@@ -81,18 +109,6 @@ def of_plan(
     )
 
 
-def sampled_of(calibration: Calibration) -> int:
-    """Return the tokens of which each layer's inputs are kept."""
-    about = calibration.fingerprint
-    return min(about["sample"]["tokens"], about["text"]["tokens"])
-
-
-def size_of(stack: Stack, facts: ModelFacts, sampled: int) -> LayerSize:
-    """Return a layer that the model runs as far as work depends on it."""
-    assert stack.shape is not None
-    return LayerSize(experts=stack.num_experts, top_k=facts.top_k, shape=stack.shape, sampled=sampled)
-
-
 def opened_nbytes(layer: LayerSize, work: Work | None) -> int:
     """Return the bytes of memory of a layer's experts in float32 and of what is computed with them or, if that is more,
     of stacking their first matrices.
@@ -101,10 +117,6 @@ def opened_nbytes(layer: LayerSize, work: Work | None) -> int:
     if experts > working_nbytes(torch.zeros(0).device):  # they stay on disk
         return LIBRARIES + computed
     return LIBRARIES + max(4 * experts // 3, experts + computed)
-
-
-def _statistics(stack: Stack, facts: ModelFacts, sampled: int) -> tuple[int, int]:
-    return statistics_nbytes(stack.num_experts, facts.width, facts.top_k, sampled, 4)
 
 
 def _measured(calibration: Calibration, method: Method, stack: Stack) -> tuple[int, int]:
@@ -130,7 +142,7 @@ def of_apply(
     plan: Plan,
     original: Original,
     form: Format,
-    sampled: int,
+    sampled: Sampled,
     *,
     compressed: bool = False,
     verify: bool = True,
@@ -152,7 +164,7 @@ def of_apply(
         layer = plan.layers.get(stack.prefix)
         if layer is None or stack.shape is None or not layer.computed:
             continue
-        size, (sums, sample) = size_of(stack, plan.model, sampled), _statistics(stack, plan.model, sampled)
+        size, (sums, sample) = sampled.size(stack, plan.model), sampled.nbytes(stack, plan.model)
         work, new = building(method, size, layer), built_nbytes(layer, stack)
         counted, total, built = counted and work is not None, total + (work or Work()), built + new
         reads, memory = reads + sums, max(memory, sums + 2 * new)
@@ -164,7 +176,7 @@ def of_apply(
     nbytes = form.nbytes(plan)
     if verify:
         total += Work(elements=VERIFIED * nbytes / 2)
-        memory = max(memory, _verified_nbytes(plan))
+        memory = max(memory, LIBRARIES + _verified_nbytes(plan))
     reads += nbytes - built + verify * nbytes
     uncounted = f"nobody has counted what {'--propagate compressed' if compressed else plan.method} computes"
     # What is built is written twice, and read once more.

@@ -14,7 +14,7 @@ from moetailor.checkpoint.models import longest_sequence, resolve_dtype
 from moetailor.checkpoint.original import Original
 from moetailor.comparison.cells import Cell
 from moetailor.comparison.streamed import STATES
-from moetailor.estimates.deciding import building, of_apply, of_plan, sampled_of, size_of
+from moetailor.estimates.deciding import Sampled, building, of_apply, of_plan
 from moetailor.estimates.estimate import Estimate, Host, in_turn
 from moetailor.estimates.running import Run, judging, of_calibration, run_of
 from moetailor.methods.estimate import estimate_plan
@@ -54,7 +54,7 @@ def of_compression(
         parts.append(of_calibration(host, original, text=given["text"], sample=sample, **asked, **run))
     itemsize = resolve_dtype(run.get("dtype"), host.device, original.checkpoint).itemsize
     sampled = _sampled(original, itemsize, calibration, given["text"], sample)
-    parts.append(of_plan(host, original.facts, method, plan, sampled, original=original, calibration=calibration))
+    parts.append(of_plan(host, original.facts, method, plan, sampled, original=original))
     form = resolve_format(
         plan, "moetailor" if given["allocation"] in ("error", "global") else given["format"], original
     )
@@ -87,7 +87,7 @@ def of_comparison(
     sampled, measured = _sampled(original, run.width, calibration, text or held_out, sample), set()
     for cell in cells:
         plan = estimate_plan(original.facts, cell.method, cell.budget, width=cell.width)
-        part = of_plan(host, original.facts, cell.method, plan, sampled, original=original, calibration=calibration)
+        part = of_plan(host, original.facts, cell.method, plan, sampled, original=original)
         if cell.method.label in measured and part.seconds is not None:
             part = replace(part, seconds=host.startup)  # what was measured for another size is kept
         measured.add(cell.method.label)
@@ -114,7 +114,7 @@ def _moved(run: Run) -> int:
     return run.states * (1 + 2 * run.stream * len(run.cost.layers))
 
 
-def _in_memory(host: Host, original: Original, run: Run, cell: Cell, plan: Plan, sampled: int) -> list[Estimate]:
+def _in_memory(host: Host, original: Original, run: Run, cell: Cell, plan: Plan, sampled: Sampled) -> list[Estimate]:
     """Return what a plan takes that is applied to a copy of the original and measured."""
     work = _cell(original, cell, plan, sampled)
     # The original lies there, and a copy of its experts that changes.
@@ -132,7 +132,7 @@ def _in_memory(host: Host, original: Original, run: Run, cell: Cell, plan: Plan,
     ]
 
 
-def _streamed(host: Host, original: Original, run: Run, cell: Cell, plan: Plan, sampled: int) -> list[Estimate]:
+def _streamed(host: Host, original: Original, run: Run, cell: Cell, plan: Plan, sampled: Sampled) -> list[Estimate]:
     """Return what a plan takes that is written, run from disk beside the original's head, and deleted."""
     written = of_apply(host, plan, original, resolve_format(plan, "auto", original), sampled, verify=False)
     nbytes = written.writes
@@ -149,22 +149,22 @@ def _streamed(host: Host, original: Original, run: Run, cell: Cell, plan: Plan, 
 
 def _sampled(
     original: Original, itemsize: int, calibration: Calibration | None, text: TextOptions, sample: SampleOptions
-) -> int:
+) -> Sampled:
     """Return the tokens of which each layer's inputs are, or will be, kept."""
     if calibration is None:
         assert text.sequences is not None  # as in `run_of`
         length = length_of(text.length, longest_sequence(original.plain_config))
-        return min(sample.of_model(original.facts, itemsize), text.sequences * length)
-    return sampled_of(calibration)
+        return Sampled(tokens=min(sample.of_model(original.facts, itemsize), text.sequences * length))
+    return Sampled.of(calibration)
 
 
-def _cell(original: Original, cell: Cell, plan: Plan, sampled: int) -> Work | None:
+def _cell(original: Original, cell: Cell, plan: Plan, sampled: Sampled) -> Work | None:
     """Return the work of a plan's new tensors; None where nobody has counted it."""
     total = Work()
     for stack in original.facts.stacks:
         layer = plan.layers.get(stack.prefix)
         if layer is not None and stack.shape is not None and layer.computed:
-            work = building(cell.method, size_of(stack, original.facts, sampled), layer)
+            work = building(cell.method, sampled.size(stack, original.facts), layer)
             if work is None:
                 return None
             total += work

@@ -43,7 +43,7 @@ class LinearMap:
         # |y - A_1 b_1 - ...|^2 loses 2 a_i <y, b_i> - a_i^2 with each orthonormal row b_i
         weight_T = weight_T.double()
         gained = (weight_T[:, None] * (2 * along * given - given.square()).double()).sum(0)
-        energy = (weight_T * residual.double().square().sum(1)).sum()
+        energy = (weight_T * residual.double().square_().sum(1)).sum()
         return energy - torch.cat([gained.new_zeros(1), gained.cumsum(0)])
 
 

@@ -6,7 +6,7 @@ other experts is known as well, though, and those are more like its own than non
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -75,13 +75,29 @@ def among_others(layer: LayerView, place: torch.Tensor, weight: torch.Tensor, sh
         share: of the layer's mean squared gate, the weight of each other token.
     """
     own, sample = len(place), layer.sample
-    if (lacks := ENOUGH * sample.hidden.shape[1] - own) > 0:
+    if (wanted := lacking(own, sample.hidden.shape[1])) > 0:
         is_own = torch.zeros(len(sample.hidden), dtype=torch.bool)
         is_own[place] = True
         others = (~is_own).nonzero().flatten()
         # Spread over the sample.
-        count = min(TIMES * lacks, len(others))
+        count = min(int(wanted), len(others))
         others = others[torch.arange(count) * len(others) // max(count, 1)]
         place = torch.cat([place, others])
         weight = torch.cat([weight, share * sample.gate.double().square().mean().expand(count)])
     return Tokens(place=place, weight=weight, own=own)
+
+
+def lacking(own: float, width: int) -> float:
+    """Return how many others should join so many tokens of an expert's own in a model of some width."""
+    return TIMES * max(ENOUGH * width - own, 0)
+
+
+def joined(own: Iterable[float], width: int, sampled: int) -> list[float]:
+    """Return how many tokens say what each of some experts does, its own and others.
+
+    Args:
+        own: those of each.
+        width: of the model, D.
+        sampled: all of the sample.
+    """
+    return [min(some + lacking(some, width), sampled) for some in own]

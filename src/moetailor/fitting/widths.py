@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Literal
 
 import torch
@@ -18,7 +19,7 @@ from moetailor.checkpoint.experts import ExpertShape
 from moetailor.checkpoint.storage import Codes, FewBits
 from moetailor.fitting.gptq import Seen, gptq
 from moetailor.fitting.held_out import held_out
-from moetailor.fitting.tokens import ROUNDED, tokens_of
+from moetailor.fitting.tokens import ROUNDED, joined, tokens_of
 from moetailor.planning.view import LayerView
 
 Rounding = Literal["gptq", "nearest"]
@@ -61,19 +62,27 @@ def quantized(
 
 def at_once(layer: LayerView) -> int:
     """Return how many experts are computed together, each step of all at once: the more, the fewer the steps."""
-    tokens = len(layer.sample.key) * layer.top_k // layer.num_experts
+    counts = layer.sample.index.flatten().bincount(minlength=layer.num_experts).tolist()
+    tokens = fmean(joined(counts, layer.shape.width, len(layer.sample.key)))
     return max(1, layer.experts.working_nbytes // computed_nbytes(layer.shape, tokens))
 
 
-def computed_nbytes(shape: ExpertShape, tokens: float) -> int:
-    """Return the bytes that computing with one expert takes.
+def computed_nbytes(shape: ExpertShape, tokens: float, *, compared: bool = True) -> int:
+    """Return the bytes that rounding one of several experts takes.
 
     Args:
         shape: what it is made of.
-        tokens: its sampled tokens, on average.
+        tokens: that say what it gets, T.
+        compared: whether some widths are: one half lies there while the next is made, beside what judges it.
     """
-    width, inner = shape.width, shape.intermediate
-    numbers = 4 * width**2 + 4 * inner**2 + 12 * width * inner + (tokens + width) * (width + 2 * inner)
+    width, inner, inputs = shape.width, shape.intermediate, len(shape.inputs)
+    matrix, square = width * inner, width**2
+    # its matrices, and factors of D x D moments; or gate and up as one, what is left of them and what is handed on,
+    # and their codes; or what these stand for, and factors of F x F moments
+    most = max(4 * square, 3.25 * inputs * matrix + 2 * square, 1.25 * inputs * matrix + square + 5 * inner**2)
+    numbers = (1 + inputs) * matrix + most + tokens * (width + inner)
+    if compared:
+        numbers += (1.25 * inputs + 2.25) * matrix + inner**2 + tokens * width / 4
     return int(4 * numbers)
 
 

@@ -1,12 +1,14 @@
 """How much work the algebra that methods share does for one expert: FLOPs counted off its equations.
 
-Experts are taken to have as many tokens each: n of them sampled. Shapes: D model width, F expert width, r rank,
+Time is that of an expert with as many tokens as all have on average, n of them sampled; memory is that of the one with
+the most. Shapes: D model width, F expert width, r rank,
 O outputs and I inputs of a matrix, K codes of a table, V weights of a code.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from statistics import fmean
 
 import torch
 
@@ -14,12 +16,12 @@ from moetailor.answers import Width
 from moetailor.checkpoint.devices import working_nbytes
 from moetailor.checkpoint.experts import ExpertShape
 from moetailor.checkpoint.storage import Codebook, FewBits
-from moetailor.fitting import tokens as joined
 from moetailor.fitting.gptq import BLOCK
 from moetailor.fitting.held_out import EVERY, FOLDS
 from moetailor.fitting.linear_maps import ENOUGH, SCARCE
 from moetailor.fitting.noise import measured_by
 from moetailor.fitting.reduced_rank import EXACT, ITERATIONS, OVERSAMPLING
+from moetailor.fitting.tokens import joined
 from moetailor.fitting.widths import computed_nbytes
 from moetailor.planning.work import LayerSize, Work
 
@@ -28,15 +30,9 @@ from moetailor.planning.work import LayerSize, Work
 FITS, CODES, INPUTS = 20, 12, 2
 
 
-def fitted_tokens(layer: LayerSize, own: float | None = None) -> float:
-    """Return the tokens that an expert is fitted to: its own, and those that join where they are few, see `tokens_of`.
-
-    Args:
-        layer: the layer.
-        own: its own; as many as all have when None.
-    """
-    own = layer.tokens if own is None else own
-    return min(own + joined.TIMES * max(joined.ENOUGH * layer.shape.width - layer.tokens, 0), layer.sampled)
+def fitted_tokens(layer: LayerSize) -> list[float]:
+    """Return the tokens that each expert is fitted to."""
+    return joined(layer.each, layer.shape.width, layer.sampled)
 
 
 def of_factor(size: int) -> Work:
@@ -78,8 +74,8 @@ def of_regression(width: int, tokens: float, rank: int) -> Work:
         rank: the highest, r.
     """
     rank = int(min(rank, tokens, width))
-    # inputs and outputs; the moments in float32 and float64, their shifted copy and its factor
-    found = of_moments(width, tokens) + Work(steps=30, nbytes=int(16 * tokens * width + 48 * width**2))
+    # the moments in float32 and float64, their shifted copy and its factor
+    found = of_moments(width, tokens) + Work(steps=30, nbytes=48 * width**2)
     found += of_factor(width) + Work(elements=6 * width**2, steps=10)
 
     def full(columns: int) -> Work:  # C^-1 M v: 2 D^2 v for each factor
@@ -105,22 +101,24 @@ def of_held_out_maps(layer: LayerSize, rank: int) -> Work:
         layer: the layer.
         rank: the highest rank that is priced.
     """
-    width, tokens = layer.shape.width, layer.tokens
+    width, tokens, every = layer.shape.width, layer.tokens, fitted_tokens(layer)
     few = tokens < min(SCARCE * width, ENOUGH)
     times, fitted = (FOLDS, tokens * (1 - 1 / FOLDS)) if few else (1, tokens * (1 - 1 / EVERY))
     judged = Work(products=4 * (tokens - fitted) * width * rank, elements=16 * tokens * width, steps=30)
-    others = of_moments(width, fitted_tokens(layer) - tokens)
-    return (
-        of_outputs(layer.shape, fitted_tokens(layer)) + others + times * (of_regression(width, fitted, rank) + judged)
-    )
+    others = of_moments(width, fmean(every) - tokens)
+    # inputs and outputs, those that are fitted once more, and centred; moments of both
+    held = Work(nbytes=int(26 * max(every) * width + 8 * width**2))
+    once = of_regression(width, fitted, rank) + judged
+    return of_outputs(layer.shape, fmean(every)) + others + held + times * once
 
 
 def of_map(layer: LayerSize, rank: int) -> Work:
     """Return the work of fitting an expert's map of a rank, and of saying what it loses."""
-    width, tokens = layer.shape.width, layer.tokens
+    width, tokens, every = layer.shape.width, layer.tokens, fitted_tokens(layer)
     judged = Work(products=4 * tokens * width * rank, elements=8 * tokens * width, steps=20)
-    fitted = fitted_tokens(layer)
-    return of_outputs(layer.shape, fitted) + of_regression(width, fitted, rank) + judged
+    # inputs and outputs, then centred or, to be judged, what is left of them in float64; moments of both
+    held = Work(nbytes=int(20 * max(every) * width + 8 * width**2))
+    return of_outputs(layer.shape, fmean(every)) + of_regression(width, fmean(every), rank) + judged + held
 
 
 def of_gptq(outputs: int, inputs: int, storage: FewBits, together: int) -> Work:
@@ -154,14 +152,14 @@ def of_rounded(layer: LayerSize, halves: Iterable[tuple[FewBits, Sequence[FewBit
         halves: storages of gate and up projections, with those that the down projection then has.
         tokens: that say what the expert gets.
     """
-    shape, (together, nbytes) = layer.shape, batch_of(layer)
+    shape, together = layer.shape, batch_of(layer)
     width, inner, inputs = shape.width, shape.intermediate, len(shape.inputs)
 
     def seen(size: int) -> Work:  # a factor, an inverse and its factor, in float32
         return Work(doubles=0.5 * 4 / 3 * size**3, steps=10)
 
     hidden = Work(products=2 * tokens * inputs * width * inner, elements=4 * tokens * inner, steps=8)
-    found = Work(products=2 * tokens * width**2, elements=2 * tokens * width, steps=4, nbytes=nbytes)
+    found = Work(products=2 * tokens * width**2, elements=2 * tokens * width, steps=4)
     found += hidden + seen(width)
     for gate, downs in halves:
         found += hidden + of_gptq(inputs * inner, width, gate, together) + seen(inner)
@@ -180,29 +178,42 @@ def of_noise(layer: LayerSize, widths: Sequence[Width]) -> Work:
         gate, down = (measured_by(storages[name]) for name in ("up", "down"))
         halves.setdefault(gate, {})
         halves.setdefault(gate if type(storages["up"]) is type(storages["down"]) else down, {})[down] = None
-    judged = fitted_tokens(layer) / EVERY
-    tokens = fitted_tokens(layer) - judged
+    every = fmean(fitted_tokens(layer))
+    judged = every / EVERY
+    tokens = every - judged
     each = Work(products=2 * judged * layer.weights, elements=4 * judged * layer.shape.width, steps=30)
     times = len(halves) + sum(map(len, halves.values()))
     return (
-        of_outputs(layer.shape, fitted_tokens(layer))
+        of_outputs(layer.shape, every)
         + of_rounded(layer, [(gate, list(downs)) for gate, downs in halves.items()], tokens)
         + times * each
+        + Work(nbytes=rounded_nbytes(layer))
     )
 
 
 def of_width(layer: LayerSize, width: Width) -> Work:
     """Return the work of rounding an expert to a width by GPTQ, see `widths.quantized`."""
-    storages = width.storages(layer.shape)
-    return of_rounded(layer, [(storages["up"], [storages["down"]])], fitted_tokens(layer)) if storages else Work()
+    storages, tokens = width.storages(layer.shape), fmean(fitted_tokens(layer))
+    if not storages:
+        return Work()
+    found = of_rounded(layer, [(storages["up"], [storages["down"]])], tokens)
+    return found + Work(nbytes=rounded_nbytes(layer, compared=False))
 
 
-def batch_of(layer: LayerSize) -> tuple[int, int]:
-    """Return how many experts are rounded together, as `widths.at_once` has it, and the bytes that they take."""
-    nbytes = computed_nbytes(layer.shape, layer.tokens)
-    room = working_nbytes(torch.zeros(0).device)
-    count = max(1, min(room // nbytes, layer.experts))
-    return count, count * nbytes
+def batch_of(layer: LayerSize) -> int:
+    """Return how many experts are rounded together, as `widths.at_once` has it."""
+    nbytes = computed_nbytes(layer.shape, fmean(fitted_tokens(layer)))
+    return max(1, min(working_nbytes(torch.zeros(0).device) // nbytes, layer.experts))
+
+
+def rounded_nbytes(layer: LayerSize, *, compared: bool = True) -> int:
+    """Return the bytes that rounding takes of as many experts as are rounded together, those with the most tokens; see
+    `computed_nbytes`.
+    """
+    count, every = batch_of(layer), sorted(fitted_tokens(layer))
+    # each runs alone: what gate and up give, their product, and one more
+    run = int(16 * every[-1] * layer.shape.intermediate)
+    return count * computed_nbytes(layer.shape, fmean(every[-count:]), compared=compared) + run
 
 
 def of_refitted(layer: LayerSize, kept: int, neurons: int, rounds: int) -> Work:
@@ -216,8 +227,10 @@ def of_refitted(layer: LayerSize, kept: int, neurons: int, rounds: int) -> Work:
     """
     width, inner, tokens = layer.shape.width, layer.shape.intermediate, layer.sampled * layer.top_k / kept
     found = layer.experts * of_outputs(layer.shape, layer.tokens) + kept * of_outputs(layer.shape, tokens)
-    # what is missing, and of one expert what it is applied to and what it should give, some times
-    found += Work(nbytes=int(12 * (layer.sampled * width + tokens * (inner + width))))
+    # what is missing, and of one expert what it is applied to and what it should give, some times; whoever had most
+    # tokens gets as many more as the others
+    most = min(tokens + max(layer.each) - layer.tokens, layer.sampled)
+    found += Work(nbytes=int(12 * (layer.sampled * width + most * (inner + width))))
     # gate and up; what it gave, p p^T and y p^T, and what it gives then
     products = tokens * (2 * len(layer.shape.inputs) * width * inner + 6 * width * neurons + 2 * neurons**2)
     each = Work(products=products, elements=tokens * (8 * inner + 8 * width), steps=60)
@@ -248,4 +261,7 @@ def of_low_rank(layer: LayerSize, ranks: Sequence[int]) -> Work:
     for rows, columns in shape.matrices.values():
         found += of_approximation(rows, columns)
         found += Work(doubles=2 * sum(ranks) * rows * columns, elements=4 * len(ranks) * rows * columns, steps=40)
-    return times * (found + len(ranks) * of_outputs(shape, held))
+    # what an expert is given and gives, what it works out between, and factors of its matrices
+    most = max(layer.each)
+    held_nbytes = int(12 * most * shape.width + 16 * most * shape.intermediate + 48 * shape.width**2)
+    return times * (found + len(ranks) * of_outputs(shape, held)) + Work(nbytes=held_nbytes)

@@ -36,7 +36,7 @@ from moetailor.fitting.work import of_outputs, of_refitted
 from moetailor.methods.method import AtLeast, Method
 from moetailor.methods.refitted import fitted
 from moetailor.methods.registry import register
-from moetailor.methods.subsets import best_subset
+from moetailor.methods.subsets import PORTION, best_subset
 from moetailor.planning.layer_plan import LayerPlan, untouched
 from moetailor.planning.plan import answers_nbytes
 from moetailor.planning.view import LayerView
@@ -49,6 +49,8 @@ SHARES = (0.85, 0.7, 0.55, 0.4)
 PROBED = 4
 # Neurons are a multiple of this, for kernels; of the next one where experts have fewer than sixteen times as many.
 MULTIPLES = (64, 8)
+# Subsets that are drawn before experts are exchanged.
+SAMPLES = 100
 
 
 @register
@@ -104,10 +106,8 @@ class Refit(Method):
     def _plan(self, layer: LayerView, keep: int, neurons: int) -> LayerPlan:
         """Choose the experts of one layer that stay with so many neurons."""
         every, stays = layer.num_experts, Fitted() if neurons == layer.shape.intermediate else Narrow(neurons)
-        options = {"swaps": self.swaps, "tokens": self.tokens, "seed": self.seed}
-        kept = (
-            range(every) if keep == every else best_subset(layer, keep, self.name, exhaustive=0, samples=100, **options)
-        )
+        options = {"samples": SAMPLES, "swaps": self.swaps, "tokens": self.tokens, "seed": self.seed}
+        kept = range(every) if keep == every else best_subset(layer, keep, self.name, exhaustive=0, **options)
         if len(kept) == every and stays == Fitted():
             return untouched(every)
 
@@ -151,7 +151,10 @@ class Refit(Method):
         experts, tokens = layer.experts, min(self.tokens, layer.sampled)
         found = experts * of_outputs(layer.shape, tokens) + Work(products=2 * tokens * experts**2 * layer.shape.width)
         tried = min(self.swaps, experts // 4) * experts**2 // 4 * tokens
-        return found + Work(products=2 * tried * experts**2, elements=12 * tried * experts, steps=20 * experts)
+        found += Work(products=2 * tried * experts**2, elements=12 * tried * experts, steps=20 * experts)
+        # Y Y^T of every token, and five times the gates of the subsets that are tried at once
+        at_once = min(max(SAMPLES, experts**2 // 4) * tokens * experts, PORTION)
+        return found + Work(nbytes=4 * tokens * experts**2 + 20 * at_once)
 
     def trying(self, layers: Sequence[LayerSize]) -> Work:
         """Return the work of three ways on the layers where they are tried, with half of the experts."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 
 from moetailor.checkpoint.experts import ExpertShape
@@ -50,17 +51,24 @@ class LayerSize:
         top_k: experts of a token.
         shape: what an expert is made of.
         sampled: tokens of which the layer's inputs are kept, N.
+        counts: how many of them each expert has; empty where nobody knows, as many each then.
     """
 
     experts: int
     top_k: int
     shape: ExpertShape
     sampled: int
+    counts: tuple[int, ...] = ()
 
     @property
     def tokens(self) -> float:
         """Sampled tokens of an expert, on average, n."""
         return self.sampled * self.top_k / self.experts
+
+    @property
+    def each(self) -> Sequence[float]:
+        """Sampled tokens of each expert, or of one where all have as many."""
+        return self.counts or (self.tokens,)
 
     @property
     def weights(self) -> int:
