@@ -19,9 +19,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import moetailor
 from moetailor.answers import Constant, Drop, Fitted, LowRank, Narrow, Width
+from moetailor.checkpoint.devices import give_back
 from moetailor.checkpoint.experts import ExpertShape
 from moetailor.checkpoint.original import looked_at
 from moetailor.checkpoint.rates import Rates, peak_nbytes, resident_now
+from moetailor.estimates.compiling import of_loops, runs_loops
 from moetailor.estimates.deciding import Sampled
 from moetailor.estimates.estimate import Estimate, Host, duration, in_turn
 from moetailor.estimates.running import of_calibration, run_of
@@ -40,6 +42,7 @@ from moetailor.fitting.work import (
     of_width,
 )
 from moetailor.methods import mix_plain
+from moetailor.methods.estimate import estimate_plan
 from moetailor.methods.refitted import fitted
 from moetailor.methods.registry import METHODS
 from moetailor.methods.run import view_of
@@ -47,6 +50,7 @@ from moetailor.methods.subsets import best_subset
 from moetailor.planning.layer_plan import LayerPlan
 from moetailor.planning.view import LayerView
 from moetailor.planning.work import LayerSize, Work
+from moetailor.transform.formats import FORMATS
 from support import hub
 from support.reference import REFERENCE, TEXT
 
@@ -350,7 +354,29 @@ def test_methods_that_read_sums_alone_compute_nothing(made: moetailor.Calibratio
             assert found == Work()
 
 
+def test_loops_count_until_some_were_compiled(tmp_path: Path) -> None:
+    with looked_at(REFERENCE) as original:
+        narrow, whole = (
+            estimate_plan(original.facts, METHODS[name](), moetailor.Budget.parse(remove=remove))
+            for name, remove in (("quantize", "0%"), ("mone", "25%"))
+        )
+    forms = (FORMATS["moetailor"], FORMATS["compressed-tensors"], None)
+    assert [runs_loops(narrow, form) for form in forms] == [True, False, True]
+    assert not runs_loops(whole)
+    matrix = torch.randn(1, 32, 32)
+    storage = WIDTHS[0].storages(ExpertShape(width=32, intermediate=32))["up"]
+    storage.decode(storage.pack(storage.nearest(matrix, torch.float32)), (1, 32, 32))
+    told = "from moetailor.estimates.compiling import of_loops; print(*(int(of_loops(where).steps) for where in {}))"
+    assert [of_loops(where).steps for where in ("cpu", "meta")] == [0, 0]
+    command = [sys.executable, "-c", told.format(("cpu", "meta"))]
+    anew = subprocess.run(
+        command, env=os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True, check=True
+    )
+    assert anew.stdout.split() == ["900000", "0"]
+
+
 def test_memory_that_was_taken_is_seen() -> None:
+    give_back()  # else what is freed and kept is taken first
     now, (before, _) = resident_now(), peak_nbytes()
     assert 0 < now <= before
     taken = torch.ones(before - now + 2**27, dtype=torch.uint8)

@@ -19,18 +19,20 @@ from moetailor.checkpoint.models import longest_sequence, resolve_dtype
 from moetailor.checkpoint.original import Original
 from moetailor.checkpoint.place import PLAN_FILE, PROVENANCE_FILE
 from moetailor.errors import MoetailorError
+from moetailor.estimates.compiling import runs_loops
 from moetailor.estimates.estimate import Estimate, Host, in_turn
 from moetailor.estimates.running import of_evaluation
 from moetailor.estimates.sizes import cost_of
 from moetailor.estimates.together import of_compression
 from moetailor.evaluation.evaluate import Scores, evaluate
-from moetailor.methods.estimate import budget_words
+from moetailor.methods.estimate import budget_words, estimate_plan
 from moetailor.pipeline import compress
 from moetailor.planning.budget import Budget
 from moetailor.planning.plan import Plan
 from moetailor.progress import Stages
 from moetailor.schema import read
 from moetailor.serving import Choice, Engine, Offered, Room, offered
+from moetailor.transform.formats import resolve_format
 from moetailor.transform.formats.gguf import Gguf
 from moetailor.words import nbytes
 
@@ -195,9 +197,10 @@ def foretold(host: Host, original: Original, job: Job) -> Estimate:
     run = {"stream": job.streams(original), "dtype": job.dtype}
     parts = [of_compression(host, original, job.choice.made_by, given, calibration=None, sample=SampleOptions(), **run)]
     if job.choice.format != Gguf.name:
-        parts.append(
-            of_evaluation(host, original, min(job.room.planned, original.facts.nbytes), text=job.judging, **run)
-        )
+        plan = estimate_plan(original.facts, job.choice.made_by, job.budget, width=job.choice.width)
+        few = runs_loops(plan, resolve_format(plan, job.choice.format, original))
+        nbytes = min(job.room.planned, original.facts.nbytes)
+        parts.append(of_evaluation(host, original, nbytes, few_bits=few, text=job.judging, **run))
     return in_turn("fit", parts, host.startup)
 
 

@@ -185,7 +185,8 @@ def evaluate(compressed: str, against: str, run: Options, *, device: str | None,
             raise MoetailorError(f"{against} cannot be the original of {compressed}: its {why}")
         host = Host.measured(output.BEGAN, original, device=device, dtype=run["dtype"])
         nbytes, downloads = result.checkpoint.nbytes, downloads_of(result)
-        found = of_evaluation(host, original, nbytes, downloads=downloads, **run)
+        few = result.written_here and any(name.endswith("_packed") for name in result.checkpoint.tensors)
+        found = of_evaluation(host, original, nbytes, few_bits=few, downloads=downloads, **run)
     output.estimate(found)
     return found
 

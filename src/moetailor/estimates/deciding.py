@@ -14,6 +14,7 @@ from moetailor.checkpoint.facts import ModelFacts
 from moetailor.checkpoint.layout import Stack
 from moetailor.checkpoint.original import Original
 from moetailor.checkpoint.weights import ExpertWeights
+from moetailor.estimates.compiling import of_loops, runs_loops
 from moetailor.estimates.estimate import LIBRARIES, Estimate, Host
 from moetailor.estimates.sizes import downloads_of, statistics_nbytes
 from moetailor.fitting.work import of_width
@@ -175,8 +176,9 @@ def of_apply(
             memory = max(memory, sums + sample + opened_nbytes(size, work) + copied + 2 * new)
     nbytes = form.nbytes(plan)
     if verify:
-        total += Work(elements=VERIFIED * nbytes / 2)
-        memory = max(memory, LIBRARIES + _verified_nbytes(plan))
+        loops = of_loops(host.device, 1) if runs_loops(plan, form) else Work()
+        total += loops + Work(elements=VERIFIED * nbytes / 2)
+        memory = max(memory, LIBRARIES + loops.nbytes + _verified_nbytes(plan))
     reads += nbytes - built + verify * nbytes
     uncounted = f"nobody has counted what {'--propagate compressed' if compressed else plan.method} computes"
     # What is built is written twice, and read once more.

@@ -16,6 +16,7 @@ from moetailor.calibration.text import TextOptions, length_of
 from moetailor.checkpoint.files import DTYPE_NAMES
 from moetailor.checkpoint.models import longest_sequence, resolve_dtype, stored_dtype
 from moetailor.checkpoint.original import Original
+from moetailor.estimates.compiling import of_loops
 from moetailor.estimates.estimate import LIBRARIES, Estimate, Host
 from moetailor.estimates.sizes import ModelCost, cost_of, downloads_of, statistics_nbytes
 from moetailor.evaluation.evaluate import check_predicts
@@ -217,6 +218,7 @@ def of_evaluation(
     original: Original,
     compressed: int,
     *,
+    few_bits: bool = False,
     text: TextOptions,
     downloads: int = 0,
     tasks: bool = False,
@@ -231,6 +233,7 @@ def of_evaluation(
         host: the machine.
         original: the original.
         compressed: bytes of the compressed checkpoint.
+        few_bits: whether experts lie there in few bits of ours.
         text: what is evaluated on.
         downloads: bytes of it that the hub would have to give.
         tasks: whether some run, of which nobody knows how long.
@@ -241,8 +244,9 @@ def of_evaluation(
     run = run_of(original, text, stream=stream, device=host.device, dtype=dtype)
     cost, reads = run.cost, run.cost.nbytes + compressed
     # The original's head lies beside the compressed model.
-    taken = run.memory(cost.outside * run.width + run.predictions)
-    work = 2 * run.loading + judging(run, speed=not stream)
+    loops = of_loops(host.device) if few_bits else Work()
+    taken = run.memory(cost.outside * run.width + run.predictions + loops.nbytes)
+    work = loops + 2 * run.loading + judging(run, speed=not stream)
     moved = reads + run.states * (2 + 4 * stream * len(cost.layers))
     return Estimate(
         verb="evaluate",

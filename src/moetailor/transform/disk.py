@@ -13,7 +13,7 @@ from moetailor import ranks
 from moetailor._version import __version__
 from moetailor.calibration.folder import Calibration
 from moetailor.checkpoint.artifact import save_tensors, write_json, write_text
-from moetailor.checkpoint.devices import resolve_device
+from moetailor.checkpoint.devices import give_back, resolve_device
 from moetailor.checkpoint.files import DTYPES, Checkpoint, TensorInfo, read_header
 from moetailor.checkpoint.folder import INDEX
 from moetailor.checkpoint.layout import DiskStack
@@ -137,6 +137,7 @@ def apply_to_checkpoint(
         tell(plan, nbytes)
         if verify:
             trusted = original.trust_remote_code
+            give_back()
             try:
                 form.verify(folder, plan, trust_remote_code=trusted, progress=part(progress, "verify"))
             except CheckpointError as error:  # of a folder that is gone when this is read

@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,6 +29,12 @@ SIXES = 2
 NONE = np.zeros((0, 0, 0), np.uint32)
 # Weights from which on a thread is worth to be woken.
 SHARE = 2**18
+
+
+def kept() -> bool:
+    """Say whether numba has kept loops on the disk that it compiled before."""
+    folder = loops.numbers.stats.cache_path
+    return folder is not None and any(Path(folder).glob(f"{Path(loops.__file__).stem}.*.nbi"))
 
 
 def product(
