@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import moetailor
+from moetailor.checkpoint.files import open_checkpoint
 from moetailor.checkpoint.original import Original
 from moetailor.checkpoint.quiet import quiet_transformers
 from moetailor.serving import find_engine
@@ -14,7 +15,7 @@ from support.families import tiny_model
 from support.quantized import LAYOUTS, write_source
 from support.serving import ALONE, BY, KINDS, LLAMA, SGLANG, TRANSFORMERS, pairs
 from support.source import ROOT
-from support.tiny import load, logits, token_batches
+from support.tiny import load, logits, stops_transformers_alone, token_batches
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +50,8 @@ def test_transformers_gives_what_the_plan_gives(name: str, original: Path, calib
     )
     expected = logits(in_memory)
     torch.testing.assert_close(logits(load(out)), expected, rtol=1e-4, atol=1e-4)
+    ours = open_checkpoint(out).config.get("quantization_config", {}).get("quant_method") == "moetailor"
+    assert stops_transformers_alone(out) == ours
     if name != "compressed_experts":
         assert not torch.allclose(logits(load(original)), expected, rtol=1e-4, atol=1e-4)
 

@@ -195,7 +195,7 @@ def foretold(host: Host, original: Original, job: Job) -> Estimate:
     given = {"budget": job.budget, "text": job.text, "format": job.choice.format}
     given |= {"layers": None, "protect": (), "allocation": "uniform", "width": job.choice.width}
     run = {"stream": job.streams(original), "dtype": job.dtype}
-    parts = [of_compression(host, original, job.choice.made_by, given, calibration=None, sample=SampleOptions(), **run)]
+    parts = of_compression(host, original, job.choice.made_by, given, calibration=None, sample=SampleOptions(), **run)
     if job.choice.format != Gguf.name:
         plan = estimate_plan(original.facts, job.choice.made_by, job.budget, width=job.choice.width)
         few = runs_loops(plan, resolve_format(plan, job.choice.format, original))

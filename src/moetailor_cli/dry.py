@@ -147,7 +147,7 @@ def compress(
     """
     import moetailor
     from moetailor.checkpoint.original import looked_at
-    from moetailor.estimates.estimate import Host
+    from moetailor.estimates.estimate import Host, in_turn
     from moetailor.estimates.together import of_compression
     from moetailor.methods.registry import find_method
 
@@ -157,7 +157,8 @@ def compress(
         used = moetailor.Calibration.open(given["calibration"]) if finished else None
         method = find_method(given["method"]).of(given["parameters"])
         host = Host.measured(output.BEGAN, original, device=device, dtype=run["dtype"])
-        output.estimate(of_compression(host, original, method, given, calibration=used, **run))
+        stages = of_compression(host, original, method, given, calibration=used, **run)
+        output.estimate(in_turn("compress", stages, host.startup))
 
 
 def evaluate(compressed: str, against: str, run: Options, *, device: str | None, trust_remote_code: bool) -> Estimate:

@@ -38,6 +38,7 @@ from support.tiny import (
     load,
     logits,
     mixed_plan,
+    stops_transformers_alone,
     token_batches,
 )
 
@@ -201,6 +202,9 @@ def test_the_moetailor_format_round_trips(
         eager(from_disk).save_pretrained(tmp_path / "again")
     torch.testing.assert_close(logits(load(tmp_path / "again")), expected, rtol=1e-5, atol=1e-5)
     assert torch.isfinite(expected).all()
+    with quiet_transformers():
+        in_memory.save_pretrained(tmp_path / "memory")
+    assert all(stops_transformers_alone(tmp_path / folder) for folder in ("out", "again", "memory"))
 
 
 @families_in_turn(0)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 import moetailor
 from moetailor.answers import Constant, Drop, Keep, Linear, Remap
@@ -77,6 +78,19 @@ def load(folder: Path) -> nn.Module:
     for tensor in tensors_of(model).values():
         tensor.data = tensor.data.clone()
     return eager(model.eval())
+
+
+def stops_transformers_alone(folder: Path) -> bool:
+    """Say whether transformers stops at a checkpoint, by the name of moetailor, where that was not imported."""
+    with pytest.MonkeyPatch.context() as patch:
+        for known in (AUTO_QUANTIZER_MAPPING, AUTO_QUANTIZATION_CONFIG_MAPPING):
+            patch.delitem(known, "moetailor")
+        try:
+            with quiet_transformers():
+                AutoModelForCausalLM.from_pretrained(folder)
+        except ValueError as error:
+            return "moetailor" in str(error)
+    return False
 
 
 def eager(model: nn.Module) -> nn.Module:

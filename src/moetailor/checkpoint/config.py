@@ -26,6 +26,9 @@ from moetailor.checkpoint.quiet import quiet_transformers
 from moetailor.checkpoint.storage import READERS
 from moetailor.errors import CheckpointError, reason_of
 
+# What names the implementation of experts: transformers stops at one that it does not know, where it would but warn of
+# an unknown quantization and of missing tensors, and go on with experts of random numbers.
+RUNS = "experts_implementation"
 # Files beside the weights that say that they are quantized, where config.json does not.
 QUANTIZED_FILES = "*quant*config*.json"
 COUNT = re.compile(r"(?:^|_)(?:num|n)_(?:\w+_)?(layer|expert)s?$")
@@ -41,6 +44,16 @@ def written_here(config: dict) -> bool:
     return isinstance(entry, dict) and entry.get("quant_method") == family.QUANT_METHOD
 
 
+def unmarked(config: Any) -> Any:
+    """Return a transformers config whose experts transformers may build, though config.json says that only moetailor
+    runs them; saved, it says so again.
+    """
+    if getattr(config, f"_{RUNS}", None) == family.QUANT_METHOD:
+        setattr(config, f"_{RUNS}", None)
+        setattr(config, RUNS, family.QUANT_METHOD)
+    return config
+
+
 def original_config(config: Any) -> Any:
     """Return a transformers config without how moetailor compressed the experts, or how weights lie that are read as
     numbers; any other is returned as it is.
@@ -51,6 +64,7 @@ def original_config(config: Any) -> Any:
         return config
     config = copy.copy(config)
     config.quantization_config = None
+    vars(config).pop(RUNS, None)
     return config
 
 
@@ -120,7 +134,7 @@ def load_config(folder: Path, config: dict, *, trust_remote_code: bool = False) 
 
     try:
         with quiet_transformers():
-            return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            return unmarked(AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code))
     except Exception as error:  # whatever is raised, it is about what somebody wrote there
         reason = "transformers cannot read it: " + reason_of(error)
         if "trust_remote_code" in str(error):

@@ -8,9 +8,9 @@ from moetailor.planning.work import Work
 from moetailor.transform.formats import Format
 from moetailor.transform.formats.moetailor import Moetailor
 
-# Bytes of memory that numba brings, and that compiling leaves there; operations that take as long as compiling one
-# loop, which the interpreter does as it does these: 5 to 7 s, and about two of them run over a text.
-NUMBA, COMPILED, STEPS = 70 * 10**6, 70 * 10**6, 450_000
+# Bytes of memory that numba brings, and that compiling leaves there (70 to 150 MB were seen); operations that take as
+# long as compiling one loop, 4 to 7 s, which the interpreter does as it does these; and loops that run over a text.
+NUMBA, COMPILED, STEPS = 70 * 10**6, 100 * 10**6, 400_000
 LOOPS = 2
 
 
@@ -36,4 +36,5 @@ def of_loops(device: str, loops: int = LOOPS) -> Work:
         return Work()
     from moetailor.checkpoint.storage import compiled  # numba takes half a second
 
-    return Work(nbytes=NUMBA) if compiled.kept() else Work(steps=STEPS * loops, nbytes=NUMBA + COMPILED)
+    left = max(loops - compiled.kept(), 0)
+    return Work(steps=STEPS * left, nbytes=NUMBA + COMPILED * (left > 0))

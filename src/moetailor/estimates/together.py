@@ -35,8 +35,8 @@ def of_compression(
     sample: SampleOptions,
     propagate: str = "original",
     **run: Any,
-) -> Estimate:
-    """Return what `compress` will take.
+) -> list[Estimate]:
+    """Return what each stage of `compress` will take.
 
     Args:
         host: the machine.
@@ -61,7 +61,7 @@ def of_compression(
     )
     carried = form.carried(plan)
     parts.append(of_apply(host, carried, original, form, sampled, compressed=propagate == "compressed"))
-    return in_turn("compress", parts, host.startup)
+    return parts
 
 
 def of_comparison(

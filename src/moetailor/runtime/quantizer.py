@@ -19,7 +19,7 @@ from moetailor.answers import SlotMap
 from moetailor.answers.slot_map import CURE
 from moetailor.checkpoint.anatomy import Anatomy, discover
 from moetailor.checkpoint.coded import described_ways, ways_in
-from moetailor.checkpoint.config import original_config
+from moetailor.checkpoint.config import original_config, unmarked
 from moetailor.checkpoint.family import QUANT_METHOD
 from moetailor.checkpoint.storage import Quantized
 from moetailor.errors import CheckpointError
@@ -75,6 +75,10 @@ class MoetailorQuantizer(HfQuantizer):
 
     requires_calibration = True
     quantization_config: MoetailorConfig  # type: ignore[assignment]
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Let the model be built: this is called with its config before that."""
+        return super().update_attn_implementation(unmarked(config))
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         reshape_loaded(model, self.quantization_config.slot_maps())

@@ -31,10 +31,11 @@ NONE = np.zeros((0, 0, 0), np.uint32)
 SHARE = 2**18
 
 
-def kept() -> bool:
-    """Say whether numba has kept loops on the disk that it compiled before."""
-    folder = loops.numbers.stats.cache_path
-    return folder is not None and any(Path(folder).glob(f"{Path(loops.__file__).stem}.*.nbi"))
+def kept() -> int:
+    """Return how many loops numba has kept on the disk that it compiled before, for a kind of arguments each."""
+    folder, stem = loops.numbers.stats.cache_path, Path(loops.__file__).stem
+    names = ("numbers", "products")
+    return 0 if folder is None else sum(len([*Path(folder).glob(f"{stem}.{name}-*.nbc")]) for name in names)
 
 
 def product(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from moetailor.checkpoint.coded import source_entry
+from moetailor.checkpoint.config import RUNS
+from moetailor.checkpoint.family import QUANT_METHOD
 from moetailor.planning.plan import Plan
 from moetailor.runtime.quantizer import MoetailorConfig
 from moetailor.transform.formats.format import Format
@@ -29,8 +31,10 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
         """Refuse nothing."""
 
     def config(self, original: dict, config: Any, plan: Plan) -> dict:
-        """Return the config with the slot maps as its quantization, and in them how the original's weights lie."""
+        """Return the config with the slot maps as its quantization, in them how the original's weights lie, and what
+        stops transformers where moetailor is not imported.
+        """
         if not plan.layers:
             return original
         entry = MoetailorConfig.of(plan.slot_maps, source=source_entry(original))
-        return original | {"quantization_config": entry.to_dict()}
+        return original | {"quantization_config": entry.to_dict(), RUNS: QUANT_METHOD}
