@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,8 +27,8 @@ from moetailor.transform.formats import Format
 
 # How often numbers are gone over while experts are opened in float32, and while a result is verified.
 OPENED, VERIFIED = 6, 8
-# Characters of plan.json for a slot with its score and for a layer, and of a tensor in headers and in the index.
-SLOT, LAYER, TENSOR = 14, 100, 190
+# Characters of plan.json for settings, and of a tensor in headers and in the index; a score with as many as most have.
+SETTINGS, TENSOR, SCORE = 150, 190, 0.00123457
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +83,7 @@ def of_plan(
     stacks = [stack for stack in facts.stacks if stack.index is not None and stack.prefix in estimate.layers]
     layers, calibration = [sampled.size(stack, facts) for stack in stacks], sampled.calibration
     total = method.trying(layers)
-    reads, memory, writes, opened, left, counted = 0, 0, _json_nbytes(estimate), 0, 0, True
+    reads, memory, writes, opened, left, counted = 0, 0, _json_nbytes(estimate, method), 0, 0, True
     for stack, layer in zip(stacks, layers, strict=True):
         (sums, sample), work = sampled.nbytes(stack, facts), method.work(layer)
         reads, memory, counted = reads + sums, max(memory, sums), counted and work is not None
@@ -129,13 +128,17 @@ def _measured(calibration: Calibration, method: Method, stack: Stack) -> tuple[i
     rows = Kept(calibration=calibration, layer=index).read(what)
     columns = sum(len(each) for each in what.values() if isinstance(each, list))
     missing = stack.num_experts if rows is None else int(rows.isnan().any(1).sum())
-    return missing, 8 * stack.num_experts * columns if missing else 0
+    # A seal for each row, and headers.
+    return missing, 8 * stack.num_experts * (columns + 1) + TENSOR if missing else 0
 
 
-def _json_nbytes(plan: Plan) -> int:
-    """Return the bytes of plan.json, of whose slots not all is known yet."""
-    slots = sum(len(layer.slots) for layer in plan.layers.values())
-    return len(json.dumps(replace(plan, layers={}).to_json(), indent=2)) + SLOT * slots + LAYER * len(plan.layers)
+def _json_nbytes(plan: Plan, method: Method) -> int:
+    """Return the bytes of plan.json with some scores and settings, of whose slots not all is known yet."""
+    layers = {
+        name: replace(layer, scores=(SCORE,) * len(layer.slots)) if method.removes and not layer.scores else layer
+        for name, layer in plan.layers.items()
+    }
+    return len(replace(plan, layers=layers).text) + SETTINGS
 
 
 def of_apply(
@@ -189,7 +192,7 @@ def of_apply(
         why="" if counted else uncounted,
         **host.memory(memory),
         reads=reads,
-        writes=nbytes + TENSOR * len(original.checkpoint.tensors) + _json_nbytes(plan) + _beside(original),
+        writes=nbytes + TENSOR * len(original.checkpoint.tensors) + _json_nbytes(plan, method) + _beside(original),
         meanwhile=built,
         downloads=downloads_of(original),
     )

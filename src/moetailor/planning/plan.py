@@ -116,10 +116,15 @@ class Plan:
             "layers": {prefix: plan.to_json() for prefix, plan in self.layers.items()},
         }
 
+    @property
+    def text(self) -> str:
+        """The plan as readable JSON."""
+        return _readable(self.to_json())
+
     def save(self, file: str | Path) -> None:
         """Write the plan as readable JSON."""
         check_file(Path(file), "plan")
-        write_text(Path(file), _readable(self.to_json()))
+        write_text(Path(file), self.text)
 
     @classmethod
     def load(cls, file: str | Path) -> Plan:
