@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -188,6 +189,21 @@ def test_memory_is_counted_as_torch_counts_it(name: str, made: moetailor.Calibra
     layer.inputs(torch.arange(1))
     assert float(layer.sums.count.sum()) == 4 * size.sampled  # so all that the layer keeps is read
     assert count(size).nbytes == pytest.approx(most_taken(lambda: run(layer)), rel=0.2)
+
+
+def test_counts_of_a_damaged_calibration_are_refused_or_taken_for_what_they_may_be(
+    made: moetailor.Calibration, tmp_path: Path
+) -> None:
+    shutil.copytree(made.folder, tmp_path / "calib")
+    file, layer = tmp_path / "calib" / "layer-0000.safetensors", made.layers[0]
+    tensors, damaged = load_file(file), moetailor.Calibration.open(tmp_path / "calib")
+    tensors["sample.index"][0] = torch.tensor([-7, 1, 2, 99], dtype=torch.int32)
+    save_file(tensors, file)
+    assert damaged.sampled_counts(layer).sum() == 4 * len(tensors["sample.key"])
+    del tensors["sample.index"]
+    save_file(tensors, file)
+    with pytest.raises(moetailor.CalibrationError, match=r"lacks sample\.index; delete it"):
+        damaged.sampled_counts(layer)
 
 
 def test_what_a_calibration_writes_is_foretold(made: moetailor.Calibration) -> None:

@@ -181,8 +181,10 @@ def load_sample(file: Path, experts: int, width: int, top_k: int, *, known: str 
 
 def load_counts(file: Path, experts: int) -> torch.Tensor:
     """Read how many sampled tokens of one layer each expert has, [E], and nothing else; see `load_sums`."""
-    index = read_tensors(file, f"{SAMPLE}index", error=CalibrationError, cure=AGAIN)
-    return torch.cat([part.flatten() for part in index.values()]).bincount(minlength=experts)
+    name = f"{SAMPLE}index"
+    index = read_tensors(file, name, names=[""], error=CalibrationError, cure=AGAIN)[""]
+    # What else was written there is not read, and so not known by its hash.
+    return index.flatten().long().clamp(0, experts - 1).bincount(minlength=experts)
 
 
 def _check_kinds(

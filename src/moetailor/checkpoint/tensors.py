@@ -86,7 +86,7 @@ def read_tensors(
     except Exception as reason:  # whatever damage makes safetensors and torch raise
         raise error(f"{file}: cannot be read ({reason}); {cure}") from None
     if lost := set(names) - found.keys():
-        raise error(f"{file}: lacks {', '.join(sorted(lost))}; {cure}")
+        raise error(f"{file}: lacks {', '.join(prefix + name for name in sorted(lost))}; {cure}")
     if known is not None and digest(found) != known:
         raise error(f"{file}: holds other values than were written, it is damaged or of another run; {cure}")
     return found
