@@ -28,7 +28,7 @@ from moetailor.transform.formats import Format
 # How often numbers are gone over while experts are opened in float32, and while a result is verified.
 OPENED, VERIFIED = 6, 8
 # Characters of plan.json for settings, and of a tensor in headers and in the index; a score with as many as most have.
-SETTINGS, TENSOR, SCORE = 150, 190, 0.0123457
+SETTINGS, TENSOR, SCORE = 150, 190, 0.012346
 
 
 @dataclass(frozen=True, kw_only=True)
