@@ -1,4 +1,4 @@
-"""Dry runs: what cannot work is refused, what would be done is foretold, and nothing is read but config, headers and counts."""
+"""Dry runs: what cannot work is refused, what would be done is foretold; config, headers and counts alone are read."""
 
 from __future__ import annotations
 
