@@ -24,7 +24,7 @@ from moetailor.checkpoint.devices import give_back
 from moetailor.checkpoint.experts import ExpertShape
 from moetailor.checkpoint.original import looked_at
 from moetailor.checkpoint.rates import Rates, peak_nbytes, resident_now
-from moetailor.estimates.compiling import of_loops, runs_loops
+from moetailor.estimates.compiling import loops_of, of_loops
 from moetailor.estimates.deciding import Sampled
 from moetailor.estimates.estimate import Estimate, Host, duration, in_turn
 from moetailor.estimates.running import of_calibration, run_of
@@ -378,13 +378,13 @@ def test_loops_count_until_some_were_compiled(tmp_path: Path) -> None:
             for name, remove in (("quantize", "0%"), ("mone", "25%"))
         )
     forms = (FORMATS["moetailor"], FORMATS["compressed-tensors"], None)
-    assert [runs_loops(narrow, form) for form in forms] == [True, False, True]
-    assert not runs_loops(whole)
+    assert [loops_of(narrow, form) for form in forms] == [2, 0, 2]
+    assert loops_of(whole) == 0
     matrix = torch.randn(1, 32, 32)
     storage = WIDTHS[0].storages(ExpertShape(width=32, intermediate=32))["up"]
     storage.decode(storage.pack(storage.nearest(matrix, torch.float32)), (1, 32, 32))
-    told = "from moetailor.estimates.compiling import of_loops; print(*(int(of_loops(where).steps) for where in {}))"
-    assert of_loops("cpu", 1) == replace(of_loops("meta"), nbytes=70 * 10**6)
+    told = "from moetailor.estimates.compiling import of_loops; print(*(int(of_loops(where, 2).steps) for where in {}))"
+    assert of_loops("cpu", 1) == replace(of_loops("meta", 1), nbytes=70 * 10**6)
     command = [sys.executable, "-c", told.format(("cpu", "meta"))]
     anew = subprocess.run(
         command, env=os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True, check=True

@@ -3,36 +3,43 @@
 from __future__ import annotations
 
 from moetailor.checkpoint.devices import is_apart
+from moetailor.methods.registry import find_method
 from moetailor.planning.plan import Plan
 from moetailor.planning.work import Work
 from moetailor.transform.formats import Format
 from moetailor.transform.formats.moetailor import Moetailor
 
 # Bytes of memory that numba brings, and that compiling leaves there (70 to 150 MB were seen); operations that take as
-# long as compiling one loop, 4 to 7 s, which the interpreter does as it does these; and loops that run over a text.
+# long as compiling one loop, 4 to 7 s, which the interpreter does as it does these.
 NUMBA, COMPILED, STEPS = 70 * 10**6, 100 * 10**6, 400_000
-LOOPS = 2
+# Loops that run over a text, for each kind of tables; kinds that there are at most.
+LOOPS, KINDS = 2, 3
 
 
-def runs_loops(plan: Plan, form: Format | None = None) -> bool:
-    """Say whether experts of a result lie in few bits of ours: those of compressed-tensors are its library's to open.
+def loops_of(plan: Plan, form: Format | None = None) -> int:
+    """Return how many loops run a result over a text: none where no experts lie in few bits of ours, and those of
+    compressed-tensors are its library's to open.
 
     Args:
-        plan: the plan.
+        plan: the plan, or an estimate of it.
         form: the form of the result; None in memory.
     """
-    ours = form is None or form.name == Moetailor.name
-    return ours and any(layer.packed for layer in plan.layers.values())
+    widths = {width for layer in plan.layers.values() for width in layer.packed}
+    if not widths or (form is not None and form.name != Moetailor.name):
+        return 0
+    method = find_method(plan.method).of(plan.parameters)
+    # Of a method that keeps experts in whatever width an estimate knows but one.
+    return LOOPS * (KINDS if method.removes and method.keeps_all else min(len(widths), KINDS))
 
 
-def of_loops(device: str, loops: int = LOOPS) -> Work:
+def of_loops(device: str, loops: int) -> Work:
     """Return the work of some loops before they run, and the memory that they take.
 
     Args:
         device: where experts run.
         loops: how many.
     """
-    if is_apart(device):
+    if is_apart(device) or not loops:
         return Work()
     from moetailor.checkpoint.storage import compiled  # numba takes half a second
 

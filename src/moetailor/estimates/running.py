@@ -218,7 +218,7 @@ def of_evaluation(
     original: Original,
     compressed: int,
     *,
-    few_bits: bool = False,
+    loops: int = 0,
     text: TextOptions,
     downloads: int = 0,
     tasks: bool = False,
@@ -233,7 +233,7 @@ def of_evaluation(
         host: the machine.
         original: the original.
         compressed: bytes of the compressed checkpoint.
-        few_bits: whether experts lie there in few bits of ours.
+        loops: how many run it, see `loops_of`.
         text: what is evaluated on.
         downloads: bytes of it that the hub would have to give.
         tasks: whether some run, of which nobody knows how long.
@@ -244,9 +244,9 @@ def of_evaluation(
     run = run_of(original, text, stream=stream, device=host.device, dtype=dtype)
     cost, reads = run.cost, run.cost.nbytes + compressed
     # The original's head lies beside the compressed model.
-    loops = of_loops(host.device) if few_bits else Work()
-    taken = run.memory(cost.outside * run.width + run.predictions + loops.nbytes)
-    work = loops + 2 * run.loading + judging(run, speed=not stream)
+    compiling = of_loops(host.device, loops)
+    taken = run.memory(cost.outside * run.width + run.predictions + compiling.nbytes)
+    work = compiling + 2 * run.loading + judging(run, speed=not stream)
     moved = reads + run.states * (2 + 4 * stream * len(cost.layers))
     return Estimate(
         verb="evaluate",
