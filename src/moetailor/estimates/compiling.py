@@ -24,12 +24,13 @@ def loops_of(plan: Plan, form: Format | None = None) -> int:
         plan: the plan, or an estimate of it.
         form: the form of the result; None in memory.
     """
-    widths = {width for layer in plan.layers.values() for width in layer.packed}
-    if not widths or (form is not None and form.name != Moetailor.name):
-        return 0
-    method = find_method(plan.method).of(plan.parameters)
-    # Of a method that keeps experts in whatever width an estimate knows but one.
-    return LOOPS * (KINDS if method.removes and method.keeps_all else min(len(widths), KINDS))
+    widths, method = {width for layer in plan.layers.values() for width in layer.packed}, find_method(plan.method)
+    chosen = method.of(plan.parameters)
+    # Of what chooses a width for each expert an estimate knows none.
+    if getattr(chosen, "bits", None) is True and not getattr(chosen, "uniform_layers", False):
+        return LOOPS * KINDS
+    ours = form is None or form.name == Moetailor.name
+    return LOOPS * min(len(widths), KINDS) * ours
 
 
 def of_loops(device: str, loops: int) -> Work:
