@@ -28,7 +28,7 @@ from moetailor.errors import CheckpointError, reason_of
 
 # What names the implementation of experts: transformers stops at one that it does not know, where it would but warn of
 # an unknown quantization and of missing tensors, and go on with experts of random numbers.
-RUNS = "experts_implementation"
+IMPLEMENTATION = "experts_implementation"
 # Files beside the weights that say that they are quantized, where config.json does not.
 QUANTIZED_FILES = "*quant*config*.json"
 COUNT = re.compile(r"(?:^|_)(?:num|n)_(?:\w+_)?(layer|expert)s?$")
@@ -48,9 +48,9 @@ def unmarked(config: Any) -> Any:
     """Return a transformers config whose experts transformers may build, though config.json says that only moetailor
     runs them; saved, it says so again.
     """
-    if getattr(config, f"_{RUNS}", None) == family.QUANT_METHOD:
-        setattr(config, f"_{RUNS}", None)
-        setattr(config, RUNS, family.QUANT_METHOD)
+    if getattr(config, f"_{IMPLEMENTATION}", None) == family.QUANT_METHOD:
+        setattr(config, f"_{IMPLEMENTATION}", None)
+        setattr(config, IMPLEMENTATION, family.QUANT_METHOD)
     return config
 
 
@@ -64,7 +64,7 @@ def original_config(config: Any) -> Any:
         return config
     config = copy.copy(config)
     config.quantization_config = None
-    vars(config).pop(RUNS, None)
+    vars(config).pop(IMPLEMENTATION, None)
     return config
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from moetailor.checkpoint.devices import is_apart
+from moetailor.checkpoint.original import Original
 from moetailor.methods.registry import find_method
 from moetailor.planning.plan import Plan
 from moetailor.planning.work import Work
@@ -24,13 +25,21 @@ def loops_of(plan: Plan, form: Format | None = None) -> int:
         plan: the plan, or an estimate of it.
         form: the form of the result; None in memory.
     """
-    widths, method = {width for layer in plan.layers.values() for width in layer.packed}, find_method(plan.method)
-    chosen = method.of(plan.parameters)
-    # Of what chooses a width for each expert an estimate knows none.
-    if getattr(chosen, "bits", None) is True and not getattr(chosen, "uniform_layers", False):
+    widths = {width for layer in plan.layers.values() for width in layer.packed}
+    # Of widths by expert, which no other form holds, an estimate knows none.
+    if not widths and find_method(plan.method).of(plan.parameters).decides_widths:
         return LOOPS * KINDS
-    ours = form is None or form.name == Moetailor.name
-    return LOOPS * min(len(widths), KINDS) * ours
+    return LOOPS * min(len(widths), KINDS) if form is None or form.name == Moetailor.name else 0
+
+
+def loops_in(result: Original) -> int:
+    """Return how many loops run a checkpoint over a text, see `loops_of`.
+
+    Args:
+        result: the checkpoint.
+    """
+    names = {name.rpartition(".")[2] for name in result.checkpoint.tensors}
+    return LOOPS * min(sum(name.endswith("down_packed") for name in names), KINDS) * result.written_here
 
 
 def of_loops(device: str, loops: int) -> Work:

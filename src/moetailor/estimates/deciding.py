@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
@@ -49,17 +50,22 @@ class Sampled:
         about = calibration.fingerprint
         return cls(tokens=min(about["sample"]["tokens"], about["text"]["tokens"]), calibration=calibration)
 
+    @cached_property
+    def _counts(self) -> dict[int, tuple[int, ...]]:
+        """How many of them each expert has, by layer: read once, for whatever is foretold of it."""
+        made = self.calibration
+        return {} if made is None else {layer: tuple(made.sampled_counts(layer).tolist()) for layer in made.layers}
+
     def size(self, stack: Stack, facts: ModelFacts) -> LayerSize:
         """Return a layer that the model runs as far as work depends on it."""
         assert stack.shape is not None
         assert stack.index is not None
-        counts = () if self.calibration is None else self.calibration.sampled_counts(stack.index).tolist()
         return LayerSize(
             experts=stack.num_experts,
             top_k=facts.top_k,
             shape=stack.shape,
             sampled=self.tokens,
-            counts=tuple(counts),
+            counts=self._counts.get(stack.index, ()),
         )
 
     def nbytes(self, stack: Stack, facts: ModelFacts) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from moetailor.calibration.folder import Calibration
 from moetailor.calibration.layers import ResidentModel
 from moetailor.checkpoint import family
 from moetailor.checkpoint.anatomy import discover
-from moetailor.checkpoint.config import RUNS
+from moetailor.checkpoint.config import IMPLEMENTATION
 from moetailor.checkpoint.facts import facts_of_model
 from moetailor.checkpoint.weights import ExpertWeights
 from moetailor.planning.checks import check_plan
@@ -69,7 +69,7 @@ def _mark(model: Any, plan: Plan) -> None:
     """Make the model one of the moetailor format, as if it had been loaded from it."""
     config = MoetailorConfig.of(plan.slot_maps)
     model.config.quantization_config = config
-    setattr(model.config, RUNS, QUANT_METHOD)
+    setattr(model.config, IMPLEMENTATION, QUANT_METHOD)
     model.hf_quantizer = MoetailorQuantizer(config, pre_quantized=True)
     model.is_quantized = True
     model.quantization_method = QUANT_METHOD

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from moetailor.checkpoint.coded import source_entry
-from moetailor.checkpoint.config import RUNS
+from moetailor.checkpoint.config import IMPLEMENTATION
 from moetailor.checkpoint.family import QUANT_METHOD
 from moetailor.planning.plan import Plan
 from moetailor.runtime.quantizer import MoetailorConfig
@@ -37,4 +37,4 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
         if not plan.layers:
             return original
         entry = MoetailorConfig.of(plan.slot_maps, source=source_entry(original))
-        return original | {"quantization_config": entry.to_dict(), RUNS: QUANT_METHOD}
+        return original | {"quantization_config": entry.to_dict(), IMPLEMENTATION: QUANT_METHOD}
