@@ -108,6 +108,27 @@ def build_skeleton(
             ) from None
 
 
+# Models that `look_at` has built, by class and config.
+_LOOKED_AT: dict[tuple[type, str], Any] = {}
+# As many are kept: some megabytes each of a model with a hundred layers.
+_KEPT = 256
+
+
+def look_at(config: Any, of: type) -> Any:
+    """Return the same in float32, to be read and never changed: it is built once, and a stage asks a dozen times.
+
+    Args:
+        config: its transformers config.
+        of: class of the model.
+    """
+    asked = (of, config.to_json_string(use_diff=False))
+    if asked not in _LOOKED_AT:
+        if len(_LOOKED_AT) == _KEPT:
+            _LOOKED_AT.clear()
+        _LOOKED_AT[asked] = build_skeleton(config, torch.float32, of=of)
+    return _LOOKED_AT[asked]
+
+
 def discover(config: Any, skeleton: nn.Module | None = None) -> Anatomy:
     """Find the MoE layers of the model that a config describes.
 
@@ -131,7 +152,7 @@ def discover(config: Any, skeleton: nn.Module | None = None) -> Anatomy:
         setattr(doubled, name, 2 * getattr(config, name))
     small = skeleton if skeleton is not None else build_skeleton(config)
     # Of the same class: code that came with the checkpoint was run, or not, when the first was built.
-    large = build_skeleton(doubled, of=type(small))
+    large = look_at(doubled, type(small))
     rows, counts = _row_axes(small, large), _count_attributes(small, large)
     paths = sorted({name.rpartition(".")[0] for name in rows if name.endswith(".down_proj")}, key=_layer_number)
     if not paths:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -43,6 +44,12 @@ def measured_rates(device: str, dtype: torch.dtype, files: Iterable[Path] = ()) 
         dtype: dtype of the products.
         files: what is to be read; only the beginning of some is.
     """
+    return replace(_computing(device, dtype), reading=_reading(files))
+
+
+@cache
+def _computing(device: str, dtype: torch.dtype) -> Rates:
+    """Return the same without reading: it is measured once in a process."""
     generator = torch.Generator().manual_seed(0)
     matrix = torch.randn(SIZE, SIZE, generator=generator).to(device, dtype)
     vector, other, small = (torch.zeros(numbers, device=device) for numbers in (NUMBERS, NUMBERS, 1))
@@ -61,7 +68,7 @@ def measured_rates(device: str, dtype: torch.dtype, files: Iterable[Path] = ()) 
         products=2 * SIZE**3 * a_second(lambda: matrix @ matrix),
         elements=NUMBERS * a_second(lambda: torch.add(vector, 1, out=other)),
         step=1 / a_second(lambda: small + 1),
-        reading=_reading(files),
+        reading=None,
     )
 
 

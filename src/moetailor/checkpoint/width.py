@@ -6,10 +6,9 @@ import copy
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 
-from moetailor.checkpoint.anatomy import Anatomy, build_skeleton, tensors_of
+from moetailor.checkpoint.anatomy import Anatomy, look_at, tensors_of
 from moetailor.checkpoint.experts import Experts
 from moetailor.errors import CheckpointError
 
@@ -61,6 +60,6 @@ def _built(config: Any, name: str, value: int, model: nn.Module) -> Any:
     other = copy.deepcopy(config)
     try:
         setattr(other, name, value)
-        return build_skeleton(other, torch.float32, of=type(model))
+        return look_at(other, type(model))
     except Exception:  # whatever the family's code makes of a number that was meant for something else
         return None

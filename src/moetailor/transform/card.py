@@ -14,8 +14,9 @@ from moetailor.checkpoint.hub import name_and_revision
 from moetailor.planning.plan import Plan
 from moetailor.transform.formats import Format
 
-# Bytes of the original's card in which its front matter must end; parsing more would take minutes.
-LARGEST = 2**16
+# Bytes of the original's card in which its front matter must end, and levels that it may have: parsing more would take
+# minutes.
+LARGEST, DEEPEST = 2**16, 20
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}", re.ASCII)
 
 
@@ -68,8 +69,7 @@ def original_licence(folder: Path) -> dict[str, str | list[str]]:
         with open(folder / "README.md", "rb") as card:
             text = card.read(LARGEST).decode("utf-8-sig", errors="replace").replace("\r\n", "\n")
         front = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
-        # An alias may stand for many more of its kind, and no card needs one.
-        if front is None or any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(front[1], yaml.SafeLoader)):
+        if front is None or not _plain_yaml(front[1]):
             return {}
         data = yaml.safe_load(front[1])
     except Exception:  # whatever a file that is not ours makes its readers raise: it names no licence then
@@ -77,6 +77,18 @@ def original_licence(folder: Path) -> dict[str, str | list[str]]:
     given = data if isinstance(data, dict) else {}
     named = {name: given.get(name) for name in ("license", "license_name", "license_link")}
     return {name: words for name, value in named.items() if (words := _one_line(value))}
+
+
+def _plain_yaml(text: str) -> bool:
+    """Say whether YAML can be read in a moment: an alias may stand for many more of its kind, and each level of a tree
+    makes all that it holds slower; no card needs either.
+    """
+    depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent) or depth > DEEPEST:
+            return False
+    return True
 
 
 def _one_line(value: Any) -> str | list[str]:
