@@ -214,7 +214,10 @@ main()
 """
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 143), (signal.SIGINT, 130), pytest.param(signal.SIGHUP, 129, marks=pytest.mark.slow)],
+)
 def test_a_run_that_is_ended_leaves_nothing(tmp_path: Path, number: int, code: int) -> None:
     """Evaluation has the log-probabilities of all words among the temporary files, which may be many bytes.
 

@@ -44,16 +44,16 @@ def test_lines_are_left_out_where_it_is_quiet(capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().err == ""
 
 
-def test_without_a_terminal_nothing_steers_one(tmp_path: Path) -> None:
+def test_without_a_terminal_nothing_steers_one(run, tmp_path: Path) -> None:
     """And in one there are bars."""
-    words = ["calibrate", str(REFERENCE), "-o", str(tmp_path / "calib"), *map(str, TEXT)]
-    code = f"import sys; sys.argv = ['moetailor', *{words}]\nfrom moetailor_cli.app import main; main()"
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert re.search("[\x1b\r]", ran.stdout + ran.stderr) is None
-    other = code.replace("'calib'", "'other'").replace(str(tmp_path / "calib"), str(tmp_path / "other"))
+    words = ["calibrate", str(REFERENCE), *TEXT, "-o"]
+    code, shown, err = run(*words, tmp_path / "calib")
+    assert code == 0, err
+    assert re.search("[\x1b\r]", shown + err) is None
+    told = f"import sys; sys.argv = ['moetailor', *{[*words, str(tmp_path / 'other')]}]"
     leader, follower = pty.openpty()
-    terminal = os.environ | {"TERM": "xterm"}
-    subprocess.run([sys.executable, "-c", other], stderr=follower, env=terminal, check=True)
+    command = [sys.executable, "-c", f"{told}\nfrom moetailor_cli.app import main; main()"]
+    subprocess.run(command, stderr=follower, env=os.environ | {"TERM": "xterm"}, check=True)
     os.close(follower)
     assert b"\x1b[" in os.read(leader, 2**20)
     os.close(leader)

@@ -60,7 +60,7 @@ def test_a_plan_is_valid_deterministic_and_loads(
     plan.save(tmp_path / "plan.json")
     assert moetailor.Plan.load(tmp_path / "plan.json") == plan
     assert plan.nbytes < plan.model.nbytes
-    moetailor.apply(plan, checkpoint(family), tmp_path / "out", calibration=calibration(family))
+    moetailor.apply(plan, checkpoint(family), tmp_path / "out", calibration=calibration(family), verify=False)
     assert torch.isfinite(logits(load(tmp_path / "out"))).all()
 
 

@@ -60,7 +60,7 @@ def test_narrow_experts_are_the_original_with_neurons_masked_in_every_form(
         logits(masked(eager(load(checkpoint(name))), compressed)), expected, rtol=1e-4, atol=1e-5
     )
     given = {"calibration": calibration(name)}
-    out = moetailor.apply(plan, checkpoint(name), tmp_path / "own", format="moetailor", **given)
+    out = moetailor.apply(plan, checkpoint(name), tmp_path / "own", format="moetailor", verify=False, **given)
     assert open_checkpoint(out).nbytes == plan.nbytes
     torch.testing.assert_close(logits(load(out)), expected, rtol=1e-4, atol=1e-5)
     form = resolve_format(plan, "auto", Original(checkpoint(name))).name

@@ -110,7 +110,7 @@ def test_vllm_gives_what_our_runtime_gives(
     torch.testing.assert_close(
         logits(eager(read.load(dtype=torch.float32, device="cpu"))), expected, rtol=1e-4, atol=1e-5
     )
-    ours = moetailor.apply(plan, folder, tmp_path / "ours", calibration=calibration(name))
+    ours = moetailor.apply(plan, folder, tmp_path / "ours", calibration=calibration(name), verify=False)
     torch.testing.assert_close(logits(load(ours)), expected, rtol=1e-4, atol=1e-5)
 
 
