@@ -3,14 +3,16 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 REFERENCE := examples/reference-moe
-# Processes that share the tests, a file at a time.
+# Processes that share the tests, a file at a time and in the order of their names: those of the plug-in, which take
+# longest, come first, and at the end are short ones.
 WORKERS ?= 2
+SHARED := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 # Tests and the demo need no network once packages are there.
 export HF_HUB_OFFLINE := 1
 export HF_DATASETS_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 # The plug-in's tests run where vLLM is: in the environment of `make vllm`, unless another Python is named.
-export MOETAILOR_VLLM_PYTHON ?= $(wildcard $(CURDIR)/.venv-vllm/bin/python)
+export MOETAILOR_VLLM_PYTHON ?= $(if $(wildcard .venv-vllm/ready),$(CURDIR)/.venv-vllm/bin/python)
 
 .PHONY: help setup test vllm check docs site demo bench floor clean
 help:
@@ -36,7 +38,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 setup: $(VENV)/ready
 
 test: setup
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --durations 20
+	$(BIN)/python -m pytest $(SHARED) --durations 20
 
 # An environment of its own: vLLM wants other releases than we do. Vision and audio come for another torch.
 .venv-vllm/ready: constraints.txt
@@ -82,7 +84,7 @@ demo: setup
 
 # Old releases say of others, and these of them, that they will go.
 floor: .venv-floor/ready
-	.venv-floor/bin/python -m pytest -W ignore::DeprecationWarning --numprocesses $(WORKERS) --dist loadfile
+	.venv-floor/bin/python -m pytest -W ignore::DeprecationWarning $(SHARED)
 
 bench: setup
 	$(BIN)/python -m pytest -m slow
