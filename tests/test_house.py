@@ -4,14 +4,17 @@ import ast
 import random
 import re
 import zlib
+from pathlib import Path
 
 import numpy
 import pytest
 import torch
+from typer.main import get_command
 
 from moetailor.answers import ANSWERS
+from moetailor_cli.app import app
 from support.families import FAMILIES, REFUSED
-from support.source import Source, body_lines, sources
+from support.source import ROOT, Source, body_lines, sources
 
 ORDER = (
     "_version",
@@ -67,6 +70,16 @@ def library() -> list[Source]:
 
 def test_everything_has_a_place_in_the_order() -> None:
     assert set(ORDER) == {source.package for source in library()}
+
+
+def test_every_file_is_in_the_layout_that_the_design_draws() -> None:
+    """But for what has one file for each of its kind, and a large verb of the command line."""
+    drawn = (ROOT / "docs" / "design.md").read_text().split("## Layout")[1].split("## Decisions")[0]
+    kinds = ("answers", "methods", "storage", "formats", "engines")
+    files = [Path(source.name) for source in sources("src")]
+    verbs = {name.replace("-", "_") for name in get_command(app).commands}
+    rest = [file for file in files if file.parent.name not in kinds and not file.stem.startswith("_")]
+    assert [str(file) for file in rest if not re.search(rf"\b{file.stem}\b", drawn) and file.stem not in verbs] == []
 
 
 def test_imports_run_down_the_flow() -> None:
