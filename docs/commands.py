@@ -41,7 +41,8 @@ def _verb(name: str, verb: Any) -> Iterator[str]:
     if arguments or flags:
         yield from ("", "| name | default | what it says |", "|---|---|---|")
     for part in arguments + flags:
-        called = part.metavar or part.name.upper() if part in arguments else ", ".join(part.opts)
+        flag = ", ".join([*part.opts, *part.secondary_opts])
+        called = part.metavar or part.name.upper() if part in arguments else flag
         words = " ".join(_told(part.help))
         hint = next(
             (each for each in (hints[part.name], *get_args(hints[part.name])) if get_origin(each) is Literal), None

@@ -6,6 +6,7 @@ import resource
 import shlex
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from typer.main import get_command
 
 import moetailor
+from moetailor.answers import ANSWERS
 from moetailor_cli.app import app
 
 ROOT = Path(__file__).parent.parent
@@ -38,6 +40,14 @@ def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text()):
         if not target.startswith(("http:", "https:", "mailto:")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+# Plans say of packed and narrow experts what their layers' `widths` and `neurons` say.
+@pytest.mark.parametrize("name", sorted(ANSWERS.keys() - {"packed", "narrow"}))
+def test_fields_of_an_answer_are_in_the_page_of_formats(name: str) -> None:
+    rows = (ROOT / "docs" / "formats.md").read_text().split("| answer | fields |")[1].splitlines()
+    told = next(row for row in rows if row.startswith(f"| `{name}` |"))
+    assert [field.name for field in fields(ANSWERS[name]) if f"`{field.name}`" not in told] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
