@@ -75,9 +75,8 @@ def whole(verb: Callable[..., bool | None]) -> Callable[..., None]:
         if pushed and artifact:
             _push(given["out"], pushed)
         elif pushed and not given["dry_run"]:
-            output.warn(
-                f"nothing was made, and nothing uploaded; `hf upload {pushed} {given['out']}` uploads what is there"
-            )
+            there = f"; `hf upload {pushed} {given['out']}` uploads what is there" if given["out"].exists() else ""
+            output.warn(f"nothing was made, and nothing uploaded{there}")
         if not told and (artifact or not quiet) and (line := following(verb.__name__, given)):
             output.say(line, copied=True)
         if artifact:
