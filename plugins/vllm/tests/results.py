@@ -34,6 +34,8 @@ MODELS: dict[str, dict[str, Any]] = {
     | {"moe_intermediate_size": 32, "head_dim": 32, "n_shared_experts": 1, "routed_scaling_factor": 1.5},
     "gpt_oss": SHAPE | {"intermediate_size": 32, "head_dim": 32},
 }
+# Whose correction biases hang on the block in vLLM, not on the router.
+BIASED = {"exaone_moe": SHAPE | {"moe_intermediate_size": 32, "head_dim": 32, "intermediate_size": 64}}
 PROMPTS = np.array([[(a * i * i + b * i + c) % 120 + 4 for i in range(32)] for a, b, c in ((7, 3, 11), (5, 1, 99))])
 TOKENS = 64
 # Wide enough for groups and blocks of 128, of which vLLM has kernels.
@@ -48,7 +50,7 @@ def calibrated(family: str, folder: Path) -> moetailor.Calibration:
     """
     with quiet_transformers():
         name, _, wide = family.partition(", ")
-        model = tiny_model(name, **MODELS[name] | (WIDE if wide else {}))
+        model = tiny_model(name, **(MODELS | BIASED)[name] | (WIDE if wide else {}))
         model.to(torch.bfloat16 if wide else torch.float32).save_pretrained(folder / family)
     text = token_batches(8, 48)
     return moetailor.calibrate(folder / family, folder / f"{family}-cal", text=text, residual=True, sensitivity=True)
@@ -56,7 +58,7 @@ def calibrated(family: str, folder: Path) -> moetailor.Calibration:
 
 @cache
 def make(family: str, method: str, folder: Path) -> Path:
-    """Return the folder of a result; see `by_hand` for `mixed`, `widths` and `int4g32`."""
+    """Return the folder of a result; see `by_hand` for `mixed`, `widths`, `one layer` and `int4g32`."""
     calibration, out = calibrated(family, folder), folder / f"{family}-{method.replace(', ', '-')}"
     plan, form = by_hand(calibration, family, method), "moetailor"
     if plan is None:
@@ -74,7 +76,8 @@ def packed(width: str, form: str, folder: Path) -> Path:
 
 def by_hand(calibration: moetailor.Calibration, family: str, method: str) -> Plan | None:
     """Return a plan that no method of `KINDS` makes; `mixed` is drops, remaps with scales, constants
-    and linear maps in one layer, `widths` has every expert of a layer in another storage.
+    and linear maps in one layer, `widths` has every expert of a layer in another storage, `one layer` leaves all but
+    the last as they are.
     """
     if method == "int4g32":
         return moetailor.make_plan(
@@ -83,6 +86,9 @@ def by_hand(calibration: moetailor.Calibration, family: str, method: str) -> Pla
             moetailor.Budget.parse(remove="0%"),
             parameters={"bits": 4, "codes": "int", "group": 32},
         )
+    if method == "one layer":
+        plan = KINDS["mone"].plan(calibration)
+        return replace(plan, layers=dict([*plan.layers.items()][-1:]))
     if method == "widths":
         plan = KINDS["quantize"].plan(calibration)
         layers = {

@@ -69,6 +69,7 @@ def check_all(results: list[Path], serve: Serve) -> None:
 def test_answers_of_every_kind_are_served_in_every_family(folder: Path, serve: Serve) -> None:
     pairs = [(family, "mixed") for family in MODELS]
     pairs += [(family, kind) for family in ("glm4_moe", "gpt_oss") for kind in ("lightmoe", "quantize")]
+    pairs += [("qwen2_moe", "one layer"), ("gpt_oss", "one layer"), ("exaone_moe", "reap")]
     check_all([make(family, kind, folder) for family, kind in pairs], serve)
 
 
@@ -173,12 +174,21 @@ def edited(result: Path, name: str, edit: Callable[[dict[str, torch.Tensor], dic
 
 def test_what_does_not_fit_is_refused_by_name(folder: Path, serve: Serve) -> None:
     made, oss = make("qwen2_moe", "linear", folder), make("gpt_oss", "linear", folder)
+    part, oss_part = make("qwen2_moe", "one layer", folder), make("gpt_oss", "one layer", folder)
+    biased, whole = make("exaone_moe", "reap", folder), "model.layers.0"
+    correction = "model.layers.1.mlp.e_score_correction_bias"
     layer = "model.layers.1.mlp.experts"
     name = f"{layer}.linear_out"
     cases = {
         edited(made, "missing", lambda t, c: t.pop(name)): "no file has linear_out",
         edited(made, "row", lambda t, c: t.pop(f"{layer}.0.up_proj.weight")): "no file has w3 of expert 0",
-        edited(made, "gate", lambda t, c: t.pop("model.layers.1.mlp.gate.weight")): "mlp.gate: no file has all of",
+        edited(made, "gate", lambda t, c: t.pop("model.layers.1.mlp.gate.weight")): "layers.1.mlp.gate.weight (1",
+        edited(part, "whole-gate", lambda t, c: t.pop(f"{whole}.mlp.gate.weight")): "layers.0.mlp.gate.weight (1",
+        edited(part, "whole-row", lambda t, c: t.pop(f"{whole}.mlp.experts.0.up_proj.weight")): "w3 of expert 0 (1",
+        edited(part, "bias", lambda t, c: t.pop(f"{whole}.self_attn.q_proj.bias")): "attn.qkv_proj.bias (1 missing)",
+        edited(part, "norm", lambda t, c: t.pop(f"{whole}.input_layernorm.weight")): "RMSNorm.weight (1 missing)",
+        edited(oss_part, "whole-pool", lambda t, c: t.pop(f"{whole}.mlp.experts.down_proj")): "w2_weight",
+        edited(oss_part, "sinks", lambda t, c: t.pop(f"{whole}.self_attn.sinks")): "Attention.sinks (1 missing)",
         edited(made, "extra", lambda t, c: t.update({f"{layer}.constant": torch.ones(2, 64)})): "constant is none of",
         edited(made, "shape", lambda t, c: t.update({name: t[name][1:].clone()})): "the slot map says",
         edited(made, "version", lambda t, c: c.update(version=9)): "moetailor format 9",
@@ -188,6 +198,7 @@ def test_what_does_not_fit_is_refused_by_name(folder: Path, serve: Serve) -> Non
         edited(oss, "oss", lambda t, c: t.pop(name)): "no file has linear_out",
         edited(oss, "pool", lambda t, c: t.pop(f"{layer}.down_proj")): "w2_weight",
         make("qwen2_moe", "compressed_experts", folder): "auxiliary slots",
+        edited(biased, "correction", lambda t, c: t.pop(correction)): "e_score_correction_bias (1 missing)",
         tied(made): "does not tie",
     }
     serve(*cases)

@@ -179,6 +179,22 @@ def test_numbers_in_bfloat16_are_those_of_float32_rounded_once(storage: str) -> 
     torch.testing.assert_close(few.numbers(), exact.numbers().bfloat16(), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("tiles", [False, True])
+@pytest.mark.parametrize("inputs", [5, 32, 40])
+def test_products_of_many_inputs_are_those_of_the_numbers(
+    inputs: int, tiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However a CPU multiplies bfloat16: in tiles, more inputs than are given run."""
+    monkeypatch.setattr("moetailor_vllm.stored.HAS_TILES", tiles)
+    few, generator = FewBits((2, 24, 64), "int4g32", ALONE, dtype=torch.bfloat16), torch.Generator().manual_seed(0)
+    few.load("_packed", torch.randint(-(2**31), 2**31, few.parts["_packed"], generator=generator).int())
+    few.load("_scale", torch.rand(few.parts["_scale"], generator=generator).bfloat16())
+    x = torch.randn(inputs, 64, generator=generator).bfloat16()
+    given, numbers = few.product(x, 1), few.numbers()[1].double()
+    torch.testing.assert_close(given.double(), x.double() @ numbers.T, rtol=2**-7, atol=0.05)
+    assert given.is_contiguous()
+
+
 def test_tables_of_codebooks_are_moetailors() -> None:
     files = [
         Path(package.__file__).with_name("codebooks.safetensors")

@@ -5,7 +5,7 @@ Shapes: T tokens, K slots of a token, D model width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -14,7 +14,42 @@ from moetailor_vllm.slots import Slots
 from moetailor_vllm.stand_ins import Expert, stand_ins
 
 
-class Answers(nn.Module):
+class Arrivals(nn.Module):
+    """What must arrive before a layer runs.
+
+    Args:
+        prefix: path of the experts, for messages.
+        wanted: what must arrive.
+
+    Attributes:
+        arrived: what did.
+        arrivals: how often something did.
+        look: names what else is missing.
+    """
+
+    def __init__(self, prefix: str, wanted: Iterable[str] = ()) -> None:
+        super().__init__()
+        self.prefix, self.wanted, self.arrived, self.arrivals = prefix, set(wanted), set[str](), 0
+        self.look: Callable[[], list[str]] = list
+
+    def note(self, name: str) -> None:
+        """Note that something arrived."""
+        self.arrived.add(name)
+        self.arrivals += 1
+
+    def check(self) -> None:
+        """Refuse to go on when something is missing.
+
+        Raises:
+            ValueError: see the message.
+        """
+        if missing := sorted(self.wanted - self.arrived) + self.look():
+            raise ValueError(
+                f"moetailor-vllm: {self.prefix}: no file has {', '.join(missing[:8])} ({len(missing)} missing)"
+            )
+
+
+class Answers(Arrivals):
     """What stands behind the slots of a layer: its map, and stand-ins beside rows of the pool.
 
     Args:
@@ -24,18 +59,14 @@ class Answers(nn.Module):
 
     Attributes:
         stored: the stand-ins' stored tensors: what holds each, as which part, and its whole shape.
-        wanted: what must arrive before the layer runs.
-        arrived: what did.
-        arrivals: how often something did.
-        look: names what else is missing.
     """
 
     row: torch.Tensor
     scale: torch.Tensor
 
     def __init__(self, slots: Slots, expert: Expert, prefix: str) -> None:
-        super().__init__()
-        self.prefix, self.rank, self.width = prefix, expert.rank, expert.width
+        super().__init__(prefix)
+        self.rank, self.width = expert.rank, expert.width
         self.stand_ins = nn.ModuleList(stand_ins(slots, expert))
         self.stored = {
             name + suffix: (tensor, suffix, shape)
@@ -43,9 +74,7 @@ class Answers(nn.Module):
             for name, tensor in stand_in.tensors.items()
             for suffix, shape in tensor.parts.items()
         }
-        self.wanted, self.arrived = set(self.stored), set[str]()
-        self.arrivals = 0
-        self.look: Callable[[], list[str]] = list
+        self.wanted |= self.stored.keys()
         self.register_buffer("row", torch.tensor(slots.pool_rows), persistent=False)
         scale = torch.tensor(slots.scales or [1.0] * len(slots.rows), dtype=torch.float32)
         self.register_buffer("scale", scale, persistent=False)
@@ -63,11 +92,6 @@ class Answers(nn.Module):
             )
         holder.load(suffix, tensor)
         self.note(name)
-
-    def note(self, name: str) -> None:
-        """Note that something arrived."""
-        self.arrived.add(name)
-        self.arrivals += 1
 
     def rows(self, slot_TK: torch.Tensor, weight_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return rows of the pool and their weights for vLLM's kernel, [T, K] each.
@@ -87,14 +111,3 @@ class Answers(nn.Module):
             if self.rank.number == 0 or not stand_in.once:
                 out_TD = out_TD + stand_in(x_TD, slot_TK, weight_TK)
         return out_TD
-
-    def check(self) -> None:
-        """Refuse to go on when something is missing.
-
-        Raises:
-            ValueError: see the message.
-        """
-        if missing := sorted(self.wanted - self.arrived) + self.look():
-            raise ValueError(
-                f"moetailor-vllm: {self.prefix}: no file has {', '.join(missing[:8])} ({len(missing)} missing)"
-            )

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import ref
 
 import regex as re
 import torch
-from vllm.config import get_current_vllm_config
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from vllm.config.vllm import get_current_vllm_config_or_none
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
@@ -15,59 +18,50 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 from vllm.model_executor.models.utils import WeightsMapper, extract_layer_index
 
 from moetailor_vllm.slots import KINDS, Slots
+from moetailor_vllm.stored import Plain
 
 METHOD = "moetailor"
 VERSION = 1
 
 
-class MustArrive:
-    """Has a layer's weights begin as NaN, and refuses to go on with what no file filled.
+class AfterArrival:
+    """Has a model's weights looked at before any of them is put into another order.
 
-    vLLM checks that every weight was loaded for models without a quantization method only.
+    Args:
+        config: of the model.
     """
 
-    def create_weights(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
-        """Make room for the weights."""
-        super().create_weights(layer, *args, **kwargs)  # type: ignore[misc]
-        for weight in layer.parameters(recurse=False):
-            weight.data.fill_(torch.nan)
+    def __init__(self, config: MoetailorConfig) -> None:
+        super().__init__()
+        self.config = config
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Look at the weights before anything else is done with them.
-
-        Raises:
-            ValueError: some are not there.
-        """
-        missing = [name for name, weight in layer.named_parameters(recurse=False) if weight.isnan().any()]
-        if missing:
-            raise ValueError(
-                f"moetailor-vllm: {getattr(layer, 'prefix', '') or type(layer).__name__}: no file has all of "
-                f"{', '.join(missing)}, or vLLM's model does not tie it to what has it"
-            )
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """See `MoetailorConfig.check`."""
+        self.config.check()
         super().process_weights_after_loading(layer)  # type: ignore[misc]
 
 
-class ArrivingLinear(MustArrive, UnquantizedLinearMethod):
+class ArrivingLinear(AfterArrival, UnquantizedLinearMethod):
     """A linear layer as vLLM runs it."""
 
 
-class ArrivingEmbedding(MustArrive, UnquantizedEmbeddingMethod):
+class ArrivingEmbedding(AfterArrival, UnquantizedEmbeddingMethod):
     """An embedding or a head as vLLM runs it."""
 
 
 class AllArrived(QuantizeMethodBase):
-    """No method of a layer's `Answers`, but what vLLM asks once all weights were read."""
+    """No method of a layer's `Arrivals`, but what vLLM asks once all weights were read."""
 
     requires_device_loading = False
 
-    def create_weights(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+    def create_weights(self, layer: nn.Module, *args: Any, **kwargs: Any) -> None:
         """Do nothing."""
 
-    def apply(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def apply(self, layer: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Refuse: nothing calls it."""
         raise NotImplementedError
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Refuse to go on when a tensor is missing.
 
         Raises:
@@ -87,6 +81,41 @@ class MoetailorConfig(QuantizationConfig):
     def __init__(self, layers: dict[int, Slots]) -> None:
         super().__init__()
         self.layers = layers
+        self._expected: list[tuple[ref[nn.Module], str]] = []
+
+    def expect(self, module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        """Have a parameter of the model begin as NaN, which is seen where no file fills it. Experts and what stands in
+        for them are counted.
+
+        vLLM checks that every weight was loaded for models without a quantization method only.
+
+        Args:
+            module: whose it is.
+            name: its name there.
+            parameter: the parameter.
+        """
+        counted = isinstance(module, RoutedExperts | Plain)
+        if counted or parameter is None or not parameter.is_floating_point():
+            return
+        parameter.data.fill_(torch.nan)
+        self._expected.append((ref(module), name))
+
+    def check(self) -> None:
+        """Look once at all that is expected.
+
+        Raises:
+            ValueError: some is not there.
+        """
+        expected, self._expected, missing = self._expected, [], []
+        for module, name in ((module(), name) for module, name in expected):
+            parameter = module._parameters.get(name) if module is not None else None
+            if parameter is not None and parameter.isnan().any():
+                missing.append(f"{getattr(module, 'prefix', '') or type(module).__name__}.{name}")
+        if missing:
+            raise ValueError(
+                f"moetailor-vllm: no file has all of {', '.join(missing[:8])} ({len(missing)} missing), or vLLM's "
+                "model does not tie it to what has it"
+            )
 
     def get_name(self) -> str:  # type: ignore[override]
         """Return the name in config.json."""
@@ -143,8 +172,8 @@ class MoetailorConfig(QuantizationConfig):
                 f"moetailor-vllm: {prefix}: vLLM runs this family with {type(layer).__name__}, which is not served"
             )
         if isinstance(layer, LinearBase):
-            return ArrivingLinear()
-        return ArrivingEmbedding() if isinstance(layer, VocabParallelEmbedding) else None
+            return ArrivingLinear(self)
+        return ArrivingEmbedding(self) if isinstance(layer, VocabParallelEmbedding) else None
 
 
 def slots_of(config: QuantizationConfig | None, prefix: str) -> Slots | None:
@@ -160,5 +189,14 @@ def slots_of(config: QuantizationConfig | None, prefix: str) -> Slots | None:
 
 
 def current_config() -> QuantizationConfig | None:
-    """Return that of the model that is being built."""
-    return get_current_vllm_config().quant_config
+    """Return that of the model that is being built; None where none is."""
+    current = get_current_vllm_config_or_none()
+    return None if current is None else current.quant_config
+
+
+def _registered(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+    if isinstance(config := current_config(), MoetailorConfig):
+        config.expect(module, name, parameter)
+
+
+register_module_parameter_registration_hook(_registered)

@@ -10,6 +10,7 @@ from torch import nn
 from vllm.model_executor.custom_op import PluggableLayer
 from vllm.model_executor.models.gpt_oss import GptOssRoutedExperts
 
+from moetailor_vllm.answers import Arrivals
 from moetailor_vllm.layers import SlotExperts
 
 
@@ -27,11 +28,14 @@ class SlotGptOssExperts(SlotExperts, GptOssRoutedExperts):
     def _loader(self, name: str) -> Callable[[nn.Parameter, torch.Tensor], None]:
         return lambda door, tensor: self.answers and self.answers.load(name, tensor)
 
-    def want_pool(self, rows: int) -> None:
-        """Fill the pool with NaN, padding with zeros: its weights come whole, past `weight_loader`."""
-        width, inner = self.answers.width, self.moe_config.intermediate_size_per_partition_unpadded
+    def expect(self, arrivals: Arrivals, rows: int, width: int) -> None:
+        """Fill the experts with NaN, padding with zeros: their weights come whole, past `weight_loader`."""
+        super().expect(arrivals, 0, width)
+        if not rows:
+            return
+        inner = self.moe_config.intermediate_size_per_partition_unpadded
         for name, weight in self.named_parameters(recurse=False):
             weight.data.zero_()
             outputs, inputs = (2 * inner, width) if name.startswith("w13") else (width, inner)
             weight.data[:, :outputs][..., : inputs if weight.dim() == 3 else None].fill_(torch.nan)
-        self.answers.look = lambda: [name for name, each in self.named_parameters(recurse=False) if each.isnan().any()]
+        arrivals.look = lambda: [name for name, each in self.named_parameters(recurse=False) if each.isnan().any()]

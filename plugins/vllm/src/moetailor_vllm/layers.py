@@ -26,8 +26,8 @@ from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.fused_moe.router.gate_linear import GateLinear
 from vllm.platforms import current_platform
 
-from moetailor_vllm.answers import Answers
-from moetailor_vllm.config import AllArrived, current_config, slots_of
+from moetailor_vllm.answers import Answers, Arrivals
+from moetailor_vllm.config import AllArrived, MoetailorConfig, current_config, slots_of
 from moetailor_vllm.stand_ins import Expert
 from moetailor_vllm.stored import Rank
 
@@ -39,9 +39,12 @@ class SlotGate(GateLinear):
     _cut: tuple[int, int] | None = None
 
     def __init__(self, input_size: int, output_size: int, *args: Any, prefix: str = "", **kwargs: Any) -> None:
-        slots, given = slots_of(current_config(), prefix), output_size
+        config, given = current_config(), output_size
+        slots = slots_of(config, prefix)
         if slots:
-            output_size, kwargs["quant_config"] = len(slots.rows), kwargs.get("quant_config") or current_config()
+            output_size = len(slots.rows)
+        if isinstance(config, MoetailorConfig):
+            kwargs["quant_config"] = kwargs.get("quant_config") or config
         super().__init__(input_size, output_size, *args, prefix=prefix, **kwargs)
         if slots:
             self._cut = given, output_size
@@ -59,7 +62,9 @@ class SlotExperts(RoutedExperts):
 
     slotted = True
     live = False
+    # Of a layer that stays whole only what must arrive is known; of other formats' layers nothing.
     answers: Answers | None
+    whole: Arrivals | None
 
     def __init__(
         self,
@@ -77,11 +82,16 @@ class SlotExperts(RoutedExperts):
                 layer_name, params_dtype, moe_config, quant_config, expert_map_manager=expert_map_manager, **kwargs
             )
             self.answers = None
+            self.whole = Arrivals(layer_name) if isinstance(quant_config, MoetailorConfig) else None
+            if self.whole is not None:
+                self.expect(self.whole, moe_config.num_logical_experts, moe_config.hidden_dim)
             return
         refuse(layer_name, moe_config, expert_map_manager, kwargs)
         # A kernel has one row at least: where all experts are in few bits, of zeros.
         pool = max(len(slots.pool), 1)
         width, inner = moe_config.hidden_dim, moe_config.intermediate_size
+        if (bias := kwargs.get("e_score_correction_bias")) is not None:  # cut where it hangs on the router
+            bias.data = bias.data.new_full((len(slots.rows),), torch.nan)
         moe_config = copy.copy(moe_config)
         moe_config.num_experts = moe_config.num_local_experts = moe_config.num_logical_experts = pool
         manager = ExpertMapManager(
@@ -114,30 +124,31 @@ class SlotExperts(RoutedExperts):
             live=self.live,
             rank=Rank(moe_config.moe_parallel_config.tp_rank, moe_config.moe_parallel_config.tp_size),
         )
-        self.answers = Answers(slots, expert, layer_name)
+        self.answers, self.whole = Answers(slots, expert, layer_name), None
         self.swiglu = SwigluOAIAndMul()  # this one is no operator of every platform
-        self.answers.quant_method = AllArrived()
-        if slots.pool:
-            self.want_pool(pool)
-        else:
+        self.expect(self.answers, len(slots.pool), width)
+        if not slots.pool:
             for weight in self.parameters(recurse=False):
-                weight.data.zero_()
+                if weight is not bias:
+                    weight.data.zero_()
 
-    def want_pool(self, rows: int) -> None:
-        """Note which weights of the pool must arrive.
+    def expect(self, arrivals: Arrivals, rows: int, width: int) -> None:
+        """Note which weights of experts must arrive.
 
         Args:
-            rows: of the pool.
+            arrivals: where to note it.
+            rows: experts.
+            width: of the model.
         """
-        assert self.answers is not None
+        arrivals.quant_method = AllArrived()
         shards = ("w1", "w3", "w2") if self.moe_config.is_act_and_mul else ("w1", "w2")
-        self.answers.wanted |= {f"{shard} of expert {row}" for row in range(rows) for shard in shards}
+        arrivals.wanted |= {f"{shard} of expert {row}" for row in range(rows) for shard in shards}
 
     def weight_loader(self, param: nn.Parameter, loaded_weight: torch.Tensor, *args: Any, **kwargs: Any) -> bool | None:  # type: ignore[override]
         """Take an expert's weight, as vLLM does, and note that it came."""
         names = dict(zip(("weight_name", "shard_id", "expert_id"), args, strict=False)) | kwargs
-        if self.answers is not None:
-            self.answers.note(f"{names['shard_id']} of expert {names['expert_id']}")
+        if (arrivals := self.answers or self.whole) is not None:
+            arrivals.note(f"{names['shard_id']} of expert {names['expert_id']}")
         return super().weight_loader(param, loaded_weight, *args, **kwargs)
 
     weight_loader.supports_moe_loading = True  # type: ignore[attr-defined]
