@@ -1,5 +1,7 @@
 """Auto without bits: prices against plain sums, budgets, and what goes first."""
 
+import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +13,7 @@ from transformers import AutoModelForCausalLM
 import moetailor
 from moetailor.answers import Constant, Drop, Keep, LowRank, Remap
 from moetailor.calibration.domains import balanced
+from moetailor.calibration.folder import SENSITIVITY
 from moetailor.checkpoint.experts import ExpertShape
 from moetailor.checkpoint.layout import Stack
 from moetailor.fitting.held_out import held_out_masks
@@ -159,6 +162,18 @@ def test_errors_count_by_what_they_do_to_the_predictions() -> None:
     assert spent(cheap) < spent(dear)
     alone = layer(6, seed=1)
     assert dear.expected == pytest.approx(10 * predicted(alone, dear), rel=1e-5)
+
+
+def test_what_goes_first_is_not_where_equal_counts_would_take_it(calibration: GetCalibration, tmp_path: Path) -> None:
+    """Where nearly all stays, equal counts leave the first layers whole; here the first is where errors cost least."""
+    made = moetailor.Calibration.open(shutil.copytree(calibration("olmoe").folder, tmp_path / "calib"))
+    effects = json.loads((made.folder / SENSITIVITY).read_text())
+    for found in effects["layers"]["1"].values():
+        found["kl"] *= 1e6
+    made, budget = made.with_sensitivities(effects), moetailor.Budget.parse(size="97%")
+    equal = moetailor.make_plan(made, "mone", budget)
+    auto = moetailor.make_plan(made, "auto", budget, parameters={"bits": False})
+    assert (list(equal.by_layer), list(auto.by_layer)) == ([1], [0])
 
 
 def test_what_a_small_domain_needs_weighs_more() -> None:

@@ -105,7 +105,8 @@ def estimate_plan(
         budget=budget_words(budget, allocation, width),
         model=facts,
         calibration="",
-        layers={prefix: layer for prefix, layer in planned.items() if not layer.untouched},
+        # A method that shares bytes out among layers may change those that equal counts would leave whole.
+        layers={prefix: layer for prefix, layer in planned.items() if method.decides_counts or not layer.untouched},
     )
     check_plan(plan, facts)
     return plan
