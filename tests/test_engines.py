@@ -1,6 +1,9 @@
 """Each kind of result in each engine that needs nothing installed; the others' tests run over the same pairs."""
 
+import json
 import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -112,6 +115,35 @@ def test_few_bits_without_a_kernel_here_are_told(schemes: list, runs: bool, monk
         assert (find_engine("vllm").stops(entry) is None) == expected
         assert find_engine("transformers").stops(entry) is None
         assert find_engine("vllm").stops({}) is None
+
+
+@pytest.mark.parametrize("entry", ["fp8", ["fp8"], 3])
+def test_what_is_no_object_is_said(entry: object, tmp_path: Path, checkpoint: Callable[[str], Path]) -> None:
+    folder = shutil.copytree(checkpoint("olmoe"), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": entry}))
+    for engine in ("transformers", "vllm"):
+        with pytest.raises(moetailor.MoetailorError, match=r"quantization_config is .*, and no object"):
+            find_engine(engine).check(folder)
+
+
+@pytest.mark.parametrize("groups", [None, {}, {"g": "W4A16"}, {"g": None}, {"g": {"weights": None}}, ["g"]])
+def test_of_schemes_that_are_not_written_out_nothing_is_told(groups: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moetailor.serving.engines.vllm.has_gpu", lambda: False)
+    monkeypatch.setattr("moetailor.serving.engines.vllm.HAS_TILES", True)
+    assert find_engine("vllm").stops({"quant_method": "compressed-tensors", "config_groups": groups}) is None
+
+
+def test_a_folder_is_not_served_as_a_revision_of_another(
+    run: Callable, tmp_path: Path, checkpoint: Callable[[str], Path]
+) -> None:
+    folder = shutil.copytree(checkpoint("olmoe"), tmp_path / "out@half")
+    code, _, err = run("serve", folder, "--dry-run")
+    assert code == 1
+    assert "takes what follows @ for a revision" in " ".join(err.split())
+    code, shown, err = run("serve", folder, "--engine", "vllm", "--dry-run")
+    assert code == 0, err
+    assert f"vllm serve {folder}" in shown
 
 
 def test_of_a_quantized_original_the_plug_in_gets_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -180,6 +180,14 @@ def test_a_revision_is_asked_for_and_stays_with_the_name(ask: Ask, tmp_path: Pat
     assert set(asked) == {f"/api/models/{hub.NAME}/revision/v2"}
 
 
+def test_lm_eval_gets_the_name_of_a_model_on_the_hub(ask: Ask, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    with hub.serving(REFERENCE) as served:
+        code, shown, err = ask(served, tmp_path, "lm-eval", f"{hub.NAME}@v2", "--dry-run")
+    assert code == 0, err
+    assert f"""--model_args '{json.dumps({"pretrained": hub.NAME, "revision": "v2"})}'""" in shown
+
+
 def test_a_revision_is_one_of_a_model_on_the_hub(run) -> None:
     for model, told in ((str(REFERENCE), "names no model on the hub"), ("a/b@c", "names its revision already")):
         code, _, err = run("inspect", model, "--revision", "v2")

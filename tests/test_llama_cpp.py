@@ -117,7 +117,7 @@ def test_fit_writes_a_file_and_says_what_serves_it(run: Callable, tools: list, t
     assert (out / "model.gguf").stat().st_mtime_ns == before
 
 
-def test_compress_runs_the_tools(run: Callable, tools: list, tmp_path: Path) -> None:
+def test_compress_runs_the_tools(run: Callable, tools: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, bits = tmp_path / "out", ["-p", "bits=4", "-p", "codes=uint", "-p", "group=32"]
     command = [
         "compress",
@@ -140,7 +140,14 @@ def test_compress_runs_the_tools(run: Callable, tools: list, tmp_path: Path) -> 
     code, _, err = run(*command, *tools, "--dry-run")
     assert code == 1
     assert "nothing is foretold of --converter" in err
+    (tmp_path / "quantize").chmod(0o644)
     code, _, err = run(*command, *tools)
+    assert code == 1
+    assert f"is no program that may be run; chmod +x {tmp_path / 'quantize'}" in " ".join(err.split())
+    (tmp_path / "quantize").chmod(0o755)
+    # As ./quantize, which no folder of programs has.
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(*command, "--converter", "convert.py", "--quantizer", "./quantize")
     assert code == 0, err
     assert (out / "model.gguf").read_text() == "GGUF Q8_0"
 
@@ -213,6 +220,10 @@ def test_serve_names_the_file_that_is_meant(run: Callable, tmp_path: Path, monke
         f"'/opt/my server' {first} --ctx-size 64",
         "",
     )
+    (tmp_path / "mine").write_text("")
+    monkeypatch.chdir(tmp_path)
+    assert served(tmp_path, "--binary", "./mine")[1].startswith(f"{tmp_path / 'mine'} --model")
+    assert served(tmp_path, "--binary", "theirs")[1].startswith("theirs --model")
     (tmp_path / "other.gguf").write_text("")
     assert "holds big-00001-of-00002.gguf, other.gguf; name the one that is meant" in served(tmp_path)[2]
     assert served(tmp_path / "other.gguf")[1].startswith(f"llama-server --model {tmp_path / 'other.gguf'}")

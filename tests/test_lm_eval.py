@@ -42,7 +42,7 @@ metric_list: [{{metric: acc}}]
 def result(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The reference model with constants and experts in few bits, in moetailor format."""
     text = moetailor.TextOptions(data=(str(REFERENCE / "calibration.jsonl"),), sequences=8, length=64)
-    budget, out = moetailor.Budget.parse(size="30%"), tmp_path_factory.mktemp("made") / "out, in 4 bits"
+    budget, out = moetailor.Budget.parse(size="30%"), tmp_path_factory.mktemp("made") / "out, in {4} bits"
     width, given = moetailor.Width(bits=4), {"method": "mone", "format": "moetailor"}
     moetailor.compress(REFERENCE, out, text=text, budget=budget, width=width, **given)
     return out
@@ -101,9 +101,11 @@ def test_the_command_is_printed_and_what_an_engine_does_not_load_is_refused(
     code, shown, _ = run("lm-eval", REFERENCE, "--engine", "vllm", "--dry-run", "--", "--tasks", "mine", "-L", "2")
     assert code == 0
     assert shown.strip() == (
-        f"{sys.executable} -c '{CODE}' run --model vllm --model_args pretrained={REFERENCE} --tasks mine -L 2"
+        f"{sys.executable} -c '{CODE}' run --model vllm --model_args "
+        f"""'{{"pretrained": "{REFERENCE}"}}' --tasks mine -L 2"""
     )
-    assert harness_command(result, find_engine("transformers"))[-3:] == ["hf", "--model_args", f"pretrained='{result}'"]
+    given = harness_command(result, find_engine("transformers"))[-3:]
+    assert given == ["hf", "--model_args", json.dumps({"pretrained": str(result)})]
     code, _, err = run("lm-eval", result, "--engine", "vllm", "--dry-run")
     assert code == 1
     assert "vLLM needs a plug-in for the moetailor format" in err

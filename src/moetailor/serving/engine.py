@@ -19,7 +19,7 @@ from moetailor.checkpoint.original import Original
 from moetailor.errors import MoetailorError, MoetailorWarning, did_you_mean
 from moetailor.serving.choices import Choice
 from moetailor.serving.needs import cache_nbytes
-from moetailor.transform.formats.gguf import MODEL_FILE
+from moetailor.transform.formats.gguf import MODEL_FILE, named
 
 ENGINES: dict[str, Engine] = {}
 HOST, PORT = "127.0.0.1", 8000
@@ -71,6 +71,14 @@ class Served:
     host: str = HOST
     port: int = PORT
     binary: Path | None = None
+
+    def program(self, found: str) -> str:
+        """Return what is run: the program that was named, where it lies, else the one that is found.
+
+        Args:
+            found: its name.
+        """
+        return found if self.binary is None else named(self.binary)
 
 
 class Engine(ABC):
@@ -124,6 +132,8 @@ class Engine(ABC):
         if (folder / MODEL_FILE).is_file() and not (folder / "config.json").exists():
             raise MoetailorError(f"{folder}: {MODEL_FILE} is for --engine llama.cpp")
         entry = open_checkpoint(folder).config.get("quantization_config") or {}
+        if not isinstance(entry, dict):
+            raise MoetailorError(f"{folder}: config.json: quantization_config is {entry!r:.80}, and no object")
         if (why := self.refusal(entry.get("quant_method", ""))) is not None:
             raise MoetailorError(f"{folder}: {why}")
         if (why := self.stops(entry)) is not None:

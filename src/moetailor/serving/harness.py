@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
-import re
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from moetailor.checkpoint.hub import name_and_revision
 from moetailor.errors import MoetailorError
 from moetailor.serving.engine import ENGINES, Engine
 
@@ -31,10 +32,11 @@ def harness_command(folder: Path, engine: Engine, words: Sequence[str] = ()) -> 
         known = ", ".join(name for name, other in ENGINES.items() if other.harness)
         raise MoetailorError(f"lm-evaluation-harness runs nothing with {engine.name} here; give --engine {known}")
     engine.check(folder)
-    path = os.path.abspath(folder)
-    # There, values end at commas and are read as Python where they can be.
-    path = path if re.fullmatch(r"[\w./+-]+", path) else repr(path)
-    return [sys.executable, "-c", CODE, "run", "--model", engine.harness, "--model_args", f"pretrained={path}", *words]
+    name, revision = name_and_revision(folder)
+    model = {"pretrained": os.path.abspath(name) if folder.exists() else name}
+    # As JSON: as words, values would end at commas, and be read as Python where they can be.
+    given = json.dumps(model | ({"revision": revision} if revision else {}))
+    return [sys.executable, "-c", CODE, "run", "--model", engine.harness, "--model_args", given, *words]
 
 
 def run_harness(command: Sequence[str]) -> None:

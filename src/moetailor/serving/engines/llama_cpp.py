@@ -16,7 +16,7 @@ from moetailor.checkpoint.original import Original
 from moetailor.errors import MoetailorError
 from moetailor.serving.choices import Choice
 from moetailor.serving.engine import Engine, Room, Served, group_of, register_engine
-from moetailor.transform.formats.gguf import MODEL_FILE, check_converter
+from moetailor.transform.formats.gguf import MODEL_FILE, check_converter, check_tool
 from moetailor.transform.gguf_recipe import BLOCK, MATRIX_FILE, SUPERBLOCK, find_library
 
 CONVERTER, QUANTIZER = "convert_hf_to_gguf.py", "llama-quantize"
@@ -81,8 +81,7 @@ class LlamaCpp(Engine):
             )
         tools = {option: Path(path) for option, path in found.items() if path}
         for option, path in tools.items():
-            if not path.is_file():
-                raise MoetailorError(f"--{option} {path}: there is no such file")
+            check_tool(f"--{option}", path)
         if not original.headers_only:
             check_converter(tools["converter"], original)
         return tools
@@ -90,7 +89,7 @@ class LlamaCpp(Engine):
     def command(self, served: Served) -> list[str]:
         """Return the command of its server, on the GGUF file that a folder holds, or that is named."""
         limit = [] if served.context is None else ["--ctx-size", str(served.context)]
-        command = [str(served.binary or self.program), "--model", str(self._file(served.folder))]
+        command = [served.program(self.program), "--model", str(self._file(served.folder))]
         return [*command, "--host", served.host, "--port", str(served.port), *limit]
 
     def room(self, original: Original, memory: int, context: int) -> Room:

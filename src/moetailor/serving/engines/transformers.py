@@ -50,6 +50,9 @@ class Transformers(Engine):
         """Return the command of moetailor, which serves by transformers what that alone would not know."""
         if served.binary is not None:
             raise MoetailorError("--binary: transformers is served by moetailor's own program; leave it out")
+        if served.folder.exists() and "@" in str(served.folder):
+            told = "its server takes what follows @ for a revision, and would look for another model"
+            raise MoetailorError(f"{served.folder}: {told}; rename the folder, or go there and name it from there")
         command = ["moetailor", "serve", str(served.folder), "--engine", self.name]
         return [*command, "--host", served.host, "--port", str(served.port)]
 

@@ -58,9 +58,10 @@ class Vllm(Engine):
 
     def stops(self, entry: Mapping[str, Any]) -> str | None:
         """Name the few bits for which vLLM has kernels on CPUs, where a checkpoint has others and no GPU is here."""
-        if has_gpu() or entry.get("quant_method") != METHOD:
+        groups = entry.get("config_groups")
+        if has_gpu() or entry.get("quant_method") != METHOD or not isinstance(groups, dict):
             return None
-        schemes = [group.get("weights") or {} for group in entry.get("config_groups", {}).values()]
+        schemes = [group["weights"] for group in groups.values() if isinstance(group, dict) and group.get("weights")]
         if HAS_TILES and all(map(_runs_on_cpus, schemes)):
             return None
         kernels = "4 bits without zero points in groups of 64 or 128, and fp8b128, where the CPU has AMX"
@@ -71,7 +72,7 @@ class Vllm(Engine):
         limit = [] if served.context is None else ["--max-model-len", str(served.context)]
         name, revision = name_and_revision(served.folder)
         limit += [] if revision is None else ["--revision", revision]
-        command = [str(served.binary or self.program), "serve", name]
+        command = [served.program(self.program), "serve", name]
         return [*command, "--host", served.host, "--port", str(served.port), *limit]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 import sys
@@ -65,8 +66,8 @@ class Gguf(Native):
         if finish.quantizer and not finish.converter:
             raise PlanError("--quantizer: rounds what --converter has converted; give that too")
         for option, tool in (("--converter", finish.converter), ("--quantizer", finish.quantizer)):
-            if tool is not None and not tool.is_file():
-                raise PlanError(f"{option} {tool}: there is no such file")
+            if tool is not None:
+                check_tool(option, tool)
 
     def room(self, plan: Plan, finish: Finish) -> int:
         """Return the bytes of the checkpoint, and of it converted and rounded."""
@@ -130,6 +131,25 @@ def commands(out: Path) -> list[str]:
     return [shlex.join(step) for step in steps]
 
 
+def check_tool(option: str, tool: Path) -> None:
+    """Refuse a tool of llama.cpp that cannot be run: a script is run by Python, whatever its rights.
+
+    Raises:
+        PlanError: it is not there, or no program.
+    """
+    if not tool.is_file():
+        raise PlanError(f"{option} {tool}: there is no such file")
+    if option == "--quantizer" and not os.access(tool, os.X_OK):
+        raise PlanError(f"{option} {tool}: is no program that may be run; chmod +x {tool}")
+
+
+def named(program: Path) -> str:
+    """Return what runs a program that a user named: what is named as ./llama-quantize would else be looked for among
+    the programs of the machine.
+    """
+    return str(program.absolute() if program.is_file() else program)
+
+
 def check_converter(converter: Path, original: Original) -> None:
     """Let a converter write the vocabulary of an original: it knows neither every family nor every tokenizer.
 
@@ -147,7 +167,7 @@ def _convert(converter: Path, folder: Path, file: Path) -> list[str]:
 def _quantize(quantizer: Path, folder: Path, whole: Path, file: Path) -> list[str]:
     matrix = ["--imatrix", str(folder / MATRIX_FILE)] if (folder / MATRIX_FILE).exists() else []
     types = ["--tensor-type-file", str(folder / TYPES_FILE)]
-    return [str(quantizer), *matrix, *types, str(whole), str(file), REST]
+    return [named(quantizer), *matrix, *types, str(whole), str(file), REST]
 
 
 def _run(option: str, command: Sequence[str]) -> None:
