@@ -193,7 +193,12 @@ def test_uniform_layers_for_engines(run, tmp_path: Path) -> None:
 
 def test_wrong_usage_exits_with_2_and_wrong_input_with_1(run, tmp_path: Path) -> None:
     assert run("plan")[0] == 2
-    assert run("plan", tmp_path, "-o", tmp_path / "p", "-m", "mone", "--remove", "25%", "-p", "novice")[0] == 2
+    words = ["plan", tmp_path, "-o", tmp_path / "p", "-m", "mone", "--remove", "25%", "-p"]
+    assert run(*words, "novice")[0] == 2
+    code, _, err = run(*words, "score=exact", "-p", "score=frequency")
+    assert (code, "--param score: is given twice; give it once" in " ".join(err.split())) == (2, True)
+    code, _, err = run(*words, "score=exact", "--batch-memory", "0")
+    assert (code, "--batch-memory 0: nothing can be computed in no memory" in " ".join(err.split())) == (2, True)
     code, _, err = run("inspect", tmp_path)
     assert code == 1
     assert "Traceback" not in err

@@ -152,7 +152,10 @@ def test_the_text_that_comes_along_is_that_of_the_reference_model() -> None:
 
 @pytest.mark.filterwarnings("always::moetailor.MoetailorWarning")
 def test_fit_makes_what_fits_and_goes_on_where_it_was(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out, text = tmp_path / "out", ["--data", REFERENCE / "calibration.jsonl", "--held-out", REFERENCE / "heldout.jsonl"]
+    out, data = tmp_path / "out", tmp_path / "text.jsonl"
+    rows = (REFERENCE / "calibration.jsonl").read_text()
+    data.write_text(rows)
+    text = ["--data", data, "--held-out", REFERENCE / "heldout.jsonl"]
     monkeypatch.setattr("moetailor.fit.SEQUENCES", 16)
     monkeypatch.setattr("moetailor.fit.JUDGED", 2)
     monkeypatch.setattr("moetailor.calibration.text.LENGTH", 128)
@@ -172,9 +175,13 @@ def test_fit_makes_what_fits_and_goes_on_where_it_was(run, tmp_path: Path, monke
     before = (out / "model.safetensors").stat().st_mtime_ns
     # Other text, or another model of that shape, makes another result; and none takes the place of what is there.
     other = tmp_path / "other.jsonl"
-    other.write_text((REFERENCE / "calibration.jsonl").read_text())
+    other.write_text(rows)
     code, _, err = run(*words, "--data", other, "--choice", "2")
     assert (code, f"{out}: exists; choose another folder" in " ".join(err.split())) == (1, True), err
+    data.write_text("".join(reversed(rows.splitlines(keepends=True))))
+    code, _, err = run(*words, "--choice", "2")
+    assert (code, f"{out}: exists; choose another folder" in " ".join(err.split())) == (1, True), err
+    data.write_text(rows)
     monkeypatch.setattr("moetailor.fit.compress", lambda *args, **options: pytest.fail("it is there already"))
     assert run(*words, "--choice", "2")[0] == 0
     assert (out / "model.safetensors").stat().st_mtime_ns == before

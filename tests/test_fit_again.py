@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from moetailor import MoetailorError, read_batches
+from moetailor.calibration.batch import text_fingerprint
 from moetailor.checkpoint.original import Original
 from moetailor.checkpoint.place import PLAN_FILE, PROVENANCE_FILE
 from moetailor.fit import Job, look
@@ -29,15 +31,24 @@ def test_only_what_it_would_make_again_is_known(name: str, memory: int, tmp_path
     assert job.made(tmp_path, original) is None
     plan.save(tmp_path / PLAN_FILE)
     assert job.made(tmp_path, original) is None
-    options = asdict(job.text) | {"length": 512}
-    (tmp_path / PROVENANCE_FILE).write_text(json.dumps({"calibration": {"options": options}}))
+    batches = read_batches(job.text, original.tokenizer(), max_length=512)
+    text = text_fingerprint(batches) | {"shapes": []}
+    run = {"options": asdict(job.text) | {"length": 512}, "dtype": "torch.float32", "text": text}
+    written = json.dumps({"calibration": run})
+    (tmp_path / PROVENANCE_FILE).write_text(written)
     assert job.made(tmp_path, original) == plan
+    assert replace(job, dtype="bfloat16").made(tmp_path, original) is None
     assert replace(job, data=("other.jsonl",)).made(tmp_path, original) is None
     less = replace(job, room=replace(job.room, memory=memory - 100_000))
     assert less.made(tmp_path, original) == (None if job.choice.made_by.removes else plan)
-    for damaged in ({}, {"calibration": None}, {"calibration": {}}):
-        (tmp_path / PROVENANCE_FILE).write_text(json.dumps(damaged))
+    other = run | {"text": text | {"hash": "0" * 32}}
+    for nothing in ({}, {"calibration": None}, {"calibration": {}}, {"calibration": "c"}, {"calibration": other}):
+        (tmp_path / PROVENANCE_FILE).write_text(json.dumps(nothing))
         assert job.made(tmp_path, original) is None
-    (tmp_path / PROVENANCE_FILE).write_text(json.dumps({"calibration": {"options": options}}))
+    for damaged in ('{"calibration": {', "[]", written.replace('"length"', '"size"')):
+        (tmp_path / PROVENANCE_FILE).write_text(damaged)
+        with pytest.raises(MoetailorError, match="move the folder away, or name another one"):
+            job.made(tmp_path, original)
+    (tmp_path / PROVENANCE_FILE).write_text(written)
     replace(plan, model=replace(plan.model, fingerprint={"config": "another"})).save(tmp_path / PLAN_FILE)
     assert job.made(tmp_path, original) is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import re
 import textwrap
 from collections.abc import Iterable
 from pathlib import Path
@@ -57,6 +58,16 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1)
     return (f"; did you mean {close[0]!r}?" if close else ".") + f" Known: {', '.join(known)}"
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """Return what an error says of memory that ran out, on a device or here; None of any other error."""
+    text = str(error)
+    if match := re.search(r"can't allocate memory: you tried to allocate (\d+) bytes", text):  # torch, of a CPU's
+        return f"out of memory: no {int(match[1]):,} bytes are free"
+    if isinstance(error, MemoryError):
+        return f"out of memory: {text}".removesuffix(": ")
+    return text.partition(". ")[0] if isinstance(error, RuntimeError) and "out of memory" in text else None
 
 
 def reason_of(error: BaseException) -> str:

@@ -6,14 +6,14 @@ unless other text is given; a run that was stopped goes on where it was.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from moetailor.calibration.batch import text_fingerprint
 from moetailor.calibration.sampling import SampleOptions
-from moetailor.calibration.text import TextOptions
+from moetailor.calibration.text import TextOptions, read_batches
 from moetailor.checkpoint.devices import free_nbytes, give_back, resolve_device
 from moetailor.checkpoint.models import longest_sequence, resolve_dtype
 from moetailor.checkpoint.original import Original
@@ -30,7 +30,7 @@ from moetailor.pipeline import compress
 from moetailor.planning.budget import Budget
 from moetailor.planning.plan import Plan
 from moetailor.progress import Stages
-from moetailor.schema import read
+from moetailor.schema import load_json, read
 from moetailor.serving import Choice, Engine, Offered, Room, offered
 from moetailor.transform.formats import resolve_format
 from moetailor.transform.formats.gguf import Gguf
@@ -180,14 +180,18 @@ class Job:
         wanted = (method.name, dict(method.parameters), budget, original.facts.fingerprint)
         if (plan.method, dict(plan.parameters), plan.budget, plan.model.fingerprint) != wanted:
             return None
-        told = json.loads((out / PROVENANCE_FILE).read_text())
-        if (options := (told.get("calibration") or {}).get("options")) is None:
+        cure = "move the folder away, or name another one"
+        run = load_json(out / PROVENANCE_FILE, error=MoetailorError, cure=cure).get("calibration")
+        if not isinstance(run, dict) or (options := run.get("options")) is None:
             return None
-        text = read(
-            TextOptions, options, f"{out / PROVENANCE_FILE}: options", error=MoetailorError, cure="pass --overwrite"
-        )
+        text = read(TextOptions, options, f"{out / PROVENANCE_FILE}: options", error=MoetailorError, cure=cure)
+        dtype = str(resolve_dtype(self.dtype, resolve_device(self.device), original.checkpoint))
         # The length is that of the model where none was said.
-        return plan if replace(text, length=self.text.length) == self.text else None
+        if replace(text, length=self.text.length) != self.text or run.get("dtype") != dtype:
+            return None
+        limits = {"max_length": longest_sequence(original.config), "vocab_size": original.config.vocab_size}
+        known = text_fingerprint(read_batches(self.text, original.tokenizer(), **limits))
+        return plan if known.items() <= (run.get("text") or {}).items() else None
 
 
 def foretold(host: Host, original: Original, job: Job) -> Estimate:

@@ -88,12 +88,11 @@ def main() -> None:
         output.complain(f"{error.filename}: {error.strerror}" if error.filename else str(error))
         sys.exit(1)
     except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not loaded for every verb
-            told = str(error).partition(". ")[0]
+        # Only an error that moetailor raised on purpose is a user's, or memory that ran out; its module is loaded then.
+        errors = sys.modules.get("moetailor.errors")
+        if errors is not None and (told := errors.out_of_memory(error)):
             output.complain(f"{told}; give less with --batch-size, --batch-memory or --stream, or another --device")
             sys.exit(1)
-        # Only an error that moetailor raised on purpose is a user's; its module is loaded by then.
-        errors = sys.modules.get("moetailor.errors")
         if errors is None or not isinstance(error, errors.MoetailorError):
             raise
         output.complain(str(error))

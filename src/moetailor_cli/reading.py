@@ -48,7 +48,10 @@ def read_nbytes(text: str | None) -> int | None:
     """Read bytes that work may take."""
     from moetailor.planning.budget import parse_bytes
 
-    return None if text is None else parse_bytes(text, "--batch-memory")
+    found = None if text is None else parse_bytes(text, "--batch-memory")
+    if found == 0:
+        raise typer.BadParameter(f"--batch-memory {text}: nothing can be computed in no memory; leave it out")
+    return found
 
 
 def read_sample(tokens: int | None, size: str, seed: int | None) -> Any:
@@ -83,6 +86,9 @@ def read_parameters(entries: list[str] | None, uniform_layers: str | None = None
     for name, equals, value in pairs:
         if not (name and equals and value):
             raise typer.BadParameter(f"--param {name}{equals}{value}: write name=value")
+    names = [name for name, _, _ in pairs]
+    if twice := [name for number, name in enumerate(names) if name in names[:number]]:
+        raise typer.BadParameter(f"--param {twice[0]}: is given twice; give it once")
     found = {name: value for name, _, value in pairs}
     if uniform_layers is not None and found.setdefault("uniform_layers", "true").lower() not in ("true", "1"):
         raise typer.BadParameter(

@@ -62,7 +62,15 @@ def _defaults(file: Path, known: Mapping[str, Any]) -> dict[str, Any]:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """What looks like a number is a word as it is written: 3:17 is no number of base 60."""
+        """What looks like a number is a word as it is written: 3:17 is no number of base 60. Readers differ on which of
+        two equal keys counts.
+        """
+
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            if twice := [key for number, key in enumerate(keys) if key in keys[:number]]:
+                raise ValueError(f"{twice[0]!r} is said twice")
+            return super().construct_mapping(node, deep)
 
     numbers = [f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "timestamp")]
     Loader.yaml_implicit_resolvers = {
@@ -71,7 +79,7 @@ def _defaults(file: Path, known: Mapping[str, Any]) -> dict[str, Any]:
     }
     try:
         content = yaml.load(file.read_bytes(), Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise typer.BadParameter(f"--recipe {file}: cannot be read ({' '.join(str(error).split())})") from None
     if not isinstance(content, dict):
         raise typer.BadParameter(f"--recipe {file}: holds no settings; write lines such as `remove: 25%`")

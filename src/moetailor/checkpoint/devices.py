@@ -12,7 +12,7 @@ import psutil
 import torch
 from torch.nn import functional
 
-from moetailor.errors import MoetailorError, reason_of
+from moetailor.errors import MoetailorError, out_of_memory, reason_of
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
@@ -75,7 +75,9 @@ def in_batches(items: Sequence[Item], at_once: int, work: Callable[[Sequence[Ite
         some = items[start : start + at_once]
         try:
             found = work(some)
-        except torch.OutOfMemoryError as error:
+        except (RuntimeError, MemoryError) as error:
+            if out_of_memory(error) is None:
+                raise
             if halved or len(some) == 1:
                 told = f"{len(some)} at once are too many for the device's memory ({reason_of(error)})"
                 raise MoetailorError(f"{told}; give less with --batch-memory, or another --device") from None

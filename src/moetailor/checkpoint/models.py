@@ -12,7 +12,7 @@ from torch import nn
 
 from moetailor.checkpoint.files import DTYPES, Checkpoint, LazyTensor
 from moetailor.checkpoint.quiet import quiet_transformers
-from moetailor.errors import CheckpointError, MoetailorError, did_you_mean, reason_of
+from moetailor.errors import CheckpointError, MoetailorError, did_you_mean, out_of_memory, reason_of
 
 DTYPE_CHOICES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -90,9 +90,10 @@ def _loaded(source: str, kind: Any, folder: Path | None, **options: Any) -> nn.M
     with quiet_transformers():
         try:
             model, info = kind.from_pretrained(folder, output_loading_info=True, **options)
-        except MoetailorError:
-            raise
-        except Exception as error:  # whatever is raised, it is about what somebody wrote there
+        except Exception as error:
+            if isinstance(error, MoetailorError) or out_of_memory(error):
+                raise
+            # Whatever else is raised, it is about what somebody wrote there.
             raise CheckpointError(f"{source}: transformers cannot load it: {reason_of(error)}") from error
     if info["missing_keys"]:
         names = sorted(info["missing_keys"])

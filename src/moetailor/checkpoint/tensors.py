@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from moetailor.errors import CheckpointError, MoetailorError
+from moetailor.errors import CheckpointError, MoetailorError, out_of_memory
 
 
 def digest(tensors: Mapping[str, torch.Tensor]) -> str:
@@ -84,6 +84,8 @@ def read_tensors(
             there = [name for name in tensors.keys() if name.startswith(prefix)]
             found = {name.removeprefix(prefix): tensors.get_tensor(name) for name in there}
     except Exception as reason:  # whatever damage makes safetensors and torch raise
+        if out_of_memory(reason):
+            raise
         raise error(f"{file}: cannot be read ({reason}); {cure}") from None
     if lost := set(names) - found.keys():
         raise error(f"{file}: lacks {', '.join(prefix + name for name in sorted(lost))}; {cure}")

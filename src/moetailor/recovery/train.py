@@ -15,7 +15,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerState
 
 from moetailor.checkpoint.quiet import quiet_transformers
-from moetailor.errors import MoetailorError, reason_of
+from moetailor.errors import MoetailorError, out_of_memory, reason_of
 from moetailor.progress import Progress, resumed
 from moetailor.recovery.examples import Blocks
 from moetailor.recovery.folder import check_parts, last_checkpoint
@@ -254,7 +254,7 @@ def _going_on(checkpoint: Path, until: Callable[[], bool] = lambda: False) -> It
     except MoetailorError:
         raise
     except Exception as error:  # whatever damage makes torch, safetensors and Trainer raise
-        if until():
+        if until() or out_of_memory(error):
             raise
         raise MoetailorError(
             f"{checkpoint}: cannot be gone on from ({type(error).__name__}: {error}); delete it, and the same command "
