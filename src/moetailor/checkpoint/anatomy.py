@@ -115,7 +115,8 @@ _KEPT = 256
 
 
 def look_at(config: Any, of: type) -> Any:
-    """Return the same in float32, to be read and never changed: it is built once, and a stage asks a dozen times.
+    """Return the model of a config on the meta device, to be read and never changed: it is built once, and a stage
+    asks for it a dozen times.
 
     Args:
         config: its transformers config.
