@@ -1,9 +1,10 @@
 """moetailor lm-eval: the harness's own command line on results, with scores as transformers' own logits give them."""
 
 import json
-import subprocess
+import logging
 import sys
 from collections.abc import Callable
+from copy import copy
 from pathlib import Path
 
 import pytest
@@ -64,10 +65,13 @@ def right(folder: Path) -> list[bool]:
     return found
 
 
-def test_the_harness_runs_a_task_on_a_result_in_moetailor_format(result: Path, tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore")  # as where the harness is at home
+def test_the_harness_runs_a_task_on_a_result_in_moetailor_format(
+    run: Callable, result: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The program that this process would become runs in it: what that loads is there already."""
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     (tmp_path / "mine.yaml").write_text(TASK.format(file=tmp_path / "rows.jsonl"))
-    begun = [sys.executable, "-c", "from moetailor_cli.app import main; main()", "lm-eval", result, "--"]
     given = [
         "--tasks",
         "mine",
@@ -78,11 +82,17 @@ def test_the_harness_runs_a_task_on_a_result_in_moetailor_format(result: Path, t
         "--device",
         "cpu",
     ]
-    done = subprocess.run(
-        [*begun, *given, "--model_args", "dtype=float32", "--log_samples"], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "|mine |" in done.stdout
+    become: list[list[str]] = []
+    monkeypatch.setattr("os.execv", lambda program, words: become.append(words))
+    code, _, err = run("lm-eval", result, "--", *given, "--model_args", "dtype=float32", "--log_samples")
+    assert code == 0, err
+    ((python, _, code, *words),) = become
+    assert python == sys.executable
+    monkeypatch.setattr(sys, "argv", ["-c", *words])
+    for name in ("handlers", "level"):  # the harness sets up logging for a process of its own
+        monkeypatch.setattr(logging.getLogger(), name, copy(getattr(logging.getLogger(), name)))
+    exec(code, {})
+    assert "|mine |" in capsys.readouterr().out
     (file,) = tmp_path.glob("scores_*.json")
     scores = json.loads(file.read_text())
     assert scores["config"]["model_args"] == {"pretrained": str(result), "dtype": "float32"}
