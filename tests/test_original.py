@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import moetailor
+from moetailor.checkpoint import anatomy
 from moetailor.checkpoint import original as original_module
 from moetailor.checkpoint.family import UNQUANTIZED
 from moetailor.checkpoint.files import DTYPE_NAMES, Checkpoint, TensorInfo, open_checkpoint
@@ -592,3 +594,17 @@ def test_stages_in_one_go_open_the_original_once(tmp_path: Path, monkeypatch: py
     moetailor.compress(REFERENCE, tmp_path / "out", text=text, method="refit", budget=budget)
     # The result is opened to be verified.
     assert opened == [REFERENCE, tmp_path / ".out.moetailor" / "new"]
+
+
+def test_models_that_are_only_read_are_built_once(checkpoint: Get, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one config, however often it is asked for; of another one anew."""
+    monkeypatch.setattr(anatomy, "_LOOKED_AT", {})
+    built = Mock(side_effect=anatomy.build_skeleton)
+    monkeypatch.setattr(anatomy, "build_skeleton", built)
+    config = Original(checkpoint("olmoe")).config
+    small = built(config)
+    first, again = anatomy.discover(config, small), anatomy.discover(config, small)
+    assert (first, built.call_count) == (again, 2)  # and with twice the experts
+    config.num_experts, config.num_experts_per_tok = 6, 2
+    assert anatomy.discover(config, built(config)).layers[0].num_experts == 6
+    assert built.call_count == 4
