@@ -1,5 +1,6 @@
 """Few tokens: codes multiplied without forming weights, and graphs whose shapes do not depend on what routers chose."""
 
+import itertools
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
@@ -117,8 +118,14 @@ def test_few_tokens_and_large_experts_run_one_by_one_and_give_the_same(
         assert alone.called
 
 
-@pytest.mark.parametrize("tokens", [1, 3])
-@pytest.mark.parametrize("name", SLOTS)
+# Eight kinds of codes in the graph of each of six pairs take as long as all others together.
+LONG = {("bits", 3): pytest.mark.slow}
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens"),
+    [pytest.param(*case, marks=LONG.get(case, ())) for case in itertools.product(SLOTS, (1, 3))],
+)
 def test_one_graph_serves_whatever_the_router_chooses(name: str, tokens: int) -> None:
     """Compiled, all pairs run and those that stand for nothing count for nothing; as it is, only live ones run."""
     module = layer(*SLOTS[name])
