@@ -99,18 +99,24 @@ def estimate_plan(
     for stack in [] if method.decides_counts and method.decides_widths else stacks:
         inside = {expert for layer, expert in protect if layer == stack.index}
         refuse_protected(stack.index or 0, inside, stack.num_experts, len(planned[stack.prefix].pool), groups)
-    changed = {prefix: layer for prefix, layer in planned.items() if not layer.untouched}
     plan = Plan(
         method=method.name,
         parameters=method.parameters,
         budget=budget_words(budget, allocation, width),
         model=facts,
         calibration="",
-        # A method that shares bytes out among layers may change those, too, that equal counts would leave whole.
-        layers=planned if method.decides_counts and changed else changed,
+        layers=_looked_at(planned, method),
     )
     check_plan(plan, facts)
     return plan
+
+
+def _looked_at(planned: dict[str, LayerPlan], method: Method) -> dict[str, LayerPlan]:
+    """Return the layers that change; if any does, all of them where the method shares bytes out among layers: it may
+    change those that equal counts would leave whole.
+    """
+    changed = {prefix: layer for prefix, layer in planned.items() if not layer.untouched}
+    return planned if method.decides_counts and changed else changed
 
 
 def _as_it_lies(plan: LayerPlan, stack: Stack, width: Width | None, anew: bool) -> LayerPlan:
