@@ -179,13 +179,8 @@ def test_numbers_in_bfloat16_are_those_of_float32_rounded_once(storage: str) -> 
     torch.testing.assert_close(few.numbers(), exact.numbers().bfloat16(), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("tiles", [False, True])
 @pytest.mark.parametrize("inputs", [5, 32, 40])
-def test_products_of_many_inputs_are_those_of_the_numbers(
-    inputs: int, tiles: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """However a CPU multiplies bfloat16: in tiles, more inputs than are given run."""
-    monkeypatch.setattr("moetailor_vllm.stored.HAS_TILES", tiles)
+def test_products_of_many_inputs_are_those_of_the_numbers(inputs: int) -> None:
     few, generator = FewBits((2, 24, 64), "int4g32", ALONE, dtype=torch.bfloat16), torch.Generator().manual_seed(0)
     few.load("_packed", torch.randint(-(2**31), 2**31, few.parts["_packed"], generator=generator).int())
     few.load("_scale", torch.rand(few.parts["_scale"], generator=generator).bfloat16())

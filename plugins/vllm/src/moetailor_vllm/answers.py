@@ -5,7 +5,7 @@ Shapes: T tokens, K slots of a token, D model width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -19,17 +19,17 @@ class Arrivals(nn.Module):
 
     Args:
         prefix: path of the experts, for messages.
-        wanted: what must arrive.
 
     Attributes:
+        wanted: what must arrive.
         arrived: what did.
         arrivals: how often something did.
         look: names what else is missing.
     """
 
-    def __init__(self, prefix: str, wanted: Iterable[str] = ()) -> None:
+    def __init__(self, prefix: str) -> None:
         super().__init__()
-        self.prefix, self.wanted, self.arrived, self.arrivals = prefix, set(wanted), set[str](), 0
+        self.prefix, self.wanted, self.arrived, self.arrivals = prefix, set[str](), set[str](), 0
         self.look: Callable[[], list[str]] = list
 
     def note(self, name: str) -> None:

@@ -33,8 +33,6 @@ from moetailor_vllm.lookups import (
 AT_ONCE = {"cpu": 2**20, "": 2**24}
 # Inputs of a matrix up to which codes are multiplied as they are.
 FEW = 4
-# Whether this CPU multiplies bfloat16 in tiles (AMX), and the inputs that they take at a time.
-HAS_TILES, TILE = bool(getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16")), 32
 # Bits of float32 behind its exponent.
 MANTISSA = 23
 
@@ -231,7 +229,7 @@ class FewBits(nn.Module):
         if len(x_PI) <= FEW and runs_compiled(x_PI):
             scale = self._scales(slice(row, row + 1))[0]
             return product_of(x_PI, self.packed[row], self._meant, scale, self._zero(row), self.size).to(x_PI)
-        parts = [_multiplied(x_PI, numbers.to(x_PI.dtype)) for _, numbers in self._decoded(slice(row, row + 1))]
+        parts = [F.linear(x_PI, numbers.to(x_PI.dtype)) for _, numbers in self._decoded(slice(row, row + 1))]
         return torch.cat(parts, -1)
 
     def _decoded(self, rows: torch.Tensor | slice) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -279,15 +277,3 @@ class FewBits(nn.Module):
         if self.codes == "nvfp4":
             return scale.view(torch.float8_e4m3fn).float() / self.whole[rows][..., None]
         return scale.to(self.work)
-
-
-def _multiplied(x_PI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
-    """Return x W^T, [P, O]; in tiles the matrix stands on the left, where it is read as it lies: what stands on the
-    right is first copied into another order. Inputs fill whole tiles, as torch compiles a product for each number of
-    them.
-    """
-    tiled = HAS_TILES and x_PI.device.type == "cpu" and x_PI.dtype == torch.bfloat16
-    if not tiled or torch.compiler.is_compiling():
-        return F.linear(x_PI, weight_OI)
-    whole_PI = F.pad(x_PI, (0, 0, 0, -len(x_PI) % TILE))
-    return (weight_OI @ whole_PI.T)[:, : len(x_PI)].T.contiguous()
