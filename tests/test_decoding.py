@@ -1,6 +1,11 @@
 """Few tokens: codes multiplied without forming weights, and graphs whose shapes do not depend on what routers chose."""
 
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+from textwrap import dedent
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
@@ -10,7 +15,7 @@ import pytest
 import torch
 
 from moetailor.answers import Constant, packed
-from moetailor.checkpoint.storage import compiled, few_bits, find_storage, loops
+from moetailor.checkpoint.storage import compiled, few_bits, find_storage, loops, vectors
 from support.decoding import CODES, OWN, SLOTS, layer
 
 # Groups in which loops run as vectors.
@@ -90,32 +95,58 @@ def test_loops_are_compiled_where_nothing_can_be_kept(monkeypatch: pytest.Monkey
     assert loops._compiled(lambda one: one + 1)(1) == 2
 
 
-def test_no_loop_is_made_by_a_function() -> None:
+def test_loops_of_each_kind_have_a_name_of_their_own() -> None:
     """Numba keeps what it compiled under a function's name: several of one name were taken for each other."""
-    made = [part.py_func.__qualname__ for part in vars(loops).values() if hasattr(part, "py_func")]
-    assert {"products", "numbers", "_looked_up"} <= set(made)
-    assert not [name for name in made if "<locals>" in name]
+    kinds = [(bits, vectors.INTEGERS) for bits in range(2, 9)] + [(8, vectors.FLOATS), (8, 2), (8, 4), (8, 8), (12, 4)]
+    names = [of(*kind).py_func.__qualname__ for kind in kinds for of in (loops.products, loops.weights)]
+    assert len({*names}) == 2 * len(kinds)
+
+
+def test_loops_give_the_same_bits_where_a_cpu_does_not_round_to_bfloat16(tmp_path: Path) -> None:
+    lines = """
+        import torch
+        from moetailor.checkpoint.storage import few_bits, find_storage
+        for name in ("uint3g16", "vq2g16", "fp8"):
+            storage, shape = find_storage(name), (1, 4, 48)
+            parts = storage.encode(torch.randn(shape, generator=torch.Generator().manual_seed(0)), "BF16")
+            found = storage.decode(parts, shape)
+            few_bits.runs_compiled = lambda _: False
+            assert found.dtype == torch.bfloat16 and torch.equal(found, storage.decode(parts, shape)), name
+    """
+    plain = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-c", dedent(lines)], env=os.environ | plain, capture_output=True, text=True)
+    assert not run.returncode, run.stderr
+
+
+@pytest.mark.parametrize(("inputs", "name"), [(96, "uint4g32"), (42, "uint5g24"), (96, "vq2g16")])
+def test_inputs_pick_their_matrices(inputs: int, name: str) -> None:
+    storage, shape, generator = find_storage(name), (4, 12, inputs), torch.Generator().manual_seed(0)
+    parts = storage.encode(torch.randn(shape, generator=generator), "F32")
+    x, number = torch.randn(6, inputs, generator=generator), torch.tensor([3, 0, 0, 2, 0, 3])
+    expected = torch.einsum("pi,poi->po", x, storage.decode(parts, shape)[number])
+    torch.testing.assert_close(storage.picked(x, number, parts, shape), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("tokens", [1, 40])
-def test_few_tokens_and_large_experts_run_one_by_one_and_give_the_same(
-    tokens: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_few_tokens_meet_codes_and_large_experts_run_alone(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     module, generator = layer(*SLOTS["bits"]), torch.Generator().manual_seed(0)
     x, gates = torch.randn(tokens, 32, generator=generator), torch.rand(tokens, 2, generator=generator)
     chosen = torch.rand(tokens, 8, generator=generator).topk(2, 1).indices
-    alone = Mock(side_effect=packed._one_by_one)
-    monkeypatch.setattr(packed, "_one_by_one", alone)
+    alone, as_they_lie = (Mock(side_effect=getattr(packed, name)) for name in ("_alone", "_as_they_lie"))
+    monkeypatch.setattr(packed, "_alone", alone)
+    monkeypatch.setattr(packed, "_as_they_lie", as_they_lie)
     with torch.no_grad():
         with monkeypatch.context() as patch:
             patch.setattr(packed, "runs_compiled", lambda _: False)
             expected = module(x, chosen, gates)
         assert not alone.called
+        assert not as_they_lie.called
         torch.testing.assert_close(module(x, chosen, gates), expected, rtol=1e-4, atol=1e-5)
-        assert alone.called == (tokens == 1)
+        assert as_they_lie.called == (tokens == 1)
+        assert not alone.called
         monkeypatch.setattr(packed, "formed", lambda _: 1)
         torch.testing.assert_close(module(x, chosen, gates), expected, rtol=1e-4, atol=1e-5)
-        assert alone.called
+        assert alone.called == (tokens > 1)
 
 
 # Eight kinds of codes in the graph of each of six pairs take as long as all others together.

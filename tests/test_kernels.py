@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moetailor.answers import packed
-from moetailor.checkpoint.storage import find_storage
+from moetailor.checkpoint.storage import few_bits, find_storage
 from moetailor.checkpoint.storage.few_bits import FewBits
 from moetailor.checkpoint.storage.lookup import octets_of
 from support.decoding import CODES, SLOTS, layer
@@ -39,11 +39,12 @@ def test_they_give_the_bits_of_what_codes_stand_for(name: str, inputs: int, dtyp
 
 @pytest.mark.parametrize("inputs", [37, 300])
 @pytest.mark.parametrize("name", CODES)
-def test_each_input_meets_the_matrix_of_its_number(name: str, inputs: int) -> None:
+def test_each_input_meets_the_matrix_of_its_number(name: str, inputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     storage, shape, parts = encoded(name, inputs, "F32")
     x, number = torch.randn(5, inputs, generator=torch.Generator().manual_seed(1)), torch.tensor([2, -1, 0, 2, 1])
     weight = storage.decode(parts, shape).cpu()
     wanted = torch.stack([x[at] @ weight[n].T if n >= 0 else torch.zeros(24) for at, n in enumerate(number.tolist())])
+    monkeypatch.setattr(few_bits, "runs_kernels", lambda _: True)
     found = storage.picked(x.to(DEVICE), number.to(DEVICE), parts, shape)
     torch.testing.assert_close(found.cpu(), wanted, rtol=1e-4, atol=1e-4)
 
@@ -58,5 +59,6 @@ def test_a_layer_gives_the_same_by_kernels(name: str, tokens: int, monkeypatch: 
     with torch.no_grad():
         monkeypatch.setattr(packed, "runs_kernels", lambda _: False)
         expected = module(*given)
-        monkeypatch.setattr(packed, "runs_kernels", lambda _: True)
+        for module_of in (packed, few_bits):
+            monkeypatch.setattr(module_of, "runs_kernels", lambda _: True)
         torch.testing.assert_close(module(*given), expected, rtol=1e-4, atol=1e-5)

@@ -10,8 +10,8 @@ Shapes: n experts of a class, T tokens, P pairs, D model width, F expert width.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +19,7 @@ import torch
 from moetailor.answers.answer import Answer, Call, Context
 from moetailor.answers.products import FEW_PAIRS, Pairs, grouped, joined_gates
 from moetailor.answers.width import Width
-from moetailor.checkpoint.devices import formed, runs_compiled, runs_kernels
+from moetailor.checkpoint.devices import evened, formed, runs_compiled, runs_kernels
 from moetailor.checkpoint.experts import Experts, ExpertShape
 from moetailor.checkpoint.storage import TensorSpec
 from moetailor.checkpoint.storage.few_bits import FEW
@@ -106,31 +106,34 @@ class Packed(Width, Answer):
     @classmethod
     def run(cls, module: Any, call: Call, out_TD: torch.Tensor) -> torch.Tensor:
         """Add the gated outputs, a class at a time; slots with one expert run it once for a token."""
-        experts = Experts(module)
-        at_once = max(formed(call.hidden_TD.device) // math.prod(experts.shape.matrices["down"]), 1)
-        # So few tokens are multiplied with the codes as they lie, and no weight becomes a number (`FewBits.product`).
-        if len(call.hidden_TD) <= FEW and runs_compiled(call.hidden_TD):
-            at_once = 1
-        for width in module.slots.packed:
-            row_TK, gate_TK = joined_gates(call.of_slots(getattr(module, f"{width.stem}_row")), call.gate_TK)
-            if row_TK.numel() <= FEW_PAIRS and runs_kernels(call.hidden_TD):
-                out_TD.add_(_by_kernels(experts, width.stem, call.hidden_TD, row_TK, gate_TK))
+        experts, hidden_TD = Experts(module), call.hidden_TD
+        at_once = max(formed(hidden_TD.device) // math.prod(experts.shape.matrices["down"]), 1)
+        for width, rows in module.slots.packed.items():
+            row_TK, gate_TK = call.of_slots(getattr(module, f"{width.stem}_row")), call.gate_TK
+            if len({*rows.values()}) < len(rows):
+                row_TK, gate_TK = joined_gates(row_TK, gate_TK)
+            if row_TK.numel() <= FEW_PAIRS and runs_kernels(hidden_TD):
+                out_TD.add_(_by_kernels(experts, width.stem, hidden_TD, row_TK, gate_TK))
                 continue
             pairs = Pairs.of(row_TK, gate_TK)
-            if len(pairs):
-                x_PD = call.hidden_TD.index_select(0, pairs.token)
-                if at_once > 1 and pairs.live is None:
-                    given_PD = _several(experts, width.stem, x_PD, pairs.number, at_once)
-                else:
-                    given_PD = _one_by_one(experts, width.stem, x_PD, pairs)
-                out_TD = pairs.added(out_TD, given_PD * pairs.gate)
+            if not len(pairs):
+                continue
+            few = len(hidden_TD) <= FEW and runs_compiled(hidden_TD)
+            if few or (at_once > 1 and pairs.live is None):
+                x_PD = hidden_TD.index_select(0, pairs.token)
+                some = _as_they_lie if few else partial(_several, at_once=at_once)
+                out_TD = pairs.added(out_TD, some(experts, width.stem, x_PD, pairs.number) * pairs.gate)
+                continue
+            for each in pairs.by_number():
+                given_PD = _alone(experts, width.stem, hidden_TD.index_select(0, each.token), each)
+                out_TD = each.added(out_TD, given_PD * each.gate)
         return out_TD
 
 
 def _by_kernels(
     experts: Experts, stem: str, hidden_TD: torch.Tensor, number_TK: torch.Tensor, gate_TK: torch.Tensor
 ) -> torch.Tensor:
-    """Return the gated outputs of a class for a few tokens, float32 [T, D], with its codes as they lie.
+    """Return the gated outputs of a class for a few tokens, float32 [T, D].
 
     Slots that stand for nothing cost nothing in a kernel, so that no shape depends on what the router chose: the device
     is never waited for, and graphs hold for all tokens.
@@ -142,7 +145,22 @@ def _by_kernels(
         number_TK: the expert of each slot, negative for none.
         gate_TK: the gates.
     """
-    module, number_P = experts.module, number_TK.flatten()
+    number_P = number_TK.flatten()
+    given_PD = _as_they_lie(experts, stem, hidden_TD.repeat_interleave(number_TK.shape[1], 0), number_P)
+    given_PD = given_PD.masked_fill(number_P[:, None] < 0, 0) * gate_TK.flatten()[:, None]
+    return given_PD.unflatten(0, number_TK.shape).sum(1)
+
+
+def _as_they_lie(experts: Experts, stem: str, x_PD: torch.Tensor, number_P: torch.Tensor) -> torch.Tensor:
+    """Return the outputs of experts of a class, float32 [P, D], with its codes as they lie: no weight becomes a number.
+
+    Args:
+        experts: the compressed ones.
+        stem: of the class.
+        x_PD: inputs, those of one expert next to each other where loops run.
+        number_P: the expert of each; negative for none where kernels run.
+    """
+    module = experts.module
 
     def given(part: str, inputs: torch.Tensor) -> torch.Tensor:
         product = module.picked(f"{stem}_{part}", inputs, number_P)
@@ -150,34 +168,29 @@ def _by_kernels(
             return product
         return product + module.tensor(f"{stem}_{part}_bias")[number_P.clamp_min(0)]
 
-    x_PD = hidden_TD.repeat_interleave(number_TK.shape[1], 0)
-    given_PD = given("down", experts.activated([given(part, x_PD) for part in experts.inputs]))
-    given_PD = given_PD.masked_fill(number_P[:, None] < 0, 0) * gate_TK.flatten()[:, None]
-    return given_PD.unflatten(0, number_TK.shape).sum(1)
+    return given("down", experts.activated([given(part, x_PD) for part in experts.inputs]))
 
 
-def _one_by_one(experts: Experts, stem: str, x_PD: torch.Tensor, pairs: Pairs) -> torch.Tensor:
-    """Return the outputs of some experts of a class, one at a time, [P, D].
+def _alone(experts: Experts, stem: str, x_PD: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+    """Return the outputs of one expert of a class, [P, D].
 
     Args:
         experts: the compressed ones.
         stem: of the class.
-        x_PD: inputs, sorted by expert.
-        pairs: with their experts; in a graph, which cannot know these, each is looked up and runs alone.
+        x_PD: inputs.
+        pairs: of the expert; in a graph, which cannot know it, it is looked up.
     """
-    module, found, ones = experts.module, [], [1] * len(x_PD)
-    places: Sequence[torch.Tensor | slice] = pairs.number.split(1)
+    module, rows, even_PD = experts.module, pairs.number[:1], evened(x_PD)
     if pairs.live is None:
-        hit, count = pairs.number.unique_consecutive(return_counts=True)
-        places, ones = [slice(row, row + 1) for row in hit.tolist()], count.tolist()
-    for rows, x in zip(places, x_PD.split(ones), strict=True):
+        row = int(rows)
+        rows = slice(row, row + 1)
 
-        def given(part: str, inputs: torch.Tensor, rows: torch.Tensor | slice = rows) -> torch.Tensor:
-            product = module.product(f"{stem}_{part}", inputs[None], rows)[0]
-            return product + module.tensor(f"{stem}_{part}_bias", rows) if experts.shape.biased else product
+    def given(part: str, inputs: torch.Tensor) -> torch.Tensor:
+        product = module.product(f"{stem}_{part}", inputs[None], rows)[0]
+        return product + module.tensor(f"{stem}_{part}_bias", rows) if experts.shape.biased else product
 
-        found.append(given("down", experts.activated([given(part, x) for part in experts.inputs])).to(x))
-    return torch.cat(found)
+    given_PD = given("down", experts.activated([given(part, even_PD) for part in experts.inputs]))[: len(x_PD)]
+    return given_PD.to(x_PD).contiguous()  # outputs in columns would be added slowly
 
 
 def _several(experts: Experts, stem: str, x_PD: torch.Tensor, number_P: torch.Tensor, at_once: int) -> torch.Tensor:

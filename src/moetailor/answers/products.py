@@ -6,9 +6,9 @@ tokens, K slots of a token, P pairs of a token and an expert, E experts, I input
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, repeat
 
 import torch
 from torch.nn import functional as F
@@ -61,6 +61,14 @@ class Pairs:
 
     def __len__(self) -> int:
         return len(self.token)
+
+    def by_number(self) -> Iterator[Pairs]:
+        """Yield the pairs of each number; in a graph, which cannot know these, each alone."""
+        counts = [1] * len(self)
+        if self.live is None:
+            counts = self.number.unique_consecutive(return_counts=True)[1].tolist()
+        lives: Iterable = repeat(None) if self.live is None else self.live.split(counts)
+        yield from map(Pairs, *(each.split(counts) for each in (self.token, self.number, self.gate)), lives)
 
     def counts(self, numbers: int) -> list[int]:
         """Return how many pairs each number has."""

@@ -53,20 +53,24 @@ class Width:
     codes: Kind = "uint"
 
     def __post_init__(self) -> None:
-        both = (self.bits, self.down or self.bits)
         if self.whole and not self.down and self.codes == "uint":
             return
         if self.codes == "vq" and not 1 <= self.bits <= VQ_BITS:
             raise PlanError(f"vq{self.bits}: codebooks have 1 to {VQ_BITS} bits of gate and up")
         if self.codes in FLOATS:
             bits = FLOATS[self.codes].bits
-            if both != (bits, bits) or self.group != Width.group:
+            if self.both != (bits, bits) or self.group != Width.group:
                 told = f"say bits={bits}, and neither down nor group"
                 raise PlanError(f"{self.codes} has {bits} bits and groups of its own: {told}")
-        for bits in both:
+        for bits in self.both:
             if not 2 - (self.codes == "vq") <= bits <= 8:
                 more = "; codebooks have 1, as vq1" if bits == 1 else ""
                 raise PlanError(f"{bits} bit{'s' * (bits != 1)}: there are 2 to 8{more}")
+
+    @property
+    def both(self) -> tuple[int, int]:
+        """The bits of the gate and up projections, and those of the down projection."""
+        return self.bits, self.down or self.bits
 
     @property
     def whole(self) -> bool:

@@ -11,10 +11,10 @@ from moetailor.transform.formats import Format
 from moetailor.transform.formats.moetailor import Moetailor
 
 # Bytes of memory that numba brings, and that compiling leaves there (70 to 150 MB were seen); operations that take as
-# long as compiling one loop, 4 to 7 s, which the interpreter does as it does these.
-NUMBA, COMPILED, STEPS = 70 * 10**6, 100 * 10**6, 400_000
-# Loops that run over a text, for each kind of tables; kinds that there are at most.
-LOOPS, KINDS = 2, 3
+# long as compiling one loop, 1 to 2 s, which the interpreter does as it does these.
+NUMBA, COMPILED, STEPS = 70 * 10**6, 100 * 10**6, 100_000
+# Loops that run over a text, for each kind of codes; kinds that widths by expert have at most.
+LOOPS, KINDS = 2, 8
 
 
 def loops_of(plan: Plan, form: Format | None = None) -> int:
@@ -29,7 +29,8 @@ def loops_of(plan: Plan, form: Format | None = None) -> int:
     # Of widths by expert, which no other form holds, an estimate knows none.
     if not widths and find_method(plan.method).of(plan.parameters).decides_widths:
         return LOOPS * KINDS
-    return LOOPS * min(len(widths), KINDS) if form is None or form.name == Moetailor.name else 0
+    kinds = {(width.codes, bits) for width in widths if not width.whole for bits in width.both}
+    return LOOPS * len(kinds) if form is None or form.name == Moetailor.name else 0
 
 
 def loops_in(result: Original) -> int:

@@ -17,41 +17,59 @@ import numpy as np
 import torch
 
 from moetailor.checkpoint.storage import loops
+from moetailor.checkpoint.storage.lookup import longer
+from moetailor.checkpoint.storage.vectors import FLOATS, INTEGERS, LANES
 
 if TYPE_CHECKING:
     from moetailor.checkpoint.storage.few_bits import FewBits
 
-# What a look-up gives moves as so many elements of one of these types.
-ELEMENTS = {1: (np.uint32, 1), 2: (np.int64, 1), 4: (np.complex128, 1), 8: (np.complex128, 2)}
-# Codes of six bits lie across bytes: how many of them a look-up has.
-SIXES = 2
-# Zero points of codes that have none.
-NONE = np.zeros((0, 0, 0), np.uint32)
+CPU = torch.device("cpu")
+# Of codes without zero points, and of those without a table.
+NO_ZEROS, NO_TABLE = np.zeros((0, 0, 0), np.uint32), np.zeros(0, np.float32)
 # Weights from which on a thread is worth to be woken.
 SHARE = 2**18
 
 
 def kept() -> int:
     """Return how many loops numba has kept on the disk that it compiled before, for a kind of arguments each."""
-    folder, stem = loops.numbers.stats.cache_path, Path(loops.__file__).stem
-    names = ("numbers", "products")
-    return 0 if folder is None else sum(len([*Path(folder).glob(f"{stem}.{name}-*.nbc")]) for name in names)
+    folder = loops.products(8, INTEGERS).stats.cache_path
+    return 0 if folder is None else len([*Path(folder).glob(f"{Path(loops.__file__).stem}.*.nbc")])
+
+
+def kind(storage: FewBits) -> tuple[int, int]:
+    """Return the kind of a storage's codes, as `loops` takes it."""
+    found = storage.look_up(CPU)
+    if found is None or found.told == "integers":
+        return storage.bits, INTEGERS
+    if found.told == "float8":
+        return storage.bits, FLOATS
+    bits = found.bits * found.codes
+    assert bits in (8, 12), "the loops read past other tables"
+    return bits, found.table.shape[1]
 
 
 def product(
-    storage: FewBits, x_nPI: torch.Tensor, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...]
+    storage: FewBits,
+    x_PI: torch.Tensor,
+    number_P: torch.Tensor,
+    parts: Mapping[str, torch.Tensor],
+    shape: tuple[int, ...],
 ) -> torch.Tensor:
-    """Return x W^T, sum_G s_G (x_G . q_G - z_G sum x_G), float32 [n, P, O].
+    """Return x W^T of each input, sum_G s_G (x_G . q_G - z_G sum x_G), float32 [P, O].
 
     Args:
         storage: how the matrices lie.
-        x_nPI: inputs.
+        x_PI: inputs.
+        number_P: the matrix of each; inputs of one that are next to each other read its codes once.
         parts: the stored tensors by their suffixes.
-        shape: of what they are a part of.
+        shape: of all matrices.
     """
-    x = x_nPI.float().contiguous().numpy()
-    out = np.empty((*x.shape[:2], shape[1]), np.float32)
-    _shared(loops.products, storage, parts, storage.scales(parts, shape[1]), shape, (0, shape[1]), x, out)
+    inputs, number = shape[2], number_P.long().contiguous().numpy()
+    # Loops take whole vectors.
+    x = longer(x_PI.float().contiguous(), -inputs % LANES).numpy()
+    out = np.empty((len(x), shape[1]), np.float32)
+    run, scale_nOG = loops.products(*kind(storage)), storage.scales(parts, shape[1])
+    _shared(run, storage, parts, scale_nOG, inputs, x.size, (0, shape[1]), x, number, inputs, out)
     return torch.from_numpy(out)
 
 
@@ -74,8 +92,9 @@ def numbers(
     scale_nOG = storage.scales(parts, shape[1])
     dtype = min(scale_nOG.dtype, dtype, key=lambda each: each.itemsize)
     halved = dtype == torch.bfloat16
-    out = np.empty((len(scale_nOG), rows[1] - rows[0], shape[2]), np.uint16 if halved else np.uint32)
-    _shared(loops.numbers, storage, parts, scale_nOG, shape, rows, out, rows[0])
+    out = np.empty((len(scale_nOG), rows[1] - rows[0], shape[2]), np.uint16 if halved else np.float32)
+    run, each = loops.weights(*kind(storage)), len(out) * shape[2]
+    _shared(run, storage, parts, scale_nOG, shape[2], each, rows, out, rows[0])
     return torch.from_numpy(out).view(dtype if halved else torch.float32).to(dtype)
 
 
@@ -84,28 +103,32 @@ def _shared(
     storage: FewBits,
     parts: Mapping[str, torch.Tensor],
     scale_nOG: torch.Tensor,
-    shape: tuple[int, ...],
+    inputs: int,
+    each: int,
     rows: tuple[int, int],
     *more: Any,
 ) -> None:
-    """Run a loop over rows, which threads share; its last arguments are the first row and that behind the last one."""
-    found = storage.look_up(scale_nOG.device)
-    # Each type of table is a loop to compile, and a loop takes seconds: those without one have that of another.
-    if found is None or found.told == "integers":
-        elements, table = 0, np.zeros(0, np.uint32)
-    elif found.told == "float8":
-        elements, table = -1, np.zeros(0, np.uint32)
-    else:
-        assert 8 % found.bits == 0 or (found.bits, found.codes) == (6, SIXES), "the loops read past other tables"
-        element, elements = ELEMENTS[found.table.shape[1]]
-        table = found.table.numpy().reshape(-1).view(element)
+    """Run a loop over rows, which threads share; its last arguments are the first row and that behind the last one.
+
+    Args:
+        run: the loop.
+        storage: how the matrices lie.
+        parts: the stored tensors by their suffixes.
+        scale_nOG: the scales.
+        inputs: of a matrix.
+        each: weights that the loop tells for a row.
+        rows: the first one, and that behind the last one.
+        more: what the loop wants between codes and rows.
+    """
+    found = storage.look_up(CPU)
+    table = NO_TABLE if found is None or found.told else found.table.flatten().numpy()
     octets = _rows(parts["_packed"]).view(np.uint8)
-    zero = _rows(parts["_zero_point"]).view(np.uint32) if "_zero_point" in parts else NONE
+    zero = _rows(parts["_zero_point"]).view(np.uint32) if "_zero_point" in parts else NO_ZEROS
     # numpy has no bfloat16: the loops know what its bits mean.
     scale = _rows(scale_nOG.view(torch.uint16) if scale_nOG.dtype == torch.bfloat16 else scale_nOG.float())
-    codes = (found.bits if found else 8, elements, octets, table, scale, zero, storage.size(shape[2]))
+    codes = (octets, table, scale, zero, storage.size(inputs))
     first, last = rows
-    threads = min(torch.get_num_threads(), max(len(octets) * (last - first) * shape[2] // SHARE, 1), last - first)
+    threads = min(torch.get_num_threads(), max(each * (last - first) // SHARE, 1), last - first)
     if threads == 1:
         run(*codes, *more, first, last)
         return

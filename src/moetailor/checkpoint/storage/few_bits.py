@@ -103,8 +103,7 @@ class FewBits(Storage):
             each: [..., I].
         """
         inputs = each.shape[-1]
-        more = self.groups(inputs) * self.size(inputs) - inputs
-        return longer(each, more).unflatten(-1, (-1, self.size(inputs)))
+        return longer(each, self.groups(inputs) * self.size(inputs) - inputs).unflatten(-1, (-1, self.size(inputs)))
 
     def encode(self, tensor: torch.Tensor, dtype: str) -> dict[str, torch.Tensor]:
         """Return the nearest codes, each group's scale searched."""
@@ -254,21 +253,21 @@ class FewBits(Storage):
         """Return x W^T, some outputs after the other: what is small stays in caches, and in memory that is there."""
         few = x_nPI.shape[1] <= FEW
         if few and runs_compiled(x_nPI):
-            from moetailor.checkpoint.storage import compiled
-
-            return compiled.product(self, x_nPI, parts, shape)
+            number_P = torch.arange(len(x_nPI)).repeat_interleave(x_nPI.shape[1])
+            return self.picked(x_nPI.flatten(0, 1), number_P, parts, shape).unflatten(0, x_nPI.shape[:2])
         given = self._summed if few and self.size(shape[2]) > SMALL else self._formed
         x_nPI, some = x_nPI.float() if few else x_nPI, max(formed(x_nPI.device) // (len(x_nPI) * shape[2]), 1)
-        starts = range(0, shape[1], some)
-        found = [given(x_nPI, parts, shape, (start, min(start + some, shape[1]))) for start in starts]
+        found = [given(x_nPI, parts, shape, (at, min(at + some, shape[1]))) for at in range(0, shape[1], some)]
         return found[0] if len(found) == 1 else torch.cat(found, -1)
 
     def picked(
         self, x_PI: torch.Tensor, number_P: torch.Tensor, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...]
     ) -> torch.Tensor:
-        """Return x W^T of each input with the matrix of its number, where kernels run, float32 [P, O]; zeros where that
-        is negative.
-        """
+        """Return x W^T of each input with the matrix of its number, float32 [P, O]; only kernels take negative ones."""
+        if not runs_kernels(x_PI):
+            from moetailor.checkpoint.storage import compiled
+
+            return compiled.product(self, x_PI, number_P, parts, shape)
         from moetailor.checkpoint.storage import kernels
 
         octets, found = octets_of(parts["_packed"]), self.look_up(x_PI.device)
@@ -293,7 +292,8 @@ class FewBits(Storage):
     ) -> torch.Tensor:
         """Return some outputs of x W^T with the numbers of W."""
         numbers = self._decoded(parts, shape, x_nPI.dtype, rows).to(x_nPI.dtype)
-        return torch.stack([multiplied(x, weight) for x, weight in zip(x_nPI, numbers, strict=True)])
+        found = [multiplied(x, weight) for x, weight in zip(x_nPI, numbers, strict=True)]
+        return found[0][None] if len(found) == 1 else torch.stack(found)
 
     @abstractmethod
     def pack(self, codes: Codes) -> dict[str, torch.Tensor]:
