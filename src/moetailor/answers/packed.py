@@ -15,11 +15,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn import functional
 
 from moetailor.answers.answer import Answer, Call, Context
 from moetailor.answers.products import FEW_PAIRS, Pairs, grouped, joined_gates
 from moetailor.answers.width import Width
-from moetailor.checkpoint.devices import evened, formed, runs_compiled, runs_kernels
+from moetailor.checkpoint.devices import formed, runs_compiled, runs_kernels, spare
 from moetailor.checkpoint.experts import Experts, ExpertShape
 from moetailor.checkpoint.storage import TensorSpec
 from moetailor.checkpoint.storage.few_bits import FEW
@@ -125,8 +126,7 @@ class Packed(Width, Answer):
                 out_TD = pairs.added(out_TD, some(experts, width.stem, x_PD, pairs.number) * pairs.gate)
                 continue
             for each in pairs.by_number():
-                given_PD = _alone(experts, width.stem, hidden_TD.index_select(0, each.token), each)
-                out_TD = each.added(out_TD, given_PD * each.gate)
+                out_TD = each.added(out_TD, _alone(experts, width.stem, hidden_TD, each) * each.gate)
         return out_TD
 
 
@@ -171,16 +171,18 @@ def _as_they_lie(experts: Experts, stem: str, x_PD: torch.Tensor, number_P: torc
     return given("down", experts.activated([given(part, x_PD) for part in experts.inputs]))
 
 
-def _alone(experts: Experts, stem: str, x_PD: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+def _alone(experts: Experts, stem: str, hidden_TD: torch.Tensor, pairs: Pairs) -> torch.Tensor:
     """Return the outputs of one expert of a class, [P, D].
 
     Args:
         experts: the compressed ones.
         stem: of the class.
-        x_PD: inputs.
+        hidden_TD: inputs.
         pairs: of the expert; in a graph, which cannot know it, it is looked up.
     """
-    module, rows, even_PD = experts.module, pairs.number[:1], evened(x_PD)
+    module, rows = experts.module, pairs.number[:1]
+    # The first token stands for those that are there for the product's sake.
+    x_PD = hidden_TD.index_select(0, functional.pad(pairs.token, (0, spare(hidden_TD, len(pairs)))))
     if pairs.live is None:
         row = int(rows)
         rows = slice(row, row + 1)
@@ -189,7 +191,7 @@ def _alone(experts: Experts, stem: str, x_PD: torch.Tensor, pairs: Pairs) -> tor
         product = module.product(f"{stem}_{part}", inputs[None], rows)[0]
         return product + module.tensor(f"{stem}_{part}_bias", rows) if experts.shape.biased else product
 
-    given_PD = given("down", experts.activated([given(part, even_PD) for part in experts.inputs]))[: len(x_PD)]
+    given_PD = given("down", experts.activated([given(part, x_PD) for part in experts.inputs]))[: len(pairs)]
     return given_PD.to(x_PD).contiguous()  # outputs in columns would be added slowly
 
 

@@ -145,9 +145,11 @@ class Experts:
 
     def activated(self, projected: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return what the down projection is applied to, [T, F], from what `inputs` gave, each [T, F]."""
-        return (
-            self.module._apply_gate(self._join(projected, axis=1)) if self.gated else self.module.act_fn(projected[0])
-        )
+        if not self.gated:
+            return self.module.act_fn(projected[0])
+        if projected[0].stride(0) == 1:  # in columns, which are not to be turned
+            return self.module._apply_gate(self._join([part.T for part in projected], axis=0).T)
+        return self.module._apply_gate(self._join(projected, axis=1))
 
     @torch.no_grad()
     def outputs(self, expert: int, x_TD: torch.Tensor) -> torch.Tensor:
