@@ -128,10 +128,14 @@ def test_inputs_pick_their_matrices(inputs: int, name: str) -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 40])
-def test_few_tokens_meet_codes_and_large_experts_run_alone(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    module, generator = layer(*SLOTS["bits"]), torch.Generator().manual_seed(0)
+@pytest.mark.parametrize("name", ["bits", "whole"])
+def test_few_tokens_meet_codes_and_large_experts_run_alone(
+    name: str, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, generator = layer(*SLOTS[name]), torch.Generator().manual_seed(0)
     x, gates = torch.randn(tokens, 32, generator=generator), torch.rand(tokens, 2, generator=generator)
     chosen = torch.rand(tokens, 8, generator=generator).topk(2, 1).indices
+    chosen[0] = torch.tensor([0, 3])
     alone, as_they_lie = (Mock(side_effect=getattr(packed, name)) for name in ("_alone", "_as_they_lie"))
     monkeypatch.setattr(packed, "_alone", alone)
     monkeypatch.setattr(packed, "_as_they_lie", as_they_lie)
@@ -146,7 +150,7 @@ def test_few_tokens_meet_codes_and_large_experts_run_alone(tokens: int, monkeypa
         assert not alone.called
         monkeypatch.setattr(packed, "formed", lambda _: 1)
         torch.testing.assert_close(module(x, chosen, gates), expected, rtol=1e-4, atol=1e-5)
-        assert alone.called == (tokens > 1)
+        assert alone.called == (tokens > 1 or name == "whole")
 
 
 # Eight kinds of codes in the graph of each of six pairs take as long as all others together.

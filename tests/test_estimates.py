@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from moetailor.checkpoint.devices import give_back
 from moetailor.checkpoint.experts import ExpertShape
 from moetailor.checkpoint.original import looked_at
 from moetailor.checkpoint.rates import Rates, peak_nbytes, resident_now
-from moetailor.estimates.compiling import loops_of, of_loops
+from moetailor.estimates.compiling import kinds_of
 from moetailor.estimates.deciding import Sampled
 from moetailor.estimates.estimate import Estimate, Host, duration, in_turn
 from moetailor.estimates.running import of_calibration, run_of
@@ -378,19 +379,33 @@ def test_loops_count_until_some_were_compiled(tmp_path: Path) -> None:
             for name, remove in (("quantize", "0%"), ("mone", "25%"))
         )
     forms = (FORMATS["moetailor"], FORMATS["compressed-tensors"], None)
-    assert [loops_of(narrow, form) for form in forms] == [2, 0, 2]
-    assert loops_of(whole) == 0
-    assert [loops_of(replace(whole, method="auto", parameters={"bits": bits})) for bits in (True, False)] == [16, 0]
-    matrix = torch.randn(1, 32, 32)
-    storage = WIDTHS[0].storages(ExpertShape(width=32, intermediate=32))["up"]
-    storage.decode(storage.pack(storage.nearest(matrix, torch.float32)), (1, 32, 32))
-    told = "from moetailor.estimates.compiling import of_loops; print(*(int(of_loops(where, 2).steps) for where in {}))"
-    assert of_loops("cpu", 1) == replace(of_loops("meta", 1), nbytes=70 * 10**6)
-    command = [sys.executable, "-c", told.format(("cpu", "meta"))]
+    fours = frozenset({(4, 0)})
+    assert [kinds_of(narrow, form) for form in forms] == [fours, frozenset(), fours]
+    assert kinds_of(whole) == frozenset()
+    mixed = [kinds_of(replace(whole, method="auto", parameters={"bits": bits})) for bits in (True, False)]
+    assert [len(kinds) for kinds in mixed] == [8, 0]
+    # Only the loop that was needed counts as kept, and for its own kind.
+    lines = """
+        import torch
+        from moetailor.answers import Width
+        from moetailor.checkpoint.experts import ExpertShape
+        from moetailor.estimates.compiling import of_loops
+        fours, both = frozenset({(4, 0)}), frozenset({(4, 0), (8, 4)})
+        before = of_loops("cpu", both).steps, of_loops("meta", both).steps
+        storage = Width.parse("4").storages(ExpertShape(width=32, intermediate=32))["up"]
+        storage.decode(storage.pack(storage.nearest(torch.randn(1, 32, 32), torch.float32)), (1, 32, 32))
+        after = of_loops("cpu", fours, ("weight",)), of_loops("cpu", fours), of_loops("cpu", both)
+        print(*map(int, before), *(int(each.steps) for each in after), after[0].nbytes, after[1].nbytes)
+    """
+    run = dedent(lines)
     anew = subprocess.run(
-        command, env=os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True, check=True
+        [sys.executable, "-c", run],
+        env=os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    assert anew.stdout.split() == ["200000", "0"]
+    assert anew.stdout.split() == ["400000", "0", "0", "100000", "300000", f"{60 * 10**6}", f"{165 * 10**6}"]
 
 
 def test_memory_that_was_taken_is_seen() -> None:

@@ -50,7 +50,7 @@ def test_each_input_meets_the_matrix_of_its_number(name: str, inputs: int, monke
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
-@pytest.mark.parametrize("name", ["bits", "both"])
+@pytest.mark.parametrize("name", ["bits", "both", "whole"])
 def test_a_layer_gives_the_same_by_kernels(name: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     module, generator = layer(*SLOTS[name]).to(DEVICE), torch.Generator().manual_seed(0)
     x, gates = torch.randn(tokens, 32, generator=generator), torch.rand(tokens, 2, generator=generator)

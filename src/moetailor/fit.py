@@ -19,7 +19,7 @@ from moetailor.checkpoint.models import longest_sequence, resolve_dtype
 from moetailor.checkpoint.original import Original
 from moetailor.checkpoint.place import PLAN_FILE, PROVENANCE_FILE
 from moetailor.errors import MoetailorError
-from moetailor.estimates.compiling import loops_of
+from moetailor.estimates.compiling import kinds_of
 from moetailor.estimates.estimate import Estimate, Host, in_turn
 from moetailor.estimates.running import of_evaluation
 from moetailor.estimates.sizes import cost_of
@@ -202,9 +202,9 @@ def foretold(host: Host, original: Original, job: Job) -> Estimate:
     parts = of_compression(host, original, job.choice.made_by, given, calibration=None, sample=SampleOptions(), **run)
     if job.choice.format != Gguf.name:
         plan = estimate_plan(original.facts, job.choice.made_by, job.budget, width=job.choice.width)
-        loops = loops_of(plan, resolve_format(plan, job.choice.format, original))
+        kinds = kinds_of(plan, resolve_format(plan, job.choice.format, original))
         nbytes = min(job.room.planned, original.facts.nbytes)
-        parts.append(of_evaluation(host, original, nbytes, loops=loops, text=job.judging, **run))
+        parts.append(of_evaluation(host, original, nbytes, kinds=kinds, text=job.judging, **run))
     return in_turn("fit", parts, host.startup)
 
 

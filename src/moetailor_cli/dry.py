@@ -173,7 +173,7 @@ def evaluate(compressed: str, against: str, run: Options, *, device: str | None,
     """
     from moetailor.checkpoint.original import looked_at
     from moetailor.errors import MoetailorError
-    from moetailor.estimates.compiling import loops_in
+    from moetailor.estimates.compiling import kinds_in
     from moetailor.estimates.estimate import Host
     from moetailor.estimates.running import of_evaluation
     from moetailor.estimates.sizes import downloads_of
@@ -187,7 +187,7 @@ def evaluate(compressed: str, against: str, run: Options, *, device: str | None,
             raise MoetailorError(f"{against} cannot be the original of {compressed}: its {why}")
         host = Host.measured(output.BEGAN, original, device=device, dtype=run["dtype"])
         nbytes, downloads = result.checkpoint.nbytes, downloads_of(result)
-        found = of_evaluation(host, original, nbytes, loops=loops_in(result), downloads=downloads, **run)
+        found = of_evaluation(host, original, nbytes, kinds=kinds_in(result), downloads=downloads, **run)
     output.estimate(found)
     return found
 

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from moetailor.answers import Answer, Auxiliary, Constant, Keep, Linear, LowRank, Narrow, Remap, Width
+from moetailor.answers import WHOLE, Answer, Auxiliary, Constant, Keep, Linear, LowRank, Narrow, Remap, Width
 from moetailor.checkpoint.anatomy import discover
 from moetailor.planning.layer_plan import LayerPlan
 from moetailor.runtime.reshape import LayerChange, reshape_model
@@ -32,6 +32,7 @@ SLOTS: dict[str, tuple[list[Answer], dict[int, Width]]] = {
     "auxiliary in groups": ([Auxiliary(1, vectors="none", constants=True, rank=8)] * 8, {}),
     "narrow": ([*[Narrow(7)] * 6, Linear(2), Constant()], {}),
     "bits": (OWN, {expert: Width.parse(bits) for expert, bits in enumerate(BITS)}),
+    "whole": (OWN, {0: WHOLE, 1: WHOLE, 2: Width.parse("4"), 3: Width.parse("vq2/4")}),
     "both": ([*OWN[:4], Constant(), LowRank(5, 0), Linear(2), Keep()], dict.fromkeys(range(3), Width.parse("vq4/5"))),
 }
 

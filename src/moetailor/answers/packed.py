@@ -113,13 +113,13 @@ class Packed(Width, Answer):
             row_TK, gate_TK = call.of_slots(getattr(module, f"{width.stem}_row")), call.gate_TK
             if len({*rows.values()}) < len(rows):
                 row_TK, gate_TK = joined_gates(row_TK, gate_TK)
-            if row_TK.numel() <= FEW_PAIRS and runs_kernels(hidden_TD):
+            if not width.whole and row_TK.numel() <= FEW_PAIRS and runs_kernels(hidden_TD):
                 out_TD.add_(_by_kernels(experts, width.stem, hidden_TD, row_TK, gate_TK))
                 continue
             pairs = Pairs.of(row_TK, gate_TK)
             if not len(pairs):
                 continue
-            few = len(hidden_TD) <= FEW and runs_compiled(hidden_TD)
+            few = not width.whole and len(hidden_TD) <= FEW and runs_compiled(hidden_TD)
             if few or (at_once > 1 and pairs.live is None):
                 x_PD = hidden_TD.index_select(0, pairs.token)
                 some = _as_they_lie if few else partial(_several, at_once=at_once)

@@ -14,7 +14,7 @@ from moetailor.checkpoint.facts import ModelFacts
 from moetailor.checkpoint.layout import Stack
 from moetailor.checkpoint.original import Original
 from moetailor.checkpoint.weights import ExpertWeights
-from moetailor.estimates.compiling import LOOPS, loops_of, of_loops
+from moetailor.estimates.compiling import PRODUCT, kinds_of, of_loops
 from moetailor.estimates.estimate import LIBRARIES, Estimate, Host
 from moetailor.estimates.sizes import downloads_of, statistics_nbytes
 from moetailor.fitting.work import of_width
@@ -185,8 +185,8 @@ def of_apply(
             memory = max(memory, sums + sample + opened_nbytes(size, work) + copied + 2 * new)
     nbytes = form.nbytes(plan)
     if verify:
-        # A few tokens run: half of the loops.
-        loops = of_loops(host.device, loops_of(plan, form) // LOOPS)
+        # A few tokens run.
+        loops = of_loops(host.device, kinds_of(plan, form), (PRODUCT,))
         total += loops + Work(elements=VERIFIED * nbytes / 2)
         memory = max(memory, LIBRARIES + loops.nbytes + _verified_nbytes(plan))
     reads += nbytes - built + verify * nbytes

@@ -218,7 +218,7 @@ def of_evaluation(
     original: Original,
     compressed: int,
     *,
-    loops: int = 0,
+    kinds: frozenset[tuple[int, int]] = frozenset(),
     text: TextOptions,
     downloads: int = 0,
     tasks: bool = False,
@@ -233,7 +233,7 @@ def of_evaluation(
         host: the machine.
         original: the original.
         compressed: bytes of the compressed checkpoint.
-        loops: how many run it, see `loops_of`.
+        kinds: of its codes, see `kinds_of`.
         text: what is evaluated on.
         downloads: bytes of it that the hub would have to give.
         tasks: whether some run, of which nobody knows how long.
@@ -244,7 +244,7 @@ def of_evaluation(
     run = run_of(original, text, stream=stream, device=host.device, dtype=dtype)
     cost, reads = run.cost, run.cost.nbytes + compressed
     # The original's head lies beside the compressed model.
-    compiling = of_loops(host.device, loops)
+    compiling = of_loops(host.device, kinds)
     taken = run.memory(cost.outside * run.width + run.predictions + compiling.nbytes)
     work = compiling + 2 * run.loading + judging(run, speed=not stream)
     moved = reads + run.states * (2 + 4 * stream * len(cost.layers))

@@ -14,7 +14,7 @@ from moetailor.checkpoint.models import longest_sequence, resolve_dtype
 from moetailor.checkpoint.original import Original
 from moetailor.comparison.cells import Cell
 from moetailor.comparison.streamed import STATES
-from moetailor.estimates.compiling import loops_of, of_loops
+from moetailor.estimates.compiling import kinds_of, of_loops
 from moetailor.estimates.deciding import Sampled, building, of_apply, of_plan
 from moetailor.estimates.estimate import Estimate, Host, in_turn
 from moetailor.estimates.running import Run, judging, of_calibration, run_of
@@ -118,7 +118,7 @@ def _moved(run: Run) -> int:
 def _in_memory(host: Host, original: Original, run: Run, cell: Cell, plan: Plan, sampled: Sampled) -> list[Estimate]:
     """Return what a plan takes that is applied to a copy of the original and measured."""
     work = _cell(original, cell, plan, sampled)
-    loops = of_loops(host.device, loops_of(plan))
+    loops = of_loops(host.device, kinds_of(plan))
     # The original lies there, and a copy of its experts that changes.
     copied = sum(layer.routed_all for layer in run.cost.layers) * run.width + loops.nbytes
     return [

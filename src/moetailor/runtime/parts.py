@@ -8,10 +8,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from moetailor.answers import SlotMap
 from moetailor.checkpoint.loader import StreamedModel
 from moetailor.checkpoint.original import Original
 from moetailor.runtime.experts import CompressedExperts
 from moetailor.runtime.quantizer import MoetailorConfig, fill_maps, reshape_loaded
+
+
+def slot_maps(result: Original) -> dict[int, SlotMap]:
+    """Return the maps of a result's layers that changed; none of an original."""
+    return MoetailorConfig(**result.checkpoint.config["quantization_config"]).slot_maps() if result.written_here else {}
 
 
 def in_parts(
@@ -25,7 +31,7 @@ def in_parts(
         device: where to load them.
         complete: called with each part that was loaded.
     """
-    maps = MoetailorConfig(**result.checkpoint.config["quantization_config"]).slot_maps() if result.written_here else {}
+    maps = slot_maps(result)
 
     def completed(part: nn.Module) -> None:
         fill_maps(part)

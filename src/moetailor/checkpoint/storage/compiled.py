@@ -7,6 +7,7 @@ matrices, P inputs of each, O outputs, I inputs, G groups.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
@@ -18,7 +19,7 @@ import torch
 
 from moetailor.checkpoint.storage import loops
 from moetailor.checkpoint.storage.lookup import longer
-from moetailor.checkpoint.storage.vectors import FLOATS, INTEGERS, LANES
+from moetailor.checkpoint.storage.vectors import FLOATS, INTEGERS, LANES, STAMP
 
 if TYPE_CHECKING:
     from moetailor.checkpoint.storage.few_bits import FewBits
@@ -30,10 +31,12 @@ NO_ZEROS, NO_TABLE = np.zeros((0, 0, 0), np.uint32), np.zeros(0, np.float32)
 SHARE = 2**18
 
 
-def kept() -> int:
-    """Return how many loops numba has kept on the disk that it compiled before, for a kind of arguments each."""
+def kept() -> set[tuple[str, int, int]]:
+    """Return the loops that numba has kept on the disk, compiled before: ``product`` or ``weight``, and the kind."""
     folder = loops.products(8, INTEGERS).stats.cache_path
-    return 0 if folder is None else len([*Path(folder).glob(f"{Path(loops.__file__).stem}.*.nbc")])
+    names = [each.name for each in Path(folder).glob("loops.*.nbc")] if folder else []
+    found = [re.search(rf"\.(product|weight)_(\d+)_(_?\d+)_{STAMP}-", name) for name in names]
+    return {(each[1], int(each[2]), int(each[3].replace("_", "-"))) for each in found if each}
 
 
 def kind(storage: FewBits) -> tuple[int, int]:
