@@ -575,6 +575,46 @@ def test_text_that_cannot_be_used_is_refused_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == [file]
 
 
+@pytest.mark.parametrize("verb", ["calibrate", "compress", "evaluate", "compare"])
+def test_a_dry_run_refuses_a_text_that_is_not_there(cli: Cli, world: World, tmp_path: Path, verb: str) -> None:
+    calls = {
+        "calibrate": ("calibrate", world.original, "-o", tmp_path / "new", *TEXT, "--data"),
+        "compress": (
+            "compress",
+            world.original,
+            "-o",
+            tmp_path / "new",
+            "--method",
+            "reap",
+            "--keep",
+            6,
+            *TEXT,
+            "--data",
+        ),
+        "evaluate": ("evaluate", world.original, "--against", world.original, *TEXT, "--data"),
+        "compare": ("compare", world.original, "-o", tmp_path / "new", "--data", world.text, "--held-out"),
+    }
+    missing = tmp_path / "missing.jsonl"
+    assert cli(*calls[verb], missing, "--dry-run").refusal == f"--data {missing}: no such file"
+
+
+def test_a_dry_run_refuses_a_place_that_is_not_ours(cli: Cli, world: World, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    for call in (
+        world.calibrate(world.original, tmp_path),
+        ("compare", world.original, "-o", tmp_path, "--data", world.text, "--held-out", world.text),
+    ):
+        assert f"{tmp_path}: holds notes.txt, and no c" in cli(*call, "--dry-run").refusal
+
+
+def test_evaluating_refuses_early_what_it_cannot_do(cli: Cli, world: World, compressed: Path) -> None:
+    call = world.evaluate(compressed, world.original)
+    for more in ((), ("--dry-run",)):
+        assert "--stream --tasks: needs" in cli(*call, "--stream", "--tasks", "piqa", *more).refusal
+    refusal = cli(*call, "--scratch", compressed / "here").refusal
+    assert refusal == f"--scratch {compressed / 'here'}: lies in the model {compressed}; choose another folder"
+
+
 @pytest.mark.parametrize("verb", ["calibrate", "compress"])
 def test_text_is_refused_before_weights_are_loaded(
     cli: Cli, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str

@@ -97,12 +97,13 @@ def test_recover_trains_what_was_compressed(run, tmp_path: Path) -> None:
 
 
 def test_a_dry_run_reads_no_data_and_writes_nothing(run, tmp_path: Path) -> None:
-    data = ["--data", tmp_path / "no-such-file.jsonl", "--length", "256"]
+    (tmp_path / "data.jsonl").write_text("no row of a text")
+    data = ["--data", tmp_path / "data.jsonl", "--length", "256"]
     words = ["compress", REFERENCE, "-o", tmp_path / "out", "--method", "reap", "--remove", "25%", "--dry-run", *data]
     code, _, err = run(*words)
     assert code == 0
     assert "14,985,600 of 18,536,832 bytes, format native" in err
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [tmp_path / "data.jsonl"]
 
 
 def test_inspect_as_text_and_as_json(run) -> None:
@@ -152,7 +153,7 @@ def test_methods_are_listed_in_80_columns_and_shown_one_by_one(run) -> None:
 
 
 def test_a_method_is_found_however_it_is_capitalised(run, tmp_path: Path) -> None:
-    words = ["compress", REFERENCE, "-o", tmp_path / "out", "--data", tmp_path / "no", "--dry-run"]
+    words = ["compress", REFERENCE, "-o", tmp_path / "out", "--data", "some/dataset", "--dry-run"]
     words += ["--length", "256"]
     code, _, err = run(*words, "--method", "Compressed_Experts")  # which may go without a budget
     assert code == 0, err

@@ -353,6 +353,7 @@ def test_a_dry_run_downloads_headers_alone(tmp_path: Path) -> None:
     with hub.serving(REFERENCE) as served:
         command = [*MOETAILOR, "calibrate", hub.NAME, "-o", "out", "--data", "text.jsonl", "--length", "256"]
         environment = os.environ | served.environment(tmp_path)
+        (tmp_path / "text.jsonl").touch()
         ran = subprocess.run(
             [*command, "--dry-run"], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,18 @@ def test_each_expert_is_measured_once(
     assert planned(measured, name, "30%") == other != first
     with pytest.raises(AssertionError, match="measured again"):
         planned(moetailor.Calibration.open(shutil.copytree(measured.folder, tmp_path / "b", ignore=_kept)), name)
+
+
+def test_of_a_model_that_was_calibrated_in_memory_nothing_is_kept(measured: moetailor.Calibration) -> None:
+    """Whether weights on the disk are its own cannot be told: what was measured on them may be of others."""
+    source = moetailor.ExpertWeights(measured.model.source)
+    in_memory = replace(measured, model=replace(measured.model, fingerprint={"memory": "0"}))
+    assert planned(in_memory, weights=source) == planned(measured, weights=source)
+    found = {file.name for file in (measured.folder / kept.FOLDER).iterdir()}
+    shutil.rmtree(measured.folder / kept.FOLDER)
+    planned(in_memory, weights=source)
+    assert found
+    assert not (measured.folder / kept.FOLDER).exists()
 
 
 def _kept(folder: str, names: list[str]) -> list[str]:

@@ -516,7 +516,7 @@ def test_scratch_of_the_dead_goes_and_of_the_living_stays(tmp_path: Path, monkey
             end(dead)
             assert len(list(tmp_path.glob("moetailor-*/large/file"))) == 1
             living = in_child(lambda: begin(True))
-    mine = tmp_path / "moetailor-of-mine"
+    mine = tmp_path / "moetailor-scratch-of-mine"
     mine.mkdir()
     (mine / "lock").write_text("a lock of mine")
     (mine / "notes").write_text("x")
@@ -527,7 +527,18 @@ def test_scratch_of_the_dead_goes_and_of_the_living_stays(tmp_path: Path, monkey
     end(living)
     with scratch():
         pass
-    assert contents(tmp_path) == {"moetailor-of-mine/lock": "a lock of mine", "moetailor-of-mine/notes": "x"}
+    assert contents(tmp_path) == {
+        "moetailor-scratch-of-mine/lock": "a lock of mine",
+        "moetailor-scratch-of-mine/notes": "x",
+    }
+
+
+def test_folders_of_others_stay_where_there_is_scratch_room(tmp_path: Path) -> None:
+    for name in ("moetailor-research", "moetailor-datasets"):
+        (tmp_path / name).mkdir()
+    with scratch(tmp_path):
+        pass
+    assert sorted(os.listdir(tmp_path)) == ["moetailor-datasets", "moetailor-research"]
 
 
 def test_scratch_killed_at_any_step_is_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import pytest
 import moetailor
 from moetailor import ranks
 from moetailor.calibration import kept
+from moetailor_cli import output
 from support.reference import REFERENCE
 from support.tiny import load
 
@@ -191,6 +194,8 @@ def test_two_processes_compress_as_one_does(tmp_path: Path) -> None:
         ),
         ("moetailor {calibrate} -o {out}$RANK", "folder: {out}0 and {out}1; start all alike"),
         ("moetailor {calibrate} -o {out} --sequences $((7 + RANK))", "text: "),
+        ("moetailor plan {calib} -o {out} --method mone --remove $((50 - 25 * RANK))%", "budget: "),
+        ("moetailor plan {calib} -o {out} --method auto --remove 50% --protect 0:$RANK", "protected experts: "),
     ],
 )
 def test_processes_that_differ_are_refused(
@@ -211,6 +216,35 @@ def test_one_process_shares_nothing() -> None:
     with ranks.shared(folder="c") as first:
         assert first
         assert list(ranks.each([1, 2, 3], lambda item: item * item)) == [1, 4, 9]
+
+
+@pytest.mark.parametrize("count", ["", "1"])
+def test_one_process_is_alone_whatever_its_rank_is_said_to_be(count: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", count)
+    monkeypatch.setenv("RANK", "1")
+    assert output.speaks()
+    with ranks.shared() as first:
+        assert first
+
+
+def test_a_number_of_processes_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(moetailor.MoetailorError, match="WORLD_SIZE=two: is no number of processes; start them with"):
+        with ranks.shared():
+            pass
+
+
+def test_a_process_does_not_wait_for_ever_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    environment = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(ranks, "MEETING", timedelta(seconds=1))
+    with pytest.raises(moetailor.MoetailorError, match=r"speaks of several processes .*; start them with torchrun"):
+        with ranks.shared():
+            pass
 
 
 def test_an_environment_of_processes_that_nobody_started(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,8 +18,9 @@ from moetailor.progress import Progress
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
-# One may work on a layer for hours while the others wait for it.
-PATIENCE = timedelta(days=30)
+# For all to be there; and for one that works on a layer for hours while the others wait for it.
+MEETING, PATIENCE = timedelta(minutes=10), timedelta(days=30)
+CURE = "start them with torchrun, or unset RANK and WORLD_SIZE"
 # Letters of what they differ in that are shown.
 SHOWN = 200
 
@@ -41,27 +42,36 @@ def shared(**about: object) -> Iterator[bool]:
         MoetailorError: the processes do not find each other, or differ.
     """
     global _count, _number
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    if _told("WORLD_SIZE", 1) < 2:
         yield True
         return
     import torch
     import torch.distributed as processes
+    from torch.distributed.rendezvous import rendezvous
 
     from moetailor.checkpoint.devices import take_own
 
     try:
-        processes.init_process_group("gloo", timeout=PATIENCE)
+        store, rank, size = next(rendezvous("env://", timeout=MEETING))
+        processes.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=PATIENCE)
     except (ValueError, RuntimeError) as error:
-        cure = "start them with torchrun, or unset RANK and WORLD_SIZE"
-        raise MoetailorError(f"the environment speaks of several processes ({reason_of(error)}); {cure}") from None
+        raise MoetailorError(f"the environment speaks of several processes ({reason_of(error)}); {CURE}") from None
     _count, _number = processes.get_world_size(), processes.get_rank()
     try:
-        take_own(int(os.environ.get("LOCAL_RANK", "0")))
+        take_own(_told("LOCAL_RANK", 0))
         same(**about, version=__version__, threads=torch.get_num_threads())
         yield first()
     finally:
         _count, _number = 1, 0
         processes.destroy_process_group()
+
+
+def _told(name: str, default: int) -> int:
+    """Return a number of the environment; one that is empty is not set."""
+    value = os.environ.get(name, "").strip()
+    if value and not value.isdecimal():
+        raise MoetailorError(f"{name}={value}: is no number of processes; {CURE}")
+    return int(value or default)
 
 
 def count() -> int:

@@ -123,7 +123,8 @@ def apply(
         dry.apply(model, plan, out, calibration, run, device=device, trust_remote_code=trust_remote_code)
         return
     made, digest = moetailor.Plan.load(plan), sha256(plan.read_bytes()).hexdigest()
-    with ranks.shared(folder=os.path.realpath(out), plan=digest) as first, waiting.stages() as progress:
+    about = {"folder": os.path.realpath(out), "plan": digest, "format": format, "propagate": propagate}
+    with ranks.shared(**about, overwrite=overwrite) as first, waiting.stages() as progress:
         moetailor.apply(
             made,
             model,
@@ -222,7 +223,8 @@ def compress(
         return
     given |= {"converter": converter, "quantizer": quantizer}
     checked = moetailor.precheck(model, out, trust_remote_code=trust_remote_code, **given)
-    with ranks.shared(folder=os.path.realpath(out)) as first, waiting.stages() as progress:
+    about = {name: value for name, value in given.items() if name not in ("calibration", "text")}
+    with ranks.shared(folder=os.path.realpath(out), **about) as first, waiting.stages() as progress:
         if first:
             output.say(checked)
         measured, plan = moetailor.compress(

@@ -134,7 +134,7 @@ def compare(
         "dtype": dtype,
     }
     if dry_run:
-        dry.compare(model, wanted, device=device, trust_remote_code=trust_remote_code)
+        dry.compare(model, out, wanted, device=device, trust_remote_code=trust_remote_code)
         return
     with waiting.stages() as progress:
         results = moetailor.compare(

@@ -16,19 +16,24 @@ if TYPE_CHECKING:
 Options = Mapping[str, Any]
 
 
-def calibrate(model: str, run: Options, *, device: str | None, trust_remote_code: bool) -> None:
+def calibrate(model: str, out: Path, run: Options, *, device: str | None, trust_remote_code: bool) -> None:
     """Say what a calibration would take.
 
     Args:
         model: the original.
+        out: folder of the calibration.
         run: as `of_calibration` takes it.
         device: where it runs.
         trust_remote_code: run code that comes with the checkpoint.
     """
+    from moetailor.calibration.resume import noted
     from moetailor.checkpoint.original import looked_at
+    from moetailor.checkpoint.place import check_empty
     from moetailor.estimates.estimate import Host
     from moetailor.estimates.running import of_calibration
 
+    if out.exists() and noted(out)[0] is None:
+        check_empty(out, "calibration")
     with looked_at(model, trust_remote_code=trust_remote_code) as original:
         _ = original.facts
         host = Host.measured(output.BEGAN, original, device=device, dtype=run["dtype"])
@@ -192,21 +197,23 @@ def evaluate(compressed: str, against: str, run: Options, *, device: str | None,
     return found
 
 
-def compare(model: str, wanted: Options, *, device: str | None, trust_remote_code: bool) -> None:
+def compare(model: str, out: Path, wanted: Options, *, device: str | None, trust_remote_code: bool) -> None:
     """Say what a comparison would take.
 
     Args:
         model: the original.
+        out: folder of the comparison.
         wanted: the options of `compare`.
         device: where it runs.
         trust_remote_code: run code that comes with the checkpoint.
     """
     import moetailor
     from moetailor.checkpoint.original import looked_at
-    from moetailor.comparison.compare import asked_for
+    from moetailor.comparison.compare import asked_for, noted
     from moetailor.estimates.estimate import Host
     from moetailor.estimates.together import of_comparison
 
+    _ = noted(out, {})  # which refuses what is no comparison
     cells = asked_for(wanted["methods"], wanted["remove"], wanted["sizes"], wanted["text"], wanted["calibration"])
     used = None if wanted["calibration"] is None else moetailor.Calibration.open(wanted["calibration"])
     with looked_at(model, trust_remote_code=trust_remote_code) as original:

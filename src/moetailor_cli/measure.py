@@ -119,7 +119,7 @@ def calibrate(
     run: dict[str, Any] = {"residual": residual, "sensitivity": sensitivity, "stream": stream, "states": states}
     run |= {"text": text, "sample": sample, "dtype": dtype}
     if dry_run:
-        dry.calibrate(model, run, device=device, trust_remote_code=trust_remote_code)
+        dry.calibrate(model, out, run, device=device, trust_remote_code=trust_remote_code)
         return
     with ranks.shared(folder=os.path.realpath(out)) as first, waiting.stages() as progress:
         calibration = moetailor.calibrate(
@@ -171,12 +171,14 @@ def evaluate(
     import moetailor
     from moetailor.checkpoint.artifact import write_json
     from moetailor.checkpoint.place import check_file
+    from moetailor.evaluation.evaluate import check_streamed
 
     if json is not None:
         check_file(json, "estimate" if dry_run else "scores")
     blocks = {"sequences": sequences, "length": length, "batch_size": batch_size}
     text = moetailor.TextOptions(data=tuple(data), text_column=text_column, **blocks)
     if dry_run:
+        check_streamed(stream, device_map=device_map, tasks=tasks)
         run = {"text": text, "tasks": bool(tasks), "stream": stream, "dtype": dtype}
         found = dry.evaluate(compressed, against, run, device=device, trust_remote_code=trust_remote_code)
         if json is not None:

@@ -41,8 +41,8 @@ def is_quiet() -> bool:
 
 
 def speaks() -> bool:
-    """Say whether this process speaks: under torchrun the first does for all."""
-    return os.environ.get("RANK", "0") == "0"
+    """Say whether this process speaks: the first of those that the environment tells of."""
+    return os.environ.get("WORLD_SIZE") in (None, "", "1") or os.environ.get("RANK") in (None, "", "0")
 
 
 def messages() -> PlainConsole:

@@ -96,7 +96,9 @@ def plan(
         given = {"layers": selected, "protect": kept, "allocation": allocated, "width": width}
         dry.plan(measured, method, parameters, budget, given, source, device, trust_remote_code)
         return
-    about = {"calibration": calibration_hash(measured.fingerprint)}
+    about = {"calibration": calibration_hash(measured.fingerprint), "method": method, "parameters": parameters}
+    about |= {"budget": budget, "layers": selected, "protected experts": kept, "allocation": allocated, "width": width}
+    about |= {"guard": guard_super_experts}
     with ranks.shared(**about) as first, waiting.progress("plan") as progress:
         if first:
             check_file(out, "plan")

@@ -26,7 +26,7 @@ from moetailor.errors import CalibrationError, MoetailorError, MoetailorWarning
 FOLDER, VERSION = "measured", 2
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Kept:
     """Rows of numbers, one for each expert of a layer.
 

@@ -25,6 +25,8 @@ from moetailor.errors import CalibrationError, reason_of
 EXPECTED = "a row with `messages`, with `prompt` and `completion`, or with `text` (or what --text-column names)"
 TEXT_FIELDS = ("messages", "prompt", "completion", "text")
 FIELDS = (*TEXT_FIELDS, "domain")
+# Endings of files that may be packed.
+LINES = (".jsonl", ".json", ".txt")
 # Bytes of one place of a shuffled file, and how many places are a handful.
 PLACE, HANDFUL = 2**16, 64
 # Rows of a dataset that are shuffled together, and characters of a block of plain text.
@@ -122,6 +124,11 @@ def blocks(path: Path) -> Iterator[str]:
     with _readable(path), io.TextIOWrapper(opened(path), encoding="utf-8") as text:
         while block := text.read(BLOCK):
             yield block
+
+
+def named_as_file(path: Path) -> bool:
+    """Say whether a source is named as files of text are, and as no dataset is."""
+    return path.is_absolute() or _ending(path) in {".parquet", *(kind + p for kind in LINES for p in ("", *PACKED))}
 
 
 def _ending(path: Path) -> str:

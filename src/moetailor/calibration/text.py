@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from moetailor.calibration.batch import Batch
+from moetailor.calibration.sources import named_as_file
 from moetailor.calibration.spans import Document, Encoder, documents
 from moetailor.errors import CalibrationError
 
@@ -194,9 +195,15 @@ def _split_weight(entry: str) -> tuple[str, float]:
 
 
 def files_of(data: Iterable[str]) -> list[Path]:
-    """Return the files among the sources of a text."""
-    names = (Path(_split_weight(entry)[0]) for entry in data)
-    return [path for path in names if path.exists()]
+    """Return the files among the sources of a text, which is not read.
+
+    Raises:
+        CalibrationError: one that is named as files are is not there.
+    """
+    paths = [Path(_split_weight(entry)[0]) for entry in data]
+    if missing := next((path for path in paths if named_as_file(path) and not path.exists()), None):
+        raise CalibrationError(f"--data {missing}: no such file")
+    return [path for path in paths if path.exists()]
 
 
 def check_vocabulary(largest: int, vocab_size: int | None) -> None:

@@ -1,7 +1,7 @@
 """Whose a place is: one run at a time writes there, and only what carries our mark is deleted.
 
 Every place that a run writes to has a work folder of ours: `.NAME.moetailor` beside a result that appears when it is
-complete, `.moetailor` in a folder that grows, `moetailor-XXXX` among the system's temporary files. The lock in it says
+complete, `.moetailor` in a folder that grows, `moetailor-scratch-XXXX` among temporary files. The lock in it says
 who works there, and is the mark of the folder. The kernel frees a lock when its process ends, however that is: what
 lies beside a free lock was left by a run that was killed. Locks are sure between the processes of one machine, on its
 own disks; on a disk that several machines share they are as sure as its server makes them.
@@ -28,6 +28,8 @@ from moetailor.errors import MoetailorError, UnwritableError
 
 LOCK, MARK = "lock", "moetailor-lock"
 GROWING = ".moetailor"
+# No name of anybody else, as those that a kill left empty are deleted, too.
+SCRATCH = "moetailor-scratch-"
 # What is to be replaced, until the new result is in its place.
 OLD = "old"
 # The work folders that this run holds, with its process: what a verb holds is held for the stages in it too.
@@ -97,11 +99,11 @@ def scratch(place: Path | None = None) -> Iterator[Path]:
         MoetailorError: it cannot be written.
     """
     place = Path(tempfile.gettempdir()) if place is None else place
-    for left in place.glob("moetailor-????????"):
+    for left in place.glob(f"{SCRATCH}????????"):
         _sweep(left)
     try:
         place.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix="moetailor-", dir=place))
+        folder = Path(tempfile.mkdtemp(prefix=SCRATCH, dir=place))
     except OSError as error:
         raise UnwritableError(place, error) from None
     with _locked(folder, folder):

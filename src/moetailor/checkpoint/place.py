@@ -66,6 +66,20 @@ def check_empty(
         raise error(f"{folder}: holds {_listed(others)}, and no {kind}; choose another folder")
 
 
+def check_apart(scratch: Path | None, models: Iterable[Path]) -> None:
+    """Refuse a folder for what is needed for a while that is a model's, or lies in one.
+
+    Raises:
+        MoetailorError: it does.
+    """
+    if scratch is None:
+        return
+    real = Path(os.path.realpath(scratch))
+    for folder in models:
+        if Path(os.path.realpath(folder)) in (real, *real.parents):
+            raise MoetailorError(f"--scratch {scratch}: lies in the model {folder}; choose another folder")
+
+
 def check_inputs(out: Path, inputs: Inputs) -> None:
     """Refuse a place for the result that is an input of the run or holds one; see `check_place`."""
     for what, paths in inputs.items():

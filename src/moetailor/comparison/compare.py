@@ -24,7 +24,7 @@ from moetailor.checkpoint.lock import growing
 from moetailor.checkpoint.lock import scratch as scratch_folder
 from moetailor.checkpoint.models import longest_sequence, resolve_dtype
 from moetailor.checkpoint.original import Original
-from moetailor.checkpoint.place import check_empty
+from moetailor.checkpoint.place import check_apart, check_empty
 from moetailor.checkpoint.weights import ExpertWeights
 from moetailor.comparison.bench import Bench, forget
 from moetailor.comparison.cells import Cell, cells_of
@@ -112,9 +112,10 @@ def compare(
     torch_dtype = resolve_dtype(dtype, device, original.checkpoint)
     batches = _read(original, held_out)
     settings = _settings(original.checkpoint, batches, device, torch_dtype, stream)
-    _noted(out, settings)
+    noted(out, settings)
+    check_apart(scratch, (original.folder,))
     with growing(out) as work, nullcontext(work) if scratch is None else scratch_folder(scratch) as place:
-        _noted(out, settings)  # another run may have been here in between
+        noted(out, settings)  # another run may have been here in between
         if place != work:
             forget(work)  # as a run without this --scratch left it
         if stream:
@@ -126,7 +127,7 @@ def compare(
             options = {"sample": sample, "stream": stream, "device": device, "dtype": dtype}
             given = _calibrated(original, out / CALIBRATION, text, cells, progress, options)
         settings |= {"calibration": calibration_hash(given.fingerprint), "sensitivities": sensitivities_of(given)}
-        run = {"calibrate_seconds": time.perf_counter() - began} | _noted(out, settings) | settings
+        run = {"calibrate_seconds": time.perf_counter() - began} | noted(out, settings) | settings
         write_json(out / RUN, run)
         (out / CELLS).mkdir(exist_ok=True)
         _warn_of_shared(given.batches(), batches)
@@ -260,7 +261,7 @@ def _settings(checkpoint: Checkpoint, batches: Sequence[Batch], device: str, dty
     }
 
 
-def _noted(out: Path, settings: dict) -> dict:
+def noted(out: Path, settings: dict) -> dict:
     """Return what the folder notes of the comparison that it holds, if any.
 
     Raises:

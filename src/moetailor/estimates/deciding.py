@@ -8,7 +8,6 @@ from functools import cached_property
 import torch
 
 from moetailor.calibration.folder import Calibration
-from moetailor.calibration.kept import Kept
 from moetailor.checkpoint.devices import working_nbytes
 from moetailor.checkpoint.facts import ModelFacts
 from moetailor.checkpoint.layout import Stack
@@ -128,10 +127,11 @@ def opened_nbytes(layer: LayerSize, work: Work | None) -> int:
 def _measured(calibration: Calibration, method: Method, stack: Stack) -> tuple[int, int]:
     """Return how many experts of a layer are not measured yet, and the bytes of the rows that will be kept of them."""
     index = stack.index or 0
-    what = method.kept_under(view_of(calibration, index, ExpertWeights(calibration.model.source)))
-    if what is None:
+    view = view_of(calibration, index, ExpertWeights(calibration.model.source))
+    what = method.kept_under(view)
+    if what is None or view.kept is None:
         return stack.num_experts, 0
-    rows = Kept(calibration=calibration, layer=index).read(what)
+    rows = view.kept.read(what)
     columns = sum(len(each) for each in what.values() if isinstance(each, list))
     missing = stack.num_experts if rows is None else int(rows.isnan().any(1).sum())
     # A seal for each row, and headers.

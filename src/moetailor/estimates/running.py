@@ -12,7 +12,7 @@ from moetailor.calibration.capture import PORTION_CPU
 from moetailor.calibration.layers import PREDICTIONS
 from moetailor.calibration.sampling import SampleOptions
 from moetailor.calibration.sensitivity import TOKENS
-from moetailor.calibration.text import TextOptions, length_of
+from moetailor.calibration.text import TextOptions, files_of, length_of
 from moetailor.checkpoint.files import DTYPE_NAMES
 from moetailor.checkpoint.models import longest_sequence, resolve_dtype, stored_dtype
 from moetailor.checkpoint.original import Original
@@ -117,6 +117,7 @@ def run_of(original: Original, text: TextOptions, *, stream: bool, device: str, 
     Raises:
         CalibrationError: blocks are longer than the model takes.
     """
+    _ = files_of(text.data)  # which refuses those that are not there
     assert text.sequences is not None  # how much text there is would be known once it is read
     length = length_of(text.length, longest_sequence(original.plain_config))
     run, keys = resolve_dtype(dtype, device, original.checkpoint), Counter(original.skeleton.names.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from moetailor.checkpoint.loader import StreamedModel
 from moetailor.checkpoint.lock import scratch as scratch_folder
 from moetailor.checkpoint.models import longest_sequence, resolve_dtype
 from moetailor.checkpoint.original import Original
+from moetailor.checkpoint.place import check_apart
 from moetailor.errors import MoetailorError
 from moetailor.evaluation.fidelity import Fidelity, Reference
 from moetailor.evaluation.speed import Speed, measure_speed, resident_nbytes
@@ -126,8 +128,7 @@ def evaluate(
         CalibrationError: the text cannot be used.
         MoetailorError: no room for the original's hidden states, or a prediction is not finite.
     """
-    if stream and (given := "device_map" if device_map else "tasks" if tasks is not None and tasks.tasks else ""):
-        raise MoetailorError(f"--stream --{given.replace('_', '-')}: needs the whole model in memory; give one of them")
+    check_streamed(stream, device_map=device_map, tasks=tasks and tasks.tasks)
     original, compressed = (
         Original(source, takes="anything", trust_remote_code=trust_remote_code) for source in (against, model)
     )
@@ -137,6 +138,7 @@ def evaluate(
     if tasks is not None and tasks.tasks:
         check_tasks(tasks.tasks, trust_remote_code=trust_remote_code, **tasks.folders)
     config = original.config
+    check_apart(scratch, (original.folder, compressed.folder))
     if why := unlike(compressed.config, config):
         raise MoetailorError(f"{against} cannot be the original of {model}: its {why}")
     check_origin(compressed.checkpoint, original.checkpoint)
@@ -187,6 +189,16 @@ def _measure(
             model, tokenizer, tasks.tasks, limit=tasks.limit, trust_remote_code=trust_remote_code, **tasks.folders
         )
     return resident_nbytes(model), speed, scores
+
+
+def check_streamed(stream: bool, *, device_map: str | None, tasks: Sequence[str] | None) -> None:
+    """Refuse what no model can do of which one part is in memory at a time.
+
+    Raises:
+        MoetailorError: see the message.
+    """
+    if stream and (given := "device-map" if device_map else "tasks" if tasks else ""):
+        raise MoetailorError(f"--stream --{given}: needs the whole model in memory; give one of them")
 
 
 def check_predicts(text: TextOptions) -> None:

@@ -97,7 +97,9 @@ class Reference:
         need = sum(batch.input_ids.numel() for batch in self.batches) * weight.shape[1] * weight.element_size()
         if need * streams > (free := shutil.disk_usage(self.folder).free):
             told = f"hidden states take {need * streams:,} bytes, {free:,} are free"
-            raise MoetailorError(f"{self.folder}: {told}; evaluate on less text, or where there is more")
+            raise MoetailorError(
+                f"{self.folder}: {told}; evaluate on less text, or name a folder with more room with --scratch"
+            )
         for number, hidden in enumerate(self._states(source, progress)):
             if not is_finite(hidden):
                 raise _not_finite(source.model, "original", hidden.dtype)

@@ -164,7 +164,8 @@ def view_of(
         read_sample=lambda: calibration.sample(layer),
         read_correction=lambda: weights.correction(layer),
         open_experts=lambda: weights.open(layer),
-        kept=None if weights.in_memory else Kept(calibration=calibration, layer=layer),
+        # Of a model that was calibrated in memory, nobody knows whether other weights are its own.
+        kept=None if weights.in_memory or "shards" not in facts.fingerprint else Kept(calibration, layer),
         read_domains=lambda: calibration.domains[1],
     )
 
