@@ -59,7 +59,7 @@ def test_of_a_model_that_was_calibrated_in_memory_nothing_is_kept(measured: moet
     """Whether weights on the disk are its own cannot be told: what was measured on them may be of others."""
     source = moetailor.ExpertWeights(measured.model.source)
     in_memory = replace(measured, model=replace(measured.model, fingerprint={"memory": "0"}))
-    assert planned(in_memory, weights=source) == planned(measured, weights=source)
+    assert planned(in_memory, weights=source).layers == planned(measured, weights=source).layers
     found = {file.name for file in (measured.folder / kept.FOLDER).iterdir()}
     shutil.rmtree(measured.folder / kept.FOLDER)
     planned(in_memory, weights=source)
