@@ -579,18 +579,7 @@ def test_text_that_cannot_be_used_is_refused_and_leaves_nothing(
 def test_a_dry_run_refuses_a_text_that_is_not_there(cli: Cli, world: World, tmp_path: Path, verb: str) -> None:
     calls = {
         "calibrate": ("calibrate", world.original, "-o", tmp_path / "new", *TEXT, "--data"),
-        "compress": (
-            "compress",
-            world.original,
-            "-o",
-            tmp_path / "new",
-            "--method",
-            "reap",
-            "--keep",
-            6,
-            *TEXT,
-            "--data",
-        ),
+        "compress": ("compress", world.original, "-o", tmp_path / "new", "--method=reap", "--keep=6", *TEXT, "--data"),
         "evaluate": ("evaluate", world.original, "--against", world.original, *TEXT, "--data"),
         "compare": ("compare", world.original, "-o", tmp_path / "new", "--data", world.text, "--held-out"),
     }

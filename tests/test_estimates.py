@@ -49,7 +49,7 @@ from moetailor.methods.refitted import fitted
 from moetailor.methods.registry import METHODS
 from moetailor.methods.run import view_of
 from moetailor.methods.subsets import best_subset
-from moetailor.planning.layer_plan import LayerPlan
+from moetailor.planning.layer_plan import LayerPlan, untouched
 from moetailor.planning.view import LayerView
 from moetailor.planning.work import LayerSize, Work
 from moetailor.transform.formats import FORMATS
@@ -384,7 +384,9 @@ def test_loops_count_until_some_were_compiled(tmp_path: Path) -> None:
     assert [kinds_of(narrow, form) for form in forms] == [fours, frozenset(), fours]
     assert kinds_of(whole) == frozenset()
     mixed = [kinds_of(replace(whole, method="auto", parameters={"bits": bits})) for bits in (True, False)]
-    assert [len(kinds) for kinds in mixed] == [8, 0]
+    menu = [width for width in METHODS["auto"]().stays if isinstance(width, Width)]
+    layers = {f"layer {width}": untouched(8).narrowed(width) for width in menu}
+    assert mixed == [kinds_of(replace(narrow, layers=layers)), frozenset()]
     # Only the loop that was needed counts as kept, and for its own kind.
     lines = """
         import torch

@@ -516,7 +516,7 @@ def test_scratch_of_the_dead_goes_and_of_the_living_stays(tmp_path: Path, monkey
             end(dead)
             assert len(list(tmp_path.glob("moetailor-*/large/file"))) == 1
             living = in_child(lambda: begin(True))
-    mine = tmp_path / "moetailor-scratch-of-mine"
+    mine = tmp_path / "moetailor-scratch-of--mine"
     mine.mkdir()
     (mine / "lock").write_text("a lock of mine")
     (mine / "notes").write_text("x")
@@ -528,8 +528,8 @@ def test_scratch_of_the_dead_goes_and_of_the_living_stays(tmp_path: Path, monkey
     with scratch():
         pass
     assert contents(tmp_path) == {
-        "moetailor-scratch-of-mine/lock": "a lock of mine",
-        "moetailor-scratch-of-mine/notes": "x",
+        "moetailor-scratch-of--mine/lock": "a lock of mine",
+        "moetailor-scratch-of--mine/notes": "x",
     }
 
 

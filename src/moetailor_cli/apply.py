@@ -112,6 +112,7 @@ def apply(
     import moetailor
     from moetailor import ranks
     from moetailor.checkpoint.place import check_inputs
+    from moetailor.planning.plan import calibration_hash
 
     check_inputs(out, {"the plan": plan})
     if gguf_recipe is not None:
@@ -123,13 +124,15 @@ def apply(
         dry.apply(model, plan, out, calibration, run, device=device, trust_remote_code=trust_remote_code)
         return
     made, digest = moetailor.Plan.load(plan), sha256(plan.read_bytes()).hexdigest()
+    given = None if calibration is None else moetailor.Calibration.open(calibration)
     about = {"folder": os.path.realpath(out), "plan": digest, "format": format, "propagate": propagate}
-    with ranks.shared(**about, overwrite=overwrite) as first, waiting.stages() as progress:
+    about |= {"overwrite": overwrite, "calibration": given and calibration_hash(given.fingerprint)}
+    with ranks.shared(**about) as first, waiting.stages() as progress:
         moetailor.apply(
             made,
             model,
             out,
-            calibration=None if calibration is None else moetailor.Calibration.open(calibration),
+            calibration=given,
             propagate=propagate,
             format=format,
             overwrite=overwrite,
@@ -223,7 +226,9 @@ def compress(
         return
     given |= {"converter": converter, "quantizer": quantizer}
     checked = moetailor.precheck(model, out, trust_remote_code=trust_remote_code, **given)
+    # Texts are held against each other when they are read.
     about = {name: value for name, value in given.items() if name not in ("calibration", "text")}
+    about |= {"propagate": propagate, "guard": guard_super_experts}
     with ranks.shared(folder=os.path.realpath(out), **about) as first, waiting.stages() as progress:
         if first:
             output.say(checked)

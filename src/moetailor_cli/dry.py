@@ -26,14 +26,14 @@ def calibrate(model: str, out: Path, run: Options, *, device: str | None, trust_
         device: where it runs.
         trust_remote_code: run code that comes with the checkpoint.
     """
+    from moetailor.calibration.fingerprint import check_same_run
     from moetailor.calibration.resume import noted
     from moetailor.checkpoint.original import looked_at
-    from moetailor.checkpoint.place import check_empty
     from moetailor.estimates.estimate import Host
     from moetailor.estimates.running import of_calibration
 
-    if out.exists() and noted(out)[0] is None:
-        check_empty(out, "calibration")
+    stored = noted(out)[0]
+    check_same_run(out, stored, stored or {})  # whether it holds another run, only the text would say
     with looked_at(model, trust_remote_code=trust_remote_code) as original:
         _ = original.facts
         host = Host.measured(output.BEGAN, original, device=device, dtype=run["dtype"])

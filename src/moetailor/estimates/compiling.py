@@ -20,8 +20,8 @@ LOOPS = (PRODUCT, WEIGHT) = ("product", "weight")
 # Bytes of memory that numba brings, and that compiling leaves there, for a first loop and for each one; operations that
 # take as long as compiling one, 1 to 2 s, which the interpreter does as it does these.
 NUMBA, COMPILED, EACH, STEPS = 60 * 10**6, 100 * 10**6, 5 * 10**6, 100_000
-# Kinds of codes that widths by expert may have: codebooks of 1 to 4 bits, and integers.
-MIXED = frozenset({(8, 8), (8, 4), (12, 4), (8, 2), (5, 0), (6, 0), (7, 0), (8, 0)})
+# Kinds of codes that widths by expert have, those of auto's menu: codebooks of 1 to 4 bits, integers of 5, 6 and 8.
+MIXED = frozenset({(8, 8), (8, 4), (12, 4), (8, 2), (5, 0), (6, 0), (8, 0)})
 # Kinds depend on no shape.
 ANY = ExpertShape(width=128, intermediate=128)
 
