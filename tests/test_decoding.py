@@ -98,8 +98,8 @@ def test_loops_are_compiled_where_nothing_can_be_kept(monkeypatch: pytest.Monkey
 def test_loops_of_each_kind_have_a_name_of_their_own() -> None:
     """Numba keeps what it compiled under a function's name: several of one name were taken for each other."""
     kinds = [(bits, vectors.INTEGERS) for bits in range(2, 9)] + [(8, vectors.FLOATS), (8, 2), (8, 4), (8, 8), (12, 4)]
-    names = [of(*kind).py_func.__qualname__ for kind in kinds for of in (loops.products, loops.weights)]
-    assert len({*names}) == 2 * len(kinds)
+    names = [of(*kind).py_func.__qualname__ for kind in kinds for of in (loops.products, loops.weights, loops.tiles)]
+    assert len({*names}) == 3 * len(kinds)
 
 
 def test_loops_give_the_same_bits_where_a_cpu_does_not_round_to_bfloat16(tmp_path: Path) -> None:

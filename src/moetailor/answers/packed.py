@@ -15,12 +15,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn import functional
 
 from moetailor.answers.answer import Answer, Call, Context
 from moetailor.answers.products import FEW_PAIRS, Pairs, grouped, joined_gates
 from moetailor.answers.width import Width
-from moetailor.checkpoint.devices import formed, runs_compiled, runs_kernels, spare
+from moetailor.checkpoint.devices import formed, runs_compiled, runs_kernels
 from moetailor.checkpoint.experts import Experts, ExpertShape
 from moetailor.checkpoint.storage import TensorSpec
 from moetailor.checkpoint.storage.few_bits import FEW
@@ -181,8 +180,7 @@ def _alone(experts: Experts, stem: str, hidden_TD: torch.Tensor, pairs: Pairs) -
         pairs: of the expert; in a graph, which cannot know it, it is looked up.
     """
     module, rows = experts.module, pairs.number[:1]
-    # The first token stands for those that are there for the product's sake.
-    x_PD = hidden_TD.index_select(0, functional.pad(pairs.token, (0, spare(hidden_TD, len(pairs)))))
+    x_PD = hidden_TD.index_select(0, pairs.token)
     if pairs.live is None:
         row = int(rows)
         rows = slice(row, row + 1)
@@ -191,7 +189,7 @@ def _alone(experts: Experts, stem: str, hidden_TD: torch.Tensor, pairs: Pairs) -
         product = module.product(f"{stem}_{part}", inputs[None], rows)[0]
         return product + module.tensor(f"{stem}_{part}_bias", rows) if experts.shape.biased else product
 
-    given_PD = given("down", experts.activated([given(part, x_PD) for part in experts.inputs]))[: len(pairs)]
+    given_PD = given("down", experts.activated([given(part, x_PD) for part in experts.inputs]))
     return given_PD.to(x_PD).contiguous()  # outputs in columns would be added slowly
 
 

@@ -105,22 +105,14 @@ def in_tiles(tensor: torch.Tensor) -> bool:
     return on_cpu and tensor.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
 
 
-def spare(like: torch.Tensor, count: int) -> int:
-    """Return how many inputs more a product of bfloat16 in tiles is best given: torch compiles one for each number of
-    inputs, which takes longer than the product, and tiles take 16 or 32 at a time anyway. Few are soon all known.
-
-    Args:
-        like: what is multiplied.
-        count: of inputs.
+def evened(x_PI: torch.Tensor) -> torch.Tensor:
+    """Return inputs of a product of bfloat16 in tiles, with as many zeros more as it is best given: torch compiles one
+    for each number of inputs, which takes longer than the product, and tiles take 16 or 32 at a time anyway. Few are
+    soon all known.
     """
     # 16 and a multiple of 32: 48, 80, 112 and 144 inputs take .50, .68, .88 and 1.15 ms where 64, 96 and 128 take .66,
     # .96 and 1.24 (a matrix of 1024 x 2048, one thread of an Intel with AMX).
-    return (TILE // 2 - count) % TILE if in_tiles(like) and count > TILE else 0
-
-
-def evened(x_PI: torch.Tensor) -> torch.Tensor:
-    """Return inputs of a product, with the zeros more that are `spare`."""
-    more = spare(x_PI, len(x_PI))
+    more = (TILE // 2 - len(x_PI)) % TILE if in_tiles(x_PI) and len(x_PI) > TILE else 0
     return functional.pad(x_PI, (0, 0, 0, more)) if more else x_PI
 
 

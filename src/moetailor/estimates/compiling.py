@@ -15,8 +15,8 @@ from moetailor.runtime.parts import slot_maps
 from moetailor.transform.formats import Format
 from moetailor.transform.formats.moetailor import Moetailor
 
-# What loops over codes do: multiply them with a few inputs, and write what they stand for.
-LOOPS = (PRODUCT, WEIGHT) = ("product", "weight")
+# What loops over codes do: multiply them with a few inputs, and write what they stand for, or multiply that in tiles.
+PRODUCT, WEIGHT, TILED = "product", "weight", "tiled"
 # Bytes of memory that numba brings, and that compiling leaves there, for a first loop and for each one; operations that
 # take as long as compiling one, 1 to 2 s, which the interpreter does as it does these.
 NUMBA, COMPILED, EACH, STEPS = 60 * 10**6, 100 * 10**6, 5 * 10**6, 100_000
@@ -50,7 +50,7 @@ def kinds_in(result: Original) -> frozenset[tuple[int, int]]:
     return _kinds({width for slots in slot_maps(result).values() for width in slots.packed})
 
 
-def of_loops(device: str, kinds: frozenset[tuple[int, int]], loops: Sequence[str] = LOOPS) -> Work:
+def of_loops(device: str, kinds: frozenset[tuple[int, int]], loops: Sequence[str] = (PRODUCT, WEIGHT)) -> Work:
     """Return the work of some loops before they run, and the memory that they take.
 
     Args:
@@ -62,7 +62,9 @@ def of_loops(device: str, kinds: frozenset[tuple[int, int]], loops: Sequence[str
         return Work()
     from moetailor.checkpoint.storage import compiled  # numba takes half a second
 
-    left = len({(loop, *kind) for loop in loops for kind in kinds} - compiled.kept())
+    # Dtype and widths say which of the two many tokens need: they count as one.
+    kept = {(WEIGHT if loop == TILED else loop, *kind) for loop, *kind in compiled.kept()}
+    left = len({(loop, *kind) for loop in loops for kind in kinds} - kept)
     return Work(steps=STEPS * left, nbytes=NUMBA + COMPILED * (left > 0) + EACH * left)
 
 

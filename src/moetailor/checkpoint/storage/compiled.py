@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from moetailor.checkpoint.devices import in_tiles, passing_nbytes
 from moetailor.checkpoint.storage import loops
 from moetailor.checkpoint.storage.lookup import longer
+from moetailor.checkpoint.storage.tiles import ARE_HERE
 from moetailor.checkpoint.storage.vectors import FLOATS, INTEGERS, LANES, STAMP
 
 if TYPE_CHECKING:
@@ -32,10 +34,10 @@ SHARE = 2**18
 
 
 def kept() -> set[tuple[str, int, int]]:
-    """Return the loops that numba has kept on the disk, compiled before: ``product`` or ``weight``, and the kind."""
+    """Return the loops that numba has kept on the disk, compiled before: by the functions' names, and the kind."""
     folder = loops.products(8, INTEGERS).stats.cache_path
     names = [each.name for each in Path(folder).glob("loops.*.nbc")] if folder else []
-    found = [re.search(rf"\.(product|weight)_(\d+)_(_?\d+)_{STAMP}-", name) for name in names]
+    found = [re.search(rf"\.(product|weight|tiled)_(\d+)_(_?\d+)_{STAMP}-", name) for name in names]
     return {(each[1], int(each[2]), int(each[3].replace("_", "-"))) for each in found if each}
 
 
@@ -76,6 +78,41 @@ def product(
     return torch.from_numpy(out)
 
 
+def each(
+    storage: FewBits, x_nPI: torch.Tensor, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...]
+) -> torch.Tensor:
+    """Return the same of as many inputs for each matrix, [n, P, O]; see `tiled`."""
+    number_P = torch.arange(len(x_nPI)).repeat_interleave(x_nPI.shape[1])
+    return product(storage, x_nPI.flatten(0, 1), number_P, parts, shape).unflatten(0, x_nPI.shape[:2])
+
+
+def has_tiles(tensor: torch.Tensor) -> bool:
+    """Return whether `tiled` may multiply a tensor."""
+    return ARE_HERE and in_tiles(tensor)
+
+
+def tiled(
+    storage: FewBits, x_nPI: torch.Tensor, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...]
+) -> torch.Tensor:
+    """Return x W^T in tiles of bfloat16, sums in float32, [n, P, O].
+
+    Args:
+        storage: how the matrices lie.
+        x_nPI: inputs.
+        parts: the stored tensors by their suffixes.
+        shape: of all matrices.
+    """
+    x = longer(x_nPI, -shape[2] % LANES).contiguous()
+    out = torch.empty(*x.shape[:2], shape[1], dtype=x.dtype)
+    run, scale_nOG = loops.tiles(*kind(storage)), storage.scales(parts, shape[1])
+    # More than a second cache holds take longer than to tell the weights again.
+    at_once = max(passing_nbytes(CPU) // (2 * x.shape[2]), LANES)
+    words, bits = x.view(torch.int32).numpy().view(np.uint32), out.view(torch.uint16).numpy()
+    more = (words, shape[2], at_once, bits)
+    _shared(run, storage, parts, scale_nOG, shape[2], x[:, 0].numel(), (0, shape[1]), *more)
+    return out
+
+
 def numbers(
     storage: FewBits,
     parts: Mapping[str, torch.Tensor],
@@ -95,10 +132,11 @@ def numbers(
     scale_nOG = storage.scales(parts, shape[1])
     dtype = min(scale_nOG.dtype, dtype, key=lambda each: each.itemsize)
     halved = dtype == torch.bfloat16
-    out = np.empty((len(scale_nOG), rows[1] - rows[0], shape[2]), np.uint16 if halved else np.float32)
-    run, each = loops.weights(*kind(storage)), len(out) * shape[2]
-    _shared(run, storage, parts, scale_nOG, shape[2], each, rows, out, rows[0])
-    return torch.from_numpy(out).view(dtype if halved else torch.float32).to(dtype)
+    # torch's memory begins where a line of a cache does, which numpy's does not.
+    out = torch.empty(len(scale_nOG), rows[1] - rows[0], shape[2], dtype=dtype if halved else torch.float32)
+    run, given = loops.weights(*kind(storage)), (out.view(torch.uint16) if halved else out).numpy()
+    _shared(run, storage, parts, scale_nOG, shape[2], out[:, 0].numel(), rows, given, rows[0])
+    return out.to(dtype)
 
 
 def _shared(

@@ -244,17 +244,17 @@ class FewBits(Storage):
 
     def _scaled(self, units: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
         numbers = self.parted(units)
-        if zero is not None:
-            numbers.sub_(zero[..., None])
-        numbers.mul_(scale.float()[..., None])
+        numbers = (numbers if zero is None else numbers.sub_(zero[..., None])).mul_(scale.float()[..., None])
         return numbers.to(scale.dtype).flatten(-2)[..., : units.shape[-1]].contiguous()
 
     def product(self, x_nPI: torch.Tensor, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
         """Return x W^T, some outputs after the other: what is small stays in caches, and in memory that is there."""
         few = x_nPI.shape[1] <= FEW
-        if few and runs_compiled(x_nPI):
-            number_P = torch.arange(len(x_nPI)).repeat_interleave(x_nPI.shape[1])
-            return self.picked(x_nPI.flatten(0, 1), number_P, parts, shape).unflatten(0, x_nPI.shape[:2])
+        if runs_compiled(x_nPI):
+            from moetailor.checkpoint.storage import compiled
+
+            if few or compiled.has_tiles(x_nPI):
+                return (compiled.each if few else compiled.tiled)(self, x_nPI, parts, shape)
         given = self._summed if few and self.size(shape[2]) > SMALL else self._formed
         x_nPI, some = x_nPI.float() if few else x_nPI, max(formed(x_nPI.device) // (len(x_nPI) * shape[2]), 1)
         found = [given(x_nPI, parts, shape, (at, min(at + some, shape[1]))) for at in range(0, shape[1], some)]

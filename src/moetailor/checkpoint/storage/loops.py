@@ -8,7 +8,33 @@ from typing import Any
 import numba
 import numpy as np
 
-from moetailor.checkpoint.storage.vectors import LANES, STAMP, loaded, plus, scaled, stored, told, total, zeros
+from moetailor.checkpoint.storage.tiles import (
+    BLOCK,
+    DEPTH,
+    SHAPES,
+    begin,
+    cleared,
+    end,
+    kept,
+    levels,
+    looked_up,
+    multiplied,
+    taken,
+    turned,
+)
+from moetailor.checkpoint.storage.vectors import (
+    INTEGERS,
+    LANES,
+    STAMP,
+    loaded,
+    plus,
+    scaled,
+    stored,
+    times,
+    told,
+    total,
+    zeros,
+)
 
 
 def _compiled(function: Any, **options: Any) -> Any:
@@ -51,6 +77,79 @@ def _opened(bits, numbers, row, table, by, less, size, octets, units):
     for g in range(len(by)):
         for at in range(np.uint64(g * size), np.uint64(min((g + 1) * size, len(units)))):
             units[at] = (units[at] - less[g]) * by[g]
+
+
+@_inlined
+def _numbers(bits, numbers, row, table, at, less, by):
+    # Those of a table have no zero points.
+    found = told(bits, numbers, row, table, at)
+    return times(found, by) if numbers > 0 else scaled(found, less, by)
+
+
+@_inlined
+def _in_tiles(bits, numbers, row, table, by, less, size, inputs, out, start):
+    # A row whose groups are whole vectors, told into rows of tiles, which lie a tile apart.
+    rows = size % DEPTH == 0 and inputs % DEPTH == 0
+    for g in range(len(by)):
+        first, stop = g * size, min((g + 1) * size, inputs)
+        if rows and numbers == INTEGERS and bits <= 5:
+            found = levels(bits, less[g], by[g])
+            for at in range(first, stop, DEPTH):
+                looked_up(bits, row, at, found, out, start + at * LANES)
+        elif rows:
+            for at in range(first, stop, DEPTH):
+                for half in range(0, DEPTH, LANES):
+                    found = _numbers(bits, numbers, row, table, at + half, less[g], by[g])
+                    stored(out, start + at * LANES + half, found)
+        else:
+            for at in range(first, stop, LANES):
+                found = _numbers(bits, numbers, row, table, at, less[g], by[g])
+                stored(out, start + at // DEPTH * (LANES * DEPTH) + at % DEPTH, found)
+
+
+@_inlined
+def _aligned(nbytes):
+    # Rows of tiles that lie across two lines of a cache take up to four times as long.
+    room = np.zeros(nbytes + 64, np.uint8)
+    first = -room.ctypes.data % 64
+    return room[first : first + nbytes]
+
+
+@_inlined
+def _laid(x, out):
+    # Inputs as tiles want them on the right: x [P, I / 2], pairs of bfloat16 as words, in tiles of sixteen inputs.
+    for p in range(0, len(x), LANES):
+        if p + LANES <= len(x):
+            for k in range(x.shape[1]):
+                for lane in range(LANES):
+                    out[p // LANES, k, lane] = x[p + lane, k]
+        else:
+            for lane in range(len(x) - p):
+                for k in range(x.shape[1]):
+                    out[p // LANES, k, lane] = x[p + lane, k]
+
+
+@_inlined
+def _multiplied(rows, deep, pairs, start, sums):
+    # Four tiles of outputs with one of sixteen inputs; outputs stand on the left, where weights lie as they are told.
+    cleared(0)
+    cleared(1)
+    cleared(2)
+    cleared(3)
+    for at in range(0, deep, LANES * DEPTH):
+        taken(7, pairs, start + at // 2)
+        taken(4, rows, at)
+        multiplied(0, 4, 7)
+        taken(5, rows, deep + at)
+        multiplied(1, 5, 7)
+        taken(6, rows, 2 * deep + at)
+        multiplied(2, 6, 7)
+        taken(4, rows, 3 * deep + at)
+        multiplied(3, 4, 7)
+    kept(0, sums, 0)
+    kept(1, sums, LANES * LANES)
+    kept(2, sums, 2 * LANES * LANES)
+    kept(3, sums, 3 * LANES * LANES)
 
 
 def _of_kind(function: Any, bits: int, numbers: int) -> Any:
@@ -130,3 +229,47 @@ def weights(bits: int, numbers: int) -> Any:
                     given[at] = end[at - whole]
 
     return _of_kind(weight, bits, numbers)
+
+
+@cache
+def tiles(bits: int, numbers: int) -> Any:
+    """Return the loop that multiplies a kind of codes with inputs in tiles; see `products`."""
+
+    def tiled(octets, table, scale, zero, size, x, inputs, at_once, out, first, last):
+        """Fill some outputs of x W^T: x [n, P, I / 2] pairs of bfloat16 as words, out [n, P, O] the bits of bfloat16.
+
+        Weights of a block of outputs are told into a cache and multiplied there, for so many inputs at once.
+        """
+        straight, wide = size % LANES == 0 and inputs % LANES == 0, -(-inputs // DEPTH) * DEPTH
+        (by, less), units = np.zeros((2, scale.shape[2]), np.float32), np.zeros(2 * x.shape[2], np.float32)
+        deep, blocks = LANES * wide, -(-min(at_once, x.shape[1]) // LANES)
+        room, rows = np.zeros(octets.shape[2] + 2 * LANES, np.uint8), _aligned(2 * BLOCK * wide).view(np.uint16)
+        pairs, sums = _aligned(2 * blocks * deep).view(np.uint32), _aligned(4 * BLOCK * LANES).view(np.float32)
+        right, halves = pairs.reshape(blocks, wide // 2, LANES), np.zeros(LANES * BLOCK, np.uint16)
+        begin(SHAPES)
+        for n in range(len(x)):
+            for start in range(0, x.shape[1], at_once):
+                some = min(at_once, x.shape[1] - start)
+                _laid(x[n, start : start + some], right)
+                for o in range(first, last, BLOCK):
+                    count = min(BLOCK, last - o)
+                    for r in range(count):
+                        row, to = octets[n, o + r], r // LANES * deep + r % LANES * DEPTH
+                        _of_groups(bits, scale, zero, n, o + r, by, less)
+                        if straight:
+                            _in_tiles(bits, numbers, row, table, by, less, size, inputs, rows, to)
+                            continue
+                        _opened(bits, numbers, row, table, by, less, size, room, units)
+                        for at in range(0, len(units), LANES):
+                            stored(rows, to + at // DEPTH * (LANES * DEPTH) + at % DEPTH, loaded(units, at))
+                    for p in range(0, some, LANES):
+                        _multiplied(rows, deep, pairs, p // LANES * deep // 2, sums)
+                        for r in range(0, BLOCK, LANES):
+                            turned(sums, r * LANES, halves, r)
+                        for lane in range(min(LANES, some - p)):
+                            given = out[n, start + p + lane]
+                            for r in range(count):
+                                given[np.uint64(o + r)] = halves[np.uint64(lane * BLOCK + r)]
+        end()
+
+    return _of_kind(tiled, bits, numbers)
