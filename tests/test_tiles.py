@@ -84,7 +84,8 @@ def test_loops_and_torch_set_up_tiles_of_their_own() -> None:
     assert torch.equal(left @ right.T, before)
 
 
-def test_where_numba_compiles_for_another_cpu_torch_multiplies(tmp_path: Path) -> None:
+@pytest.mark.parametrize("other", [{"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}, {"NUMBA_ENABLE_AVX": "0"}])
+def test_where_numba_compiles_for_another_cpu_torch_multiplies(other: dict[str, str], tmp_path: Path) -> None:
     lines = """
         import torch
         from moetailor.checkpoint.storage import compiled, find_storage
@@ -95,7 +96,7 @@ def test_where_numba_compiles_for_another_cpu_torch_multiplies(tmp_path: Path) -
         torch.testing.assert_close(storage.product(x, parts, shape).float(), expected, rtol=.01, atol=.01)
         assert not compiled.ARE_HERE
     """
-    plain = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(tmp_path)}
+    plain = other | {"NUMBA_CACHE_DIR": str(tmp_path)}
     run = subprocess.run([sys.executable, "-c", dedent(lines)], env=os.environ | plain, capture_output=True, text=True)
     assert not run.returncode, run.stderr
 
@@ -108,3 +109,18 @@ def test_few_inputs_and_other_dtypes_have_no_tiles(monkeypatch: pytest.MonkeyPat
     storage.product(x.float(), parts, (1, 8, 64))
     storage.product(x.half(), parts, (1, 8, 64))
     assert not tiled.called
+
+
+@pytest.mark.parametrize("inputs", [2, 8])
+def test_a_default_device_and_places_in_memory_change_nothing(inputs: int) -> None:
+    shape = (1, 40, 64)
+    storage, parts, x, expected = _case("uint4g32", shape, inputs)
+    whole = torch.zeros(1 + x.numel(), dtype=torch.bfloat16)
+    whole[1:] = x.flatten()
+    odd = x.as_strided(x.shape, (x.numel() + 1, 64, 1))
+    with torch.device("meta"):
+        found = [storage.product(given, parts, shape) for given in (x, whole[1:].view(x.shape), odd)]
+        assert storage.decode(parts, shape).device.type == "cpu"
+    plain = storage.product(x, parts, shape)
+    torch.testing.assert_close(plain.double(), expected, rtol=0.02, atol=0.2)
+    assert all(torch.equal(each, plain) for each in found)

@@ -31,6 +31,8 @@ CPU = torch.device("cpu")
 NO_ZEROS, NO_TABLE = np.zeros((0, 0, 0), np.uint32), np.zeros(0, np.float32)
 # Weights from which on a thread is worth to be woken.
 SHARE = 2**18
+# Inputs that take as long to multiply in tiles as their weights to tell.
+TOKENS = 64
 
 
 def kept() -> set[tuple[str, int, int]]:
@@ -82,7 +84,7 @@ def each(
     storage: FewBits, x_nPI: torch.Tensor, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...]
 ) -> torch.Tensor:
     """Return the same of as many inputs for each matrix, [n, P, O]; see `tiled`."""
-    number_P = torch.arange(len(x_nPI)).repeat_interleave(x_nPI.shape[1])
+    number_P = torch.arange(len(x_nPI), device=CPU).repeat_interleave(x_nPI.shape[1])
     return product(storage, x_nPI.flatten(0, 1), number_P, parts, shape).unflatten(0, x_nPI.shape[:2])
 
 
@@ -103,13 +105,15 @@ def tiled(
         shape: of all matrices.
     """
     x = longer(x_nPI, -shape[2] % LANES).contiguous()
-    out = torch.empty(*x.shape[:2], shape[1], dtype=x.dtype)
+    if x.storage_offset() % 2 or any(step % 2 for step in x.stride()[:-1]):
+        x = x.clone(memory_format=torch.contiguous_format)  # else pairs are no words
+    out = torch.empty(*x.shape[:2], shape[1], dtype=x.dtype, device=CPU)
     run, scale_nOG = loops.tiles(*kind(storage)), storage.scales(parts, shape[1])
     # More than a second cache holds take longer than to tell the weights again.
     at_once = max(passing_nbytes(CPU) // (2 * x.shape[2]), LANES)
     words, bits = x.view(torch.int32).numpy().view(np.uint32), out.view(torch.uint16).numpy()
     more = (words, shape[2], at_once, bits)
-    _shared(run, storage, parts, scale_nOG, shape[2], x[:, 0].numel(), (0, shape[1]), *more)
+    _shared(run, storage, parts, scale_nOG, shape[2], x.numel() // TOKENS + x[:, 0].numel(), (0, shape[1]), *more)
     return out
 
 
@@ -133,7 +137,7 @@ def numbers(
     dtype = min(scale_nOG.dtype, dtype, key=lambda each: each.itemsize)
     halved = dtype == torch.bfloat16
     # torch's memory begins where a line of a cache does, which numpy's does not.
-    out = torch.empty(len(scale_nOG), rows[1] - rows[0], shape[2], dtype=dtype if halved else torch.float32)
+    out = torch.empty(len(scale_nOG), rows[1] - rows[0], shape[2], dtype=dtype if halved else torch.float32, device=CPU)
     run, given = loops.weights(*kind(storage)), (out.view(torch.uint16) if halved else out).numpy()
     _shared(run, storage, parts, scale_nOG, shape[2], out[:, 0].numel(), rows, given, rows[0])
     return out.to(dtype)

@@ -37,7 +37,8 @@ from moetailor.checkpoint.storage.vectors import (
 # second cache, and four tiles hold their sums.
 DEPTH, BLOCK = 2 * LANES, 4 * LANES
 # Whether loops may have tiles: numba may compile for another CPU, and Linux gives them only to who asks.
-ARE_HERE = HAS_TILES and has(cpu_target.target_context, "amx-bf16") and torch.cpu._init_amx()
+NEEDED = ("amx-bf16", "avx512bw", "avx512bf16")
+ARE_HERE = HAS_TILES and all(has(cpu_target.target_context, each) for each in NEEDED) and torch.cpu._init_amx()
 ROW, VOID = ir.IntType(64)(64), ir.VoidType()
 # What the CPU is told of its eight tiles: the format's number, bytes of a row from byte 16 on, and rows from 48 on.
 SHAPES = np.zeros(64, np.uint8)

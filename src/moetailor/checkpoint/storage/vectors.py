@@ -47,7 +47,7 @@ def instructions(made: Any) -> Callable[..., Any]:
 
 def has(context: Any, feature: str) -> bool:
     """Return whether the CPU that loops are compiled for has what LLVM calls so."""
-    return f"+{feature}" in context.codegen().magic_tuple()[2]
+    return f"+{feature}" in context.codegen().magic_tuple()[2].split(",")
 
 
 def called(builder: Any, name: str, kind: ir.Type, *given: Any, **options: Any) -> Any:
