@@ -80,10 +80,10 @@ def product(
     return torch.from_numpy(out)
 
 
-def each(
+def few(
     storage: FewBits, x_nPI: torch.Tensor, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...]
 ) -> torch.Tensor:
-    """Return the same of as many inputs for each matrix, [n, P, O]; see `tiled`."""
+    """Return x W^T of a few inputs of each matrix, float32 [n, P, O]; for the arguments see `tiled`."""
     number_P = torch.arange(len(x_nPI), device=CPU).repeat_interleave(x_nPI.shape[1])
     return product(storage, x_nPI.flatten(0, 1), number_P, parts, shape).unflatten(0, x_nPI.shape[:2])
 

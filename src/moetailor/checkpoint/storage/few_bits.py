@@ -254,7 +254,7 @@ class FewBits(Storage):
             from moetailor.checkpoint.storage import compiled
 
             if few or compiled.has_tiles(x_nPI):
-                return (compiled.each if few else compiled.tiled)(self, x_nPI, parts, shape)
+                return (compiled.few if few else compiled.tiled)(self, x_nPI, parts, shape)
         given = self._summed if few and self.size(shape[2]) > SMALL else self._formed
         x_nPI, some = x_nPI.float() if few else x_nPI, max(formed(x_nPI.device) // (len(x_nPI) * shape[2]), 1)
         found = [given(x_nPI, parts, shape, (at, min(at + some, shape[1]))) for at in range(0, shape[1], some)]

@@ -88,11 +88,12 @@ def _numbers(bits, numbers, row, table, at, less, by):
 
 @_inlined
 def _in_tiles(bits, numbers, row, table, by, less, size, inputs, out, start):
-    # A row whose groups are whole vectors, told into rows of tiles, which lie a tile apart.
+    # A row whose groups are whole vectors, told into a row of each tile; out lies as [I / DEPTH, LANES, DEPTH], so that
+    # input i is at i // DEPTH * (LANES * DEPTH) + i % DEPTH, which is LANES i where i is a multiple of DEPTH.
     rows = size % DEPTH == 0 and inputs % DEPTH == 0
     for g in range(len(by)):
         first, stop = g * size, min((g + 1) * size, inputs)
-        if rows and numbers == INTEGERS and bits <= 5:
+        if rows and numbers == INTEGERS and 1 << bits <= DEPTH:
             found = levels(bits, less[g], by[g])
             for at in range(first, stop, DEPTH):
                 looked_up(bits, row, at, found, out, start + at * LANES)
@@ -118,6 +119,7 @@ def _aligned(nbytes):
 @_inlined
 def _laid(x, out):
     # Inputs as tiles want them on the right: x [P, I / 2], pairs of bfloat16 as words, in tiles of sixteen inputs.
+    # Blocks that are whole have a loop of known length, of which LLVM makes vectors.
     for p in range(0, len(x), LANES):
         if p + LANES <= len(x):
             for k in range(x.shape[1]):
@@ -132,6 +134,7 @@ def _laid(x, out):
 @_inlined
 def _multiplied(rows, deep, pairs, start, sums):
     # Four tiles of outputs with one of sixteen inputs; outputs stand on the left, where weights lie as they are told.
+    # Tiles 0 to 3 have the sums, 7 inputs, and 4, 5, 6 and 4 again weights.
     cleared(0)
     cleared(1)
     cleared(2)

@@ -125,9 +125,9 @@ def told(_typing: Any, bits: Any, numbers: Any, row: Any, table: Any, at: Any) -
         if each == 2 and has(context, "avx512f"):
             # Eight codes at once: the table's entries are taken as numbers of eight bytes.
             codes = builder.zext(read(context, builder, row, given[2], start, of(OCTET, count)), of(WORD, count))
-            entries, start = of(ir.IntType(64), count), place(context, builder, table, given[3], at.type(0), OCTET)
-            given = ir.Constant(entries, ir.Undefined), start, codes, ir.Constant(of(ir.IntType(1), count), [1] * count)
-            found = called(builder, "x86.avx512.mask.gather.dpq.512", entries, *given, WORD(8))
+            entries, first = of(ir.IntType(64), count), place(context, builder, table, given[3], at.type(0), OCTET)
+            none, every = ir.Constant(entries, ir.Undefined), ir.Constant(of(ir.IntType(1), count), [1] * count)
+            found = called(builder, "x86.avx512.mask.gather.dpq.512", entries, none, first, codes, every, WORD(8))
             return builder.bitcast(found, of(FLOAT))
         found, kind = [], OCTET if width == 8 else HALF
         for part in range(count):
