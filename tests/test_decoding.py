@@ -15,11 +15,12 @@ import pytest
 import torch
 
 from moetailor.answers import Constant, packed
-from moetailor.checkpoint.storage import compiled, few_bits, find_storage, loops, vectors
+from moetailor.checkpoint.storage import compiled, few_bits, find_storage, half_loops, loops, vectors
 from support.decoding import CODES, OWN, SLOTS, layer
 
 # Groups in which loops run as vectors.
 WIDE = ["uint8g128", "uint5g128", "uint4g128", "uint2g128", "vq2g128"]
+LOOPS = (loops.products, loops.weights, half_loops.products, half_loops.tiles)
 
 
 @pytest.mark.parametrize("loops", [True, False])
@@ -98,8 +99,8 @@ def test_loops_are_compiled_where_nothing_can_be_kept(monkeypatch: pytest.Monkey
 def test_loops_of_each_kind_have_a_name_of_their_own() -> None:
     """Numba keeps what it compiled under a function's name: several of one name were taken for each other."""
     kinds = [(bits, vectors.INTEGERS) for bits in range(2, 9)] + [(8, vectors.FLOATS), (8, 2), (8, 4), (8, 8), (12, 4)]
-    names = [of(*kind).py_func.__qualname__ for kind in kinds for of in (loops.products, loops.weights, loops.tiles)]
-    assert len({*names}) == 3 * len(kinds)
+    names = [of(*kind).py_func.__qualname__ for kind in kinds for of in LOOPS]
+    assert len({*names}) == len(LOOPS) * len(kinds)
 
 
 def test_loops_give_the_same_bits_where_a_cpu_does_not_round_to_bfloat16(tmp_path: Path) -> None:

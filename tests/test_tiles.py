@@ -1,4 +1,4 @@
-"""Products of codes with many inputs in bfloat16: in the tiles of a CPU that has them, else as torch makes them."""
+"""Products of codes with inputs in bfloat16: of pairs in vectors and in tiles, or as torch makes them."""
 
 import os
 import subprocess
@@ -7,80 +7,129 @@ from pathlib import Path
 from textwrap import dedent
 from unittest.mock import Mock
 
+import numba
+import numpy as np
 import pytest
 import torch
 
-from moetailor.checkpoint.storage import compiled, few_bits, find_storage
+from moetailor.checkpoint.storage import compiled, few_bits, find_storage, half_loops, halves, tiles
 from moetailor.checkpoint.storage.few_bits import FewBits
 from support.decoding import CODES
 
-# Groups that are whole rows of tiles, half ones, and others.
-GROUPS = [
-    "uint2g32",
-    "uint3g64",
-    "uint4g32",
-    "uint5g32",
-    "uint6g32",
-    "uint8g64",
-    "vq1g32",
-    "vq2g64",
-    "vq3g32",
-    "vq4g32",
-]
-SHAPES = [(1, 128, 256), (2, 70, 96), (3, 23, 48), (1, 5, 37), (1, 64, 300)]
+# Groups that are whole vectors for some of the widths, and others.
+GROUPS = [f"uint{bits}g{group}" for bits, group in ((2, 32), (3, 64), (4, 32), (5, 32), (6, 32), (7, 128), (8, 64))]
+GROUPS += ["int4g128", "int8g32", "vq1g32", "vq2g64", "vq3g128", "vq4g64"]
+SHAPES = [(1, 128, 256), (2, 70, 96), (3, 23, 48), (1, 5, 37), (1, 64, 300), (2, 9, 320)]
 
 
-def _case(name: str, shape: tuple[int, int, int], inputs: int) -> tuple[FewBits, dict, torch.Tensor, torch.Tensor]:
-    """Return a storage, matrices in it, inputs of them, and the products in float64."""
+def _weights(storage: FewBits, parts: dict, shape: tuple[int, ...], *, halves: bool) -> torch.Tensor:
+    """Return s (q - z) in float64; where pairs of bfloat16 are multiplied, what a table says is rounded before."""
+    units = storage.units(parts["_packed"], shape[2])
+    scale, zero = storage.scales(parts, shape[1]).double(), storage.zeros(parts, shape[1])
+    units = units.bfloat16().double() if halves and zero is None else units.double()
+    units = storage.parted(units) - (0 if zero is None else zero[..., None].double())
+    return (units * scale[..., None]).flatten(-2)[..., : shape[2]]
+
+
+def _case(name: str, shape: tuple[int, int, int], inputs: int) -> tuple[FewBits, dict, torch.Tensor]:
+    """Return a storage, matrices in it, and inputs of them."""
     storage, generator = find_storage(name), torch.Generator().manual_seed(0)
     parts = storage.encode(torch.randn(shape, generator=generator), "BF16")
-    x = torch.randn(shape[0], inputs, shape[2], generator=generator).bfloat16()
-    return storage, parts, x, x.double() @ storage.decode(parts, shape).double().transpose(1, 2)
+    return storage, parts, torch.randn(shape[0], inputs, shape[2], generator=generator).bfloat16()
 
 
-def _check(found: torch.Tensor, expected: torch.Tensor) -> None:
-    """Sums are those of float32, rounded once: half a unit of the last of bfloat16's eight bits."""
-    assert found.dtype == torch.bfloat16
+def _check(found: torch.Tensor, x: torch.Tensor, weights: torch.Tensor) -> None:
+    """Of few inputs sums are float32; of many, weights and sums are rounded once to bfloat16's eight bits."""
+    expected, few = x.double() @ weights.transpose(1, 2), x.shape[1] <= few_bits.FEW
+    assert found.dtype == (torch.float32 if few else torch.bfloat16)
+    if not few:
+        expected = x.double() @ weights.bfloat16().double().transpose(1, 2)
+    sizes = x.double().abs() @ weights.abs().transpose(1, 2)
     apart = (found.double() - expected).abs()
-    assert (apart <= 2.0**-8 * expected.abs() + 1e-4).all(), apart.max()
+    assert (apart <= 1e-5 * sizes + (0 if few else 2.0**-8 * expected.abs())).all(), apart.max()
 
 
-@pytest.mark.parametrize("inputs", [5, 16, 40])
+@pytest.mark.parametrize("inputs", [1, 3, 5, 16, 40])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", [*CODES, *GROUPS])
-def test_products_of_many_inputs_are_those_of_their_numbers(
+def test_products_in_bfloat16_are_those_of_their_numbers(
     name: str, shape: tuple[int, int, int], inputs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    storage, parts, x, expected = _case(name, shape, inputs)
-    tiled = Mock(side_effect=compiled.tiled)
-    monkeypatch.setattr(compiled, "tiled", tiled)
-    _check(storage.product(x, parts, shape), expected)
-    assert tiled.called == compiled.ARE_HERE
-    monkeypatch.setattr(compiled, "has_tiles", lambda _: False)
-    _check(storage.product(x, parts, shape), expected)
+    storage, parts, x = _case(name, shape, inputs)
+    in_halves = compiled.in_halves(storage, x)
+    _check(storage.product(x, parts, shape), x, _weights(storage, parts, shape, halves=in_halves))
+    monkeypatch.setattr(compiled, "in_halves", lambda *_: False)
+    _check(storage.product(x, parts, shape), x, _weights(storage, parts, shape, halves=False))
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs", "whole"),
+    [
+        ("uint4g128", 2048, True),
+        ("uint4g128", 768, True),
+        ("uint4g128", 2880, False),  # in groups of 126
+        ("uint4g16", 2048, False),
+        ("vq4g128", 1408, True),
+        ("vq4g32", 2048, False),
+        ("vq2g32", 2048, True),
+        ("fp8", 2048, True),
+        ("fp8", 2050, False),
+        ("mxfp4", 2880, True),
+        ("nvfp4", 2048, False),
+    ],
+)
+def test_groups_that_are_whole_vectors_are_multiplied_in_bfloat16(name: str, inputs: int, whole: bool) -> None:
+    storage, x = find_storage(name), torch.zeros(1, inputs)
+    assert compiled.in_halves(storage, x.bfloat16()) == (whole and halves.ARE_HERE)
+    assert not compiled.in_halves(storage, x)
+
+
+@pytest.mark.skipif(not halves.ARE_HERE, reason="this CPU multiplies no pairs of bfloat16")
+@pytest.mark.parametrize("in_tiles", [False, True])
+def test_tiles_and_vectors_that_stand_for_them_are_products(in_tiles: bool) -> None:
+    if in_tiles and not tiles.IN_TILES:
+        pytest.skip("this CPU has no tiles")
+    deep, generator = 96, torch.Generator().manual_seed(0)
+    left = torch.randn(tiles.BLOCK, deep, generator=generator).bfloat16()
+    right = torch.randn(2, deep, 16, generator=generator).bfloat16()
+    # [tiles, rows, I / 32, 32] in rows of tiles, and [I / 2, inputs, 2] in pairs.
+    rows = left.view(-1, 16, deep // 32, 32).transpose(1, 2).contiguous().flatten().view(torch.uint16).numpy()
+    pairs = right.view(2, deep // 2, 2, 16).transpose(2, 3).contiguous().flatten().view(torch.int32)
+    sums = np.zeros(tiles.BLOCK * 16, np.float32)
+
+    @numba.njit
+    def run(rows, pairs, start, sums):
+        tiles.begin(tiles.SHAPES)
+        product(rows, 16 * deep, pairs, start, sums)
+        tiles.end()
+
+    product = half_loops._in_tiles if in_tiles else half_loops._in_vectors
+    run(rows, pairs.numpy().view(np.uint32), deep // 2 * 16, sums)
+    expected = left.double() @ right[1].double()
+    torch.testing.assert_close(torch.from_numpy(sums).view(-1, 16).double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("name", ["uint4g32", "uint8g64", "vq2g16"])
+@pytest.mark.parametrize("name", ["uint4g32", "uint8g64", "vq2g32", "vq4g64"])
 def test_more_inputs_than_a_cache_holds_and_threads_change_nothing(
     name: str, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shape = (2, 150, 96)
-    storage, parts, x, expected = _case(name, shape, 90)
-    whole = storage.product(x, parts, shape)
-    _check(whole, expected)
-    monkeypatch.setattr(compiled, "passing_nbytes", lambda _: 40 * 2 * 96)
+    shape = (2, 150, 192)
+    storage, parts, x = _case(name, shape, 90)
+    found = [storage.product(x[:, :some], parts, shape) for some in (2, 90)]
+    monkeypatch.setattr(compiled, "passing_nbytes", lambda _: 40 * 2 * 192)
     monkeypatch.setattr(compiled, "SHARE", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    assert torch.equal(storage.product(x, parts, shape), whole)
+    for some, each in zip((2, 90), found, strict=True):
+        assert torch.equal(storage.product(x[:, :some], parts, shape), each)
 
 
 def test_loops_and_torch_set_up_tiles_of_their_own() -> None:
     """Torch's products in tiles come before and after, with other shapes of tiles."""
-    storage, parts, x, expected = _case("uint4g32", (1, 128, 256), 48)
+    storage, parts, x = _case("uint4g32", shape := (1, 128, 256), 48)
     left, right = torch.randn(2, 40, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
     before = left @ right.T
-    _check(storage.product(x, parts, (1, 128, 256)), expected)
+    _check(storage.product(x, parts, shape), x, _weights(storage, parts, shape, halves=halves.ARE_HERE))
     assert torch.equal(left @ right.T, before)
 
 
@@ -88,13 +137,13 @@ def test_loops_and_torch_set_up_tiles_of_their_own() -> None:
 def test_where_numba_compiles_for_another_cpu_torch_multiplies(other: dict[str, str], tmp_path: Path) -> None:
     lines = """
         import torch
-        from moetailor.checkpoint.storage import compiled, find_storage
+        from moetailor.checkpoint.storage import find_storage, halves
         storage, shape = find_storage("uint4g32"), (1, 8, 64)
         parts = storage.encode(torch.randn(shape), "BF16")
         x = torch.randn(1, 8, 64).bfloat16()
         expected = x.float() @ storage.decode(parts, shape).float().transpose(1, 2)
         torch.testing.assert_close(storage.product(x, parts, shape).float(), expected, rtol=.01, atol=.01)
-        assert not compiled.ARE_HERE
+        assert not halves.ARE_HERE
     """
     plain = other | {"NUMBA_CACHE_DIR": str(tmp_path)}
     run = subprocess.run([sys.executable, "-c", dedent(lines)], env=os.environ | plain, capture_output=True, text=True)
@@ -102,7 +151,7 @@ def test_where_numba_compiles_for_another_cpu_torch_multiplies(other: dict[str, 
 
 
 def test_few_inputs_and_other_dtypes_have_no_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    storage, parts, x, _ = _case("uint4g32", (1, 8, 64), 8)
+    storage, parts, x = _case("uint4g32", (1, 8, 64), 8)
     tiled = Mock(side_effect=compiled.tiled)
     monkeypatch.setattr(compiled, "tiled", tiled)
     storage.product(x[:, : few_bits.FEW], parts, (1, 8, 64))
@@ -114,7 +163,7 @@ def test_few_inputs_and_other_dtypes_have_no_tiles(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("inputs", [2, 8])
 def test_a_default_device_and_places_in_memory_change_nothing(inputs: int) -> None:
     shape = (1, 40, 64)
-    storage, parts, x, expected = _case("uint4g32", shape, inputs)
+    storage, parts, x = _case("uint4g32", shape, inputs)
     whole = torch.zeros(1 + x.numel(), dtype=torch.bfloat16)
     whole[1:] = x.flatten()
     odd = x.as_strided(x.shape, (x.numel() + 1, 64, 1))
@@ -122,5 +171,5 @@ def test_a_default_device_and_places_in_memory_change_nothing(inputs: int) -> No
         found = [storage.product(given, parts, shape) for given in (x, whole[1:].view(x.shape), odd)]
         assert storage.decode(parts, shape).device.type == "cpu"
     plain = storage.product(x, parts, shape)
-    torch.testing.assert_close(plain.double(), expected, rtol=0.02, atol=0.2)
+    _check(plain, x, _weights(storage, parts, shape, halves=halves.ARE_HERE))
     assert all(torch.equal(each, plain) for each in found)

@@ -10,8 +10,9 @@ Shapes: n experts of a class, T tokens, P pairs, D model width, F expert width.
 from __future__ import annotations
 
 import math
+from collections import Counter, defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -108,7 +109,12 @@ class Packed(Width, Answer):
         """Add the gated outputs, a class at a time; slots with one expert run it once for a token."""
         experts, hidden_TD = Experts(module), call.hidden_TD
         at_once = max(formed(hidden_TD.device) // math.prod(experts.shape.matrices["down"]), 1)
+        few = len(hidden_TD) <= FEW and runs_compiled(hidden_TD)
+        if few:
+            out_TD = _together(experts, call, out_TD)
         for width, rows in module.slots.packed.items():
+            if few and not width.whole:
+                continue
             row_TK, gate_TK = call.of_slots(getattr(module, f"{width.stem}_row")), call.gate_TK
             if len({*rows.values()}) < len(rows):
                 row_TK, gate_TK = joined_gates(row_TK, gate_TK)
@@ -118,15 +124,40 @@ class Packed(Width, Answer):
             pairs = Pairs.of(row_TK, gate_TK)
             if not len(pairs):
                 continue
-            few = not width.whole and len(hidden_TD) <= FEW and runs_compiled(hidden_TD)
-            if few or (at_once > 1 and pairs.live is None):
+            if at_once > 1 and pairs.live is None:
                 x_PD = hidden_TD.index_select(0, pairs.token)
-                some = _as_they_lie if few else partial(_several, at_once=at_once)
-                out_TD = pairs.added(out_TD, some(experts, width.stem, x_PD, pairs.number) * pairs.gate)
+                out_TD = pairs.added(out_TD, _several(experts, width.stem, x_PD, pairs.number, at_once) * pairs.gate)
                 continue
             for each in pairs.by_number():
                 out_TD = each.added(out_TD, _alone(experts, width.stem, hidden_TD, each) * each.gate)
         return out_TD
+
+
+def _together(experts: Experts, call: Call, out_TD: torch.Tensor) -> torch.Tensor:
+    """Return an output to which is added what few tokens get of all classes that are to lie as they do.
+
+    Args:
+        experts: the compressed ones.
+        call: what they are called with.
+        out_TD: the output so far.
+    """
+    classes = [(width.stem, rows) for width, rows in experts.module.slots.packed.items() if not width.whole]
+    # Lists are gone through sooner than tensors are made: classes, experts of them, and tokens. Slots of a token with
+    # one expert run it once.
+    gates: dict[tuple[int, int, int], float] = defaultdict(float)
+    for token, chosen in enumerate(zip(call.slot_TK.tolist(), call.gate_TK.tolist(), strict=True)):
+        for slot, gate in zip(*chosen, strict=True):
+            for number, (_, rows) in enumerate(classes):
+                if slot in rows:
+                    gates[number, rows[slot], token] += gate
+    if not gates:
+        return out_TD
+    ordered = sorted(gates)
+    _, number_P, token_P = torch.tensor(ordered).unbind(1)
+    counts = Counter(classes[number][0] for number, _, _ in ordered)
+    given_PD = _as_they_lie(experts, counts, call.hidden_TD[token_P], number_P)
+    gate_P1 = torch.tensor([gates[pair] for pair in ordered])[:, None]
+    return Pairs(token_P, number_P, gate_P1).added(out_TD, given_PD * gate_P1)
 
 
 def _by_kernels(
@@ -145,29 +176,33 @@ def _by_kernels(
         gate_TK: the gates.
     """
     number_P = number_TK.flatten()
-    given_PD = _as_they_lie(experts, stem, hidden_TD.repeat_interleave(number_TK.shape[1], 0), number_P)
+    x_PD = hidden_TD.repeat_interleave(number_TK.shape[1], 0)
+    given_PD = _as_they_lie(experts, {stem: len(x_PD)}, x_PD, number_P)
     given_PD = given_PD.masked_fill(number_P[:, None] < 0, 0) * gate_TK.flatten()[:, None]
     return given_PD.unflatten(0, number_TK.shape).sum(1)
 
 
-def _as_they_lie(experts: Experts, stem: str, x_PD: torch.Tensor, number_P: torch.Tensor) -> torch.Tensor:
-    """Return the outputs of experts of a class, float32 [P, D], with its codes as they lie: no weight becomes a number.
+def _as_they_lie(
+    experts: Experts, counts: Mapping[str, int], x_PD: torch.Tensor, number_P: torch.Tensor
+) -> torch.Tensor:
+    """Return the outputs of experts, float32 [P, D], with their codes as they lie: no weight becomes a number.
 
     Args:
         experts: the compressed ones.
-        stem: of the class.
+        counts: inputs of each class that has some, by its stem, in their order.
         x_PD: inputs, those of one expert next to each other where loops run.
-        number_P: the expert of each; negative for none where kernels run.
+        number_P: the expert of each in its class; negative for none where kernels run.
     """
-    module = experts.module
+    module, biased, number_of = experts.module, experts.shape.biased, number_P.split([*counts.values()])
 
     def given(part: str, inputs: torch.Tensor) -> torch.Tensor:
-        product = module.picked(f"{stem}_{part}", inputs, number_P)
-        if not experts.shape.biased:
-            return product
-        return product + module.tensor(f"{stem}_{part}_bias")[number_P.clamp_min(0)]
+        found = []
+        for stem, x, number in zip(counts, inputs.split([*counts.values()]), number_of, strict=True):
+            product = module.picked(f"{stem}_{part}", x, number)
+            found.append(product + module.tensor(f"{stem}_{part}_bias")[number.clamp_min(0)] if biased else product)
+        return found[0] if len(found) == 1 else torch.cat(found)
 
-    return given("down", experts.activated([given(part, x_PD) for part in experts.inputs]))
+    return given("down", experts.activated([given(part, x_PD) for part in experts.inputs]).to(x_PD))
 
 
 def _alone(experts: Experts, stem: str, hidden_TD: torch.Tensor, pairs: Pairs) -> torch.Tensor:
@@ -189,7 +224,7 @@ def _alone(experts: Experts, stem: str, hidden_TD: torch.Tensor, pairs: Pairs) -
         product = module.product(f"{stem}_{part}", inputs[None], rows)[0]
         return product + module.tensor(f"{stem}_{part}_bias", rows) if experts.shape.biased else product
 
-    given_PD = given("down", experts.activated([given(part, x_PD) for part in experts.inputs]))
+    given_PD = given("down", experts.activated([given(part, x_PD) for part in experts.inputs]).to(x_PD))
     return given_PD.to(x_PD).contiguous()  # outputs in columns would be added slowly
 
 

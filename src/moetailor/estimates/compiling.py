@@ -16,7 +16,9 @@ from moetailor.transform.formats import Format
 from moetailor.transform.formats.moetailor import Moetailor
 
 # What loops over codes do: multiply them with a few inputs, and write what they stand for, or multiply that in tiles.
-PRODUCT, WEIGHT, TILED = "product", "weight", "tiled"
+PRODUCT, WEIGHT = "product", "weight"
+# Loops in bfloat16 that run instead of one of these: dtype and widths say which, and they count as one.
+INSTEAD = {"halved": PRODUCT, "tiled": WEIGHT}
 # Bytes of memory that numba brings, and that compiling leaves there, for a first loop and for each one; operations that
 # take as long as compiling one, 1 to 2 s, which the interpreter does as it does these.
 NUMBA, COMPILED, EACH, STEPS = 60 * 10**6, 100 * 10**6, 5 * 10**6, 100_000
@@ -62,8 +64,7 @@ def of_loops(device: str, kinds: frozenset[tuple[int, int]], loops: Sequence[str
         return Work()
     from moetailor.checkpoint.storage import compiled  # numba takes half a second
 
-    # Dtype and widths say which of the two many tokens need: they count as one.
-    kept = {(WEIGHT if loop == TILED else loop, *kind) for loop, *kind in compiled.kept()}
+    kept = {(INSTEAD.get(loop, loop), *kind) for loop, *kind in compiled.kept()}
     left = len({(loop, *kind) for loop in loops for kind in kinds} - kept)
     return Work(steps=STEPS * left, nbytes=NUMBA + COMPILED * (left > 0) + EACH * left)
 

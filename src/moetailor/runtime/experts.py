@@ -59,12 +59,13 @@ class CompressedExperts(nn.Module):
             return self.rows(hidden_TD, row_TK, gate_TK)
         # Sums are kept in float32 at least, as the grouped and batched implementations do.
         out_TD = torch.zeros_like(hidden_TD, dtype=torch.promote_types(hidden_TD.dtype, torch.float32))
-        if self.slots.shared:
-            row_TK, gate_TK = joined_gates(row_TK, gate_TK)
-        # Only live pairs reach a matrix product: each becomes a token of its own with one expert.
-        pairs = Pairs.of(row_TK, gate_TK)
-        if len(pairs) and self.slots.plain_pool:
-            out_TD = pairs.added(out_TD, self.rows(hidden_TD[pairs.token], pairs.number[:, None], pairs.gate))
+        if self.slots.plain_pool:
+            if self.slots.shared:
+                row_TK, gate_TK = joined_gates(row_TK, gate_TK)
+            # Only live pairs reach a matrix product: each becomes a token of its own with one expert.
+            pairs = Pairs.of(row_TK, gate_TK)
+            if len(pairs):
+                out_TD = pairs.added(out_TD, self.rows(hidden_TD[pairs.token], pairs.number[:, None], pairs.gate))
         for kind in self.slots.kinds:
             out_TD = kind.run(self, call, out_TD)
         return out_TD.to(hidden_TD.dtype)
@@ -81,7 +82,7 @@ class CompressedExperts(nn.Module):
         scale = 1.0 if self.slots.scales is None else self.slots.scales[slot]
         return {name: part.float() * (scale if name.startswith("down") else 1.0) for name, part in given.items()}
 
-    def tensor(self, name: str, rows: torch.Tensor | slice = slice(None)) -> torch.Tensor:
+    def tensor(self, name: str, rows: torch.Tensor | slice | None = None) -> torch.Tensor:
         """Return the numbers of one of the added tensors, or of some of its rows."""
         storage, parts = self._parts(name, rows)
         return storage.decode(parts, self.added[name].shape)
@@ -95,17 +96,20 @@ class CompressedExperts(nn.Module):
         """Return x W^T of each input with the matrix of its number in one of the added tensors that are in few bits,
         [P, O]; zeros where that is negative.
         """
-        storage, parts = self._parts(name, slice(None))
+        storage, parts = self._parts(name, None)
         return cast(FewBits, storage).picked(x_PI, number_P, parts, self.added[name].shape)
 
-    def _parts(self, name: str, rows: torch.Tensor | slice) -> tuple[Storage, dict[str, torch.Tensor]]:
-        spec = self.added[name]
-        storage = find_storage(spec.storage)
-        return storage, {suffix: getattr(self, name + suffix)[rows] for suffix in storage.parts(spec.shape, "F32")}
+    def _parts(self, name: str, rows: torch.Tensor | slice | None) -> tuple[Storage, dict[str, torch.Tensor]]:
+        storage, suffixes = self._storages[name]
+        every = {suffix: getattr(self, name + suffix) for suffix in suffixes}
+        return storage, every if rows is None else {suffix: part[rows] for suffix, part in every.items()}
 
     def add_tensors(self, added: Mapping[str, TensorSpec]) -> None:
         """Make room for the tensors of the answers, empty, on the device and in the dtype of the weights."""
         self.added = dict(added)
+        ways = {name: find_storage(spec.storage) for name, spec in added.items()}
+        # What each product asks for.
+        self._storages = {name: (way, tuple(way.parts(added[name].shape, "F32"))) for name, way in ways.items()}
         weight = self.down_proj
         for name, spec in self.added.items():
             trains = find_storage(spec.storage).trains

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from moetailor.checkpoint.devices import in_tiles, passing_nbytes
-from moetailor.checkpoint.storage import loops
+from moetailor.checkpoint.devices import passing_nbytes
+from moetailor.checkpoint.storage import half_loops, halves, loops
 from moetailor.checkpoint.storage.lookup import longer
-from moetailor.checkpoint.storage.tiles import ARE_HERE
 from moetailor.checkpoint.storage.vectors import FLOATS, INTEGERS, LANES, STAMP
 
 if TYPE_CHECKING:
@@ -38,11 +37,19 @@ TOKENS = 64
 def kept() -> set[tuple[str, int, int]]:
     """Return the loops that numba has kept on the disk, compiled before: by the functions' names, and the kind."""
     folder = loops.products(8, INTEGERS).stats.cache_path
-    names = [each.name for each in Path(folder).glob("loops.*.nbc")] if folder else []
-    found = [re.search(rf"\.(product|weight|tiled)_(\d+)_(_?\d+)_{STAMP}-", name) for name in names]
-    return {(each[1], int(each[2]), int(each[3].replace("_", "-"))) for each in found if each}
+    names = [each.name for each in Path(folder).glob("*loops.*.nbc")] if folder else []
+    found = [re.search(rf"\.(product|weight|halved|tiled)_(\d+)_(_?\d+)_{STAMP}-", name) for name in names]
+    kinds = {(each[1], int(each[2]), int(each[3].replace("_", "-"))) for each in found if each}
+    # Of tables of fewer bits than eight, loops in float32 look up two codes at once.
+    twice = {loop: 2 if loop in ("halved", "tiled") else 1 for loop, _, _ in kinds}
+    return {
+        (loop, bits * by, numbers * by)
+        for loop, bits, numbers in kinds
+        for by in [twice[loop] if bits < 8 and numbers > 0 else 1]
+    }
 
 
+@cache
 def kind(storage: FewBits) -> tuple[int, int]:
     """Return the kind of a storage's codes, as `loops` takes it."""
     found = storage.look_up(CPU)
@@ -53,6 +60,34 @@ def kind(storage: FewBits) -> tuple[int, int]:
     bits = found.bits * found.codes
     assert bits in (8, 12), "the loops read past other tables"
     return bits, found.table.shape[1]
+
+
+@cache
+def half_kind(storage: FewBits) -> tuple[int, int]:
+    """Return the same as `half_loops` takes it: one code at a time."""
+    bits, numbers = kind(storage)
+    found = storage.look_up(CPU)
+    return (bits, numbers) if found is None or found.told else (found.bits, numbers // found.codes)
+
+
+@cache
+def _half_table(storage: FewBits) -> np.ndarray:
+    """Return the bits of a table's numbers in bfloat16: all first ones first where they are looked up in vectors."""
+    (bits, numbers), found = half_kind(storage), storage.look_up(CPU)
+    if found is None or found.told == "integers":
+        return NO_TABLE
+    table = found.table[: 1 << bits, : abs(numbers)].bfloat16()
+    if numbers <= 2:  # vectors of the table are taken in pairs
+        table = longer(table.T, -len(table) % (2 * halves.DEPTH))
+    return table.contiguous().view(torch.uint16).flatten().numpy()
+
+
+def in_halves(storage: FewBits, x: torch.Tensor) -> bool:
+    """Return whether inputs meet codes as pairs of bfloat16: where groups are whole vectors."""
+    if not halves.ARE_HERE or x.dtype != torch.bfloat16:
+        return False
+    step, inputs = halves.DEPTH * halves.vectors(half_kind(storage)[1]), x.shape[-1]
+    return inputs % step == 0 and (storage.size(inputs) % step == 0 or storage.groups(inputs) == 1)
 
 
 def product(
@@ -71,12 +106,14 @@ def product(
         parts: the stored tensors by their suffixes.
         shape: of all matrices.
     """
-    inputs, number = shape[2], number_P.long().contiguous().numpy()
-    # Loops take whole vectors.
-    x = longer(x_PI.float().contiguous(), -inputs % LANES).numpy()
-    out = np.empty((len(x), shape[1]), np.float32)
-    run, scale_nOG = loops.products(*kind(storage)), storage.scales(parts, shape[1])
-    _shared(run, storage, parts, scale_nOG, inputs, x.size, (0, shape[1]), x, number, inputs, out)
+    inputs, number, out = shape[2], number_P.long().contiguous().numpy(), np.empty((len(x_PI), shape[1]), np.float32)
+    scale_nOG, (run, table) = storage.scales(parts, shape[1]), _half_loop(storage, half_loops.products)
+    if in_halves(storage, x_PI):
+        x = x_PI.contiguous().view(torch.uint16).numpy()
+    else:
+        # Loops take whole vectors.
+        x, (run, table) = longer(x_PI.float().contiguous(), -inputs % LANES).numpy(), _loop(storage, loops.products)
+    _shared(run, table, storage, parts, scale_nOG, inputs, x_PI.numel(), (0, shape[1]), x, number, inputs, out)
     return torch.from_numpy(out)
 
 
@@ -86,11 +123,6 @@ def few(
     """Return x W^T of a few inputs of each matrix, float32 [n, P, O]; for the arguments see `tiled`."""
     number_P = torch.arange(len(x_nPI), device=CPU).repeat_interleave(x_nPI.shape[1])
     return product(storage, x_nPI.flatten(0, 1), number_P, parts, shape).unflatten(0, x_nPI.shape[:2])
-
-
-def has_tiles(tensor: torch.Tensor) -> bool:
-    """Return whether `tiled` may multiply a tensor."""
-    return ARE_HERE and in_tiles(tensor)
 
 
 def tiled(
@@ -104,16 +136,13 @@ def tiled(
         parts: the stored tensors by their suffixes.
         shape: of all matrices.
     """
-    x = longer(x_nPI, -shape[2] % LANES).contiguous()
-    if x.storage_offset() % 2 or any(step % 2 for step in x.stride()[:-1]):
-        x = x.clone(memory_format=torch.contiguous_format)  # else pairs are no words
-    out = torch.empty(*x.shape[:2], shape[1], dtype=x.dtype, device=CPU)
-    run, scale_nOG = loops.tiles(*kind(storage)), storage.scales(parts, shape[1])
+    out = torch.empty(*x_nPI.shape[:2], shape[1], dtype=x_nPI.dtype, device=CPU)
+    scale_nOG, (run, table) = storage.scales(parts, shape[1]), _half_loop(storage, half_loops.tiles)
     # More than a second cache holds take longer than to tell the weights again.
-    at_once = max(passing_nbytes(CPU) // (2 * x.shape[2]), LANES)
-    words, bits = x.view(torch.int32).numpy().view(np.uint32), out.view(torch.uint16).numpy()
-    more = (words, shape[2], at_once, bits)
-    _shared(run, storage, parts, scale_nOG, shape[2], x.numel() // TOKENS + x[:, 0].numel(), (0, shape[1]), *more)
+    at_once = max(passing_nbytes(CPU) // (2 * shape[2]), LANES)
+    more = (x_nPI.contiguous().view(torch.uint16).numpy(), shape[2], at_once, out.view(torch.uint16).numpy())
+    each = x_nPI.numel() // TOKENS + x_nPI[:, 0].numel()
+    _shared(run, table, storage, parts, scale_nOG, shape[2], each, (0, shape[1]), *more)
     return out
 
 
@@ -138,13 +167,25 @@ def numbers(
     halved = dtype == torch.bfloat16
     # torch's memory begins where a line of a cache does, which numpy's does not.
     out = torch.empty(len(scale_nOG), rows[1] - rows[0], shape[2], dtype=dtype if halved else torch.float32, device=CPU)
-    run, given = loops.weights(*kind(storage)), (out.view(torch.uint16) if halved else out).numpy()
-    _shared(run, storage, parts, scale_nOG, shape[2], out[:, 0].numel(), rows, given, rows[0])
+    (run, table), given = _loop(storage, loops.weights), (out.view(torch.uint16) if halved else out).numpy()
+    _shared(run, table, storage, parts, scale_nOG, shape[2], out[:, 0].numel(), rows, given, rows[0])
     return out.to(dtype)
+
+
+def _loop(storage: FewBits, of: Callable[[int, int], Any]) -> tuple[Any, np.ndarray]:
+    """Return a loop for a storage's codes, and the table that it tells them with."""
+    found = storage.look_up(CPU)
+    return of(*kind(storage)), NO_TABLE if found is None or found.told else found.table.flatten().numpy()
+
+
+def _half_loop(storage: FewBits, of: Callable[[int, int], Any]) -> tuple[Any, np.ndarray]:
+    """Return the same of `half_loops`."""
+    return of(*half_kind(storage)), _half_table(storage)
 
 
 def _shared(
     run: Any,
+    table: np.ndarray,
     storage: FewBits,
     parts: Mapping[str, torch.Tensor],
     scale_nOG: torch.Tensor,
@@ -157,6 +198,7 @@ def _shared(
 
     Args:
         run: the loop.
+        table: of the codes.
         storage: how the matrices lie.
         parts: the stored tensors by their suffixes.
         scale_nOG: the scales.
@@ -165,8 +207,6 @@ def _shared(
         rows: the first one, and that behind the last one.
         more: what the loop wants between codes and rows.
     """
-    found = storage.look_up(CPU)
-    table = NO_TABLE if found is None or found.told else found.table.flatten().numpy()
     octets = _rows(parts["_packed"]).view(np.uint8)
     zero = _rows(parts["_zero_point"]).view(np.uint32) if "_zero_point" in parts else NO_ZEROS
     # numpy has no bfloat16: the loops know what its bits mean.

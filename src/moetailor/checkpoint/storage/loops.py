@@ -1,4 +1,4 @@
-"""Loops over rows of codes, which numba compiles for a kind of codes; shapes: see `compiled`."""
+"""Loops over rows of codes in float32, which numba compiles for a kind of codes; shapes: see `compiled`."""
 
 from __future__ import annotations
 
@@ -8,29 +8,13 @@ from typing import Any
 import numba
 import numpy as np
 
-from moetailor.checkpoint.storage.tiles import (
-    BLOCK,
-    DEPTH,
-    SHAPES,
-    begin,
-    cleared,
-    end,
-    kept,
-    levels,
-    looked_up,
-    multiplied,
-    taken,
-    turned,
-)
 from moetailor.checkpoint.storage.vectors import (
-    INTEGERS,
     LANES,
     STAMP,
     loaded,
     plus,
     scaled,
     stored,
-    times,
     told,
     total,
     zeros,
@@ -47,15 +31,18 @@ def _compiled(function: Any, **options: Any) -> Any:
 
 
 # What is called for each row: a call would count the references of its arrays, as a slice does.
-_inlined = partial(_compiled, inline="always")
+inlined = partial(_compiled, inline="always")
 
 
-@_inlined
-def _of_groups(bits, scale, zero, n, o, by, less):
-    # Scales in bfloat16 come as their bits; zero points are codes in words that lie along the outputs.
+@inlined
+def of_groups(bits, scale, zero, n, o, by, less, more):
+    """Fill the scales of a row's groups, and its zero points where codes have some, with what is to be added to these.
+
+    Scales in bfloat16 come as their bits; zero points are codes in words that lie along the outputs.
+    """
     at, shift, mask = np.uint64(o * bits // 32), np.uint32(o * bits % 32), np.uint32((1 << bits) - 1)
     words = by.view(np.uint32)
-    for g in range(len(by)):
+    for g in range(scale.shape[2]):
         if scale.itemsize == 2:
             words[g] = np.uint32(scale[n, o, g]) << np.uint32(16)
         else:
@@ -64,12 +51,12 @@ def _of_groups(bits, scale, zero, n, o, by, less):
         code = zero[n, at, g] >> shift
         if shift + bits > 32:
             code |= zero[n, at + np.uint64(1), g] << np.uint32(32 - shift)
-        less[g] = np.float32(np.uint32(code) & mask) - np.float32(1 << bits - 1)
+        less[g] = np.float32(np.uint32(code) & mask) + more
 
 
-@_inlined
-def _opened(bits, numbers, row, table, by, less, size, octets, units):
-    # Rows whose groups are not whole vectors: told into more room than they need, and scaled there.
+@inlined
+def opened(bits, numbers, row, table, by, less, size, octets, units):
+    """Tell a row whose groups are not whole vectors into more room than it needs, and scale it there."""
     for at in range(len(row)):
         octets[at] = row[at]
     for at in range(0, len(units), LANES):
@@ -79,83 +66,8 @@ def _opened(bits, numbers, row, table, by, less, size, octets, units):
             units[at] = (units[at] - less[g]) * by[g]
 
 
-@_inlined
-def _numbers(bits, numbers, row, table, at, less, by):
-    # Those of a table have no zero points.
-    found = told(bits, numbers, row, table, at)
-    return times(found, by) if numbers > 0 else scaled(found, less, by)
-
-
-@_inlined
-def _in_tiles(bits, numbers, row, table, by, less, size, inputs, out, start):
-    # A row whose groups are whole vectors, told into a row of each tile; out lies as [I / DEPTH, LANES, DEPTH], so that
-    # input i is at i // DEPTH * (LANES * DEPTH) + i % DEPTH, which is LANES i where i is a multiple of DEPTH.
-    rows = size % DEPTH == 0 and inputs % DEPTH == 0
-    for g in range(len(by)):
-        first, stop = g * size, min((g + 1) * size, inputs)
-        if rows and numbers == INTEGERS and 1 << bits <= DEPTH:
-            found = levels(bits, less[g], by[g])
-            for at in range(first, stop, DEPTH):
-                looked_up(bits, row, at, found, out, start + at * LANES)
-        elif rows:
-            for at in range(first, stop, DEPTH):
-                for half in range(0, DEPTH, LANES):
-                    found = _numbers(bits, numbers, row, table, at + half, less[g], by[g])
-                    stored(out, start + at * LANES + half, found)
-        else:
-            for at in range(first, stop, LANES):
-                found = _numbers(bits, numbers, row, table, at, less[g], by[g])
-                stored(out, start + at // DEPTH * (LANES * DEPTH) + at % DEPTH, found)
-
-
-@_inlined
-def _aligned(nbytes):
-    # Rows of tiles that lie across two lines of a cache take up to four times as long.
-    room = np.zeros(nbytes + 64, np.uint8)
-    first = -room.ctypes.data % 64
-    return room[first : first + nbytes]
-
-
-@_inlined
-def _laid(x, out):
-    # Inputs as tiles want them on the right: x [P, I / 2], pairs of bfloat16 as words, in tiles of sixteen inputs.
-    # Blocks that are whole have a loop of known length, of which LLVM makes vectors.
-    for p in range(0, len(x), LANES):
-        if p + LANES <= len(x):
-            for k in range(x.shape[1]):
-                for lane in range(LANES):
-                    out[p // LANES, k, lane] = x[p + lane, k]
-        else:
-            for lane in range(len(x) - p):
-                for k in range(x.shape[1]):
-                    out[p // LANES, k, lane] = x[p + lane, k]
-
-
-@_inlined
-def _multiplied(rows, deep, pairs, start, sums):
-    # Four tiles of outputs with one of sixteen inputs; outputs stand on the left, where weights lie as they are told.
-    # Tiles 0 to 3 have the sums, 7 inputs, and 4, 5, 6 and 4 again weights.
-    cleared(0)
-    cleared(1)
-    cleared(2)
-    cleared(3)
-    for at in range(0, deep, LANES * DEPTH):
-        taken(7, pairs, start + at // 2)
-        taken(4, rows, at)
-        multiplied(0, 4, 7)
-        taken(5, rows, deep + at)
-        multiplied(1, 5, 7)
-        taken(6, rows, 2 * deep + at)
-        multiplied(2, 6, 7)
-        taken(4, rows, 3 * deep + at)
-        multiplied(3, 4, 7)
-    kept(0, sums, 0)
-    kept(1, sums, LANES * LANES)
-    kept(2, sums, 2 * LANES * LANES)
-    kept(3, sums, 3 * LANES * LANES)
-
-
-def _of_kind(function: Any, bits: int, numbers: int) -> Any:
+def of_kind(function: Any, bits: int, numbers: int) -> Any:
+    """Return a function compiled for a kind of codes, with a name of its own."""
     # What numba keeps has the function's name, under which it takes the one of another kind for it.
     function.__qualname__ = f"{function.__name__}_{bits}_{numbers}_{STAMP}".replace("-", "_")
     return _compiled(function)
@@ -169,6 +81,7 @@ def products(bits: int, numbers: int) -> Any:
         bits: that are told at once: of a code, of a byte or, for codes of 6 bits in a table, of two.
         numbers: that they stand for in a table, or `INTEGERS` or `FLOATS`.
     """
+    half = np.float32(1 << bits - 1)
 
     def product(octets, table, scale, zero, size, x, number, inputs, out, first, last):
         """Fill some outputs of x W^T, out [P, O], W that of each input's number: those of one are told once."""
@@ -185,9 +98,9 @@ def products(bits: int, numbers: int) -> Any:
                 stop += 1
             for o in range(first, last):
                 row = octets[n, o]
-                _of_groups(bits, scale, zero, n, o, by, less)
+                of_groups(bits, scale, zero, n, o, by, less, -half)
                 if not straight:
-                    _opened(bits, numbers, row, table, by, less, size, room, units)
+                    opened(bits, numbers, row, table, by, less, size, room, units)
                 for p in range(start, stop):
                     given, lanes, rest = x[p], zeros(), np.float32(0)
                     for at in range(0, 0 if straight else len(units), LANES):
@@ -202,12 +115,13 @@ def products(bits: int, numbers: int) -> Any:
                     out[p, o] = rest + total(lanes)
             start = stop
 
-    return _of_kind(product, bits, numbers)
+    return of_kind(product, bits, numbers)
 
 
 @cache
 def weights(bits: int, numbers: int) -> Any:
     """Return the loop that writes what a kind of codes stands for; see `products`."""
+    half = np.float32(1 << bits - 1)
 
     def weight(octets, table, scale, zero, size, out, start, first, last):
         """Fill some rows of W, out [n, O, I] from one row on: float32, or the bits of bfloat16 as uint16."""
@@ -218,61 +132,17 @@ def weights(bits: int, numbers: int) -> Any:
         for n in range(len(out)):
             for o in range(first, last):
                 row, given = octets[n, o], out[n, o - start]
-                _of_groups(bits, scale, zero, n, o, by, less)
+                of_groups(bits, scale, zero, n, o, by, less, -half)
                 if straight:
                     for g in range(groups):
                         for at in range(g * size, min((g + 1) * size, inputs), LANES):
                             stored(given, at, scaled(told(bits, numbers, row, table, at), less[g], by[g]))
                     continue
-                _opened(bits, numbers, row, table, by, less, size, room, units)
+                opened(bits, numbers, row, table, by, less, size, room, units)
                 for at in range(0, whole, LANES):
                     stored(given, at, loaded(units, at))
                 stored(end, 0, loaded(units, whole))
                 for at in range(whole, inputs):
                     given[at] = end[at - whole]
 
-    return _of_kind(weight, bits, numbers)
-
-
-@cache
-def tiles(bits: int, numbers: int) -> Any:
-    """Return the loop that multiplies a kind of codes with inputs in tiles; see `products`."""
-
-    def tiled(octets, table, scale, zero, size, x, inputs, at_once, out, first, last):
-        """Fill some outputs of x W^T: x [n, P, I / 2] pairs of bfloat16 as words, out [n, P, O] the bits of bfloat16.
-
-        Weights of a block of outputs are told into a cache and multiplied there, for so many inputs at once.
-        """
-        straight, wide = size % LANES == 0 and inputs % LANES == 0, -(-inputs // DEPTH) * DEPTH
-        (by, less), units = np.zeros((2, scale.shape[2]), np.float32), np.zeros(2 * x.shape[2], np.float32)
-        deep, blocks = LANES * wide, -(-min(at_once, x.shape[1]) // LANES)
-        room, rows = np.zeros(octets.shape[2] + 2 * LANES, np.uint8), _aligned(2 * BLOCK * wide).view(np.uint16)
-        pairs, sums = _aligned(2 * blocks * deep).view(np.uint32), _aligned(4 * BLOCK * LANES).view(np.float32)
-        right, halves = pairs.reshape(blocks, wide // 2, LANES), np.zeros(LANES * BLOCK, np.uint16)
-        begin(SHAPES)
-        for n in range(len(x)):
-            for start in range(0, x.shape[1], at_once):
-                some = min(at_once, x.shape[1] - start)
-                _laid(x[n, start : start + some], right)
-                for o in range(first, last, BLOCK):
-                    count = min(BLOCK, last - o)
-                    for r in range(count):
-                        row, to = octets[n, o + r], r // LANES * deep + r % LANES * DEPTH
-                        _of_groups(bits, scale, zero, n, o + r, by, less)
-                        if straight:
-                            _in_tiles(bits, numbers, row, table, by, less, size, inputs, rows, to)
-                            continue
-                        _opened(bits, numbers, row, table, by, less, size, room, units)
-                        for at in range(0, len(units), LANES):
-                            stored(rows, to + at // DEPTH * (LANES * DEPTH) + at % DEPTH, loaded(units, at))
-                    for p in range(0, some, LANES):
-                        _multiplied(rows, deep, pairs, p // LANES * deep // 2, sums)
-                        for r in range(0, BLOCK, LANES):
-                            turned(sums, r * LANES, halves, r)
-                        for lane in range(min(LANES, some - p)):
-                            given = out[n, start + p + lane]
-                            for r in range(count):
-                                given[np.uint64(o + r)] = halves[np.uint64(lane * BLOCK + r)]
-        end()
-
-    return _of_kind(tiled, bits, numbers)
+    return of_kind(weight, bits, numbers)

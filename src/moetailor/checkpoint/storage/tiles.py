@@ -1,4 +1,4 @@
-"""Products of bfloat16 in the tiles of a CPU (Intel's AMX), for loops that numba compiles.
+"""Products of bfloat16 in tiles, for loops that numba compiles: those of a CPU (Intel's AMX), or sixteen vectors.
 
 A tile has sixteen rows of 64 bytes: as many numbers of float32, or twice as many of bfloat16, which lie in memory one
 behind the other. Of a matrix that stands on the right each row has two inputs of sixteen outputs.
@@ -12,19 +12,19 @@ import numba
 import numpy as np
 import torch
 from llvmlite import ir
+from numba.core import cgutils
 from numba.core.registry import cpu_target
 
 from moetailor.checkpoint.devices import HAS_TILES
+from moetailor.checkpoint.storage.halves import ARE_HERE, DEPTH
 from moetailor.checkpoint.storage.vectors import (
     BFLOAT,
     FLOAT,
     HALF,
     LANES,
     OCTET,
-    SIXTEEN,
     WORD,
     called,
-    codes_of,
     has,
     instructions,
     of,
@@ -33,12 +33,11 @@ from moetailor.checkpoint.storage.vectors import (
     spread,
 )
 
-# Numbers of bfloat16 in a row of a tile; outputs that are multiplied at once: the rows of all their weights lie in a
+# Outputs that are multiplied at once: the rows of all their weights lie in a
 # second cache, and four tiles hold their sums.
-DEPTH, BLOCK = 2 * LANES, 4 * LANES
-# Whether loops may have tiles: numba may compile for another CPU, and Linux gives them only to who asks.
-NEEDED = ("amx-bf16", "avx512bw", "avx512bf16")
-ARE_HERE = HAS_TILES and all(has(cpu_target.target_context, each) for each in NEEDED) and torch.cpu._init_amx()
+BLOCK = 4 * LANES
+# Linux gives tiles only to who asks.
+IN_TILES = ARE_HERE and HAS_TILES and has(cpu_target.target_context, "amx-bf16") and torch.cpu._init_amx()
 ROW, VOID = ir.IntType(64)(64), ir.VoidType()
 # What the CPU is told of its eight tiles: the format's number, bytes of a row from byte 16 on, and rows from 48 on.
 SHAPES = np.zeros(64, np.uint8)
@@ -68,10 +67,12 @@ def _of_memory(name: str, tile: Any, array: Any, at: Any) -> Any:
 
 @instructions
 def begin(_typing: Any, shapes: Any) -> Any:
-    """Give this thread its tiles; `SHAPES` is to be handed over."""
+    """Give this thread its tiles, if there are some; `SHAPES` is to be handed over."""
 
     def made(context: Any, builder: Any, _signature: Any, given: Any) -> Any:
-        called(builder, "x86.ldtilecfg", VOID, place(context, builder, shapes, given[0], ir.IntType(64)(0), OCTET))
+        if IN_TILES:
+            where = place(context, builder, shapes, given[0], ir.IntType(64)(0), OCTET)
+            called(builder, "x86.ldtilecfg", VOID, where)
         return context.get_dummy_value()
 
     return numba.void(shapes), made
@@ -80,7 +81,7 @@ def begin(_typing: Any, shapes: Any) -> Any:
 @instructions
 def end(_typing: Any) -> Any:
     """Take them back: a thread that holds tiles is slower to stop and start."""
-    return _of_tiles("tilerelease")
+    return _of_tiles("tilerelease") if IN_TILES else (numba.void(), lambda context, *_: context.get_dummy_value())
 
 
 @instructions
@@ -108,30 +109,30 @@ def kept(_typing: Any, tile: Any, array: Any, at: Any) -> Any:
 
 
 @instructions
-def levels(_typing: Any, bits: Any, less: Any, by: Any) -> Any:
-    """Return what all integers of at most five bits stand for, s (q - z), as DEPTH numbers of bfloat16."""
+def summed(_typing: Any, rows: Any, at: Any, deep: Any, pairs: Any, start: Any, sums: Any, to: Any) -> Any:
+    """Write the product of a row of tiles with one of sixteen inputs into an array, in vectors: each has one output."""
 
     def made(context: Any, builder: Any, _signature: Any, given: Any) -> Any:
-        half = 1 << (bits.literal_value - 1)
-        units = ir.Constant(of(FLOAT, DEPTH), [float(code % (2 * half) - half) for code in range(DEPTH)])
-        less, by = (spread(builder, number, DEPTH) for number in given[1:])
-        found = builder.fptrunc(builder.fmul(builder.fsub(units, less), by), of(BFLOAT, DEPTH))
-        return builder.bitcast(found, of(FLOAT))
-
-    return SIXTEEN(bits, numba.float32, numba.float32), made
-
-
-@instructions
-def looked_up(_typing: Any, bits: Any, row: Any, at: Any, levels: Any, out: Any, to: Any) -> Any:
-    """Write what DEPTH codes stand for into an array: a CPU with tiles looks up so many at once."""
-
-    def made(context: Any, builder: Any, _signature: Any, given: Any) -> Any:
-        codes, kind = codes_of(context, builder, row, given[1], given[2], bits.literal_value, DEPTH), of(HALF, DEPTH)
-        found = called(builder, "x86.avx512.permvar.hi.512", kind, builder.bitcast(given[3], kind), codes)
-        builder.store(found, place(context, builder, out, given[4], given[5], kind)).align = 1
+        count, kind, halves = given[1].type, of(FLOAT), of(BFLOAT, DEPTH)
+        lanes = [cgutils.alloca_once_value(builder, ir.Constant(kind, [0.0] * LANES)) for _ in range(LANES)]
+        with cgutils.for_range_slice(builder, count(0), given[2], count(LANES * DEPTH), count) as (tile, _):
+            with cgutils.for_range(builder, count(LANES)) as loop:
+                pair = builder.add(
+                    given[4], builder.add(builder.udiv(tile, count(2)), builder.mul(loop.index, count(LANES)))
+                )
+                right = builder.bitcast(read(context, builder, pairs, given[3], pair, of(WORD)), halves)
+                first = builder.add(builder.add(given[1], tile), builder.mul(loop.index, count(2)))
+                for row, lane in enumerate(lanes):
+                    where = place(context, builder, rows, given[0], builder.add(first, count(DEPTH * row)), WORD)
+                    left = builder.bitcast(spread(builder, builder.load(where)), halves)
+                    found = called(builder, "x86.avx512bf16.dpbf16ps.512", kind, builder.load(lane), right, left)
+                    builder.store(found, lane)
+        for row, lane in enumerate(lanes):
+            where = place(context, builder, sums, given[5], builder.add(given[6], count(LANES * row)), kind)
+            builder.store(builder.load(lane), where).align = 1
         return context.get_dummy_value()
 
-    return numba.void(bits, row, at, levels, out, to), made
+    return numba.void(rows, at, deep, pairs, start, sums, to), made
 
 
 @instructions

@@ -18,7 +18,7 @@ from numba.extending import intrinsic, models, register_model
 # Weights of a vector; codes that are numbers themselves: integers less half of all of them, and floats of 8 bits, e4m3.
 LANES, INTEGERS, FLOATS = 16, 0, -1
 # Which instructions these are: numba takes what it has kept of a loop as long as that loop's own file is as old.
-FILES = [Path(__file__).with_name(f"{name}.py") for name in ("vectors", "tiles")]
+FILES = [Path(__file__).with_name(f"{name}.py") for name in ("vectors", "halves", "tiles")]
 STAMP = f"{crc32(b''.join(file.read_bytes() for file in FILES)):08x}"
 OCTET, HALF, WORD, FLOAT = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
 
@@ -71,7 +71,7 @@ def _shuffled(builder: Any, vector: Any, places: list[int]) -> Any:
 
 def spread(builder: Any, number: Any, count: int = LANES) -> Any:
     """Return a vector of one number."""
-    first = builder.insert_element(ir.Constant(of(FLOAT), ir.Undefined), number, WORD(0))
+    first = builder.insert_element(ir.Constant(of(number.type), ir.Undefined), number, WORD(0))
     return _shuffled(builder, first, [0] * count)
 
 
@@ -88,9 +88,14 @@ def read(context: Any, builder: Any, kind: Any, array: Any, at: Any, vector: Any
     return found
 
 
+def divided(builder: Any, number: Any, by: int) -> Any:
+    """Return a whole number over one of which it is a multiple."""
+    return builder.udiv(number, number.type(by), flags=["exact"])
+
+
 def codes_of(context: Any, builder: Any, row: Any, array: Any, at: Any, bits: int, count: int = LANES) -> Any:
     """Return so many codes of a row, as numbers of 16 bits, from one on, a multiple of that."""
-    start = builder.mul(builder.udiv(at, at.type(count)), at.type(count * bits // 8))
+    start = builder.mul(divided(builder, at, count), at.type(count * bits // 8))
     octets = read(context, builder, row, array, start, of(OCTET, count * bits // 8))
     # A code lies within two bytes, as a number of which it is shifted to the first bit.
     firsts = [bits * lane // 8 for lane in range(count)]
@@ -187,6 +192,17 @@ def plus(_typing: Any, sums: Any, sixteen: Any, others: Any) -> Any:
         return builder.fadd(given[0], builder.fmul(given[1], x, flags=["contract"]), flags=["contract"])
 
     return SIXTEEN(SIXTEEN, SIXTEEN, others), made
+
+
+@instructions
+def minus(_typing: Any, sums: Any, by: Any, less: Any, others: Any) -> Any:
+    """Return sums - s z x, sixteen numbers each."""
+
+    def made(_context: Any, builder: Any, _signature: Any, given: Any) -> Any:
+        sums, by, less, x = given
+        return builder.fsub(sums, builder.fmul(builder.fmul(by, less), x), flags=["contract"])
+
+    return SIXTEEN(SIXTEEN, SIXTEEN, SIXTEEN, SIXTEEN), made
 
 
 @instructions

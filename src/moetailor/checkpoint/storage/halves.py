@@ -1,0 +1,170 @@
+"""Thirty-two weights at a time in bfloat16, for loops that numba compiles, where vectors multiply pairs of these.
+
+Codes that stand for two weights each are looked up in vectors, too, which gathers nothing from memory: the first
+weights of thirty-two codes come first, then the second ones, and inputs are to lie in the same order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+from llvmlite import ir
+from numba.core.registry import cpu_target
+from numba.extending import register_jitable
+
+from moetailor.checkpoint.storage.vectors import (
+    BFLOAT,
+    FLOAT,
+    FLOATS,
+    HALF,
+    LANES,
+    OCTET,
+    SIXTEEN,
+    WORD,
+    called,
+    codes_of,
+    divided,
+    has,
+    instructions,
+    of,
+    place,
+    read,
+    spread,
+)
+
+# Weights of a vector. What an integer is told with added, 2^7, so that its bits are those of the number in bfloat16.
+DEPTH, MORE = 2 * LANES, 128
+NEEDED = ("avx512bw", "avx512bf16")
+# Whether there are such vectors: numba may compile for another CPU than this one.
+ARE_HERE = all(has(cpu_target.target_context, each) for each in NEEDED)
+COUNT = ir.IntType(64)
+
+
+@register_jitable
+def vectors(numbers: int) -> int:
+    """Return how many vectors of inputs lie across each other: weights of a code that are looked up in vectors."""
+    return 2 if numbers == 2 else 1
+
+
+def _all(number: int) -> ir.Constant:
+    return ir.Constant(of(HALF, DEPTH), [number] * DEPTH)
+
+
+def _in_vectors(context: Any, builder: Any, codes: Any, bits: int, table: Any, array: Any, first: int) -> Any:
+    # Two vectors of the table are looked up at once; the codes' upper bits say which of these count.
+    kind, found = of(HALF, DEPTH), []
+    for at in range(first, first + (1 << bits), 2 * DEPTH):
+        low, high = (read(context, builder, table, array, COUNT(at + more), kind) for more in (0, DEPTH))
+        found.append(called(builder, "x86.avx512.vpermi2var.hi.512", kind, low, codes, high))
+    for bit in range(6, bits):
+        is_set = builder.icmp_unsigned("!=", builder.and_(codes, _all(1 << bit)), _all(0))
+        found = [builder.select(is_set, high, low) for low, high in zip(found[::2], found[1::2], strict=True)]
+    return found[0]
+
+
+def _in_memory(
+    context: Any, builder: Any, row: Any, array: Any, first: Any, each: int, table: Any, numbers: Any
+) -> Any:
+    # Codes of 8 bits, each of several numbers.
+    found = []
+    for code in range(DEPTH // each):
+        octet = read(context, builder, row, array, builder.add(first, COUNT(code)), OCTET)
+        entry = builder.mul(builder.zext(octet, COUNT), COUNT(each))
+        found.append(read(context, builder, table, numbers, entry, of(HALF, each)))
+    while len(found) > 1:
+        places = ir.Constant(of(WORD, 2 * found[0].type.count), [*range(2 * found[0].type.count)])
+        found = [builder.shuffle_vector(*pair, places) for pair in zip(found[::2], found[1::2], strict=True)]
+    return found[0]
+
+
+def _units(context: Any, builder: Any, row: Any, table: Any, given: Any, bits: int, each: int) -> list[tuple[Any, int]]:
+    """Return vectors of what the weights from one on are before scales, and which vector of inputs each is to meet."""
+    array, at, numbers = given
+    first = divided(builder, at, max(each, 1))
+    if each > 2:
+        return [(_in_memory(context, builder, row, array, first, each, table, numbers), 0)]
+    codes = codes_of(context, builder, row, array, first, bits, DEPTH)
+    if each > 0:
+        every = (_in_vectors(context, builder, codes, bits, table, numbers, which << bits) for which in range(each))
+        return [(found, number) for number, found in enumerate(every)]
+    lower, upper = builder.and_(codes, _all(127)), builder.and_(codes, _all(128))
+    if each == FLOATS:
+        size = _in_vectors(context, builder, lower, 7, table, numbers, 0)
+        return [(builder.or_(size, builder.shl(upper, _all(8))), 0)]
+    # 0x4300 is 2^7 with seven bits behind it; the eighth bit of a code is 2^7 once more.
+    eighth = builder.select(builder.icmp_unsigned("!=", upper, _all(0)), _all(0x4300), _all(0))
+    return [(builder.or_(lower, _all(0x4300)), 0), (eighth, 0)][: 2 if bits == 8 else 1]
+
+
+def _dotted(context: Any, builder: Any, sums: Any, left: Any, x: Any, array: Any, at: Any) -> Any:
+    right = read(context, builder, x, array, divided(builder, at, 2), of(WORD))
+    halves = (builder.bitcast(each, of(BFLOAT, DEPTH)) for each in (left, right))
+    return called(builder, "x86.avx512bf16.dpbf16ps.512", of(FLOAT), sums, *halves)
+
+
+@instructions
+def dotted(_typing: Any, bits: Any, numbers: Any, row: Any, at: Any, table: Any, x: Any, sums: Any) -> Any:
+    """Return sums + w x of the weights from one on before scales, x pairs of bfloat16 as words."""
+
+    def made(context: Any, builder: Any, _signature: Any, given: Any) -> Any:
+        at, sums, kind = given[3], given[6], (bits.literal_value, numbers.literal_value)
+        for left, number in _units(context, builder, row, table, (given[2], at, given[4]), *kind):
+            sums = _dotted(context, builder, sums, left, x, given[5], builder.add(at, at.type(DEPTH * number)))
+        return sums
+
+    return SIXTEEN(bits, numbers, row, at, table, x, SIXTEEN), made
+
+
+@instructions
+def added(_typing: Any, x: Any, at: Any, sums: Any) -> Any:
+    """Return sums + x."""
+
+    def made(context: Any, builder: Any, _signature: Any, given: Any) -> Any:
+        return _dotted(context, builder, given[2], _all(0x3F80), x, given[0], given[1])
+
+    return SIXTEEN(x, at, SIXTEEN), made
+
+
+@instructions
+def spelled(_typing: Any, bits: Any, numbers: Any, row: Any, at: Any, table: Any, by: Any, out: Any, to: Any) -> Any:
+    """Write what codes of a table stand for, times a scale, into a row of tiles, from one place on."""
+
+    def made(context: Any, builder: Any, _signature: Any, given: Any) -> Any:
+        to, by, kind = given[7], spread(builder, given[5], DEPTH), (bits.literal_value, numbers.literal_value)
+        for units, number in _units(context, builder, row, table, (given[2], given[3], given[4]), *kind):
+            words = builder.shl(builder.zext(units, of(WORD, DEPTH)), ir.Constant(of(WORD, DEPTH), [16] * DEPTH))
+            found = builder.fmul(builder.bitcast(words, of(FLOAT, DEPTH)), by)
+            found = builder.bitcast(builder.fptrunc(found, of(BFLOAT, DEPTH)), of(HALF, DEPTH))
+            where = builder.add(to, to.type(LANES * DEPTH * number))
+            builder.store(found, place(context, builder, out, given[6], where, found.type)).align = 1
+        return context.get_dummy_value()
+
+    return numba.void(bits, numbers, row, at, table, numba.float32, out, to), made
+
+
+@instructions
+def levels(_typing: Any, bits: Any, less: Any, by: Any) -> Any:
+    """Return what all integers of at most five bits stand for, s (q - z), as DEPTH numbers of bfloat16."""
+
+    def made(context: Any, builder: Any, _signature: Any, given: Any) -> Any:
+        half = 1 << (bits.literal_value - 1)
+        units = ir.Constant(of(FLOAT, DEPTH), [float(code % (2 * half) - half) for code in range(DEPTH)])
+        less, by = (spread(builder, number, DEPTH) for number in given[1:])
+        found = builder.fptrunc(builder.fmul(builder.fsub(units, less), by), of(BFLOAT, DEPTH))
+        return builder.bitcast(found, of(FLOAT))
+
+    return SIXTEEN(bits, numba.float32, numba.float32), made
+
+
+@instructions
+def looked_up(_typing: Any, bits: Any, row: Any, at: Any, levels: Any, out: Any, to: Any) -> Any:
+    """Write what DEPTH codes stand for into an array: a CPU with tiles looks up so many at once."""
+
+    def made(context: Any, builder: Any, _signature: Any, given: Any) -> Any:
+        codes, kind = codes_of(context, builder, row, given[1], given[2], bits.literal_value, DEPTH), of(HALF, DEPTH)
+        found = called(builder, "x86.avx512.permvar.hi.512", kind, builder.bitcast(given[3], kind), codes)
+        builder.store(found, place(context, builder, out, given[4], given[5], kind)).align = 1
+        return context.get_dummy_value()
+
+    return numba.void(bits, row, at, levels, out, to), made
