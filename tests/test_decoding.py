@@ -185,6 +185,29 @@ def test_one_graph_serves_whatever_the_router_chooses(name: str, tokens: int) ->
     assert len(graphs) == 1
 
 
+def test_gates_of_few_tokens_have_gradients_where_their_inputs_have_none() -> None:
+    module, generator = layer(*SLOTS["bits"]), torch.Generator().manual_seed(0)
+    x, slots = torch.randn(3, 32, generator=generator), torch.tensor([[0, 5], [3, 1], [7, 2]])
+    gates = torch.rand(3, 2, generator=generator).requires_grad_()
+    module(x, slots, gates).sum().backward()
+    with torch.no_grad():
+        each = [module(x, slots, (torch.arange(2) == place).float().expand(3, 2)).sum(1) for place in range(2)]
+    torch.testing.assert_close(gates.grad, torch.stack(each, 1), rtol=1e-4, atol=1e-4)
+
+
+def test_few_tokens_do_not_hang_on_defaults() -> None:
+    module, generator = layer(*SLOTS["bits"]), torch.Generator().manual_seed(0)
+    given = torch.randn(3, 32, generator=generator), torch.tensor([[0, 5], [3, 1], [7, 7]]), torch.rand(3, 2)
+    with torch.no_grad():
+        expected = module(*given)
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            with torch.device("meta"):
+                assert torch.equal(module(*given), expected)
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
 def test_pairs_that_stand_for_nothing_count_for_nothing_whatever_they_give() -> None:
     """A token that goes to constants alone may be one that experts would turn into no number."""
     module = layer([*OWN[:6], Constant(), Constant()], {})

@@ -109,6 +109,36 @@ def test_tiles_and_vectors_that_stand_for_them_are_products(in_tiles: bool) -> N
     torch.testing.assert_close(torch.from_numpy(sums).view(-1, 16).double(), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.skipif(not halves.ARE_HERE, reason="this CPU multiplies no pairs of bfloat16")
+def test_every_float_of_8_bits_is_told_in_bfloat16() -> None:
+    storage, codes = find_storage("fp8"), torch.arange(256, dtype=torch.uint8)
+    codes[[127, 255]] = 0
+    parts = {"_packed": codes.expand(1, 3, 256), "_scale": torch.ones(1, 3, 1, dtype=torch.bfloat16)}
+    expected = codes.view(torch.float8_e4m3fn).bfloat16()
+    few = compiled.product(storage, torch.eye(256).bfloat16(), torch.zeros(256), parts, (1, 3, 256))
+    assert torch.equal(few, expected.float()[:, None].expand(256, 3))
+    assert torch.equal(storage.product(torch.eye(256).bfloat16()[None], parts, (1, 3, 256))[0], few.bfloat16())
+    parts["_packed"] = torch.tensor([[[127, 255] + [0] * 254]], dtype=torch.uint8)
+    assert storage.product(torch.ones(1, 1, 256).bfloat16(), parts, (1, 1, 256)).isnan()
+
+
+@pytest.mark.skipif(not halves.ARE_HERE, reason="this CPU multiplies no pairs of bfloat16")
+@pytest.mark.parametrize("name", ["uint4g64", "vq3g64", "vq4g64", "fp8"])
+def test_what_is_kept_of_loops_is_known_by_the_kind_of_codes(name: str, tmp_path: Path) -> None:
+    lines = f"""
+        import torch
+        from moetailor.checkpoint.storage import compiled, find_storage, half_loops
+        storage, shape = find_storage("{name}"), (1, 8, 64)
+        parts = storage.encode(torch.randn(shape), "BF16")
+        for inputs in (1, 8):
+            storage.product(torch.randn(1, inputs, 64).bfloat16(), parts, shape)
+        assert compiled.kept() == {{(loop, *compiled.kind(storage)) for loop in ("halved", half_loops.TILED)}}
+    """
+    kept = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-c", dedent(lines)], env=kept, capture_output=True, text=True)
+    assert not run.returncode, run.stderr
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("name", ["uint4g32", "uint8g64", "vq2g32", "vq4g64"])
 def test_more_inputs_than_a_cache_holds_and_threads_change_nothing(

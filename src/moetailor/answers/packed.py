@@ -109,7 +109,7 @@ class Packed(Width, Answer):
         """Add the gated outputs, a class at a time; slots with one expert run it once for a token."""
         experts, hidden_TD = Experts(module), call.hidden_TD
         at_once = max(formed(hidden_TD.device) // math.prod(experts.shape.matrices["down"]), 1)
-        few = len(hidden_TD) <= FEW and runs_compiled(hidden_TD)
+        few = len(hidden_TD) <= FEW and runs_compiled(hidden_TD) and not call.gate_TK.requires_grad
         if few:
             out_TD = _together(experts, call, out_TD)
         for width, rows in module.slots.packed.items():
@@ -153,10 +153,10 @@ def _together(experts: Experts, call: Call, out_TD: torch.Tensor) -> torch.Tenso
     if not gates:
         return out_TD
     ordered = sorted(gates)
-    _, number_P, token_P = torch.tensor(ordered).unbind(1)
+    _, number_P, token_P = torch.tensor(ordered, device=out_TD.device).unbind(1)
     counts = Counter(classes[number][0] for number, _, _ in ordered)
     given_PD = _as_they_lie(experts, counts, call.hidden_TD[token_P], number_P)
-    gate_P1 = torch.tensor([gates[pair] for pair in ordered])[:, None]
+    gate_P1 = torch.tensor([gates[pair] for pair in ordered], dtype=out_TD.dtype, device=out_TD.device)[:, None]
     return Pairs(token_P, number_P, gate_P1).added(out_TD, given_PD * gate_P1)
 
 

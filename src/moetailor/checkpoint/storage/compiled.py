@@ -38,15 +38,11 @@ def kept() -> set[tuple[str, int, int]]:
     """Return the loops that numba has kept on the disk, compiled before: by the functions' names, and the kind."""
     folder = loops.products(8, INTEGERS).stats.cache_path
     names = [each.name for each in Path(folder).glob("*loops.*.nbc")] if folder else []
-    found = [re.search(rf"\.(product|weight|halved|tiled)_(\d+)_(_?\d+)_{STAMP}-", name) for name in names]
+    found = [re.search(rf"\.(product|weight|halved|{half_loops.TILED})_(\d+)_(_?\d+)_{STAMP}-", name) for name in names]
     kinds = {(each[1], int(each[2]), int(each[3].replace("_", "-"))) for each in found if each}
-    # Of tables of fewer bits than eight, loops in float32 look up two codes at once.
-    twice = {loop: 2 if loop in ("halved", "tiled") else 1 for loop, _, _ in kinds}
-    return {
-        (loop, bits * by, numbers * by)
-        for loop, bits, numbers in kinds
-        for by in [twice[loop] if bits < 8 and numbers > 0 else 1]
-    }
+    # Of tables of fewer than eight bits, loops in float32 look up two codes at once, and so are their kinds named.
+    halved = {each for each in kinds if each[0] not in ("product", "weight") and each[1] < 8 and each[2] > 0}
+    return kinds - halved | {(loop, 2 * bits, 2 * numbers) for loop, bits, numbers in halved}
 
 
 @cache
@@ -77,6 +73,8 @@ def _half_table(storage: FewBits) -> np.ndarray:
     if found is None or found.told == "integers":
         return NO_TABLE
     table = found.table[: 1 << bits, : abs(numbers)].bfloat16()
+    if numbers == FLOATS:  # without signs, and with what is no number
+        table = torch.arange(128, dtype=torch.uint8, device=CPU).view(torch.float8_e4m3fn).bfloat16()[:, None]
     if numbers <= 2:  # vectors of the table are taken in pairs
         table = longer(table.T, -len(table) % (2 * halves.DEPTH))
     return table.contiguous().view(torch.uint16).flatten().numpy()

@@ -174,7 +174,7 @@ def _in_vectors(rows, deep, pairs, start, sums):
         summed(rows, tile * deep, deep, pairs, start, sums, tile * LANES * LANES)
 
 
-_product = _in_tiles if IN_TILES else _in_vectors
+_product, TILED = (_in_tiles, "tiled") if IN_TILES else (_in_vectors, "vectored")
 
 
 @cache
@@ -215,4 +215,6 @@ def tiles(bits: int, numbers: int) -> Any:
                                 given[np.uint64(o + r)] = halves[np.uint64(lane * BLOCK + r)]
         end()
 
+    # What numba keeps does not say on which of the two it was.
+    tiled.__name__ = TILED
     return of_kind(tiled, bits, numbers)

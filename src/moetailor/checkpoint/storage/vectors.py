@@ -18,7 +18,7 @@ from numba.extending import intrinsic, models, register_model
 # Weights of a vector; codes that are numbers themselves: integers less half of all of them, and floats of 8 bits, e4m3.
 LANES, INTEGERS, FLOATS = 16, 0, -1
 # Which instructions these are: numba takes what it has kept of a loop as long as that loop's own file is as old.
-FILES = [Path(__file__).with_name(f"{name}.py") for name in ("vectors", "halves", "tiles")]
+FILES = [Path(__file__).with_name(f"{name}.py") for name in ("vectors", "halves", "tiles", "loops")]
 STAMP = f"{crc32(b''.join(file.read_bytes() for file in FILES)):08x}"
 OCTET, HALF, WORD, FLOAT = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
 
