@@ -14,6 +14,7 @@ from moetailor.checkpoint.storage.halves import DEPTH, MORE, added, dotted, leve
 from moetailor.checkpoint.storage.loops import inlined, of_groups, of_kind
 from moetailor.checkpoint.storage.tiles import (
     BLOCK,
+    EIGHT,
     IN_TILES,
     SHAPES,
     begin,
@@ -144,7 +145,7 @@ def _laid(x, out):
 
 
 @inlined
-def _in_tiles(rows, deep, pairs, start, sums):
+def _in_tiles(rows, deep, pairs, start, sums, _):
     # Four tiles of outputs with one of sixteen inputs; outputs stand on the left, where weights lie as they are told.
     # Tiles 0 to 3 have the sums, 7 inputs, and 4, 5, 6 and 4 again weights.
     cleared(0)
@@ -168,10 +169,13 @@ def _in_tiles(rows, deep, pairs, start, sums):
 
 
 @inlined
-def _in_vectors(rows, deep, pairs, start, sums):
-    # The same in vectors, where there are no tiles.
+def _in_vectors(rows, deep, pairs, start, sums, some):
+    # The same in vectors, where there are no tiles, of so many inputs.
     for tile in range(BLOCK // LANES):
-        summed(rows, tile * deep, deep, pairs, start, sums, tile * LANES * LANES)
+        if some > EIGHT:
+            summed(LANES, rows, tile * deep, deep, pairs, start, sums, tile * LANES * LANES)
+        else:
+            summed(EIGHT, rows, tile * deep, deep, pairs, start, sums, tile * LANES * LANES)
 
 
 _product, TILED = (_in_tiles, "tiled") if IN_TILES else (_in_vectors, "vectored")
@@ -206,7 +210,7 @@ def tiles(bits: int, numbers: int) -> Any:
                         of_groups(bits, scale, zero, n, o + r, by, less, -half)
                         _told(bits, numbers, octets[n, o + r], table, by, less, size, inputs, rows, to)
                     for p in range(0, some, LANES):
-                        _product(rows, deep, pairs, p // LANES * deep // 2, sums)
+                        _product(rows, deep, pairs, p // LANES * deep // 2, sums, some - p)
                         for r in range(0, BLOCK, LANES):
                             turned(sums, r * LANES, halves, r)
                         for lane in range(min(LANES, some - p)):

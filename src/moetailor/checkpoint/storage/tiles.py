@@ -35,7 +35,7 @@ from moetailor.checkpoint.storage.vectors import (
 
 # Outputs that are multiplied at once: the rows of all their weights lie in a
 # second cache, and four tiles hold their sums.
-BLOCK = 4 * LANES
+BLOCK, EIGHT = 4 * LANES, LANES // 2
 # Linux gives tiles only to who asks.
 IN_TILES = ARE_HERE and HAS_TILES and has(cpu_target.target_context, "amx-bf16") and torch.cpu._init_amx()
 ROW, VOID = ir.IntType(64)(64), ir.VoidType()
@@ -109,30 +109,36 @@ def kept(_typing: Any, tile: Any, array: Any, at: Any) -> Any:
 
 
 @instructions
-def summed(_typing: Any, rows: Any, at: Any, deep: Any, pairs: Any, start: Any, sums: Any, to: Any) -> Any:
-    """Write the product of a row of tiles with one of sixteen inputs into an array, in vectors: each has one output."""
+def summed(_typing: Any, some: Any, rows: Any, at: Any, deep: Any, pairs: Any, start: Any, sums: Any, to: Any) -> Any:
+    """Write the product of a row of tiles with one of inputs into an array, in vectors: each has one output.
 
-    def made(context: Any, builder: Any, _signature: Any, given: Any) -> Any:
-        count, kind, halves = given[1].type, of(FLOAT), of(BFLOAT, DEPTH)
-        lanes = [cgutils.alloca_once_value(builder, ir.Constant(kind, [0.0] * LANES)) for _ in range(LANES)]
+    Eight of a tile's sixteen inputs take half as long.
+    """
+    width = some.literal_value
+
+    def made(context: Any, builder: Any, _signature: Any, more: Any) -> Any:
+        given = more[1:]
+        count, kind, halves = given[1].type, of(FLOAT, width), of(BFLOAT, 2 * width)
+        lanes = [cgutils.alloca_once_value(builder, ir.Constant(kind, [0.0] * width)) for _ in range(LANES)]
         with cgutils.for_range_slice(builder, count(0), given[2], count(LANES * DEPTH), count) as (tile, _):
             with cgutils.for_range(builder, count(LANES)) as loop:
                 pair = builder.add(
                     given[4], builder.add(builder.udiv(tile, count(2)), builder.mul(loop.index, count(LANES)))
                 )
-                right = builder.bitcast(read(context, builder, pairs, given[3], pair, of(WORD)), halves)
+                right = builder.bitcast(read(context, builder, pairs, given[3], pair, of(WORD, width)), halves)
                 first = builder.add(builder.add(given[1], tile), builder.mul(loop.index, count(2)))
                 for row, lane in enumerate(lanes):
                     where = place(context, builder, rows, given[0], builder.add(first, count(DEPTH * row)), WORD)
-                    left = builder.bitcast(spread(builder, builder.load(where)), halves)
-                    found = called(builder, "x86.avx512bf16.dpbf16ps.512", kind, builder.load(lane), right, left)
+                    left = builder.bitcast(spread(builder, builder.load(where), width), halves)
+                    name = f"x86.avx512bf16.dpbf16ps.{32 * width}"
+                    found = called(builder, name, kind, builder.load(lane), right, left)
                     builder.store(found, lane)
         for row, lane in enumerate(lanes):
             where = place(context, builder, sums, given[5], builder.add(given[6], count(LANES * row)), kind)
             builder.store(builder.load(lane), where).align = 1
         return context.get_dummy_value()
 
-    return numba.void(rows, at, deep, pairs, start, sums, to), made
+    return numba.void(some, rows, at, deep, pairs, start, sums, to), made
 
 
 @instructions
