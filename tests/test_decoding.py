@@ -14,7 +14,7 @@ import numba
 import pytest
 import torch
 
-from moetailor.answers import Constant, packed
+from moetailor.answers import Constant, Remap, Width, packed
 from moetailor.checkpoint.storage import compiled, few_bits, find_storage, half_loops, loops, vectors
 from support.decoding import CODES, OWN, SLOTS, layer
 
@@ -193,6 +193,20 @@ def test_gates_of_few_tokens_have_gradients_where_their_inputs_have_none() -> No
     with torch.no_grad():
         each = [module(x, slots, (torch.arange(2) == place).float().expand(3, 2)).sum(1) for place in range(2)]
     torch.testing.assert_close(gates.grad, torch.stack(each, 1), rtol=1e-4, atol=1e-4)
+
+
+def test_slots_of_few_tokens_with_one_expert_count_together() -> None:
+    """Many tokens take another way."""
+    widths = {expert: Width.parse(bits) for expert, bits in enumerate(("4", "8", "vq3/5"))}
+    module = layer([*OWN[:5], Remap(1, 0.5), Remap(1), Remap(2)], widths)
+    x, slots = (
+        torch.randn(2, 32, generator=torch.Generator().manual_seed(0)),
+        torch.tensor([[1, 6, 5, 0], [7, 2, 1, 5]]),
+    )
+    gates = torch.tensor([[0.5, 0.3, 0.1, 0.1], [0.4, 0.3, 0.2, 0.1]])
+    with torch.no_grad():
+        expected = module(*(each.repeat(4, 1) for each in (x, slots, gates)))[:2]
+        torch.testing.assert_close(module(x, slots, gates), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_few_tokens_do_not_hang_on_defaults() -> None:

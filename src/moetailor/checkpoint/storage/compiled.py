@@ -105,13 +105,13 @@ def product(
         shape: of all matrices.
     """
     inputs, number, out = shape[2], number_P.long().contiguous().numpy(), np.empty((len(x_PI), shape[1]), np.float32)
-    scale_nOG, (run, table) = storage.scales(parts, shape[1]), _half_loop(storage, half_loops.products)
     if in_halves(storage, x_PI):
-        x = x_PI.contiguous().view(torch.uint16).numpy()
+        x, (run, table) = x_PI.contiguous().view(torch.uint16).numpy(), _half_loop(storage, half_loops.products)
     else:
         # Loops take whole vectors.
         x, (run, table) = longer(x_PI.float().contiguous(), -inputs % LANES).numpy(), _loop(storage, loops.products)
-    _shared(run, table, storage, parts, scale_nOG, inputs, x_PI.numel(), (0, shape[1]), x, number, inputs, out)
+    more = (x, number, inputs, out)
+    _shared(run, table, storage, parts, storage.scales(parts, shape[1]), inputs, x.size, (0, shape[1]), *more)
     return torch.from_numpy(out)
 
 

@@ -159,7 +159,7 @@ def levels(_typing: Any, bits: Any, less: Any, by: Any) -> Any:
 
 @instructions
 def looked_up(_typing: Any, bits: Any, row: Any, at: Any, levels: Any, out: Any, to: Any) -> Any:
-    """Write what DEPTH codes stand for into an array: a CPU with tiles looks up so many at once."""
+    """Write what DEPTH codes stand for into an array, looked up at once."""
 
     def made(context: Any, builder: Any, _signature: Any, given: Any) -> Any:
         codes, kind = codes_of(context, builder, row, given[1], given[2], bits.literal_value, DEPTH), of(HALF, DEPTH)
