@@ -1,6 +1,7 @@
 """Products of codes with inputs in bfloat16: of pairs in vectors and in tiles, or as torch makes them."""
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -178,6 +179,28 @@ def test_where_numba_compiles_for_another_cpu_torch_multiplies(other: dict[str, 
     """
     plain = other | {"NUMBA_CACHE_DIR": str(tmp_path)}
     run = subprocess.run([sys.executable, "-c", dedent(lines)], env=os.environ | plain, capture_output=True, text=True)
+    assert not run.returncode, run.stderr
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="numba compiles for CPUs of one kind")
+def test_loops_are_compiled_for_a_cpu_with_tiles_wherever_they_are_not_run(tmp_path: Path) -> None:
+    lines = """
+        import numba, torch
+        torch.cpu.get_capabilities, torch.cpu._init_amx = lambda: {"amx_bf16": True}, lambda: True
+        from moetailor.checkpoint.storage import half_loops
+        octets, halves, table, scale, zero = (
+            numba.types.Array(kind, axes, "C")
+            for kind, axes in zip((numba.uint8, *[numba.uint16] * 3, numba.uint32), (3, 3, 1, 3, 3))
+        )
+        one, loop = numba.int64, half_loops.tiles(8, 2)
+        loop.compile((octets, table, scale, zero, one, halves, one, one, halves, one, one))
+        text = "".join(loop.inspect_asm().values())
+        assert all(each in text for each in ("ldtilecfg", "tdpbf16ps", "tilerelease")) and "vdpbf16ps" not in text
+    """
+    features = "avx,avx2,fma,bmi,bmi2,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16".split(",")
+    other = {"NUMBA_CPU_NAME": "sapphirerapids", "NUMBA_CPU_FEATURES": ",".join(f"+{each}" for each in features)}
+    env = os.environ | other | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-c", dedent(lines)], env=env, capture_output=True, text=True)
     assert not run.returncode, run.stderr
 
 
