@@ -112,7 +112,7 @@ class CompressedExperts(nn.Module):
         self._storages = {name: (way, tuple(way.parts(added[name].shape, "F32"))) for name, way in ways.items()}
         weight = self.down_proj
         for name, spec in self.added.items():
-            trains = find_storage(spec.storage).trains
+            trains = ways[name].trains
             for part, (dtype, shape) in spec.parts(name, DTYPE_NAMES[weight.dtype]).items():
                 empty = torch.empty(shape, dtype=DTYPES[dtype], device=weight.device)
                 if trains:

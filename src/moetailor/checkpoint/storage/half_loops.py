@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from moetailor.checkpoint.storage.halves import DEPTH, MORE, added, dotted, levels, looked_up, spelled, vectors
-from moetailor.checkpoint.storage.loops import inlined, of_groups, of_kind
+from moetailor.checkpoint.storage.loops import behind, inlined, of_groups, of_kind
 from moetailor.checkpoint.storage.tiles import (
     BLOCK,
     EIGHT,
@@ -78,11 +78,9 @@ def products(bits: int, numbers: int) -> Any:
                 for at in range(g * size, min((g + 1) * size, inputs), DEPTH):
                     each = added(pairs[p], at, each)
                 sums[p, g] = total(each)
-        start, stop = 0, 0
+        start = 0
         while start < len(x):
-            n = number[start]
-            while stop < len(x) and number[stop] == n:
-                stop += 1
+            n, stop = number[start], behind(number, start)
             for o in range(first, last):
                 row = octets[n, o]
                 of_groups(bits, scale, zero, n, o, by, less, more)
@@ -173,9 +171,9 @@ def _in_vectors(rows, deep, pairs, start, sums, some):
     # The same in vectors, where there are no tiles, of so many inputs.
     for tile in range(BLOCK // LANES):
         if some > EIGHT:
-            summed(LANES, rows, tile * deep, deep, pairs, start, sums, tile * LANES * LANES)
+            summed(rows, tile * deep, deep, pairs, start, sums, tile * LANES * LANES, LANES)
         else:
-            summed(EIGHT, rows, tile * deep, deep, pairs, start, sums, tile * LANES * LANES)
+            summed(rows, tile * deep, deep, pairs, start, sums, tile * LANES * LANES, EIGHT)
 
 
 _product, TILED = (_in_tiles, "tiled") if IN_TILES else (_in_vectors, "vectored")

@@ -35,7 +35,7 @@ from moetailor.checkpoint.storage.vectors import (
 
 # Weights of a vector. What an integer is told with added, 2^7, so that its bits are those of the number in bfloat16.
 DEPTH, MORE = 2 * LANES, 128
-NEEDED = ("avx512bw", "avx512bf16")
+NEEDED = ("avx512bw", "avx512vl", "avx512bf16")
 # Whether there are such vectors: numba may compile for another CPU than this one.
 ARE_HERE = all(has(cpu_target.target_context, each) for each in NEEDED)
 COUNT = ir.IntType(64)
@@ -51,7 +51,7 @@ def _all(number: int) -> ir.Constant:
     return ir.Constant(of(HALF, DEPTH), [number] * DEPTH)
 
 
-def _in_vectors(context: Any, builder: Any, codes: Any, bits: int, table: Any, array: Any, first: int) -> Any:
+def _from_registers(context: Any, builder: Any, codes: Any, bits: int, table: Any, array: Any, first: int) -> Any:
     # Two vectors of the table are looked up at once; the codes' upper bits say which of these count.
     kind, found = of(HALF, DEPTH), []
     for at in range(first, first + (1 << bits), 2 * DEPTH):
@@ -63,7 +63,7 @@ def _in_vectors(context: Any, builder: Any, codes: Any, bits: int, table: Any, a
     return found[0]
 
 
-def _in_memory(
+def _from_memory(
     context: Any, builder: Any, row: Any, array: Any, first: Any, each: int, table: Any, numbers: Any
 ) -> Any:
     # Codes of 8 bits, each of several numbers.
@@ -83,14 +83,14 @@ def _units(context: Any, builder: Any, row: Any, table: Any, given: Any, bits: i
     array, at, numbers = given
     first = divided(builder, at, max(each, 1))
     if each > 2:
-        return [(_in_memory(context, builder, row, array, first, each, table, numbers), 0)]
+        return [(_from_memory(context, builder, row, array, first, each, table, numbers), 0)]
     codes = codes_of(context, builder, row, array, first, bits, DEPTH)
     if each > 0:
-        every = (_in_vectors(context, builder, codes, bits, table, numbers, which << bits) for which in range(each))
+        every = (_from_registers(context, builder, codes, bits, table, numbers, which << bits) for which in range(each))
         return [(found, number) for number, found in enumerate(every)]
     lower, upper = builder.and_(codes, _all(127)), builder.and_(codes, _all(128))
     if each == FLOATS:
-        size = _in_vectors(context, builder, lower, 7, table, numbers, 0)
+        size = _from_registers(context, builder, lower, 7, table, numbers, 0)
         return [(builder.or_(size, builder.shl(upper, _all(8))), 0)]
     # 0x4300 is 2^7 with seven bits behind it; the eighth bit of a code is 2^7 once more.
     eighth = builder.select(builder.icmp_unsigned("!=", upper, _all(0)), _all(0x4300), _all(0))

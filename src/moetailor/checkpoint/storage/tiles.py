@@ -33,8 +33,8 @@ from moetailor.checkpoint.storage.vectors import (
     spread,
 )
 
-# Outputs that are multiplied at once: the rows of all their weights lie in a
-# second cache, and four tiles hold their sums.
+# Outputs that are multiplied at once: the rows of all their weights lie in a second cache, and four tiles hold their
+# sums. Inputs of half a tile.
 BLOCK, EIGHT = 4 * LANES, LANES // 2
 # Linux gives tiles only to who asks.
 IN_TILES = ARE_HERE and HAS_TILES and has(cpu_target.target_context, "amx-bf16") and torch.cpu._init_amx()
@@ -109,15 +109,14 @@ def kept(_typing: Any, tile: Any, array: Any, at: Any) -> Any:
 
 
 @instructions
-def summed(_typing: Any, some: Any, rows: Any, at: Any, deep: Any, pairs: Any, start: Any, sums: Any, to: Any) -> Any:
+def summed(_typing: Any, rows: Any, at: Any, deep: Any, pairs: Any, start: Any, sums: Any, to: Any, some: Any) -> Any:
     """Write the product of a row of tiles with one of inputs into an array, in vectors: each has one output.
 
     Eight of a tile's sixteen inputs take half as long.
     """
     width = some.literal_value
 
-    def made(context: Any, builder: Any, _signature: Any, more: Any) -> Any:
-        given = more[1:]
+    def made(context: Any, builder: Any, _signature: Any, given: Any) -> Any:
         count, kind, halves = given[1].type, of(FLOAT, width), of(BFLOAT, 2 * width)
         lanes = [cgutils.alloca_once_value(builder, ir.Constant(kind, [0.0] * width)) for _ in range(LANES)]
         with cgutils.for_range_slice(builder, count(0), given[2], count(LANES * DEPTH), count) as (tile, _):
@@ -138,7 +137,7 @@ def summed(_typing: Any, some: Any, rows: Any, at: Any, deep: Any, pairs: Any, s
             builder.store(builder.load(lane), where).align = 1
         return context.get_dummy_value()
 
-    return numba.void(some, rows, at, deep, pairs, start, sums, to), made
+    return numba.void(rows, at, deep, pairs, start, sums, to, some), made
 
 
 @instructions

@@ -174,16 +174,6 @@ def scaled(_typing: Any, sixteen: Any, less: Any, by: Any) -> Any:
 
 
 @instructions
-def times(_typing: Any, sixteen: Any, by: Any) -> Any:
-    """Return w s."""
-
-    def made(_context: Any, builder: Any, _signature: Any, given: Any) -> Any:
-        return builder.fmul(given[0], spread(builder, given[1]))
-
-    return SIXTEEN(SIXTEEN, numba.float32), made
-
-
-@instructions
 def plus(_typing: Any, sums: Any, sixteen: Any, others: Any) -> Any:
     """Return sums + w x, x sixteen numbers or one."""
 
