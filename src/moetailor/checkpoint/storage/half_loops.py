@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from moetailor.checkpoint.storage.halves import DEPTH, MORE, added, dotted, levels, looked_up, spelled, vectors
-from moetailor.checkpoint.storage.loops import behind, inlined, of_groups, of_kind
+from moetailor.checkpoint.storage.loops import inlined, of_groups, of_kind
 from moetailor.checkpoint.storage.tiles import (
     BLOCK,
     EIGHT,
@@ -78,9 +78,11 @@ def products(bits: int, numbers: int) -> Any:
                 for at in range(g * size, min((g + 1) * size, inputs), DEPTH):
                     each = added(pairs[p], at, each)
                 sums[p, g] = total(each)
-        start = 0
+        start, stop = 0, 0
         while start < len(x):
-            n, stop = number[start], behind(number, start)
+            n = number[start]
+            while stop < len(x) and number[stop] == n:
+                stop += 1
             for o in range(first, last):
                 row = octets[n, o]
                 of_groups(bits, scale, zero, n, o, by, less, more)

@@ -35,15 +35,6 @@ inlined = partial(_compiled, inline="always")
 
 
 @inlined
-def behind(number, start):
-    """Return where the inputs end that are next to one and have its matrix."""
-    stop = start
-    while stop < len(number) and number[stop] == number[start]:
-        stop += 1
-    return stop
-
-
-@inlined
 def of_groups(bits, scale, zero, n, o, by, less, more):
     """Fill the scales of a row's groups, and its zero points where codes have some, with what is to be added to these.
 
@@ -100,9 +91,11 @@ def products(bits: int, numbers: int) -> Any:
         for p in range(len(x) if zero.size else 0):
             for at in range(inputs):
                 sums[p, at // size] += x[p, at]
-        start = 0
+        start, stop = 0, 0
         while start < len(x):
-            n, stop = number[start], behind(number, start)
+            n = number[start]
+            while stop < len(x) and number[stop] == n:
+                stop += 1
             for o in range(first, last):
                 row = octets[n, o]
                 of_groups(bits, scale, zero, n, o, by, less, -half)
