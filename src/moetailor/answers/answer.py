@@ -5,12 +5,14 @@ Shapes: T tokens, K slots of a token, D model width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from moetailor.answers.products import FEW_PAIRS
+from moetailor.checkpoint.devices import runs_compiled
 from moetailor.checkpoint.experts import ExpertShape
 from moetailor.checkpoint.layout import Stack
 from moetailor.checkpoint.storage import TensorSpec
@@ -187,11 +189,32 @@ class Call:
         hidden_TD: their input.
         slot_TK: slots that the router chose.
         gate_TK: their gates.
+        listed: token, slot and gate of each choice where these are few, on a CPU: a list is gone through sooner than
+            tensors are made. None of more, in graphs, and where gates need gradients.
     """
 
     hidden_TD: torch.Tensor
     slot_TK: torch.Tensor
     gate_TK: torch.Tensor
+    listed: list[tuple[int, int, float]] | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        if runs_compiled(self.gate_TK) and self.slot_TK.numel() <= FEW_PAIRS:
+            chosen = enumerate(zip(self.slot_TK.tolist(), self.gate_TK.tolist(), strict=True))
+            self.listed = [(token, *pair) for token, both in chosen for pair in zip(*both, strict=True)]
+
+    def gates(self, numbers: Mapping[int, Any]) -> dict[tuple[Any, int], float]:
+        """Return the gates of what is `listed` by what runs and the token, in their order; slots of one number add up.
+
+        Args:
+            numbers: of what slots run.
+        """
+        found: dict[tuple[Any, int], float] = {}
+        for token, slot, gate in self.listed or ():
+            if slot in numbers:
+                pair = numbers[slot], token
+                found[pair] = found.get(pair, 0.0) + gate
+        return dict(sorted(found.items()))
 
     def of_slots(self, number_S: torch.Tensor) -> torch.Tensor:
         """Return the number of each chosen slot, [T, K].

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moetailor.answers.answer import Answer, Call
-from moetailor.answers.products import weighted_rows
+from moetailor.answers.products import added_rows, weighted_rows
 from moetailor.checkpoint.experts import ExpertShape
 from moetailor.checkpoint.storage import TensorSpec
 
@@ -38,5 +38,8 @@ class Constant(Answer):
     @classmethod
     def run(cls, module: Any, call: Call, out_TD: torch.Tensor) -> torch.Tensor:
         """Add g c for each slot."""
-        given_TD = weighted_rows(module.tensor("constant"), call.of_slots(module.constant_slot), call.gate_TK)
+        table, slots = module.tensor("constant"), module.slots.of(cls)
+        if call.listed is not None:
+            return added_rows(out_TD, table, call.gates({slot: number for number, slot in enumerate(slots)}))
+        given_TD = weighted_rows(table, call.of_slots(module.constant_slot), call.gate_TK)
         return out_TD.add_(given_TD)

@@ -13,7 +13,8 @@ import torch
 from torch.nn import functional as F
 
 from moetailor.answers.answer import Answer, Call, Context
-from moetailor.answers.products import Pairs, thin, weighted_rows
+from moetailor.answers.products import added_rows, weighted_rows
+from moetailor.checkpoint.devices import runs_compiled
 from moetailor.checkpoint.experts import ExpertShape
 from moetailor.checkpoint.storage import TensorSpec
 from moetailor.errors import PlanError
@@ -96,12 +97,12 @@ class Linear(Answer):
     @classmethod
     def run(cls, module: Any, call: Call, out_TD: torch.Tensor) -> torch.Tensor:
         """Add g S(x) for each slot."""
-        number_TK = call.of_slots(module.linear_slot)
+        if call.listed is not None and _chosen(module, call, out_TD):
+            return out_TD
         constant = module.tensor("linear_constant")
+        number_TK = call.of_slots(module.linear_slot)
         weight_TK = call.gate_TK.masked_fill(number_TK < 0, 0).to(constant.dtype)
         out_TD.add_(weighted_rows(constant, number_TK, weight_TK))
-        if number_TK.numel() <= len(constant) and not torch.compiler.is_compiling():
-            return _chosen(module, call, number_TK, out_TD)
         # y_t = sum_R g_(t, owner of R) <x_t, in_R> out_R: two thin products over all maps of the layer.
         width, count = call.hidden_TD.shape[1], len(constant)
         inputs, outputs = (module.tensor(f"linear_{name}").view(-1, width) for name in ("in", "out"))
@@ -110,22 +111,23 @@ class Linear(Answer):
         return out_TD.add_((inner_TR * gate_Tn[:, module.linear_owner]) @ outputs)
 
 
-def _chosen(module: Any, call: Call, number_TK: torch.Tensor, out_TD: torch.Tensor) -> torch.Tensor:
-    """Add the products of the maps that few tokens chose: as in decoding, where only the rows of these are read."""
-    pairs = Pairs.of(number_TK, call.gate_TK)
-    if not len(pairs):
-        return out_TD
-    maps, width = list(module.slots.of(Linear).values()), call.hidden_TD.shape[1]
+def _chosen(module: Any, call: Call, out_TD: torch.Tensor) -> bool:
+    """Add what few tokens chose, map by map, and say whether that was done: in decoding, as only the rows of these maps
+    are read; not where the loops for that do not take inputs, factors or the output, nor where more maps are chosen
+    than there are.
+    """
+    slots, factors = module.slots.of(Linear), [module.parts(f"linear_{name}") for name in ("in", "out")]
+    gates = call.gates({slot: number for number, slot in enumerate(slots)})
+    if len(gates) > len(slots) or not runs_compiled(call.hidden_TD):
+        return False
+    from moetailor.checkpoint.storage import whole  # numba takes half a second
+
+    if not whole.takes_factors(factors, out_TD):
+        return False
+    maps = list(slots.values())
     starts = [0, *accumulate(map.rank for map in maps)]
-
-    def rows(name: str, start: int, count: int) -> torch.Tensor:
-        return module.tensor(f"linear_{name}", slice(start, start + count)).view(-1, width)
-
-    given_PD = thin(
-        call.hidden_TD[pairs.token],
-        pairs.counts(len(maps)),
-        [(1, map.rank) for map in maps],
-        lambda number: rows("in", 0 if maps[0].shared else starts[number], maps[number].rank),
-        lambda number: rows("out", starts[number], maps[number].rank),
-    )
-    return out_TD if given_PD is None else pairs.added(out_TD, given_PD * pairs.gate)
+    pairs = [(token, 0 if maps[n].shared else starts[n], starts[n], maps[n].rank) for n, token in gates]
+    added_rows(out_TD, module.tensor("linear_constant"), gates)
+    if pairs:
+        whole.add_maps(factors, call.hidden_TD, pairs, gates.values(), out_TD)
+    return True

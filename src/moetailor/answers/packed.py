@@ -10,7 +10,7 @@ Shapes: n experts of a class, T tokens, P pairs, D model width, F expert width.
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -108,13 +108,12 @@ class Packed(Width, Answer):
     def run(cls, module: Any, call: Call, out_TD: torch.Tensor) -> torch.Tensor:
         """Add the gated outputs, a class at a time; slots with one expert run it once for a token."""
         experts, hidden_TD = Experts(module), call.hidden_TD
-        at_once = max(formed(hidden_TD.device) // math.prod(experts.shape.matrices["down"]), 1)
-        few = len(hidden_TD) <= FEW and runs_compiled(hidden_TD) and not call.gate_TK.requires_grad
+        few = len(hidden_TD) <= FEW and runs_compiled(hidden_TD) and call.listed is not None
         if few:
             out_TD = _together(experts, call, out_TD)
-        for width, rows in module.slots.packed.items():
-            if few and not width.whole:
-                continue
+        classes = {width: rows for width, rows in module.slots.packed.items() if width.whole or not few}
+        at_once = max(formed(hidden_TD.device) // math.prod(experts.shape.matrices["down"]), 1) if classes else 1
+        for width, rows in classes.items():
             row_TK, gate_TK = call.of_slots(getattr(module, f"{width.stem}_row")), call.gate_TK
             if len({*rows.values()}) < len(rows):
                 row_TK, gate_TK = joined_gates(row_TK, gate_TK)
@@ -141,23 +140,13 @@ def _together(experts: Experts, call: Call, out_TD: torch.Tensor) -> torch.Tenso
         call: what they are called with.
         out_TD: the output so far.
     """
-    classes = [(width.stem, rows) for width, rows in experts.module.slots.packed.items() if not width.whole]
-    # Lists are gone through sooner than tensors are made: classes, experts of them, and tokens. Slots of a token with
-    # one expert run it once.
-    gates: dict[tuple[int, int, int], float] = defaultdict(float)
-    for token, chosen in enumerate(zip(call.slot_TK.tolist(), call.gate_TK.tolist(), strict=True)):
-        for slot, gate in zip(*chosen, strict=True):
-            for number, (_, rows) in enumerate(classes):
-                if slot in rows:
-                    gates[number, rows[slot], token] += gate
+    gates = call.gates(experts.module.slots.in_bits)
     if not gates:
         return out_TD
-    ordered = sorted(gates)
-    _, number_P, token_P = torch.tensor(ordered, device=out_TD.device).unbind(1)
-    counts = Counter(classes[number][0] for number, _, _ in ordered)
-    given_PD = _as_they_lie(experts, counts, call.hidden_TD[token_P], number_P)
-    gate_P1 = torch.tensor([gates[pair] for pair in ordered], dtype=out_TD.dtype, device=out_TD.device)[:, None]
-    return Pairs(token_P, number_P, gate_P1).added(out_TD, given_PD * gate_P1)
+    counts = Counter(stem for (stem, _), _ in gates)
+    pairs = Pairs.listed([(number, token) for (_, number), token in gates], gates.values(), out_TD.dtype)
+    given_PD = _as_they_lie(experts, counts, call.hidden_TD[pairs.token], pairs.number)
+    return pairs.added(out_TD, given_PD * pairs.gate)
 
 
 def _by_kernels(
@@ -193,14 +182,14 @@ def _as_they_lie(
         x_PD: inputs, those of one expert next to each other where loops run.
         number_P: the expert of each in its class; negative for none where kernels run.
     """
-    module, biased, number_of = experts.module, experts.shape.biased, number_P.split([*counts.values()])
+    module, biased = experts.module, experts.shape.biased
 
     def given(part: str, inputs: torch.Tensor) -> torch.Tensor:
-        found = []
-        for stem, x, number in zip(counts, inputs.split([*counts.values()]), number_of, strict=True):
-            product = module.picked(f"{stem}_{part}", x, number)
-            found.append(product + module.tensor(f"{stem}_{part}_bias")[number.clamp_min(0)] if biased else product)
-        return found[0] if len(found) == 1 else torch.cat(found)
+        product = module.picked({f"{stem}_{part}": count for stem, count in counts.items()}, inputs, number_P)
+        if not biased:
+            return product
+        each = zip(counts, number_P.clamp_min(0).split([*counts.values()]), strict=True)
+        return product + torch.cat([module.tensor(f"{stem}_{part}_bias")[number] for stem, number in each])
 
     return given("down", experts.activated([given(part, x_PD) for part in experts.inputs]).to(x_PD))
 

@@ -6,19 +6,22 @@ tokens, K slots of a token, P pairs of a token and an expert, E experts, I input
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, repeat
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 from transformers.integrations.moe import _grouped_linear
 
-from moetailor.checkpoint.devices import evened, in_tiles, multiplied
+from moetailor.checkpoint.devices import evened, in_tiles, multiplied, runs_compiled
 
 # As many pairs are all run when a call is compiled, with gates of zero where they stand for nothing: shapes must not
 # depend on what the router chose.
 FEW_PAIRS = 64
+# Rows up to which loops on a CPU take no longer than torch, even where all meet one matrix.
+FEW_ROWS = 16
 # The grouped kernels of CUDA want rows of 16 bytes.
 ALIGNMENT = 8
 
@@ -59,6 +62,19 @@ class Pairs:
         token, place = token[order], place[order]
         return cls(token, number, gate_TK[token, place, None])
 
+    @classmethod
+    def listed(cls, pairs: Iterable[tuple[int, int]], gates: Iterable[float], dtype: torch.dtype) -> Pairs:
+        """Return the pairs of a list, some at least; see `Call.gates`.
+
+        Args:
+            pairs: numbers and tokens.
+            gates: of each.
+            dtype: of the gates.
+        """
+        # Through numpy, which is sooner done, and knows no default device.
+        number, token = (torch.from_numpy(np.array(each)) for each in zip(*pairs, strict=True))
+        return cls(token, number, torch.from_numpy(np.array([*gates])).to(dtype)[:, None])
+
     def __len__(self) -> int:
         return len(self.token)
 
@@ -98,6 +114,11 @@ def grouped(
         bias_EO: biases.
         transposed: how the matrices lie.
     """
+    if not transposed and runs_whole(x_PI, weight_EOI):
+        from moetailor.checkpoint.storage import whole
+
+        given_PO = whole.product(x_PI, weight_EOI, expert_P).to(x_PI)
+        return given_PO if bias_EO is None else given_PO + bias_EO[expert_P]
     if in_tiles(x_PI) and len(x_PI) > FEW_PAIRS and not transposed:
         counts = torch.bincount(expert_P, minlength=len(weight_EOI)).tolist()
         found = [multiplied(x, weight) for x, weight in zip(x_PI.split(counts), weight_EOI, strict=True) if len(x)]
@@ -111,6 +132,15 @@ def grouped(
     return _grouped_linear(x_PI, weight_EOI, ends, bias, is_transposed=transposed)
 
 
+def runs_whole(x_PI: torch.Tensor, weight_EOI: torch.Tensor) -> bool:
+    """Return whether a few inputs meet matrices in loops that read these faster than torch does."""
+    if len(x_PI) > FEW_ROWS or x_PI.dtype != torch.bfloat16 or not runs_compiled(x_PI):
+        return False
+    from moetailor.checkpoint.storage import whole  # numba takes half a second
+
+    return whole.takes(x_PI, weight_EOI)
+
+
 def weighted_rows(table_ND: torch.Tensor, number_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
     """Return the weighted sum of some rows for each token, [T, D]: gathered and added, no matrix product.
 
@@ -121,6 +151,19 @@ def weighted_rows(table_ND: torch.Tensor, number_TK: torch.Tensor, weight_TK: to
     """
     weight_TK = weight_TK.masked_fill(number_TK < 0, 0).to(table_ND.dtype)
     return F.embedding_bag(number_TK.clamp_min(0), table_ND, per_sample_weights=weight_TK, mode="sum")
+
+
+def added_rows(out_TD: torch.Tensor, table_ND: torch.Tensor, gates: Mapping[tuple[int, int], float]) -> torch.Tensor:
+    """Return an output to which are added, in place, gated rows that a few tokens chose.
+
+    Args:
+        out_TD: the output so far.
+        table_ND: the rows.
+        gates: by row and token; see `Call.gates`.
+    """
+    for (number, token), gate in gates.items():
+        out_TD[token].add_(table_ND[number], alpha=gate)
+    return out_TD
 
 
 def runs(ranks: Sequence[int]) -> list[tuple[int, int]]:

@@ -77,6 +77,17 @@ class SlotMap:
         return tuple(place[row] if answer is None else -1 for row, answer in zip(self.rows, self.answers, strict=True))
 
     @cached_property
+    def pool_numbers(self) -> dict[int, int]:
+        """The same by slot, without the others."""
+        return {slot: row for slot, row in enumerate(self.pool_rows) if row >= 0}
+
+    @cached_property
+    def in_bits(self) -> dict[int, tuple[str, int]]:
+        """The stem of the class of each slot whose expert is to lie in few bits, and its number there."""
+        classes = [(width.stem, numbers) for width, numbers in self.packed.items() if not width.whole]
+        return {slot: (stem, number) for stem, numbers in classes for slot, number in numbers.items()}
+
+    @cached_property
     def shared(self) -> bool:
         """Whether two slots have one row."""
         rows = [row for row in self.pool_rows if row >= 0]
@@ -93,9 +104,18 @@ class SlotMap:
         found = (answer.lender() for answer in self.answers if answer is not None)
         return {layer for layer in found if layer is not None}
 
+    @cached_property
+    def by_kind(self) -> dict[type[Answer], dict[int, Any]]:
+        """The answers of each kind by slot."""
+        found: dict[type[Answer], dict[int, Any]] = {kind: {} for kind in self.kinds}
+        for slot, answer in enumerate(self.answers):
+            if answer is not None:
+                found[type(answer)][slot] = answer
+        return found
+
     def of(self, kind: type[A]) -> dict[int, A]:
         """Return the answers of a kind by slot."""
-        return {slot: answer for slot, answer in enumerate(self.answers) if isinstance(answer, kind)}
+        return self.by_kind.get(kind, {})
 
     def numbered(self, slots: Iterable[int]) -> torch.Tensor:
         """Return a number for each slot: its place among some of them, -1 for the others, int32."""

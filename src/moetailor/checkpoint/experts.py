@@ -89,6 +89,11 @@ class Experts:
         return ("gate", "up") if self.gated else ("up",)
 
     @property
+    def first(self) -> str:
+        """The family's parameter with these."""
+        return "gate_up_proj" if self.gated else "up_proj"
+
+    @property
     def shape(self) -> ExpertShape:
         """What each of them is made of."""
         width, intermediate = (self.module.down_proj.shape[axis] for axis in ((2, 1) if self.transposed else (1, 2)))
@@ -97,7 +102,7 @@ class Experts:
 
     def rows(self, experts: Sequence[int] | slice) -> dict[str, torch.Tensor]:
         """Return the rows of the family's parameters that belong to some experts, by name."""
-        matrices = ("gate_up_proj" if self.gated else "up_proj", "down_proj")
+        matrices = (self.first, "down_proj")
         names = [name for matrix in matrices for name in (matrix, f"{matrix}_bias")]
         return {name: rows[experts] for name in names if (rows := getattr(self.module, name, None)) is not None}
 
@@ -122,7 +127,7 @@ class Experts:
     def packed(self, matrices: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return stacked matrices as the family's parameters: the inverse of `matrices`."""
         found = {}
-        for name, part in (("gate_up_proj" if self.gated else "up_proj", "up"), ("down_proj", "down")):
+        for name, part in ((self.first, "up"), ("down_proj", "down")):
             for suffix in ("", "_bias"):
                 if part + suffix not in matrices:
                     continue
@@ -146,10 +151,14 @@ class Experts:
     def activated(self, projected: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return what the down projection is applied to, [T, F], from what `inputs` gave, each [T, F]."""
         if not self.gated:
-            return self.module.act_fn(projected[0])
+            return self.activated_together(projected[0])
         if projected[0].stride(0) == 1:  # in columns, which are not to be turned
-            return self.module._apply_gate(self._join([part.T for part in projected], axis=0).T)
-        return self.module._apply_gate(self._join(projected, axis=1))
+            return self.activated_together(self._join([part.T for part in projected], axis=0).T)
+        return self.activated_together(self._join(projected, axis=1))
+
+    def activated_together(self, projected: torch.Tensor) -> torch.Tensor:
+        """Return the same from what the family's first parameter gave, gates and all."""
+        return self.module._apply_gate(projected) if self.gated else self.module.act_fn(projected)
 
     @torch.no_grad()
     def outputs(self, expert: int, x_TD: torch.Tensor) -> torch.Tensor:

@@ -7,17 +7,17 @@ implementation (eager, grouped, batched) keep working. Shapes: T tokens, K slots
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
 from moetailor.answers import Call, SlotMap
-from moetailor.answers.products import Pairs, joined_gates
+from moetailor.answers.products import Pairs, grouped, joined_gates, runs_whole
+from moetailor.checkpoint.devices import runs_kernels
 from moetailor.checkpoint.experts import Experts
 from moetailor.checkpoint.files import DTYPE_NAMES, DTYPES
 from moetailor.checkpoint.storage import Storage, TensorSpec, find_storage
-from moetailor.checkpoint.storage.few_bits import FewBits
 
 
 class CompressedExperts(nn.Module):
@@ -53,22 +53,38 @@ class CompressedExperts(nn.Module):
             return self.instead(hidden_TD, slot_TK, gate_TK)
         if self.slots.scales is not None:
             gate_TK = gate_TK * self.slot_scale[slot_TK].to(gate_TK.dtype)
-        call = Call(hidden_TD, slot_TK, gate_TK)
-        row_TK = call.of_slots(self.slot_map)
         if self.slots.plain:
-            return self.rows(hidden_TD, row_TK, gate_TK)
+            return self.rows(hidden_TD, self.slot_map[slot_TK].long(), gate_TK)
+        call = Call(hidden_TD, slot_TK, gate_TK)
         # Sums are kept in float32 at least, as the grouped and batched implementations do.
         out_TD = torch.zeros_like(hidden_TD, dtype=torch.promote_types(hidden_TD.dtype, torch.float32))
         if self.slots.plain_pool:
-            if self.slots.shared:
-                row_TK, gate_TK = joined_gates(row_TK, gate_TK)
             # Only live pairs reach a matrix product: each becomes a token of its own with one expert.
-            pairs = Pairs.of(row_TK, gate_TK)
-            if len(pairs):
-                out_TD = pairs.added(out_TD, self.rows(hidden_TD[pairs.token], pairs.number[:, None], pairs.gate))
+            if (pairs := self._pairs(call)) is not None and len(pairs):
+                out_TD = pairs.added(out_TD, self._rows(hidden_TD[pairs.token], pairs))
         for kind in self.slots.kinds:
             out_TD = kind.run(self, call, out_TD)
         return out_TD.to(hidden_TD.dtype)
+
+    def _pairs(self, call: Call) -> Pairs | None:
+        """Return the pairs of a token and a row of the pool."""
+        if call.listed is not None:
+            gates = call.gates(self.slots.pool_numbers)
+            return Pairs.listed(gates, gates.values(), call.gate_TK.dtype) if gates else None
+        row_TK, gate_TK = call.of_slots(self.slot_map), call.gate_TK
+        return Pairs.of(*(joined_gates(row_TK, gate_TK) if self.slots.shared else (row_TK, gate_TK)))
+
+    def _rows(self, hidden_PD: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+        """Return what rows of the pool give pairs, gates included, [P, D]."""
+        experts = Experts(self)
+        both = (getattr(self, name) for name in (experts.first, "down_proj"))
+        if experts.transposed or not all(runs_whole(hidden_PD, each) for each in both):
+            return self.rows(hidden_PD, pairs.number[:, None], pairs.gate)
+
+        def given(name: str, inputs: torch.Tensor) -> torch.Tensor:
+            return grouped(inputs, getattr(self, name), pairs.number, getattr(self, f"{name}_bias", None))
+
+        return given("down_proj", experts.activated_together(given(experts.first, hidden_PD))) * pairs.gate
 
     def rows(self, hidden_TD: torch.Tensor, row_TK: torch.Tensor, gate_TK: torch.Tensor) -> torch.Tensor:
         """Run rows of the pool by the family's own forward, [T, D]."""
@@ -92,12 +108,25 @@ class CompressedExperts(nn.Module):
         storage, parts = self._parts(name, rows)
         return storage.product(x_nPI, parts, self.added[name].shape)
 
-    def picked(self, name: str, x_PI: torch.Tensor, number_P: torch.Tensor) -> torch.Tensor:
-        """Return x W^T of each input with the matrix of its number in one of the added tensors that are in few bits,
-        [P, O]; zeros where that is negative.
+    def picked(self, counts: Mapping[str, int], x_PI: torch.Tensor, number_P: torch.Tensor) -> torch.Tensor:
+        """Return x W^T of each input with a matrix of the added tensors that are in few bits, float32 [P, O].
+
+        Args:
+            counts: how many inputs meet matrices of each tensor, in their order; where kernels run there is one tensor.
+            x_PI: inputs, those of one matrix next to each other.
+            number_P: that of each in its tensor; zeros come of negative ones where kernels run.
         """
-        storage, parts = self._parts(name, None)
-        return cast(FewBits, storage).picked(x_PI, number_P, parts, self.added[name].shape)
+        given: Any = [(*self._parts(name, None), self.added[name].shape, count) for name, count in counts.items()]
+        if runs_kernels(x_PI):
+            ((storage, parts, shape, _),) = given
+            return storage.picked(x_PI, number_P, parts, shape)
+        from moetailor.checkpoint.storage import compiled  # numba takes half a second
+
+        return compiled.products(given, x_PI, number_P.numpy())
+
+    def parts(self, name: str) -> dict[str, torch.Tensor]:
+        """Return the stored tensors of one of the added tensors by their suffixes."""
+        return self._parts(name, None)[1]
 
     def _parts(self, name: str, rows: torch.Tensor | slice | None) -> tuple[Storage, dict[str, torch.Tensor]]:
         storage, suffixes = self._storages[name]
@@ -123,7 +152,7 @@ class CompressedExperts(nn.Module):
 
     def fill_map(self) -> None:
         """Compute what follows from the map, where the layer runs: no file holds it."""
-        for name in ("plain", "plain_pool", "packed"):
+        for name in ("plain", "plain_pool", "packed", "by_kind", "in_bits"):
             getattr(self.slots, name)  # kept there: no graph that is traced can compute them
         with torch.device("cpu"):  # transformers loads models under the meta device, where nothing can be computed
             buffers = self.slots.buffers()

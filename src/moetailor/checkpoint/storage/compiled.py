@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from moetailor.checkpoint.storage.few_bits import FewBits
 
 CPU = torch.device("cpu")
-# Of codes without zero points, and of those without a table.
-NO_ZEROS, NO_TABLE = np.zeros((0, 0, 0), np.uint32), np.zeros(0, np.float32)
+# Of codes without zero points, of those without a table, and tables and scales of what is no codes.
+NO_ZEROS, NO_TABLE, NO_WEIGHTS = np.zeros((0, 0, 0), np.uint32), np.zeros(0, np.float32), np.zeros(0, np.uint16)
 # Weights from which on a thread is worth to be woken.
 SHARE = 2**18
 # Inputs that take as long to multiply in tiles as their weights to tell.
@@ -40,6 +40,7 @@ def kept() -> set[tuple[str, int, int]]:
     names = [each.name for each in Path(folder).glob("*loops.*.nbc")] if folder else []
     found = [re.search(rf"\.(product|weight|halved|{half_loops.TILED})_(\d+)_(_?\d+)_{STAMP}-", name) for name in names]
     kinds = {(each[1], int(each[2]), int(each[3].replace("_", "-"))) for each in found if each}
+    kinds = {(loop, bits, 2 if numbers == halves.BYTES else numbers) for loop, bits, numbers in kinds}
     # Of tables of fewer than eight bits, loops in float32 look up two codes at once, and so are their kinds named.
     halved = {each for each in kinds if each[0] not in ("product", "weight") and each[1] < 8 and each[2] > 0}
     return kinds - halved | {(loop, 2 * bits, 2 * numbers) for loop, bits, numbers in halved}
@@ -59,68 +60,87 @@ def kind(storage: FewBits) -> tuple[int, int]:
 
 
 @cache
-def half_kind(storage: FewBits) -> tuple[int, int]:
-    """Return the same as `half_loops` takes it: one code at a time."""
+def half_kind(storage: FewBits, inputs: int) -> tuple[int, int] | None:
+    """Return the same as `half_loops` takes it, one code at a time; None where groups are not whole vectors."""
     bits, numbers = kind(storage)
     found = storage.look_up(CPU)
-    return (bits, numbers) if found is None or found.told else (found.bits, numbers // found.codes)
-
-
-@cache
-def _half_table(storage: FewBits) -> np.ndarray:
-    """Return the bits of a table's numbers in bfloat16: all first ones first where they are looked up in vectors."""
-    (bits, numbers), found = half_kind(storage), storage.look_up(CPU)
-    if found is None or found.told == "integers":
-        return NO_TABLE
-    table = found.table[: 1 << bits, : abs(numbers)].bfloat16()
-    if numbers == FLOATS:  # without signs, and with what is no number
-        table = torch.arange(128, dtype=torch.uint8, device=CPU).view(torch.float8_e4m3fn).bfloat16()[:, None]
-    if numbers <= 2:  # vectors of the table are taken in pairs
-        table = longer(table.T, -len(table) % (2 * halves.DEPTH))
-    return table.contiguous().view(torch.uint16).flatten().numpy()
+    if found is not None and not found.told:
+        bits, numbers = found.bits, numbers // found.codes
+    for each in (halves.BYTES, numbers) if (bits, numbers) == (8, 2) else (numbers,):
+        step = len(halves.order(each))
+        if inputs % step == 0 and (storage.size(inputs) % step == 0 or storage.groups(inputs) == 1):
+            return bits, each
+    return None
 
 
 def in_halves(storage: FewBits, x: torch.Tensor) -> bool:
-    """Return whether inputs meet codes as pairs of bfloat16: where groups are whole vectors."""
-    if not halves.ARE_HERE or x.dtype != torch.bfloat16:
-        return False
-    step, inputs = halves.DEPTH * halves.vectors(half_kind(storage)[1]), x.shape[-1]
-    return inputs % step == 0 and (storage.size(inputs) % step == 0 or storage.groups(inputs) == 1)
+    """Return whether inputs meet codes as pairs of bfloat16."""
+    return halves.ARE_HERE and x.dtype == torch.bfloat16 and half_kind(storage, x.shape[-1]) is not None
 
 
-def product(
-    storage: FewBits,
+@cache
+def _half_loop(storage: FewBits, inputs: int, of: Callable[[int, int], Any]) -> tuple[Any, np.ndarray]:
+    """Return a loop for a storage's codes, and the bits of its table's numbers in bfloat16."""
+    found, known = storage.look_up(CPU), half_kind(storage, inputs)
+    assert known is not None, "these are told in float32"
+    bits, numbers = known
+    if found is None or found.told == "integers":
+        return of(*known), NO_WEIGHTS
+    table = found.table[: 1 << bits, : 1 if found.told else kind(storage)[1] // found.codes].bfloat16()
+    if numbers == FLOATS:  # without signs, and with what is no number
+        table = torch.arange(128, dtype=torch.uint8, device=CPU).view(torch.float8_e4m3fn).bfloat16()[:, None]
+    if numbers <= 2:  # all first ones first; vectors of the table are taken in pairs
+        table = longer(table.T, -len(table) % (2 * halves.DEPTH))
+    if numbers == halves.BYTES:
+        table = table.contiguous().view(torch.uint8).unflatten(1, (-1, 2)).transpose(1, 2).contiguous()
+    return of(*known), table.flatten().view(torch.uint16).numpy()
+
+
+def products(
+    given: Iterable[tuple[FewBits, Mapping[str, torch.Tensor], tuple[int, ...], int]],
     x_PI: torch.Tensor,
-    number_P: torch.Tensor,
-    parts: Mapping[str, torch.Tensor],
-    shape: tuple[int, ...],
+    number_P: np.ndarray,
 ) -> torch.Tensor:
     """Return x W^T of each input, sum_G s_G (x_G . q_G - z_G sum x_G), float32 [P, O].
 
     Args:
-        storage: how the matrices lie.
+        given: how some matrices lie, their stored tensors by suffixes, the shape of all of these matrices, and how many
+            inputs meet one of them; the next inputs meet the next ones.
         x_PI: inputs.
         number_P: the matrix of each; inputs of one that are next to each other read its codes once.
-        parts: the stored tensors by their suffixes.
-        shape: of all matrices.
     """
-    inputs, number, out = shape[2], number_P.long().contiguous().numpy(), np.empty((len(x_PI), shape[1]), np.float32)
-    if in_halves(storage, x_PI):
-        x, (run, table) = x_PI.contiguous().view(torch.uint16).numpy(), _half_loop(storage, half_loops.products)
-    else:
-        # Loops take whole vectors.
-        x, (run, table) = longer(x_PI.float().contiguous(), -inputs % LANES).numpy(), _loop(storage, loops.products)
-    more = (x, number, inputs, out)
-    _shared(run, table, storage, parts, storage.scales(parts, shape[1]), inputs, x.size, (0, shape[1]), *more)
-    return torch.from_numpy(out)
+    inputs, start, found = x_PI.shape[1], 0, []
+    for storage, parts, shape, count in given:
+        stop, out = start + count, np.empty((count, shape[1]), np.float32)
+        if in_halves(storage, x_PI):
+            x, (run, table) = halved(x_PI), _half_loop(storage, inputs, half_loops.products)
+        else:
+            # Loops take whole vectors.
+            x, (run, table) = longer(x_PI.float().contiguous(), -inputs % LANES).numpy(), _loop(storage, loops.products)
+        more = (x[start:stop], number_P[start:stop], inputs, out)
+        scale_nOG = storage.scales(parts, shape[1])
+        _shared(run, table, storage, parts, scale_nOG, inputs, count * inputs, (0, shape[1]), *more)
+        start, found = stop, [*found, out]
+    return torch.from_numpy(found[0] if len(found) == 1 else np.concatenate(found))
 
 
 def few(
     storage: FewBits, x_nPI: torch.Tensor, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...]
 ) -> torch.Tensor:
     """Return x W^T of a few inputs of each matrix, float32 [n, P, O]; for the arguments see `tiled`."""
-    number_P = torch.arange(len(x_nPI), device=CPU).repeat_interleave(x_nPI.shape[1])
-    return product(storage, x_nPI.flatten(0, 1), number_P, parts, shape).unflatten(0, x_nPI.shape[:2])
+    number_P = np.arange(len(x_nPI)).repeat(x_nPI.shape[1])
+    given = [(storage, parts, shape, len(number_P))]
+    return products(given, x_nPI.flatten(0, 1), number_P).unflatten(0, x_nPI.shape[:2])
+
+
+def scales(scale_nOG: torch.Tensor) -> np.ndarray:
+    """Return scales in one piece; numpy has no bfloat16: loops know what its bits mean."""
+    return in_one_piece(scale_nOG.view(torch.uint16) if scale_nOG.dtype == torch.bfloat16 else scale_nOG.float())
+
+
+def halved(tensor: torch.Tensor) -> np.ndarray:
+    """Return the bits of numbers in bfloat16, in one piece."""
+    return tensor.contiguous().view(torch.uint16).numpy()
 
 
 def tiled(
@@ -135,10 +155,10 @@ def tiled(
         shape: of all matrices.
     """
     out = torch.empty(*x_nPI.shape[:2], shape[1], dtype=x_nPI.dtype, device=CPU)
-    scale_nOG, (run, table) = storage.scales(parts, shape[1]), _half_loop(storage, half_loops.tiles)
+    scale_nOG, (run, table) = storage.scales(parts, shape[1]), _half_loop(storage, shape[2], half_loops.tiles)
     # More than a second cache holds take longer than to tell the weights again.
     at_once = max(passing_nbytes(CPU) // (2 * shape[2]), LANES)
-    more = (x_nPI.contiguous().view(torch.uint16).numpy(), shape[2], at_once, out.view(torch.uint16).numpy())
+    more = (halved(x_nPI), shape[2], at_once, out.view(torch.uint16).numpy())
     each = x_nPI.numel() // TOKENS + x_nPI[:, 0].numel()
     _shared(run, table, storage, parts, scale_nOG, shape[2], each, (0, shape[1]), *more)
     return out
@@ -170,15 +190,11 @@ def numbers(
     return out.to(dtype)
 
 
+@cache
 def _loop(storage: FewBits, of: Callable[[int, int], Any]) -> tuple[Any, np.ndarray]:
     """Return a loop for a storage's codes, and the table that it tells them with."""
     found = storage.look_up(CPU)
     return of(*kind(storage)), NO_TABLE if found is None or found.told else found.table.flatten().numpy()
-
-
-def _half_loop(storage: FewBits, of: Callable[[int, int], Any]) -> tuple[Any, np.ndarray]:
-    """Return the same of `half_loops`."""
-    return of(*half_kind(storage)), _half_table(storage)
 
 
 def _shared(
@@ -205,21 +221,24 @@ def _shared(
         rows: the first one, and that behind the last one.
         more: what the loop wants between codes and rows.
     """
-    octets = _rows(parts["_packed"]).view(np.uint8)
-    zero = _rows(parts["_zero_point"]).view(np.uint32) if "_zero_point" in parts else NO_ZEROS
-    # numpy has no bfloat16: the loops know what its bits mean.
-    scale = _rows(scale_nOG.view(torch.uint16) if scale_nOG.dtype == torch.bfloat16 else scale_nOG.float())
-    codes = (octets, table, scale, zero, storage.size(inputs))
+    octets = in_one_piece(parts["_packed"]).view(np.uint8)
+    zero = in_one_piece(parts["_zero_point"]).view(np.uint32) if "_zero_point" in parts else NO_ZEROS
+    codes = (octets, table, scales(scale_nOG), zero, storage.size(inputs))
+    in_threads(run, (*codes, *more), each, rows)
+
+
+def in_threads(run: Any, given: tuple[Any, ...], each: int, rows: tuple[int, int]) -> None:
+    """Run a loop over rows, each worth so many weights; see `_shared`."""
     first, last = rows
     threads = min(torch.get_num_threads(), max(each * (last - first) // SHARE, 1), last - first)
     if threads == 1:
-        run(*codes, *more, first, last)
+        run(*given, first, last)
         return
     bounds = [first + (last - first) * thread // threads for thread in range(threads + 1)]
-    list(_pool(os.getpid(), threads).map(partial(run, *codes, *more), bounds[:-1], bounds[1:]))
+    list(_pool(os.getpid(), threads).map(partial(run, *given), bounds[:-1], bounds[1:]))
 
 
-def _rows(tensor: torch.Tensor) -> np.ndarray:
+def in_one_piece(tensor: torch.Tensor) -> np.ndarray:
     """Return a tensor whose rows lie in one piece, also where axes of length one had other strides."""
     return np.ascontiguousarray(tensor.numpy())
 

@@ -263,11 +263,7 @@ class FewBits(Storage):
     def picked(
         self, x_PI: torch.Tensor, number_P: torch.Tensor, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...]
     ) -> torch.Tensor:
-        """Return x W^T of each input with the matrix of its number, float32 [P, O]; only kernels take negative ones."""
-        if not runs_kernels(x_PI):
-            from moetailor.checkpoint.storage import compiled
-
-            return compiled.product(self, x_PI, number_P, parts, shape)
+        """Return x W^T of each input with the matrix of its number by kernels, float32 [P, O]; zeros where negative."""
         from moetailor.checkpoint.storage import kernels
 
         octets, found = octets_of(parts["_packed"]), self.look_up(x_PI.device)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from moetailor.checkpoint.storage.halves import DEPTH, MORE, added, dotted, levels, looked_up, spelled, vectors
+from moetailor.checkpoint.storage.halves import DEPTH, MORE, added, dotted, levels, looked_up, order, spelled
 from moetailor.checkpoint.storage.loops import inlined, of_groups, of_kind
 from moetailor.checkpoint.storage.tiles import (
     BLOCK,
@@ -41,17 +41,12 @@ from moetailor.checkpoint.storage.vectors import (
 
 
 @inlined
-def _crossed(numbers, x, out):
-    # Inputs [P, I] in the order in which codes are told: see `halves`.
+def _crossed(order, x, out):
+    # Inputs [P, I] in the order in which codes are told.
     for p in range(len(x)):
-        if vectors(numbers) == 1:
-            for at in range(x.shape[1]):
-                out[p, at] = x[p, at]
-        else:
-            for at in range(0, x.shape[1], 2 * DEPTH):
-                for code in range(DEPTH):
-                    out[p, at + code] = x[p, at + 2 * code]
-                    out[p, at + DEPTH + code] = x[p, at + 2 * code + 1]
+        for at in range(0, x.shape[1], len(order)):
+            for place in range(len(order)):
+                out[p, at + place] = x[p, at + order[place]]
 
 
 @cache
@@ -62,16 +57,17 @@ def products(bits: int, numbers: int) -> Any:
         bits: of a code.
         numbers: that it stands for in a table, or `INTEGERS` or `FLOATS`.
     """
-    step, more, half = vectors(numbers) * DEPTH, np.float32(MORE), np.float32(1 << bits - 1)
+    told_as, more, half = order(numbers), np.float32(MORE), np.float32(1 << bits - 1)
+    step = len(told_as)
 
     def halved(octets, table, scale, zero, size, x, number, inputs, out, first, last):
         """Fill some outputs of x W^T, out [P, O], W that of each input's number; x [P, I] the bits of bfloat16."""
-        groups, crossed = scale.shape[2], np.empty((len(x), inputs), np.uint16)
+        groups, crossed = max(scale.shape[2], 1), np.empty((len(x), inputs), np.uint16)
         whole = -(-groups // LANES) * LANES
-        _crossed(numbers, x, crossed)
+        _crossed(told_as, x, crossed)
         pairs = crossed.view(np.uint32)
-        (by, less), sums = np.zeros((2, whole), np.float32), np.zeros((len(x), whole), np.float32)
-        less[:] = more + half
+        by, less = np.ones(whole, np.float32), np.full(whole, more + half)
+        sums = np.zeros((len(x), whole), np.float32)
         for p in range(len(x) if numbers == INTEGERS else 0):
             for g in range(groups):
                 each = zeros()
@@ -102,13 +98,13 @@ def products(bits: int, numbers: int) -> Any:
 
 
 @inlined
-def _told(bits, numbers, row, table, by, less, size, inputs, out, start):
+def _told(bits, numbers, step, row, table, by, less, size, inputs, out, start):
     # A row of weights, told into a row of each tile; out lies as [I / DEPTH, LANES, DEPTH], so that input i is at
     # i // DEPTH * (LANES * DEPTH) + i % DEPTH, which is LANES i where i is a multiple of DEPTH.
     for g in range(len(by)):
         first, stop = g * size, min((g + 1) * size, inputs)
         if numbers != INTEGERS:
-            for at in range(first, stop, vectors(numbers) * DEPTH):
+            for at in range(first, stop, step):
                 spelled(bits, numbers, row, at, table, by[g], out, start + at * LANES)
         elif 1 << bits <= DEPTH:
             found = levels(bits, less[g], by[g])
@@ -184,6 +180,7 @@ _product, TILED = (_in_tiles, "tiled") if IN_TILES else (_in_vectors, "vectored"
 @cache
 def tiles(bits: int, numbers: int) -> Any:
     """Return the loop that multiplies a kind of codes with many inputs in tiles; see `products`."""
+    told_as, step = order(numbers), len(order(numbers))
     half = np.float32(1 << bits - 1)
 
     def tiled(octets, table, scale, zero, size, x, inputs, at_once, out, first, last):
@@ -201,14 +198,14 @@ def tiles(bits: int, numbers: int) -> Any:
         for n in range(len(x)):
             for start in range(0, x.shape[1], at_once):
                 some = min(at_once, x.shape[1] - start)
-                _crossed(numbers, x[n, start : start + some], crossed)
+                _crossed(told_as, x[n, start : start + some], crossed)
                 _laid(crossed[:some].view(np.uint32), right)
                 for o in range(first, last, BLOCK):
                     count = min(BLOCK, last - o)
                     for r in range(count):
                         to = r // LANES * deep + r % LANES * DEPTH
                         of_groups(bits, scale, zero, n, o + r, by, less, -half)
-                        _told(bits, numbers, octets[n, o + r], table, by, less, size, inputs, rows, to)
+                        _told(bits, numbers, step, octets[n, o + r], table, by, less, size, inputs, rows, to)
                     for p in range(0, some, LANES):
                         _product(rows, deep, pairs, p // LANES * deep // 2, sums, some - p)
                         for r in range(0, BLOCK, LANES):

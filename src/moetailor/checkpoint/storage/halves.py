@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import numba
+import numpy as np
 from llvmlite import ir
 from numba.core.registry import cpu_target
-from numba.extending import register_jitable
 
 from moetailor.checkpoint.storage.vectors import (
     BFLOAT,
@@ -21,6 +21,7 @@ from moetailor.checkpoint.storage.vectors import (
     LANES,
     OCTET,
     SIXTEEN,
+    WHOLE,
     WORD,
     called,
     codes_of,
@@ -35,16 +36,26 @@ from moetailor.checkpoint.storage.vectors import (
 
 # Weights of a vector. What an integer is told with added, 2^7, so that its bits are those of the number in bfloat16.
 DEPTH, MORE = 2 * LANES, 128
-NEEDED = ("avx512bw", "avx512vl", "avx512bf16")
+# Codes of 8 bits that stand for two weights each, looked up byte by byte, 64 at a time.
+BYTES = -3
+NEEDED = ("avx512bw", "avx512vl", "avx512vbmi", "avx512bf16")
 # Whether there are such vectors: numba may compile for another CPU than this one.
 ARE_HERE = all(has(cpu_target.target_context, each) for each in NEEDED)
 COUNT = ir.IntType(64)
 
 
-@register_jitable
-def vectors(numbers: int) -> int:
-    """Return how many vectors of inputs lie across each other: weights of a code that are looked up in vectors."""
-    return 2 if numbers == 2 else 1
+def order(numbers: int) -> np.ndarray:
+    """Return in which order weights are told, and inputs are to lie: as many as are told at once.
+
+    Args:
+        numbers: that a code stands for in a table, or one of the constants that say how codes are told.
+    """
+    if numbers not in (2, BYTES):
+        return np.arange(DEPTH)
+    code_V32 = np.arange(DEPTH)[None]
+    if numbers == BYTES:  # as bytes of sixteen codes lie when they are made words
+        code_V32 = np.arange(2 * DEPTH).reshape(4, 2, 8).swapaxes(0, 1).reshape(2, DEPTH)
+    return np.concatenate([(2 * code_V32 + number).flatten() for number in range(2)])
 
 
 def _all(number: int) -> ir.Constant:
@@ -61,6 +72,25 @@ def _from_registers(context: Any, builder: Any, codes: Any, bits: int, table: An
         is_set = builder.icmp_unsigned("!=", builder.and_(codes, _all(1 << bit)), _all(0))
         found = [builder.select(is_set, high, low) for low, high in zip(found[::2], found[1::2], strict=True)]
     return found[0]
+
+
+def _from_bytes(context: Any, builder: Any, codes: Any, table: Any, array: Any, number: int) -> list[Any]:
+    # The same of 64 codes of 8 bits, byte by byte: upper and lower ones of a number lie in tables of their own.
+    kind, planes = of(OCTET, 2 * DEPTH), []
+    upper = builder.icmp_signed("<", codes, ir.Constant(kind, [0] * 2 * DEPTH))
+    for plane in (2 * number, 2 * number + 1):
+        four = [read(context, builder, table, array, COUNT(128 * plane + DEPTH * at), kind) for at in range(4)]
+        both = [
+            called(builder, "x86.avx512.vpermi2var.qi.512", kind, low, codes, high)
+            for low, high in (four[:2], four[2:])
+        ]
+        planes.append(builder.select(upper, both[1], both[0]))
+    found = []
+    for half in (0, 8):
+        places = [16 * lane + half + at + more for lane in range(4) for at in range(8) for more in (0, 2 * DEPTH)]
+        words = builder.shuffle_vector(*planes, ir.Constant(of(WORD, 2 * DEPTH), places))
+        found.append(builder.bitcast(words, of(HALF, DEPTH)))
+    return found
 
 
 def _from_memory(
@@ -81,9 +111,15 @@ def _from_memory(
 def _units(context: Any, builder: Any, row: Any, table: Any, given: Any, bits: int, each: int) -> list[tuple[Any, int]]:
     """Return vectors of what the weights from one on are before scales, and which vector of inputs each is to meet."""
     array, at, numbers = given
-    first = divided(builder, at, max(each, 1))
+    if each == WHOLE:
+        return [(read(context, builder, row, array, builder.mul(at, at.type(2)), of(HALF, DEPTH)), 0)]
+    first = divided(builder, at, 2 if each == BYTES else max(each, 1))
     if each > 2:
         return [(_from_memory(context, builder, row, array, first, each, table, numbers), 0)]
+    if each == BYTES:
+        codes = read(context, builder, row, array, first, of(OCTET, 2 * DEPTH))
+        every = (one for number in range(2) for one in _from_bytes(context, builder, codes, table, numbers, number))
+        return [(found, number) for number, found in enumerate(every)]
     codes = codes_of(context, builder, row, array, first, bits, DEPTH)
     if each > 0:
         every = (_from_registers(context, builder, codes, bits, table, numbers, which << bits) for which in range(each))

@@ -146,3 +146,30 @@ def weights(bits: int, numbers: int) -> Any:
                     given[at] = end[at - whole]
 
     return of_kind(weight, bits, numbers)
+
+
+@cache
+def maps(bits: int, numbers: int) -> Any:
+    """Return the loop that adds what products of two thin factors give; see `products`, and `WHOLE`."""
+    half = np.float32(1 << 7)
+
+    def mapped(inner, inner_scale, outer, outer_scale, table, x, pairs, gate, out):
+        """Add g (x in^T) out to rows of out, float32 [T, D], of some rows of both factors.
+
+        A factor has one group, or as a whole no scale; pairs [P, 4]: token, first rows in both factors, how many.
+        """
+        by, zero = np.ones((2, 1), np.float32), np.zeros((0, 0, 0), np.uint32)
+        for p in range(len(pairs)):
+            given, to = x[pairs[p, 0]], out[pairs[p, 0]]
+            for rank in range(pairs[p, 3]):
+                first, last = np.uint64(pairs[p, 1] + rank), np.uint64(pairs[p, 2] + rank)
+                of_groups(bits, inner_scale, zero, first, 0, by[0], by[0], half)
+                of_groups(bits, outer_scale, zero, last, 0, by[1], by[1], half)
+                lanes = zeros()
+                for at in range(0, len(given), LANES):
+                    lanes = plus(lanes, told(bits, numbers, inner[first], table, at), loaded(given, at))
+                weight = total(lanes) * by[0, 0] * by[1, 0] * gate[p]
+                for at in range(0, len(to), LANES):
+                    stored(to, at, plus(loaded(to, at), told(bits, numbers, outer[last], table, at), weight))
+
+    return of_kind(mapped, bits, numbers)

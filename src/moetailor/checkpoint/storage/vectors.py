@@ -15,8 +15,9 @@ from llvmlite import ir
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
-# Weights of a vector; codes that are numbers themselves: integers less half of all of them, and floats of 8 bits, e4m3.
-LANES, INTEGERS, FLOATS = 16, 0, -1
+# Weights of a vector; codes that are numbers themselves: integers less half of all of them, floats of 8 bits, e4m3, and
+# those of 16 or 32, which are no codes: bfloat16 and float32.
+LANES, INTEGERS, FLOATS, WHOLE = 16, 0, -1, -2
 # Which instructions these are: numba takes what it has kept of a loop as long as that loop's own file is as old.
 FILES = [Path(__file__).with_name(f"{name}.py") for name in ("vectors", "halves", "tiles", "loops")]
 STAMP = f"{crc32(b''.join(file.read_bytes() for file in FILES)):08x}"
@@ -105,6 +106,11 @@ def codes_of(context: Any, builder: Any, row: Any, array: Any, at: Any, bits: in
     return builder.and_(builder.lshr(words, shifts), ir.Constant(words.type, [(1 << bits) - 1] * count))
 
 
+def _widened(builder: Any, halves: Any) -> Any:
+    words = builder.shl(builder.zext(halves, of(WORD)), _all(WORD, 16))
+    return builder.bitcast(words, of(FLOAT))
+
+
 def _float8(builder: Any, octets: Any) -> Any:
     # e4m3, moved to its places in a float32, is 2^(7 - 127) of what it stands for; all ones stand for no number.
     word = builder.zext(octets, of(WORD))
@@ -122,6 +128,9 @@ def told(_typing: Any, bits: Any, numbers: Any, row: Any, table: Any, at: Any) -
     def made(context: Any, builder: Any, _signature: Any, given: Any) -> Any:
         at, count = given[4], LANES // max(each, 1)
         start = builder.mul(builder.udiv(at, at.type(LANES)), at.type(count * width // 8))
+        if each == WHOLE:
+            found = read(context, builder, row, given[2], start, of(FLOAT if width == 32 else HALF))
+            return found if width == 32 else _widened(builder, found)
         if each == FLOATS:
             return _float8(builder, read(context, builder, row, given[2], start, of(OCTET)))
         if each == INTEGERS:
