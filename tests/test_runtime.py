@@ -15,6 +15,7 @@ from moetailor.checkpoint.anatomy import discover
 from moetailor.checkpoint.experts import Experts
 from moetailor.checkpoint.files import open_checkpoint
 from moetailor.checkpoint.quiet import quiet_transformers
+from moetailor.checkpoint.storage import whole
 from moetailor.planning.checks import check_plan
 from moetailor.planning.layer_plan import LayerPlan
 from moetailor.runtime.reshape import LayerChange, reshape_model
@@ -41,19 +42,20 @@ def compressed_experts(slots: list[Answer], name: str = "olmoe") -> tuple[nn.Mod
 
 def count_rows(module: nn.Module, *inputs: torch.Tensor) -> tuple[torch.Tensor, int]:
     """Run a module and count the rows that reach its down projection."""
-    rows, original = 0, nn.functional.linear
+    rows, ways = 0, [(nn.functional, "linear"), (whole, "product")]
 
-    def counting(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        nonlocal rows
-        rows += len(x) * (weight.shape[1] == 16)  # the expert width
-        return original(x, weight, bias)
+    def counting(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def counted(x: torch.Tensor, weight: torch.Tensor, *more: torch.Tensor | None) -> torch.Tensor:
+            nonlocal rows
+            rows += len(x) * (weight.shape[-1] == 16)  # the expert width
+            return original(x, weight, *more)
 
-    nn.functional.linear = counting
-    try:
-        with torch.no_grad():
-            return module(*inputs), rows
-    finally:
-        nn.functional.linear = original
+        return counted
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        for place, name in ways:
+            patch.setattr(place, name, counting(getattr(place, name)))
+        return module(*inputs), rows
 
 
 OWN = [Keep()] * 8

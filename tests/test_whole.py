@@ -1,4 +1,4 @@
-"""Few tokens and weights as they are: matrices in bfloat16, thin factors, kept experts of every family."""
+"""Few tokens and weights as they are: matrices, thin factors, kept experts of every family."""
 
 from unittest.mock import Mock
 
@@ -19,15 +19,15 @@ from support.tiny import every_family
 PAIRS = pytest.mark.skipif(not halves.ARE_HERE, reason="this CPU multiplies no pairs of bfloat16")
 
 
-@PAIRS
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=PAIRS)])
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("shape", [(3, 70, 96), (2, 64, 32), (1, 5, 2048)], ids=str)
 def test_products_with_matrices_as_they_are(
-    shape: tuple[int, int, int], threads: int, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, int, int], threads: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generator = torch.Generator().manual_seed(0)
-    weight, x = torch.randn(shape, generator=generator).bfloat16(), torch.randn(9, shape[2], generator=generator)
-    x, number = x.bfloat16(), torch.arange(9) * len(weight) // 9
+    weight, x = (torch.randn(size, generator=generator).to(dtype) for size in (shape, (9, shape[2])))
+    number = torch.arange(9) * len(weight) // 9
     monkeypatch.setattr(compiled, "SHARE", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     found = whole.product(x, weight, number)
@@ -45,7 +45,12 @@ def test_what_matrices_are_taken() -> None:
     assert whole.takes(x, weight)
     assert not whole.takes(x.float(), weight)
     assert not whole.takes(x, weight.float())
-    assert not whole.takes(torch.zeros(2, 48).bfloat16(), torch.zeros(3, 8, 48).bfloat16())
+    assert not whole.takes(x.half(), weight.half())
+    assert whole.takes(x.float(), weight.float())
+    narrow = torch.zeros(2, 48), torch.zeros(3, 8, 48)
+    assert whole.takes(*narrow)
+    assert not whole.takes(*(each.bfloat16() for each in narrow))
+    assert not whole.takes(torch.zeros(2, 40), torch.zeros(3, 8, 40))
     assert not whole.takes(x, torch.zeros(3, 64, 8).bfloat16().transpose(1, 2))
     assert not whole.takes(x, weight.to("meta"))
     trained = nn.Parameter(weight)
@@ -84,12 +89,97 @@ def test_maps_are_added_by_their_rows(name: str, scale: torch.dtype) -> None:
 
 
 def test_what_factors_are_taken() -> None:
-    factors, out = [{"": torch.zeros(4, 32)}, {"": torch.zeros(4, 32)}], torch.zeros(1, 32)
-    assert whole.takes_factors(factors, out)
-    assert not whole.takes_factors(factors, out.double())
+    factor, out = {"": torch.zeros(4, 32)}, torch.zeros(3, 32)
+    codes = {"_packed": torch.zeros(4, 1, 8, dtype=torch.int32), "_scale": torch.zeros(4, 1, 1)}
+    assert whole.takes_factors([factor] * 2, out)
+    assert whole.takes_factors([codes] * 2, out)
+    assert not whole.takes_factors([factor] * 2, out.double())
+    assert not whole.takes_factors([factor] * 2, torch.zeros(32, 3).T)
     assert not whole.takes_factors([{"": torch.zeros(4, 20)}] * 2, torch.zeros(1, 20))
-    assert not whole.takes_factors([factors[0], {"": torch.zeros(4, 32).half()}], out)
-    assert not whole.takes_factors([factors[0], {"": nn.Parameter(torch.zeros(4, 32))}], out)
+    # Of another dtype, in groups, of fewer bits, turned, and where gradients go.
+    groups = codes | {"_scale": torch.zeros(4, 1, 2)}
+    four = codes | {"_packed": torch.zeros(4, 1, 4, dtype=torch.int32)}
+    trained = nn.Parameter(torch.zeros(4, 32))
+    for other in (torch.zeros(4, 32).bfloat16(), torch.zeros(4, 32).half(), torch.zeros(32, 4).T, trained):
+        assert not whole.takes_factors([factor, {"": other}], out)
+        assert not whole.takes_factors([{"": other}, factor], out)
+    for other in (groups, four, factor):
+        assert not whole.takes_factors([codes, other], out)
+    assert not whole.takes_factors([groups] * 2, out)
+    assert not whole.takes_factors([four] * 2, out)
+
+
+MAPS = {
+    "plain": [*OWN[:4], *(Linear(rank) for rank in (3, 2, 1, 5))],
+    "int8": [*OWN[:4], *(Linear(rank, int8=True) for rank in (3, 2, 1, 5))],
+    "shared": [*OWN[:4], *(Linear(rank, shared=True) for rank in (3, 2, 1, 5))],
+}
+CHOSEN = torch.tensor([[0, 6], [7, 3], [4, 1]])
+
+
+def _few_and_many(module: nn.Module, x: torch.Tensor, chosen: torch.Tensor, gates: torch.Tensor) -> tuple:
+    with torch.no_grad():
+        return module(x, chosen, gates), module(*(each.repeat(40, 1) for each in (x, chosen, gates)))[: len(x)]
+
+
+@pytest.mark.parametrize("way", ["as it is", "in columns", "float16", "by torch"])
+@pytest.mark.parametrize("name", MAPS)
+def test_few_tokens_choose_maps(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, generator = layer(MAPS[name], {}), torch.Generator().manual_seed(0)
+    x, gates = torch.randn(3, 32, generator=generator), torch.rand(3, 2, generator=generator)
+    add_maps = Mock(side_effect=whole.add_maps)
+    monkeypatch.setattr(whole, "add_maps", add_maps)
+    if way == "float16":
+        module, x, gates = (each.half() for each in (module, x, gates))
+    elif way == "in columns":
+        x = x.T.contiguous().T
+    elif way == "by torch":
+        monkeypatch.setattr(whole, "takes_factors", lambda *_: False)
+    few, many = _few_and_many(module, x, CHOSEN, gates)
+    assert add_maps.called == (way == "as it is")
+    torch.testing.assert_close(
+        few, many, rtol=1e-2 if way == "float16" else 1e-5, atol=1e-2 if way == "float16" else 1e-5
+    )
+
+
+@pytest.mark.parametrize("trained", ["", "experts", "constants", "all"])
+@pytest.mark.parametrize("name", MAPS)
+def test_gradients_pass_few_tokens_whose_router_is_frozen(name: str, trained: str) -> None:
+    module, generator = layer(MAPS[name], {}), torch.Generator().manual_seed(0)
+    names = {"": (), "experts": ("gate_up_proj", "down_proj"), "constants": ("linear_constant",)}
+    for parameter, tensor in module.named_parameters():
+        tensor.requires_grad_(trained == "all" or parameter in names[trained])
+    x, gates = torch.randn(3, 32, generator=generator), torch.rand(3, 2, generator=generator)
+    out = module(x, CHOSEN, gates)
+    torch.testing.assert_close(out, _few_and_many(module, x, CHOSEN, gates)[1], rtol=1e-4, atol=1e-5)
+    assert out.requires_grad == bool(trained)
+    if trained:
+        out.sum().backward()
+        every = [tensor for tensor in module.parameters() if tensor.requires_grad]
+        assert all(tensor.grad is not None and tensor.grad.abs().sum() for tensor in every)
+
+
+def test_slots_that_are_not_there_are_no_answer() -> None:
+    module, generator = layer(MAPS["plain"], {}), torch.Generator().manual_seed(0)
+    x, gates = torch.randn(3, 32, generator=generator), torch.rand(3, 2, generator=generator)
+    with torch.no_grad(), pytest.raises(IndexError):
+        module(x, torch.tensor([[0, 6], [8, 3], [4, 1]]), gates)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize("name", ["plain", "int8"])
+def test_what_is_traced_by_jit_does_not_know_what_was_chosen(name: str) -> None:
+    module, generator = layer([*MAPS[name][:7], Constant()], {}), torch.Generator().manual_seed(0)
+    module.config._experts_implementation = "grouped_mm"
+    x, gates = torch.randn(3, 32, generator=generator), torch.rand(3, 2, generator=generator)
+    with torch.no_grad():
+        if name == "int8":  # it knows no views of codes
+            with pytest.raises(RuntimeError):
+                torch.jit.trace(module, (x, CHOSEN, gates), check_trace=False)
+            return
+        traced = torch.jit.trace(module, (x, CHOSEN, gates), check_trace=False)
+        others = torch.tensor([[5, 7], [2, 6], [7, 0]])
+        torch.testing.assert_close(traced(x, others, gates), module(x, others, gates), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -136,8 +226,8 @@ def test_few_tokens_meet_kept_experts_as_their_family_does(name: str, monkeypatc
     assert product.called != bool(getattr(module, "is_transposed", False))
 
 
-@PAIRS
-def test_kept_experts_in_bfloat16_are_read_by_loops(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=PAIRS)])
+def test_kept_experts_are_read_by_loops(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("olmoe", intermediate_size=64)
     anatomy = discover(model.config, model)
     first = next(iter(anatomy.layers.values()))
@@ -145,10 +235,10 @@ def test_kept_experts_in_bfloat16_are_read_by_loops(monkeypatch: pytest.MonkeyPa
     slot_map = LayerPlan(slots=slots).slot_map()
     change = LayerChange(experts=slot_map.plain_pool, slots=tuple(range(8)), slot_map=slot_map)
     reshape_model(model, anatomy, {first.index: change})
-    module, generator = model.get_submodule(first.experts).bfloat16(), torch.Generator().manual_seed(0)
+    module, generator = model.get_submodule(first.experts).to(dtype), torch.Generator().manual_seed(0)
     for name in module.added:
         getattr(module, name).data.copy_(torch.randn(getattr(module, name).shape, generator=generator) / 4)
-    x, gates = torch.randn(2, 32, generator=generator).bfloat16(), torch.rand(2, 3, generator=generator).bfloat16()
+    x, gates = torch.randn(2, 32, generator=generator).to(dtype), torch.rand(2, 3, generator=generator).to(dtype)
     chosen = torch.tensor([[0, 6, 3], [7, 0, 5]])
     product = Mock(side_effect=whole.product)
     monkeypatch.setattr(whole, "product", product)

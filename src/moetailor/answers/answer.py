@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from moetailor.answers.products import FEW_PAIRS
 from moetailor.checkpoint.devices import runs_compiled
 from moetailor.checkpoint.experts import ExpertShape
 from moetailor.checkpoint.layout import Stack
@@ -21,6 +20,8 @@ if TYPE_CHECKING:
     from moetailor.answers.slot_map import SlotMap
 
 ANSWERS: dict[str, type[Answer]] = {}
+# Choices of which a list is made: four tokens of up to 32.
+LISTED = 128
 
 
 @dataclass(frozen=True)
@@ -189,19 +190,24 @@ class Call:
         hidden_TD: their input.
         slot_TK: slots that the router chose.
         gate_TK: their gates.
+        slots: how many there are to choose.
         listed: token, slot and gate of each choice where these are few, on a CPU: a list is gone through sooner than
-            tensors are made. None of more, in graphs, and where gates need gradients.
+            tensors are made. None of more, in graphs, where gradients are kept, and of slots that are not there.
     """
 
     hidden_TD: torch.Tensor
     slot_TK: torch.Tensor
     gate_TK: torch.Tensor
+    slots: int
     listed: list[tuple[int, int, float]] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        if runs_compiled(self.gate_TK) and self.slot_TK.numel() <= FEW_PAIRS:
-            chosen = enumerate(zip(self.slot_TK.tolist(), self.gate_TK.tolist(), strict=True))
-            self.listed = [(token, *pair) for token, both in chosen for pair in zip(*both, strict=True)]
+        if not runs_compiled(self.gate_TK) or torch.is_grad_enabled() or self.slot_TK.numel() > LISTED:
+            return
+        chosen = enumerate(zip(self.slot_TK.tolist(), self.gate_TK.tolist(), strict=True))
+        listed = [(token, *pair) for token, both in chosen for pair in zip(*both, strict=True)]
+        if all(0 <= slot < self.slots for _, slot, _ in listed):
+            self.listed = listed
 
     def gates(self, numbers: Mapping[int, Any]) -> dict[tuple[Any, int], float]:
         """Return the gates of what is `listed` by what runs and the token, in their order; slots of one number add up.

@@ -5,6 +5,7 @@ Shapes: n slots, T tokens, K slots of a token, R rows of all maps, r rank, D mod
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Annotated, Any
@@ -97,9 +98,11 @@ class Linear(Answer):
     @classmethod
     def run(cls, module: Any, call: Call, out_TD: torch.Tensor) -> torch.Tensor:
         """Add g S(x) for each slot."""
-        if call.listed is not None and _chosen(module, call, out_TD):
-            return out_TD
-        constant = module.tensor("linear_constant")
+        maps, constant = module.slots.of(cls), module.tensor("linear_constant")
+        gates = call.gates({slot: number for number, slot in enumerate(maps)})
+        if call.listed is not None and len(gates) <= len(maps):
+            added_rows(out_TD, constant, gates)
+            return _chosen(module, list(maps.values()), call.hidden_TD, gates, out_TD)
         number_TK = call.of_slots(module.linear_slot)
         weight_TK = call.gate_TK.masked_fill(number_TK < 0, 0).to(constant.dtype)
         out_TD.add_(weighted_rows(constant, number_TK, weight_TK))
@@ -111,23 +114,36 @@ class Linear(Answer):
         return out_TD.add_((inner_TR * gate_Tn[:, module.linear_owner]) @ outputs)
 
 
-def _chosen(module: Any, call: Call, out_TD: torch.Tensor) -> bool:
-    """Add what few tokens chose, map by map, and say whether that was done: in decoding, as only the rows of these maps
-    are read; not where the loops for that do not take inputs, factors or the output, nor where more maps are chosen
-    than there are.
-    """
-    slots, factors = module.slots.of(Linear), [module.parts(f"linear_{name}") for name in ("in", "out")]
-    gates = call.gates({slot: number for number, slot in enumerate(slots)})
-    if len(gates) > len(slots) or not runs_compiled(call.hidden_TD):
-        return False
-    from moetailor.checkpoint.storage import whole  # numba takes half a second
+def _chosen(
+    module: Any,
+    maps: Sequence[Linear],
+    hidden_TD: torch.Tensor,
+    gates: Mapping[tuple[int, int], float],
+    out_TD: torch.Tensor,
+) -> torch.Tensor:
+    """Add the products of single maps: as in decoding, where only the rows of those that are chosen are read.
 
-    if not whole.takes_factors(factors, out_TD):
-        return False
-    maps = list(slots.values())
+    Args:
+        module: the experts.
+        maps: all of the layer.
+        hidden_TD: inputs.
+        gates: by map and token.
+        out_TD: the output so far.
+    """
     starts = [0, *accumulate(map.rank for map in maps)]
     pairs = [(token, 0 if maps[n].shared else starts[n], starts[n], maps[n].rank) for n, token in gates]
-    added_rows(out_TD, module.tensor("linear_constant"), gates)
-    if pairs:
-        whole.add_maps(factors, call.hidden_TD, pairs, gates.values(), out_TD)
-    return True
+    factors = [module.parts(f"linear_{name}") for name in ("in", "out")]
+    if runs_compiled(hidden_TD) and pairs:
+        from moetailor.checkpoint.storage import whole  # numba takes half a second
+
+        if whole.takes_factors(factors, out_TD):
+            whole.add_maps(factors, hidden_TD, pairs, gates.values(), out_TD)
+            return out_TD
+
+    def rows(name: str, start: int, rank: int) -> torch.Tensor:
+        return module.tensor(f"linear_{name}", slice(start, start + rank)).view(rank, -1)
+
+    for (token, first, last, rank), gate in zip(pairs, gates.values(), strict=True):
+        inner_1r = F.linear(hidden_TD[token : token + 1], rows("in", first, rank))
+        out_TD[token].add_((inner_1r @ rows("out", last, rank))[0], alpha=gate)
+    return out_TD

@@ -134,7 +134,7 @@ def grouped(
 
 def runs_whole(x_PI: torch.Tensor, weight_EOI: torch.Tensor) -> bool:
     """Return whether a few inputs meet matrices in loops that read these faster than torch does."""
-    if len(x_PI) > FEW_ROWS or x_PI.dtype != torch.bfloat16 or not runs_compiled(x_PI):
+    if len(x_PI) > FEW_ROWS or x_PI.dtype not in (torch.bfloat16, torch.float32) or not runs_compiled(x_PI):
         return False
     from moetailor.checkpoint.storage import whole  # numba takes half a second
 

@@ -107,15 +107,12 @@ class SlotMap:
     @cached_property
     def by_kind(self) -> dict[type[Answer], dict[int, Any]]:
         """The answers of each kind by slot."""
-        found: dict[type[Answer], dict[int, Any]] = {kind: {} for kind in self.kinds}
-        for slot, answer in enumerate(self.answers):
-            if answer is not None:
-                found[type(answer)][slot] = answer
-        return found
+        every = list(enumerate(self.answers))
+        return {kind: {slot: each for slot, each in every if isinstance(each, kind)} for kind in ANSWERS.values()}
 
     def of(self, kind: type[A]) -> dict[int, A]:
         """Return the answers of a kind by slot."""
-        return self.by_kind.get(kind, {})
+        return self.by_kind[kind]
 
     def numbered(self, slots: Iterable[int]) -> torch.Tensor:
         """Return a number for each slot: its place among some of them, -1 for the others, int32."""

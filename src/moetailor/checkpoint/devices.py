@@ -126,8 +126,11 @@ def multiplied(x_PI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
 
 
 def runs_compiled(tensor: torch.Tensor) -> bool:
-    """Return whether loops compiled for a CPU may run on a tensor: neither graphs nor gradients can follow them."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not tensor.requires_grad
+    """Return whether loops compiled for a CPU may run on a tensor: neither graphs nor gradients can follow them, and
+    traces of `torch.jit` would take what they give for constants.
+    """
+    in_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    return tensor.device.type == "cpu" and not in_graph and not tensor.requires_grad
 
 
 def runs_kernels(tensor: torch.Tensor) -> bool:

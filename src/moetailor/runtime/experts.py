@@ -55,7 +55,7 @@ class CompressedExperts(nn.Module):
             gate_TK = gate_TK * self.slot_scale[slot_TK].to(gate_TK.dtype)
         if self.slots.plain:
             return self.rows(hidden_TD, self.slot_map[slot_TK].long(), gate_TK)
-        call = Call(hidden_TD, slot_TK, gate_TK)
+        call = Call(hidden_TD, slot_TK, gate_TK, len(self.slots.answers))
         # Sums are kept in float32 at least, as the grouped and batched implementations do.
         out_TD = torch.zeros_like(hidden_TD, dtype=torch.promote_types(hidden_TD.dtype, torch.float32))
         if self.slots.plain_pool:

@@ -66,7 +66,7 @@ def half_kind(storage: FewBits, inputs: int) -> tuple[int, int] | None:
     found = storage.look_up(CPU)
     if found is not None and not found.told:
         bits, numbers = found.bits, numbers // found.codes
-    for each in (halves.BYTES, numbers) if (bits, numbers) == (8, 2) else (numbers,):
+    for each in (halves.BYTES, numbers) if (bits, numbers) == (8, 2) and halves.IN_BYTES else (numbers,):
         step = len(halves.order(each))
         if inputs % step == 0 and (storage.size(inputs) % step == 0 or storage.groups(inputs) == 1):
             return bits, each
@@ -230,8 +230,8 @@ def _shared(
 def in_threads(run: Any, given: tuple[Any, ...], each: int, rows: tuple[int, int]) -> None:
     """Run a loop over rows, each worth so many weights; see `_shared`."""
     first, last = rows
-    threads = min(torch.get_num_threads(), max(each * (last - first) // SHARE, 1), last - first)
-    if threads == 1:
+    threads = min(torch.get_num_threads(), each * (last - first) // SHARE, last - first)
+    if threads <= 1:
         run(*given, first, last)
         return
     bounds = [first + (last - first) * thread // threads for thread in range(threads + 1)]

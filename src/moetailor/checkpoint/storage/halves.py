@@ -38,9 +38,10 @@ from moetailor.checkpoint.storage.vectors import (
 DEPTH, MORE = 2 * LANES, 128
 # Codes of 8 bits that stand for two weights each, looked up byte by byte, 64 at a time.
 BYTES = -3
-NEEDED = ("avx512bw", "avx512vl", "avx512vbmi", "avx512bf16")
+NEEDED = ("avx512bw", "avx512vl", "avx512bf16")
 # Whether there are such vectors: numba may compile for another CPU than this one.
 ARE_HERE = all(has(cpu_target.target_context, each) for each in NEEDED)
+IN_BYTES = has(cpu_target.target_context, "avx512vbmi")
 COUNT = ir.IntType(64)
 
 

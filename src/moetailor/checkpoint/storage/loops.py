@@ -85,8 +85,12 @@ def products(bits: int, numbers: int) -> Any:
 
     def product(octets, table, scale, zero, size, x, number, inputs, out, first, last):
         """Fill some outputs of x W^T, out [P, O], W that of each input's number: those of one are told once."""
-        groups, straight = scale.shape[2], size % LANES == 0 and inputs % LANES == 0
-        (by, less), sums = np.zeros((2, groups), np.float32), np.zeros((len(x), groups), np.float32)
+        groups, straight = max(scale.shape[2], 1), size % LANES == 0 and inputs % LANES == 0
+        by, less, sums = (
+            np.ones(groups, np.float32),
+            np.zeros(groups, np.float32),
+            np.zeros((len(x), groups), np.float32),
+        )
         room, units = np.zeros(octets.shape[2] + 2 * LANES, np.uint8), np.zeros(x.shape[1], np.float32)
         for p in range(len(x) if zero.size else 0):
             for at in range(inputs):

@@ -27,9 +27,10 @@ NO_SCALES = NO_WEIGHTS.reshape(0, 0, 0)
 
 
 def takes(x_PI: torch.Tensor, weight_nOI: torch.Tensor) -> bool:
-    """Return whether `product` takes inputs and matrices: both in bfloat16, where pairs of that are multiplied."""
-    in_halves = halves.ARE_HERE and x_PI.dtype == weight_nOI.dtype == torch.bfloat16
-    return in_halves and weight_nOI.shape[2] % halves.DEPTH == 0 and _lies_here(weight_nOI)
+    """Return whether `product` takes inputs and matrices: of one dtype, and of whole vectors."""
+    vectors = {torch.float32: LANES} | ({torch.bfloat16: halves.DEPTH} if halves.ARE_HERE else {})
+    whole = x_PI.dtype == weight_nOI.dtype in vectors and weight_nOI.shape[2] % vectors[x_PI.dtype] == 0
+    return whole and _lies_here(weight_nOI)
 
 
 def product(x_PI: torch.Tensor, weight_nOI: torch.Tensor, number_P: torch.Tensor) -> torch.Tensor:
@@ -41,17 +42,26 @@ def product(x_PI: torch.Tensor, weight_nOI: torch.Tensor, number_P: torch.Tensor
         number_P: that of each input; inputs of one that are next to each other read it once.
     """
     inputs, out = x_PI.shape[1], np.empty((len(x_PI), weight_nOI.shape[1]), np.float32)
-    codes = (in_one_piece(weight_nOI.detach().view(torch.uint8)), NO_WEIGHTS, NO_SCALES, NO_ZEROS, inputs)
-    given = (*codes, halved(x_PI), number_P.numpy(), inputs, out)
-    in_threads(half_loops.products(16, WHOLE), given, x_PI.numel(), (0, out.shape[1]))
+    if weight_nOI.dtype == torch.bfloat16:
+        run, table, x = half_loops.products(16, WHOLE), NO_WEIGHTS, halved(x_PI)
+    else:
+        run, table, x = loops.products(32, WHOLE), NO_TABLE, x_PI.contiguous().numpy()
+    codes = (in_one_piece(weight_nOI.detach().view(torch.uint8)), table, NO_SCALES, NO_ZEROS, inputs)
+    in_threads(run, (*codes, x, number_P.numpy(), inputs, out), x_PI.numel(), (0, out.shape[1]))
     return torch.from_numpy(out)
 
 
-def takes_factors(factors: Iterable[Mapping[str, torch.Tensor]], out_TD: torch.Tensor) -> bool:
-    """Return whether `add_maps` takes these factors and the output."""
-    known = (torch.bfloat16, torch.float32, torch.int32)
-    fit = all(part.dtype in known and _lies_here(part) for parts in factors for part in parts.values())
-    return fit and out_TD.dtype == torch.float32 and out_TD.shape[1] % LANES == 0
+def takes_factors(factors: Sequence[Mapping[str, torch.Tensor]], out_TD: torch.Tensor) -> bool:
+    """Return whether `add_maps` takes these factors and the output: of whole vectors, factors as they are, both in
+    bfloat16 or float32, or both as codes of 8 bits with one scale a row.
+    """
+    width, dtypes = out_TD.shape[1], (torch.bfloat16, torch.float32)
+    known = [{"": (dtype, width)} for dtype in dtypes]
+    known += [{"_packed": (torch.int32, width // 4), "_scale": (dtype, 1)} for dtype in dtypes]
+    # Of what dtype a row of each tensor is, and how long.
+    rows = [{name: (part.dtype, part.shape[1:].numel()) for name, part in parts.items()} for parts in factors]
+    alike = rows[0] == rows[1] and rows[0] in known and out_TD.dtype == torch.float32 and width % LANES == 0
+    return alike and all(map(_lies_here, (out_TD, *(part for parts in factors for part in parts.values()))))
 
 
 def add_maps(
