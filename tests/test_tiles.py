@@ -19,7 +19,7 @@ from support.decoding import CODES
 
 # Groups that are whole vectors for some of the widths, and others.
 GROUPS = [f"uint{bits}g{group}" for bits, group in ((2, 32), (3, 64), (4, 32), (5, 32), (6, 32), (7, 128), (8, 64))]
-GROUPS += ["int4g128", "int8g32", "vq1g32", "vq2g64", "vq3g128", "vq4g64"]
+GROUPS += ["int4g128", "int8g32", "vq1g32", "vq2g64", "vq3g128", "vq4g64", "vq4g128"]
 SHAPES = [(1, 128, 256), (2, 70, 96), (3, 23, 48), (1, 5, 37), (1, 64, 300), (2, 9, 320)]
 
 
@@ -125,15 +125,15 @@ def test_every_float_of_8_bits_is_told_in_bfloat16() -> None:
 
 
 @pytest.mark.skipif(not halves.ARE_HERE, reason="this CPU multiplies no pairs of bfloat16")
-@pytest.mark.parametrize("name", ["uint4g64", "vq3g64", "vq4g64", "fp8"])
+@pytest.mark.parametrize("name", ["uint4g64", "vq3g64", "vq4g64", "vq4g128", "fp8"])
 def test_what_is_kept_of_loops_is_known_by_the_kind_of_codes(name: str, tmp_path: Path) -> None:
     lines = f"""
         import torch
         from moetailor.checkpoint.storage import compiled, find_storage, half_loops
-        storage, shape = find_storage("{name}"), (1, 8, 64)
+        storage, shape = find_storage("{name}"), (1, 8, 128)
         parts = storage.encode(torch.randn(shape), "BF16")
         for inputs in (1, 8):
-            storage.product(torch.randn(1, inputs, 64).bfloat16(), parts, shape)
+            storage.product(torch.randn(1, inputs, 128).bfloat16(), parts, shape)
         assert compiled.kept() == {{(loop, *compiled.kind(storage)) for loop in ("halved", half_loops.TILED)}}
     """
     kept = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}

@@ -192,7 +192,7 @@ class Call:
         gate_TK: their gates.
         slots: how many there are to choose.
         listed: token, slot and gate of each choice where these are few, on a CPU: a list is gone through sooner than
-            tensors are made. None of more, in graphs, where gradients are kept, and of slots that are not there.
+            tensors are made. None of more, in graphs, where gates need gradients, and of slots that are not there.
     """
 
     hidden_TD: torch.Tensor
@@ -202,7 +202,7 @@ class Call:
     listed: list[tuple[int, int, float]] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        if not runs_compiled(self.gate_TK) or torch.is_grad_enabled() or self.slot_TK.numel() > LISTED:
+        if not runs_compiled(self.gate_TK) or self.slot_TK.numel() > LISTED:
             return
         chosen = enumerate(zip(self.slot_TK.tolist(), self.gate_TK.tolist(), strict=True))
         listed = [(token, *pair) for token, both in chosen for pair in zip(*both, strict=True)]

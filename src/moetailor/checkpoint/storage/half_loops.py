@@ -55,7 +55,7 @@ def products(bits: int, numbers: int) -> Any:
 
     Args:
         bits: of a code.
-        numbers: that it stands for in a table, or `INTEGERS` or `FLOATS`.
+        numbers: that it stands for in a table, or how it is told: `INTEGERS`, `FLOATS`, `BYTES`, `WHOLE`.
     """
     told_as, more, half = order(numbers), np.float32(MORE), np.float32(1 << bits - 1)
     step = len(told_as)
