@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from moetailor.answers import Constant, Keep, Linear, Remap, products
+from moetailor.answers import Constant, Keep, Linear, Remap, Width, products
 from moetailor.checkpoint.anatomy import discover
 from moetailor.checkpoint.storage import compiled, find_storage, halves, whole
 from moetailor.planning.layer_plan import LayerPlan
@@ -157,6 +157,14 @@ def test_gradients_pass_few_tokens_whose_router_is_frozen(name: str, trained: st
         out.sum().backward()
         every = [tensor for tensor in module.parameters() if tensor.requires_grad]
         assert all(tensor.grad is not None and tensor.grad.abs().sum() for tensor in every)
+
+
+def test_biases_of_experts_in_few_bits_are_their_own() -> None:
+    widths = {expert: Width.parse(bits) for expert, bits in enumerate(("4", "vq3/5", "4", "8"))}
+    module, generator = layer(OWN, widths, "gpt_oss"), torch.Generator().manual_seed(0)
+    x, gates = torch.randn(3, 32, generator=generator), torch.rand(3, 2, generator=generator)
+    few, many = _few_and_many(module, x, torch.tensor([[2, 1], [0, 3], [2, 0]]), gates)
+    torch.testing.assert_close(few, many, rtol=1e-4, atol=1e-4 * float(many.abs().max()))
 
 
 def test_slots_that_are_not_there_are_no_answer() -> None:

@@ -37,9 +37,9 @@ SLOTS: dict[str, tuple[list[Answer], dict[int, Width]]] = {
 }
 
 
-def layer(slots: list[Answer], widths: dict[int, Width]) -> nn.Module:
+def layer(slots: list[Answer], widths: dict[int, Width], family: str = "olmoe") -> nn.Module:
     """Return the experts of a tiny layer with these answers and random numbers."""
-    model, plan = tiny_model("olmoe"), LayerPlan(slots=tuple(slots), widths=widths)
+    model, plan = tiny_model(family), LayerPlan(slots=tuple(slots), widths=widths)
     anatomy, slot_map = discover(model.config, model), plan.slot_map()
     first = next(iter(anatomy.layers.values()))
     change = LayerChange(experts=slot_map.plain_pool, slots=plan.kept_slots, slot_map=slot_map)
