@@ -38,8 +38,9 @@ class Constant(Answer):
     @classmethod
     def run(cls, module: Any, call: Call, out_TD: torch.Tensor) -> torch.Tensor:
         """Add g c for each slot."""
-        table, slots = module.tensor("constant"), module.slots.of(cls)
+        table = module.tensor("constant")
         if call.listed is not None:
-            return added_rows(out_TD, table, call.gates({slot: number for number, slot in enumerate(slots)}))
+            numbers = {slot: number for number, slot in enumerate(module.slots.of(cls))}
+            return added_rows(out_TD, table, call.gates(numbers))
         given_TD = weighted_rows(table, call.of_slots(module.constant_slot), call.gate_TK)
         return out_TD.add_(given_TD)

@@ -6,7 +6,7 @@ tokens, K slots of a token, P pairs of a token and an expert, E experts, I input
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, repeat
 
@@ -63,8 +63,8 @@ class Pairs:
         return cls(token, number, gate_TK[token, place, None])
 
     @classmethod
-    def listed(cls, pairs: Iterable[tuple[int, int]], gates: Iterable[float], dtype: torch.dtype) -> Pairs:
-        """Return the pairs of a list, some at least; see `Call.gates`.
+    def listed(cls, pairs: Collection[tuple[int, int]], gates: Iterable[float], dtype: torch.dtype) -> Pairs:
+        """Return the pairs of a list; see `Call.gates`.
 
         Args:
             pairs: numbers and tokens.
@@ -72,7 +72,7 @@ class Pairs:
             dtype: of the gates.
         """
         # Through numpy, which is sooner done, and knows no default device.
-        number, token = (torch.from_numpy(np.array(each)) for each in zip(*pairs, strict=True))
+        number, token = (torch.from_numpy(np.array([pair[at] for pair in pairs], np.int64)) for at in (0, 1))
         return cls(token, number, torch.from_numpy(np.array([*gates])).to(dtype)[:, None])
 
     def __len__(self) -> int:

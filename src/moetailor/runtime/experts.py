@@ -60,17 +60,17 @@ class CompressedExperts(nn.Module):
         out_TD = torch.zeros_like(hidden_TD, dtype=torch.promote_types(hidden_TD.dtype, torch.float32))
         if self.slots.plain_pool:
             # Only live pairs reach a matrix product: each becomes a token of its own with one expert.
-            if (pairs := self._pairs(call)) is not None and len(pairs):
+            if len(pairs := self._pairs(call)):
                 out_TD = pairs.added(out_TD, self._rows(hidden_TD[pairs.token], pairs))
         for kind in self.slots.kinds:
             out_TD = kind.run(self, call, out_TD)
         return out_TD.to(hidden_TD.dtype)
 
-    def _pairs(self, call: Call) -> Pairs | None:
+    def _pairs(self, call: Call) -> Pairs:
         """Return the pairs of a token and a row of the pool."""
         if call.listed is not None:
             gates = call.gates(self.slots.pool_numbers)
-            return Pairs.listed(gates, gates.values(), call.gate_TK.dtype) if gates else None
+            return Pairs.listed(gates, gates.values(), call.gate_TK.dtype)
         row_TK, gate_TK = call.of_slots(self.slot_map), call.gate_TK
         return Pairs.of(*(joined_gates(row_TK, gate_TK) if self.slots.shared else (row_TK, gate_TK)))
 
