@@ -99,10 +99,11 @@ class Linear(Answer):
     def run(cls, module: Any, call: Call, out_TD: torch.Tensor) -> torch.Tensor:
         """Add g S(x) for each slot."""
         maps, constant = module.slots.of(cls), module.tensor("linear_constant")
-        gates = call.gates({slot: number for number, slot in enumerate(maps)})
-        if call.listed is not None and len(gates) <= len(maps):
-            added_rows(out_TD, constant, gates)
-            return _chosen(module, list(maps.values()), call.hidden_TD, gates, out_TD)
+        if call.listed is not None:
+            gates = call.gates({slot: number for number, slot in enumerate(maps)})
+            if len(gates) <= len(maps):
+                added_rows(out_TD, constant, gates)
+                return _chosen(module, list(maps.values()), call.hidden_TD, gates, out_TD)
         number_TK = call.of_slots(module.linear_slot)
         weight_TK = call.gate_TK.masked_fill(number_TK < 0, 0).to(constant.dtype)
         out_TD.add_(weighted_rows(constant, number_TK, weight_TK))

@@ -58,10 +58,9 @@ class CompressedExperts(nn.Module):
         call = Call(hidden_TD, slot_TK, gate_TK, len(self.slots.answers))
         # Sums are kept in float32 at least, as the grouped and batched implementations do.
         out_TD = torch.zeros_like(hidden_TD, dtype=torch.promote_types(hidden_TD.dtype, torch.float32))
-        if self.slots.plain_pool:
-            # Only live pairs reach a matrix product: each becomes a token of its own with one expert.
-            if len(pairs := self._pairs(call)):
-                out_TD = pairs.added(out_TD, self._rows(hidden_TD[pairs.token], pairs))
+        # Only live pairs reach a matrix product: each becomes a token of its own with one expert.
+        if self.slots.plain_pool and len(pairs := self._pairs(call)):
+            out_TD = pairs.added(out_TD, self._rows(hidden_TD[pairs.token], pairs))
         for kind in self.slots.kinds:
             out_TD = kind.run(self, call, out_TD)
         return out_TD.to(hidden_TD.dtype)

@@ -155,7 +155,7 @@ def weights(bits: int, numbers: int) -> Any:
 @cache
 def maps(bits: int, numbers: int) -> Any:
     """Return the loop that adds what products of two thin factors give; see `products`, and `WHOLE`."""
-    half = np.float32(1 << 7)
+    none = np.float32(0)
 
     def mapped(inner, inner_scale, outer, outer_scale, table, x, pairs, gate, out):
         """Add g (x in^T) out to rows of out, float32 [T, D], of some rows of both factors.
@@ -167,8 +167,8 @@ def maps(bits: int, numbers: int) -> Any:
             given, to = x[pairs[p, 0]], out[pairs[p, 0]]
             for rank in range(pairs[p, 3]):
                 first, last = np.uint64(pairs[p, 1] + rank), np.uint64(pairs[p, 2] + rank)
-                of_groups(bits, inner_scale, zero, first, 0, by[0], by[0], half)
-                of_groups(bits, outer_scale, zero, last, 0, by[1], by[1], half)
+                of_groups(bits, inner_scale, zero, first, 0, by[0], by[0], none)
+                of_groups(bits, outer_scale, zero, last, 0, by[1], by[1], none)
                 lanes = zeros()
                 for at in range(0, len(given), LANES):
                     lanes = plus(lanes, told(bits, numbers, inner[first], table, at), loaded(given, at))
