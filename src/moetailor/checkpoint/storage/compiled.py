@@ -111,16 +111,16 @@ def products(
     """
     inputs, start, found = x_PI.shape[1], 0, []
     for storage, parts, shape, count in given:
-        stop, out = start + count, np.empty((count, shape[1]), np.float32)
+        mine, out = slice(start, start + count), np.empty((count, shape[1]), np.float32)
         if in_halves(storage, x_PI):
-            x, (run, table) = halved(x_PI), _half_loop(storage, inputs, half_loops.products)
+            x, (run, table) = halved(x_PI)[mine], _half_loop(storage, inputs, half_loops.products)
         else:
             # Loops take whole vectors.
-            x, (run, table) = longer(x_PI.float().contiguous(), -inputs % LANES).numpy(), _loop(storage, loops.products)
-        more = (x[start:stop], number_P[start:stop], inputs, out)
-        scale_nOG = storage.scales(parts, shape[1])
+            x = longer(x_PI[mine].float().contiguous(), -inputs % LANES).numpy()
+            run, table = _loop(storage, loops.products)
+        more, scale_nOG = (x, number_P[mine], inputs, out), storage.scales(parts, shape[1])
         _shared(run, table, storage, parts, scale_nOG, inputs, count * inputs, (0, shape[1]), *more)
-        start, found = stop, [*found, out]
+        start, found = start + count, [*found, out]
     return torch.from_numpy(found[0] if len(found) == 1 else np.concatenate(found))
 
 
