@@ -91,8 +91,11 @@ def test_a_run_that_was_stopped_goes_on(
     assert seen == [0, 1, 2, 3, 4, 5]
     assert not caplog.messages
     limit = 1000
-    found = planned(measured)
+    told: list[int] = []
+    found = planned(measured, progress=lambda done, _: told.append(done))
     total = sum(stack.num_experts for stack in measured.model.stacks)
+    # What was there is told with the first that was not: the time left is that of what is measured now.
+    assert told[:2] == [8, 11]
     assert caplog.messages == [f"resumes: 6 of {total} experts are there"]
     # Nothing is left to go on with.
     assert planned(measured, remove="30%") != found
@@ -129,10 +132,10 @@ def test_a_folder_that_cannot_be_written_will_do(measured: moetailor.Calibration
 
 
 def test_progress_goes_by_experts(measured: moetailor.Calibration) -> None:
-    for _ in ("measured", "kept"):
+    total = sum(stack.num_experts for stack in measured.model.stacks)
+    for kept_before in (False, True):
         told: list[tuple[int, int]] = []
         planned(measured, progress=lambda done, every, told=told: told.append((done, every)))
-        total = sum(stack.num_experts for stack in measured.model.stacks)
         assert told[-1] == (total, total)
         assert [done for done, _ in told] == sorted(done for done, _ in told)
-        assert 0 < told[0][0] < total
+        assert (0 < told[0][0] < total) != kept_before

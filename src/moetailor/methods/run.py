@@ -176,17 +176,21 @@ def _counted(views: Sequence[LayerView], progress: Progress | None) -> Callable[
     every = {view.index: view.num_experts for view in views}
     measures = False
 
-    def tell(layer: int, experts: int, new: bool = False) -> None:
+    def tell(layer: int, experts: int, aloud: bool = True) -> None:
+        done[layer] = min(done[layer] + experts, every[layer])
+        if progress and aloud:
+            progress(sum(done.values()), sum(every.values()))
+
+    def looked_up(layer: int, experts: int, new: bool) -> None:
         nonlocal measures
         if new and not measures:
             measures = True
             resumed(sum(done.values()), sum(every.values()), "experts")
-        done[layer] = min(done[layer] + experts, every[layer])
-        if progress:
-            progress(sum(done.values()), sum(every.values()))
+        # What was measured before takes no time: it is told with the first that does, or the time left would be wrong.
+        tell(layer, experts, aloud=measures)
 
     for view in views:
-        view.advance = partial(tell, view.index)
+        view.advance = partial(looked_up, view.index)
     return tell
 
 
