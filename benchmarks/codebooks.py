@@ -25,7 +25,7 @@ def distances(table: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, to
 
 
 def k_means(bits: int) -> torch.Tensor:
-    """Return a table, float16 [codes, weights], by Lloyd's rounds; codes that nothing is near to start anew."""
+    """Return a table, bfloat16 [codes, weights], by Lloyd's rounds; codes that nothing is near to start anew."""
     width, generator = codebooks.WEIGHTS[bits], torch.Generator().manual_seed(bits)
     rows = torch.randn(SAMPLES, width, generator=generator)
     table = rows[: 2 ** (bits * width)].clone()
@@ -35,7 +35,7 @@ def k_means(bits: int) -> torch.Tensor:
         table = torch.zeros_like(table).index_add(0, index, rows) / count[:, None].clamp_min(1)
         empty = (count == 0).nonzero()[:, 0]
         table[empty] = rows[apart.topk(len(empty)).indices]
-    return table.half()
+    return table.bfloat16()
 
 
 def main() -> None:

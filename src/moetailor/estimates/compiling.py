@@ -18,7 +18,7 @@ from moetailor.transform.formats.moetailor import Moetailor
 # What loops over codes do: multiply them with a few inputs, and write what they stand for, or multiply that in tiles.
 PRODUCT, WEIGHT = "product", "weight"
 # Loops in bfloat16 that run instead of one of these: dtype and widths say which, and they count as one.
-INSTEAD = {"halved": PRODUCT, "tiled": WEIGHT, "vectored": WEIGHT}
+INSTEAD = {"halved": PRODUCT, "thirds": PRODUCT, "tiled": WEIGHT, "vectored": WEIGHT}
 # Bytes of memory that numba brings, and that compiling leaves there, for a first loop and for each one; operations that
 # take as long as compiling one, 1 to 2 s, which the interpreter does as it does these.
 NUMBA, COMPILED, EACH, STEPS = 60 * 10**6, 100 * 10**6, 5 * 10**6, 100_000

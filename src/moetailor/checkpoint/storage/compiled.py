@@ -38,9 +38,14 @@ def kept() -> set[tuple[str, int, int]]:
     """Return the loops that numba has kept on the disk, compiled before: by the functions' names, and the kind."""
     folder = loops.products(8, INTEGERS).stats.cache_path
     names = [each.name for each in Path(folder).glob("*loops.*.nbc")] if folder else []
-    found = [re.search(rf"\.(product|weight|halved|{half_loops.TILED})_(\d+)_(_?\d+)_{STAMP}-", name) for name in names]
+    found = [
+        re.search(rf"\.(product|weight|halved|thirds|{half_loops.TILED})_(\d+)_(_?\d+)_{STAMP}-", name)
+        for name in names
+    ]
     kinds = {(each[1], int(each[2]), int(each[3].replace("_", "-"))) for each in found if each}
-    kinds = {(loop, bits, 2 if numbers == halves.BYTES else numbers) for loop, bits, numbers in kinds}
+    # Integers and floats that are looked up byte by byte have one loop.
+    named = {halves.BYTES + 1: (INTEGERS, FLOATS), halves.BYTES + 2: (2,)}
+    kinds = {(loop, bits, each) for loop, bits, numbers in kinds for each in named.get(numbers, (numbers,))}
     # Of tables of fewer than eight bits, loops in float32 look up two codes at once, and so are their kinds named.
     halved = {each for each in kinds if each[0] not in ("product", "weight") and each[1] < 8 and each[2] > 0}
     return kinds - halved | {(loop, 2 * bits, 2 * numbers) for loop, bits, numbers in halved}
@@ -66,32 +71,60 @@ def half_kind(storage: FewBits, inputs: int) -> tuple[int, int] | None:
     found = storage.look_up(CPU)
     if found is not None and not found.told:
         bits, numbers = found.bits, numbers // found.codes
-    for each in (halves.BYTES, numbers) if (bits, numbers) == (8, 2) and halves.IN_BYTES else (numbers,):
-        step = len(halves.order(each))
-        if inputs % step == 0 and (storage.size(inputs) % step == 0 or storage.groups(inputs) == 1):
+    for each in (halves.BYTES + 2, numbers) if (bits, numbers) == (8, 2) and halves.IN_BYTES else (numbers,):
+        if _whole(storage, inputs, each):
             return bits, each
     return None
 
 
-def in_halves(storage: FewBits, x: torch.Tensor) -> bool:
-    """Return whether inputs meet codes as pairs of bfloat16."""
-    return halves.ARE_HERE and x.dtype == torch.bfloat16 and half_kind(storage, x.shape[-1]) is not None
+@cache
+def few_kind(storage: FewBits, inputs: int) -> tuple[int, int] | None:
+    """Return the same for few inputs: codes of 8 bits that are numbers themselves are looked up byte by byte, too."""
+    bits, numbers = kind(storage)
+    if bits == 8 and numbers < 1 and halves.IN_BYTES and _whole(storage, inputs, halves.BYTES + 1):
+        return bits, halves.BYTES + 1
+    return half_kind(storage, inputs)
+
+
+def _whole(storage: FewBits, inputs: int, numbers: int) -> bool:
+    step = len(halves.order(numbers))
+    return inputs % step == 0 and (storage.size(inputs) % step == 0 or storage.groups(inputs) == 1)
+
+
+def in_halves(storage: FewBits, inputs: int) -> bool:
+    """Return whether so many inputs meet codes as pairs of bfloat16."""
+    return halves.ARE_HERE and half_kind(storage, inputs) is not None
+
+
+def in_tiles(storage: FewBits, x: torch.Tensor) -> bool:
+    """Return whether many inputs meet codes in tiles."""
+    return x.dtype == torch.bfloat16 and in_halves(storage, x.shape[-1])
+
+
+def in_thirds(storage: FewBits, inputs: int) -> bool:
+    """Return whether inputs in float32 meet codes as three numbers of bfloat16: where codes are looked up in vectors,
+    which takes half as long for weights in bfloat16; from memory, and as bytes that are integers, they come as fast.
+    """
+    known = few_kind(storage, inputs) if halves.ARE_HERE else None
+    return known is not None and known[1] <= 2 and storage.look_up(CPU) is not None
 
 
 @cache
 def _half_loop(storage: FewBits, inputs: int, of: Callable[[int, int], Any]) -> tuple[Any, np.ndarray]:
     """Return a loop for a storage's codes, and the bits of its table's numbers in bfloat16."""
-    found, known = storage.look_up(CPU), half_kind(storage, inputs)
+    found, known = storage.look_up(CPU), (half_kind if of is half_loops.tiles else few_kind)(storage, inputs)
     assert known is not None, "these are told in float32"
     bits, numbers = known
-    if found is None or found.told == "integers":
-        return of(*known), NO_WEIGHTS
-    table = found.table[: 1 << bits, : 1 if found.told else kind(storage)[1] // found.codes].bfloat16()
-    if numbers == FLOATS:  # without signs, and with what is no number
-        table = torch.arange(128, dtype=torch.uint8, device=CPU).view(torch.float8_e4m3fn).bfloat16()[:, None]
+    if found is None:
+        table = torch.arange(-128.0, 128, device=CPU)[:, None]
+    elif found.told == "float8":
+        table = torch.arange(256, dtype=torch.uint8, device=CPU).view(torch.float8_e4m3fn).float()[:, None]
+    else:
+        table = found.table[: 1 << bits, : 1 if found.told else kind(storage)[1] // found.codes]
+    table = table.bfloat16().repeat(max(halves.DEPTH // len(table), 1), 1)
     if numbers <= 2:  # all first ones first; vectors of the table are taken in pairs
         table = longer(table.T, -len(table) % (2 * halves.DEPTH))
-    if numbers == halves.BYTES:
+    if halves.each_of_bytes(numbers):
         table = table.contiguous().view(torch.uint8).unflatten(1, (-1, 2)).transpose(1, 2).contiguous()
     return of(*known), table.flatten().view(torch.uint16).numpy()
 
@@ -112,8 +145,10 @@ def products(
     inputs, start, found = x_PI.shape[1], 0, []
     for storage, parts, shape, count in given:
         mine, out = slice(start, start + count), np.empty((count, shape[1]), np.float32)
-        if in_halves(storage, x_PI):
+        if in_halves(storage, inputs) and x_PI.dtype == torch.bfloat16:
             x, (run, table) = halved(x_PI)[mine], _half_loop(storage, inputs, half_loops.products)
+        elif in_thirds(storage, inputs):
+            x, (run, table) = in_one_piece(x_PI[mine].float()), _half_loop(storage, inputs, half_loops.thirds)
         else:
             # Loops take whole vectors.
             x = longer(x_PI[mine].float().contiguous(), -inputs % LANES).numpy()

@@ -253,7 +253,7 @@ class FewBits(Storage):
         if runs_compiled(x_nPI):
             from moetailor.checkpoint.storage import compiled
 
-            if few or compiled.in_halves(self, x_nPI):
+            if few or compiled.in_tiles(self, x_nPI):
                 return (compiled.few if few else compiled.tiled)(self, x_nPI, parts, shape)
         given = self._summed if few and self.size(shape[2]) > SMALL else self._formed
         x_nPI, some = x_nPI.float() if few else x_nPI, max(formed(x_nPI.device) // (len(x_nPI) * shape[2]), 1)

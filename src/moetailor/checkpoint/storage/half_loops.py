@@ -10,7 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from moetailor.checkpoint.storage.halves import DEPTH, MORE, added, dotted, levels, looked_up, order, spelled
+from moetailor.checkpoint.storage.halves import (
+    DEPTH,
+    added,
+    dotted,
+    joined,
+    levels,
+    looked_up,
+    nothing,
+    order,
+    spelled,
+)
 from moetailor.checkpoint.storage.loops import inlined, of_groups, of_kind
 from moetailor.checkpoint.storage.tiles import (
     BLOCK,
@@ -41,37 +51,72 @@ from moetailor.checkpoint.storage.vectors import (
 
 
 @inlined
-def _crossed(order, x, out):
-    # Inputs [P, I] in the order in which codes are told.
+def _aligned(nbytes):
+    # Vectors and rows of tiles that lie across two lines of a cache take up to four times as long.
+    room = np.zeros(nbytes + 64, np.uint8)
+    first = -room.ctypes.data % 64
+    return room[first : first + nbytes]
+
+
+@inlined
+def _crossed(order, parts, x, out):
+    # Inputs [P, parts I] in the order in which codes are told: what a vector meets of each part comes first.
+    inputs = x.shape[1] // parts
     for p in range(len(x)):
-        for at in range(0, x.shape[1], len(order)):
-            for place in range(len(order)):
-                out[p, at + place] = x[p, at + order[place]]
+        for part in range(parts):
+            for at in range(0, inputs, len(order)):
+                for place in range(len(order)):
+                    to = (at + place // DEPTH * DEPTH) * parts + part * DEPTH + place % DEPTH
+                    out[p, to] = x[p, part * inputs + at + order[place]]
+
+
+@inlined
+def _as_they_are(x):
+    return x
+
+
+@inlined
+def _in_thirds(x):
+    # Float32 [P, I] as three numbers of bfloat16, [P, 3 I]: x = a + b + c, each the upper half of what is left. A
+    # fraction of 24 bits is three of 8.
+    inputs, out = x.shape[1], np.empty((len(x), 3 * x.shape[1]), np.uint16)
+    upper, left = np.empty((2, inputs), np.float32)
+    words, bits = upper.view(np.uint32), left.view(np.uint32)
+    for p in range(len(x)):
+        left[:] = x[p]
+        for part in range(3):
+            for at in range(inputs):
+                out[p, part * inputs + at] = bits[at] >> np.uint32(16)
+                words[at] = bits[at] & np.uint32(0xFFFF0000)
+                left[at] -= upper[at]
+    return out
 
 
 @cache
-def products(bits: int, numbers: int) -> Any:
-    """Return the loop that multiplies a kind of codes with a few inputs.
+def products(bits: int, numbers: int, parts: int = 1) -> Any:
+    """Return the loop that multiplies a kind of codes with a few inputs in bfloat16.
 
     Args:
         bits: of a code.
         numbers: that it stands for in a table, or how it is told: `INTEGERS`, `FLOATS`, `BYTES`, `WHOLE`.
+        parts: of bfloat16 that an input is made of.
     """
-    told_as, more, half = order(numbers), np.float32(MORE), np.float32(1 << bits - 1)
+    told_as, split, half = order(numbers), _as_they_are if parts == 1 else _in_thirds, np.float32(1 << bits - 1)
     step = len(told_as)
 
     def halved(octets, table, scale, zero, size, x, number, inputs, out, first, last):
-        """Fill some outputs of x W^T, out [P, O], W that of each input's number; x [P, I] the bits of bfloat16."""
-        groups, crossed = max(scale.shape[2], 1), np.empty((len(x), inputs), np.uint16)
+        """Fill some outputs of x W^T, out [P, O], W that of each input's number; x [P, I] as `split` takes it."""
+        groups, deep = max(scale.shape[2], 1), parts * inputs
+        crossed = _aligned(2 * len(x) * deep).view(np.uint16).reshape(len(x), deep)
         whole = -(-groups // LANES) * LANES
-        _crossed(told_as, x, crossed)
+        _crossed(told_as, parts, split(x), crossed)
         pairs = crossed.view(np.uint32)
-        by, less = np.ones(whole, np.float32), np.full(whole, more + half)
+        by, less = np.ones(whole, np.float32), np.zeros(whole, np.float32)
         sums = np.zeros((len(x), whole), np.float32)
-        for p in range(len(x) if numbers == INTEGERS else 0):
+        for p in range(len(x) if zero.size else 0):
             for g in range(groups):
                 each = zeros()
-                for at in range(g * size, min((g + 1) * size, inputs), DEPTH):
+                for at in range(parts * g * size, parts * min((g + 1) * size, inputs), DEPTH):
                     each = added(pairs[p], at, each)
                 sums[p, g] = total(each)
         start, stop = 0, 0
@@ -81,20 +126,27 @@ def products(bits: int, numbers: int) -> Any:
                 stop += 1
             for o in range(first, last):
                 row = octets[n, o]
-                of_groups(bits, scale, zero, n, o, by, less, more)
+                of_groups(bits, scale, zero, n, o, by, less, -half)
                 for p in range(start, stop):
                     given, lanes = pairs[p], zeros()
                     for g in range(groups):
-                        each = zeros()
+                        each = nothing(parts)
                         for at in range(g * size, min((g + 1) * size, inputs), step):
-                            each = dotted(bits, numbers, row, at, table, given, each)
-                        lanes = plus(lanes, each, by[g])
-                    for g in range(0, groups if numbers == INTEGERS else 0, LANES):
+                            each = dotted(bits, numbers, parts, row, at, table, given, each)
+                        lanes = plus(lanes, joined(each), by[g])
+                    for g in range(0, groups if zero.size else 0, LANES):
                         lanes = minus(lanes, loaded(by, g), loaded(less, g), loaded(sums[p], g))
                     out[p, o] = total(lanes)
             start = stop
 
+    halved.__name__ = "halved" if parts == 1 else "thirds"
     return of_kind(halved, bits, numbers)
+
+
+@cache
+def thirds(bits: int, numbers: int) -> Any:
+    """Return the same loop for inputs in float32, x [P, I]; see `products`."""
+    return products(bits, numbers, 3)
 
 
 @inlined
@@ -115,14 +167,6 @@ def _told(bits, numbers, step, row, table, by, less, size, inputs, out, start):
                 for half in range(0, DEPTH, LANES):
                     found = scaled(told(bits, numbers, row, table, at + half), less[g], by[g])
                     stored(out, start + at * LANES + half, found)
-
-
-@inlined
-def _aligned(nbytes):
-    # Rows of tiles that lie across two lines of a cache take up to four times as long.
-    room = np.zeros(nbytes + 64, np.uint8)
-    first = -room.ctypes.data % 64
-    return room[first : first + nbytes]
 
 
 @inlined
@@ -198,7 +242,7 @@ def tiles(bits: int, numbers: int) -> Any:
         for n in range(len(x)):
             for start in range(0, x.shape[1], at_once):
                 some = min(at_once, x.shape[1] - start)
-                _crossed(told_as, x[n, start : start + some], crossed)
+                _crossed(told_as, 1, x[n, start : start + some], crossed)
                 _laid(crossed[:some].view(np.uint32), right)
                 for o in range(first, last, BLOCK):
                     count = min(BLOCK, last - o)

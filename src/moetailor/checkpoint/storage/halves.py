@@ -6,11 +6,13 @@ weights of thirty-two codes come first, then the second ones, and inputs are to 
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any
 
 import numba
 import numpy as np
 from llvmlite import ir
+from numba.core import cgutils
 from numba.core.registry import cpu_target
 
 from moetailor.checkpoint.storage.vectors import (
@@ -18,6 +20,7 @@ from moetailor.checkpoint.storage.vectors import (
     FLOAT,
     FLOATS,
     HALF,
+    INTEGERS,
     LANES,
     OCTET,
     SIXTEEN,
@@ -32,12 +35,13 @@ from moetailor.checkpoint.storage.vectors import (
     place,
     read,
     spread,
+    words_of,
 )
 
-# Weights of a vector. What an integer is told with added, 2^7, so that its bits are those of the number in bfloat16.
-DEPTH, MORE = 2 * LANES, 128
-# Codes of 8 bits that stand for two weights each, looked up byte by byte, 64 at a time.
-BYTES = -3
+# Weights of a vector.
+DEPTH = 2 * LANES
+# Added to how many weights a code of 8 bits stands for: it is looked up byte by byte, 64 codes at a time.
+BYTES = -16
 NEEDED = ("avx512bw", "avx512vl", "avx512bf16")
 # Whether there are such vectors: numba may compile for another CPU than this one.
 ARE_HERE = all(has(cpu_target.target_context, each) for each in NEEDED)
@@ -51,21 +55,33 @@ def order(numbers: int) -> np.ndarray:
     Args:
         numbers: that a code stands for in a table, or one of the constants that say how codes are told.
     """
-    if numbers not in (2, BYTES):
+    each, code_V32 = numbers, np.arange(DEPTH)[None]
+    if each_of_bytes(numbers):  # as bytes of sixteen codes lie when they are made words
+        each, code_V32 = each_of_bytes(numbers), np.arange(2 * DEPTH).reshape(4, 2, 8).swapaxes(0, 1).reshape(2, DEPTH)
+    elif numbers != 2:
         return np.arange(DEPTH)
-    code_V32 = np.arange(DEPTH)[None]
-    if numbers == BYTES:  # as bytes of sixteen codes lie when they are made words
-        code_V32 = np.arange(2 * DEPTH).reshape(4, 2, 8).swapaxes(0, 1).reshape(2, DEPTH)
-    return np.concatenate([(2 * code_V32 + number).flatten() for number in range(2)])
+    return np.concatenate([(each * code_V32 + number).flatten() for number in range(each)])
+
+
+def each_of_bytes(numbers: int) -> int:
+    """Return how many weights a code stands for that is looked up byte by byte; none for others."""
+    return max(numbers - BYTES, 0) if numbers < WHOLE else 0
 
 
 def _all(number: int) -> ir.Constant:
     return ir.Constant(of(HALF, DEPTH), [number] * DEPTH)
 
 
+def _permuted(builder: Any, table: Any, codes: Any) -> Any:
+    # Of a code five bits count: a shorter table is there several times.
+    return called(builder, "x86.avx512.permvar.hi.512", of(HALF, DEPTH), table, codes)
+
+
 def _from_registers(context: Any, builder: Any, codes: Any, bits: int, table: Any, array: Any, first: int) -> Any:
-    # Two vectors of the table are looked up at once; the codes' upper bits say which of these count.
     kind, found = of(HALF, DEPTH), []
+    if bits <= 5:
+        return _permuted(builder, read(context, builder, table, array, COUNT(first), kind), codes)
+    # Two vectors of the table are looked up at once; the codes' upper bits say which of these count.
     for at in range(first, first + (1 << bits), 2 * DEPTH):
         low, high = (read(context, builder, table, array, COUNT(at + more), kind) for more in (0, DEPTH))
         found.append(called(builder, "x86.avx512.vpermi2var.hi.512", kind, low, codes, high))
@@ -114,24 +130,27 @@ def _units(context: Any, builder: Any, row: Any, table: Any, given: Any, bits: i
     array, at, numbers = given
     if each == WHOLE:
         return [(read(context, builder, row, array, builder.mul(at, at.type(2)), of(HALF, DEPTH)), 0)]
-    first = divided(builder, at, 2 if each == BYTES else max(each, 1))
+    many = each_of_bytes(each)
+    first = divided(builder, at, many or max(each, 1))
     if each > 2:
         return [(_from_memory(context, builder, row, array, first, each, table, numbers), 0)]
-    if each == BYTES:
+    if many:
         codes = read(context, builder, row, array, first, of(OCTET, 2 * DEPTH))
-        every = (one for number in range(2) for one in _from_bytes(context, builder, codes, table, numbers, number))
+        every = (one for number in range(many) for one in _from_bytes(context, builder, codes, table, numbers, number))
         return [(found, number) for number, found in enumerate(every)]
+    if each == INTEGERS and bits == 8:  # 128 less turns the first bit
+        octets = read(context, builder, row, array, first, of(OCTET, DEPTH))
+        signed = builder.xor(octets, ir.Constant(octets.type, [128] * DEPTH))
+        found = builder.fptrunc(builder.sitofp(signed, of(FLOAT, DEPTH)), of(BFLOAT, DEPTH))
+        return [(builder.bitcast(found, of(HALF, DEPTH)), 0)]
+    if each != FLOATS:
+        codes = words_of(context, builder, row, array, first, bits, DEPTH)
+        tables = ((at, at << max(bits, 5)) for at in range(max(each, 1)))
+        return [(_from_registers(context, builder, codes, bits, table, numbers, first), at) for at, first in tables]
     codes = codes_of(context, builder, row, array, first, bits, DEPTH)
-    if each > 0:
-        every = (_from_registers(context, builder, codes, bits, table, numbers, which << bits) for which in range(each))
-        return [(found, number) for number, found in enumerate(every)]
     lower, upper = builder.and_(codes, _all(127)), builder.and_(codes, _all(128))
-    if each == FLOATS:
-        size = _from_registers(context, builder, lower, 7, table, numbers, 0)
-        return [(builder.or_(size, builder.shl(upper, _all(8))), 0)]
-    # 0x4300 is 2^7 with seven bits behind it; the eighth bit of a code is 2^7 once more.
-    eighth = builder.select(builder.icmp_unsigned("!=", upper, _all(0)), _all(0x4300), _all(0))
-    return [(builder.or_(lower, _all(0x4300)), 0), (eighth, 0)][: 2 if bits == 8 else 1]
+    size = _from_registers(context, builder, lower, 7, table, numbers, 0)
+    return [(builder.or_(size, builder.shl(upper, _all(8))), 0)]
 
 
 def _dotted(context: Any, builder: Any, sums: Any, left: Any, x: Any, array: Any, at: Any) -> Any:
@@ -141,16 +160,39 @@ def _dotted(context: Any, builder: Any, sums: Any, left: Any, x: Any, array: Any
 
 
 @instructions
-def dotted(_typing: Any, bits: Any, numbers: Any, row: Any, at: Any, table: Any, x: Any, sums: Any) -> Any:
-    """Return sums + w x of the weights from one on before scales, x pairs of bfloat16 as words."""
+def dotted(_typing: Any, bits: Any, numbers: Any, parts: Any, row: Any, at: Any, table: Any, x: Any, sums: Any) -> Any:
+    """Return sums + w x of the weights from one on before scales, for each part of x, pairs of bfloat16 as words."""
 
     def made(context: Any, builder: Any, _signature: Any, given: Any) -> Any:
-        at, sums, kind = given[3], given[6], (bits.literal_value, numbers.literal_value)
-        for left, number in _units(context, builder, row, table, (given[2], at, given[4]), *kind):
-            sums = _dotted(context, builder, sums, left, x, given[5], builder.add(at, at.type(DEPTH * number)))
-        return sums
+        at, kind = given[4], (bits.literal_value, numbers.literal_value)
+        sums, count = cgutils.unpack_tuple(builder, given[7]), parts.literal_value
+        for left, number in _units(context, builder, row, table, (given[3], at, given[5]), *kind):
+            for part in range(count):
+                first = builder.add(builder.mul(at, at.type(count)), at.type(DEPTH * (count * number + part)))
+                sums[part] = _dotted(context, builder, sums[part], left, x, given[6], first)
+        return cgutils.pack_array(builder, sums)
 
-    return SIXTEEN(bits, numbers, row, at, table, x, SIXTEEN), made
+    return sums(bits, numbers, parts, row, at, table, x, sums), made
+
+
+@instructions
+def nothing(_typing: Any, parts: Any) -> Any:
+    """Return zeros for each part."""
+
+    def made(_context: Any, builder: Any, _signature: Any, _given: Any) -> Any:
+        return cgutils.pack_array(builder, [ir.Constant(of(FLOAT), [0.0] * LANES)] * parts.literal_value)
+
+    return numba.types.UniTuple(SIXTEEN, parts.literal_value)(parts), made
+
+
+@instructions
+def joined(_typing: Any, sums: Any) -> Any:
+    """Return the sum over all parts."""
+
+    def made(_context: Any, builder: Any, _signature: Any, given: Any) -> Any:
+        return reduce(builder.fadd, cgutils.unpack_tuple(builder, given[0]))
+
+    return SIXTEEN(sums), made
 
 
 @instructions
@@ -199,8 +241,8 @@ def looked_up(_typing: Any, bits: Any, row: Any, at: Any, levels: Any, out: Any,
     """Write what DEPTH codes stand for into an array, looked up at once."""
 
     def made(context: Any, builder: Any, _signature: Any, given: Any) -> Any:
-        codes, kind = codes_of(context, builder, row, given[1], given[2], bits.literal_value, DEPTH), of(HALF, DEPTH)
-        found = called(builder, "x86.avx512.permvar.hi.512", kind, builder.bitcast(given[3], kind), codes)
+        codes, kind = words_of(context, builder, row, given[1], given[2], bits.literal_value, DEPTH), of(HALF, DEPTH)
+        found = _permuted(builder, builder.bitcast(given[3], kind), codes)
         builder.store(found, place(context, builder, out, given[4], given[5], kind)).align = 1
         return context.get_dummy_value()
 

@@ -96,6 +96,12 @@ def divided(builder: Any, number: Any, by: int) -> Any:
 
 def codes_of(context: Any, builder: Any, row: Any, array: Any, at: Any, bits: int, count: int = LANES) -> Any:
     """Return so many codes of a row, as numbers of 16 bits, from one on, a multiple of that."""
+    words = words_of(context, builder, row, array, at, bits, count)
+    return builder.and_(words, ir.Constant(words.type, [(1 << bits) - 1] * count))
+
+
+def words_of(context: Any, builder: Any, row: Any, array: Any, at: Any, bits: int, count: int) -> Any:
+    """Return the same with bits of other codes above them."""
     start = builder.mul(divided(builder, at, count), at.type(count * bits // 8))
     octets = read(context, builder, row, array, start, of(OCTET, count * bits // 8))
     # A code lies within two bytes, as a number of which it is shifted to the first bit.
@@ -103,7 +109,7 @@ def codes_of(context: Any, builder: Any, row: Any, array: Any, at: Any, bits: in
     pairs = [min(octet, octets.type.count - 1) for first in firsts for octet in (first, first + 1)]
     words = builder.bitcast(_shuffled(builder, octets, pairs), of(HALF, count))
     shifts = ir.Constant(words.type, [bits * lane % 8 for lane in range(count)])
-    return builder.and_(builder.lshr(words, shifts), ir.Constant(words.type, [(1 << bits) - 1] * count))
+    return builder.lshr(words, shifts)
 
 
 def _widened(builder: Any, halves: Any) -> Any:
