@@ -1,7 +1,8 @@
 """Make the tables of `checkpoint/storage/codebooks.py`: k-means on normal numbers, one table for each number of bits.
 
 Prints the mean squared error of each beside that of the best scalar numbers of as many bits (Max, 1960), and what no
-code of any length can beat, 4^-bits. Takes some ten minutes on a core; ``--write`` replaces the file in the package.
+code of any length can beat, 4^-bits. Takes some ten minutes on a core; ``--write`` replaces the file in the package and
+in the plug-in.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ import torch
 from moetailor.checkpoint.storage import codebooks
 
 SAMPLES, ROUNDS = 2**21, 100
+# The plug-in for vLLM has a copy, as it runs without moetailor.
+PLUGIN = Path(__file__).resolve().parent.parent / "plugins" / "vllm" / "src" / "moetailor_vllm"
+PACKAGES = (Path(codebooks.__file__).parent, PLUGIN)
 SCALAR = {1: 0.3634, 2: 0.1175, 3: 0.03454, 4: 0.009497}
 
 
@@ -41,7 +45,7 @@ def k_means(bits: int) -> torch.Tensor:
 def main() -> None:
     """Make all tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="replace the file in the package")
+    parser.add_argument("--write", action="store_true", help="replace the files in the packages")
     options = parser.parse_args()
     fresh, tables = torch.Generator().manual_seed(100), {}
     print(f"{'bits':>4} {'weights':>8} {'error':>8} {'scalar':>8} {'bound':>8}")
@@ -51,8 +55,8 @@ def main() -> None:
         error = float(apart.mean()) / width
         print(f"{bits:4} {width:8} {error:8.5f} {SCALAR[bits]:8.5f} {4.0**-bits:8.5f}", flush=True)
     if options.write:
-        place = Path(codebooks.__file__).with_name("codebooks.safetensors")
-        safetensors.torch.save_file(tables, place)
+        for package in PACKAGES:
+            safetensors.torch.save_file(tables, package / "codebooks.safetensors")
 
 
 if __name__ == "__main__":
