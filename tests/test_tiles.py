@@ -81,7 +81,7 @@ def test_products_of_few_inputs_in_float32_are_those_of_their_numbers(
 
 
 @pytest.mark.skipif(not halves.ARE_HERE, reason="this CPU multiplies no pairs of bfloat16")
-@pytest.mark.parametrize("name", ["int4g128", "int7g128", "uint4g128", "vq4g128", "vq3g128", "fp8"])
+@pytest.mark.parametrize("name", ["int4g128", "int7g128", "uint4g128", "vq4g128", "vq3g128", "mxfp4"])
 def test_no_bit_of_an_input_in_float32_is_lost(name: str) -> None:
     storage, shape = find_storage(name), (1, 16, 256)
     parts = storage.encode(torch.randn(shape, generator=torch.Generator().manual_seed(0)), "F32")

@@ -103,10 +103,10 @@ def in_tiles(storage: FewBits, x: torch.Tensor) -> bool:
 
 def in_thirds(storage: FewBits, inputs: int) -> bool:
     """Return whether inputs in float32 meet codes as three numbers of bfloat16: where codes are looked up in vectors,
-    which takes half as long for weights in bfloat16; from memory, and as bytes that are integers, they come as fast.
+    which takes half as long for weights in bfloat16; from memory, and as bytes, they come as fast in float32.
     """
     known = few_kind(storage, inputs) if halves.ARE_HERE else None
-    return known is not None and known[1] <= 2 and storage.look_up(CPU) is not None
+    return known is not None and known[1] <= 2 and storage.bits < 8
 
 
 @cache

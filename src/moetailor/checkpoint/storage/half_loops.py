@@ -12,6 +12,7 @@ import numpy as np
 
 from moetailor.checkpoint.storage.halves import (
     DEPTH,
+    MORE,
     added,
     dotted,
     joined,
@@ -19,6 +20,7 @@ from moetailor.checkpoint.storage.halves import (
     looked_up,
     nothing,
     order,
+    shifts,
     spelled,
 )
 from moetailor.checkpoint.storage.loops import inlined, of_groups, of_kind
@@ -102,7 +104,8 @@ def products(bits: int, numbers: int, parts: int = 1) -> Any:
         parts: of bfloat16 that an input is made of.
     """
     told_as, split, half = order(numbers), _as_they_are if parts == 1 else _in_thirds, np.float32(1 << bits - 1)
-    step = len(told_as)
+    step, shifted = len(told_as), shifts(bits, numbers, parts)
+    more = half + np.float32(MORE) if shifted else np.float32(0)
 
     def halved(octets, table, scale, zero, size, x, number, inputs, out, first, last):
         """Fill some outputs of x W^T, out [P, O], W that of each input's number; x [P, I] as `split` takes it."""
@@ -111,9 +114,9 @@ def products(bits: int, numbers: int, parts: int = 1) -> Any:
         whole = -(-groups // LANES) * LANES
         _crossed(told_as, parts, split(x), crossed)
         pairs = crossed.view(np.uint32)
-        by, less = np.ones(whole, np.float32), np.zeros(whole, np.float32)
+        by, less = np.ones(whole, np.float32), np.full(whole, more)
         sums = np.zeros((len(x), whole), np.float32)
-        for p in range(len(x) if zero.size else 0):
+        for p in range(len(x) if shifted or zero.size else 0):
             for g in range(groups):
                 each = zeros()
                 for at in range(parts * g * size, parts * min((g + 1) * size, inputs), DEPTH):
@@ -126,7 +129,7 @@ def products(bits: int, numbers: int, parts: int = 1) -> Any:
                 stop += 1
             for o in range(first, last):
                 row = octets[n, o]
-                of_groups(bits, scale, zero, n, o, by, less, -half)
+                of_groups(bits, scale, zero, n, o, by, less, more - half)
                 for p in range(start, stop):
                     given, lanes = pairs[p], zeros()
                     for g in range(groups):
@@ -134,7 +137,7 @@ def products(bits: int, numbers: int, parts: int = 1) -> Any:
                         for at in range(g * size, min((g + 1) * size, inputs), step):
                             each = dotted(bits, numbers, parts, row, at, table, given, each)
                         lanes = plus(lanes, joined(each), by[g])
-                    for g in range(0, groups if zero.size else 0, LANES):
+                    for g in range(0, groups if shifted or zero.size else 0, LANES):
                         lanes = minus(lanes, loaded(by, g), loaded(less, g), loaded(sums[p], g))
                     out[p, o] = total(lanes)
             start = stop
