@@ -73,11 +73,6 @@ def _crossed(order, parts, x, out):
 
 
 @inlined
-def _as_they_are(x):
-    return x
-
-
-@inlined
 def _in_thirds(x):
     # Float32 [P, I] as three numbers of bfloat16, [P, 3 I]: x = a + b + c, each the upper half of what is left. A
     # fraction of 24 bits is three of 8.
@@ -103,16 +98,20 @@ def products(bits: int, numbers: int, parts: int = 1) -> Any:
         numbers: that it stands for in a table, or how it is told: `INTEGERS`, `FLOATS`, `BYTES`, `WHOLE`.
         parts: of bfloat16 that an input is made of.
     """
-    told_as, split, half = order(numbers), _as_they_are if parts == 1 else _in_thirds, np.float32(1 << bits - 1)
+    told_as, half = order(numbers), np.float32(1 << bits - 1)
     step, shifted = len(told_as), shifts(bits, numbers, parts)
     more = half + np.float32(MORE) if shifted else np.float32(0)
 
     def halved(octets, table, scale, zero, size, x, number, inputs, out, first, last):
-        """Fill some outputs of x W^T, out [P, O], W that of each input's number; x [P, I] as `split` takes it."""
+        """Fill some outputs of x W^T, out [P, O], W that of each input's number; x [P, I]: bits of bfloat16, or float32."""
         groups, deep = max(scale.shape[2], 1), parts * inputs
         crossed = _aligned(2 * len(x) * deep).view(np.uint16).reshape(len(x), deep)
         whole = -(-groups // LANES) * LANES
-        _crossed(told_as, parts, split(x), crossed)
+        # No function of these two is a variable of this one: numba would take it for another one in each process.
+        if parts == 1:
+            _crossed(told_as, parts, x, crossed)
+        else:
+            _crossed(told_as, parts, _in_thirds(x), crossed)
         pairs = crossed.view(np.uint32)
         by, less = np.ones(whole, np.float32), np.full(whole, more)
         sums = np.zeros((len(x), whole), np.float32)
