@@ -103,7 +103,7 @@ def products(bits: int, numbers: int, parts: int = 1) -> Any:
     more = half + np.float32(MORE) if shifted else np.float32(0)
 
     def halved(octets, table, scale, zero, size, x, number, inputs, out, first, last):
-        """Fill some outputs of x W^T, out [P, O], W that of each input's number; x [P, I]: bfloat16's bits, or float32."""
+        """Fill some outputs of x W^T, out [P, O], W that of each input's number; x [P, I] as bits or float32."""
         groups, deep = max(scale.shape[2], 1), parts * inputs
         crossed = _aligned(2 * len(x) * deep).view(np.uint16).reshape(len(x), deep)
         whole = -(-groups // LANES) * LANES
