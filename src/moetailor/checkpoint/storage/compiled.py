@@ -105,16 +105,17 @@ def in_thirds(storage: FewBits, inputs: int) -> bool:
     """Return whether inputs in float32 meet codes as three numbers of bfloat16: where codes are looked up in vectors,
     which takes half as long for weights in bfloat16; from memory, and as bytes, they come as fast in float32.
     """
-    known = few_kind(storage, inputs) if halves.ARE_HERE else None
+    known = few_kind(storage, inputs) if in_halves(storage, inputs) else None
     return known is not None and known[1] <= 2 and storage.bits < 8
 
 
 @cache
-def _half_loop(storage: FewBits, inputs: int, of: Callable[[int, int], Any]) -> tuple[Any, np.ndarray]:
-    """Return a loop for a storage's codes, and the bits of its table's numbers in bfloat16."""
-    found, known = storage.look_up(CPU), (half_kind if of is half_loops.tiles else few_kind)(storage, inputs)
+def _half_loop(
+    storage: FewBits, known: tuple[int, int] | None, of: Callable[[int, int], Any]
+) -> tuple[Any, np.ndarray]:
+    """Return a loop for a storage's codes, of a kind, and the bits of its table's numbers in bfloat16."""
     assert known is not None, "these are told in float32"
-    bits, numbers = known
+    found, (bits, numbers) = storage.look_up(CPU), known
     if found is None:
         table = torch.arange(-128.0, 128, device=CPU)[:, None]
     elif found.told == "float8":
@@ -146,9 +147,10 @@ def products(
     for storage, parts, shape, count in given:
         mine, out = slice(start, start + count), np.empty((count, shape[1]), np.float32)
         if in_halves(storage, inputs) and x_PI.dtype == torch.bfloat16:
-            x, (run, table) = halved(x_PI)[mine], _half_loop(storage, inputs, half_loops.products)
+            x, (run, table) = halved(x_PI)[mine], _half_loop(storage, few_kind(storage, inputs), half_loops.products)
         elif in_thirds(storage, inputs):
-            x, (run, table) = in_one_piece(x_PI[mine].float()), _half_loop(storage, inputs, half_loops.thirds)
+            x = in_one_piece(x_PI[mine].float())
+            run, table = _half_loop(storage, few_kind(storage, inputs), half_loops.thirds)
         else:
             # Loops take whole vectors.
             x = longer(x_PI[mine].float().contiguous(), -inputs % LANES).numpy()
@@ -190,7 +192,8 @@ def tiled(
         shape: of all matrices.
     """
     out = torch.empty(*x_nPI.shape[:2], shape[1], dtype=x_nPI.dtype, device=CPU)
-    scale_nOG, (run, table) = storage.scales(parts, shape[1]), _half_loop(storage, shape[2], half_loops.tiles)
+    scale_nOG = storage.scales(parts, shape[1])
+    run, table = _half_loop(storage, half_kind(storage, shape[2]), half_loops.tiles)
     # More than a second cache holds take longer than to tell the weights again.
     at_once = max(passing_nbytes(CPU) // (2 * shape[2]), LANES)
     more = (halved(x_nPI), shape[2], at_once, out.view(torch.uint16).numpy())
