@@ -75,6 +75,10 @@ def test_compare_prints_a_ranking_and_what_failed(run, tmp_path: Path) -> None:
     code, _, err = run(*words, "--length", "32")
     assert code == 1
     assert "holds a comparison with another held-out text; choose another folder or delete it" in err
+    code, shown, err = run(*words[:-4], "--methods", "reap", "--remove", "95%")
+    assert code == 1
+    assert "reap (95% removed): model.layers.0: plan leaves 2 slots but the router picks 4" in shown
+    assert "error: no row could be measured" in err
 
 
 def test_recover_trains_what_was_compressed(run, tmp_path: Path) -> None:

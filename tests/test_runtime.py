@@ -15,7 +15,7 @@ from moetailor.checkpoint.anatomy import discover
 from moetailor.checkpoint.experts import Experts
 from moetailor.checkpoint.files import open_checkpoint
 from moetailor.checkpoint.quiet import quiet_transformers
-from moetailor.checkpoint.storage import whole
+from moetailor.checkpoint.storage import plain_products
 from moetailor.planning.checks import check_plan
 from moetailor.planning.layer_plan import LayerPlan
 from moetailor.runtime.reshape import LayerChange, reshape_model
@@ -42,7 +42,7 @@ def compressed_experts(slots: list[Answer], name: str = "olmoe") -> tuple[nn.Mod
 
 def count_rows(module: nn.Module, *inputs: torch.Tensor) -> tuple[torch.Tensor, int]:
     """Run a module and count the rows that reach its down projection."""
-    rows, ways = 0, [(nn.functional, "linear"), (whole, "product")]
+    rows, ways = 0, [(nn.functional, "linear"), (plain_products, "product")]
 
     def counting(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def counted(x: torch.Tensor, weight: torch.Tensor, *more: torch.Tensor | None) -> torch.Tensor:

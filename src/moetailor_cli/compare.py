@@ -105,6 +105,7 @@ def compare(
     [dim]moetailor compare MODEL -o DIR --data calibration.jsonl --held-out heldout.jsonl --sizes 75%,50%,35%[/dim]
     """
     import moetailor
+    from moetailor.errors import MoetailorError
 
     text = moetailor.TextOptions(
         data=tuple(data or ()),
@@ -150,6 +151,8 @@ def compare(
     ranking.show(results)
     output.say(f"results are in {out / 'results.json'}, to be looked at in {out / 'report.html'}")
     output.took(out)
+    if all(cell["error"] is not None for cell in results["cells"]):
+        raise MoetailorError("no row could be measured, why is said above; the same command tries them again")
 
 
 def _words(entries: list[str]) -> list[str]:

@@ -135,10 +135,10 @@ def _chosen(
     pairs = [(token, 0 if maps[n].shared else starts[n], starts[n], maps[n].rank) for n, token in gates]
     factors = [module.parts(f"linear_{name}") for name in ("in", "out")]
     if runs_compiled(hidden_TD) and pairs:
-        from moetailor.checkpoint.storage import whole  # numba takes half a second
+        from moetailor.checkpoint.storage import plain_products  # numba takes half a second
 
-        if whole.takes_factors(factors, out_TD):
-            whole.add_maps(factors, hidden_TD, pairs, gates.values(), out_TD)
+        if plain_products.takes_factors(factors, out_TD):
+            plain_products.add_maps(factors, hidden_TD, pairs, gates.values(), out_TD)
             return out_TD
 
     def rows(name: str, start: int, rank: int) -> torch.Tensor:

@@ -114,10 +114,10 @@ def grouped(
         bias_EO: biases.
         transposed: how the matrices lie.
     """
-    if not transposed and runs_whole(x_PI, weight_EOI):
-        from moetailor.checkpoint.storage import whole
+    if not transposed and runs_plain(x_PI, weight_EOI):
+        from moetailor.checkpoint.storage import plain_products
 
-        given_PO = whole.product(x_PI, weight_EOI, expert_P).to(x_PI)
+        given_PO = plain_products.product(x_PI, weight_EOI, expert_P).to(x_PI)
         return given_PO if bias_EO is None else given_PO + bias_EO[expert_P]
     if in_tiles(x_PI) and len(x_PI) > FEW_PAIRS and not transposed:
         counts = torch.bincount(expert_P, minlength=len(weight_EOI)).tolist()
@@ -132,13 +132,13 @@ def grouped(
     return _grouped_linear(x_PI, weight_EOI, ends, bias, is_transposed=transposed)
 
 
-def runs_whole(x_PI: torch.Tensor, weight_EOI: torch.Tensor) -> bool:
+def runs_plain(x_PI: torch.Tensor, weight_EOI: torch.Tensor) -> bool:
     """Return whether a few inputs meet matrices in loops that read these faster than torch does."""
     if len(x_PI) > FEW_ROWS or x_PI.dtype not in (torch.bfloat16, torch.float32) or not runs_compiled(x_PI):
         return False
-    from moetailor.checkpoint.storage import whole  # numba takes half a second
+    from moetailor.checkpoint.storage import plain_products  # numba takes half a second
 
-    return whole.takes(x_PI, weight_EOI)
+    return plain_products.takes(x_PI, weight_EOI)
 
 
 def weighted_rows(table_ND: torch.Tensor, number_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:

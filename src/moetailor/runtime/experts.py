@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from moetailor.answers import Call, SlotMap
-from moetailor.answers.products import Pairs, grouped, joined_gates, runs_whole
+from moetailor.answers.products import Pairs, grouped, joined_gates, runs_plain
 from moetailor.checkpoint.devices import runs_kernels
 from moetailor.checkpoint.experts import Experts
 from moetailor.checkpoint.files import DTYPE_NAMES, DTYPES
@@ -77,7 +77,7 @@ class CompressedExperts(nn.Module):
         """Return what rows of the pool give pairs, gates included, [P, D]."""
         experts = Experts(self)
         both = (getattr(self, name) for name in (experts.first, "down_proj"))
-        if experts.transposed or not all(runs_whole(hidden_PD, each) for each in both):
+        if experts.transposed or not all(runs_plain(hidden_PD, each) for each in both):
             return self.rows(hidden_PD, pairs.number[:, None], pairs.gate)
 
         def given(name: str, inputs: torch.Tensor) -> torch.Tensor:

@@ -95,7 +95,7 @@ def products(bits: int, numbers: int, parts: int = 1) -> Any:
 
     Args:
         bits: of a code.
-        numbers: that it stands for in a table, or how it is told: `INTEGERS`, `FLOATS`, `BYTES`, `WHOLE`.
+        numbers: that it stands for in a table, or how it is told: `INTEGERS`, `FLOATS`, `BYTES`, `PLAIN`.
         parts: of bfloat16 that an input is made of.
     """
     told_as, half = order(numbers), np.float32(1 << bits - 1)

@@ -23,8 +23,8 @@ from moetailor.checkpoint.storage.vectors import (
     INTEGERS,
     LANES,
     OCTET,
+    PLAIN,
     SIXTEEN,
-    WHOLE,
     WORD,
     called,
     codes_of,
@@ -65,7 +65,7 @@ def order(numbers: int) -> np.ndarray:
 
 def each_of_bytes(numbers: int) -> int:
     """Return how many weights a code stands for that is looked up byte by byte; none for others."""
-    return max(numbers - BYTES, 0) if numbers < WHOLE else 0
+    return max(numbers - BYTES, 0) if numbers < PLAIN else 0
 
 
 def _all(number: int) -> ir.Constant:
@@ -135,7 +135,7 @@ def _units(
 ) -> list[tuple[Any, int]]:
     """Return vectors of what the weights from one on are before scales, and which vector of inputs each is to meet."""
     array, at, numbers = given
-    if each == WHOLE:
+    if each == PLAIN:
         return [(read(context, builder, row, array, builder.mul(at, at.type(2)), of(HALF, DEPTH)), 0)]
     many = each_of_bytes(each)
     first = divided(builder, at, many or max(each, 1))

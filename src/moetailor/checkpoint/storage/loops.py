@@ -154,7 +154,7 @@ def weights(bits: int, numbers: int) -> Any:
 
 @cache
 def maps(bits: int, numbers: int) -> Any:
-    """Return the loop that adds what products of two thin factors give; see `products`, and `WHOLE`."""
+    """Return the loop that adds what products of two thin factors give; see `products`, and `PLAIN`."""
     none = np.float32(0)
 
     def mapped(inner, inner_scale, outer, outer_scale, table, x, pairs, gate, out):

@@ -17,7 +17,7 @@ from numba.extending import intrinsic, models, register_model
 
 # Weights of a vector; codes that are numbers themselves: integers less half of all of them, floats of 8 bits, e4m3, and
 # those of 16 or 32, which are no codes: bfloat16 and float32.
-LANES, INTEGERS, FLOATS, WHOLE = 16, 0, -1, -2
+LANES, INTEGERS, FLOATS, PLAIN = 16, 0, -1, -2
 # Which instructions these are: numba takes what it has kept of a loop as long as that loop's own file is as old.
 FILES = [Path(__file__).with_name(f"{name}.py") for name in ("vectors", "halves", "tiles", "loops")]
 STAMP = f"{crc32(b''.join(file.read_bytes() for file in FILES)):08x}"
@@ -134,7 +134,7 @@ def told(_typing: Any, bits: Any, numbers: Any, row: Any, table: Any, at: Any) -
     def made(context: Any, builder: Any, _signature: Any, given: Any) -> Any:
         at, count = given[4], LANES // max(each, 1)
         start = builder.mul(builder.udiv(at, at.type(LANES)), at.type(count * width // 8))
-        if each == WHOLE:
+        if each == PLAIN:
             found = read(context, builder, row, given[2], start, of(FLOAT if width == 32 else HALF))
             return found if width == 32 else _widened(builder, found)
         if each == FLOATS:

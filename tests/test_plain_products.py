@@ -8,7 +8,7 @@ from torch import nn
 
 from moetailor.answers import Constant, Keep, Linear, Remap, Width, products
 from moetailor.checkpoint.anatomy import discover
-from moetailor.checkpoint.storage import compiled, find_storage, halves, whole
+from moetailor.checkpoint.storage import compiled, find_storage, halves, plain_products
 from moetailor.planning.layer_plan import LayerPlan
 from moetailor.runtime import experts as runtime
 from moetailor.runtime.reshape import LayerChange, reshape_model
@@ -30,7 +30,7 @@ def test_products_with_matrices_as_they_are(
     number = torch.arange(9) * len(weight) // 9
     monkeypatch.setattr(compiled, "SHARE", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    found = whole.product(x, weight, number)
+    found = plain_products.product(x, weight, number)
     each = weight.double()[number]
     expected, sizes = (
         torch.einsum("pi,poi->po", *both) for both in ((x.double(), each), (x.double().abs(), each.abs()))
@@ -42,24 +42,24 @@ def test_products_with_matrices_as_they_are(
 @PAIRS
 def test_what_matrices_are_taken() -> None:
     x, weight = torch.zeros(2, 64).bfloat16(), torch.zeros(3, 8, 64).bfloat16()
-    assert whole.takes(x, weight)
-    assert not whole.takes(x.float(), weight)
-    assert not whole.takes(x, weight.float())
-    assert not whole.takes(x.half(), weight.half())
-    assert whole.takes(x.float(), weight.float())
+    assert plain_products.takes(x, weight)
+    assert not plain_products.takes(x.float(), weight)
+    assert not plain_products.takes(x, weight.float())
+    assert not plain_products.takes(x.half(), weight.half())
+    assert plain_products.takes(x.float(), weight.float())
     narrow = torch.zeros(2, 48), torch.zeros(3, 8, 48)
-    assert whole.takes(*narrow)
-    assert not whole.takes(*(each.bfloat16() for each in narrow))
-    assert not whole.takes(torch.zeros(2, 40), torch.zeros(3, 8, 40))
-    assert not whole.takes(x, torch.zeros(3, 64, 8).bfloat16().transpose(1, 2))
-    assert not whole.takes(x, weight.to("meta"))
+    assert plain_products.takes(*narrow)
+    assert not plain_products.takes(*(each.bfloat16() for each in narrow))
+    assert not plain_products.takes(torch.zeros(2, 40), torch.zeros(3, 8, 40))
+    assert not plain_products.takes(x, torch.zeros(3, 64, 8).bfloat16().transpose(1, 2))
+    assert not plain_products.takes(x, weight.to("meta"))
     trained = nn.Parameter(weight)
-    assert not whole.takes(x, trained)
+    assert not plain_products.takes(x, trained)
     with torch.no_grad():
-        assert whole.takes(x, trained)
-    assert products.runs_whole(x, weight)
-    assert not products.runs_whole(x.requires_grad_(), weight)
-    assert not products.runs_whole(torch.zeros(17, 64).bfloat16(), weight)
+        assert plain_products.takes(x, trained)
+    assert products.runs_plain(x, weight)
+    assert not products.runs_plain(x.requires_grad_(), weight)
+    assert not products.runs_plain(torch.zeros(17, 64).bfloat16(), weight)
 
 
 @pytest.mark.parametrize("scale", [torch.bfloat16, torch.float32])
@@ -81,8 +81,8 @@ def test_maps_are_added_by_their_rows(name: str, scale: torch.dtype) -> None:
     expected = out.double()
     for (token, first, last, rank), gate in zip(pairs, gates, strict=True):
         expected[token] += gate * (x[token].double() @ inner[first : first + rank].T) @ outer[last : last + rank]
-    assert whole.takes_factors(factors, out)
-    whole.add_maps(factors, x, pairs, gates, out)
+    assert plain_products.takes_factors(factors, out)
+    plain_products.add_maps(factors, x, pairs, gates, out)
     # What codes stand for is rounded to the scale's dtype when it is a number, and not here.
     apart = 2.0**-7 if name != "plain" and scale == torch.bfloat16 else 1e-5
     torch.testing.assert_close(out.double(), expected, rtol=apart, atol=apart * float(expected.abs().max()))
@@ -91,22 +91,22 @@ def test_maps_are_added_by_their_rows(name: str, scale: torch.dtype) -> None:
 def test_what_factors_are_taken() -> None:
     factor, out = {"": torch.zeros(4, 32)}, torch.zeros(3, 32)
     codes = {"_packed": torch.zeros(4, 1, 8, dtype=torch.int32), "_scale": torch.zeros(4, 1, 1)}
-    assert whole.takes_factors([factor] * 2, out)
-    assert whole.takes_factors([codes] * 2, out)
-    assert not whole.takes_factors([factor] * 2, out.double())
-    assert not whole.takes_factors([factor] * 2, torch.zeros(32, 3).T)
-    assert not whole.takes_factors([{"": torch.zeros(4, 20)}] * 2, torch.zeros(1, 20))
+    assert plain_products.takes_factors([factor] * 2, out)
+    assert plain_products.takes_factors([codes] * 2, out)
+    assert not plain_products.takes_factors([factor] * 2, out.double())
+    assert not plain_products.takes_factors([factor] * 2, torch.zeros(32, 3).T)
+    assert not plain_products.takes_factors([{"": torch.zeros(4, 20)}] * 2, torch.zeros(1, 20))
     # Of another dtype, in groups, of fewer bits, turned, and where gradients go.
     groups = codes | {"_scale": torch.zeros(4, 1, 2)}
     four = codes | {"_packed": torch.zeros(4, 1, 4, dtype=torch.int32)}
     trained = nn.Parameter(torch.zeros(4, 32))
     for other in (torch.zeros(4, 32).bfloat16(), torch.zeros(4, 32).half(), torch.zeros(32, 4).T, trained):
-        assert not whole.takes_factors([factor, {"": other}], out)
-        assert not whole.takes_factors([{"": other}, factor], out)
+        assert not plain_products.takes_factors([factor, {"": other}], out)
+        assert not plain_products.takes_factors([{"": other}, factor], out)
     for other in (groups, four, factor):
-        assert not whole.takes_factors([codes, other], out)
-    assert not whole.takes_factors([groups] * 2, out)
-    assert not whole.takes_factors([four] * 2, out)
+        assert not plain_products.takes_factors([codes, other], out)
+    assert not plain_products.takes_factors([groups] * 2, out)
+    assert not plain_products.takes_factors([four] * 2, out)
 
 
 MAPS = {
@@ -127,14 +127,14 @@ def _few_and_many(module: nn.Module, x: torch.Tensor, chosen: torch.Tensor, gate
 def test_few_tokens_choose_maps(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module, generator = layer(MAPS[name], {}), torch.Generator().manual_seed(0)
     x, gates = torch.randn(3, 32, generator=generator), torch.rand(3, 2, generator=generator)
-    add_maps = Mock(side_effect=whole.add_maps)
-    monkeypatch.setattr(whole, "add_maps", add_maps)
+    add_maps = Mock(side_effect=plain_products.add_maps)
+    monkeypatch.setattr(plain_products, "add_maps", add_maps)
     if way == "float16":
         module, x, gates = (each.half() for each in (module, x, gates))
     elif way == "in columns":
         x = x.T.contiguous().T
     elif way == "by torch":
-        monkeypatch.setattr(whole, "takes_factors", lambda *_: False)
+        monkeypatch.setattr(plain_products, "takes_factors", lambda *_: False)
     few, many = _few_and_many(module, x, CHOSEN, gates)
     assert add_maps.called == (way == "as it is")
     torch.testing.assert_close(
@@ -228,8 +228,8 @@ def test_few_tokens_meet_kept_experts_as_their_family_does(name: str, monkeypatc
     with torch.no_grad():
         expected = module(x, chosen, gates)
         for place in (products, runtime):
-            monkeypatch.setattr(place, "runs_whole", lambda *_: True)
-        monkeypatch.setattr(whole, "product", product)
+            monkeypatch.setattr(place, "runs_plain", lambda *_: True)
+        monkeypatch.setattr(plain_products, "product", product)
         torch.testing.assert_close(module(x, chosen, gates), expected, rtol=1e-5, atol=1e-5)
     assert product.called != bool(getattr(module, "is_transposed", False))
 
@@ -248,12 +248,12 @@ def test_kept_experts_are_read_by_loops(dtype: torch.dtype, monkeypatch: pytest.
         getattr(module, name).data.copy_(torch.randn(getattr(module, name).shape, generator=generator) / 4)
     x, gates = torch.randn(2, 32, generator=generator).to(dtype), torch.rand(2, 3, generator=generator).to(dtype)
     chosen = torch.tensor([[0, 6, 3], [7, 0, 5]])
-    product = Mock(side_effect=whole.product)
-    monkeypatch.setattr(whole, "product", product)
+    product = Mock(side_effect=plain_products.product)
+    monkeypatch.setattr(plain_products, "product", product)
     with torch.no_grad():
         found = module(x, chosen, gates)
         assert product.call_count == 2
-        monkeypatch.setattr(runtime, "runs_whole", lambda *_: False)
+        monkeypatch.setattr(runtime, "runs_plain", lambda *_: False)
         torch.testing.assert_close(found, module(x, chosen, gates), rtol=2**-6, atol=2**-6)
         assert product.call_count == 2
     # Gradients go another way.

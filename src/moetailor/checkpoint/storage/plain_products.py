@@ -21,7 +21,7 @@ from moetailor.checkpoint.storage.compiled import (
     in_threads,
     scales,
 )
-from moetailor.checkpoint.storage.vectors import INTEGERS, LANES, WHOLE
+from moetailor.checkpoint.storage.vectors import INTEGERS, LANES, PLAIN
 
 NO_SCALES = NO_WEIGHTS.reshape(0, 0, 0)
 
@@ -43,9 +43,9 @@ def product(x_PI: torch.Tensor, weight_nOI: torch.Tensor, number_P: torch.Tensor
     """
     inputs, out = x_PI.shape[1], np.empty((len(x_PI), weight_nOI.shape[1]), np.float32)
     if weight_nOI.dtype == torch.bfloat16:
-        run, table, x = half_loops.products(16, WHOLE), NO_WEIGHTS, halved(x_PI)
+        run, table, x = half_loops.products(16, PLAIN), NO_WEIGHTS, halved(x_PI)
     else:
-        run, table, x = loops.products(32, WHOLE), NO_TABLE, x_PI.contiguous().numpy()
+        run, table, x = loops.products(32, PLAIN), NO_TABLE, x_PI.contiguous().numpy()
     codes = (in_one_piece(weight_nOI.detach().view(torch.uint8)), table, NO_SCALES, NO_ZEROS, inputs)
     in_threads(run, (*codes, x, number_P.numpy(), inputs, out), x_PI.numel(), (0, out.shape[1]))
     return torch.from_numpy(out)
@@ -84,7 +84,7 @@ def add_maps(
     for parts in factors:
         rows, scale = next(iter(parts.values())).detach(), parts.get("_scale")
         if scale is None:
-            bits, numbers = 8 * rows.itemsize, WHOLE
+            bits, numbers = 8 * rows.itemsize, PLAIN
         given += [in_one_piece(rows.flatten(1).view(torch.uint8)), NO_SCALES if scale is None else scales(scale)]
     inputs, weights = x_TD.float().contiguous().numpy(), np.array([*gates], np.float32)
     loops.maps(bits, numbers)(*given, NO_TABLE, inputs, np.array(pairs), weights, out_TD.numpy())
