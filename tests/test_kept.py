@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import multiprocessing
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +16,8 @@ import torch
 
 import moetailor
 from moetailor.calibration import kept
+from moetailor.checkpoint.lock import claimed
+from moetailor.errors import UnwritableError
 from moetailor.methods import mix_bits
 
 GetCalibration = Callable[[str], moetailor.Calibration]
@@ -125,10 +130,53 @@ def test_what_is_damaged_or_of_another_calibration_is_refused(measured: moetailo
 
 def test_a_folder_that_cannot_be_written_will_do(measured: moetailor.Calibration) -> None:
     (measured.folder / kept.FOLDER).write_text("no folder")
-    with pytest.warns(moetailor.MoetailorWarning, match="measured: cannot be written, so what"):
+    with pytest.warns(moetailor.MoetailorWarning, match=r"measured: cannot be written \(File exists\), so what"):
         found = planned(measured)
     (measured.folder / kept.FOLDER).unlink()
     assert planned(measured) == found
+
+
+def test_a_full_disk_stops_a_plan_that_could_not_be_written_either(
+    measured: moetailor.Calibration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(file: Path, _: object) -> None:
+        raise UnwritableError(file, OSError(errno.ENOSPC, "No space left on device"))
+
+    monkeypatch.setattr(kept, "write_tensors", full)
+    with pytest.raises(UnwritableError, match=r"No space left on device.*; make room and run the same command again"):
+        planned(measured)
+
+
+def test_what_two_runs_measure_is_kept_together(measured: moetailor.Calibration) -> None:
+    ours, theirs = (kept.Kept(measured, measured.layers[0]) for _ in range(2))
+    none = torch.full((4, 2), torch.nan, dtype=torch.float64)
+    first, second = none.clone(), none.clone()
+    first[:2], second[1:3] = 1.0, 2.0
+    ours.write({}, first)
+    together = theirs.write({}, second)
+    assert together[:3].tolist() == [[1, 1], [2, 2], [2, 2]]
+    assert bool(together[3].isnan().all())
+    torch.testing.assert_close(ours.read({}), together, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_run_waits_while_another_one_writes(measured: moetailor.Calibration) -> None:
+    def hold() -> None:
+        with claimed(file):
+            held.set()
+            time.sleep(0.3)
+
+    rows, held = torch.ones(4, 2, dtype=torch.float64), multiprocessing.Event()
+    here = kept.Kept(measured, measured.layers[0])
+    here.write({}, rows)
+    (file,) = (measured.folder / kept.FOLDER).iterdir()
+    other = multiprocessing.get_context("fork").Process(target=hold)
+    other.start()
+    assert held.wait(10)
+    began = time.monotonic()
+    here.write({}, 2 * rows)
+    assert time.monotonic() - began > 0.2
+    other.join()
+    assert torch.equal(here.read({}), 2 * rows)
 
 
 def test_progress_goes_by_experts(measured: moetailor.Calibration) -> None:

@@ -541,6 +541,13 @@ def test_folders_of_others_stay_where_there_is_scratch_room(tmp_path: Path) -> N
     assert sorted(os.listdir(tmp_path)) == ["moetailor-datasets", "moetailor-research"]
 
 
+def test_scratch_that_a_kill_left_is_nobody_elses(tmp_path: Path) -> None:
+    """A folder that is filled by a run, named as its own scratch folder, too, takes the same run again."""
+    for name in ("moetailor-scratch-abcd1234", ".moetailor", ".new.moetailor", "mine", "moetailor-scratch-mine"):
+        (tmp_path / name).mkdir()
+    assert entries(tmp_path) == ["mine", "moetailor-scratch-mine"]
+
+
 def test_scratch_killed_at_any_step_is_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 

@@ -172,6 +172,13 @@ def test_sequences_are_from_everywhere_in_the_text() -> None:
         assert all(len(part) == 1 for batch in sequences for part in (batch.input_ids, batch.document, batch.domain))
 
 
+def test_how_many_sequences_does_not_hang_on_the_first_of_them() -> None:
+    """100 of 1,010 tokens are a tenth of the sequences, whichever comes first."""
+    short, long = moetailor.Batch.of(torch.ones(10, 1).long()), moetailor.Batch.of(torch.ones(10, 100).long())
+    for batches in ([short, long], [long, short]):
+        assert len(evenly_spaced_sequences(batches, 101)) == 2
+
+
 def test_a_finished_folder_takes_sensitivities_later(checkpoint: Get, tmp_path: Path) -> None:
     plain = moetailor.calibrate(checkpoint("olmoe"), tmp_path / "c", text=token_batches())
     assert plain.sensitivities() is None

@@ -6,6 +6,7 @@ import os
 import random
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -93,10 +94,10 @@ def test_masked_special_tokens_do_not_count(tmp_path: Path) -> None:
 def test_domains_are_numbered_as_they_come(tmp_path: Path) -> None:
     file = jsonl(
         tmp_path / "t.jsonl",
-        [{"text": "a", "domain": "code"}, {"text": "b"}, {"text": "c", "domain": "code"}, {"text": "d", "domain": 7}],
+        [{"text": "a", "domain": "code"}, {"text": "b"}, {"text": "c", "domain": "code"}, {"text": "d", "domain": 0}],
     )
     batches = read(file, length=8)
-    assert [batch.domains for batch in batches] == [("code", "", "7")]
+    assert [batch.domains for batch in batches] == [("code", "", "0")]
     assert batches[0].domain.tolist() == [[0, 0, 1, 1, 0, 0, 2, 2]]
 
 
@@ -540,6 +541,17 @@ def test_fingerprint_counts_and_notices_one_token() -> None:
     other = text_fingerprint([Batch.of(torch.tensor([[3, 4, 0]]), mask), Batch.of(torch.tensor([[5, 7]]))])
     assert same == found
     assert other["hash"] != found["hash"]
+
+
+def test_text_of_other_domains_is_another_text() -> None:
+    plain = Batch.of(torch.tensor([[3, 4, 5, 6]]))
+    code = replace(plain, domain=torch.tensor([[0, 0, 1, 1]]), domains=("code", "prose"))
+    numbered = replace(plain, domain=torch.tensor([[1, 1, 0, 0]]), domains=("prose", "code"))
+    moved = replace(code, domain=torch.tensor([[0, 0, 0, 1]]))
+    named = replace(code, domains=("code", "poems"))
+    found = [text_fingerprint([batch])["hash"] for batch in (plain, code, numbered, moved, named)]
+    assert found[1] == found[2]
+    assert len(set(found)) == 4
 
 
 # Text that cannot be used

@@ -77,16 +77,20 @@ def evenly_spaced_sequences(batches: Sequence[Batch], tokens: int) -> list[Batch
         tokens: how many tokens they have together, rounded to whole sequences; at least one sequence is returned.
     """
     rows = [(batch, row) for batch in batches for row in range(len(batch.input_ids))]
-    count = max(1, tokens // batches[0].input_ids.shape[1])
+    count = max(1, tokens * len(rows) // sum(batch.input_ids.numel() for batch in batches))
     return [batch.sequence(row) for batch, row in rows[:: math.ceil(len(rows) / count)]]
 
 
 def text_fingerprint(batches: Sequence[Batch]) -> dict:
-    """Say what text this is: its tokens in order, how many there are and how many count."""
+    """Say what text this is: its tokens in order and their domains, how many there are and how many count."""
     digest = hashlib.sha256()
     for batch in batches:
         for part in (batch.input_ids, batch.counted.long(), batch.position):
             digest.update(part.contiguous().numpy().tobytes())
+        # By their names: numbers are as batches were made.
+        for name, number in sorted(zip(batch.domains, range(len(batch.domains)), strict=True)):
+            if name:
+                digest.update(name.encode() + (batch.domain == number).numpy().tobytes())
     return {
         "hash": digest.hexdigest()[:32],
         "tokens": sum(batch.input_ids.numel() for batch in batches),

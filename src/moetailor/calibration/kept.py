@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,11 +20,12 @@ import torch
 from moetailor._version import __version__
 from moetailor.calibration.folder import Calibration, layer_file
 from moetailor.checkpoint.artifact import write_tensors
+from moetailor.checkpoint.lock import claimed
 from moetailor.checkpoint.tensors import digest, read_tensors
-from moetailor.errors import CalibrationError, MoetailorError, MoetailorWarning
+from moetailor.errors import FULL, CalibrationError, MoetailorError, MoetailorWarning
 
 # To be raised when methods measure otherwise: what lies in folders is then measured again.
-FOLDER, VERSION = "measured", 2
+FOLDER, VERSION = "measured", 3
 
 
 @dataclass(frozen=True)
@@ -55,17 +57,33 @@ class Kept:
             raise CalibrationError(f"{file}: is damaged, or of another calibration; {cure}")
         return found["rows"]
 
-    def write(self, what: Mapping[str, Any], rows: torch.Tensor) -> None:
-        """Write rows; where that cannot be done, as in a folder that is only there to be read, warn and go on."""
+    def write(self, what: Mapping[str, Any], rows: torch.Tensor) -> torch.Tensor:
+        """Write rows, and return them with those that another run has measured meanwhile.
+
+        Where they cannot be written, as in a folder that is only there to be read, it warns and goes on.
+
+        Args:
+            what: as in `read`.
+            rows: as `read` returns them.
+
+        Raises:
+            MoetailorError: the disk is full. What was written before is there for the next run.
+        """
         file = self._file(what)
         try:
             file.parent.mkdir(exist_ok=True)
-            write_tensors(file, {"rows": rows, "seal": self._seal(rows, what)})
-        except (MoetailorError, OSError):
-            told = (
-                "cannot be written, so what is measured of experts is not kept, and a plan that is stopped begins anew"
-            )
-            warnings.warn(f"{file.parent}: {told}", MoetailorWarning, stacklevel=3)
+            with claimed(file, wait=True):
+                if (there := self.read(what)) is not None:
+                    rows = torch.where(rows.isnan(), there, rows)
+                write_tensors(file, {"rows": rows, "seal": self._seal(rows, what)})
+        except (MoetailorError, OSError) as error:
+            number = getattr(error, "errno", None)
+            if number in FULL:
+                raise
+            why = os.strerror(number) if number else str(error)
+            told = "so what is measured of experts is not kept, and a plan that is stopped begins anew"
+            warnings.warn(f"{file.parent}: cannot be written ({why}), {told}", MoetailorWarning, stacklevel=3)
+        return rows
 
     def _file(self, what: Mapping[str, Any]) -> Path:
         name = f"layer-{self.layer:04d}-{hashlib.sha256(self._key(what)).hexdigest()[:12]}.safetensors"

@@ -79,7 +79,8 @@ def documents(
         with expected(row.where):
             spans = _spans(row.fields, tokenizer, training)
             key = document_key("".join(span.content for span in spans if isinstance(span.content, str)))
-        yield Document(spans, key, str(row.fields.get("domain") or ""))
+        domain = row.fields.get("domain")
+        yield Document(spans, key, "" if domain is None else str(domain))
 
 
 class Encoder:

@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from moetailor.errors import MoetailorError, UnwritableError
@@ -30,6 +31,7 @@ LOCK, MARK = "lock", "moetailor-lock"
 GROWING = ".moetailor"
 # No name of anybody else, as those that a kill left empty are deleted, too.
 SCRATCH = "moetailor-scratch-"
+SCRATCHES = f"{SCRATCH}????????"
 # What is to be replaced, until the new result is in its place.
 OLD = "old"
 # The work folders that this run holds, with its process: what a verb holds is held for the stages in it too.
@@ -37,7 +39,7 @@ _held: ContextVar[frozenset[tuple[int, Path]]] = ContextVar("held", default=froz
 
 
 @contextmanager
-def claimed(out: Path) -> Iterator[Path]:
+def claimed(out: Path, *, wait: bool = False) -> Iterator[Path]:
     """Hold the place of a file or folder that appears when it is complete.
 
     Gives an empty folder beside it, on the same disk, which goes at the end. What a killed run left there is put back
@@ -45,6 +47,7 @@ def claimed(out: Path) -> Iterator[Path]:
 
     Args:
         out: the place; its parent exists.
+        wait: wait for another run that holds it, where runs do so for a moment only.
 
     Raises:
         MoetailorError: another run holds it, or it cannot be written.
@@ -53,7 +56,7 @@ def claimed(out: Path) -> Iterator[Path]:
     if _is_held(work):
         yield work
         return
-    with _locked(work, out):
+    with _locked(work, out, wait):
         place = work.parent / out.name  # absolute: the working directory may be what is replaced
         _put_back(work, place)
         _clear(work)
@@ -99,7 +102,7 @@ def scratch(place: Path | None = None) -> Iterator[Path]:
         MoetailorError: it cannot be written.
     """
     place = Path(tempfile.gettempdir()) if place is None else place
-    for left in place.glob(f"{SCRATCH}????????"):
+    for left in place.glob(SCRATCHES):
         _sweep(left)
     try:
         place.mkdir(parents=True, exist_ok=True)
@@ -142,17 +145,18 @@ def work_folder(out: Path) -> Path:
 
 def entries(folder: Path) -> list[str]:
     """Return the names in a folder, without those of our work folders."""
+    ours = (".*.moetailor", GROWING, SCRATCHES)
     names = (path.name for path in folder.iterdir())
-    return sorted(name for name in names if not (name.startswith(".") and name.endswith(".moetailor")))
+    return sorted(name for name in names if not any(fnmatchcase(name, pattern) for pattern in ours))
 
 
 @contextmanager
-def _locked(work: Path, place: Path) -> Iterator[None]:
+def _locked(work: Path, place: Path, wait: bool = False) -> Iterator[None]:
     """Hold a work folder; it is made, and goes at the end where nothing but the lock is in it."""
     if _is_held(work):
         yield
         return
-    handle = _take(work, place)
+    handle = _take(work, place, wait)
     token = _held.set(_held.get() | {(os.getpid(), work)})
     try:
         yield
@@ -166,7 +170,7 @@ def _is_held(work: Path) -> bool:
     return (os.getpid(), work) in _held.get()
 
 
-def _take(work: Path, place: Path) -> int:
+def _take(work: Path, place: Path, wait: bool) -> int:
     """Return the lock of a work folder, open and held."""
     while True:
         try:
@@ -184,7 +188,7 @@ def _take(work: Path, place: Path) -> int:
             _leave(work)
             raise UnwritableError(place, error) from None
         try:
-            if _hold(handle, work, place):
+            if _hold(handle, work, place, wait):
                 return handle
         except BaseException:
             os.close(handle)
@@ -192,12 +196,12 @@ def _take(work: Path, place: Path) -> int:
         os.close(handle)
 
 
-def _hold(handle: int, work: Path, place: Path) -> bool:
+def _hold(handle: int, work: Path, place: Path, wait: bool) -> bool:
     """Lock a file and say in it who holds it; returns False where that must be tried again."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        if (who := _holder(work)) is None:
+        if wait or (who := _holder(work)) is None:
             time.sleep(0.001)  # it is just coming, or going
             return False
         raise MoetailorError(f"{place}: {who} is writing there; wait for it, or name another place") from None

@@ -133,7 +133,7 @@ class LayerView:
                     rows = torch.full((self.num_experts, measured.shape[1]), torch.nan, dtype=torch.float64)
                 rows[missing] = measured
                 if self.kept is not None:
-                    self.kept.write(what, rows)
+                    rows = self.kept.write(what, rows)
             if self.advance is not None:
                 self.advance(len(some), bool(missing))
         assert rows is not None  # a layer has experts
