@@ -18,7 +18,7 @@ from moetailor.checkpoint.files import open_checkpoint
 from moetailor.checkpoint.quiet import quiet_transformers
 from moetailor.runtime.quantizer import MoetailorConfig, MoetailorQuantizer
 from support.families import tiny_model
-from support.tiny import load, logits, mixed_plan, token_batches
+from support.tiny import load, logits, mixed_plan, stops_transformers_alone, token_batches
 
 Get = Callable[[str], Path]
 GetCalibration = Callable[[str], moetailor.Calibration]
@@ -41,6 +41,17 @@ def test_a_copy_gives_the_same(result: Path, other: Callable[[nn.Module], nn.Mod
     again = other(model)
     assert again.model.layers[1].mlp.experts.slots == model.model.layers[1].mlp.experts.slots
     assert torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_saved_again_it_is_not_run_without_moetailor(implementation: str, result: Path, tmp_path: Path) -> None:
+    """Transformers alone would warn, and go on with experts of random numbers."""
+    with quiet_transformers():
+        model = AutoModelForCausalLM.from_pretrained(result, experts_implementation=implementation)
+        model.save_pretrained(tmp_path / "again")
+    assert model.config._experts_implementation == implementation
+    assert stops_transformers_alone(tmp_path / "again")
+    assert torch.equal(logits(load(tmp_path / "again")), logits(load(result)))
 
 
 def test_no_process_has_a_part_of_experts(result: Path) -> None:

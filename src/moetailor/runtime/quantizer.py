@@ -19,7 +19,7 @@ from moetailor.answers import SlotMap
 from moetailor.answers.slot_map import CURE
 from moetailor.checkpoint.anatomy import Anatomy, discover
 from moetailor.checkpoint.coded import described_ways, ways_in
-from moetailor.checkpoint.config import original_config, unmarked
+from moetailor.checkpoint.config import IMPLEMENTATION, original_config, unmarked
 from moetailor.checkpoint.family import QUANT_METHOD
 from moetailor.checkpoint.storage import Quantized
 from moetailor.errors import CheckpointError
@@ -82,6 +82,8 @@ class MoetailorQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         reshape_loaded(model, self.quantization_config.slot_maps())
+        # However it is told to run here: saved again, it must not be run without moetailor.
+        setattr(model.config, IMPLEMENTATION, QUANT_METHOD)
         if self.quantization_config.source:
             # Each parameter that may lie as codes, with the parts that transformers must gather for it.
             self.serialized_names = described_ways(self.ways)
