@@ -458,7 +458,7 @@ def test_would_4_bits_do() -> None:
         "Would 4 bits do? They lose 0.002 nats a token at 44% of the bytes; auto loses 0.0006 at 40%. Bits alone stay "
         "under 0.001 down to 49% of the bytes (5 bits: 0.0006). Least is lost at 40% by auto: 0.0006 (3 bits: 0.008), "
         "at 35% by auto: 0.0037 (2 bits: 0.04), at 30% by auto: 0.05 (no bits alone are so small). Nothing stays "
-        "under 0.1 at 25%, 20%."
+        "under 0.1 at 25%. No row was measured at 20%."
     )
     # An interval that reaches .001 is not under it; one that reaches another's does not lose less.
     close = [bits(4, 0.00095, 44), bits(3, 0.008, 39), row(0.0007, 40), row(0.0078, 39)]

@@ -24,6 +24,7 @@ from moetailor.answers import Constant, Drop, Fitted, LowRank, Narrow, Width
 from moetailor.checkpoint.devices import give_back
 from moetailor.checkpoint.experts import ExpertShape
 from moetailor.checkpoint.original import looked_at
+from moetailor.checkpoint.place import check_file
 from moetailor.checkpoint.rates import Rates, peak_nbytes, resident_now
 from moetailor.estimates.compiling import kinds_of
 from moetailor.estimates.deciding import Sampled
@@ -301,6 +302,7 @@ def test_every_verb_foretells_and_writes_nothing(run, made: moetailor.Calibratio
 def test_what_is_refused_is_refused_by_dry_runs(run, made: moetailor.Calibration, tmp_path: Path) -> None:
     calib, plan, out = made.folder, tmp_path / "plan.json", tmp_path / "out"
     assert run("plan", calib, "-o", plan, "--method", "mone", "--remove", "25%")[0] == 0
+    native = ["plan", calib, "-o", out, "--method", "auto", "--native", "--remove", "50%"]
     for words, why in (
         (["calibrate", tmp_path / "no", "-o", out, *TEXT], "no: no such folder"),
         (
@@ -313,10 +315,19 @@ def test_what_is_refused_is_refused_by_dry_runs(run, made: moetailor.Calibration
         (["apply", REFERENCE, plan, "-o", REFERENCE, "--calibration", calib], "is the original itself"),
         (["evaluate", REFERENCE, "--against", tmp_path, *HELD_OUT], "no config.json"),
         (["compare", REFERENCE, "-o", out, "--held-out", plan], "give either calibration text"),
+        ([*native, "--bits", "4"], "format native holds experts as they lie"),
+        ([*native, "--allocation", "error"], "--allocation: refit here decides itself"),
+        ([*native, "--layers", "0"], "format native"),
+        (["fit", REFERENCE, "--memory", "2GB", "--choice", "1", "-o", made.folder, "--data", plan], "choose another"),
     ):
         code, _, err = run(*words, "--dry-run")
         assert code == 1
         assert why in err
+        if words[:8] == native:  # and before anything is planned
+            code, _, err = run(*words)
+            assert code == 1
+            assert why in err
+            assert "0%" not in err
 
 
 def test_an_evaluation_gives_its_estimate_as_json(run, tmp_path: Path) -> None:
@@ -327,15 +338,77 @@ def test_an_evaluation_gives_its_estimate_as_json(run, tmp_path: Path) -> None:
     # the hidden states of 2 x 64 tokens
     assert (found["verb"], found["reads"], found["meanwhile"]) == ("evaluate", 2 * 18536832, 2 * 64 * 192 * 4)
     assert found["seconds"] > 0
+    # The command that it advises may write its scores there.
+    assert "next: the same command without --dry-run" in err
+    assert "nothing was made" not in err
+    check_file(file, "scores")
 
 
-def test_what_an_apply_writes_is_foretold(run, made: moetailor.Calibration, tmp_path: Path) -> None:
-    plan, out, calib = tmp_path / "plan.json", tmp_path / "out", made.folder
-    assert run("plan", calib, "-o", plan, "--method", "quantize", "--remove", "0%", "--layers", "0,2")[0] == 0
-    words = ["apply", REFERENCE, plan, "-o", out, "--calibration", calib]
-    told = run(*words, "--dry-run")[2].splitlines()[2].partition("writes ")[2].split()
+def read_by(run: Callable, *words: object) -> float:
+    """Return the megabytes that a dry run says will be read."""
+    code, _, err = run(*words, "--dry-run")
+    assert code == 0, err
+    (line,) = (line for line in err.splitlines() if line.startswith("disk:   reads "))
+    return float(line.split()[2])
+
+
+def test_a_dry_run_counts_what_is_not_recorded_yet(run, tmp_path: Path) -> None:
+    """Sensitivities are another pass over the original, 18.54 MB, for an allocation too; what is there is not made."""
+    small = [REFERENCE, "-o", tmp_path / "out", *TEXT, "--method", "random", "--remove", "25%"]
+    uniform, by_error = (read_by(run, "compress", *small, "--allocation", rule) for rule in ("uniform", "error"))
+    assert by_error - uniform == pytest.approx(18.54, abs=0.1)
+    assert run("calibrate", REFERENCE, "-o", tmp_path / "out.calibration", *TEXT)[0] == 0
+    assert uniform - read_by(run, "compress", *small) == pytest.approx(18.54, abs=0.1)
+    assert by_error - read_by(run, "compress", *small, "--allocation", "error") == pytest.approx(18.54, abs=0.1)
+
+
+def test_a_row_that_will_be_refused_is_said(run, made: moetailor.Calibration, tmp_path: Path) -> None:
+    words = ["compare", REFERENCE, "-o", tmp_path / "out", "--held-out", REFERENCE / "heldout.jsonl"]
+    words += ["--calibration", made.folder, "--length", "256", "--methods", "reap,quantize@4,reap@4"]
+    code, _, err = run(*words, "--sizes", "50%,25%", "--dry-run")
+    assert code == 0, err
+    # With 4 of 32 experts: 18,536,832 - 4 x 28 x (3 x 192 x 96 + 192) x 2
+    assert "reap (size 25%): takes at least 6,107,520 bytes, 32.9% of the original's" in " ".join(err.split())
+    assert "reap + 4 bits (size 50%): with every expert in 4 bits it takes" in " ".join(err.split())
+
+
+@pytest.mark.parametrize(
+    ("form", "method"),
+    [
+        ("moetailor", ["quantize", "--remove", "0%", "--layers", "0,2"]),
+        ("expanded", ["quantize", "--remove", "0%", "--layers", "0,2"]),
+        ("expanded", ["reap", "--remove", "50%", "--bits", "4"]),
+        ("native", ["camera", "--remove", "50%"]),
+        ("native", ["reap", "--remove", "50%"]),
+    ],
+    ids=lambda words: "-".join(words[:1]) if isinstance(words, list) else words,
+)
+def test_what_an_apply_writes_is_foretold(
+    form: str, method: list[str], run, made: moetailor.Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, out, calib = tmp_path / "plan.json", tmp_path / "place" / "out", made.folder
+    out.parent.mkdir()
+    assert run("plan", calib, "-o", plan, "--method", *method)[0] == 0
+    words = ["apply", REFERENCE, plan, "-o", out, "--calibration", calib, "--format", form]
+    (line,) = (line for line in run(*words, "--dry-run")[2].splitlines() if line.startswith("disk:"))
+    _, told, *more = line.removesuffix(" more on the way").split(", ")
+    writes, meanwhile = (float(words.split()[-2]) * 1e6 for words in (told, *more, "0 MB")[:2])
+    most = 0
+
+    def before(delete: Callable) -> Callable:
+        def look(*given: object, **options: object) -> object:
+            nonlocal most
+            most = max(most, size_of(out.parent))
+            return delete(*given, **options)
+
+        return look
+
+    monkeypatch.setattr(Path, "unlink", before(Path.unlink))
+    monkeypatch.setattr(shutil, "rmtree", before(shutil.rmtree))
     assert run(*words)[0] == 0
-    assert float(told[0]) * 1e6 == pytest.approx(size_of(out), rel=0.02)
+    assert writes == pytest.approx(size_of(out), rel=0.02)
+    # Small files are written once most of what was on the way is gone.
+    assert writes + meanwhile == pytest.approx(max(most, size_of(out)), rel=0.03)
 
 
 def test_what_is_measured_already_is_not_counted(run, made: moetailor.Calibration, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_type_hints
 
 import pytest
@@ -189,3 +190,22 @@ def test_help_goes_from_what_is_read_to_where_it_runs(
     found = re.findall(r"^╭─ (.*?) ─", shown, re.MULTILINE)
     assert found == ["Arguments", *(name for name in PANELS if name in found)]
     assert "NAME,CONFIG[@SPLIT]" in shown
+
+
+def test_scores_name_all_that_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    """Names of domains whole, and every metric of a task but how sure it is and of how many documents."""
+    one = SimpleNamespace(mean=0.5, low=0.4, high=0.6)
+    names = ("original_perplexity", "compressed_perplexity", "kl", "top1_agreement")
+    part = SimpleNamespace(tokens=123_456, **dict.fromkeys(names, one))
+    long = [f"en-web-crawl-filtered-2024-part-{number}" for number in ("one", "two")]
+    tasks = {"cot": {"exact_match,strict-match": (0.5, 0.4), "exact_match_stderr": (0.1, 0.1), "n": (9, 9)}}
+    measured = SimpleNamespace(
+        overall=part, domains=dict.fromkeys(long, part), nbytes=(4, 2), resident=None, speed=None, tasks=tasks
+    )
+    output.scores(measured)  # type: ignore[arg-type]
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "".join(line[:7].strip() for line in shown.splitlines()[2:12]) == "".join(long)
+    assert "cot, exact_match,strict-match" in shown
+    assert "0.800" in shown
+    assert "stderr" not in shown

@@ -17,7 +17,7 @@ from moetailor.calibration.text import TextOptions, read_batches
 from moetailor.checkpoint.devices import free_nbytes, give_back, resolve_device
 from moetailor.checkpoint.models import longest_sequence, resolve_dtype
 from moetailor.checkpoint.original import Original
-from moetailor.checkpoint.place import PLAN_FILE, PROVENANCE_FILE
+from moetailor.checkpoint.place import PLAN_FILE, PROVENANCE_FILE, check_place
 from moetailor.errors import MoetailorError
 from moetailor.estimates.compiling import kinds_of
 from moetailor.estimates.estimate import Estimate, Host, in_turn
@@ -26,7 +26,7 @@ from moetailor.estimates.sizes import cost_of
 from moetailor.estimates.together import of_compression
 from moetailor.evaluation.evaluate import Scores, evaluate
 from moetailor.methods.estimate import budget_words, estimate_plan
-from moetailor.pipeline import compress
+from moetailor.pipeline import compress, finished_calibration
 from moetailor.planning.budget import Budget
 from moetailor.planning.plan import Plan
 from moetailor.progress import Stages
@@ -194,17 +194,32 @@ class Job:
         return plan if known.items() <= (run.get("text") or {}).items() else None
 
 
-def foretold(host: Host, original: Original, job: Job) -> Estimate:
-    """Return what making and measuring it will take; the text that is there may end sooner."""
+def foretold(host: Host, original: Original, job: Job, out: Path | None = None, *, overwrite: bool = False) -> Estimate:
+    """Return what making and measuring it will take, as `fit` does it; the text that is there may end sooner.
+
+    Raises:
+        MoetailorError: `fit` would refuse it.
+    """
+    made = out is not None and not overwrite and job.made(out, original) is not None
+    if out is not None and not made:
+        check_place(out, overwrite=overwrite, inputs={"the original": original.folder})
     given = {"budget": job.budget, "text": job.text, "format": job.choice.format}
     given |= {"layers": None, "protect": (), "allocation": "uniform", "width": job.choice.width}
     run = {"stream": job.streams(original), "dtype": job.dtype}
-    parts = of_compression(host, original, job.choice.made_by, given, calibration=None, sample=SampleOptions(), **run)
+    measured = None if out is None else finished_calibration(out)
+    if made:
+        parts = [Estimate(verb="fit", seconds=host.startup, **host.memory(0), reads=0, writes=0)]
+    else:
+        compression = {"calibration": measured, "sample": SampleOptions(), **run}
+        parts = of_compression(host, original, job.choice.made_by, given, **compression)
     if job.choice.format != Gguf.name:
         plan = estimate_plan(original.facts, job.choice.made_by, job.budget, width=job.choice.width)
         kinds = kinds_of(plan, resolve_format(plan, job.choice.format, original))
         nbytes = min(job.room.planned, original.facts.nbytes)
         parts.append(of_evaluation(host, original, nbytes, kinds=kinds, text=job.judging, **run))
+    elif job.tools and not made:
+        told = "what llama.cpp's programs take to convert and round it is not foretold"
+        parts[-1] = replace(parts[-1], notes=(*parts[-1].notes, told))
     return in_turn("fit", parts, host.startup)
 
 

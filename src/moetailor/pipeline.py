@@ -9,26 +9,25 @@ from typing import Any
 from moetailor import ranks
 from moetailor.answers import Width
 from moetailor.calibration.calibrate import States, calibrate
-from moetailor.calibration.folder import Calibration
+from moetailor.calibration.folder import MANIFEST, Calibration
 from moetailor.calibration.sampling import SampleOptions
-from moetailor.calibration.statistics import ON_REQUEST
 from moetailor.calibration.text import TextOptions, files_of
 from moetailor.checkpoint.devices import give_back
 from moetailor.checkpoint.original import Original, open_original
 from moetailor.checkpoint.place import check_place, holding
 from moetailor.checkpoint.weights import ExpertWeights
 from moetailor.errors import PlanError
-from moetailor.methods.allocation import Allocation
+from moetailor.methods.allocation import DECIDED_LATER, Allocation
 from moetailor.methods.estimate import estimate_plan, pairs_of
 from moetailor.methods.registry import find_method
-from moetailor.methods.run import make_plan
+from moetailor.methods.run import make_plan, to_record
 from moetailor.planning.budget import Budget
 from moetailor.planning.plan import Plan
 from moetailor.progress import Stages, part
 from moetailor.transform.apply import apply
 from moetailor.transform.build import Propagate
-from moetailor.transform.formats import resolve_format
-from moetailor.transform.formats.format import Finish
+from moetailor.transform.formats import find_format, resolve_format
+from moetailor.transform.formats.format import Finish, Format
 
 
 def precheck(
@@ -79,20 +78,54 @@ def precheck(
     check_place(Path(out), overwrite=overwrite, inputs=inputs | {"the text": files_of(text.data) if text else None})
     anatomy, facts = original.anatomy, original.facts
     plan = estimate_plan(facts, chosen, budget, layers=layers, protect=protect, allocation=allocation, width=width)
-    ruled = allocation in ("error", "global")
-    if ruled and format == "native":
-        raise PlanError(f"--allocation {allocation}: layers keep different numbers of experts; use --format moetailor")
+    form, ruled = form_of(plan, format, allocation, original), allocation in DECIDED_LATER
     if not ruled:
-        form = resolve_format(plan, format, original)
         form.check(plan, original)
-        form.check_tools(Finish(plan=plan, original=original, converter=converter, quantizer=quantizer))
-    written = "moetailor" if ruled else form.name
+    form.check_tools(Finish(plan=plan, original=original, converter=converter, quantizer=quantizer))
     kept = sorted({len(layer.pool) for layer in plan.layers.values()}) or ["all"]
     return (
         f"{anatomy.model_type}: {len(anatomy.layers)} MoE layers, top-{anatomy.top_k}; {chosen.name} keeps "
         f"{', '.join(map(str, kept))} experts {'on average ' if ruled else ''}"
-        f"in {len(plan.layers)} of them: {plan.nbytes:,} of {facts.nbytes:,} bytes, format {written}"
+        f"in {len(plan.layers)} of them: {plan.nbytes:,} of {facts.nbytes:,} bytes, format {form.name}"
     )
+
+
+def form_of(plan: Plan, wanted: str, allocation: Allocation, original: Original | None = None) -> Format:
+    """Return the form that a result will be written in, as far as it shows without data.
+
+    Args:
+        plan: what `estimate_plan` gave.
+        wanted: name of a form, or ``auto``.
+        allocation: how many experts each layer keeps.
+        original: see `resolve_format`.
+
+    Raises:
+        PlanError: the form that is asked for cannot hold it.
+    """
+    if allocation not in DECIDED_LATER:
+        return resolve_format(plan, wanted, original)
+    if wanted == "native":
+        raise PlanError(f"--allocation {allocation}: layers keep different numbers of experts; use --format moetailor")
+    return find_format("moetailor" if wanted == "auto" else wanted)
+
+
+def calibration_folder(out: str | Path) -> Path:
+    """Return the folder of the calibration that `compress` makes or uses for a result where none is named."""
+    return Path(out).with_name(Path(out).name + ".calibration")
+
+
+def finished_calibration(out: str | Path, named: Path | None = None) -> Calibration | None:
+    """Return the calibration that `compress` will find finished, if it will.
+
+    Args:
+        out: folder of the result.
+        named: the calibration folder that is named.
+
+    Raises:
+        CalibrationError: see `Calibration.open`.
+    """
+    folder = named or calibration_folder(out)
+    return Calibration.open(folder) if (folder / MANIFEST).exists() else None
 
 
 def compress(
@@ -163,15 +196,14 @@ def compress(
     written: dict[str, Any] = {"format": format, "overwrite": overwrite}
     written |= {"converter": converter, "quantizer": quantizer}
     precheck(original, out, method=method, budget=budget, calibration=calibration, text=text, **given, **written)
-    folder = Path(calibration) if calibration is not None else Path(out).with_name(Path(out).name + ".calibration")
-    needs = find_method(method).needs | ({"sensitivity"} if allocation == "error" else set())
+    folder = calibration_folder(out) if calibration is None else Path(calibration)
     with ranks.held(holding(Path(out))):
         measured = calibrate(
             original,
             folder,
             text=text,
             sample=sample,
-            **{option: name in needs for name, option in ON_REQUEST.items()},
+            **to_record(find_method(method).of(parameters or {}), allocation),
             stream=stream,
             states=states,
             device=device,

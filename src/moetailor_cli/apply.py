@@ -207,9 +207,10 @@ def compress(
     import moetailor
     from moetailor import ranks
     from moetailor.methods.allocation import read_allocation
+    from moetailor.pipeline import calibration_folder
 
     parameters, format = read_parameters(param, method.lower() if uniform_layers else None), read_format(format, native)
-    method, parameters = read_menu(method, native, parameters, bits)
+    method, parameters = read_menu(method, native, parameters)
     budget = read_budget(method, remove, keep, size, memory, load_dtype)
     selected, kept, allocated = read_numbers(layers), read_pairs(protect), read_allocation(allocation)
     parameters, width = read_bits(bits, method, parameters)
@@ -254,7 +255,7 @@ def compress(
     output.plan(plan)
     output.say(VERIFIED)
     _written(out)
-    output.took(out, *([] if calibration else [out.with_name(out.name + ".calibration")]))
+    output.took(out, *([] if calibration else [calibration_folder(out)]))
 
 
 def _written(out: Path) -> None:

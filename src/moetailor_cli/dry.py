@@ -155,11 +155,11 @@ def compress(
     from moetailor.estimates.estimate import Host, in_turn
     from moetailor.estimates.together import of_compression
     from moetailor.methods.registry import find_method
+    from moetailor.pipeline import finished_calibration
 
     with looked_at(model, trust_remote_code=trust_remote_code) as original:
         output.say(moetailor.precheck(original, out, **given))
-        finished = given["calibration"] and (given["calibration"] / "calibration.json").exists()
-        used = moetailor.Calibration.open(given["calibration"]) if finished else None
+        used = finished_calibration(out, given["calibration"])
         method = find_method(given["method"]).of(given["parameters"])
         host = Host.measured(output.BEGAN, original, device=device, dtype=run["dtype"])
         stages = of_compression(host, original, method, given, calibration=used, **run)

@@ -110,6 +110,7 @@ def fit(
     from moetailor.checkpoint.original import Original, looked_at
     from moetailor.estimates.estimate import Host
     from moetailor.fit import Job, fit, foretold, look
+    from moetailor.pipeline import calibration_folder
     from moetailor.planning.budget import parse_bytes
     from moetailor.serving import Served, find_engine
 
@@ -130,7 +131,8 @@ def fit(
         job = Job(choice=chosen, room=found.room, **{name: value for name, value in given.items() if value})
         if out is None or dry_run:
             output.say(f"To make {chosen.name}:")
-            output.estimate(foretold(Host.measured(output.BEGAN, original, device=device, dtype=dtype), original, job))
+            host = Host.measured(output.BEGAN, original, device=device, dtype=dtype)
+            output.estimate(foretold(host, original, job, out, overwrite=overwrite))
             return True
     if not yes and choice is None and not _agreed(chosen.name, out):
         return False
@@ -145,7 +147,7 @@ def fit(
     else:
         output.scores(scores)
         output.expected(str(out), scores)
-    output.took(out, out.with_name(f"{out.name}.calibration"))
+    output.took(out, calibration_folder(out))
     found.engine.check(out)
     _served("serve it", found.engine, Served(folder=out, context=found.room.context))
     return False

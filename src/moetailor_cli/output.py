@@ -131,11 +131,9 @@ def summary(found: Summary) -> None:
 
     _out.print(found.source, style="bold", end="", soft_wrap=True)
     _out.print(f"  {found.model_type}, {found.decoder_layers} decoder layers")
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for name in ("MoE layers", "slots", "experts", "stand-ins", "rank", "top-k", "an expert", "all experts"):
-        table.add_column(name, justify="left" if name == "MoE layers" else "right")
-    for group in found.groups():
-        table.add_row(
+    names = ("MoE layers", "slots", "experts", "stand-ins", "rank", "top-k", "an expert", "all experts")
+    rows = [
+        [
             group.layers,
             str(group.slots),
             str(group.experts),
@@ -144,8 +142,10 @@ def summary(found: Summary) -> None:
             str(found.top_k) if group.runs == found.top_k else f"{found.top_k}, {group.runs} run",
             nbytes(group.expert_bytes),
             nbytes(group.expert_bytes * group.experts * group.size),
-        )
-    _out.print(table)
+        ]
+        for group in found.groups()
+    ]
+    table(names, rows)
     share = found.routed_parameters / found.parameters
     _out.print(
         f"parameters: {count(found.parameters)}, of which routed {count(found.routed_parameters)} ({share:.0%}), "
@@ -214,11 +214,9 @@ def scores(measured: Scores) -> None:
     """Print the comparison of a compressed model with its original."""
     from moetailor.words import nbytes
 
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for name in ("text", "tokens", "perplexity", "compressed", "KL, nats", "95% interval", "same top-1"):
-        table.add_column(name, justify="left" if name == "text" else "right")
-    for name, part in {"all": measured.overall, **measured.domains}.items():
-        table.add_row(
+    names = ("text", "tokens", "perplexity", "compressed", "KL, nats", "95% interval", "same top-1")
+    rows = [
+        [
             name,
             f"{part.tokens:,}",
             f"{part.original_perplexity.mean:.2f}",
@@ -226,28 +224,27 @@ def scores(measured: Scores) -> None:
             f"{part.kl.mean:.4f}",
             f"{part.kl.low:.4f} to {part.kl.high:.4f}",
             f"{part.top1_agreement.mean:.1%}",
-        )
-    _out.print(table)
-    sizes = Table(box=None, pad_edge=False, header_style="dim")
-    for name in ("", "original", "compressed", "ratio"):
-        sizes.add_column(name, justify="left" if name == "" else "right")
+        ]
+        for name, part in {"all": measured.overall, **measured.domains}.items()
+    ]
+    table(names, rows)
+    sizes = []
     for name, pair in {"bytes on disk": measured.nbytes, "bytes in memory": measured.resident}.items():
         if pair is not None:
-            sizes.add_row(name, nbytes(pair[0]), nbytes(pair[1]), f"{pair[1] / pair[0]:.3f}")
+            sizes.append([name, nbytes(pair[0]), nbytes(pair[1]), f"{pair[1] / pair[0]:.3f}"])
     if measured.speed is not None:
         first, second = measured.speed
         for name in ("prefill", "decode"):
             pair = [(getattr(each, f"{name}_low"), getattr(each, name)) for each in (first, second)]
             said = [f"{low:,.0f} to {high:,.0f}" for low, high in pair]
-            sizes.add_row(f"{name}, tokens/s", *said, f"{pair[1][1] / pair[0][1]:.2f}")
+            sizes.append([f"{name}, tokens/s", *said, f"{pair[1][1] / pair[0][1]:.2f}"])
     for task, metrics in measured.tasks.items():
         for metric, (before, after) in metrics.items():
-            if metric in ("acc", "acc_norm", "perplexity"):
-                sizes.add_row(
-                    f"{task}, {metric}", f"{before:.3f}", f"{after:.3f}", f"{after / before:.3f}" if before else "-"
-                )
+            if metric != "n" and not metric.endswith("_stderr"):
+                ratio = f"{after / before:.3f}" if before else "-"
+                sizes.append([f"{task}, {metric}", f"{before:.3f}", f"{after:.3f}", ratio])
     _out.print()
-    _out.print(sizes)
+    table(("", "original", "compressed", "ratio"), sizes)
 
 
 def expected(compressed: str, measured: Scores) -> None:
@@ -261,13 +258,9 @@ def expected(compressed: str, measured: Scores) -> None:
 
 def recovery(done: RecoveryResult) -> None:
     """Print what training did to the losses."""
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for name in ("loss", "before", "after"):
-        table.add_column(name, justify="left" if name == "loss" else "right")
-    table.add_row("trained", f"{done.losses[0]:.4f}", f"{done.losses[-1]:.4f}")
-    for name, before in done.before.items():
-        table.add_row(f"held out, {name}", f"{before:.4f}", f"{done.after[name]:.4f}")
-    _out.print(table)
+    rows = [["trained", f"{done.losses[0]:.4f}", f"{done.losses[-1]:.4f}"]]
+    rows += [[f"held out, {name}", f"{before:.4f}", f"{done.after[name]:.4f}"] for name, before in done.before.items()]
+    table(("loss", "before", "after"), rows)
     say(f"{done.out}: {done.steps:,} steps, {done.tokens:,} tokens, {done.seconds:,.0f} seconds")
 
 

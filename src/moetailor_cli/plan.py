@@ -81,19 +81,25 @@ def plan(
     from moetailor import ranks
     from moetailor.checkpoint.place import check_file
     from moetailor.methods.allocation import read_allocation
+    from moetailor.methods.estimate import estimate_plan
+    from moetailor.methods.registry import find_method
+    from moetailor.pipeline import form_of
     from moetailor.planning.plan import calibration_hash
     from moetailor.transform.formats import resolve_format
 
     parameters = read_parameters(param, method.lower() if uniform_layers else None)
-    method, parameters = read_menu(method, native, parameters, bits)
+    method, parameters = read_menu(method, native, parameters)
     budget = read_budget(method, remove, keep, size, memory, load_dtype)
     selected, kept, allocated = read_numbers(layers), read_pairs(protect), read_allocation(allocation)
     (parameters, width), working = read_bits(bits, method, parameters), read_nbytes(batch_memory)
     measured = moetailor.Calibration.open(calibration)
     source = model or measured.model.source
+    given = {"layers": selected, "protect": kept, "allocation": allocated, "width": width}
+    if native:
+        chosen = find_method(method).of(parameters)
+        form_of(estimate_plan(measured.model, chosen, budget, **given), "native", allocated)
     if dry_run:
         check_file(out, "plan")
-        given = {"layers": selected, "protect": kept, "allocation": allocated, "width": width}
         dry.plan(measured, method, parameters, budget, given, source, device, trust_remote_code)
         return
     about = {"calibration": calibration_hash(measured.fingerprint), "method": method, "parameters": parameters}
@@ -107,11 +113,8 @@ def plan(
             method,
             budget,
             parameters=parameters,
-            layers=selected,
-            protect=kept,
+            **given,
             guard_super_experts=guard_super_experts,
-            allocation=allocated,
-            width=width,
             weights=moetailor.ExpertWeights(
                 source, trust_remote_code=trust_remote_code, device=device, batch_memory=working
             )
@@ -121,7 +124,7 @@ def plan(
         )
     if not first:
         return  # under torchrun the first process speaks for all
-    if native:
+    if native:  # of which counts alone were known before
         resolve_format(made, "native")
     made.save(out)
     output.plan(made)

@@ -8,14 +8,13 @@ from typing import Any
 import typer
 
 
-def read_menu(method: str, native: bool, parameters: dict[str, str], bits: str | None) -> tuple[str, dict[str, str]]:
+def read_menu(method: str, native: bool, parameters: dict[str, str]) -> tuple[str, dict[str, str]]:
     """Return the method that is meant, and its parameters."""
     if native and method.lower() != "auto":
         raise typer.BadParameter(f"--native: narrows what auto may choose; leave it out for {method}")
     if not native:
         return method, parameters
-    # Experts in few bits keep all their neurons: kernels want whole groups of them.
-    return "refit", ({"neurons": "chosen"} if bits is None else {}) | parameters
+    return "refit", {"neurons": "chosen"} | parameters
 
 
 def read_format(format: str, native: bool) -> Any:

@@ -11,7 +11,7 @@ Given = Mapping[str, Any]
 
 # Their dry run prints what would run: it is asked for to be copied.
 COMMANDS = ("serve", "lm_eval")
-AGAIN = "nothing was made; next: the same command without --dry-run"
+AGAIN = "next: the same command without --dry-run"
 
 
 def following(verb: str, given: Given) -> str | None:
@@ -24,7 +24,7 @@ def following(verb: str, given: Given) -> str | None:
     if given.get("json") is True or given.get("ranking"):
         return None  # for a program
     if given.get("dry_run") and verb not in COMMANDS:
-        return AGAIN
+        return AGAIN if given.get("json") else f"nothing was made; {AGAIN}"
     return STEPS[verb](given)
 
 

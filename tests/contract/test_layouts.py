@@ -100,6 +100,11 @@ def test_layers_that_do_not_run_are_cut_however_they_lie(
         found = {name: tensor for name, tensor in native.items() if re.match(r"mtp\..*experts\.\d+\.down_proj", name)}
         numbers = {int(name.split(".")[5]): float(tensor[0, 0]) for name, tensor in found.items()}
         assert numbers == dict(enumerate(kept.tolist()))
+    # As large as it may be written, a result has the same in each slot that stays.
+    if beside == "one by one":  # as transformers' rules write them
+        expanded = load_file(moetailor.apply(plan, folder, tmp_path / "expanded", format="expanded") / SINGLE)
+        assert expanded.keys() == native.keys()
+        assert all(torch.equal(expanded[name], tensor) for name, tensor in native.items())
     plan = moetailor.make_plan(measured, "mone", BUDGET, weights=moetailor.ExpertWeights(folder))
     whole = load_file(moetailor.apply(plan, folder, tmp_path / "whole", calibration=measured) / SINGLE)
     assert all(torch.equal(whole[name], tensor) for name, tensor in mtp(layout, 12).items())

@@ -97,7 +97,7 @@ def check_file(file: Path, kind: str) -> None:
 
     Args:
         file: where an artifact shall be.
-        kind: what it will be; an earlier one of the kind may be replaced.
+        kind: what it will be; an earlier one of the kind may be replaced, and an estimate of it.
 
     Raises:
         MoetailorError: see the message.
@@ -107,7 +107,7 @@ def check_file(file: Path, kind: str) -> None:
         raise MoetailorError(f"{file}: {what}; name a file that can be written")
     if not os.access(file.parent if file.is_file() or not file.exists() else file, os.W_OK):
         raise MoetailorError(f"{file}: its place cannot be written to; name a file that can be written")
-    if file.is_file() and not _is_a(kind, file):
+    if file.is_file() and not (_is_a(kind, file) or _is_a("estimate", file)):
         raise MoetailorError(f"{file}: exists and is no {kind} of moetailor; name another file, or move that one away")
     if file.name in _written(file.parent):
         raise MoetailorError(f"{file}: is a part of the result {file.parent}; name another file")

@@ -19,16 +19,14 @@ from moetailor.calibration.folder import Calibration
 from moetailor.checkpoint.artifact import write_json
 from moetailor.checkpoint.original import Original
 from moetailor.checkpoint.weights import ExpertWeights
-from moetailor.comparison.cells import Cell
+from moetailor.comparison.cells import Cell, estimated, too_small
 from moetailor.comparison.probe import LayerError
 from moetailor.comparison.results import cell_result
 from moetailor.comparison.stored import read_original
-from moetailor.errors import PlanError, TooSmallError
+from moetailor.errors import TooSmallError
 from moetailor.evaluation.fidelity import Reference
 from moetailor.evaluation.speed import Speed
-from moetailor.methods.estimate import estimate_plan
 from moetailor.methods.run import make_plan
-from moetailor.planning.budget import Budget
 from moetailor.planning.plan import Plan
 from moetailor.progress import Progress
 
@@ -144,13 +142,7 @@ class Bench(ABC):
 
     def _plan(self, cell: Cell) -> Plan:
         """Plan a cell; refuses one with nothing to remove, and says how small it can be of one that is too small."""
-        facts = self.calibration.model
-        size = cell.budget.in_bytes(facts.nbytes).size
-        if cell.width is not None and size is not None:
-            every = estimate_plan(facts, cell.method, Budget.parse(remove="0%"), width=cell.width).nbytes
-            if every <= size:
-                of_all = f"{every:,} bytes, {every / facts.nbytes:.1%} of the original's"
-                raise PlanError(f"with every expert in {cell.width} it takes {of_all}: nothing is left to remove")
+        _ = estimated(cell, self.calibration.model)
         try:
             return make_plan(
                 self.calibration,
@@ -161,8 +153,7 @@ class Bench(ABC):
                 weights=self.weights,
             )
         except TooSmallError as error:
-            least = f"{error.least:,} bytes, {error.least / facts.nbytes:.1%} of the original's"
-            raise PlanError(f"takes at least {least}") from None
+            raise too_small(error, self.calibration.model) from None
 
 
 def forget(place: Path) -> None:

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from moetailor.answers import Width
-from moetailor.errors import PlanError, did_you_mean
-from moetailor.methods.estimate import refuse_unknown
+from moetailor.checkpoint.facts import ModelFacts
+from moetailor.errors import PlanError, TooSmallError, did_you_mean
+from moetailor.methods.estimate import estimate_plan, refuse_unknown
 from moetailor.methods.method import Method
 from moetailor.methods.registry import METHODS, find_method, with_bits
 from moetailor.planning.budget import Budget
+from moetailor.planning.plan import Plan
 
 ALL = "all"
 # What `all` means beside methods where sizes are asked for: bits alone, and methods that leave experts in few bits.
@@ -102,6 +104,29 @@ def cells_of(
                     raise PlanError(str(error).replace("--bits:", named)) from None
                 cells.append(Cell(method=method, budget=budget, width=width))
     return list({cell.file: cell for cell in cells}.values())
+
+
+def estimated(cell: Cell, facts: ModelFacts) -> Plan:
+    """Return a plan with the counts and bytes that a cell's will have.
+
+    Raises:
+        PlanError: it will be refused, as there is nothing to remove or it cannot be so small.
+    """
+    size = cell.budget.in_bytes(facts.nbytes).size
+    if cell.width is not None and size is not None:
+        every = estimate_plan(facts, cell.method, Budget.parse(remove="0%"), width=cell.width).nbytes
+        if every <= size:
+            of_all = f"{every:,} bytes, {every / facts.nbytes:.1%} of the original's"
+            raise PlanError(f"with every expert in {cell.width} it takes {of_all}: nothing is left to remove")
+    try:
+        return estimate_plan(facts, cell.method, cell.budget, width=cell.width)
+    except TooSmallError as error:
+        raise too_small(error, facts) from None
+
+
+def too_small(error: TooSmallError, facts: ModelFacts) -> PlanError:
+    """Return what a row says that cannot be so small."""
+    return PlanError(f"takes at least {error.least:,} bytes, {error.least / facts.nbytes:.1%} of the original's")
 
 
 def _read(word: str, *, sized: bool) -> list[tuple[Method, Width | None]]:

@@ -82,11 +82,13 @@ def _would_do(four: Row, others: Sequence[Row], whole: int) -> str:
 
 def _below(sizes: Sequence[int], plain: Sequence[Row], others: Sequence[Row], whole: int) -> list[str]:
     """Say for each size what loses least, and what the best bits alone do there."""
-    said, worse, beyond = [], [], []
+    said, worse, beyond, unknown = [], [], [], []
     for size in sizes:
         bits, other = (_best([cell for cell in rows if cell["nbytes"] <= size]) for rows in (plain, others))
         at = f"at {share(size, whole)}"
-        if all(kl_of(cell) >= TOO_MUCH for cell in (bits, other) if cell):
+        if bits is other is None:
+            unknown.append(share(size, whole))
+        elif all(kl_of(cell) >= TOO_MUCH for cell in (bits, other) if cell):
             beyond.append(share(size, whole))
         elif other is not None and (bits is None or _less(other, bits)):
             said.append(f"{at} by {_loss(other)} ({_loss(bits) if bits else 'no bits alone are so small'})")
@@ -96,7 +98,8 @@ def _below(sizes: Sequence[int], plain: Sequence[Row], others: Sequence[Row], wh
             said.append(f"{at} by {_loss(bits)}")
     found = [f"Least is lost {', '.join(said)}."] if said else []
     found += [f"But {', '.join(worse)}."] if worse else []
-    return found + ([f"Nothing stays under {nats(TOO_MUCH)} at {', '.join(beyond)}."] if beyond else [])
+    found += [f"Nothing stays under {nats(TOO_MUCH)} at {', '.join(beyond)}."] if beyond else []
+    return found + ([f"No row was measured at {', '.join(unknown)}."] if unknown else [])
 
 
 def _lost(other: Row, bits: Row) -> list[str]:

@@ -15,10 +15,9 @@ from moetailor.checkpoint.facts import ModelFacts
 from moetailor.checkpoint.loader import StreamedModel
 from moetailor.checkpoint.original import Original
 from moetailor.comparison.bench import REFERENCE, RESULT, Bench
-from moetailor.comparison.cells import Cell
+from moetailor.comparison.cells import Cell, estimated
 from moetailor.errors import MoetailorError, PlanError
-from moetailor.methods.estimate import estimate_plan
-from moetailor.planning.plan import Plan, built_nbytes
+from moetailor.planning.plan import Plan
 from moetailor.runtime.parts import in_parts
 from moetailor.transform.apply import apply
 
@@ -79,8 +78,7 @@ def make_room(
 def _nbytes(facts: ModelFacts, cell: Cell) -> int:
     """Return the bytes that writing a cell's result takes, as known without data; 0 of one that will be refused."""
     try:
-        plan = estimate_plan(facts, cell.method, cell.budget, width=cell.width)
+        plan = estimated(cell, facts)
     except PlanError:
         return 0
-    changed = [(plan.layers[stack.prefix], stack) for stack in facts.stacks if stack.prefix in plan.layers]
-    return plan.nbytes + sum(built_nbytes(layer, stack) for layer, stack in changed if stack.shape is not None)
+    return plan.nbytes + plan.built_nbytes

@@ -23,10 +23,12 @@ from moetailor.methods.run import view_of
 from moetailor.planning.layer_plan import LayerPlan
 from moetailor.planning.plan import Plan, built_nbytes, stored_nbytes
 from moetailor.planning.work import LayerSize, Work
-from moetailor.transform.formats import Format
+from moetailor.transform.formats import Finish, Format
 
 # How often numbers are gone over while experts are opened in float32, and while a result is verified.
 OPENED, VERIFIED = 6, 8
+# Bytes of memory for each number of a layer that a form writes out: four times in float32.
+WRITTEN_OUT = 16
 # Characters of plan.json for settings, and of a tensor in headers and in the index; a score with as many as most have.
 SETTINGS, TENSOR, SCORE = 150, 190, 0.012346
 
@@ -169,38 +171,41 @@ def of_apply(
         verify: whether the result is opened again.
     """
     method = find_method(plan.method).of(plan.parameters)
-    total, reads, built, memory, counted = Work(), 0, 0, 0, not (compressed and plan.computed)
+    total, reads, memory, counted = Work(), 0, 0, not (compressed and plan.computed)
     for stack in original.facts.stacks:
         layer = plan.layers.get(stack.prefix)
         if layer is None or stack.shape is None or not layer.computed:
             continue
         size, (sums, sample) = sampled.size(stack, plan.model), sampled.nbytes(stack, plan.model)
         work, new = building(method, size, layer), built_nbytes(layer, stack)
-        counted, total, built = counted and work is not None, total + (work or Work()), built + new
+        counted, total = counted and work is not None, total + (work or Work())
         reads, memory = reads + sums, max(memory, sums + 2 * new)
         if work is None or work:
             copied = 4 * len(layer.widths) * size.weights
             reads += sample + stack.num_experts * stack.expert_bytes
             total += Work(elements=OPENED * stack.num_experts * size.weights)
             memory = max(memory, sums + sample + opened_nbytes(size, work) + copied + 2 * new)
-    nbytes = form.nbytes(plan)
+    nbytes, finished = form.nbytes(plan), form.finished_nbytes(plan)
+    room, numbers = form.room(plan, Finish(plan=plan, original=original)), form.written_out(plan)
+    if numbers:
+        memory = max(memory, LIBRARIES + WRITTEN_OUT * numbers)
     if verify:
         # A few tokens run.
         loops = of_loops(host.device, kinds_of(plan, form), (PRODUCT,))
         total += loops + Work(elements=VERIFIED * nbytes / 2)
         memory = max(memory, LIBRARIES + loops.nbytes + _verified_nbytes(plan))
-    reads += nbytes - built + verify * nbytes
+    reads += nbytes - plan.built_nbytes + verify * nbytes
     uncounted = f"nobody has counted what {'--propagate compressed' if compressed else plan.method} computes"
-    # What is built is written twice, and read once more.
-    seconds = host.seconds(total, moved=reads + nbytes + 2 * built) if counted else None
+    # What passes is written, and read once more.
+    seconds = host.seconds(total, moved=reads + nbytes + 2 * (room - nbytes)) if counted else None
     return Estimate(
         verb="apply",
         seconds=seconds,
         why="" if counted else uncounted,
         **host.memory(memory),
         reads=reads,
-        writes=nbytes + TENSOR * len(original.checkpoint.tensors) + _json_nbytes(plan, method) + _beside(original),
-        meanwhile=built,
+        writes=finished + TENSOR * len(original.checkpoint.tensors) + _json_nbytes(plan, method) + _beside(original),
+        meanwhile=room - finished,
         downloads=downloads_of(original),
     )
 

@@ -144,17 +144,21 @@ def of_calibration(
     stream: bool = False,
     states: str = "auto",
     dtype: str | None = None,
+    finished: bool = False,
 ) -> Estimate:
-    """Return what `calibrate` will take on a machine: the other arguments are those of `calibrate`."""
+    """Return what `calibrate` will take on a machine: the other arguments are those of `calibrate`, but for `finished`:
+    whether sensitivities are all that is not there.
+    """
     run = run_of(original, text, stream=stream, device=host.device, dtype=dtype)
     cost, moe, sampled = run.cost, original.anatomy.layers, min(sample.of_model(original.facts, run.width), run.tokens)
     layers = [
         sum(statistics_nbytes(layer.num_experts, layer.width, original.anatomy.top_k, sampled, run.width))
         for layer in moe.values()
     ]
-    writes = sum(layers) + run.tokens * TOKEN + SMALL * (len(layers) + 4)
-    on_disk, work, held, streams = states == "disk" or (states == "auto" and stream), _captured(run, residual), 0, 0
-    work += (1 + sensitivity) * run.loading
+    writes = SMALL if finished else sum(layers) + run.tokens * TOKEN + SMALL * (len(layers) + 4)
+    on_disk, held, streams = states == "disk" or (states == "auto" and stream), 0, 0
+    passes, work = sensitivity + (not finished), Work() if finished else _captured(run, residual)
+    work += passes * run.loading
     if sensitivity:
         # Three streams for each layer alone, three for all together, and the original's
         streams = (3 * len(moe) + 4) * min(TOKENS, run.tokens) * cost.width * run.width
@@ -165,7 +169,7 @@ def of_calibration(
         held += 0 if on_disk else streams
         work += _sensitivities(run)
     held = max(held, 2 * max(layers, default=0) + (0 if on_disk else run.states))
-    reads, meanwhile = (1 + sensitivity) * cost.nbytes, 2 * run.states + streams if on_disk else 0
+    reads, meanwhile = passes * cost.nbytes, 2 * run.states + streams if on_disk else 0
     moved = reads + writes + (2 * run.states * len(cost.layers) if on_disk else 0)
     return Estimate(
         verb="calibrate",

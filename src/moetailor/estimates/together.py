@@ -12,14 +12,17 @@ from moetailor.calibration.statistics import ON_REQUEST
 from moetailor.calibration.text import TextOptions, length_of
 from moetailor.checkpoint.models import longest_sequence, resolve_dtype
 from moetailor.checkpoint.original import Original
-from moetailor.comparison.cells import Cell
+from moetailor.comparison.cells import Cell, estimated
 from moetailor.comparison.streamed import STATES
+from moetailor.errors import PlanError
 from moetailor.estimates.compiling import kinds_of, of_loops
 from moetailor.estimates.deciding import Sampled, building, of_apply, of_plan
 from moetailor.estimates.estimate import Estimate, Host, in_turn
 from moetailor.estimates.running import Run, judging, of_calibration, run_of
 from moetailor.methods.estimate import estimate_plan
 from moetailor.methods.method import Method
+from moetailor.methods.run import to_record
+from moetailor.pipeline import form_of
 from moetailor.planning.plan import Plan
 from moetailor.planning.work import Work
 from moetailor.transform.formats import resolve_format
@@ -50,15 +53,14 @@ def of_compression(
     """
     about = {name: given[name] for name in ("layers", "protect", "allocation", "width")}
     plan, parts = estimate_plan(original.facts, method, given["budget"], **about), []
-    if calibration is None:
-        asked = {option: name in method.needs for name, option in ON_REQUEST.items()}
+    asked = to_record(method, given["allocation"])
+    if calibration is None or (asked["sensitivity"] and not calibration.holds("sensitivity")):
+        asked |= {"finished": calibration is not None}
         parts.append(of_calibration(host, original, text=given["text"], sample=sample, **asked, **run))
     itemsize = resolve_dtype(run.get("dtype"), host.device, original.checkpoint).itemsize
     sampled = _sampled(original, itemsize, calibration, given["text"], sample)
     parts.append(of_plan(host, original.facts, method, plan, sampled, original=original))
-    form = resolve_format(
-        plan, "moetailor" if given["allocation"] in ("error", "global") else given["format"], original
-    )
+    form = form_of(plan, given["format"], given["allocation"], original)
     carried = form.carried(plan)
     parts.append(of_apply(host, carried, original, form, sampled, compressed=propagate == "compressed"))
     return parts
@@ -86,15 +88,21 @@ def of_comparison(
         parts.append(of_calibration(host, original, text=text, sample=sample, **asked, dtype=dtype))
     parts.append(_recorded(host, run))
     sampled, measured = _sampled(original, run.width, calibration, text or held_out, sample), set()
+    refused: list[str] = []
     for cell in cells:
-        plan = estimate_plan(original.facts, cell.method, cell.budget, width=cell.width)
+        try:
+            plan = estimated(cell, original.facts)
+        except PlanError as error:  # which loses that row alone
+            refused.append(f"{cell.name} ({cell.budget}): {error}")
+            continue
         part = of_plan(host, original.facts, cell.method, plan, sampled, original=original)
         if cell.method.label in measured and part.seconds is not None:
             part = replace(part, seconds=host.startup)  # what was measured for another size is kept
         measured.add(cell.method.label)
         rest = (_streamed if stream else _in_memory)(host, original, run, cell, plan, sampled)
         parts.append(in_turn(cell.name, [part, *rest], host.startup))
-    return in_turn("compare", parts, host.startup)
+    found = in_turn("compare", parts, host.startup)
+    return replace(found, notes=(*found.notes, *refused))
 
 
 def _recorded(host: Host, run: Run) -> Estimate:

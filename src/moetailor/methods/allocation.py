@@ -25,6 +25,8 @@ from moetailor.schema import load_json, read
 
 Rule = Literal["uniform", "error", "global"]
 RULES = get_args(Rule)
+# Those that decide from what was measured.
+DECIDED_LATER = ("error", "global")
 # A rule, or for each layer the experts that stay: a number, or a share of them (0.75, "75%").
 Allocation = Rule | Mapping[int, int | float | str]
 

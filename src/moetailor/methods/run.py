@@ -18,7 +18,7 @@ from moetailor.checkpoint.layout import Stack
 from moetailor.checkpoint.original import Original
 from moetailor.checkpoint.weights import ExpertWeights
 from moetailor.errors import CheckpointError, MoetailorWarning, PlanError, TooSmallError
-from moetailor.methods.allocation import Allocation, allocate_by_rule
+from moetailor.methods.allocation import DECIDED_LATER, Allocation, allocate_by_rule
 from moetailor.methods.estimate import (
     allocation_bounds,
     budget_words,
@@ -86,7 +86,7 @@ def make_plan(
     estimate = estimate_plan(facts, chosen, budget, allocation=allocation, width=width, **given)
     if chosen.reads_weights:
         check_weights(weights, facts)
-    if allocation in ("error", "global"):
+    if allocation in DECIDED_LATER:
         numbers = calibration.layers if layers is None else layers
         views = [view_of(calibration, number, weights, protected) for number in numbers]
         counts = allocate_by_rule(allocation, chosen, views, allocation_bounds(estimate, chosen, numbers))
@@ -206,6 +206,12 @@ def super_experts(calibration: Calibration) -> set[tuple[int, int]]:
     limit = max(float(torch.quantile(every, 0.995)), float(every.max()) / 10)
     early = layers[: -(-3 * len(layers) // 4)]
     return {(layer, expert) for layer in early for expert, peak in enumerate(largest[layer].tolist()) if peak > limit}
+
+
+def to_record(method: Method, allocation: Allocation = "uniform") -> dict[str, bool]:
+    """Return the options of `calibrate` with which what a method and an allocation read is recorded."""
+    needs = method.needs | ({"sensitivity"} if allocation == "error" else set())
+    return {option: name in needs for name, option in ON_REQUEST.items()}
 
 
 def check_recorded(calibration: Calibration, method: Method) -> None:

@@ -72,6 +72,12 @@ class Plan:
         return planned_nbytes(self.model, self.layers)
 
     @property
+    def built_nbytes(self) -> int:
+        """Bytes that are computed anew, which wait in files of their own while the checkpoint is written."""
+        stacks = (stack for stack in self.model.stacks if stack.prefix in self.layers and stack.shape is not None)
+        return sum(built_nbytes(self.layers[stack.prefix], stack) for stack in stacks)
+
+    @property
     def expected(self) -> float | None:
         """KL that the method expects the model to have, nats a token; None when it does not say."""
         found = [plan.expected for plan in self.layers.values()]

@@ -135,15 +135,15 @@ def apply_to_checkpoint(
             write_text(folder / "README.md", model_card(plan, checkpoint.folder, form, nbytes))
 
         tell(plan, nbytes)
-        if verify:
-            trusted = original.trust_remote_code
-            give_back()
-            try:
+        try:
+            if verify:
+                trusted = original.trust_remote_code
+                give_back()
                 form.verify(folder, plan, trust_remote_code=trusted, progress=part(progress, "verify"))
-            except CheckpointError as error:  # of a folder that is gone when this is read
-                raise CheckpointError(f"{str(error).replace(str(folder), str(out))}; nothing was kept") from None
-        if made := form.finish(folder, finish):
-            tell(finish.plan, made)
+            if made := form.finish(folder, finish):
+                tell(finish.plan, made)
+        except CheckpointError as error:  # of a folder that is gone when this is read
+            raise CheckpointError(f"{str(error).replace(str(folder), str(out))}; nothing was kept") from None
         if gguf_recipe is not None:
             put_recipe(folder, Path(gguf_recipe), overwrite=overwrite)
     return out

@@ -9,6 +9,7 @@ import copy
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from math import prod
 from pathlib import Path
 
 import torch
@@ -17,12 +18,13 @@ from moetailor.checkpoint.artifact import save_tensors, write_json
 from moetailor.checkpoint.experts import Experts
 from moetailor.checkpoint.files import DTYPES, TensorInfo, read_header
 from moetailor.checkpoint.folder import CONFIG, INDEX
-from moetailor.checkpoint.layout import DiskStack
+from moetailor.checkpoint.layout import DiskStack, Stack
 from moetailor.checkpoint.names import disk_tensors
 from moetailor.checkpoint.original import Original
 from moetailor.checkpoint.tensors import check_stored
 from moetailor.checkpoint.writer import Piece, whole, write_shards
 from moetailor.errors import CheckpointError, PlanError
+from moetailor.planning.layer_plan import LayerPlan
 from moetailor.planning.plan import Plan
 from moetailor.runtime.experts import CompressedExperts
 from moetailor.runtime.parts import in_parts, lenders_of
@@ -61,9 +63,29 @@ class Expanded(Moetailor):
         if original.checkpoint.coded:
             raise PlanError(f"format {self.name} has numbers alone; {original.source} is quantized: use another format")
 
+    def finished_nbytes(self, plan: Plan) -> int:
+        """Return the original's bytes without those of slots that are gone."""
+        changed = [(plan.layers[stack.prefix], stack) for stack in plan.model.stacks if stack.prefix in plan.layers]
+        return plan.model.nbytes - sum(
+            (stack.num_experts - len(layer.kept_slots)) * (stack.expert_bytes + stack.slot_bytes)
+            for layer, stack in changed
+        )
+
+    def written_out(self, plan: Plan) -> int:
+        """Return the numbers of all slots' experts of the largest layer."""
+        run = ((len(plan.layers[s.prefix].kept_slots), s.shape) for s in plan.model.stacks if s.prefix in plan.layers)
+        sizes = (slots * sum(map(prod, shape.tensors.values())) for slots, shape in run if shape is not None)
+        return max(sizes, default=0)
+
+    def laid_nbytes(self, layer: LayerPlan, stack: Stack) -> int:
+        """Return the bytes of a layer's experts written out."""
+        return len(layer.kept_slots) * stack.expert_bytes
+
     def room(self, plan: Plan, finish: Finish) -> int:
-        """Return the bytes of the compressed form and of the one written out."""
-        return plan.nbytes + plan.model.nbytes
+        """Return the bytes of the compressed form, of the one written out, and of its layers on the way there."""
+        run = (stack for stack in plan.model.stacks if stack.prefix in plan.layers and stack.shape is not None)
+        layers = sum(self.laid_nbytes(plan.layers[stack.prefix], stack) for stack in run)
+        return max(super().room(plan, finish), self.nbytes(plan) + layers + self.finished_nbytes(plan))
 
     def finish(self, folder: Path, finish: Finish) -> int:
         """Write out what lies there in moetailor's own form.
@@ -77,13 +99,13 @@ class Expanded(Moetailor):
         scratch = folder / "expanded"
         scratch.mkdir()
         experts: dict[str, TensorInfo] = {}
+        old: set[str] = set()
         for stack, tensors in self._each_layer(result, finish):
             file = scratch / f"layer-{stack.index:04d}.safetensors"
             save_tensors(tensors, file)
             experts |= read_header(file)
-        changed = [original.stacks[prefix] for prefix in finish.plan.layers]
-        old = {name for stack in changed for name in (*stack.experts, *stack.fused)}
-        # Of the rest the router's rows may be fewer than in the original.
+            old |= {*stack.experts, *stack.fused}
+        # Of the rest the router's rows may be fewer than in the original, and experts of layers that it does not run.
         lying = original.checkpoint.tensors
         rest = {name: info for name, info in result.checkpoint.tensors.items() if name in lying.keys() - old}
         shards: dict[Path, list[Piece]] = defaultdict(list)

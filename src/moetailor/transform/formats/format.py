@@ -133,9 +133,17 @@ class Format(ABC):
         if finish.converter or finish.quantizer:
             raise PlanError(f"--converter and --quantizer are for --format gguf; this result is {self.name}")
 
-    def room(self, plan: Plan, finish: Finish) -> int:
-        """Return the bytes that the disk must have free."""
+    def finished_nbytes(self, plan: Plan) -> int:
+        """Return the bytes of all tensors once `finish` has run, which may write them anew."""
         return self.nbytes(plan)
+
+    def written_out(self, plan: Plan) -> int:
+        """Return the numbers of the largest layer that `finish` writes anew; 0 where it writes none."""
+        return 0
+
+    def room(self, plan: Plan, finish: Finish) -> int:
+        """Return the bytes that the disk must have free: those written, beside what was computed for them."""
+        return self.nbytes(plan) + plan.built_nbytes
 
     def finish(self, folder: Path, finish: Finish) -> int | None:  # noqa: B027 (most have nothing left to do)
         """Do what is left once the checkpoint lies in its folder and was checked.

@@ -71,7 +71,8 @@ class Gguf(Native):
 
     def room(self, plan: Plan, finish: Finish) -> int:
         """Return the bytes of the checkpoint, and of it converted and rounded."""
-        return plan.nbytes * (1 + bool(finish.converter) + bool(finish.quantizer))
+        passes = 1 + bool(finish.converter) + bool(finish.quantizer)
+        return max(super().room(plan, finish), plan.nbytes * passes)
 
     def finish(self, folder: Path, finish: Finish) -> int | None:
         """Add the importance matrix and the types; put the GGUF file in the checkpoint's place where there are tools.

@@ -9,10 +9,12 @@ import torch
 from moetailor.answers import Narrow
 from moetailor.answers.narrow import cut
 from moetailor.answers.products import ALIGNMENT
+from moetailor.checkpoint.layout import Stack
 from moetailor.checkpoint.original import Original
 from moetailor.checkpoint.width import width_entry
 from moetailor.errors import CheckpointError, MoetailorWarning, PlanError
-from moetailor.planning.plan import Plan
+from moetailor.planning.layer_plan import LayerPlan
+from moetailor.planning.plan import Plan, stored_nbytes
 from moetailor.transform.formats.expanded import Expanded
 from moetailor.transform.formats.format import Finish
 
@@ -56,9 +58,13 @@ class Narrower(Expanded):
             cure = "load the result with experts_implementation='eager'"
             warnings.warn(f"format {self.name}: {told}: {cure}", MoetailorWarning, stacklevel=4)
 
-    def room(self, plan: Plan, finish: Finish) -> int:
-        """Return the bytes of the compressed form and of the ordinary one."""
-        return 2 * plan.nbytes
+    def finished_nbytes(self, plan: Plan) -> int:
+        """Return the bytes of the compressed form: the same numbers under other names."""
+        return plan.nbytes
+
+    def laid_nbytes(self, layer: LayerPlan, stack: Stack) -> int:
+        """Return the bytes of a layer's experts written out."""
+        return stored_nbytes(layer, stack)
 
     def ordinary(self, config: dict, finish: Finish) -> dict:
         """Return the config with the counts and the width of the experts."""
