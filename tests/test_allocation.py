@@ -158,7 +158,8 @@ def test_every_rule_keeps_the_total_and_the_bytes(
     uniform = moetailor.make_plan(calibrated, method, budget, parameters=parameters)
     assert uniform == moetailor.make_plan(calibrated, method, budget, parameters=parameters, allocation="uniform")
     assert uniform.budget == str(budget)
-    if rule == "global" and not all(layer.scores for layer in uniform.layers.values()):
+    assert all(bool(layer.scores) == find_method(method).scores for layer in uniform.layers.values())
+    if rule == "global" and not find_method(method).scores:
         with pytest.raises(PlanError, match=f"global: {method} gives experts no scores of their own; use error"):
             moetailor.make_plan(calibrated, method, budget, parameters=parameters, allocation=rule)
         return
@@ -168,6 +169,23 @@ def test_every_rule_keeps_the_total_and_the_bytes(
     assert plan.nbytes <= uniform.nbytes if method == "lightmoe" else plan.nbytes == uniform.nbytes
     if find_method(method).replaces_with.drops:
         assert all(len(layer.pool) % groups == 0 for layer in plan.layers.values())
+
+
+def test_a_global_rule_gives_what_shares_out_bytes_those_of_equal_layers(calibration: GetCalibration) -> None:
+    """Ranks that are chosen within a layer's bytes have them before layers are held against each other, too."""
+    budget, chosen = Budget.parse(remove="50%"), {"rank": 2, "ranks": "chosen"}
+    plan = moetailor.make_plan(calibration("olmoe"), "linear", budget, parameters=chosen, allocation="global")
+    uniform = moetailor.make_plan(calibration("olmoe"), "linear", budget, parameters=chosen)
+    assert plan.nbytes <= uniform.nbytes
+
+
+@pytest.mark.parametrize("method", ["refit", "naee", "compressed_experts"])
+def test_what_gives_no_scores_is_refused_before_it_searches(
+    method: str, calibration: GetCalibration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moetailor.METHODS[method], "plan_layers", lambda *_: pytest.fail("searched"))
+    with pytest.raises(PlanError, match=f"global: {method} gives experts no scores of their own; use error"):
+        moetailor.make_plan(calibration("olmoe"), method, Budget.parse(remove="50%"), allocation="global")
 
 
 def test_a_global_rule_is_what_methods_that_spread_themselves_do(calibration: GetCalibration) -> None:

@@ -594,6 +594,20 @@ def test_another_calibration_is_refused_and_a_given_one_serves(done: tuple[Path,
     assert not (tmp_path / "out" / "calibration").exists()
 
 
+def test_a_row_that_needs_sensitivities_is_measured_once_they_are_there(tmp_path: Path) -> None:
+    """As its failure advises; the rows that are there stay."""
+    asked = {"methods": "reap,auto", "remove": "50%", "text": None, "calibration": tmp_path / "c"}
+    moetailor.calibrate(REFERENCE, tmp_path / "c", text=TEXT)
+    first = run(tmp_path / "out", **asked)
+    assert [cell["error"] is None for cell in first["cells"]] == [True, False]
+    assert "calibrate again with --sensitivity" in first["cells"][1]["error"]
+    moetailor.calibrate(REFERENCE, tmp_path / "c", text=TEXT, sensitivity=True)
+    again = {cell["name"]: cell for cell in run(tmp_path / "out", **asked)["cells"]}
+    assert again["reap"] == first["cells"][0]
+    assert again["auto"]["error"] is None
+    assert again["auto"]["expected_kl"] > 0
+
+
 def test_a_calibration_of_other_weights_is_refused(calibration: GetCalibration, tmp_path: Path) -> None:
     with pytest.raises(moetailor.MoetailorError, match="not the model that was calibrated"):
         run(tmp_path / "out", text=None, calibration=calibration("olmoe").folder)

@@ -276,6 +276,8 @@ def noted(out: Path, settings: dict) -> dict:
     # A run that was stopped while it calibrated has no notes yet.
     elif out.exists():
         check_empty(out, "comparison", but=[CALIBRATION])
+    if notes.get("sensitivities", 0) is None:
+        del notes["sensitivities"]  # a finished calibration takes them later; rows that are there go without
     if differs := [name for name, value in settings.items() if notes.get(name, value) != value]:
         raise MoetailorError(
             f"{out}: holds a comparison with another {', '.join(differs)}; choose another folder or delete it"

@@ -131,9 +131,14 @@ def score_shares(method: str, plans: Sequence[LayerPlan]) -> list[torch.Tensor]:
         PlanError: the method gave none.
     """
     if not all(plan.scores for plan in plans):
-        raise PlanError(f"--allocation global: {method} gives experts no scores of their own; use error or uniform")
+        raise no_scores(method)
     scores = [torch.tensor(plan.scores, dtype=torch.float64) for plan in plans]
     return [score / score.sum().clamp_min(1e-300) for score in scores]
+
+
+def no_scores(method: str) -> PlanError:
+    """Return the refusal of a rule that goes by scores for a method that gives none."""
+    return PlanError(f"--allocation global: {method} gives experts no scores of their own; use error or uniform")
 
 
 def _count(layer: int, given: int | float | str, experts: int, step: int) -> int:

@@ -66,6 +66,7 @@ class CompressedExperts(Method):
     reads_weights = True
     useful_whole = True
     trained = True
+    scores = False
     builds = frozenset({"constant", "linear", "auxiliary"})
 
     def plan(self, layer: LayerView, keep: int) -> LayerPlan:

@@ -10,7 +10,7 @@ from moetailor.answers import ANSWERS, WHOLE, Width
 from moetailor.checkpoint.facts import ModelFacts
 from moetailor.checkpoint.layout import Stack
 from moetailor.errors import PlanError, TooSmallError, did_you_mean
-from moetailor.methods.allocation import RULES, Allocation, AllocationBounds, counts_of
+from moetailor.methods.allocation import RULES, Allocation, AllocationBounds, counts_of, no_scores
 from moetailor.methods.choose import refuse_protected
 from moetailor.methods.method import Method
 from moetailor.planning.budget import Budget
@@ -262,6 +262,8 @@ def refuse_unknown(method: Method, budget: Budget, allocation: Allocation, width
         raise PlanError(f"--allocation {allocation}" + did_you_mean(allocation, RULES))
     if allocation != "uniform" and method.decides_counts:
         raise PlanError(f"--allocation: {method.name} here decides itself what each layer keeps; leave it uniform")
+    if allocation == "global" and not method.scores:
+        raise no_scores(method.name)
     if width is not None and method.decides_widths:
         raise PlanError(f"--bits: {method.name} says itself how experts lie; leave it out, and see its parameters")
     if width is not None and method.decides_counts and budget.remove is None:

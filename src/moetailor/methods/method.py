@@ -39,6 +39,7 @@ class Method(ABC):
         reads_weights: whether it reads expert weights or sampled tokens.
         remove_counts_bytes: whether ``--remove`` means a share of the checkpoint's bytes, not of each layer's experts.
         removes: whether its plans take experts away, so that ``--remove`` and ``--keep`` mean something.
+        scores: whether it scores experts, which ``--allocation global`` goes by.
         useful_whole: whether it does something of use without removing an expert.
         trained: whether its result is meant to be trained (`moetailor recover`) before it is used or compared.
         slow: whether it searches: planning takes longer than running the model over held-out text.
@@ -53,6 +54,7 @@ class Method(ABC):
     reads_weights: ClassVar[bool] = False
     remove_counts_bytes: ClassVar[bool] = False
     removes: ClassVar[bool] = True
+    scores: ClassVar[bool] = True
     useful_whole: ClassVar[bool] = False
     trained: ClassVar[bool] = False
     slow: ClassVar[bool] = False

@@ -48,6 +48,7 @@ class Naee(Method):
     paper = "arXiv:2402.14800"
     reads_weights = True
     slow = True
+    scores = False
 
     def plan(self, layer: LayerView, keep: int) -> LayerPlan:
         """Try the subsets of one layer."""

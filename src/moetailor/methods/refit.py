@@ -77,6 +77,7 @@ class Refit(Method):
     needs = frozenset({"tokens", "gate_sq_norm_sq"})
     reads_weights = True
     slow = True
+    scores = False
     builds = frozenset({"fitted", "narrow"})
 
     @property
