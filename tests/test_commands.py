@@ -109,7 +109,7 @@ def on_little(command: str, verb: str) -> list[str]:
     elif "--data" in words or "--held-out" in words:
         words += [] if verb == "fit" else ["--sequences", "4", "--length", "32"]
     if verb == "compare" and "--methods" not in words:
-        words += ["--methods", "mone@4"]
+        words += ["--methods", "quantize@4"]
     return [*words, "--dry-run"] if verb == "serve" and "--dry-run" not in words else words
 
 

@@ -523,6 +523,22 @@ def test_weights_are_downloaded_after_the_config_was_looked_at(hub: list[list[st
     assert checkpoint.source == "a/b"
 
 
+@pytest.mark.parametrize("name", ["mine", "org/mine"])
+def test_a_folder_by_a_relative_name_is_nowhere_taken_for_a_hubs(
+    name: str, hub: list[list[str]], sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(sharded, tmp_path / "here" / name)
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    source = open_checkpoint(name).source
+    assert source == f"./{name}"
+    assert open_checkpoint(source).source == source
+    monkeypatch.chdir(tmp_path / "there")
+    with pytest.raises(CheckpointError, match=f"./{name}: no such folder"):
+        open_checkpoint(source)
+    assert hub == []
+
+
 def test_what_the_config_tells_is_refused_before_weights_are_downloaded(hub: list[list[str]]) -> None:
     def refuse(folder: Path, config: dict) -> None:
         assert folder.name == "0123abcd"

@@ -148,7 +148,7 @@ class Checkpoint:
 
     Attributes:
         folder: where it lies.
-        source: as the user named it.
+        source: as the user named it, a folder so that it is no name of the hub either.
         config: its config.json.
         tensors: what lies on disk, by name.
         coded: weights that lie as codes, by the names that an unquantized checkpoint has for them.
@@ -202,8 +202,10 @@ def open_checkpoint(source: str | Path, *, check: Check | None = None, headers: 
     """
     restore(Path(source))
     folder = find_folder(source, check=check, headers=headers)
-    config = read_config(folder)
-    return Checkpoint(folder=folder, source=str(source), config=config, tensors=_find_tensors(folder, config))
+    config, source = read_config(folder), str(source)
+    if Path(source).is_dir() and not source.startswith((".", "/", "~")):
+        source = f"./{source}"  # elsewhere the name alone would be one of the hub
+    return Checkpoint(folder=folder, source=source, config=config, tensors=_find_tensors(folder, config))
 
 
 def _find_tensors(folder: Path, config: dict) -> dict[str, TensorInfo]:
