@@ -1310,7 +1310,7 @@ def test_too_small_a_disk_is_refused_before_writing(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     planned = moetailor.Plan.load(world.reap).nbytes
     refusal = cli("apply", world.original, world.reap, "-o", old, "--overwrite").refusal
-    assert refusal == f"{old}: the result has {planned:,} bytes, the disk has 1,000 free"
+    assert refusal == f"{old}: writing it takes {planned:,} bytes, the disk has 1,000 free"
     assert state(tmp_path) == OLD
     refusal = cli(*world.evaluate(world.original, world.original)).refusal
     assert "evaluate on less text" in refusal

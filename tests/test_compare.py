@@ -595,15 +595,17 @@ def test_another_calibration_is_refused_and_a_given_one_serves(done: tuple[Path,
 
 
 def test_a_row_that_needs_sensitivities_is_measured_once_they_are_there(tmp_path: Path) -> None:
-    """As its failure advises; the rows that are there stay."""
-    asked = {"methods": "reap,auto", "remove": "50%", "text": None, "calibration": tmp_path / "c"}
+    """As its failure advises; of the rows that are there those stay that do not go by any."""
+    asked = {"methods": "reap,refit,auto", "remove": "50%", "text": None, "calibration": tmp_path / "c"}
     moetailor.calibrate(REFERENCE, tmp_path / "c", text=TEXT)
-    first = run(tmp_path / "out", **asked)
-    assert [cell["error"] is None for cell in first["cells"]] == [True, False]
-    assert "calibrate again with --sensitivity" in first["cells"][1]["error"]
+    first = {cell["name"]: cell for cell in run(tmp_path / "out", **asked)["cells"]}
+    assert {name for name, cell in first.items() if cell["error"]} == {"auto"}
+    assert "calibrate again with --sensitivity" in first["auto"]["error"]
     moetailor.calibrate(REFERENCE, tmp_path / "c", text=TEXT, sensitivity=True)
     again = {cell["name"]: cell for cell in run(tmp_path / "out", **asked)["cells"]}
-    assert again["reap"] == first["cells"][0]
+    assert again["reap"] == first["reap"]
+    assert first["refit"]["expected_kl"] is None
+    assert again["refit"]["expected_kl"] > 0
     assert again["auto"]["error"] is None
     assert again["auto"]["expected_kl"] > 0
 

@@ -102,7 +102,7 @@ def test_too_small_a_disk_is_refused_before_writing(old: Path, monkeypatch: pyte
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1234))
     with pytest.raises(MoetailorError) as refusal, new_folder(old, overwrite=True, nbytes=1235):
         raise AssertionError("nothing may be written")
-    assert str(refusal.value) == f"{old}: the result has 1,235 bytes, the disk has 1,234 free"
+    assert str(refusal.value) == f"{old}: writing it takes 1,235 bytes, the disk has 1,234 free"
     with new_folder(old, overwrite=True, nbytes=1234):
         pass
 

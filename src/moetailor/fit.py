@@ -20,13 +20,13 @@ from moetailor.checkpoint.original import Original
 from moetailor.checkpoint.place import PLAN_FILE, PROVENANCE_FILE, check_place
 from moetailor.errors import MoetailorError
 from moetailor.estimates.compiling import kinds_of
-from moetailor.estimates.estimate import Estimate, Host, in_turn
+from moetailor.estimates.estimate import Estimate, Host, in_turn, nothing
 from moetailor.estimates.running import of_evaluation
 from moetailor.estimates.sizes import cost_of
 from moetailor.estimates.together import of_compression
 from moetailor.evaluation.evaluate import Scores, evaluate
 from moetailor.methods.estimate import budget_words, estimate_plan
-from moetailor.pipeline import compress, finished_calibration
+from moetailor.pipeline import calibration_folder, compress, finished_calibration
 from moetailor.planning.budget import Budget
 from moetailor.planning.plan import Plan
 from moetailor.progress import Stages
@@ -206,9 +206,9 @@ def foretold(host: Host, original: Original, job: Job, out: Path | None = None, 
     given = {"budget": job.budget, "text": job.text, "format": job.choice.format}
     given |= {"layers": None, "protect": (), "allocation": "uniform", "width": job.choice.width}
     run = {"stream": job.streams(original), "dtype": job.dtype}
-    measured = None if out is None else finished_calibration(out)
+    measured = None if out is None else finished_calibration(original, calibration_folder(out))
     if made:
-        parts = [Estimate(verb="fit", seconds=host.startup, **host.memory(0), reads=0, writes=0)]
+        parts = [nothing("fit", host)]
     else:
         compression = {"calibration": measured, "sample": SampleOptions(), **run}
         parts = of_compression(host, original, job.choice.made_by, given, **compression)

@@ -20,7 +20,7 @@ from moetailor.errors import PlanError
 from moetailor.methods.allocation import DECIDED_LATER, Allocation
 from moetailor.methods.estimate import estimate_plan, pairs_of
 from moetailor.methods.registry import find_method
-from moetailor.methods.run import make_plan, to_record
+from moetailor.methods.run import check_same, make_plan, to_record
 from moetailor.planning.budget import Budget
 from moetailor.planning.plan import Plan
 from moetailor.progress import Stages, part
@@ -79,8 +79,7 @@ def precheck(
     anatomy, facts = original.anatomy, original.facts
     plan = estimate_plan(facts, chosen, budget, layers=layers, protect=protect, allocation=allocation, width=width)
     form, ruled = form_of(plan, format, allocation, original), allocation in DECIDED_LATER
-    if not ruled:
-        form.check(plan, original)
+    form.check(plan, original)
     form.check_tools(Finish(plan=plan, original=original, converter=converter, quantizer=quantizer))
     kept = sorted({len(layer.pool) for layer in plan.layers.values()}) or ["all"]
     return (
@@ -104,9 +103,10 @@ def form_of(plan: Plan, wanted: str, allocation: Allocation, original: Original 
     """
     if allocation not in DECIDED_LATER:
         return resolve_format(plan, wanted, original)
-    if wanted == "native":
+    form = find_format("moetailor") if wanted == "auto" else resolve_format(plan, wanted, original)
+    if form.one_count and any(len(layer.kept_slots) < len(layer.slots) for layer in plan.layers.values()):
         raise PlanError(f"--allocation {allocation}: layers keep different numbers of experts; use --format moetailor")
-    return find_format("moetailor" if wanted == "auto" else wanted)
+    return form
 
 
 def calibration_folder(out: str | Path) -> Path:
@@ -114,18 +114,18 @@ def calibration_folder(out: str | Path) -> Path:
     return Path(out).with_name(Path(out).name + ".calibration")
 
 
-def finished_calibration(out: str | Path, named: Path | None = None) -> Calibration | None:
-    """Return the calibration that `compress` will find finished, if it will.
-
-    Args:
-        out: folder of the result.
-        named: the calibration folder that is named.
+def finished_calibration(original: Original, folder: Path) -> Calibration | None:
+    """Return the calibration that a run on an original will find finished in a folder, if it will.
 
     Raises:
         CalibrationError: see `Calibration.open`.
+        PlanError: it is of another model.
     """
-    folder = named or calibration_folder(out)
-    return Calibration.open(folder) if (folder / MANIFEST).exists() else None
+    if not (folder / MANIFEST).exists():
+        return None
+    found = Calibration.open(folder)
+    check_same(original, found.model)
+    return found
 
 
 def compress(

@@ -31,12 +31,15 @@ def calibrate(model: str, out: Path, run: Options, *, device: str | None, trust_
     from moetailor.checkpoint.original import looked_at
     from moetailor.estimates.estimate import Host
     from moetailor.estimates.running import of_calibration
+    from moetailor.pipeline import finished_calibration
 
     stored = noted(out)[0]
     check_same_run(out, stored, stored or {})  # whether it holds another run, only the text would say
     with looked_at(model, trust_remote_code=trust_remote_code) as original:
         _ = original.facts
         host = Host.measured(output.BEGAN, original, device=device, dtype=run["dtype"])
+        if (there := finished_calibration(original, out)) is not None:
+            run = {**run, "finished": True, "sensitivity": run["sensitivity"] and not there.holds("sensitivity")}
         output.estimate(of_calibration(host, original, **run))
 
 
@@ -155,11 +158,11 @@ def compress(
     from moetailor.estimates.estimate import Host, in_turn
     from moetailor.estimates.together import of_compression
     from moetailor.methods.registry import find_method
-    from moetailor.pipeline import finished_calibration
+    from moetailor.pipeline import calibration_folder, finished_calibration
 
     with looked_at(model, trust_remote_code=trust_remote_code) as original:
         output.say(moetailor.precheck(original, out, **given))
-        used = finished_calibration(out, given["calibration"])
+        used = finished_calibration(original, given["calibration"] or calibration_folder(out))
         method = find_method(given["method"]).of(given["parameters"])
         host = Host.measured(output.BEGAN, original, device=device, dtype=run["dtype"])
         stages = of_compression(host, original, method, given, calibration=used, **run)
@@ -209,14 +212,18 @@ def compare(model: str, out: Path, wanted: Options, *, device: str | None, trust
     """
     import moetailor
     from moetailor.checkpoint.original import looked_at
-    from moetailor.comparison.compare import asked_for, noted
+    from moetailor.comparison.compare import CALIBRATION, CELLS, asked_for, noted
     from moetailor.estimates.estimate import Host
     from moetailor.estimates.together import of_comparison
+    from moetailor.pipeline import finished_calibration
 
     _ = noted(out, {})  # which refuses what is no comparison
     cells = asked_for(wanted["methods"], wanted["remove"], wanted["sizes"], wanted["text"], wanted["calibration"])
-    used = None if wanted["calibration"] is None else moetailor.Calibration.open(wanted["calibration"])
+    cells = [cell for cell in cells if not (out / CELLS / cell.file).exists()]
     with looked_at(model, trust_remote_code=trust_remote_code) as original:
+        if wanted["calibration"] is not None:
+            _ = moetailor.Calibration.open(wanted["calibration"])  # which refuses one that is not finished
+        used = finished_calibration(original, wanted["calibration"] or out / CALIBRATION)
         host = Host.measured(output.BEGAN, original, device=device, dtype=wanted["dtype"])
         run = {name: wanted[name] for name in ("held_out", "text", "sample", "stream", "dtype")}
         output.estimate(of_comparison(host, original, cells, calibration=used, **run))

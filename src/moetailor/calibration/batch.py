@@ -88,9 +88,8 @@ def text_fingerprint(batches: Sequence[Batch]) -> dict:
         for part in (batch.input_ids, batch.counted.long(), batch.position):
             digest.update(part.contiguous().numpy().tobytes())
         # By their names: numbers are as batches were made.
-        for name, number in sorted(zip(batch.domains, range(len(batch.domains)), strict=True)):
-            if name:
-                digest.update(name.encode() + (batch.domain == number).numpy().tobytes())
+        for name, number in sorted((name, number) for number, name in enumerate(batch.domains) if name):
+            digest.update(name.encode(errors="surrogatepass") + (batch.domain == number).numpy().tobytes())
     return {
         "hash": digest.hexdigest()[:32],
         "tokens": sum(batch.input_ids.numel() for batch in batches),

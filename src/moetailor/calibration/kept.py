@@ -68,6 +68,7 @@ class Kept:
 
         Raises:
             MoetailorError: the disk is full. What was written before is there for the next run.
+            CalibrationError: see `read`.
         """
         file = self._file(what)
         try:
@@ -76,6 +77,8 @@ class Kept:
                 if (there := self.read(what)) is not None:
                     rows = torch.where(rows.isnan(), there, rows)
                 write_tensors(file, {"rows": rows, "seal": self._seal(rows, what)})
+        except CalibrationError:
+            raise
         except (MoetailorError, OSError) as error:
             number = getattr(error, "errno", None)
             if number in FULL:

@@ -32,6 +32,8 @@ GROWING = ".moetailor"
 # No name of anybody else, as those that a kill left empty are deleted, too.
 SCRATCH = "moetailor-scratch-"
 SCRATCHES = f"{SCRATCH}????????"
+# Seconds that runs wait for one that is to be done in a moment.
+PATIENCE = 60
 # What is to be replaced, until the new result is in its place.
 OLD = "old"
 # The work folders that this run holds, with its process: what a verb holds is held for the stages in it too.
@@ -47,7 +49,7 @@ def claimed(out: Path, *, wait: bool = False) -> Iterator[Path]:
 
     Args:
         out: the place; its parent exists.
-        wait: wait for another run that holds it, where runs do so for a moment only.
+        wait: wait for another run that holds it, where runs do so for a moment only; a minute at most.
 
     Raises:
         MoetailorError: another run holds it, or it cannot be written.
@@ -172,6 +174,7 @@ def _is_held(work: Path) -> bool:
 
 def _take(work: Path, place: Path, wait: bool) -> int:
     """Return the lock of a work folder, open and held."""
+    patient_until = time.monotonic() + PATIENCE * wait
     while True:
         try:
             work.mkdir(exist_ok=True)
@@ -188,7 +191,7 @@ def _take(work: Path, place: Path, wait: bool) -> int:
             _leave(work)
             raise UnwritableError(place, error) from None
         try:
-            if _hold(handle, work, place, wait):
+            if _hold(handle, work, place, time.monotonic() < patient_until):
                 return handle
         except BaseException:
             os.close(handle)
@@ -201,8 +204,8 @@ def _hold(handle: int, work: Path, place: Path, wait: bool) -> bool:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        if wait or (who := _holder(work)) is None:
-            time.sleep(0.001)  # it is just coming, or going
+        if (who := _holder(work)) is None or wait:
+            time.sleep(0.02 if wait else 0.001)  # it is just coming, or going
             return False
         raise MoetailorError(f"{place}: {who} is writing there; wait for it, or name another place") from None
     except OSError as error:

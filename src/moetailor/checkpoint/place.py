@@ -144,7 +144,7 @@ def new_folder(out: Path, *, overwrite: bool, nbytes: int) -> Iterator[Path]:
             check_place(out, overwrite=overwrite)  # another run may have ended in between
             free = shutil.disk_usage(work).free
             if nbytes > free:
-                raise MoetailorError(f"{out}: the result has {nbytes:,} bytes, the disk has {free:,} free")
+                raise MoetailorError(f"{out}: writing it takes {nbytes:,} bytes, the disk has {free:,} free")
             folder, place = work / "new", work.parent / out.name
             folder.mkdir()
             yield folder

@@ -34,6 +34,7 @@ from moetailor.comparison.streamed import StreamedBench, make_room
 from moetailor.comparison.whole import WholeBench
 from moetailor.errors import MoetailorError, MoetailorWarning
 from moetailor.evaluation.evaluate import check_predicts
+from moetailor.methods.registry import METHODS
 from moetailor.methods.run import check_weights
 from moetailor.planning.plan import calibration_hash
 from moetailor.progress import Stages, part, resumed
@@ -120,16 +121,19 @@ def compare(
             forget(work)  # as a run without this --scratch left it
         if stream:
             left = [cell for cell in cells if not (out / CELLS / cell.file).exists()]
-            make_room(place, original.facts, left, batches, torch_dtype)
+            make_room(place, original, left, batches, torch_dtype)
         began = time.perf_counter()
         if given is None:
             assert text is not None
             options = {"sample": sample, "stream": stream, "device": device, "dtype": dtype}
             given = _calibrated(original, out / CALIBRATION, text, cells, progress, options)
         settings |= {"calibration": calibration_hash(given.fingerprint), "sensitivities": sensitivities_of(given)}
-        run = {"calibrate_seconds": time.perf_counter() - began} | noted(out, settings) | settings
-        write_json(out / RUN, run)
+        notes = noted(out, settings)
         (out / CELLS).mkdir(exist_ok=True)
+        if notes.get("sensitivities") is None and settings["sensitivities"] is not None:
+            _forget_plans_without(out / CELLS)
+        run = {"calibrate_seconds": time.perf_counter() - began} | notes | settings
+        write_json(out / RUN, run)
         _warn_of_shared(given.batches(), batches)
 
         bench = (StreamedBench if stream else WholeBench)(
@@ -276,13 +280,20 @@ def noted(out: Path, settings: dict) -> dict:
     # A run that was stopped while it calibrated has no notes yet.
     elif out.exists():
         check_empty(out, "comparison", but=[CALIBRATION])
-    if notes.get("sensitivities", 0) is None:
-        del notes["sensitivities"]  # a finished calibration takes them later; rows that are there go without
-    if differs := [name for name, value in settings.items() if notes.get(name, value) != value]:
+    # A finished calibration takes sensitivities later; rows that go by none are as good as before.
+    known = {name: value for name, value in notes.items() if (name, value) != ("sensitivities", None)}
+    if differs := [name for name, value in settings.items() if known.get(name, value) != value]:
         raise MoetailorError(
             f"{out}: holds a comparison with another {', '.join(differs)}; choose another folder or delete it"
         )
     return notes
+
+
+def _forget_plans_without(cells: Path) -> None:
+    """Delete the rows of methods that go by sensitivities where there are some, and were measured without."""
+    for name, method in METHODS.items():
+        for file in cells.glob(f"{name}-*.json") if "sensitivity" in method.uses else ():
+            file.unlink()
 
 
 def _warn_of_shared(calibrated: Sequence[Batch], held_out: Sequence[Batch]) -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 
 from moetailor.calibration.batch import Batch
-from moetailor.checkpoint.facts import ModelFacts
 from moetailor.checkpoint.loader import StreamedModel
 from moetailor.checkpoint.original import Original
 from moetailor.comparison.bench import REFERENCE, RESULT, Bench
@@ -20,6 +19,7 @@ from moetailor.errors import MoetailorError, PlanError
 from moetailor.planning.plan import Plan
 from moetailor.runtime.parts import in_parts
 from moetailor.transform.apply import apply
+from moetailor.transform.formats import Finish, resolve_format
 
 # Hidden states of the text that lie there at once: the original's, and those in front of a layer and behind it.
 STATES = 3
@@ -51,13 +51,13 @@ class StreamedBench(Bench):
 
 
 def make_room(
-    place: Path, facts: ModelFacts, cells: Sequence[Cell], batches: Sequence[Batch], dtype: torch.dtype
+    place: Path, original: Original, cells: Sequence[Cell], batches: Sequence[Batch], dtype: torch.dtype
 ) -> None:
     """Delete the result that a killed run left, and refuse a disk without room for what `StreamedBench` keeps there.
 
     Args:
         place: where it will work.
-        facts: the original.
+        original: the original.
         cells: those that are not measured yet.
         batches: held-out text.
         dtype: dtype of the run.
@@ -66,8 +66,8 @@ def make_room(
         MoetailorError: the disk has no room.
     """
     shutil.rmtree(place / RESULT, ignore_errors=True)
-    largest = max((_nbytes(facts, cell) for cell in cells), default=0)
-    states = STATES * sum(batch.input_ids.numel() for batch in batches) * facts.width * dtype.itemsize
+    largest = max((_nbytes(original, cell) for cell in cells), default=0)
+    states = STATES * sum(batch.input_ids.numel() for batch in batches) * original.facts.width * dtype.itemsize
     states *= not (place / REFERENCE).exists()
     free = shutil.disk_usage(place).free
     if largest and largest + states > free:
@@ -75,10 +75,10 @@ def make_room(
         raise MoetailorError(f"{place}: {told}; name a folder with more room with --scratch")
 
 
-def _nbytes(facts: ModelFacts, cell: Cell) -> int:
+def _nbytes(original: Original, cell: Cell) -> int:
     """Return the bytes that writing a cell's result takes, as known without data; 0 of one that will be refused."""
     try:
-        plan = estimated(cell, facts)
+        plan = estimated(cell, original.facts)
     except PlanError:
         return 0
-    return plan.nbytes + plan.built_nbytes
+    return resolve_format(plan, "auto", original).room(plan, Finish(plan=plan, original=original))

@@ -128,6 +128,11 @@ class Host:
         return {"memory": self.resident + taken}
 
 
+def nothing(verb: str, host: Host) -> Estimate:
+    """Return what a verb takes that finds all of its work done."""
+    return Estimate(verb=verb, seconds=host.startup, **host.memory(0), reads=0, writes=0)
+
+
 def in_turn(verb: str, parts: Sequence[Estimate], startup: float) -> Estimate:
     """Return what stages take that one process runs one after the other, each with the code that those before it read.
 

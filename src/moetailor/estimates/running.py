@@ -17,7 +17,7 @@ from moetailor.checkpoint.files import DTYPE_NAMES
 from moetailor.checkpoint.models import longest_sequence, resolve_dtype, stored_dtype
 from moetailor.checkpoint.original import Original
 from moetailor.estimates.compiling import of_loops
-from moetailor.estimates.estimate import LIBRARIES, Estimate, Host
+from moetailor.estimates.estimate import LIBRARIES, Estimate, Host, nothing
 from moetailor.estimates.sizes import ModelCost, cost_of, downloads_of, statistics_nbytes
 from moetailor.evaluation.evaluate import check_predicts
 from moetailor.planning.work import Work
@@ -150,6 +150,8 @@ def of_calibration(
     whether sensitivities are all that is not there.
     """
     run = run_of(original, text, stream=stream, device=host.device, dtype=dtype)
+    if finished and not sensitivity:
+        return nothing("calibrate", host)
     cost, moe, sampled = run.cost, original.anatomy.layers, min(sample.of_model(original.facts, run.width), run.tokens)
     layers = [
         sum(statistics_nbytes(layer.num_experts, layer.width, original.anatomy.top_k, sampled, run.width))
@@ -168,9 +170,10 @@ def of_calibration(
         held = max(kept, predicted + 2 * min(PREDICTIONS * 4, predicted))
         held += 0 if on_disk else streams
         work += _sensitivities(run)
-    held = max(held, 2 * max(layers, default=0) + (0 if on_disk else run.states))
-    reads, meanwhile = passes * cost.nbytes, 2 * run.states + streams if on_disk else 0
-    moved = reads + writes + (2 * run.states * len(cost.layers) if on_disk else 0)
+    between = 0 if finished else run.states
+    held = max(held, 2 * max(layers, default=0) + (0 if on_disk else between))
+    reads, meanwhile = passes * cost.nbytes, 2 * between + streams if on_disk else 0
+    moved = reads + writes + (2 * between * len(cost.layers) if on_disk else 0)
     return Estimate(
         verb="calibrate",
         seconds=host.seconds(work, moved=moved),

@@ -17,11 +17,11 @@ from moetailor.comparison.streamed import STATES
 from moetailor.errors import PlanError
 from moetailor.estimates.compiling import kinds_of, of_loops
 from moetailor.estimates.deciding import Sampled, building, of_apply, of_plan
-from moetailor.estimates.estimate import Estimate, Host, in_turn
+from moetailor.estimates.estimate import Estimate, Host, in_turn, nothing
 from moetailor.estimates.running import Run, judging, of_calibration, run_of
 from moetailor.methods.estimate import estimate_plan
 from moetailor.methods.method import Method
-from moetailor.methods.run import to_record
+from moetailor.methods.run import check_recorded, to_record
 from moetailor.pipeline import form_of
 from moetailor.planning.plan import Plan
 from moetailor.planning.work import Work
@@ -86,11 +86,14 @@ def of_comparison(
         asked: dict[str, Any] = {option: name in needs for name, option in ON_REQUEST.items()}
         asked |= {"sensitivity": True, "stream": stream}
         parts.append(of_calibration(host, original, text=text, sample=sample, **asked, dtype=dtype))
-    parts.append(_recorded(host, run))
+    if cells:
+        parts.append(_recorded(host, run))
     sampled, measured = _sampled(original, run.width, calibration, text or held_out, sample), set()
     refused: list[str] = []
     for cell in cells:
         try:
+            if calibration is not None:
+                check_recorded(calibration, cell.method)
             plan = estimated(cell, original.facts)
         except PlanError as error:  # which loses that row alone
             refused.append(f"{cell.name} ({cell.budget}): {error}")
@@ -101,7 +104,7 @@ def of_comparison(
         measured.add(cell.method.label)
         rest = (_streamed if stream else _in_memory)(host, original, run, cell, plan, sampled)
         parts.append(in_turn(cell.name, [part, *rest], host.startup))
-    found = in_turn("compare", parts, host.startup)
+    found = in_turn("compare", parts or [nothing("compare", host)], host.startup)
     return replace(found, notes=(*found.notes, *refused))
 
 

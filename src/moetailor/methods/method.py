@@ -36,6 +36,7 @@ class Method(ABC):
         paper: where it comes from.
         replaces_with: the kind of answer behind a slot whose expert goes.
         needs: the statistics it reads, a promise that the contract suite enforces.
+        uses: statistics that it goes by where they are there, and does without.
         reads_weights: whether it reads expert weights or sampled tokens.
         remove_counts_bytes: whether ``--remove`` means a share of the checkpoint's bytes, not of each layer's experts.
         removes: whether its plans take experts away, so that ``--remove`` and ``--keep`` mean something.
@@ -51,6 +52,7 @@ class Method(ABC):
     paper: ClassVar[str] = ""
     replaces_with: ClassVar[type[Answer]] = Drop
     needs: ClassVar[frozenset[str]] = frozenset()
+    uses: ClassVar[frozenset[str]] = frozenset()
     reads_weights: ClassVar[bool] = False
     remove_counts_bytes: ClassVar[bool] = False
     removes: ClassVar[bool] = True

@@ -78,6 +78,7 @@ class Refit(Method):
     reads_weights = True
     slow = True
     scores = False
+    uses = frozenset({"sensitivity"})
     builds = frozenset({"fitted", "narrow"})
 
     @property

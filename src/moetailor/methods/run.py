@@ -89,8 +89,9 @@ def make_plan(
     if allocation in DECIDED_LATER:
         numbers = calibration.layers if layers is None else layers
         even = layer_nbytes(facts, estimate, method_budget(budget, chosen, facts), chosen)
+        even |= {s.prefix: s.num_experts * s.expert_bytes for s in facts.stacks if s.prefix not in even}
         prefixes = {stack.index: stack.prefix for stack in facts.stacks}
-        views = [view_of(calibration, at, weights, protected, even.get(prefixes[at], 0)) for at in numbers]
+        views = [view_of(calibration, at, weights, protected, even[prefixes[at]]) for at in numbers]
         counts = allocate_by_rule(allocation, chosen, views, allocation_bounds(estimate, chosen, numbers))
         estimate = estimate_plan(facts, chosen, budget, allocation=counts, width=width, **given)
     stacks = [stack for stack in facts.stacks if stack.index is not None and stack.prefix in estimate.layers]

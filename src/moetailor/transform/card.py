@@ -31,7 +31,7 @@ def model_card(plan: Plan, source: Path, form: Format, nbytes: int) -> str:
     """
     named = plan.model.source
     hub_name, _ = name_and_revision(named)
-    base = hub_name if HUB_NAME.fullmatch(hub_name) else ""
+    base = hub_name if HUB_NAME.fullmatch(hub_name) and not Path(named).exists() else ""
     licence = original_licence(source)
     front: dict[str, Any] = {"base_model": base, "base_model_relation": "quantized"} if base else {}
     front |= licence | {"library_name": form.library, "tags": ["moetailor", "mixture-of-experts"]}

@@ -38,6 +38,7 @@ class CompressedTensors(Format):
     """What compressed-tensors calls W4A16, W8A16, FP8, MXFP4 and NVFP4, of the experts alone."""
 
     name = METHOD
+    one_count = True
     loading = (
         "Loads in vLLM; in stock transformers (`pip install compressed-tensors`) where all layers have one symmetric "
         "scheme."

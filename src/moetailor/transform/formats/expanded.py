@@ -37,6 +37,7 @@ class Expanded(Moetailor):
     """What moetailor's own form holds, written out."""
 
     name = "expanded"
+    one_count = True
     automatic = False
     loading = "An ordinary checkpoint: it loads wherever the original does, and takes as much memory."
     example = ""

@@ -47,6 +47,7 @@ class Format(ABC):
     Attributes:
         name: as ``--format`` knows it.
         also: the name of another form for which it may be taken, where that one cannot hold a plan.
+        one_count: whether all layers have as many slots in it.
         automatic: whether ``--format auto`` may choose it, in the order in which formats are registered.
         library: what loads it, as the hub names it.
         loading: how it loads, a sentence for the model card.
@@ -55,6 +56,7 @@ class Format(ABC):
 
     name: str
     also: str = ""
+    one_count: bool = False
     automatic: bool = False
     library: str = "transformers"
     loading: str

@@ -13,6 +13,7 @@ class Native(Format):
     """The original's own form."""
 
     name = "native"
+    one_count = True
     automatic = True
     loading = "An ordinary checkpoint: it loads wherever the original does."
 
