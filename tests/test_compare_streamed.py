@@ -221,3 +221,8 @@ def test_no_room_is_said_before_anything_is_measured(run, tmp_path: Path, monkey
     assert f"writing the largest result takes {largest:,} bytes and hidden states {states:,}, {free:,} are free" in err
     assert "name a folder with more room with --scratch" in err
     assert not (out / "calibration").exists()
+    # camera's experts of 48 neurons lie there three times while they are written: compressed, alone, and in the end.
+    rest, experts = 18_536_832 - 4 * 32 * 3 * 192 * 96 * 2, 4 * 32 * 3 * 192 * 48 * 2
+    code, _, err = run(*words[:-4], "camera", "--remove", "50%", "--stream")
+    assert code == 1
+    assert f"writing the largest result takes {2 * rest + 3 * experts:,} bytes" in err

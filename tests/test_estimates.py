@@ -305,6 +305,7 @@ def test_what_is_refused_is_refused_by_dry_runs(
     calib, plan, out = made.folder, tmp_path / "plan.json", tmp_path / "out"
     assert run("plan", calib, "-o", plan, "--method", "mone", "--remove", "25%")[0] == 0
     native = ["plan", calib, "-o", out, "--method", "auto", "--native", "--remove", "50%"]
+    ruled = ["compress", REFERENCE, "-o", out, *TEXT, "--method", "reap", "--remove", "50%", "--allocation", "error"]
     for words, why in (
         (["calibrate", tmp_path / "no", "-o", out, *TEXT], "no: no such folder"),
         (
@@ -317,6 +318,8 @@ def test_what_is_refused_is_refused_by_dry_runs(
         (["apply", REFERENCE, plan, "-o", REFERENCE, "--calibration", calib], "is the original itself"),
         (["evaluate", REFERENCE, "--against", tmp_path, *HELD_OUT], "no config.json"),
         (["compare", REFERENCE, "-o", out, "--held-out", plan], "give either calibration text"),
+        ([*ruled, "--format", "gguf"], "--allocation error: layers keep different numbers of experts"),
+        ([*ruled, "--format", "expanded"], "--allocation error: layers keep different numbers of experts"),
         ([*native, "--bits", "4"], "format native holds experts as they lie"),
         ([*native, "--allocation", "error"], "--allocation: refit here decides itself"),
         ([*native, "--layers", "0"], "format native"),
