@@ -29,12 +29,11 @@ from moetailor.checkpoint.weights import ExpertWeights
 from moetailor.comparison.bench import Bench, forget
 from moetailor.comparison.cells import Cell, cells_of
 from moetailor.comparison.results import failed, layers_of, results_of, sensitivities_of
-from moetailor.comparison.stored import VERSION, Notes, read_cell
+from moetailor.comparison.stored import VERSION, Notes, forget_plans_without_sensitivities, read_cell
 from moetailor.comparison.streamed import StreamedBench, make_room
 from moetailor.comparison.whole import WholeBench
 from moetailor.errors import MoetailorError, MoetailorWarning
 from moetailor.evaluation.evaluate import check_predicts
-from moetailor.methods.registry import METHODS
 from moetailor.methods.run import check_weights
 from moetailor.planning.plan import calibration_hash
 from moetailor.progress import Stages, part, resumed
@@ -131,7 +130,7 @@ def compare(
         notes = noted(out, settings)
         (out / CELLS).mkdir(exist_ok=True)
         if notes.get("sensitivities") is None and settings["sensitivities"] is not None:
-            _forget_plans_without(out / CELLS)
+            forget_plans_without_sensitivities(out / CELLS)
         run = {"calibrate_seconds": time.perf_counter() - began} | notes | settings
         write_json(out / RUN, run)
         _warn_of_shared(given.batches(), batches)
@@ -287,13 +286,6 @@ def noted(out: Path, settings: dict) -> dict:
             f"{out}: holds a comparison with another {', '.join(differs)}; choose another folder or delete it"
         )
     return notes
-
-
-def _forget_plans_without(cells: Path) -> None:
-    """Delete the rows of methods that go by sensitivities where there are some, and were measured without."""
-    for name, method in METHODS.items():
-        for file in cells.glob(f"{name}-*.json") if "sensitivity" in method.uses else ():
-            file.unlink()
 
 
 def _warn_of_shared(calibrated: Sequence[Batch], held_out: Sequence[Batch]) -> None:

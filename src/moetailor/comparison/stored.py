@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, TypedDict
 
 from moetailor.answers import all_marks
 from moetailor.errors import MoetailorError
+from moetailor.methods.registry import METHODS
 from moetailor.schema import Count, Few, Within, load, load_json, read
 
 VERSION = 3
@@ -230,3 +231,10 @@ def read_cell(cell: dict, where: str, layers: Mapping[str, int], *, failed: bool
         if unknown := {*"".join(slots.values())} - all_marks().keys():
             raise MoetailorError(f"{where}.layers has slots {sorted(unknown)}, which no version knows; {cure}")
     return dict(found)
+
+
+def forget_plans_without_sensitivities(cells: Path) -> None:
+    """Delete the rows of methods that go by sensitivities where there are some, and were measured without."""
+    for name, method in METHODS.items():
+        for file in cells.glob(f"{name}-*.json") if "sensitivity" in method.uses else ():
+            file.unlink()

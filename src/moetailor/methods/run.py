@@ -87,12 +87,8 @@ def make_plan(
     if chosen.reads_weights:
         check_weights(weights, facts)
     if allocation in DECIDED_LATER:
-        numbers = calibration.layers if layers is None else layers
         even = layer_nbytes(facts, estimate, method_budget(budget, chosen, facts), chosen)
-        even |= {s.prefix: s.num_experts * s.expert_bytes for s in facts.stacks if s.prefix not in even}
-        prefixes = {stack.index: stack.prefix for stack in facts.stacks}
-        views = [view_of(calibration, at, weights, protected, even[prefixes[at]]) for at in numbers]
-        counts = allocate_by_rule(allocation, chosen, views, allocation_bounds(estimate, chosen, numbers))
+        counts = _counts_by_rule(allocation, chosen, estimate, calibration, weights, even, **given)
         estimate = estimate_plan(facts, chosen, budget, allocation=counts, width=width, **given)
     stacks = [stack for stack in facts.stacks if stack.index is not None and stack.prefix in estimate.layers]
     limit = method_budget(budget, chosen, facts)
@@ -138,6 +134,27 @@ def make_plan(
         told = f"{plan.budget}: takes no expert from any layer of {max(s.num_experts for s in facts.stacks)}"
         warnings.warn(f"{told}; the result will be the original", MoetailorWarning, stacklevel=2)
     return plan
+
+
+def _counts_by_rule(
+    rule: Allocation,
+    method: Method,
+    estimate: Plan,
+    calibration: Calibration,
+    weights: ExpertWeights,
+    shares: Mapping[str, int],
+    *,
+    layers: Sequence[int] | None,
+    protect: Collection[tuple[int, int]],
+) -> dict[int, int]:
+    """Return how many experts each layer keeps, each held against the others in its share of the bytes, by prefix."""
+    views = [
+        view_of(calibration, s.index, weights, protect, shares.get(s.prefix, s.num_experts * s.expert_bytes))
+        for s in estimate.model.stacks
+        if s.index is not None and (layers is None or s.index in layers)
+    ]
+    bounds = allocation_bounds(estimate, method, [view.index for view in views])
+    return allocate_by_rule(rule, method, views, bounds)
 
 
 def view_of(
