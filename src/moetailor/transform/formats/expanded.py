@@ -101,9 +101,7 @@ class Expanded(Moetailor):
         scratch.mkdir()
         experts: dict[str, TensorInfo] = {}
         old: set[str] = set()
-        for stack, tensors in self._each_layer(result, finish):
-            file = scratch / f"layer-{stack.index:04d}.safetensors"
-            save_tensors(tensors, file)
+        for stack, file in self._each_layer(result, finish, scratch):
             experts |= read_header(file)
             old |= {*stack.experts, *stack.fused}
         # Of the rest the router's rows may be fewer than in the original, and experts of layers that it does not run.
@@ -141,9 +139,9 @@ class Expanded(Moetailor):
         """
         return experts
 
-    def _each_layer(self, result: Original, finish: Finish) -> Iterator[tuple[DiskStack, dict[str, torch.Tensor]]]:
-        """Yield the experts of each changed layer by their names on disk, one for each slot."""
-        original = finish.original
+    def _each_layer(self, result: Original, finish: Finish, scratch: Path) -> Iterator[tuple[DiskStack, Path]]:
+        """Yield each changed layer, and a file of its experts by their names on disk, one for each slot."""
+        original, plan = finish.original, finish.plan
         source, family = in_parts(result, dtype=torch.float32), original.skeleton.model
         lenders, stacks = lenders_of(source.model), {stack.index: stack for stack in original.stacks.values()}
         for index, layer in original.anatomy.layers.items():
@@ -151,11 +149,17 @@ class Expanded(Moetailor):
             if not isinstance(module, CompressedExperts):
                 continue
             asked = [original.anatomy.layers[other].experts for other in sorted(lenders.get(index, ()))]
+            stack, file = stacks[index], scratch / f"layer-{index:04d}.safetensors"
             with source.loaded(layer.experts, *asked):
-                every = [module.weights(slot) for slot in range(len(module.slots.rows))]
-                stacked = {name: torch.stack([one[name] for one in every]) for name in every[0]}
-                parameters = Experts(module).packed(self.laid(stacked, finish.plan))
-            yield stacks[index], _on_disk(stacks[index], family, original, layer.experts, parameters)
+                # No name holds what is made: it would be there while the next layer is.
+                save_tensors(_on_disk(stack, family, original, layer.experts, self._one_each(module, plan)), file)
+            yield stack, file
+
+    def _one_each(self, module: CompressedExperts, plan: Plan) -> dict[str, torch.Tensor]:
+        """Return the family's parameters with an expert for each slot, float32."""
+        every = [module.weights(slot) for slot in range(len(module.slots.rows))]
+        stacked = {name: torch.stack([one[name] for one in every]) for name in every[0]}
+        return Experts(module).packed(self.laid(stacked, plan))
 
 
 def _on_disk(
