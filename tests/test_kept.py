@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import moetailor
+from moetailor import ranks
 from moetailor.calibration import kept
 from moetailor.checkpoint.lock import claimed
 from moetailor.errors import UnwritableError
@@ -177,6 +178,17 @@ def test_a_run_waits_while_another_one_writes(measured: moetailor.Calibration) -
     assert 0 < let_go.value < time.monotonic()
     other.join()
     assert torch.equal(here.read({}), 2 * rows)
+
+
+def test_a_process_of_several_tells_of_all(measured: moetailor.Calibration, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it did of its part, as much of all: else the time left would be twice as long, and end at a half."""
+    monkeypatch.setattr(ranks, "_count", 2)
+    monkeypatch.setattr(ranks, "each", lambda items, work: map(work, items))
+    total = sum(stack.num_experts for stack in measured.model.stacks)
+    told: list[tuple[int, int]] = []
+    planned(measured, "linear", progress=lambda done, every: told.append((done, every)))
+    assert told[:2] == [(2, total), (4, total)]
+    assert told[-1] == (total, total)
 
 
 def test_progress_goes_by_experts(measured: moetailor.Calibration) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from moetailor import ranks
 from moetailor.answers import Drop, Width
 from moetailor.calibration.folder import Calibration
 from moetailor.calibration.kept import Kept
@@ -99,7 +100,7 @@ def make_plan(
         view.narrows, view.slot_bytes = narrows, 0 if limit.size is None else stack.slot_bytes
     keeps = [estimate.layers[stack.prefix].stored for stack in stacks]
     plans: list[LayerPlan] = []
-    looked_at = _counted(views, progress)
+    looked_at = _counted(views, ranks.of_all(progress))
     try:
         for view, layer_plan in zip(views, chosen.plan_layers(views, keeps), strict=True):
             plans.append(layer_plan)
