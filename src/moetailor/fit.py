@@ -206,10 +206,10 @@ def foretold(host: Host, original: Original, job: Job, out: Path | None = None, 
     given = {"budget": job.budget, "text": job.text, "format": job.choice.format}
     given |= {"layers": None, "protect": (), "allocation": "uniform", "width": job.choice.width}
     run = {"stream": job.streams(original), "dtype": job.dtype}
-    measured = None if out is None else finished_calibration(original, calibration_folder(out))
     if made:
         parts = [nothing("fit", host)]
     else:
+        measured = None if out is None else finished_calibration(original, calibration_folder(out))
         compression = {"calibration": measured, "sample": SampleOptions(), **run}
         parts = of_compression(host, original, job.choice.made_by, given, **compression)
     if job.choice.format != Gguf.name:

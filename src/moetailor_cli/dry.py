@@ -221,9 +221,9 @@ def compare(model: str, out: Path, wanted: Options, *, device: str | None, trust
     cells = asked_for(wanted["methods"], wanted["remove"], wanted["sizes"], wanted["text"], wanted["calibration"])
     cells = [cell for cell in cells if not (out / CELLS / cell.file).exists()]
     with looked_at(model, trust_remote_code=trust_remote_code) as original:
-        if wanted["calibration"] is not None:
-            _ = moetailor.Calibration.open(wanted["calibration"])  # which refuses one that is not finished
-        used = finished_calibration(original, wanted["calibration"] or out / CALIBRATION)
+        used = finished_calibration(original, (named := wanted["calibration"]) or out / CALIBRATION)
+        if used is None and named is not None:
+            _ = moetailor.Calibration.open(named)  # which says why it cannot be used
         host = Host.measured(output.BEGAN, original, device=device, dtype=wanted["dtype"])
         run = {name: wanted[name] for name in ("held_out", "text", "sample", "stream", "dtype")}
         output.estimate(of_comparison(host, original, cells, calibration=used, **run))

@@ -72,10 +72,14 @@ class Plan:
         return planned_nbytes(self.model, self.layers)
 
     @property
+    def changed(self) -> list[tuple[LayerPlan, Stack]]:
+        """What becomes of each layer that changes, and the layer; those that the model does not run, too."""
+        return [(self.layers[stack.prefix], stack) for stack in self.model.stacks if stack.prefix in self.layers]
+
+    @property
     def built_nbytes(self) -> int:
         """Bytes that are computed anew, which wait in files of their own while the checkpoint is written."""
-        stacks = (stack for stack in self.model.stacks if stack.prefix in self.layers and stack.shape is not None)
-        return sum(built_nbytes(self.layers[stack.prefix], stack) for stack in stacks)
+        return sum(built_nbytes(layer, stack) for layer, stack in self.changed if stack.shape is not None)
 
     @property
     def expected(self) -> float | None:

@@ -66,15 +66,14 @@ class Expanded(Moetailor):
 
     def finished_nbytes(self, plan: Plan) -> int:
         """Return the original's bytes without those of slots that are gone."""
-        changed = [(plan.layers[stack.prefix], stack) for stack in plan.model.stacks if stack.prefix in plan.layers]
         return plan.model.nbytes - sum(
             (stack.num_experts - len(layer.kept_slots)) * (stack.expert_bytes + stack.slot_bytes)
-            for layer, stack in changed
+            for layer, stack in plan.changed
         )
 
     def written_out(self, plan: Plan) -> int:
         """Return the numbers of all slots' experts of the largest layer."""
-        run = ((len(plan.layers[s.prefix].kept_slots), s.shape) for s in plan.model.stacks if s.prefix in plan.layers)
+        run = ((len(layer.kept_slots), stack.shape) for layer, stack in plan.changed)
         sizes = (slots * sum(map(prod, shape.tensors.values())) for slots, shape in run if shape is not None)
         return max(sizes, default=0)
 
@@ -84,8 +83,7 @@ class Expanded(Moetailor):
 
     def room(self, plan: Plan, finish: Finish) -> int:
         """Return the bytes of the compressed form, of the one written out, and of its layers on the way there."""
-        run = (stack for stack in plan.model.stacks if stack.prefix in plan.layers and stack.shape is not None)
-        layers = sum(self.laid_nbytes(plan.layers[stack.prefix], stack) for stack in run)
+        layers = sum(self.laid_nbytes(layer, stack) for layer, stack in plan.changed if stack.shape is not None)
         return max(super().room(plan, finish), self.nbytes(plan) + layers + self.finished_nbytes(plan))
 
     def finish(self, folder: Path, finish: Finish) -> int:
